@@ -1,0 +1,17 @@
+"""Train Hugging Face models on machines joined by slow links: Local SGD with slow momentum, one callback away."""
+
+from .callback import SlowMoCallback
+from .config import SlowMoConfig
+from .optimizer import SlowMoOptimizer, consensus, last_round, register_for_checkpointing
+from .outer_loop import RoundReport
+
+__all__ = [
+    "RoundReport",
+    "SlowMoCallback",
+    "SlowMoConfig",
+    "SlowMoOptimizer",
+    "consensus",
+    "last_round",
+    "register_for_checkpointing",
+]
+__version__ = "0.1.0"

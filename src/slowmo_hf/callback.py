@@ -1,0 +1,228 @@
+"""SlowMoCallback: Trainer's events drive the outer loop; nothing else in the user's script changes."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import SlowMoConfig
+from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .log import logger, make_heard
+from .model_tensors import inner_lrs
+from .outer_loop import OuterLoop, RoundReport
+
+
+class SlowMoCallback(TrainerCallback):
+    """
+    Turns a stock `Trainer` run into Local SGD with slow momentum (SlowMo, https://huggingface.co/papers/1910.00643).
+
+        Trainer(..., callbacks=[SlowMoCallback()]).train()
+
+    is all there is to write. Evaluation and saved models see the workers' average; training then goes on from the local weights; at
+    the end the model is the average. Make it the last callback, so that it sees what the others ask for.
+
+    Args:
+        config (`SlowMoConfig`, *optional*): The settings; the defaults where it is None.
+    """
+
+    def __init__(self, config: SlowMoConfig | None = None) -> None:
+        self.config = config or SlowMoConfig()
+        self.outer_loop: OuterLoop | None = None
+        self._isolation: Isolation | None = None
+        self._stock_token_average: bool | None = None
+        self._unlogged: list[RoundReport] = []
+        self._trainer: weakref.ref[Trainer] | None = None
+
+    def attach(self, trainer: Trainer) -> SlowMoCallback:
+        """Tell the callback its Trainer. Optional: without it, it finds the one whose callbacks hold it."""
+        self._trainer = weakref.ref(trainer)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    @property
+    def last_round(self) -> RoundReport | None:
+        """The report of the last round, or None before the first."""
+        return self.outer_loop.last_round if self.outer_loop else None
+
+    # ---- the start and the end ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare and equalise the ranks, switch off what couples them, take the anchors."""
+        make_heard()
+        self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
+        refuse_unsupported()
+        self._refuse_inside_round(state)
+        optimizer = _raw_optimizer(kwargs["optimizer"])
+        outer_loop = OuterLoop(optimizer, self.config, kwargs["model"])
+        wrappers = ddp_wrappers(kwargs["model"].parameters())
+        if args.world_size > 1 and not wrappers:
+            raise RuntimeError(
+                f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so it is unknown "
+                "who averages gradients. Launch with torchrun or accelerate launch."
+            )
+        self._isolation = Isolation(wrappers)
+        self._isolate_tokens(args)
+        _advise(args, self.config)
+        outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
+        self.outer_loop = outer_loop
+        self._unlogged = []
+
+    def _refuse_inside_round(self, state: TrainerState) -> None:
+        if state.global_step % self.config.sync_every:
+            raise ValueError(
+                f"training cannot be resumed at step {state.global_step}, inside a round of sync_every={self.config.sync_every} "
+                "steps: the checkpoint holds the average, not the workers' own weights. Resume from a checkpoint at a multiple of "
+                "sync_every, and make save_steps one."
+            )
+        if state.global_step:
+            logger.warning(
+                "resumed at step %d: slow momentum starts fresh, and every worker takes rank 0's inner optimizer state",
+                state.global_step,
+            )
+
+    def _isolate_tokens(self, args: TrainingArguments) -> None:
+        """Trainer would gather the token count at every step and scale the loss for gradients averaged over the world."""
+        self._stock_token_average = args.average_tokens_across_devices
+        if args.average_tokens_across_devices and args.world_size > 1:
+            logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
+        args.average_tokens_across_devices = False
+
+    def _restore(self, args: TrainingArguments) -> None:
+        if self._isolation is not None:
+            self._isolation.release()
+            self._isolation = None
+        if self._stock_token_average is not None:
+            args.average_tokens_across_devices = self._stock_token_average
+            self._stock_token_average = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was."""
+        if self.outer_loop is None:
+            return
+        if self.outer_loop.showing_average or not args.load_best_model_at_end:
+            self.outer_loop.keep_average()
+        self._log(control)
+        self._restore(args)
+
+    # ---- the clock ----
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped yet."""
+        assert self.outer_loop is not None
+        report = self.outer_loop.step(inner_lrs(_raw_optimizer(kwargs["optimizer"])))
+        if report is not None:
+            self._unlogged.append(report)
+
+    # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the local weights back. The generators went back after the look: the next batches have been drawn since."""
+        if self.outer_loop is not None:
+            self.outer_loop.show_local(give_back_random_state=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
+        self._look_if_due(control)
+        if control.should_log or control.should_training_stop:
+            self._log(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As at a step's end."""
+        self._look_if_due(control)
+
+    def _look_if_due(self, control: TrainerControl) -> None:
+        if self.outer_loop and (control.should_evaluate or control.should_save or control.should_training_stop):
+            self.outer_loop.show_average()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the average was what Trainer saw; undo what the evaluation drew from the random generators."""
+        self._after_look("evaluated")
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """As after an evaluation."""
+        self._after_look("predicted with")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As after an evaluation."""
+        self._after_look("saved")
+
+    def _after_look(self, verb: str) -> None:
+        if self.outer_loop is None or self._isolation is None:
+            return
+        if self.outer_loop.showing_average:
+            self.outer_loop.give_back_random_state()
+        elif not self.outer_loop.workers_agree:
+            raise RuntimeError(
+                f"one worker's own weights were {verb}, not the average: another callback asked for it after SlowMoCallback had "
+                "looked. Make SlowMoCallback the last callback."
+            )
+
+    # ---- logs ----
+
+    def _log(self, control: TrainerControl) -> None:
+        """Emit the rounds since the last log through Trainer's own `log`: sums of bytes and seconds, the last round's norms."""
+        if not self._unlogged:
+            return
+        rounds, self._unlogged = self._unlogged, []
+        logs = rounds[-1].to_logs()
+        logs["slowmo/bytes_sent"] = sum(r.bytes_sent for r in rounds)
+        logs["slowmo/seconds"] = sum(r.seconds for r in rounds)
+        logs["slowmo/utilisation"] = sum(r.utilisation for r in rounds) / len(rounds)
+        should_log = control.should_log
+        self._find_trainer().log(logs)
+        control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out
+
+    def _find_trainer(self) -> Trainer:
+        trainer = self._trainer() if self._trainer else None
+        if trainer is None:
+            trainers = [o for o in gc.get_objects() if issubclass(type(o), Trainer)]
+            holders = [t for t in trainers if self in t.callback_handler.callbacks]
+            if not holders:
+                raise RuntimeError("no Trainer holds this SlowMoCallback: call callback.attach(trainer).")
+            trainer = holders[-1]
+            self._trainer = weakref.ref(trainer)
+        return trainer
+
+
+def _raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Behind Accelerate's wrapper. A SlowMoOptimizer there would mean two outer loops over one model."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(raw, "outer_loop"):
+        raise ValueError("the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both.")
+    assert isinstance(raw, torch.optim.Optimizer)
+    return raw
+
+
+def _advise(args: TrainingArguments, config: SlowMoConfig) -> None:
+    """What couples the ranks because the user asked for it is left alone, and said."""
+    if args.world_size == 1:
+        return
+    if args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
+        logger.info(
+            "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for nobody",
+            args.logging_steps,
+            config.sync_every,
+        )
+    if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
+        logger.warning("include_num_input_tokens_seen gathers at every micro-batch; leave it out for a quiet wire")

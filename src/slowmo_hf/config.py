@@ -1,0 +1,271 @@
+"""SlowMoConfig: every setting of a run, checked when it is made."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+SLOW_MOMENTUM = "slow_momentum"
+_BASES = ("local_sgd", "sgp", "osgp", "dpsgd", "all_reduce")
+_CHOICES = {
+    "base": _BASES,
+    "inner_state": ("auto", "reset", "maintain", "average"),
+    "model_buffers": ("average", "local"),
+    "topology": ("auto", "exponential", "bipartite_exponential", "ring", "complete"),
+    "stash_device": ("same", "cpu"),
+}
+# The paper's base-optimizer state and period, by task (PAPER: 48 inner steps for gossip bases, 12 for Local SGD).
+_PAPER_TASKS = {"cifar10": "reset", "imagenet": "reset", "wmt16": "maintain"}
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowMoConfig:
+    """
+    Settings of local training with periodic averaging and slow momentum (SlowMo,
+    https://huggingface.co/papers/1910.00643, Algorithm 1). `HfArgumentParser` turns every field into a flag.
+
+    Args:
+        base (`str`, *optional*, defaults to `"local_sgd"`):
+            What workers exchange between rounds. `"local_sgd"`: nothing.
+        sync_every (`int`, *optional*, defaults to `12`):
+            Inner steps per round, the paper's tau, in optimizer steps (not micro-batches).
+        outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`):
+            The update of the anchors. `"slow_momentum"` is lines 7 and 8 of Algorithm 1; anything else is the dotted path of
+            a `torch.optim.Optimizer`, fed with the pseudo-gradient.
+        outer_optimizer_kwargs (`str`, *optional*):
+            JSON object (or a `dict`) of arguments for a dotted-path `outer_optimizer`, for example `{"momentum": 0.9}`.
+            Its learning rate is `outer_lr`.
+        outer_lr (`float`, *optional*, defaults to `1.0`):
+            The paper's alpha, > 0.
+        outer_momentum (`float`, *optional*, defaults to `0.5`):
+            The paper's beta, in [0, 1). 0 is Local SGD (with `outer_lr=1`). Used by `"slow_momentum"` only.
+        inner_state (`str`, *optional*, defaults to `"auto"`):
+            The inner optimizer's state at a round's end (line 2): `"reset"`, `"maintain"` or `"average"` (double averaging).
+            `"auto"`: reset for SGD with momentum, maintain for everything else, as in the paper.
+        exact_average (`bool`, *optional*, defaults to `True`):
+            Line 6. `False` is for gossip bases only.
+        model_buffers (`str`, *optional*, defaults to `"average"`):
+            Floating-point buffers that change in training (BatchNorm statistics): `"average"` at every round or `"local"`.
+            Integer buffers take the maximum in both. Constant buffers are left alone.
+        processes_per_worker (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`, `"node"` or a number (an `int` is taken too).
+        topology (`str`, *optional*, defaults to `"auto"`):
+            Who sends to whom; gossip bases only.
+        peers (`int`, *optional*, defaults to `1`):
+            Peers per exchange; gossip bases only.
+        staleness (`int`, *optional*, defaults to `1`):
+            Steps a message may be in flight; `base="osgp"` only.
+        stash_device (`str`, *optional*, defaults to `"same"`):
+            Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
+        bucket_bytes (`int`, *optional*, defaults to 256 MiB):
+            Size of the communication buffer, in bytes. One large buffer is fastest; a small one saves memory.
+        timeout_seconds (`float`, *optional*, defaults to `1800.0`):
+            How long a round waits for a worker before it fails.
+
+    Raises:
+        ValueError: A setting is out of range, or two settings contradict each other.
+    """
+
+    base: str = _help("What workers exchange between rounds: local_sgd exchanges nothing.", "local_sgd")
+    sync_every: int = _help("Inner optimizer steps per round (tau).", 12)
+    outer_optimizer: str = _help("slow_momentum, or the dotted path of a torch optimizer.", SLOW_MOMENTUM)
+    outer_optimizer_kwargs: str | None = _help("JSON object of arguments for a dotted-path outer_optimizer.", None)
+    outer_lr: float = _help("Slow learning rate (alpha).", 1.0)
+    outer_momentum: float = _help("Slow momentum (beta); 0 is Local SGD.", 0.5)
+    inner_state: str = _help("Inner optimizer state at a round: auto, reset, maintain or average.", "auto")
+    exact_average: bool = _help("Exact average at a round (line 6); False is for gossip bases only.", True)
+    model_buffers: str = _help("Changing floating-point buffers at a round: average or local.", "average")
+    processes_per_worker: str = _help("auto, node or a number of processes.", "auto")
+    topology: str = _help("Who sends to whom; gossip bases only.", "auto")
+    peers: int = _help("Peers per exchange; gossip bases only.", 1)
+    staleness: int = _help("Steps a message may be in flight; base osgp only.", 1)
+    stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
+    bucket_bytes: int = _help("Size of the communication buffer in bytes.", 256 * 2**20)
+    timeout_seconds: float = _help("How long a round waits for a worker, in seconds.", 1800.0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.outer_optimizer_kwargs, dict):
+            object.__setattr__(self, "outer_optimizer_kwargs", json.dumps(self.outer_optimizer_kwargs, sort_keys=True))
+        if isinstance(self.processes_per_worker, int) and not isinstance(self.processes_per_worker, bool):
+            object.__setattr__(self, "processes_per_worker", str(self.processes_per_worker))
+        self._check_types()
+        self._check_ranges()
+        self._check_outer_optimizer()
+        self._check_base()
+        self._check_processes_per_worker()
+
+    def _check_types(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("sync_every", "peers", "staleness", "bucket_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}.")
+        for name in ("outer_lr", "outer_momentum", "timeout_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.exact_average, bool):
+            raise ValueError(f"exact_average must be True or False, got {self.exact_average!r}.")
+
+    def _check_ranges(self) -> None:
+        if self.sync_every < 1:
+            raise ValueError(
+                f"sync_every must be >= 1 optimizer step, got {self.sync_every}. Use 1 to average after every step."
+            )
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(
+                f"outer_momentum must be in [0, 1), got {self.outer_momentum}. Use 0 to switch slow momentum off."
+            )
+        if self.outer_lr <= 0:
+            raise ValueError(f"outer_lr must be > 0, got {self.outer_lr}. Use 1.0 for the paper's setting.")
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds must be > 0 seconds, got {self.timeout_seconds}.")
+        if self.bucket_bytes < 1024:
+            raise ValueError(
+                f"bucket_bytes must be >= 1024 bytes, got {self.bucket_bytes}. 26214400 (25 MiB) is lean."
+            )
+        if self.peers < 1:
+            raise ValueError(f"peers must be >= 1, got {self.peers}.")
+        if self.staleness < 0:
+            raise ValueError(f"staleness must be >= 0 steps, got {self.staleness}.")
+
+    def _check_outer_optimizer(self) -> None:
+        if self.outer_optimizer == SLOW_MOMENTUM:
+            if self.outer_optimizer_kwargs is not None:
+                raise ValueError(
+                    f"outer_optimizer_kwargs is for a dotted-path outer_optimizer, got {self.outer_optimizer_kwargs!r} with "
+                    "outer_optimizer='slow_momentum'. Set outer_lr and outer_momentum instead."
+                )
+            return
+        self.outer_optimizer_class()
+        kwargs = self.outer_optimizer_arguments()
+        if "lr" in kwargs:
+            raise ValueError(
+                f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer optimizer's lr."
+            )
+        if self.outer_momentum != type(self).outer_momentum:
+            raise ValueError(
+                f"outer_momentum is for outer_optimizer='slow_momentum', got {self.outer_momentum} with outer_optimizer="
+                f"{self.outer_optimizer!r}. Put the momentum into outer_optimizer_kwargs and leave outer_momentum alone."
+            )
+
+    def _check_base(self) -> None:
+        if self.base != "local_sgd":
+            raise ValueError(f"base must be 'local_sgd' in this version, got {self.base!r}, which is not built yet.")
+        for name in ("topology", "peers", "staleness", "exact_average"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} is for gossip bases, got {name}={getattr(self, name)!r} with base='local_sgd', which exchanges "
+                    f"nothing between rounds. Leave {name} at {getattr(type(self), name)!r}."
+                )
+
+    def _check_processes_per_worker(self) -> None:
+        value = self.processes_per_worker
+        if value in ("auto", "1"):
+            return
+        if value != "node" and not (isinstance(value, str) and value.isdecimal() and int(value) > 0):
+            raise ValueError(f"processes_per_worker must be 'auto', 'node' or a number >= 1, got {value!r}.")
+        raise ValueError(
+            f"processes_per_worker must be 'auto' or 1 in this version, got {value!r}: workers of several processes are not "
+            "built yet."
+        )
+
+    def outer_optimizer_class(self) -> type[Any]:
+        """The class that a dotted-path `outer_optimizer` names; `ValueError` where there is none."""
+        module, _, name = self.outer_optimizer.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"outer_optimizer must be 'slow_momentum' or the dotted path of a torch optimizer such as 'torch.optim.SGD', "
+                f"got {self.outer_optimizer!r} ({error})."
+            ) from error
+        if not callable(getattr(found, "step", None)):
+            raise ValueError(
+                f"outer_optimizer must name a torch optimizer, got {self.outer_optimizer!r}, a {found!r}."
+            )
+        return found  # type: ignore[no-any-return]
+
+    def outer_optimizer_arguments(self) -> dict[str, Any]:
+        """`outer_optimizer_kwargs` as a dictionary; `ValueError` where it is no JSON object."""
+        try:
+            arguments = json.loads(self.outer_optimizer_kwargs or "{}")
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"outer_optimizer_kwargs must be JSON, got {self.outer_optimizer_kwargs!r} ({error})."
+            ) from error
+        if not isinstance(arguments, dict):
+            raise ValueError(f"outer_optimizer_kwargs must be a JSON object, got {self.outer_optimizer_kwargs!r}.")
+        return arguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> SlowMoConfig:
+        """The inverse of `to_dict`; a setting that does not exist raises `ValueError`."""
+        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown settings {unknown}; SlowMoConfig has {sorted(f.name for f in fields(cls))}.")
+        return cls(**settings)
+
+    @classmethod
+    def paper(
+        cls, task: Literal["cifar10", "imagenet", "wmt16"], base: str = "local_sgd", *, outer_momentum: float
+    ) -> SlowMoConfig:
+        """
+        The paper's setting for a task (section 5): tau 12 for Local SGD and 48 for gossip (12 on CIFAR-10), alpha 1, inner state reset for
+        the image tasks and maintained for WMT'16. beta is required: it was tuned per row, "typically 0.4 to 0.8", and not
+        published.
+        """
+        if task not in _PAPER_TASKS:
+            raise ValueError(f"task must be one of {', '.join(_PAPER_TASKS)}, got {task!r}.")
+        sync_every = 12 if base == "local_sgd" or task == "cifar10" else 48
+        return cls(base=base, sync_every=sync_every, outer_momentum=outer_momentum, inner_state=_PAPER_TASKS[task])
+
+    @classmethod
+    def local_sgd(cls, sync_every: int = 12, **settings: Any) -> SlowMoConfig:
+        """Local SGD: periodic parameter averaging, alpha 1, beta 0."""
+        return cls(sync_every=sync_every, outer_lr=1.0, outer_momentum=0.0, **settings)
+
+    @classmethod
+    def bmuf(
+        cls, *, block_momentum: float, block_lr: float = 1.0, nesterov: bool = False, **settings: Any
+    ) -> SlowMoConfig:
+        """BMUF: `v <- block_momentum v + block_lr Delta; x <- x - v`, no lr ratio; NBM with `nesterov=True`."""
+        if not 0 <= block_momentum < 1:
+            raise ValueError(f"block_momentum must be in [0, 1), got {block_momentum}.")
+        kwargs = json.dumps({"momentum": block_momentum, "nesterov": nesterov})
+        return cls(outer_optimizer="torch.optim.SGD", outer_optimizer_kwargs=kwargs, outer_lr=block_lr, **settings)
+
+    @classmethod
+    def diloco(
+        cls, *, sync_every: int = 500, outer_lr: float = 0.7, nesterov_momentum: float = 0.9, **settings: Any
+    ) -> SlowMoConfig:
+        """DiLoCo (https://huggingface.co/papers/2311.08105): outer Nesterov SGD, inner state kept by each worker."""
+        kwargs = json.dumps({"momentum": nesterov_momentum, "nesterov": True})
+        settings = {"inner_state": "maintain", **settings}
+        return cls(
+            sync_every=sync_every,
+            outer_optimizer="torch.optim.SGD",
+            outer_optimizer_kwargs=kwargs,
+            outer_lr=outer_lr,
+            **settings,
+        )
+
+    @classmethod
+    def lookahead(cls, *, sync_every: int = 5, outer_lr: float = 0.5, **settings: Any) -> SlowMoConfig:
+        """Lookahead (https://huggingface.co/papers/1907.08610) at one worker: alpha < 1, beta 0, inner state kept."""
+        settings = {"inner_state": "maintain", **settings}
+        return cls(sync_every=sync_every, outer_lr=outer_lr, outer_momentum=0.0, **settings)

@@ -1,0 +1,84 @@
+"""Keeping gradients, unused-parameter bitmaps and buffers inside a worker: DDP without its collectives."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from torch.nn.parallel import DistributedDataParallel
+
+from .log import logger
+
+_UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
+
+
+def refuse_unsupported() -> None:
+    """
+    Refuse what shards or replaces the parameters that rounds average.
+
+    Raises:
+        ValueError: The job runs under DeepSpeed, FSDP, Megatron-LM or XLA.
+    """
+    if not AcceleratorState._shared_state:
+        return
+    kind = AcceleratorState().distributed_type.name
+    if kind in _UNSUPPORTED:
+        raise ValueError(
+            f"distributed_type must be NO, MULTI_CPU or MULTI_GPU for local training, got {kind}, which is not supported yet. "
+            "Launch without it: every worker must hold whole parameters."
+        )
+
+
+def ddp_wrappers(parameters: Iterable[torch.Tensor]) -> list[DistributedDataParallel]:
+    """Every DistributedDataParallel alive that holds one of `parameters` (`auto_find_batch_size` leaves stale ones too)."""
+    wanted = {id(p) for p in parameters}
+    found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return [ddp for ddp in found if any(id(p) in wanted for p in ddp.parameters())]
+
+
+class Isolation:
+    """
+    Holds DDP wrappers apart from other workers, until `release`.
+
+    The two `require_*_sync` flags cost nothing and are enough, but a `no_sync()` that is open puts them back when it closes, and
+    `static_graph` asserts that gradients are reduced: there, the wrapper gets a process group of its own, this process alone.
+    """
+
+    def __init__(self, wrappers: list[DistributedDataParallel]) -> None:
+        self._by_flags: list[DistributedDataParallel] = []
+        self._by_group: list[tuple[DistributedDataParallel, dist.ProcessGroup]] = []
+        for ddp in wrappers:
+            if ddp.static_graph or not ddp.require_backward_grad_sync:
+                self._by_group.append((ddp, ddp.process_group))
+                ddp._update_process_group(_lonely_group())
+            else:
+                self._by_flags.append(ddp)
+                ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+        if wrappers:
+            logger.info(
+                "DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds"
+            )
+
+    def release(self) -> None:
+        """Give the wrappers back as they were."""
+        for ddp in self._by_flags:
+            ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
+        for ddp, group in self._by_group:
+            ddp._update_process_group(group)
+        self._by_flags, self._by_group = [], []
+
+
+_lonely: dict[int, dist.ProcessGroup] = {}
+
+
+def _lonely_group() -> dist.ProcessGroup:
+    """A group of this process alone; made without the others, once per default group."""
+    key = id(dist.group.WORLD)
+    if key not in _lonely:
+        group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        assert group is not None
+        _lonely[key] = group
+    return _lonely[key]

@@ -1,0 +1,278 @@
+"""SlowMoOptimizer: local training with rounds, for custom loops under Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .config import SlowMoConfig
+from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .log import logger
+from .model_tensors import inner_lrs
+from .outer_loop import OuterLoop, RoundReport
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SLOW_STATE = "slowmo"
+
+
+class SlowMoOptimizer(torch.optim.Optimizer):
+    """
+    Wraps an optimizer so that every worker trains alone for `sync_every` steps and then takes part in a round (SlowMo,
+    https://huggingface.co/papers/1910.00643, Algorithm 1).
+
+        model, optimizer, loader = accelerator.prepare(model, SlowMoOptimizer(optimizer, config), loader)
+
+    is all there is to write. At the first forward pass of a module with its parameters it compares all ranks, broadcasts rank 0's
+    values, takes the anchors and isolates the DDP wrapper. What else is wanted are module functions that take the prepared or the
+    bare optimizer: `consensus`, `last_round`, `register_for_checkpointing`.
+
+    Args:
+        inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
+        config (`SlowMoConfig`, *optional*): The settings; the defaults where it is None.
+
+    Raises:
+        TypeError: `inner_optimizer` is no torch optimizer.
+    """
+
+    # GradScaler then calls our step() for every attempt, also one with an infinite gradient, and sets found_inf and grad_scale.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig | None = None) -> None:
+        if not isinstance(inner_optimizer, torch.optim.Optimizer):
+            raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
+        if isinstance(inner_optimizer, SlowMoOptimizer):
+            raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
+        # Optimizer.__init__ would take the parameter groups for its own. Its __setstate__ gives hooks and profiling alone.
+        self.__setstate__({"inner_optimizer": inner_optimizer, "config": config or SlowMoConfig(), "_pending": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.outer_loop: OuterLoop | None = None
+        self.isolation: Isolation | None = None
+        super().__setstate__(state)
+        self._first_forward = register_module_forward_pre_hook(self._on_forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "inner_optimizer": self.inner_optimizer,
+            "config": self.config,
+            "_pending": self.outer_loop.state_dict() if self.outer_loop else self._pending,
+        }
+
+    # ---- the wrapped optimizer's face: read through, never cached (load_state_dict replaces param_groups) ----
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state."""
+        return self.inner_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner_optimizer.state = state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's parameter groups."""
+        return self.inner_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.inner_optimizer.param_groups = param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self.inner_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner_optimizer.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients."""
+        self.inner_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, before training starts.
+
+        Raises:
+            ValueError: Training has started: the anchors are taken.
+        """
+        if self.outer_loop is not None:
+            raise ValueError(
+                "the parameter set cannot change after the start: add parameter groups before the first forward pass."
+            )
+        self.inner_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, and the slow state under `"slowmo"` once training has started.
+
+        Raises:
+            RuntimeError: Training is inside a round.
+        """
+        state_dict: dict[str, Any] = self.inner_optimizer.state_dict()
+        slow = self.outer_loop.state_dict() if self.outer_loop else self._pending
+        return state_dict if slow is None else {**state_dict, _SLOW_STATE: slow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load `state_dict()`'s result; without a slow state in it (a stock run's), the slow state starts fresh."""
+        slow = state_dict.get(_SLOW_STATE)
+        self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
+        if slow is not None and self.outer_loop is not None:
+            self.outer_loop.load_state_dict(slow)
+        elif slow is not None:
+            self._pending = slow
+
+    def train(self) -> None:
+        """Local weights in the parameters (the schedule-free protocol, which Trainer follows before each step)."""
+        if self.outer_loop is not None:
+            self.outer_loop.show_local()
+
+    def eval(self) -> None:
+        """The average in the parameters (Trainer calls it before each evaluation). Collective."""
+        if self.outer_loop is not None:
+            self.outer_loop.show_average()
+
+    # ---- the start ----
+
+    def _on_forward(self, module: torch.nn.Module, args: Any) -> None:
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        held = own & {id(p) for p in module.parameters()}
+        if not held:
+            return
+        wrappers = ddp_wrappers(p for group in self.param_groups for p in group["params"])
+        if wrappers:
+            self._start([ddp.module for ddp in wrappers], wrappers)
+        elif held == own:
+            self._start([module], [])
+
+    def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
+        self._first_forward.remove()
+        refuse_unsupported()
+        model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
+        self.isolation = Isolation(wrappers)
+        outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
+        outer_loop.start(broadcast_frozen=not wrappers)
+        if self._pending is not None:
+            outer_loop.load_state_dict(self._pending)
+            self._pending = None
+        self.outer_loop = outer_loop
+
+    def _started(self) -> OuterLoop:
+        if self.outer_loop is None:
+            if ddp_wrappers(p for group in self.param_groups for p in group["params"]):
+                raise RuntimeError(
+                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still averages "
+                    "gradients. Call the model that accelerator.prepare returned."
+                )
+            logger.warning(
+                "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
+            )
+            self._start([], [])
+        assert self.outer_loop is not None
+        return self.outer_loop
+
+    # ---- the step ----
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """
+        One attempted inner step, and a round if `sync_every` of them are done. Collective only then.
+
+        Args:
+            closure (`Callable`, *optional*): Handed to the inner optimizer.
+
+        Returns:
+            The closure's loss, if any.
+        """
+        outer_loop = self._started()
+        loss = self._inner_step(closure)
+        outer_loop.step(inner_lrs(self.inner_optimizer))
+        return loss
+
+    def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return self.inner_optimizer.step(closure) if closure is not None else self.inner_optimizer.step()
+        if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False):
+            return self._fused_inner_step(found_inf, grad_scale)
+        if found_inf.item():
+            return None
+        if grad_scale is not None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        param.grad.div_(grad_scale.to(param.grad.device))
+        return self.inner_optimizer.step()
+
+    def _fused_inner_step(self, found_inf: torch.Tensor, grad_scale: torch.Tensor | None) -> float | None:
+        inner: Any = self.inner_optimizer
+        inner.found_inf, inner.grad_scale = found_inf, grad_scale
+        try:
+            return inner.step()  # type: ignore[no-any-return]
+        finally:
+            del inner.found_inf, inner.grad_scale
+
+
+def _unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
+    found: Any = optimizer
+    while not isinstance(found, SlowMoOptimizer):
+        if not hasattr(found, "optimizer"):
+            raise TypeError(
+                f"expected a SlowMoOptimizer, prepared or bare, got {type(optimizer).__name__}. Wrap the optimizer first: "
+                "SlowMoOptimizer(optimizer, config)."
+            )
+        found = found.optimizer
+    return found
+
+
+@contextmanager
+def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """
+    Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit, and so are the
+    random generators. Collective: every rank enters it at the same step.
+
+        with slowmo_hf.consensus(optimizer):
+            evaluate(model)
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
+    """
+    outer_loop = _unwrap(optimizer).outer_loop
+    if outer_loop is None or outer_loop.showing_average:
+        yield
+        return
+    outer_loop.show_average()
+    try:
+        yield
+    finally:
+        outer_loop.show_local()
+
+
+def last_round(optimizer: torch.optim.Optimizer) -> RoundReport | None:
+    """The report of the last round, or None before the first. `accelerator.log(last_round(optimizer).to_logs())` logs it."""
+    outer_loop = _unwrap(optimizer).outer_loop
+    return outer_loop.last_round if outer_loop else None
+
+
+def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Make `accelerator.save_state` refuse, on every rank and before anything is written, to save inside a round: the folder holds rank
+    0's weights only. At a round's end all workers are equal and the slow state is saved with the optimizer.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
+        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or prepared.
+    """
+    bare = _unwrap(optimizer)
+
+    def check(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if bare.outer_loop is not None:
+            bare.outer_loop.state_dict()
+
+    accelerator.register_save_state_pre_hook(check)

@@ -1,0 +1,114 @@
+"""Several processes in a test cost one line: `run_workers(check, world_size=3)`; a fork server has the imports done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Warnings are errors; each exception says why it is not ours to mend.
+ALLOWED_WARNINGS = [
+    # torch's own note where a DataLoader asks for pinned memory on a machine without a GPU (Trainer's default).
+    ("ignore", ".*pin_memory.*", UserWarning),
+    # torch: gloo's ProcessGroup is destroyed with the process.
+    ("ignore", ".*destroy_process_group.*", UserWarning),
+    # torch.jit deprecations on import of optional parts of torch.
+    ("ignore", ".*torch.jit.*", DeprecationWarning),
+]
+
+
+def warnings_are_errors() -> None:
+    """The same filters in worker processes as in pytest's own."""
+    warnings.simplefilter("error")
+    for action, message, category in ALLOWED_WARNINGS:
+        warnings.filterwarnings(action, message=message, category=category)  # type: ignore[arg-type]
+
+
+def fork_server() -> Any:
+    """One fork server for the test session: a worker starts in tens of milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "accelerate", "slowmo_hf", "transformers.trainer", "torch._dynamo"])
+    return context
+
+
+def _worker(rank: int, world_size: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        ACCELERATE_USE_CPU="true" if backend == "gloo" else "false",
+        OMP_NUM_THREADS="1",
+    )
+    warnings_are_errors()
+    try:
+        if world_size > 1:
+            init = f"file://{folder}/store"
+            torch.distributed.init_process_group(backend, init_method=init, rank=rank, world_size=world_size)
+        torch.manual_seed(1234)
+        result = check(*args)
+        torch.save(result, f"{folder}/{rank}.pt")
+        if world_size > 1:
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        Path(f"{folder}/{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+def run_workers(
+    check: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", time_limit_seconds: float = 90
+) -> list[Any]:
+    """
+    Run `check(*args)` in `world_size` processes, one thread each, under the environment that torchrun sets.
+
+    Args:
+        check (`Callable`): A module-level function. It finds its rank in `torch.distributed`.
+        world_size (`int`): 1 starts one process without `torch.distributed`.
+
+    Returns:
+        `list`: What each rank returned.
+
+    Raises:
+        AssertionError: A rank failed (the first one's traceback is shown) or the time limit passed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = fork_server()
+        workers = [
+            context.Process(target=_worker, args=(rank, world_size, folder, backend, check, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for worker in workers:
+            worker.start()
+        _wait(workers, folder, time_limit_seconds)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _wait(workers: list[Any], folder: str, time_limit_seconds: float) -> None:
+    deadline = time.monotonic() + time_limit_seconds
+    try:
+        while any(worker.is_alive() for worker in workers):
+            failed = [worker for worker in workers if worker.exitcode not in (None, 0)]
+            if failed and time.monotonic() > deadline - time_limit_seconds:
+                for worker in workers:
+                    worker.join(timeout=5)  # a rank that failed too leaves its own word
+                break
+            assert time.monotonic() < deadline, f"ranks {[r for r, w in enumerate(workers) if w.is_alive()]} still run: time limit"
+            time.sleep(0.01)
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+    words = {rank: Path(f"{folder}/{rank}.error") for rank in range(len(workers))}
+    told = "\n".join(f"rank {rank}:\n{path.read_text()}" for rank, path in words.items() if path.exists())
+    assert not told, told
+    assert all(worker.exitcode == 0 for worker in workers), f"exit codes {[w.exitcode for w in workers]}"
