@@ -64,9 +64,7 @@ def _worker(rank: int, world_size: int, folder: str, backend: str, check: Callab
         os._exit(1)
 
 
-def run_workers(
-    check: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", time_limit_seconds: float = 90
-) -> list[Any]:
+def run_workers(check: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", time_limit_seconds: float = 90) -> list[Any]:
     """
     Run `check(*args)` in `world_size` processes, one thread each, under the environment that torchrun sets.
 

@@ -51,9 +51,7 @@ class SlowMoCallback(TrainerCallback):
 
     # ---- the start and the end ----
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
         make_heard()
         self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
@@ -102,9 +100,7 @@ class SlowMoCallback(TrainerCallback):
             args.average_tokens_across_devices = self._stock_token_average
             self._stock_token_average = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was."""
         if self.outer_loop is None:
             return
@@ -115,9 +111,7 @@ class SlowMoCallback(TrainerCallback):
 
     # ---- the clock ----
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped yet."""
         assert self.outer_loop is not None
         report = self.outer_loop.step(inner_lrs(_raw_optimizer(kwargs["optimizer"])))
@@ -126,24 +120,18 @@ class SlowMoCallback(TrainerCallback):
 
     # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give the local weights back. The generators went back after the look: the next batches have been drawn since."""
         if self.outer_loop is not None:
             self.outer_loop.show_local(give_back_random_state=False)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
         self._look_if_due(control)
         if control.should_log or control.should_training_stop:
             self._log(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As at a step's end."""
         self._look_if_due(control)
 
@@ -151,15 +139,11 @@ class SlowMoCallback(TrainerCallback):
         if self.outer_loop and (control.should_evaluate or control.should_save or control.should_training_stop):
             self.outer_loop.show_average()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the average was what Trainer saw; undo what the evaluation drew from the random generators."""
         self._after_look("evaluated")
 
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
-    ) -> None:
+    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any) -> None:
         """As after an evaluation."""
         self._after_look("predicted with")
 

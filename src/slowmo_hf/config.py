@@ -119,21 +119,15 @@ class SlowMoConfig:
 
     def _check_ranges(self) -> None:
         if self.sync_every < 1:
-            raise ValueError(
-                f"sync_every must be >= 1 optimizer step, got {self.sync_every}. Use 1 to average after every step."
-            )
+            raise ValueError(f"sync_every must be >= 1 optimizer step, got {self.sync_every}. Use 1 to average after every step.")
         if not 0 <= self.outer_momentum < 1:
-            raise ValueError(
-                f"outer_momentum must be in [0, 1), got {self.outer_momentum}. Use 0 to switch slow momentum off."
-            )
+            raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}. Use 0 to switch slow momentum off.")
         if self.outer_lr <= 0:
             raise ValueError(f"outer_lr must be > 0, got {self.outer_lr}. Use 1.0 for the paper's setting.")
         if self.timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be > 0 seconds, got {self.timeout_seconds}.")
         if self.bucket_bytes < 1024:
-            raise ValueError(
-                f"bucket_bytes must be >= 1024 bytes, got {self.bucket_bytes}. 26214400 (25 MiB) is lean."
-            )
+            raise ValueError(f"bucket_bytes must be >= 1024 bytes, got {self.bucket_bytes}. 26214400 (25 MiB) is lean.")
         if self.peers < 1:
             raise ValueError(f"peers must be >= 1, got {self.peers}.")
         if self.staleness < 0:
@@ -150,9 +144,7 @@ class SlowMoConfig:
         self.outer_optimizer_class()
         kwargs = self.outer_optimizer_arguments()
         if "lr" in kwargs:
-            raise ValueError(
-                f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer optimizer's lr."
-            )
+            raise ValueError(f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer optimizer's lr.")
         if self.outer_momentum != type(self).outer_momentum:
             raise ValueError(
                 f"outer_momentum is for outer_optimizer='slow_momentum', got {self.outer_momentum} with outer_optimizer="
@@ -176,8 +168,7 @@ class SlowMoConfig:
         if value != "node" and not (isinstance(value, str) and value.isdecimal() and int(value) > 0):
             raise ValueError(f"processes_per_worker must be 'auto', 'node' or a number >= 1, got {value!r}.")
         raise ValueError(
-            f"processes_per_worker must be 'auto' or 1 in this version, got {value!r}: workers of several processes are not "
-            "built yet."
+            f"processes_per_worker must be 'auto' or 1 in this version, got {value!r}: workers of several processes are not built yet."
         )
 
     def outer_optimizer_class(self) -> type[Any]:
@@ -191,9 +182,7 @@ class SlowMoConfig:
                 f"got {self.outer_optimizer!r} ({error})."
             ) from error
         if not callable(getattr(found, "step", None)):
-            raise ValueError(
-                f"outer_optimizer must name a torch optimizer, got {self.outer_optimizer!r}, a {found!r}."
-            )
+            raise ValueError(f"outer_optimizer must name a torch optimizer, got {self.outer_optimizer!r}, a {found!r}.")
         return found  # type: ignore[no-any-return]
 
     def outer_optimizer_arguments(self) -> dict[str, Any]:
@@ -201,9 +190,7 @@ class SlowMoConfig:
         try:
             arguments = json.loads(self.outer_optimizer_kwargs or "{}")
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"outer_optimizer_kwargs must be JSON, got {self.outer_optimizer_kwargs!r} ({error})."
-            ) from error
+            raise ValueError(f"outer_optimizer_kwargs must be JSON, got {self.outer_optimizer_kwargs!r} ({error}).") from error
         if not isinstance(arguments, dict):
             raise ValueError(f"outer_optimizer_kwargs must be a JSON object, got {self.outer_optimizer_kwargs!r}.")
         return arguments
@@ -221,9 +208,7 @@ class SlowMoConfig:
         return cls(**settings)
 
     @classmethod
-    def paper(
-        cls, task: Literal["cifar10", "imagenet", "wmt16"], base: str = "local_sgd", *, outer_momentum: float
-    ) -> SlowMoConfig:
+    def paper(cls, task: Literal["cifar10", "imagenet", "wmt16"], base: str = "local_sgd", *, outer_momentum: float) -> SlowMoConfig:
         """
         The paper's setting for a task (section 5): tau 12 for Local SGD and 48 for gossip (12 on CIFAR-10), alpha 1, inner state reset for
         the image tasks and maintained for WMT'16. beta is required: it was tuned per row, "typically 0.4 to 0.8", and not
@@ -240,9 +225,7 @@ class SlowMoConfig:
         return cls(sync_every=sync_every, outer_lr=1.0, outer_momentum=0.0, **settings)
 
     @classmethod
-    def bmuf(
-        cls, *, block_momentum: float, block_lr: float = 1.0, nesterov: bool = False, **settings: Any
-    ) -> SlowMoConfig:
+    def bmuf(cls, *, block_momentum: float, block_lr: float = 1.0, nesterov: bool = False, **settings: Any) -> SlowMoConfig:
         """BMUF: `v <- block_momentum v + block_lr Delta; x <- x - v`, no lr ratio; NBM with `nesterov=True`."""
         if not 0 <= block_momentum < 1:
             raise ValueError(f"block_momentum must be in [0, 1), got {block_momentum}.")
@@ -250,9 +233,7 @@ class SlowMoConfig:
         return cls(outer_optimizer="torch.optim.SGD", outer_optimizer_kwargs=kwargs, outer_lr=block_lr, **settings)
 
     @classmethod
-    def diloco(
-        cls, *, sync_every: int = 500, outer_lr: float = 0.7, nesterov_momentum: float = 0.9, **settings: Any
-    ) -> SlowMoConfig:
+    def diloco(cls, *, sync_every: int = 500, outer_lr: float = 0.7, nesterov_momentum: float = 0.9, **settings: Any) -> SlowMoConfig:
         """DiLoCo (https://huggingface.co/papers/2311.08105): outer Nesterov SGD, inner state kept by each worker."""
         kwargs = json.dumps({"momentum": nesterov_momentum, "nesterov": True})
         settings = {"inner_state": "maintain", **settings}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,22 +54,24 @@ class Isolation:
         for ddp in wrappers:
             if ddp.static_graph or not ddp.require_backward_grad_sync:
                 self._by_group.append((ddp, ddp.process_group))
-                ddp._update_process_group(_lonely_group())
+                _set_group(ddp, _lonely_group())
             else:
                 self._by_flags.append(ddp)
                 ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
         if wrappers:
-            logger.info(
-                "DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds"
-            )
+            logger.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
 
     def release(self) -> None:
         """Give the wrappers back as they were."""
         for ddp in self._by_flags:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
         for ddp, group in self._by_group:
-            ddp._update_process_group(group)
+            _set_group(ddp, group)
         self._by_flags, self._by_group = [], []
+
+
+def _set_group(ddp: Any, group: dist.ProcessGroup) -> None:
+    ddp._update_process_group(group)  # private; torch >= 2.6 (tests/test_wire.py holds it)
 
 
 _lonely: dict[int, dist.ProcessGroup] = {}

@@ -16,7 +16,7 @@ from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop, RoundReport
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
 
 _SLOW_STATE = "slowmo"
 
@@ -42,6 +42,10 @@ class SlowMoOptimizer(torch.optim.Optimizer):
 
     # GradScaler then calls our step() for every attempt, also one with an infinite gradient, and sets found_inf and grad_scale.
     _step_supports_amp_scaling = True
+
+    inner_optimizer: torch.optim.Optimizer
+    config: SlowMoConfig
+    _pending: dict[str, Any] | None
 
     def __init__(self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig | None = None) -> None:
         if not isinstance(inner_optimizer, torch.optim.Optimizer):
@@ -104,9 +108,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             ValueError: Training has started: the anchors are taken.
         """
         if self.outer_loop is not None:
-            raise ValueError(
-                "the parameter set cannot change after the start: add parameter groups before the first forward pass."
-            )
+            raise ValueError("the parameter set cannot change after the start: add parameter groups before the first forward pass.")
         self.inner_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,9 +172,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
                     "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still averages "
                     "gradients. Call the model that accelerator.prepare returned."
                 )
-            logger.warning(
-                "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
-            )
+            logger.warning("no module with all of the optimizer's parameters was called: buffers, if any, are not averaged")
             self._start([], [])
         assert self.outer_loop is not None
         return self.outer_loop

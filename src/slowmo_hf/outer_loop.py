@@ -86,9 +86,7 @@ class OuterLoop:
         model (`torch.nn.Module`, *optional*): Gives parameters their names, and buffers. Unwrapped.
     """
 
-    def __init__(
-        self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig, model: torch.nn.Module | None = None
-    ) -> None:
+    def __init__(self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig, model: torch.nn.Module | None = None) -> None:
         self.config = config
         self.inner_optimizer = inner_optimizer
         self.tensors = ModelTensors(inner_optimizer, model)
@@ -137,8 +135,10 @@ class OuterLoop:
         if isinstance(self.outer_optimizer, SlowMomentum) and self.config.outer_momentum > 0:
             self.velocities = [torch.zeros_like(item.flat) for item in self.anchors]
             for velocity, buckets in zip(self.velocities, self._buckets, strict=True):
-                for bucket, part in zip(buckets, velocity.split(max(1, _longest(buckets))), strict=True):
-                    self.outer_optimizer.state[bucket.anchor]["velocity"] = part
+                offset = 0
+                for bucket in buckets:
+                    self.outer_optimizer.state[bucket.anchor]["velocity"] = velocity[offset : offset + bucket.anchor.numel()]
+                    offset += bucket.anchor.numel()
 
     # ---- the clock and the round ----
 
@@ -154,9 +154,7 @@ class OuterLoop:
             `RoundReport` of a round, or None between rounds, where nothing is sent.
         """
         if self.showing_average:
-            raise RuntimeError(
-                "a training step was taken while the average is shown: leave consensus() before you train on."
-            )
+            raise RuntimeError("a training step was taken while the average is shown: leave consensus() before you train on.")
         self.attempted_steps += 1
         return self._round(inner_lrs) if self.workers_agree else None
 
@@ -411,9 +409,7 @@ class OuterLoop:
             ValueError: The state does not fit: version, sizes, or a clock inside a round.
         """
         if state_dict.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}."
-            )
+            raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
         own_velocities = getattr(self, "velocities", [])
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", own_velocities)):
@@ -447,10 +443,6 @@ def _inner_state_policy(config: SlowMoConfig, optimizer: torch.optim.Optimizer) 
             "Use inner_state='maintain' or 'average'."
         )
     return config.inner_state
-
-
-def _longest(buckets: list[Bucket]) -> int:
-    return max((bucket.anchor.numel() for bucket in buckets), default=1)
 
 
 def _hash48(names: list[str]) -> float:

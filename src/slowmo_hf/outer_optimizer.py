@@ -67,24 +67,22 @@ class SlowMomentum(torch.optim.Optimizer):
         for group in self.param_groups:
             for anchor in group["params"]:
                 if anchor.grad is not None:
-                    self._update(anchor, group)
+                    self._update(anchor, anchor.grad, group)
 
-    def _update(self, anchor: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, anchor: torch.Tensor, pseudo_grad: torch.Tensor, group: dict[str, Any]) -> None:
         outer_lr, outer_momentum = group["lr"], group["outer_momentum"]
         if outer_momentum == 0:
-            anchor.sub_(anchor.grad, alpha=outer_lr)
+            anchor.sub_(pseudo_grad, alpha=outer_lr)
             return
         if "velocity" not in self.state[anchor]:
             self.state[anchor]["velocity"] = torch.zeros_like(anchor)
         velocity = self.state[anchor]["velocity"]
         if group["inner_lr"] == 0:
             velocity.mul_(outer_momentum)
-            anchor.sub_(anchor.grad, alpha=outer_lr)
+            anchor.sub_(pseudo_grad, alpha=outer_lr)
             return
         lr_ratio = group["inner_lr"] / group["previous_inner_lr"] if group["previous_inner_lr"] else 1.0
-        slow_momentum_update_(
-            anchor, anchor.grad, velocity, outer_lr=outer_lr, outer_momentum=outer_momentum, lr_ratio=lr_ratio
-        )
+        slow_momentum_update_(anchor, pseudo_grad, velocity, outer_lr=outer_lr, outer_momentum=outer_momentum, lr_ratio=lr_ratio)
 
     def end_round(self) -> None:
         """Remember each group's inner learning rate for the next round's ratio; a zero leaves the last one in place."""
@@ -102,9 +100,7 @@ def make_outer_optimizer(config: SlowMoConfig, anchor_groups: list[list[torch.Te
     if config.outer_optimizer == SLOW_MOMENTUM:
         return SlowMomentum(groups, outer_lr=config.outer_lr, outer_momentum=config.outer_momentum)
     try:
-        optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(
-            groups, lr=config.outer_lr, **config.outer_optimizer_arguments()
-        )
+        optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(groups, lr=config.outer_lr, **config.outer_optimizer_arguments())
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"outer_optimizer {config.outer_optimizer!r} refuses outer_lr={config.outer_lr} and outer_optimizer_kwargs="

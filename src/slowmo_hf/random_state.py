@@ -22,7 +22,7 @@ class RandomState:
     @classmethod
     def take(cls) -> RandomState:
         """The state now."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     def give_back(self) -> None:

@@ -57,9 +57,7 @@ def log_start(communicator: Communicator, config: SlowMoConfig, inner_state: str
         return
     lines = [f"{communicator.world_size} workers, one process each, on {machines} machine(s):"]
     lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
-    lines += [
-        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
-    ]
+    lines += [f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)]
     lines += [f"  {name} = {value}" for name, value in config.to_dict().items()]
     lines += [f"  inner_state in effect = {inner_state}"]
     logger.info("%s", "\n".join(lines))

@@ -1,0 +1,26 @@
+# Two commands do everything on a fresh machine with Python, git and make. Each makes .venv, installs what it needs and goes.
+# pip honours PIP_CONSTRAINT, for example to choose torch's CPU build.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test
+
+train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images; about three minutes on two cores.
+	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
+		recipes/image_classification.py $(ARGS)
+
+test: $(VENV)/.test  ## Lint, types and all tests. ARGS="-m 'not slow'" leaves the slow ones out.
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.recipes: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install -e ".[recipes]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install -e ".[dev]"
+	touch $@ $(VENV)/.recipes
