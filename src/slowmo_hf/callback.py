@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .communicator import processes_in_job
 from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .log import logger, make_heard
@@ -60,6 +61,11 @@ class SlowMoCallback(TrainerCallback):
         optimizer = _raw_optimizer(kwargs["optimizer"])
         outer_loop = OuterLoop(optimizer, self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters())
+        if args.world_size != processes_in_job():
+            raise RuntimeError(
+                f"torch.distributed has {processes_in_job()} processes, but TrainingArguments.world_size is {args.world_size}: every "
+                "process would train on all data. On CPU, set use_cpu=True or ACCELERATE_USE_CPU=true (docs/launch.md)."
+            )
         if args.world_size > 1 and not wrappers:
             raise RuntimeError(
                 f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so it is unknown "

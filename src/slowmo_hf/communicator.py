@@ -42,7 +42,7 @@ class Communicator:
         self.group: dist.ProcessGroup | None = None
         self.rank, self.world_size = 0, 1
         self.backend = "none"
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if processes_in_job() > 1:
             self.group = _own_group(timeout_seconds)
             self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
             self.backend = dist.get_backend(self.group)
@@ -102,6 +102,11 @@ class Communicator:
 
     def _ring_bytes(self, flat: torch.Tensor) -> float:
         return 2 * (self.world_size - 1) / self.world_size * flat.nbytes
+
+
+def processes_in_job() -> int:
+    """The size of `torch.distributed`'s world; 1 where it is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def machines_in_job(world_size: int) -> int:

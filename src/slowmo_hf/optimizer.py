@@ -143,6 +143,8 @@ class SlowMoOptimizer(torch.optim.Optimizer):
     # ---- the start ----
 
     def _on_forward(self, module: torch.nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return  # an evaluation before training, perhaps on one rank alone: the start is collective
         own = {id(p) for group in self.param_groups for p in group["params"]}
         held = own & {id(p) for p in module.parameters()}
         if not held:

@@ -1,0 +1,236 @@
+"""
+Image classification by workers that meet every few steps: a stock `Trainer` and one `SlowMoCallback`.
+
+    accelerate launch --config_file recipes/configs/cpu_two_processes.yaml recipes/image_classification.py
+
+With no flags: two processes, the Fashion-MNIST subset beside this file, a small ResNet, slow momentum on. Every field of `SlowMoConfig` and
+of `TrainingArguments` is a flag. At the end: a table, a JSON record in `--output_dir` and, with `--plot`, a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from image_data import Batch, DataError, ImageSets, load_images, make_dataset, mean_and_std
+from small_resnet import make_model
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+
+import slowmo_hf
+from slowmo_hf import SlowMoCallback, SlowMoConfig
+
+
+@dataclass
+class ScriptArguments:
+    """What is learned, and what is left behind."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of Parquet files; the shipped images by default."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with the class labels."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows, for a dry run."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first test rows."})
+    width: int = field(default=16, metadata={"help": "Channels of the small ResNet's first stage."})
+    inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD."})
+    plain_ddp: bool = field(default=False, metadata={"help": "Leave SlowMoCallback out: stock Trainer, gradients averaged at every step."})
+    plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """TrainingArguments with this recipe's defaults."""
+
+    output_dir: str | None = field(default="outputs/image_classification", metadata={"help": "Model, record and plot go here."})
+    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch per process."})
+    per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the inner SGD."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a fraction of all steps."})
+    logging_steps: float = field(default=60, metadata={"help": "A multiple of sync_every, so that logging waits for nobody."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to test the average."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, ..."})
+    use_cpu: bool = field(default=not torch.cuda.is_available(), metadata={"help": "On by default where there is no GPU."})
+    average_tokens_across_devices: bool = field(
+        default=False, metadata={"help": "Off: the ResNets' loss is a mean over images already, and would be scaled by the world."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Page-locked batches, for GPUs."})
+
+
+def main() -> None:
+    """Parse, train, test, and write down what came out."""
+    parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
+    script, config, args = parser.parse_args_into_dataclasses()
+    try:
+        sets = load_images(
+            script.dataset_name,
+            script.image_column,
+            script.label_column,
+            script.train_split,
+            script.test_split,
+            script.max_train_samples,
+            script.max_eval_samples,
+        )
+    except DataError as error:
+        sys.exit(f"image_classification.py: {error}")
+    transformers.set_seed(args.seed)
+    trainer = make_trainer(script, config, args, sets)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        record = make_record(script, config, trainer, sets, metrics, seconds)
+        write_record(record, Path(args.output_dir) / "record.json")
+        print_table(record)
+        if script.plot:
+            plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
+
+
+def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingArguments, sets: ImageSets) -> Trainer:
+    """A stock Trainer with SGD; the callback is the one line that makes workers local."""
+    train, test = make_dataset(sets.train, sets, train=True), make_dataset(sets.test, sets, train=False)
+    mean, std = mean_and_std(train)
+    model = make_model(sets.image_size, sets.channels, sets.label_names, script.width)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=args.learning_rate,
+        momentum=script.inner_momentum,
+        nesterov=script.inner_momentum > 0,
+        weight_decay=args.weight_decay,
+    )
+    trainer = _ImageTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=test,
+        data_collator=Batch(mean, std, crop_padding=2 if sets.image_size <= 64 else 0, flip=True),
+        compute_metrics=accuracy,
+        optimizers=(optimizer, None),
+        callbacks=[] if script.plain_ddp else [SlowMoCallback(config)],
+    )
+    trainer.eval_collator = Batch(mean, std)
+    return trainer
+
+
+class _ImageTrainer(Trainer):
+    """Trainer has one collator; tests are not augmented."""
+
+    eval_collator: Batch
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        training_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Fraction of test images whose largest logit is the label's."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+
+
+def make_record(
+    script: ScriptArguments, config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """Everything that a reader needs to judge the run, and to run it again."""
+    history = trainer.state.log_history
+    rounds = [entry for entry in history if "slowmo/round" in entry]
+    on = not script.plain_ddp
+    return {
+        "study": "single",
+        "task": "image_classification",
+        "dataset": sets.name,
+        "train_rows": len(sets.train),
+        "test_rows": len(sets.test),
+        "model": f"{type(trainer.model).__name__}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters",
+        "base": config.base if on else "all_reduce",
+        "slowmo": on and config.outer_momentum > 0,
+        "workers": trainer.args.world_size,
+        "sync_every": config.sync_every if on else 1,
+        "outer_lr": config.outer_lr if on else None,
+        "outer_momentum": config.outer_momentum if on else None,
+        "inner_lr": trainer.args.learning_rate,
+        "inner_state": config.inner_state if on else None,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "metrics": {"test_accuracy": metrics["eval_accuracy"], "test_loss": metrics["eval_loss"]},
+        "curve": [{"step": e["step"], "test_accuracy": e["eval_accuracy"]} for e in history if "eval_accuracy" in e],
+        "rounds": rounds[-1]["slowmo/round"] if rounds else 0,
+        "bytes_sent_per_worker": sum(entry["slowmo/bytes_sent"] for entry in rounds) if on else None,
+        "seconds": seconds,
+        "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if on else None,
+        "command": shlex.join(sys.argv),
+        "versions": {"slowmo_hf": slowmo_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "commit": _commit(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {trainer.args.device}",
+    }
+
+
+def _commit() -> str | None:
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def write_record(record: dict[str, Any], path: Path) -> None:
+    """Write beside, then rename: a reader never sees half a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(record, indent=2) + "\n")
+    beside.replace(path)
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """The run in a few lines."""
+    rows = {
+        "accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}",
+        "workers": record["workers"],
+        "rounds": record["rounds"] or "none: gradients averaged at every step",
+        "bytes sent per worker": "not counted" if record["bytes_sent_per_worker"] is None else f"{record['bytes_sent_per_worker']:,}",
+        "seconds communicating": "not counted" if record["seconds_communicating"] is None else f"{record['seconds_communicating']:.1f}",
+        "seconds in all": f"{record['seconds']:.1f}",
+    }
+    print("\n".join(f"{name:<24}{value}" for name, value in rows.items()), flush=True)
+
+
+def plot(history: list[dict[str, float]], path: Path) -> None:
+    """Training loss and consensus distance over optimizer steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 6), layout="constrained")
+    for axis, key, label in ((axes[0], "loss", "training loss"), (axes[1], "slowmo/consensus_distance", "consensus distance")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        axis.plot([step for step, _ in points], [value for _, value in points], marker=".")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].set_xlabel("optimizer steps")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
