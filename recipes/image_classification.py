@@ -56,7 +56,7 @@ class RecipeTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch per process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
-    learning_rate: float = field(default=0.05, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the inner SGD."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a fraction of all steps."})

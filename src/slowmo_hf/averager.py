@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,59 +34,74 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Bucket:
-    """A run of one anchor's elements, with the pieces of parameters that lie in it: (parameter, start, stop, offset)."""
+    """A run of a flat anchor: what one message carries.
+
+    Args:
+        anchor (`torch.Tensor`): The run itself, a view.
+        pieces (`list`): (parameter, start, stop, offset): elements start to stop of the parameter lie at offset.
+        parts (`list`): (inner parameter group, its run within `anchor`): one part per group that the bucket touches.
+    """
 
     anchor: torch.Tensor
     pieces: list[tuple[torch.Tensor, int, int, int]]
+    parts: list[tuple[int, torch.Tensor]]
 
 
 @dataclass
 class FlatAnchor:
-    """The anchors of one inner parameter group on one device in one wide dtype, in one flat tensor."""
+    """The anchors on one device in one wide dtype, in one flat tensor; groups[i] is the inner parameter group of params[i]."""
 
-    group: int
     flat: torch.Tensor
     params: list[torch.Tensor]
+    groups: list[int]
 
     def anchors(self) -> list[torch.Tensor]:
         """One view per parameter, with the parameter's shape and strides."""
-        views, offset = [], 0
-        for param in self.params:
-            views.append(self.flat.as_strided(param.shape, param.stride(), offset))
-            offset += param.numel()
-        return views
+        return views_like(self.flat, self.params)
 
-    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+    def buckets(self, bucket_bytes: int) -> list[Bucket]:
         """Cut into runs of at most `bucket_bytes`; a tensor larger than that spans several."""
-        step = max(1, bucket_bytes // self.flat.element_size())
+        longest = max(1, bucket_bytes // self.flat.element_size())
         bounds = [0]
         for param in self.params:
             bounds.append(bounds[-1] + param.numel())
-        for start in range(0, self.flat.numel(), step):
-            stop = min(start + step, self.flat.numel())
-            pieces = [
-                (param, max(start, low) - low, min(stop, high) - low, max(start, low) - start)
-                for param, low, high in zip(self.params, bounds, bounds[1:], strict=False)
-                if max(start, low) < min(stop, high)
-            ]
-            yield Bucket(self.flat[start:stop], pieces)
+        return [self._bucket(bounds, start, min(start + longest, bounds[-1])) for start in range(0, bounds[-1], longest)]
+
+    def _bucket(self, bounds: list[int], start: int, stop: int) -> Bucket:
+        anchor = self.flat[start:stop]
+        pieces = []
+        ends: dict[int, tuple[int, int]] = {}
+        for param, group, low, high in zip(self.params, self.groups, bounds, bounds[1:], strict=False):
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                pieces.append((param, first - low, last - low, first - start))
+                ends[group] = (ends.get(group, (first, 0))[0], last)
+        return Bucket(anchor, pieces, [(group, anchor[first - start : last - start]) for group, (first, last) in ends.items()])
+
+
+def views_like(flat: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Cut a flat tensor into views with the shapes and strides of `tensors`, one after the other."""
+    views, offset = [], 0
+    for tensor in tensors:
+        views.append(flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + offset))
+        offset += tensor.numel()
+    return views
 
 
 def flat_anchors(groups: Iterable[list[torch.Tensor]]) -> list[FlatAnchor]:
-    """Copy parameters into fresh flat anchors: one per (group, device, wide dtype), in the order they are met."""
-    found: dict[tuple[int, torch.device, torch.dtype], list[torch.Tensor]] = {}
+    """Copy parameters into fresh flat anchors: one per (device, wide dtype), group after group."""
+    found: dict[tuple[torch.device, torch.dtype], FlatAnchor] = {}
     for group, params in enumerate(groups):
         for param in params:
-            found.setdefault((group, param.device, wide_dtype(param.dtype)), []).append(param)
-    anchors = []
-    for (group, device, dtype), params in found.items():
-        flat = torch.empty(sum(p.numel() for p in params), dtype=dtype, device=device)
-        anchors.append(FlatAnchor(group, flat, params))
-        offset = 0
-        for param in params:
-            flat[offset : offset + param.numel()].copy_(flat_view(param))
-            offset += param.numel()
-    return anchors
+            dtype = wide_dtype(param.dtype)
+            anchor = found.setdefault((param.device, dtype), FlatAnchor(torch.empty(0, dtype=dtype, device=param.device), [], []))
+            anchor.params.append(param)
+            anchor.groups.append(group)
+    for anchor in found.values():
+        anchor.flat = anchor.flat.new_empty(sum(p.numel() for p in anchor.params))
+        for view, param in zip(anchor.anchors(), anchor.params, strict=True):
+            view.copy_(param.detach())
+    return list(found.values())
 
 
 class ExactAverager:
@@ -162,9 +177,8 @@ class ExactAverager:
         for tensor in tensors:
             queues.setdefault((tensor.device, wire_dtype(tensor.dtype)), []).append(tensor)
         for (device, dtype), queue in queues.items():
-            total = torch.empty(sum(t.numel() for t in queue), dtype=torch.uint8, device="meta")
-            item = FlatAnchor(0, total, queue)
-            for bucket in item.buckets(max(1, self.bucket_bytes // dtype.itemsize)):
+            shape_only = torch.empty(sum(t.numel() for t in queue), dtype=dtype, device="meta")
+            for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self.bucket_bytes):
                 flat = self._buffer(bucket.anchor.numel(), dtype, device)
                 for tensor, start, stop, offset in bucket.pieces:
                     flat[offset : offset + stop - start].copy_(flat_view(tensor)[start:stop])

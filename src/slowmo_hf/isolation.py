@@ -44,30 +44,44 @@ class Isolation:
     """
     Holds DDP wrappers apart from other workers, until `release`.
 
-    The two `require_*_sync` flags cost nothing and are enough, but a `no_sync()` that is open puts them back when it closes, and
-    `static_graph` asserts that gradients are reduced: there, the wrapper gets a process group of its own, this process alone.
+    The two `require_*_sync` flags cost nothing and are enough, with two exceptions. A `no_sync()` that is open puts them back when it
+    closes, so they are set again at every forward pass until `settle` finds them set. `static_graph` asserts that gradients are
+    reduced: there, the wrapper gets a process group of its own, this process alone.
     """
 
     def __init__(self, wrappers: list[DistributedDataParallel]) -> None:
-        self._by_flags: list[DistributedDataParallel] = []
-        self._by_group: list[tuple[DistributedDataParallel, dist.ProcessGroup]] = []
-        for ddp in wrappers:
-            if ddp.static_graph or not ddp.require_backward_grad_sync:
-                self._by_group.append((ddp, ddp.process_group))
-                _set_group(ddp, _lonely_group())
-            else:
-                self._by_flags.append(ddp)
-                ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+        self._by_flags = [ddp for ddp in wrappers if not ddp.static_graph]
+        self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if ddp.static_graph]
+        self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync]
+        for ddp in self._by_flags:
+            _switch_off(ddp)
+        for ddp, _ in self._by_group:
+            _set_group(ddp, _lonely_group())
         if wrappers:
             logger.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
 
+    def settle(self) -> None:
+        """Call at an optimizer step: stop setting the flags at every forward pass once they stay."""
+        if self._hooks and not any(ddp.require_backward_grad_sync for ddp in self._by_flags):
+            self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     def release(self) -> None:
         """Give the wrappers back as they were."""
+        self._remove_hooks()
         for ddp in self._by_flags:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
         for ddp, group in self._by_group:
             _set_group(ddp, group)
         self._by_flags, self._by_group = [], []
+
+
+def _switch_off(ddp: Any, inputs: Any = None) -> None:
+    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
 
 
 def _set_group(ddp: Any, group: dist.ProcessGroup) -> None:

@@ -192,6 +192,8 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             The closure's loss, if any.
         """
         outer_loop = self._started()
+        if self.isolation is not None:
+            self.isolation.settle()
         loss = self._inner_step(closure)
         outer_loop.step(inner_lrs(self.inner_optimizer))
         return loss

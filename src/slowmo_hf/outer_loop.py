@@ -36,9 +36,9 @@ from typing import Any
 
 import torch
 
-from .averager import Bucket, ExactAverager, flat_anchors
+from .averager import Bucket, ExactAverager, FlatAnchor, flat_anchors, views_like
 from .communicator import Communicator, machines_in_job
-from .config import SlowMoConfig
+from .config import SLOW_MOMENTUM, SlowMoConfig
 from .log import logger, make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
@@ -119,7 +119,7 @@ class OuterLoop:
         self.tensors.remember_buffers()
         self.attempted_steps = attempted_steps
         self.anchors = flat_anchors(self.tensors.groups)
-        self._buckets = [list(item.buckets(self.config.bucket_bytes)) for item in self.anchors]
+        self._buckets = [item.buckets(self.config.bucket_bytes) for item in self.anchors]
         self.averager.reserve(self.anchors)
         self._make_outer_optimizer()
         log_start(self.communicator, self.config, self.inner_state, machines_in_job(self.communicator.world_size))
@@ -128,17 +128,25 @@ class OuterLoop:
     def _make_outer_optimizer(self) -> None:
         """Slow momentum works on buckets, as they arrive; another optimizer on anchors in the parameters' shapes, at the end."""
         groups: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
-        in_buckets = self.config.outer_optimizer == "slow_momentum"
-        for item, buckets in zip(self.anchors, self._buckets, strict=True):
-            groups[item.group] += [b.anchor for b in buckets] if in_buckets else item.anchors()
+        if self.config.outer_optimizer == SLOW_MOMENTUM:
+            for group, part in self._parts(self.anchors):
+                groups[group].append(part)
+        else:
+            for item in self.anchors:
+                for group, anchor in zip(item.groups, item.anchors(), strict=True):
+                    groups[group].append(anchor)
         self.outer_optimizer = make_outer_optimizer(self.config, groups)
+        self.velocities = []
         if isinstance(self.outer_optimizer, SlowMomentum) and self.config.outer_momentum > 0:
-            self.velocities = [torch.zeros_like(item.flat) for item in self.anchors]
-            for velocity, buckets in zip(self.velocities, self._buckets, strict=True):
-                offset = 0
-                for bucket in buckets:
-                    self.outer_optimizer.state[bucket.anchor]["velocity"] = velocity[offset : offset + bucket.anchor.numel()]
-                    offset += bucket.anchor.numel()
+            velocities = [FlatAnchor(torch.zeros_like(item.flat), item.params, item.groups) for item in self.anchors]
+            for (_, anchor), (_, velocity) in zip(self._parts(self.anchors), self._parts(velocities), strict=True):
+                self.outer_optimizer.state[anchor]["velocity"] = velocity
+            self.velocities = [item.flat for item in velocities]
+
+    def _parts(self, items: list[FlatAnchor]) -> list[tuple[int, torch.Tensor]]:
+        """(group, run) of every part of every bucket; for the anchors, the very tensors that the rounds update."""
+        buckets = self._buckets if items is self.anchors else [item.buckets(self.config.bucket_bytes) for item in items]
+        return [part for of_item in buckets for bucket in of_item for part in bucket.parts]
 
     # ---- the clock and the round ----
 
@@ -226,31 +234,35 @@ class OuterLoop:
                 pseudo_grad, drift = self.averager.mean_displacement(bucket)  # line 6
                 pseudo_grad_square += float(torch.linalg.vector_norm(pseudo_grad)) ** 2
                 drift_square += drift
-                bucket.anchor.grad = pseudo_grad
-                self.outer_optimizer.step()  # lines 7 and 8
-                bucket.anchor.grad = None
+                self._update_parts(self.outer_optimizer, bucket, pseudo_grad)  # lines 7 and 8
         self.outer_optimizer.end_round()
         return pseudo_grad_square, drift_square
+
+    def _update_parts(self, outer_optimizer: SlowMomentum, bucket: Bucket, pseudo_grad: torch.Tensor) -> None:
+        offset = 0
+        for _, anchor in bucket.parts:
+            anchor.grad = pseudo_grad[offset : offset + anchor.numel()]
+            offset += anchor.numel()
+        outer_optimizer.step()
+        for _, anchor in bucket.parts:
+            anchor.grad = None
 
     def _outer_step_at_once(self) -> tuple[float, float]:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
         pseudo_grad_square = drift_square = 0.0
-        gradients = []
+        gradients: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
         for item, buckets in zip(self.anchors, self._buckets, strict=True):
-            pieces = []
+            flat, offset = torch.empty_like(item.flat), 0
             for bucket in buckets:
                 pseudo_grad, drift = self.averager.mean_displacement(bucket)
                 pseudo_grad_square += float(torch.linalg.vector_norm(pseudo_grad)) ** 2
                 drift_square += drift
-                pieces.append(pseudo_grad.clone())
-            flat = torch.cat(pieces) if pieces else item.flat.clone()
-            offset = 0
-            for param in item.params:
-                gradients.append((item.group, flat.as_strided(param.shape, param.stride(), offset)))
-                offset += param.numel()
-        for index, group in enumerate(self.outer_optimizer.param_groups):
-            own = [gradient for owner, gradient in gradients if owner == index]
-            for anchor, gradient in zip(group["params"], own, strict=True):
+                flat[offset : offset + pseudo_grad.numel()].copy_(pseudo_grad)
+                offset += pseudo_grad.numel()
+            for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
+                gradients[group].append(gradient)
+        for param_group, own in zip(self.outer_optimizer.param_groups, gradients, strict=True):
+            for anchor, gradient in zip(param_group["params"], own, strict=True):
                 anchor.grad = gradient
         self.outer_optimizer.step()
         self.outer_optimizer.zero_grad(set_to_none=True)
@@ -391,7 +403,7 @@ class OuterLoop:
             "attempted_steps": self.attempted_steps,
             "rounds": self.rounds,
             "anchors": [item.flat for item in self.anchors],
-            "velocities": getattr(self, "velocities", []),
+            "velocities": self.velocities,
             "outer_optimizer": self._outer_state(),
         }
 
@@ -411,8 +423,7 @@ class OuterLoop:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
-        own_velocities = getattr(self, "velocities", [])
-        for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", own_velocities)):
+        for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
             sizes, expected = [t.numel() for t in state_dict[name]], [t.numel() for t in own]
             if sizes != expected:
                 raise ValueError(f"slow state does not fit: {name} have sizes {sizes}, this run has {expected}.")
