@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import datasets
 import numpy as np
 import torch
 import transformers
-from image_data import Batch, DataError, ImageSets, load_images, make_dataset, mean_and_std
+from image_data import Batch, DataError, ImageSets, crop_padding, load_images, make_dataset, mean_and_std
 from small_resnet import make_model
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
 
@@ -35,14 +37,19 @@ from slowmo_hf import SlowMoCallback, SlowMoConfig
 class ScriptArguments:
     """What is learned, and what is left behind."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of Parquet files; the shipped images by default."})
-    image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
-    label_column: str | None = field(default=None, metadata={"help": "Column with the class labels."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Name on the Hub, or a folder with train*.parquet and test*.parquet; the shipped images by default."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images; image, or what the known set calls it."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the class labels; label, or what the known set calls it."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on; of a folder, how the files' names start."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on; test, or validation for ImageNet."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows, for a dry run."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first test rows."})
-    width: int = field(default=16, metadata={"help": "Channels of the small ResNet's first stage."})
+    width: int = field(default=32, metadata={"help": "Channels of the small ResNet's stem and first stage."})
     inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD."})
     plain_ddp: bool = field(default=False, metadata={"help": "Leave SlowMoCallback out: stock Trainer, gradients averaged at every step."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
@@ -54,7 +61,7 @@ class RecipeTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default="outputs/image_classification", metadata={"help": "Model, record and plot go here."})
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch per process."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch per process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the inner SGD."})
@@ -63,7 +70,7 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=60, metadata={"help": "A multiple of sync_every, so that logging waits for nobody."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to test the average."})
     save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, ..."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, ..."})
     use_cpu: bool = field(default=not torch.cuda.is_available(), metadata={"help": "On by default where there is no GPU."})
     average_tokens_across_devices: bool = field(
         default=False, metadata={"help": "Off: the ResNets' loss is a mean over images already, and would be scaled by the world."}
@@ -74,8 +81,7 @@ class RecipeTrainingArguments(TrainingArguments):
 
 def main() -> None:
     """Parse, train, test, and write down what came out."""
-    parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
-    script, config, args = parser.parse_args_into_dataclasses()
+    script, config, args = parse(sys.argv[1:])
     try:
         sets = load_images(
             script.dataset_name,
@@ -103,9 +109,18 @@ def main() -> None:
             plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
 
 
+def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTrainingArguments]:
+    """Every field of the three is a flag; a wrong value ends the program with one line that says what is allowed."""
+    try:
+        script, config, args = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments)).parse_args_into_dataclasses(flags)
+    except ValueError as error:
+        sys.exit(f"image_classification.py: {error}")
+    return script, config, args
+
+
 def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingArguments, sets: ImageSets) -> Trainer:
     """A stock Trainer with SGD; the callback is the one line that makes workers local."""
-    train, test = make_dataset(sets.train, sets, train=True), make_dataset(sets.test, sets, train=False)
+    train, test = make_dataset(sets.train, sets, augment=True), make_dataset(sets.test, sets, augment=False)
     mean, std = mean_and_std(train)
     model = make_model(sets.image_size, sets.channels, sets.label_names, script.width)
     optimizer = torch.optim.SGD(
@@ -115,31 +130,16 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
         nesterov=script.inner_momentum > 0,
         weight_decay=args.weight_decay,
     )
-    trainer = _ImageTrainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=train,
         eval_dataset=test,
-        data_collator=Batch(mean, std, crop_padding=2 if sets.image_size <= 64 else 0, flip=True),
+        data_collator=Batch(mean, std, crop_padding=crop_padding(sets.image_size), flip=True),
         compute_metrics=accuracy,
         optimizers=(optimizer, None),
         callbacks=[] if script.plain_ddp else [SlowMoCallback(config)],
     )
-    trainer.eval_collator = Batch(mean, std)
-    return trainer
-
-
-class _ImageTrainer(Trainer):
-    """Trainer has one collator; tests are not augmented."""
-
-    eval_collator: Batch
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -154,6 +154,7 @@ def make_record(
     """Everything that a reader needs to judge the run, and to run it again."""
     history = trainer.state.log_history
     rounds = [entry for entry in history if "slowmo/round" in entry]
+    tests = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
     on = not script.plain_ddp
     return {
         "study": "single",
@@ -173,19 +174,25 @@ def make_record(
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "metrics": {"test_accuracy": metrics["eval_accuracy"], "test_loss": metrics["eval_loss"]},
-        "curve": [{"step": e["step"], "test_accuracy": e["eval_accuracy"]} for e in history if "eval_accuracy" in e],
+        "curve": [{"step": step, "test_accuracy": value} for step, value in tests.items()],
         "rounds": rounds[-1]["slowmo/round"] if rounds else 0,
         "bytes_sent_per_worker": sum(entry["slowmo/bytes_sent"] for entry in rounds) if on else None,
         "seconds": seconds,
         "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if on else None,
         "command": shlex.join(sys.argv),
-        "versions": {"slowmo_hf": slowmo_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": _versions(),
         "commit": _commit(),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {trainer.args.device}",
     }
 
 
+def _versions() -> dict[str, str]:
+    modules = (slowmo_hf, torch, transformers, accelerate, datasets)
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+
+
 def _commit() -> str | None:
+    """Of the recipe's own repository, or None outside one."""
     try:
         result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -206,12 +213,16 @@ def print_table(record: dict[str, Any]) -> None:
     rows = {
         "accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}",
         "workers": record["workers"],
-        "rounds": record["rounds"] or "none: gradients averaged at every step",
-        "bytes sent per worker": "not counted" if record["bytes_sent_per_worker"] is None else f"{record['bytes_sent_per_worker']:,}",
-        "seconds communicating": "not counted" if record["seconds_communicating"] is None else f"{record['seconds_communicating']:.1f}",
+        "rounds": "none: gradients averaged at every step" if record["base"] == "all_reduce" else record["rounds"],
+        "bytes sent per worker": _or_not_counted(record["bytes_sent_per_worker"], ",.0f"),
+        "seconds communicating": _or_not_counted(record["seconds_communicating"], ".1f"),
         "seconds in all": f"{record['seconds']:.1f}",
     }
     print("\n".join(f"{name:<24}{value}" for name, value in rows.items()), flush=True)
+
+
+def _or_not_counted(value: float | None, spec: str) -> str:
+    return "not counted" if value is None else format(value, spec)
 
 
 def plot(history: list[dict[str, float]], path: Path) -> None:

@@ -1,35 +1,54 @@
-"""A ResNet for small images: transformers' ResNet with the 3x3 stem of the CIFAR papers in place of 7x7, stride 2 and pooling."""
+"""A ResNet for small images: transformers' ResNet with a 3x3 stem in place of 7x7, stride 2 and pooling."""
 
 from __future__ import annotations
 
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+
+class SmallResNetConfig(ResNetConfig):
+    """`ResNetConfig` under a name of its own, so that nobody loads the weights into a 7x7 stem."""
+
+    model_type = "small_resnet"
 
 
 class SmallResNetForImageClassification(ResNetForImageClassification):
-    """`save_pretrained` and `from_pretrained` work as usual, with this class."""
+    """`save_pretrained`, `from_pretrained` and, once this file is imported, `AutoModelForImageClassification` work as usual."""
 
-    def __init__(self, config: ResNetConfig) -> None:
+    config_class = SmallResNetConfig
+
+    def __init__(self, config: SmallResNetConfig) -> None:
         super().__init__(config)
-        embedder = self.resnet.embedder
-        embedder.embedder.convolution = torch.nn.Conv2d(
-            config.num_channels, config.embedding_size, kernel_size=3, stride=1, padding=1, bias=False
-        )
-        embedder.pooler = torch.nn.Identity()
+        stem = self.resnet.embedder
+        stem.embedder.convolution = torch.nn.Conv2d(config.num_channels, config.embedding_size, kernel_size=3, padding=1, bias=False)
+        stem.pooler = torch.nn.Identity()
         self.post_init()
 
 
-def make_model(image_size: int, channels: int, label_names: list[str], width: int = 16) -> ResNetForImageClassification:
-    """A small ResNet (3 stages of basic blocks from `width` channels on) for small images, ResNet-50 for large ones."""
+AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig, exist_ok=True)
+AutoModelForImageClassification.register(SmallResNetConfig, SmallResNetForImageClassification, exist_ok=True)
+
+
+def make_model(image_size: int, channels: int, label_names: list[str], width: int = 32) -> ResNetForImageClassification:
+    """
+    A small ResNet for small images (three stages of one basic block each, from half the image's resolution down), ResNet-50 for others.
+
+    Args:
+        image_size (`int`): Side in pixels; above 64 it is ResNet-50.
+        channels (`int`): 1 for grey images, 3 for colour.
+        label_names (`list[str]`): One per class, kept in the model's config.
+        width (`int`, *optional*, defaults to `32`): Channels of the small ResNet's stem and first stage; 2 and 4 times as many in the next.
+    """
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     if image_size > 64:
         return ResNetForImageClassification(ResNetConfig(num_channels=channels, **labels))
-    config = ResNetConfig(
+    config = SmallResNetConfig(
         num_channels=channels,
         embedding_size=width,
         hidden_sizes=[width, 2 * width, 4 * width],
         depths=[1, 1, 1],
         layer_type="basic",
+        downsample_in_first_stage=True,
         **labels,
     )
     return SmallResNetForImageClassification(config)

@@ -41,14 +41,9 @@ def fork_server() -> Any:
 
 def _worker(rank: int, world_size: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        ACCELERATE_USE_CPU="true" if backend == "gloo" else "false",
-        OMP_NUM_THREADS="1",
-    )
+    os.environ.update(ACCELERATE_USE_CPU="true" if backend == "gloo" else "false", OMP_NUM_THREADS="1")
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     warnings_are_errors()
     try:
         if world_size > 1:

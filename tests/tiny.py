@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 
 class Rows(Dataset):
@@ -93,3 +95,122 @@ class SmallNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": (self.head(self.norm(self.body(x.float()))) - labels.float()).square().mean()}
+
+
+def arguments(folder: str | Path, **settings: Any) -> Any:
+    """TrainingArguments that say and save nothing unless `settings` ask for it."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(str(folder), **{**QUIET, **settings})
+
+
+QUIET = {
+    "per_device_train_batch_size": 4,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers, by name."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Recorder(TrainerCallback):
+    """What a model held after each inner step (`stepped`), after each whole step (`after`), at each look. Put it before SlowMoCallback."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, torch.Tensor] = {}
+        self.stepped: list[dict[str, torch.Tensor]] = []
+        self.after: list[dict[str, torch.Tensor]] = []
+        self.lrs: list[float] = []
+        self.evaluated: dict[int, dict[str, torch.Tensor]] = {}
+        self.saved: list[int] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.stepped, self.after, self.lrs = {}, [], [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.start = self.start or values(model)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.stepped.append(values(model))
+        self.lrs.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append(values(model))
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.evaluated[state.global_step] = values(model)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+
+    def told(self, trained: list[str]) -> dict[str, Any]:
+        """All of it, for the test's own process; `trained` names the trainable parameters."""
+        return {**vars(self), "trained": trained}
+
+
+def recorded(trainer: Any, recorder: Recorder) -> dict[str, Any]:
+    """The recording, and the model as training has left it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {**recorder.told(trained), "final": values(model)}
+
+
+def mean(results: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """The workers' average of one tensor, in float64."""
+    return sum(result[name].double() for result in results) / len(results)
+
+
+def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> int:
+    """
+    Do Algorithm 1's outer loop by hand on what the ranks recorded, and compare: between rounds nothing touches the weights, a round
+    gives the anchor that lines 6 to 8 give, and the end is the average. Returns the number of rounds.
+    """
+    tau, alpha, beta = config.sync_every, config.outer_lr, config.outer_momentum
+    steps, rounds = len(runs[0]["after"]), 0
+    trained = runs[0]["trained"]
+    assert trained
+    anchor = {name: runs[0]["start"][name].double() for name in trained}
+    shown = {name: runs[0]["start"][name] for name in trained}  # the anchor in the parameters' dtype
+    velocity = {name: torch.zeros_like(anchor[name]) for name in trained}
+    previous_lr = 0.0
+    for run in runs:
+        assert len(run["after"]) == len(run["stepped"]) == steps
+        for name in trained:
+            assert torch.equal(run["start"][name], shown[name]), f"{name} differs at the start"
+    for k in range(steps):
+        stepped, after = [run["stepped"][k] for run in runs], [run["after"][k] for run in runs]
+        if (k + 1) % tau:
+            for before_end, at_end in zip(stepped, after, strict=True):
+                for name in trained:
+                    assert torch.equal(before_end[name], at_end[name]), f"step {k + 1} changed {name}"
+            if len(runs) > 1:
+                assert any(not torch.equal(after[0][name], after[1][name]) for name in trained), f"step {k + 1}: the ranks are coupled"
+            continue
+        rounds += 1
+        lr = runs[0]["lrs"][k]
+        for name in trained:
+            pseudo_grad = shown[name].double() - mean(stepped, name)
+            if lr == 0:
+                velocity[name] = beta * velocity[name]
+                anchor[name] = anchor[name] - alpha * pseudo_grad
+            else:
+                velocity[name] = beta * (lr / previous_lr if previous_lr else 1.0) * velocity[name] + pseudo_grad
+                anchor[name] = anchor[name] - alpha * velocity[name]
+            shown[name] = after[0][name]
+            for rank, at_end in enumerate(after):
+                assert torch.equal(at_end[name], shown[name]), f"rank {rank}, round {rounds}: {name} differs from rank 0's"
+            torch.testing.assert_close(shown[name].double(), anchor[name], rtol=tolerance, atol=tolerance)
+        previous_lr = lr or previous_lr
+    for name in trained:
+        for run in runs:
+            assert torch.equal(run["final"][name], runs[0]["final"][name]), f"{name} differs at the end"
+        torch.testing.assert_close(
+            runs[0]["final"][name].double(), mean([run["after"][-1] for run in runs], name), rtol=tolerance, atol=tolerance
+        )
+    return rounds

@@ -52,6 +52,10 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
         if isinstance(inner_optimizer, SlowMoOptimizer):
             raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
+        if type(inner_optimizer).__name__ == "AcceleratedOptimizer":
+            raise TypeError("inner_optimizer was prepared already: wrap first, accelerator.prepare(SlowMoOptimizer(optimizer)).")
+        if config is not None and not isinstance(config, SlowMoConfig):
+            raise TypeError(f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...).")
         # Optimizer.__init__ would take the parameter groups for its own. Its __setstate__ gives hooks and profiling alone.
         self.__setstate__({"inner_optimizer": inner_optimizer, "config": config or SlowMoConfig(), "_pending": None})
 
@@ -191,12 +195,20 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         Returns:
             The closure's loss, if any.
         """
+        if (self.outer_loop is None or self.outer_loop.workers_agree) and self._is_dummy_step():
+            return self._inner_step(closure)
         outer_loop = self._started()
+        outer_loop.refuse_while_shown()
         if self.isolation is not None:
             self.isolation.settle()
         loss = self._inner_step(closure)
         outer_loop.step(inner_lrs(self.inner_optimizer))
         return loss
+
+    def _is_dummy_step(self) -> bool:
+        """torch.distributed.checkpoint makes the state of a fresh optimizer by a step with learning rates and gradients of zero."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(inner_lrs(self.inner_optimizer)) and not any(g.any() for g in gradients)
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
         found_inf = getattr(self, "found_inf", None)

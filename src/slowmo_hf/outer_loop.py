@@ -161,10 +161,14 @@ class OuterLoop:
         Returns:
             `RoundReport` of a round, or None between rounds, where nothing is sent.
         """
-        if self.showing_average:
-            raise RuntimeError("a training step was taken while the average is shown: leave consensus() before you train on.")
+        self.refuse_while_shown()
         self.attempted_steps += 1
         return self._round(inner_lrs) if self.workers_agree else None
+
+    def refuse_while_shown(self) -> None:
+        """Raise if the average is in the parameters: a step taken there would be lost when the local weights return."""
+        if self.showing_average:
+            raise RuntimeError("a training step was taken while the average is shown: leave consensus() before you train on.")
 
     @property
     def workers_agree(self) -> bool:
