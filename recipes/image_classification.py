@@ -60,7 +60,7 @@ class RecipeTrainingArguments(TrainingArguments):
     """TrainingArguments with this recipe's defaults."""
 
     output_dir: str | None = field(default="outputs/image_classification", metadata={"help": "Model, record and plot go here."})
-    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the data."})
+    num_train_epochs: float = field(default=8, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch per process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})

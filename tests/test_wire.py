@@ -147,7 +147,7 @@ def _completion_times(kind, config):
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(optimizer, config) if config else optimizer)
     times, start = [], None
-    for step in range(6):
+    for _step in range(6):
         for _ in range(1 if kind == "static_graph" else 2):
             with accelerator.accumulate(model) if kind != "static_graph" else nullcontext():
                 loss = model(rows.x[:4], rows.y[:4])["loss"]
