@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,9 @@ def test_table_plot_and_tensorboard(short_run):
     with Image.open(folder / "training.png") as picture:
         assert picture.format == "PNG"
         assert np.asarray(picture.convert("L")).std() > 5, "an empty picture"
-    assert [path.stat().st_size > 0 for path in folder.glob("runs/*/events.out.tfevents.*")] == [True]
+    events = list(folder.glob("runs/*/events.out.tfevents.*"))
+    assert events
+    assert all(path.stat().st_size > 0 for path in events)
 
 
 @pytest.mark.slow
@@ -359,3 +362,32 @@ def test_launch_configs(name, machines, cpu):
 def test_slurm_script_is_bash():
     for script in (RECIPES / "slurm").iterdir():
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.slow
+def test_several_machines(tmp_path):
+    """Two launchers with the shipped configuration, one per machine; here both are this machine, at its loopback address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"--num_processes 2 --mixed_precision no --main_process_ip 127.0.0.1 --main_process_port {port}"
+    commands = [
+        f"{sys.executable} -m accelerate.commands.launch --config_file recipes/configs/several_machines.yaml --machine_rank {rank} {flags} "
+        f"recipes/image_classification.py {SHORT} --max_steps 4 --sync_every 2 --output_dir {tmp_path}"
+        for rank in (0, 1)
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+    launchers = [
+        subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    try:
+        said = [launcher.communicate(timeout=150)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["workers"], record["rounds"]) == (2, 2)
+    assert "2 workers, one process each, on 2 machine(s)" in said[0]
+    assert "accuracy of the average" not in said[1], "the second machine has no table of its own"

@@ -1,0 +1,290 @@
+"""The core by hand: the update, the clock, special cases, buckets, what a bf16 anchor hands back, and settings that contradict."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from harness import run_workers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
+from slowmo_hf.averager import flat_anchors, flat_view
+from slowmo_hf.outer_loop import OuterLoop
+from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
+
+
+def test_two_rounds_by_hand():
+    """anchor 8, averages 4 then 2, α=1, β=½.
+    round 1: Δ = 8-4 = 4, v = 4,         anchor = 4
+    round 2: Δ = 4-2 = 2, v = ½·4+2 = 4, anchor = 0
+    """
+    anchor, velocity = torch.tensor([8.0]), torch.tensor([0.0])
+    for average, right in ((4.0, 4.0), (2.0, 0.0)):
+        slow_momentum_update_(anchor, anchor - average, velocity, outer_lr=1.0, outer_momentum=0.5)
+        assert anchor.item() == right
+
+
+def test_zero_learning_rate_keeps_the_average_and_the_ratio():
+    """β=½, α=1, γ = 2, 0, 4; Δ = 1, 3, 1.
+    round 1: v = 1,              anchor = 10-1 = 9
+    round 2: γ=0: v = ½·1 = ½,   anchor = 9-3 = 6   (momentum moves nothing)
+    round 3: r = 4/2, v = ½·2·½+1 = 1.5, anchor = 4.5
+    """
+    anchor = torch.tensor([10.0])
+    optimizer = SlowMomentum([anchor], outer_momentum=0.5)
+    for inner_lr, delta, right in ((2.0, 1.0, 9.0), (0.0, 3.0, 6.0), (4.0, 1.0, 4.5)):
+        optimizer.param_groups[0]["inner_lr"] = inner_lr
+        anchor.grad = torch.tensor([delta])
+        optimizer.step()
+        optimizer.end_round()
+        assert anchor.item() == right
+
+
+def test_constant_learning_rate_is_torch_sgd_with_momentum():
+    torch.manual_seed(0)
+    ours, theirs = torch.zeros(5, dtype=torch.float64), torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    slow, sgd = SlowMomentum([ours], outer_lr=0.7, outer_momentum=0.6), torch.optim.SGD([theirs], lr=0.7, momentum=0.6)
+    for _ in range(7):
+        delta = torch.randn(5, dtype=torch.float64)
+        ours.grad, theirs.grad = delta.clone(), delta.clone()
+        slow.step(), slow.end_round(), sgd.step()
+        assert torch.allclose(ours, theirs.detach(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("sync_every", "rounds"), [(1, [1, 2, 3, 4, 5, 6, 7, 8, 9]), (4, [4, 8]), (9, [9]), (10, [])])
+def test_the_clock(sync_every, rounds):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=sync_every))
+    seen, done = [], 0
+    for step in range(1, 10):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        report = last_round(optimizer)
+        if report is not None and report.round > done:
+            done = report.round
+            seen.append(step)
+    assert seen == rounds
+
+
+def _train(config, steps, make=lambda p: torch.optim.SGD(p, lr=0.1), dtype=torch.float64):
+    """Worker r pulls towards its own target; returns the weights after every step."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype))
+    optimizer = make([weight])
+    optimizer = SlowMoOptimizer(optimizer, config) if config else optimizer
+    path = []
+    for step in range(steps):
+        weight.grad = (weight.detach() - (rank + 1) * (step + 1)).to(dtype)
+        optimizer.step()
+        path.append(weight.detach().clone())
+    return torch.stack(path)
+
+
+def _special_cases():
+    kw = {"momentum": 0.9}
+    return {
+        "tau 1, beta 0": _train(SlowMoConfig.local_sgd(1), 8),
+        "tau 1, beta .5": _train(SlowMoConfig(sync_every=1, outer_momentum=0.5), 8),
+        "local": _train(SlowMoConfig.local_sgd(4), 8),
+        "bmuf": _train(SlowMoConfig.bmuf(block_momentum=0.5, sync_every=4), 8),
+        "slowmo": _train(SlowMoConfig(sync_every=4), 8),
+        "diloco": _train(SlowMoConfig.diloco(sync_every=4), 8),
+        "adam outside": _train(SlowMoConfig(sync_every=4, outer_optimizer="torch.optim.Adam", outer_lr=0.1), 8),
+        "double averaging": _train(SlowMoConfig.local_sgd(4, inner_state="average"), 8, lambda p: torch.optim.SGD(p, lr=0.1, **kw)),
+    }
+
+
+def _average_run(steps, tau, outer, momentum=0.0):
+    """Two workers by hand; `outer(anchor, delta)` returns the new anchor. Momentum buffers are averaged at a round."""
+    anchor = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    x, m = [anchor.clone(), anchor.clone()], [torch.zeros_like(anchor), torch.zeros_like(anchor)]
+    path = []
+    for step in range(steps):
+        for r in (0, 1):
+            m[r] = momentum * m[r] + x[r] - (r + 1) * (step + 1)
+            x[r] = x[r] - 0.1 * m[r]
+        if (step + 1) % tau == 0:
+            anchor = outer(anchor, anchor - (x[0] + x[1]) / 2)
+            x, m = [anchor.clone(), anchor.clone()], [(m[0] + m[1]) / 2] * 2
+        path.append(x[0])
+    return torch.stack(path)
+
+
+class _Torch:
+    """A torch optimizer as the outer one."""
+
+    def __init__(self, make):
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        self.optimizer = make([self.weight])
+
+    def __call__(self, anchor, delta):
+        self.weight.grad = delta
+        self.optimizer.step()
+        return self.weight.detach().clone()
+
+
+def test_special_cases_of_the_paper():
+    sgd, adam = torch.optim.SGD, torch.optim.Adam
+    right = {
+        "tau 1, beta 0": _average_run(8, 1, lambda a, d: a - d),
+        "tau 1, beta .5": _average_run(8, 1, _Torch(lambda p: sgd(p, lr=1.0, momentum=0.5))),
+        "local": _average_run(8, 4, lambda a, d: a - d),
+        "bmuf": _average_run(8, 4, _Torch(lambda p: sgd(p, lr=1.0, momentum=0.5))),
+        "slowmo": _average_run(8, 4, _Torch(lambda p: sgd(p, lr=1.0, momentum=0.5))),
+        "diloco": _average_run(8, 4, _Torch(lambda p: sgd(p, lr=0.7, momentum=0.9, nesterov=True))),
+        "adam outside": _average_run(8, 4, _Torch(lambda p: adam(p, lr=0.1))),
+        "double averaging": _average_run(8, 4, lambda a, d: a - d, momentum=0.9),
+    }
+    mine, _ = run_workers(_special_cases, 2)
+    for name, path in right.items():
+        assert torch.allclose(mine[name], path, rtol=0, atol=1e-12), name
+
+
+def test_lookahead_at_one_worker():
+    """Every 2 steps: slow <- slow + ½ (fast - slow)."""
+    path = _train(SlowMoConfig.lookahead(sync_every=2, outer_lr=0.5), 4)
+    slow = fast = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    for step in range(4):
+        fast = fast - 0.1 * (fast - (step + 1))
+        if step % 2:
+            slow = fast = slow + 0.5 * (fast - slow)
+        assert torch.allclose(path[step], fast, rtol=0, atol=1e-14)
+
+
+def test_rounding_to_bf16_never_enters_the_velocity():
+    """Anchor 1 + 2⁻¹⁰, handed back as bf16 1; inner steps move nothing: Δ = 1 - 1 = 0, and the anchor keeps its last bits."""
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
+    loop.start()
+    loop.anchors[0].flat.fill_(1 + 2**-10)
+    report = loop.step([0.1])
+    assert loop.anchors[0].flat.dtype == torch.float32
+    assert (report.pseudo_grad_norm, report.velocity_norm) == (0.0, 0.0)
+    assert loop.anchors[0].flat.tolist() == [1 + 2**-10] * 2
+    assert weight.tolist() == [1.0, 1.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
+    st.integers(1, 90),
+    st.lists(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), min_size=6, max_size=6),
+)
+def test_buckets_hold_every_element_once(shapes, bucket_elements, dtypes):
+    params = [torch.rand(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    for item in flat_anchors([params[::2], params[1::2]]):
+        counts = {id(p): torch.zeros(p.numel()) for p in item.params}
+        for bucket in item.buckets(bucket_elements * item.flat.element_size()):
+            assert bucket.anchor.numel() <= bucket_elements
+            assert sum(part.numel() for _, part in bucket.parts) == bucket.anchor.numel()
+            for param, start, stop, offset in bucket.pieces:
+                counts[id(param)][start:stop] += 1
+                assert torch.equal(bucket.anchor[offset : offset + stop - start], flat_view(param)[start:stop].to(bucket.anchor.dtype))
+        assert all((count == 1).all() for count in counts.values())
+        assert all(torch.equal(a, p.to(a.dtype)) for a, p in zip(item.anchors(), item.params, strict=True))
+
+
+def _mixed_average():
+    """Ragged, channels-last, bf16, fp64, 0-dim and empty parameters, in buckets smaller than the largest; the exact mean of r + 1."""
+    rank = torch.distributed.get_rank()
+    shapes = [(3, 4, 5, 6), (7,), (), (0, 3), (11, 13), (2, 2)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.float64, torch.float64]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    params[0] = torch.nn.Parameter(params[0].detach().to(memory_format=torch.channels_last))
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    tied = params[1]
+    optimizer = torch.optim.SGD([{"params": [*params, frozen]}], lr=1.0)
+    config = SlowMoConfig.local_sgd(1, bucket_bytes=1024)
+    wrapped = SlowMoOptimizer(optimizer, config)
+    for p in params:
+        p.grad = -torch.arange(p.numel(), dtype=torch.float64).reshape(p.shape).to(p.dtype) * (rank + 1)
+    wrapped.step()
+    assert params[0].is_contiguous(memory_format=torch.channels_last)
+    assert tied.dtype == torch.bfloat16
+    return [p.detach().contiguous() for p in params], frozen.detach(), last_round(wrapped).consensus_distance
+
+
+def test_every_shape_and_dtype_is_averaged_exactly():
+    results = run_workers(_mixed_average, 3)
+    for params, frozen, distance in results:
+        squares = 0
+        for p in params:
+            steps = torch.arange(p.numel(), dtype=torch.float64).reshape(p.shape)
+            assert torch.equal(p.double(), steps * 2)
+            squares += float((steps**2).sum()) * 2 / 3  # the variance of 1, 2, 3
+        assert distance == pytest.approx(squares, rel=1e-5)
+        assert frozen.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"sync_every": 0}, "sync_every must be >= 1 optimizer step, got 0"),
+        ({"sync_every": 1.5}, "sync_every must be an integer"),
+        ({"outer_momentum": 1.5}, r"outer_momentum must be in \[0, 1\), got 1.5"),
+        ({"outer_momentum": float("nan")}, "outer_momentum must be a finite number"),
+        ({"outer_lr": 0}, "outer_lr must be > 0"),
+        ({"base": "sgp"}, "base must be 'local_sgd' in this version, got 'sgp'"),
+        ({"base": "sgd"}, "base must be one of"),
+        ({"topology": "ring"}, "topology is for gossip bases"),
+        ({"peers": 2}, "peers is for gossip bases"),
+        ({"staleness": 0}, "staleness is for gossip bases"),
+        ({"exact_average": False}, "exact_average is for gossip bases"),
+        ({"inner_state": "keep"}, "inner_state must be one of"),
+        ({"model_buffers": "mean"}, "model_buffers must be one of"),
+        ({"processes_per_worker": 8}, "processes_per_worker must be 'auto' or 1 in this version, got '8'"),
+        ({"processes_per_worker": "half"}, "processes_per_worker must be 'auto', 'node' or a number"),
+        ({"outer_optimizer": "torch.optim.Nothing"}, "outer_optimizer must be 'slow_momentum' or the dotted path"),
+        ({"outer_optimizer_kwargs": "{}"}, "outer_optimizer_kwargs is for a dotted-path outer_optimizer"),
+        ({"outer_optimizer": "torch.optim.SGD", "outer_optimizer_kwargs": "[1"}, "outer_optimizer_kwargs must be JSON"),
+        ({"outer_optimizer": "torch.optim.SGD", "outer_optimizer_kwargs": {"lr": 1}}, "must not hold 'lr'"),
+        ({"outer_optimizer": "torch.optim.SGD", "outer_momentum": 0.9}, "outer_momentum is for outer_optimizer='slow_momentum'"),
+        ({"bucket_bytes": 1}, "bucket_bytes must be >= 1024"),
+        ({"timeout_seconds": 0}, "timeout_seconds must be > 0"),
+    ],
+)
+def test_bad_settings_are_refused_at_birth(bad, words):
+    with pytest.raises(ValueError, match=words):
+        SlowMoConfig(**bad)
+
+
+def test_config_round_trips_and_parses_beside_trainers():
+    config = SlowMoConfig.diloco(sync_every=30)
+    assert SlowMoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="unknown settings"):
+        SlowMoConfig.from_dict({"sync_freq": 3})
+    with pytest.raises(ValueError, match="task must be one of"):
+        SlowMoConfig.paper("mnist", outer_momentum=0.5)
+    assert SlowMoConfig.paper("wmt16", outer_momentum=0.6).inner_state == "maintain"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sync_every = 3
+    parsed, args = HfArgumentParser((SlowMoConfig, Seq2SeqTrainingArguments)).parse_args_into_dataclasses(
+        ["--sync_every", "7", "--outer_momentum", "0.25", "--output_dir", "x", "--report_to", "none"]
+    )
+    assert parsed == SlowMoConfig(sync_every=7, outer_momentum=0.25)
+    assert args.output_dir == "x"
+
+
+def _refused():
+    words = []
+    for dtype in (torch.complex64, torch.float32):
+        weight = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+        rank = torch.distributed.get_rank()
+        config = SlowMoConfig(sync_every=3 + rank, timeout_seconds=20)
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+        weight.grad = torch.ones_like(weight)
+        with pytest.raises(ValueError) as error:
+            optimizer.step()
+        words.append(str(error.value))
+    return words
+
+
+def test_refusals_and_differences_are_the_same_words_on_every_rank():
+    first, second = run_workers(_refused, 2)
+    assert first == second
+    assert "parameter 'parameter 0' is complex" in first[0]
+    assert "SlowMoConfig.sync_every = 3" in first[1]
+    assert "rank 1 has ['SlowMoConfig.sync_every = 4']" in first[1]
