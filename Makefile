@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: train test
 
-train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images; about three minutes on two cores.
+train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images.
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
 		recipes/image_classification.py $(ARGS)
 
