@@ -77,6 +77,8 @@ class SlowMoCallback(TrainerCallback):
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
         self.outer_loop = outer_loop
         self._unlogged = []
+        if args.eval_on_start:
+            outer_loop.show_average()  # workers agree, so nothing is sent: it keeps what the evaluation draws from the generators
 
     def _refuse_inside_round(self, state: TrainerState) -> None:
         if state.global_step % self.config.sync_every:
