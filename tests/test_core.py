@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
-from slowmo_hf.averager import flat_anchors, flat_view
+from slowmo_hf.averager import flat_anchors, flat_view, squared_norm
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
 
@@ -288,3 +288,22 @@ def test_refusals_and_differences_are_the_same_words_on_every_rank():
     assert "parameter 'parameter 0' is complex" in first[0]
     assert "SlowMoConfig.sync_every = 3" in first[1]
     assert "rank 1 has ['SlowMoConfig.sync_every = 4']" in first[1]
+
+
+def test_norms_are_right_at_the_size_of_real_models():
+    """2²⁵ elements of 10⁻³: the squared norm is 33.554432. One fp32 vector_norm over all of them is percents low."""
+    assert squared_norm(torch.full((2**25,), 1e-3)) == pytest.approx(2**25 * 1e-6, rel=1e-5)
+    assert squared_norm(torch.empty(0)) == 0.0
+
+
+def _buffers_kept(dtype):
+    weight = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
+    loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
+    loop.start()
+    return [(buffer.dtype, buffer.numel()) for buffer in loop.averager._buffers.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_buffer_is_kept_between_rounds(dtype):
+    """The start's broadcast travels in the parameters' dtype; its buffer does not stay. One element more: the consensus distance."""
+    assert run_workers(_buffers_kept, 2, dtype) == [[(torch.float32, 1001)]] * 2

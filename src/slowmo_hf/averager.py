@@ -118,7 +118,8 @@ class ExactAverager:
         self._buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     def reserve(self, anchors: list[FlatAnchor]) -> None:
-        """Make the buffers now, so that a round allocates nothing."""
+        """Make the buffers now, so that a round allocates nothing; those of the start's broadcast go."""
+        self._buffers.clear()
         for item in anchors:
             elements = min(item.flat.numel(), self.bucket_bytes // item.flat.element_size())
             self._buffer(elements + 1, item.flat.dtype, item.flat.device)
@@ -151,7 +152,8 @@ class ExactAverager:
         mean_displacement, _ = self.mean_displacement(bucket)
         for param, start, stop, offset in bucket.pieces:
             handed_back = _rounded(bucket.anchor[offset : offset + stop - start], param.dtype)
-            flat_view(param)[start:stop].copy_(handed_back - mean_displacement[offset : offset + stop - start])
+            average = mean_displacement[offset : offset + stop - start]
+            flat_view(param)[start:stop].copy_(torch.sub(handed_back, average, out=average))
 
     def mean_(self, tensors: list[torch.Tensor]) -> None:
         """Replace floating-point tensors by their mean over workers, in place, every element exactly once."""
@@ -194,4 +196,7 @@ def _rounded(anchor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def squared_norm(flat: torch.Tensor) -> float:
     """The squared 2-norm."""
-    return float(torch.linalg.vector_norm(flat)) ** 2 if flat.numel() else 0.0
+    # In rows, summed in fp64: one fp32 norm over 60 million elements was measured up to 4 % low.
+    rows = flat.numel() // 4096
+    parts = [torch.linalg.vector_norm(flat[: rows * 4096].view(rows, 4096), dim=1), torch.linalg.vector_norm(flat[rows * 4096 :]).view(1)]
+    return float(torch.cat(parts).double().square().sum())

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from .averager import Bucket, ExactAverager, FlatAnchor, flat_anchors, views_like
+from .averager import Bucket, ExactAverager, FlatAnchor, flat_anchors, squared_norm, views_like
 from .communicator import Communicator, machines_in_job
 from .config import SLOW_MOMENTUM, SlowMoConfig
 from .log import logger, make_heard
@@ -236,7 +236,7 @@ class OuterLoop:
         for buckets in self._buckets:
             for bucket in buckets:
                 pseudo_grad, drift = self.averager.mean_displacement(bucket)  # line 6
-                pseudo_grad_square += float(torch.linalg.vector_norm(pseudo_grad)) ** 2
+                pseudo_grad_square += squared_norm(pseudo_grad)
                 drift_square += drift
                 self._update_parts(self.outer_optimizer, bucket, pseudo_grad)  # lines 7 and 8
         self.outer_optimizer.end_round()
@@ -259,7 +259,7 @@ class OuterLoop:
             flat, offset = torch.empty_like(item.flat), 0
             for bucket in buckets:
                 pseudo_grad, drift = self.averager.mean_displacement(bucket)
-                pseudo_grad_square += float(torch.linalg.vector_norm(pseudo_grad)) ** 2
+                pseudo_grad_square += squared_norm(pseudo_grad)
                 drift_square += drift
                 flat[offset : offset + pseudo_grad.numel()].copy_(pseudo_grad)
                 offset += pseudo_grad.numel()
@@ -312,7 +312,7 @@ class OuterLoop:
     def _velocity_norm(self) -> float:
         if not isinstance(self.outer_optimizer, SlowMomentum):
             return 0.0
-        return math.sqrt(sum(float(torch.linalg.vector_norm(v)) ** 2 for v in self.outer_optimizer.velocities()))
+        return math.sqrt(sum(squared_norm(v) for v in self.outer_optimizer.velocities()))
 
     def _log_costs(self, compute_seconds: float, round_seconds: float) -> None:
         if self.communicator.rank or self.communicator.world_size == 1:
