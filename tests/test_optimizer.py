@@ -770,10 +770,28 @@ def check_distributed_checkpoint_loads():
     assert (other.optimizer.outer_loop.attempted_steps, other.optimizer.outer_loop.rounds) == (3, 1)
 
 
+def check_a_step_that_moves_nothing_counts():
+    """Warm-up from lr 0, and rank 1's batch gives no gradient (all labels masked): a real step, or the clocks part for good."""
+    model = Tracker()
+    optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.0), tau(2))
+    for step, lr in enumerate((0.0, 0.1, 0.0)):  # the third follows a round
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = lr
+        model(weights(model) if rank() == 1 and lr == 0 else target(rank(), step)).backward()
+        assert bool(model.w.grad.any()) == (rank() == 0 or lr > 0)
+        optimizer.step()
+        assert optimizer.outer_loop.attempted_steps == step + 1
+    assert optimizer.outer_loop.rounds == 1
+
+
 def check_all_distributed_checkpoints():
     check_distributed_checkpoint()
     check_distributed_checkpoint_at_a_round()
     check_distributed_checkpoint_loads()
+
+
+def test_a_step_that_moves_nothing_counts_on_every_rank():
+    run_workers(check_a_step_that_moves_nothing_counts, 2)
 
 
 def test_distributed_checkpoints_dummy_step_does_not_count():

@@ -61,11 +61,12 @@ def log_start(communicator: Communicator, config: SlowMoConfig, inner_state: str
     lines += [f"  {name} = {value}" for name, value in config.to_dict().items()]
     lines += [f"  inner_state in effect = {inner_state}"]
     logger.info("%s", "\n".join(lines))
-    if machines > 1 and address.startswith("127.") and "gloo" in communicator.backend and not _interface_is_set():
+    loopback = [f"{name} (rank {r}) resolves to {address}" for r, (name, address, _, _) in enumerate(rows) if address.startswith("127.")]
+    if machines > 1 and loopback and "gloo" in communicator.backend and not _interface_is_set():
         logger.warning(
-            "this host's name resolves to %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the "
-            "interface that reaches the others (docs/launch.md).",
-            address,
+            "the host name %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the interface that reaches the "
+            "others (docs/launch.md).",
+            "; ".join(loopback),
             machines,
         )
     if communicator.world_size == 1:

@@ -1,0 +1,175 @@
+"""The only room that talks to other processes: values, bytes, a world of one, and a worker that never comes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_workers
+
+from slowmo_hf.communicator import Communicator, host_and_address, machines_in_job
+
+CPU = torch.device("cpu")
+
+
+def check_three():
+    """Each message's result and its bytes, by name."""
+    wire = Communicator(20.0, CPU)
+    rank, found, sent = wire.rank, {}, {}
+
+    def record(name, result):
+        found[name], sent[name] = result, wire.bytes_sent - sum(sent.values())
+
+    for dtype in (torch.float32, torch.float64):
+        flat = torch.tensor([rank, 10.0 * rank, 1.0, 0.0], dtype=dtype)
+        wire.mean_(flat)
+        record(f"mean {dtype}", flat)
+    flat = torch.tensor([rank, -rank, 5], dtype=torch.int64)
+    wire.max_(flat)
+    record("max", flat)
+    record("header", wire.gather_header([rank + 0.1, 2.0**48 - rank]))
+    empty = torch.empty(0)
+    wire.mean_(empty), wire.max_(empty), wire.broadcast_(empty)
+    record("empty", empty)
+    return found, sent, (wire.rank, wire.world_size, wire.backend), wire.seconds
+
+
+def test_values_and_bytes_of_three_workers():
+    """Bytes by hand, m = 3: a ring moves 2·(m-1)/m = 4/3 of a message; a header goes to two others."""
+    for rank, (found, sent, place, seconds) in enumerate(run_workers(check_three, 3)):
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(found[f"mean {dtype}"], torch.tensor([1.0, 10.0, 1.0, 0.0], dtype=dtype))
+        assert found["max"].tolist() == [2, 0, 5]
+        assert found["header"].dtype == torch.float64
+        assert found["header"].tolist() == [[r + 0.1, 2.0**48 - r] for r in range(3)]
+        assert sent == {
+            "mean torch.float32": 21,  # 4/3 · 4 · 4 bytes, to the nearest
+            "mean torch.float64": 43,
+            "max": 32,
+            "header": 2 * 2 * 8,
+            "empty": 0,
+        }
+        assert place == (rank, 3, "gloo")
+        assert seconds > 0
+
+
+def broadcast_values(rank):
+    return [
+        torch.tensor([1.5 + rank, float("nan"), float("-inf")], dtype=torch.float64),
+        torch.tensor([1.001 + rank, -0.0], dtype=torch.bfloat16),
+        torch.tensor([2.0**-24 + rank], dtype=torch.float16),
+        torch.tensor([2**62 + rank, -1], dtype=torch.int64),
+        torch.tensor([rank, 255], dtype=torch.uint8),
+        torch.tensor([rank == 0, rank != 0]),
+        torch.tensor([complex(rank, 1)]),
+    ]
+
+
+def check_broadcast_and_objects():
+    wire = Communicator(20.0, CPU)
+    tensors = broadcast_values(wire.rank)
+    for flat in tensors:
+        wire.broadcast_(flat)
+    return tensors, wire.gather_objects({"rank": wire.rank, "words": ["a"] * wire.rank})
+
+
+def test_broadcast_of_every_dtype_and_objects():
+    for tensors, objects in run_workers(check_broadcast_and_objects, 3):
+        for found, expected in zip(tensors, broadcast_values(0), strict=True):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), found.dtype  # bit for bit, NaN and -0 too
+        assert objects == [{"rank": r, "words": ["a"] * r} for r in range(3)]
+
+
+def check_one_group_per_timeout():
+    first, same, other = Communicator(20.0, CPU), Communicator(20.0, CPU), Communicator(21.0, CPU)
+    return first.group is same.group, first.group is other.group, first.group is dist.group.WORLD
+
+
+def test_groups_are_made_once_per_timeout():
+    """`new_group` leaks: a new outer loop (auto_find_batch_size, train() twice) must not make another."""
+    assert run_workers(check_one_group_per_timeout, 2) == [(True, False, False)] * 2
+
+
+def check_world_of_one():
+    wire = Communicator(20.0, CPU)
+    flat, whole = torch.tensor([1.5, -2.0]), torch.tensor([3, -4])
+    wire.mean_(flat), wire.max_(whole), wire.broadcast_(flat)
+    assert flat.tolist() == [1.5, -2.0]
+    assert whole.tolist() == [3, -4]
+    assert wire.gather_header([7.0, 8.0]).tolist() == [[7.0, 8.0]]
+    assert wire.gather_objects("mine") == ["mine"]
+    assert (wire.bytes_sent, wire.seconds, wire.group, wire.world_size, wire.rank, wire.backend) == (0, 0.0, None, 1, 0, "none")
+
+
+def check_initialised_world_of_one(folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/alone", rank=0, world_size=1)
+    check_world_of_one()
+    dist.destroy_process_group()
+
+
+def test_a_world_of_one_sends_nothing(tmp_path):
+    check_world_of_one()
+    run_workers(check_initialised_world_of_one, 1, str(tmp_path))
+
+
+TIMEOUT_SECONDS = 3.0
+
+
+def _wait_for(path, seconds):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def check_absent_worker(folder, case):
+    """Rank 0 waits for rank 1, which stays away, or dies. Returns what rank 0 got, and after how many seconds."""
+    over = Path(folder) / "over"
+    if dist.get_rank() == 1:
+        if case != "never starts":
+            Communicator(TIMEOUT_SECONDS, CPU)
+        if case != "dies":
+            _wait_for(over, 40)
+        return None
+    start = time.monotonic()
+    try:
+        wire = Communicator(TIMEOUT_SECONDS, CPU)
+        wire.gather_header([1.0]) if case == "header" else wire.mean_(torch.ones(4))
+        word = ""
+    except RuntimeError as error:
+        word = str(error)
+    seconds = time.monotonic() - start
+    over.touch()
+    return word, seconds
+
+
+@pytest.mark.parametrize("case", ["never comes", "header", "dies", "never starts"])
+def test_a_worker_that_never_comes_is_an_error_in_time(tmp_path, case):
+    word, seconds = run_workers(check_absent_worker, 2, str(tmp_path), case, time_limit_seconds=60)[0]
+    assert word, "an average without the other worker"
+    assert seconds < TIMEOUT_SECONDS + 10
+    if case in ("never comes", "header"):
+        assert seconds > 0.8 * TIMEOUT_SECONDS
+
+
+def test_machines_come_from_the_environment(monkeypatch):
+    for local, world, machines in (("1", 4, 4), ("2", 4, 2), ("4", 4, 1), ("8", 4, 1), (None, 4, 1)):
+        if local is None:
+            monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        else:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert machines_in_job(world) == machines
+
+
+def test_an_address_that_does_not_resolve_is_no_error(monkeypatch):
+    def fail(host):
+        raise OSError("no such host")
+
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+    monkeypatch.setattr("socket.gethostbyname", fail)
+    assert host_and_address() == ("node7", "unresolved")
+    monkeypatch.setattr("socket.gethostbyname", lambda host: {"node7": "10.1.2.3"}[host])
+    assert host_and_address() == ("node7", "10.1.2.3")
