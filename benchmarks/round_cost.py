@@ -3,7 +3,7 @@ What local training costs: a local step, a round, its arithmetic, its memory. Tw
 
     python benchmarks/round_cost.py
 
-Everything that is compared is measured in one run, interleaved, in an order that is drawn anew in every repetition (the same on all
+Everything that is compared is measured in one run, interleaved, in an order that changes from repetition to repetition (the same on all
 ranks). A timing is the mean over the ranks, which start it together; figures are medians with the 10th and 90th percentile. The last
 result is `benchmarks/records/round_cost.json`; benchmarks/README.md says what each figure means.
 """
@@ -99,9 +99,9 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, before: Calla
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):
+        if before is not None:
+            before()
         for name in order.sample(sorted(calls), len(calls)):
-            if before is not None:
-                before()
             seconds[name].append(timed(calls[name]))
     return {name: mean_over_ranks(values[2:]) for name, values in seconds.items()}
 

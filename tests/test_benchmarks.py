@@ -1,0 +1,134 @@
+"""The benchmark at a tiny size: its own forms agree with the package, its counts are right, its record says what it measured."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_workers
+
+from benchmarks import round_cost
+from benchmarks.round_cost import BenchmarkArguments, Textbook, outer_step_of, ratio
+
+ROOT = Path(__file__).parent.parent
+TINY = BenchmarkArguments(
+    repeats=3, step_repeats=4, d_model=32, layers=1, vocab_size=64, step_width=16, step_tokens=64, lean_bucket_bytes=2**16
+)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return run_workers(round_cost.measure, 2, TINY)[0]
+
+
+def test_ratios_are_those_of_the_medians_beside_them(figures):
+    step, rounds = figures["step"], figures["round"]
+    pairs = [
+        (step, "ours / bare", "ours", "bare", 4),
+        (rounds, "round / parts, default", "round, default bucket_bytes", "sum of parts", 3),
+        (rounds, "round / parts, lean", "round, lean bucket_bytes", "sum of parts", 3),
+        (rounds, "textbook with temporaries / outer step", "textbook with temporaries", "outer step", 3),
+        (rounds, "textbook in place / outer step", "textbook in place", "outer step", 3),
+    ]
+    for section, name, above, below, n in pairs:
+        assert section[name]["n"] == section[above]["n"] == n
+        # medians are written in thousandths of a millisecond
+        assert section[name]["ratio"] == pytest.approx(section[above]["median_ms"] / section[below]["median_ms"], rel=0.05), name
+
+
+def test_ratio_by_hand():
+    """medians 3 and 2: 1.5; ratios of the repetitions 1, 1.5, 2: p10 = 1 + 0.2 · 0.5, p90 = 1.5 + 0.8 · 0.5."""
+    assert ratio([2.0, 3.0, 4.0], [2.0, 2.0, 2.0], at_most=1.5) == {
+        "n": 3, "ratio": 1.5, "p10": 1.1, "p90": 1.9, "target": "<= 1.5", "met": True
+    }  # fmt: skip
+    assert not ratio([2.0, 3.0, 4.0], [2.0, 2.0, 2.0], at_least=1.6)["met"]
+
+
+def test_a_round_sends_the_payload_and_little_more(figures):
+    """Two processes in a ring: 2 (m-1)/m = 1 times the payload, 4 bytes for the consensus distance, a header under 1 KiB."""
+    payload = 4 * figures["round"]["parameters"]
+    assert payload < figures["round"]["bytes_sent_per_round_and_process"] <= payload + 4 + 1024
+
+
+def test_memory_is_counted_to_the_byte(figures):
+    """Two fp32 copies, a buffer with one element more, 16 KiB for what is small; during a look one copy of the parameters more."""
+    assert len(figures["memory"]) == 6
+    for case in figures["memory"]:
+        copies = 2 * 4 * case["parameters"]
+        buffer = min(4 * case["parameters"], case["bucket_bytes"]) + 4
+        local = case["parameters"] * (2 if case["dtype"] == "bfloat16" else 4)
+        between, look = case["between rounds"]["tensors"], case["while the average is looked at"]["tensors"]
+        if case["dtype"] == "float32":
+            assert copies + buffer <= between <= copies + buffer + round_cost.SMALL_BYTES
+        assert between + local <= look <= between + local + round_cost.SMALL_BYTES
+        assert case["after the look"]["tensors"] <= between + round_cost.SMALL_BYTES
+        assert case["bytes_per_parameter"]["between rounds"] == pytest.approx(between / case["parameters"], abs=0.005)
+
+
+def test_three_forms_of_the_arithmetic_are_one():
+    """Displacement d = 1e-3 twice, from velocity 0: every form gives a - d, then a - d - (0.5 + 1) d."""
+    model = torch.nn.Linear(5, 3)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = local_training_of_linear(model)
+    outer_step = outer_step_of(optimizer)
+    forms = [Textbook(start), Textbook(start)]
+    for steps in (1, 2):
+        outer_step()
+        for textbook, form in zip(forms, ("with_temporaries", "in_place"), strict=True):
+            textbook.averages = [anchor - 1e-3 for anchor in textbook.anchors]
+            getattr(textbook, form)()
+        expected = [p - (1e-3 if steps == 1 else 2.5e-3) for p in start]
+        flat = torch.cat([p.view(-1) for p in expected])
+        anchors = [a for group in optimizer.outer_loop.outer_optimizer.param_groups for a in group["params"]]
+        torch.testing.assert_close(torch.cat([a.view(-1) for a in anchors]), flat, rtol=0, atol=1e-6)
+        for textbook in forms:
+            torch.testing.assert_close(torch.cat([a.view(-1) for a in textbook.anchors]), flat, rtol=0, atol=1e-6)
+
+
+def local_training_of_linear(model):
+    optimizer = round_cost.SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), round_cost.SlowMoConfig(outer_momentum=round_cost.BETA, sync_every=1)
+    )
+    model(torch.zeros(1, 5))
+    return optimizer
+
+
+def test_a_round_of_parts_is_a_round():
+    """copy_in puts the parameters side by side, arithmetic gives v = p and anchor = p - p = 0 from v = 0, copy_out hands p back."""
+    params = [torch.arange(6.0).view(2, 3), torch.tensor([7.0])]
+    parts = round_cost.Parts(params)
+    parts.flat.zero_()
+    parts.copy_in()
+    parts.arithmetic()
+    parts.copy_out()
+    assert parts.flat.tolist() == parts.velocity.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert parts.anchor.tolist() == [0] * 7
+    assert [t.tolist() for t in parts.received] == [t.tolist() for t in params]
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_record(tmp_path):
+    output = tmp_path / "record.json"
+    command = [sys.executable, "benchmarks/round_cost.py", "--parts", "step", "--step_repeats", "2", "--step_width", "16"]
+    subprocess.run([*command, "--output", str(output)], cwd=ROOT, check=True, capture_output=True, timeout=150)
+    record = json.loads(output.read_text())
+    assert record["command"].startswith("python benchmarks/round_cost.py --parts step")
+    assert record["step"]["ours"]["n"] == 2
+    assert "round" not in record
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_committed_records_are_whole(number):
+    record = json.loads((ROOT / f"benchmarks/records/round_cost_{number}.json").read_text())
+    assert {"command", "date", "hardware", "versions", "arguments", "step", "round", "memory"} <= set(record)
+    assert record["round"]["parameters"] == 60506624
+    assert record["round"]["tensors"] == 131
+    assert record["step"]["bare"]["median_ms"] >= 50
+    for section in (record["step"], record["round"]):
+        for name, figure in section.items():
+            if isinstance(figure, dict) and "n" in figure:
+                assert figure["n"] >= 20, name
+                assert all(math.isfinite(v) for v in figure.values() if isinstance(v, float)), name
