@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +18,13 @@ from PIL import Image
 
 SHIPPED = Path(__file__).parent / "data" / "fashion_mnist"
 # Names that differ between known sets: image column, label column, test split (ImageNet's own test labels are hidden).
-_KNOWN_COLUMNS = {
+_KNOWN_COLUMNS: dict[str, tuple[str, str, str | None]] = {
     "uoft-cs/cifar10": ("img", "label", "test"),
     "ILSVRC/imagenet-1k": ("image", "label", "validation"),
     "zalando-datasets/fashion_mnist": ("image", "label", "test"),
 }
 SMALL_IMAGE = 64  # pixels; larger images are cropped to 224, the ImageNet way
-LOCAL_FOLDER = "a folder that holds train*.parquet and test*.parquet"
+LOCAL_FOLDER = "a folder that holds train*.parquet and test*.parquet, images as train/<class>/* and test/<class>/*, or a saved DatasetDict"
 
 
 class DataError(ValueError):
@@ -33,6 +38,7 @@ class ImageSets:
     name: str
     train: datasets.Dataset
     test: datasets.Dataset
+    test_split: str
     image_column: str
     label_column: str
     label_names: list[str]
@@ -53,38 +59,51 @@ def load_images(
     Load a labelled image set.
 
     Args:
-        dataset_name (`str`, *optional*): A name on the Hub, or a folder with `train*.parquet` and `test*.parquet`; None: the shipped set.
+        dataset_name (`str`, *optional*): A name on the Hub, or a folder of one of three kinds, told apart by what it holds:
+            `dataset_dict.json` (written by `DatasetDict.save_to_disk`), Parquet files, or images as `<split>/<class>/<file>`, whose
+            classes are named after their folders. None: the shipped set.
         image_column (`str`, *optional*), label_column (`str`, *optional*): `image` and `label`, or what the known set calls them.
-        train_split (`str`, *optional*, defaults to `"train"`), test_split (`str`, *optional*): Also the start of local files' names.
-        max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows.
+        train_split (`str`, *optional*, defaults to `"train"`): Name of the split or its folder, or the start of the Parquet files' names.
+        test_split (`str`, *optional*): As `train_split`. None: what the known set calls it, or `test`, or, where there is none,
+            `validation` or `val`, whichever there is. Never `train_split`.
+        max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows; where rows are sorted by
+            class, as in class folders, evenly spread ones.
 
     Raises:
-        DataError: No such set, no Hub, terms not accepted, or a column, split or label that is not there.
+        DataError: No such set, no Hub, terms not accepted, or a folder, column, split or label that is not there.
     """
-    known = _KNOWN_COLUMNS.get(dataset_name or "", ("image", "label", "test"))
+    known = _KNOWN_COLUMNS.get(dataset_name or "", ("image", "label", None))
     image_column, label_column, test_split = image_column or known[0], label_column or known[1], test_split or known[2]
-    sets = _load(dataset_name, train_split, test_split)
-    train = _first_rows(_split(sets, train_split, "train_split"), max_train_samples, "max_train_samples")
-    test = _first_rows(_split(sets, test_split, "test_split"), max_eval_samples, "max_eval_samples")
-    _check_columns(train, image_column, label_column)
-    _check_columns(test, image_column, label_column)
+    train, test, test_split = _load(dataset_name, train_split, test_split)
+    for rows, split, flag in ((train, train_split, "train_split"), (test, test_split, "test_split")):
+        if not len(rows):
+            raise DataError(f"{flag} must hold images, got {split!r}, which has no rows. Set --{flag}.")
+        _check_columns(rows, image_column, label_column)
     label_names = _label_names(train, label_column)
-    _check_labels(test, test_split, label_column, len(label_names))
-    first = train[0][image_column]
-    small = max(first.size) <= SMALL_IMAGE
+    _check_same_names(train, test, test_split, label_column)
+    _check_labels(train, train_split, "train_split", label_column, len(label_names))
+    _check_labels(test, test_split, "test_split", label_column, len(label_names))
+    train = _fewer_rows(train, label_column, max_train_samples, "max_train_samples")
+    test = _fewer_rows(test, label_column, max_eval_samples, "max_eval_samples")
+    side, modes = _side_and_modes(train, image_column)
+    small = side <= SMALL_IMAGE
     return ImageSets(
         name=dataset_name or "zalando-datasets/fashion_mnist (shipped subset)",
         train=train,
         test=test,
+        test_split=test_split,
         image_column=image_column,
         label_column=label_column,
         label_names=label_names,
-        image_size=max(first.size) if small else 224,
-        channels=1 if small and first.mode == "L" else 3,
+        image_size=side if small else 224,
+        channels=1 if small and modes == {"L"} else 3,
     )
 
 
-def _load(dataset_name: str | None, train_split: str, test_split: str) -> Any:
+Loaded = tuple[datasets.Dataset, datasets.Dataset, str]  # rows to train on, rows to test on, the name of the split these are
+
+
+def _load(dataset_name: str | None, train_split: str, test_split: str | None) -> Loaded:
     folder = SHIPPED if dataset_name is None else Path(dataset_name)
     if folder.is_dir():
         return _load_folder(folder, train_split, test_split)
@@ -93,20 +112,148 @@ def _load(dataset_name: str | None, train_split: str, test_split: str) -> Any:
             f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. Set --dataset_name."
         )
     try:
-        return datasets.load_dataset(str(dataset_name))
+        sets = datasets.load_dataset(str(dataset_name))
     except Exception as error:  # datasets lets through errors of many libraries; each ends here with a word on what to do
         raise DataError(_hub_message(str(dataset_name), error)) from error
+    return _pick(sets, train_split, test_split)
 
 
-def _load_folder(folder: Path, train_split: str, test_split: str) -> Any:
-    found = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in (train_split, test_split)}
-    for split, paths in found.items():
+def _load_folder(folder: Path, train_split: str, test_split: str | None) -> Loaded:
+    """One of the three kinds of folder."""
+    if (folder / "dataset_dict.json").is_file():
+        return _pick(_read(folder, lambda: datasets.load_from_disk(str(folder))), train_split, test_split)
+    if any(folder.glob("*.parquet")):
+        return _load_parquet(folder, train_split, test_split)
+    if _folders_in(folder):
+        return _load_class_folders(folder, train_split, test_split)
+    what = "is one saved Dataset, without splits" if (folder / "state.json").is_file() else "holds none of these"
+    what = what if any(folder.iterdir()) else "is empty"
+    raise DataError(f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which {what}. Set --dataset_name.")
+
+
+def _pick(sets: datasets.DatasetDict, train_split: str, test_split: str | None) -> Loaded:
+    """The two splits of sets that are loaded."""
+    test_split = _test_split(test_split, train_split, sets)
+    for split, flag in ((train_split, "train_split"), (test_split, "test_split")):
+        if split not in sets:
+            raise DataError(f"{flag} must be one of {list(sets)}, got {split!r}. Set --{flag}.")
+    return sets[train_split], sets[test_split], test_split
+
+
+def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loaded:
+    """Files whose names start with the splits' names. Read apart, so that each split keeps its own label names."""
+    names = [path.name for path in folder.glob("*.parquet")]
+    words = {match.group() for match in (re.match("[A-Za-z]+", name) for name in names) if match}
+    found = words | {"test" for word in words if word.startswith("test")}
+    test_split = _test_split(test_split, train_split, sorted(found))
+    files = {split: sorted(name for name in names if name.startswith(split)) for split in (train_split, test_split)}
+    for split, paths in files.items():
         if not paths:
             raise DataError(
                 f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which has no {split}*.parquet. "
                 "Rename the files, or say how their names start with --train_split and --test_split."
             )
-    return datasets.load_dataset("parquet", data_files=found)
+    both = set(files[train_split]).intersection(files[test_split])
+    if both:
+        raise DataError(
+            f"train_split and test_split must name different files, got {train_split!r} and {test_split!r}, and both mean {sorted(both)}. "
+            "Set --train_split and --test_split."
+        )
+    paths = {split: [glob.escape(str(folder / name)) for name in names] for split, names in files.items()}
+    train, test = (
+        _read(folder, lambda split=split: datasets.load_dataset("parquet", data_files={"train": paths[split]}, split="train"))
+        for split in (train_split, test_split)
+    )
+    return train, test, test_split
+
+
+def _load_class_folders(folder: Path, train_split: str, test_split: str | None) -> Loaded:
+    """Images as `<split>/<class>/<file>`; what lies elsewhere in a split's folder has no class, and is left out."""
+    found = _folders_in(folder)
+    test_split = _test_split(test_split, train_split, found)
+    classes = {}
+    for split, flag in ((train_split, "train_split"), (test_split, "test_split")):
+        if split not in found:
+            raise DataError(
+                f"{flag} must be one of the folders {found[:20]} in {str(folder)!r}, which should hold <class>/<image>, got {split!r}. "
+                f"Set --{flag} or --dataset_name."
+            )
+        classes[split] = _class_folders(folder / split, flag)
+    unknown = sorted(set(classes[test_split]).difference(classes[train_split]))
+    if unknown:
+        raise DataError(
+            f"test_split must have no class that training lacks, got {test_split!r} with {len(unknown)} class folder(s) that are not in "
+            f"{train_split!r}, such as {unknown[:5]}. Set --test_split, or mend the folders."
+        )
+    # The splits are train and test here whatever their folders are called: datasets allows fewer names than a file system.
+    files = {name: f"{glob.escape(str(folder / split))}/*/*" for name, split in (("train", train_split), ("test", test_split))}
+    sets = _read(folder, lambda: datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, drop_metadata=True))
+    for name, split in (("train", train_split), ("test", test_split)):
+        _check_class_folders(sets[name], folder / split, classes[split])
+    return sets["train"], sets["test"], test_split
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Names of the folders that datasets looks into: not hidden ones, nor `__pycache__` and its like."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith((".", "__")) and entry.is_dir())
+
+
+def _class_folders(split_folder: Path, flag: str) -> list[str]:
+    classes = _folders_in(split_folder)
+    if not classes:
+        raise DataError(
+            f"{flag} must hold class folders with images, got {str(split_folder)!r}, which has no folders. Sort its images by class, "
+            f"or set --{flag} to a split with labels."
+        )
+    for name in classes:
+        nested = _folders_in(split_folder / name)
+        if nested:
+            raise DataError(
+                f"images must lie in <split>/<class>/, got {str(split_folder / name)!r} with the folder {nested[0]!r} inside. "
+                f"Mend the folders, or set --{flag} or --dataset_name."
+            )
+    return classes
+
+
+def _check_class_folders(rows: datasets.Dataset, split_folder: Path, classes: list[str]) -> None:
+    """Nothing was left out in silence: every class folder gave at least one row."""
+    if "label" not in rows.column_names:
+        raise DataError(
+            f"class folders must hold images only, got {str(split_folder)!r} with a metadata file in one of them. "
+            "Move metadata.csv, metadata.jsonl or metadata.parquet elsewhere, or set --dataset_name."
+        )
+    names = rows.features["label"].names
+    empty = sorted(set(classes).difference(names[label] for label in rows.unique("label")))
+    if empty:
+        raise DataError(
+            f"every class folder must hold images, got {str(split_folder)!r} with {len(empty)} that hold none, such as {empty[:5]} (links "
+            "to folders are not followed). Fill or remove them, or set --dataset_name."
+        )
+
+
+def _test_split(asked: str | None, train_split: str, found: Collection[str]) -> str:
+    """What the user names; otherwise test, or validation or val where exactly one of them stands in for it."""
+    if asked is not None:
+        if asked == train_split:
+            raise DataError(f"test_split must not be train_split, got {asked!r} for both. Set --test_split or --train_split.")
+        return asked
+    others = [split for split in ("validation", "val") if split in found and split != train_split]
+    if ("test" in found and train_split != "test") or not others:
+        return "test"
+    if len(others) > 1:
+        raise DataError(f"test_split must be named where there is no test, got none, and both of {others}. Set --test_split.")
+    return others[0]
+
+
+def _read(folder: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # as from the Hub: errors of many libraries, and what went wrong is often in the cause
+        cause = error.__cause__ or error
+        raise DataError(
+            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set --dataset_name."
+        ) from error
 
 
 def _hub_message(name: str, error: Exception) -> str:
@@ -124,18 +271,28 @@ def _hub_message(name: str, error: Exception) -> str:
     return f"{what}{type(error).__name__}: {error} Set --dataset_name to a set on the Hub, such as uoft-cs/cifar10, or to {LOCAL_FOLDER}."
 
 
-def _split(sets: Any, split: str, flag: str) -> datasets.Dataset:
-    if split not in sets:
-        raise DataError(f"{flag} must be one of {list(sets)}, got {split!r}. Set --{flag}.")
-    return sets[split]
-
-
-def _first_rows(rows: datasets.Dataset, limit: int | None, flag: str) -> datasets.Dataset:
+def _fewer_rows(rows: datasets.Dataset, label_column: str, limit: int | None, flag: str) -> datasets.Dataset:
+    """The first ones; of rows sorted by class these would be one class, so evenly spread ones."""
     if limit is None:
         return rows
     if limit < 1:
         raise DataError(f"{flag} must be >= 1 row, got {limit}. Leave --{flag} out to use all.")
-    return rows.select(range(min(len(rows), limit)))
+    if limit >= len(rows):
+        return rows
+    labels = np.asarray(rows[label_column][:])
+    if (np.diff(labels) >= 0).all():
+        return rows.select(np.linspace(0, len(rows) - 1, limit).astype(int))
+    return rows.select(range(limit))
+
+
+def _side_and_modes(rows: datasets.Dataset, image_column: str) -> tuple[int, set[str]]:
+    """The longest side in pixels and the colour modes: of all images if they are small, of the first large one otherwise."""
+    side, modes = 0, set()
+    for row in rows.select_columns(image_column):
+        side, modes = max(side, *row[image_column].size), modes | {row[image_column].mode}
+        if side > SMALL_IMAGE:
+            break
+    return side, modes
 
 
 def _check_columns(rows: datasets.Dataset, image_column: str, label_column: str) -> None:
@@ -157,12 +314,24 @@ def _label_names(rows: datasets.Dataset, label_column: str) -> list[str]:
     raise DataError(f"label_column must hold class labels or integers, got {label_column!r} of type {kind}. Set --label_column.")
 
 
-def _check_labels(test: datasets.Dataset, test_split: str, label_column: str, classes: int) -> None:
-    lowest, highest = min(test[label_column]), max(test[label_column])
+def _check_same_names(train: datasets.Dataset, test: datasets.Dataset, test_split: str, label_column: str) -> None:
+    """Label 3 must mean the same class in both."""
+    ours, theirs = train.features[label_column], test.features[label_column]
+    _label_names(test, label_column)
+    if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel) and ours.names != theirs.names:
+        at, pair = next((at, pair) for at, pair in enumerate(zip_longest(ours.names, theirs.names)) if pair[0] != pair[1])
+        raise DataError(
+            f"label names of test_split must be training's, got {test_split!r}, where label {at} is {pair[1]!r} and not {pair[0]!r}. "
+            "Set --test_split, or give both splits the same ClassLabel."
+        )
+
+
+def _check_labels(rows: datasets.Dataset, split: str, flag: str, label_column: str, classes: int) -> None:
+    lowest, highest = min(rows[label_column]), max(rows[label_column])
     if lowest < 0 or highest >= classes:
         raise DataError(
-            f"labels of test_split must be in 0..{classes - 1}, got {lowest}..{highest} in {test_split!r} (-1 marks hidden labels). "
-            "Set --test_split to a split with labels, such as validation."
+            f"labels of {flag} must be in 0..{classes - 1}, got {lowest}..{highest} in {split!r} (-1 marks hidden labels). "
+            f"Set --{flag} to a split with labels, such as validation."
         )
 
 

@@ -1,11 +1,12 @@
 """
-The paper's Algorithm 1 in its u-form: all workers in one process, float64, plain lists of tensors. Written from the paper alone; it
-shares no line with the package.
+The paper's Algorithm 1 in its u-form, over Local SGD and over gossip: all workers in one process, float64, plain lists of tensors.
+Written from the paper alone; it shares no line with the package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -71,3 +72,144 @@ def _average_buffers(crew):
                 mean = sum(state[key] for state in states) / len(states)
                 for state in states:
                     state[key].copy_(mean)
+
+
+@dataclass
+class GossipWorker:
+    """
+    One worker as a run of `gossip_reference` leaves it.
+
+    `z` is what its parameters hold, x / w; `x` the numerator; `w` the push-sum weight; `arriving` the (x, w) still on their way to it;
+    `average` everybody's sum of x over sum of w, messages in flight included.
+    """
+
+    z: list[torch.Tensor]
+    x: list[torch.Tensor]
+    w: float
+    arriving: list[tuple[list[torch.Tensor], float]]
+    average: list[torch.Tensor]
+
+
+def gossip_reference(
+    make_worker: Callable[[int], tuple[list[torch.Tensor], torch.optim.Optimizer, Callable[[int], None], Callable[[], None]]],
+    workers: int,
+    steps: int,
+    tau: int,
+    alpha: float,
+    beta: float,
+    buffers: str = "maintain",
+    *,
+    mixing: Callable[[int], list[list[float]]],
+    staleness: int = 0,
+    exact_average: bool = True,
+) -> list[GossipWorker]:
+    """
+    SGP (`staleness=0`) and OSGP under slow momentum; `make_worker` as in `slowmo_reference`. A `tau` beyond `steps` is gossip alone.
+
+        z' = base step from z = x / w, its gradient taken at z        x_i <- x_i + (z' - z)
+        exchange e, after every step k but those of an exact average, P = mixing(e):
+            x_i, w_i <- P[i][i] (x_i, w_i)                            and P[i][j] (x_j, w_j) goes out from j to i,
+            then what was sent after step k - staleness is added      (staleness 0: at once)
+        round, after every tau steps:
+            exact_average: no exchange; messages in flight are taken in; a = sum x / sum w. Otherwise: the exchange; a_i = z_i
+            u <- beta u + (x_{t,0} - a) / gamma;  x_{t+1,0} = x_{t,0} - alpha gamma u
+            exact_average: x_i = x_{t+1,0}, w_i = 1. Otherwise: z_i = x_{t+1,0}, x_i = w_i z_i; what is in flight stays there
+
+    `mixing(e)[i][j]` is the share of j's mass that i gets, `[j][j]` what j keeps: every column sums to 1. Without the exact average
+    nothing is averaged, so `buffers="average"` has no meaning there.
+    """
+    assert exact_average or buffers != "average", "who leaves line 6 out averages nothing"
+    members = [make_worker(i) for i in range(workers)]
+    first = [p.detach().clone() for p in members[0][0]]
+    crew = [_PushSum(member, first) for member in members]
+    exchanges = 0
+    for k in range(steps):
+        round_is_due = (k + 1) % tau == 0
+        for own in crew:
+            own.base_step(k)
+        if not (round_is_due and exact_average):
+            _exchange(crew, mixing(exchanges), k, staleness)
+            exchanges += 1
+        if round_is_due:
+            _slow_round(crew, alpha, beta, exact_average)
+            if buffers == "average":
+                _average_buffers(members)
+            elif buffers == "reset":
+                for own in crew:
+                    own.optimizer.state.clear()
+        for own in crew:
+            own.schedule()
+    average = _average_with_flight(crew)
+    return [GossipWorker([p.detach().clone() for p in own.z], own.x, own.w, [m[1:] for m in own.arriving], average) for own in crew]
+
+
+class _PushSum:
+    """A worker of `gossip_reference`; `arriving` holds (the step after which it is added, x, w)."""
+
+    def __init__(self, member, first):
+        self.z, self.optimizer, self._backward, self.schedule = member
+        self.w, self.arriving = 1.0, []
+        self.start_round_at(first)
+        self.u = [torch.zeros_like(s) for s in first]
+
+    def start_round_at(self, point):
+        self.x0 = [s.clone() for s in point]
+        self.x = [self.w * s for s in point]
+        for p, s in zip(self.z, point, strict=True):
+            p.data.copy_(s)
+
+    def base_step(self, k):
+        before = [p.detach().clone() for p in self.z]
+        self._backward(k)
+        self.optimizer.step()
+        self.x = [x + (p.detach() - z) for x, p, z in zip(self.x, self.z, before, strict=True)]
+
+    def take_in(self, until):
+        for _, x, w in (message for message in self.arriving if message[0] <= until):
+            self.x, self.w = [a + b for a, b in zip(self.x, x, strict=True)], self.w + w
+        self.arriving = [message for message in self.arriving if message[0] > until]
+
+    def slow_step(self, reached, alpha, beta):
+        following = []
+        for j, gamma in enumerate(_gamma_per_parameter(self.z, self.optimizer)):
+            if gamma == 0:
+                assert torch.allclose(reached[j], self.x0[j], rtol=0, atol=1e-12), "line 7 divides by the learning rate"
+                self.u[j] = beta * self.u[j]
+            else:
+                self.u[j] = beta * self.u[j] + (self.x0[j] - reached[j]) / gamma
+            following.append(self.x0[j] - alpha * gamma * self.u[j])
+        self.start_round_at(following)
+
+
+def _exchange(crew, shares, k, staleness):
+    for j in range(len(crew)):
+        column = [row[j] for row in shares]
+        assert min(column) >= 0, f"worker {j} would send a negative share: {column}"
+        assert abs(sum(column) - 1) < 1e-12, f"worker {j}'s mass is not conserved: {column}"
+    had = [(own.x, own.w) for own in crew]
+    for i, own in enumerate(crew):
+        for j, (x, w) in enumerate(had):
+            part = ([shares[i][j] * a for a in x], shares[i][j] * w)
+            if j == i:
+                own.x, own.w = part
+            elif shares[i][j] > 0:
+                own.arriving.append((k + staleness, *part))
+    for own in crew:
+        own.take_in(until=k)
+        for p, x in zip(own.z, own.x, strict=True):
+            p.data.copy_(x / own.w)
+
+
+def _slow_round(crew, alpha, beta, exact_average):
+    if exact_average:
+        average = _average_with_flight(crew)
+        for own in crew:
+            own.w, own.arriving = 1.0, []
+    for own in crew:
+        own.slow_step(average if exact_average else [p.detach().clone() for p in own.z], alpha, beta)
+
+
+def _average_with_flight(crew):
+    held = [(own.x, own.w) for own in crew] + [message[1:] for own in crew for message in own.arriving]
+    mass = sum(w for _, w in held)
+    return [sum(x[j] for x, _ in held) / mass for j in range(len(crew[0].z))]

@@ -177,12 +177,18 @@ def test_buckets_hold_every_element_once(shapes, bucket_elements, dtypes):
     params = [torch.rand(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
     for item in flat_anchors([params[::2], params[1::2]]):
         counts = {id(p): torch.zeros(p.numel()) for p in item.params}
+        end = 0
         for bucket in item.buckets(bucket_elements * item.flat.element_size()):
-            assert bucket.anchor.numel() <= bucket_elements
-            assert sum(part.numel() for _, part in bucket.parts) == bucket.anchor.numel()
-            for param, start, stop, offset in bucket.pieces:
-                counts[id(param)][start:stop] += 1
-                assert torch.equal(bucket.anchor[offset : offset + stop - start], flat_view(param)[start:stop].to(bucket.anchor.dtype))
+            assert bucket.elements <= bucket_elements
+            assert bucket.offset == end
+            end += bucket.elements
+            message = bucket.of(item.flat)
+            assert sum(run.numel() for _, run in bucket.runs(message)) == bucket.elements
+            for piece, run in bucket.runs(message):
+                counts[id(piece.param)][piece.start : piece.stop] += 1
+                assert piece.group == int(any(piece.param is p for p in params[1::2]))
+                assert piece.anchor.data_ptr() == run.data_ptr() == piece.of(item.flat).data_ptr()
+                assert torch.equal(run, piece.values().to(run.dtype))
         assert all((count == 1).all() for count in counts.values())
         assert all(torch.equal(a, p.to(a.dtype)) for a, p in zip(item.anchors(), item.params, strict=True))
 
@@ -227,15 +233,22 @@ def test_every_shape_and_dtype_is_averaged_exactly():
         ({"outer_momentum": 1.5}, r"outer_momentum must be in \[0, 1\), got 1.5"),
         ({"outer_momentum": float("nan")}, "outer_momentum must be a finite number"),
         ({"outer_lr": 0}, "outer_lr must be > 0"),
-        ({"base": "sgp"}, "base must be 'local_sgd' in this version, got 'sgp'"),
         ({"base": "sgd"}, "base must be one of"),
         ({"topology": "ring"}, "topology is for gossip bases"),
         ({"peers": 2}, "peers is for gossip bases"),
-        ({"staleness": 0}, "staleness is for gossip bases"),
+        ({"staleness": 0}, "staleness is for base='osgp'"),
+        ({"base": "sgp", "staleness": 2}, "staleness is for base='osgp', .* got staleness=2 with base='sgp'"),
+        ({"base": "osgp", "staleness": -1}, "staleness must be >= 0 steps, got -1"),
+        ({"base": "sgp", "topology": "star"}, "topology must be one of"),
+        ({"base": "sgp", "peers": 0}, "peers must be >= 1"),
+        ({"base": "dpsgd", "topology": "exponential"}, "topology must be two-sided for base='dpsgd', got 'exponential'"),
+        ({"base": "all_reduce", "processes_per_worker": 2}, "processes_per_worker is for workers that train alone"),
+        ({"base": "all_reduce", "outer_momentum": 0, "inner_state": "reset"}, "inner_state='reset' acts where a round changes"),
+        ({"base": "sgp", "exact_average": False, "inner_state": "average"}, "inner_state='average' acts where .* averages them"),
         ({"exact_average": False}, "exact_average is for gossip bases"),
         ({"inner_state": "keep"}, "inner_state must be one of"),
         ({"model_buffers": "mean"}, "model_buffers must be one of"),
-        ({"processes_per_worker": 8}, "processes_per_worker must be 'auto' or 1 in this version, got '8'"),
+        ({"processes_per_worker": 0}, "processes_per_worker must be 'auto', 'node' or a number >= 1, got '0'"),
         ({"processes_per_worker": "half"}, "processes_per_worker must be 'auto', 'node' or a number"),
         ({"outer_optimizer": "torch.optim.Nothing"}, "outer_optimizer must be 'slow_momentum' or the dotted path"),
         ({"outer_optimizer_kwargs": "{}"}, "outer_optimizer_kwargs is for a dotted-path outer_optimizer"),
@@ -291,8 +304,15 @@ def test_refusals_and_differences_are_the_same_words_on_every_rank():
 
 
 def test_norms_are_right_at_the_size_of_real_models():
-    """2²⁵ elements of 10⁻³: the squared norm is 33.554432. One fp32 vector_norm over all of them is percents low."""
-    assert squared_norm(torch.full((2**25,), 1e-3)) == pytest.approx(2**25 * 1e-6, rel=1e-5)
+    """2²⁵ elements that move by 10⁻³: the squared norm is 33.554432. One fp32 sum over all of them is percents low."""
+    weight = torch.nn.Parameter(torch.zeros(2**25))
+    loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
+    loop.start()
+    with torch.no_grad():
+        weight.sub_(1e-3)
+    report = loop.step([0.1])
+    assert report.pseudo_grad_norm**2 == pytest.approx(2**25 * 1e-6, rel=1e-5)
+    assert report.velocity_norm**2 == pytest.approx(2**25 * 1e-6, rel=1e-5)
     assert squared_norm(torch.empty(0)) == 0.0
 
 

@@ -6,9 +6,11 @@ The problem everywhere is `Tracker`: loss ½ ||w - target||², so that the gradi
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -236,6 +238,45 @@ def test_a_copy_inside_a_round_is_refused():
         copy.deepcopy(optimizer)
 
 
+def listeners():
+    """The hooks that every module's forward pass runs through, after a collection."""
+    gc.collect()
+    return torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_an_optimizer_that_never_trained_is_collected_with_its_hook():
+    """The original of a copy, a prepared run that was given up: neither parameters nor a hook on every forward pass may stay."""
+    before = list(listeners())
+    optimizer = SlowMoOptimizer(SGD(Tracker().parameters(), lr=0.1), tau(2))
+    optimizer.scheduler = lr_scheduler.StepLR(optimizer, 2)  # a cycle, which only the collector can undo
+    others = [copy.deepcopy(SlowMoOptimizer(SGD(Tracker().parameters(), lr=0.1), tau(2))), pickle.loads(pickle.dumps(optimizer))]
+    assert len(listeners()) == len(before) + 3
+    everyone = [optimizer, *others]
+    left = [weakref.ref(o) for o in everyone] + [weakref.ref(o.param_groups[0]["params"][0]) for o in everyone]
+    del optimizer, others, everyone
+    assert list(listeners()) == before
+    assert [ref() for ref in left] == [None] * 6
+
+
+def test_listeners_come_and_go_one_by_one():
+    """Many in turn leave nothing; the one that is left still starts, and takes its hook away; a started one is collected too."""
+    before = list(listeners())
+    for _ in range(5):
+        model = Tracker()
+        other = SlowMoOptimizer(SGD(model.parameters(), lr=0.1), tau(2))
+    assert len(listeners()) == len(before) + 1
+    optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.1), tau(2))
+    del other
+    train(model, optimizer, 3)
+    assert list(listeners()) == before
+    close(weights(model), simulate(3, world=1)[0])
+    started = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert started() is None
+    model(target(0, 0)).backward()
+
+
 def test_param_groups_are_not_stale_after_loading():
     """Loading replaces the inner optimizer's groups; scheduler and lr must reach the new ones. By hand: lr 0.1, 0.05, 0.025, ..."""
     model = Tracker()
@@ -269,6 +310,78 @@ def test_the_callers_state_is_left_alone():
         for key in ("anchors", "velocities"):
             bitwise(state["slowmo"][key][0], before["slowmo"][key][0])
         close(weights(model), simulate(8, world=1)[0])
+
+
+def state_hooks_seen(wrap):
+    """Two hooks of each kind, the second one in front, and what each saw: its place, the lr then, the keys it was given."""
+    model = Tracker()
+    optimizer = wrap(SGD(model.parameters(), lr=0.1, momentum=0.9))
+    saved = copy.deepcopy(optimizer.state_dict())
+    seen, handles = [], []
+
+    def hook(word, returned=None):
+        def called(o, *given):
+            assert o is optimizer
+            seen.append((word, o.param_groups[0]["lr"], [sorted(g) for g in given]))
+            return returned(*given) if returned else None
+
+        return called
+
+    def raised(state_dict):  # a new dictionary: what is returned takes the place of what was given
+        return {**state_dict, "more": 1, "param_groups": [{**g, "lr": g["lr"] + 1} for g in state_dict["param_groups"]]}
+
+    def marked(state_dict):  # in place: the caller must not see it
+        state_dict["mark"] = 1
+
+    for kind, returned in (("state_dict_pre", None), ("state_dict_post", raised), ("load_state_dict_pre", raised)):
+        register = getattr(optimizer, f"register_{kind}_hook")
+        handles.append(register(hook(f"{kind} 1", returned)))
+        handles.append(register(hook(f"{kind} 0", returned and marked), prepend=True))
+    handles.append(optimizer.register_load_state_dict_post_hook(hook("load_state_dict_post 1")))
+    handles.append(optimizer.register_load_state_dict_post_hook(hook("load_state_dict_post 0"), prepend=True))
+    optimizer.param_groups[0]["lr"] = 0.2
+    first = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert set(saved) == {"state", "param_groups"}
+    last = optimizer.param_groups[0]["lr"]
+    for handle in handles:
+        handle.remove()
+    return seen, first, last, optimizer.state_dict()
+
+
+def test_state_dict_hooks_fire_as_torchs_do():
+    bare = state_hooks_seen(lambda inner: inner)
+    assert [word for word, _, _ in bare[0]] == [
+        f"{kind} {n}" for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post") for n in (0, 1)
+    ]
+    assert bare[2] == 1.1
+    assert state_hooks_seen(lambda inner: SlowMoOptimizer(inner, tau(2))) == bare
+
+
+def test_state_dict_hooks_see_the_slow_state():
+    """What a hook returns is what is saved and loaded: here an eighth of the anchor is saved, and it comes back whole."""
+
+    def scaled(state_dict, by):
+        return {**state_dict, "slowmo": {**state_dict["slowmo"], "anchors": [a * by for a in state_dict["slowmo"]["anchors"]]}}
+
+    model = Tracker()
+    inner = SGD(model.parameters(), lr=0.1)
+    optimizer = SlowMoOptimizer(inner, tau(2))
+    of_inner, at_end = [], []
+    inner.register_state_dict_post_hook(lambda o, state_dict: of_inner.append((o, set(state_dict))))
+    train(model, optimizer, 4)
+    optimizer.register_state_dict_post_hook(lambda o, state_dict: scaled(state_dict, 0.125))
+    optimizer.register_load_state_dict_pre_hook(lambda o, state_dict: scaled(state_dict, 8.0))
+    optimizer.register_load_state_dict_post_hook(lambda o: at_end.append((o, weights(model).tolist())))
+    at = weights(model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    bitwise(saved["slowmo"]["anchors"][0], at / 8)
+    assert of_inner == [(inner, {"state", "param_groups"})]
+    train(model, optimizer, 1, first=4)
+    optimizer.load_state_dict(saved)
+    bitwise(weights(model), at)
+    assert at_end == [(optimizer, at.tolist())], "the post-hook comes when everything is loaded"
+    bitwise(saved["slowmo"]["anchors"][0], at / 8)
 
 
 def test_a_stock_state_loads_and_the_slow_state_starts_fresh():

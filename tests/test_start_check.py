@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from harness import run_workers
 
+import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.outer_loop import OuterLoop
 
@@ -115,18 +117,74 @@ def _order():
     return model, {}, 0.1, params
 
 
-def _library(module):
+PATCH = pytest.MonkeyPatch()  # undone after each case
+
+
+def _library(owner, name, value):
     if rank() == 1:
-        module.__version__ = "0.0.1"
+        PATCH.setattr(owner, name, value)
     return Net(1.0 + rank()), {}
 
 
+def _slowmo_hf_version():
+    return _library(slowmo_hf, "__version__", "0.0.1")
+
+
 def _torch_version():
-    return _library(torch)
+    return _library(torch, "__version__", "0.0.1")
 
 
 def _accelerate_version():
-    return _library(accelerate)
+    return _library(accelerate, "__version__", "0.0.1")
+
+
+def _transformers_version():
+    """Of the installed package, whether or not a rank has imported it."""
+    return _library(importlib.metadata, "version", {"transformers": "0.0.1"}.__getitem__)
+
+
+def _not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def _no_transformers():
+    return _library(importlib.metadata, "version", _not_installed)
+
+
+class SGD2(torch.optim.SGD):
+    """Another class with the same hyper-parameters: it may step otherwise."""
+
+
+def _inner(make):
+    model = Net(1.0 + rank())
+    return model, {}, 0.1, [model.first, model.second], make
+
+
+def _inner_class():
+    return _inner(by_rank(torch.optim.SGD, SGD2))
+
+
+def _inner_number():
+    return _inner(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=by_rank(0.9, 0.8)))
+
+
+def _inner_flag():
+    return _inner(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=by_rank(False, True)))
+
+
+def _inner_none():
+    return _inner(lambda params, lr: torch.optim.SGD(params, lr=lr, foreach=by_rank(None, False)))
+
+
+def _inner_tuple():
+    return _inner(lambda params, lr: torch.optim.Adam(params, lr=lr, betas=by_rank((0.9, 0.98), (0.9, 0.999))))
+
+
+def _inner_group():
+    """The second group alone."""
+    return _inner(
+        lambda params, lr: torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "weight_decay": by_rank(0.0, 0.01)}], lr=lr)
+    )
 
 
 def _complex():
@@ -148,8 +206,17 @@ DIFFERENCES = {
     "buffer": (_buffer, ("buffer extra: [7]",)),
     "missing": (_missing, ("second: [2, 2]",)),
     "order": (_order, ("another order",)),
+    "inner class": (_inner_class, ("inner optimizer torch.optim.sgd.SGD", f"inner optimizer {__name__}.SGD2")),
+    "inner number": (_inner_number, ("group 0: momentum = 0.9", "group 0: momentum = 0.8")),
+    "inner flag": (_inner_flag, ("group 0: nesterov = False", "group 0: nesterov = True")),
+    "inner none": (_inner_none, ("group 0: foreach = None", "group 0: foreach = False")),
+    "inner tuple": (_inner_tuple, ("group 0: betas = (0.9, 0.98)", "group 0: betas = (0.9, 0.999)")),
+    "inner group": (_inner_group, ("['inner optimizer group 1: weight_decay = 0.0']", "['inner optimizer group 1: weight_decay = 0.01']")),
+    "slowmo_hf version": (_slowmo_hf_version, (f"slowmo_hf {slowmo_hf.__version__}", "slowmo_hf 0.0.1")),
     "torch version": (_torch_version, (f"torch {torch.__version__}", "torch 0.0.1")),
     "accelerate version": (_accelerate_version, (f"accelerate {accelerate.__version__}", "accelerate 0.0.1")),
+    "transformers version": (_transformers_version, (f"transformers {importlib.metadata.version('transformers')}", "transformers 0.0.1")),
+    "no transformers": (_no_transformers, (f"transformers {importlib.metadata.version('transformers')}", "transformers not installed")),
     "complex": (_complex, ("rank 1: parameter 'first' is complex",)),
 }
 
@@ -158,17 +225,20 @@ def check_differences():
     """Through the public surface: the first forward pass starts. Returns (words, seconds, unchanged?) by name."""
     found = {}
     for name, (build, _) in DIFFERENCES.items():
-        versions = torch.__version__, accelerate.__version__
         model, settings, *rest = build()
         lr = rest[0] if rest else 0.1
         params = rest[1] if len(rest) > 1 else [p for p in model.parameters() if p.requires_grad]
-        optimizer = SlowMoOptimizer(torch.optim.SGD(params, lr=lr), SlowMoConfig(timeout_seconds=20, **settings))
+        make = rest[2] if len(rest) > 2 else torch.optim.SGD
+        optimizer = SlowMoOptimizer(make(params, lr=lr), SlowMoConfig(timeout_seconds=20, **settings))
         before, start = values(model), time.monotonic()
-        with pytest.raises(ValueError) as raised:
+        words = ""
+        try:
             model()
+        except ValueError as error:
+            words = str(error)
         unchanged = all(torch.equal(before[key], value) for key, value in values(model).items())
-        found[name] = (str(raised.value), time.monotonic() - start, unchanged and optimizer.outer_loop is None)
-        torch.__version__, accelerate.__version__ = versions
+        found[name] = (words, time.monotonic() - start, unchanged and optimizer.outer_loop is None)
+        PATCH.undo()
     return found
 
 
@@ -190,6 +260,25 @@ def test_a_difference_is_the_same_error_on_every_rank(differences, name):
     assert max(first_seconds, second_seconds) < 10
     assert first_unchanged
     assert second_unchanged
+
+
+def check_a_rank_of_its_own_is_no_difference():
+    """What a group holds beside plain numbers may name the rank: a tensor its device, a string a path, a function its address. The
+    order of the keys is nobody's business either."""
+    model = Net(1.0)
+    inner = torch.optim.SGD([model.first, model.second], lr=0.1)
+    inner.param_groups[0].update(
+        scale=torch.tensor(1.0 + rank()), scales=(1.0, torch.tensor(1.0 + rank())), folder=f"/rank{rank()}", clip=lambda: None
+    )
+    if rank() == 1:
+        inner.param_groups[0] = dict(reversed(inner.param_groups[0].items()))
+    optimizer = SlowMoOptimizer(inner, SlowMoConfig(timeout_seconds=20))
+    model()
+    assert optimizer.outer_loop is not None
+
+
+def test_a_rank_of_its_own_is_no_difference():
+    run_workers(check_a_rank_of_its_own_is_no_difference, 2)
 
 
 # ---- rank 0's values win ----
@@ -270,8 +359,9 @@ def test_a_loopback_address_in_a_job_of_several_machines_is_said(addresses, loca
 def test_one_worker_is_told_that_nothing_is_averaged():
     with Listener() as heard:
         model = Net(1.0)
-        SlowMoOptimizer(torch.optim.SGD([model.first, model.second], lr=0.1), SlowMoConfig(sync_every=2))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([model.first, model.second], lr=0.1), SlowMoConfig(sync_every=2))
         model()
+    assert optimizer.outer_loop is not None
     assert "one worker: nothing is averaged" in heard.text(logging.WARNING)
     assert "`accelerate launch --cpu --num_processes 2` starts one process" in heard.text(logging.WARNING)
 

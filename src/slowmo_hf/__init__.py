@@ -3,7 +3,7 @@
 from .callback import SlowMoCallback
 from .config import SlowMoConfig
 from .optimizer import SlowMoOptimizer, consensus, last_round, register_for_checkpointing
-from .outer_loop import RoundReport
+from .round_report import RoundReport
 
 __all__ = [
     "RoundReport",

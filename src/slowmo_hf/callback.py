@@ -14,7 +14,8 @@ from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .log import logger, make_heard
 from .model_tensors import inner_lrs
-from .outer_loop import OuterLoop, RoundReport
+from .outer_loop import OuterLoop
+from .round_report import RoundReport
 
 
 class SlowMoCallback(TrainerCallback):
@@ -34,6 +35,7 @@ class SlowMoCallback(TrainerCallback):
         self.config = config or SlowMoConfig()
         self.outer_loop: OuterLoop | None = None
         self._isolation: Isolation | None = None
+        self._training = False
         self._stock_token_average: bool | None = None
         self._unlogged: list[RoundReport] = []
         self._trainer: weakref.ref[Trainer] | None = None
@@ -71,17 +73,27 @@ class SlowMoCallback(TrainerCallback):
                 f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so it is unknown "
                 "who averages gradients. Launch with torchrun or accelerate launch."
             )
-        self._isolation = Isolation(wrappers)
-        self._isolate_tokens(args)
-        _advise(args, self.config)
+        self.outer_loop = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
+        if self.config.base != "all_reduce":
+            self._isolation = Isolation(wrappers, outer_loop.workers.inside.group)
+            self._isolate_tokens(args)
+            _advise(args, self.config)
         self.outer_loop = outer_loop
+        self._training = True
         self._unlogged = []
         if args.eval_on_start:
             outer_loop.show_average()  # workers agree, so nothing is sent: it keeps what the evaluation draws from the generators
 
     def _refuse_inside_round(self, state: TrainerState) -> None:
-        if state.global_step % self.config.sync_every:
+        if state.global_step and not self.config.exact_average:
+            raise ValueError(
+                f"training cannot be resumed at step {state.global_step} with exact_average=False: the checkpoint holds the average, not "
+                "the workers' own weights, which stay different. Start anew, or use exact_average=True."
+            )
+        if self.config.base == "all_reduce" and not self.config.has_outer_update:
+            return
+        if state.global_step % self.config.sync_every and self.config.base != "all_reduce":
             raise ValueError(
                 f"training cannot be resumed at step {state.global_step}, inside a round of sync_every={self.config.sync_every} "
                 "steps: the checkpoint holds the average, not the workers' own weights. Resume from a checkpoint at a multiple of "
@@ -101,6 +113,7 @@ class SlowMoCallback(TrainerCallback):
         args.average_tokens_across_devices = False
 
     def _restore(self, args: TrainingArguments) -> None:
+        self._training = False
         if self._isolation is not None:
             self._isolation.release()
             self._isolation = None
@@ -160,7 +173,7 @@ class SlowMoCallback(TrainerCallback):
         self._after_look("saved")
 
     def _after_look(self, verb: str) -> None:
-        if self.outer_loop is None or self._isolation is None:
+        if self.outer_loop is None or not self._training:
             return
         if self.outer_loop.showing_average:
             self.outer_loop.give_back_random_state()

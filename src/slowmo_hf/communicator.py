@@ -1,52 +1,72 @@
-"""The only file that talks to other processes: sums in flat buffers, headers, objects; bytes and seconds counted."""
+"""The only file that talks to other processes: sums in flat buffers, headers, objects, messages; bytes and seconds counted."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-# `new_group` is collective and leaks: once per process, default group and time-out.
-_groups: dict[tuple[int, float], dist.ProcessGroup] = {}
+T = TypeVar("T")
+
+# `new_group` is collective and leaks: once per process for a default group, ranks, purpose and time-out.
+_groups: dict[tuple[int, tuple[int, ...], str, float], Any] = {}
 
 
-def _own_group(timeout_seconds: float) -> dist.ProcessGroup:
-    key = (id(dist.group.WORLD), timeout_seconds)
+def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> Any:
+    key = (id(dist.group.WORLD), tuple(ranks), purpose, timeout_seconds)
     if key not in _groups:
         # `ddp_timeout` is ignored on CPU; a group of our own fails in our time.
-        group = dist.new_group(timeout=timedelta(seconds=timeout_seconds))
-        assert group is not None
-        _groups[key] = group
+        _groups[key] = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
     return _groups[key]
+
+
+@dataclass
+class Transfer:
+    """Messages under way: a send to every target and a receipt from every source."""
+
+    works: list[Any]
+    received: list[torch.Tensor]
+    words: str
+    done: bool = False
 
 
 class Communicator:
     """
-    The workers of one job. In a world of one, or without `torch.distributed`, nothing is sent.
+    Some processes of the job, all of them by default. In a world of one, or without `torch.distributed`, nothing is sent.
+
+    Making one is collective over the whole job, also for processes that are not in `ranks` (their `member` is False).
 
     Args:
-        timeout_seconds (`float`): A collective that takes longer raises.
+        timeout_seconds (`float`): A collective or message that takes longer raises.
         device (`torch.device`): Where the parameters are; small messages travel there too, unless the backend takes the CPU.
+        ranks (`Sequence[int]`, *optional*): Ranks in the job, ascending; all where it is None.
+        purpose (`str`, *optional*): Communicators of different purposes have process groups, and so wires, of their own.
     """
 
-    def __init__(self, timeout_seconds: float, device: torch.device) -> None:
+    def __init__(
+        self, timeout_seconds: float, device: torch.device, ranks: Sequence[int] | None = None, *, purpose: str = "rounds"
+    ) -> None:
         self.bytes_sent = 0
         self.seconds = 0.0
-        self.group: dist.ProcessGroup | None = None
-        self.rank, self.world_size = 0, 1
+        self.timeout_seconds = timeout_seconds
+        self.group: Any = None
+        self.ranks = list(range(processes_in_job())) if ranks is None else list(ranks)
+        self.world_size = len(self.ranks)
+        self.member = rank_in_job() in self.ranks
+        self.rank = self.ranks.index(rank_in_job()) if self.member else -1
         self.backend = "none"
-        if processes_in_job() > 1:
-            self.group = _own_group(timeout_seconds)
-            self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
-            self.backend = dist.get_backend(self.group)
-        self._small_device = torch.device("cpu") if "gloo" in self.backend or self.backend == "none" else device
+        if self.world_size > 1:
+            self.group = _own_group(self.ranks, purpose, timeout_seconds)
+            self.backend = dist.get_backend()
+        self.wire_device = torch.device("cpu") if "gloo" in self.backend or self.backend == "none" else device
 
     @contextmanager
     def _counted(self, payload_bytes: float) -> Iterator[None]:
@@ -55,8 +75,10 @@ class Communicator:
         self.seconds += time.perf_counter() - start
         self.bytes_sent += round(payload_bytes)
 
-    def mean_(self, flat: torch.Tensor) -> None:
-        """Replace `flat` by its mean over workers, in place. Counts a ring's 2 (m-1)/m of its bytes.
+    # ---- collectives ----
+
+    def sum_(self, flat: torch.Tensor) -> None:
+        """Replace `flat` by its sum over workers, in place. Counts a ring's 2 (m-1)/m of its bytes.
 
         Args:
             flat (`torch.Tensor`): Contiguous and our own: gloo is silently wrong on views that are not dense.
@@ -68,7 +90,12 @@ class Communicator:
             dist.all_reduce(flat, group=self.group)
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
-        flat.div_(self.world_size)
+
+    def mean_(self, flat: torch.Tensor) -> None:
+        """Replace `flat` by its mean over workers, in place."""
+        self.sum_(flat)
+        if self.world_size > 1:
+            flat.div_(self.world_size)
 
     def max_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by its maximum over workers, in place."""
@@ -79,7 +106,7 @@ class Communicator:
 
     def gather_header(self, header: list[float]) -> torch.Tensor:
         """Every worker's header: float64, shape (world_size, len(header)), on the CPU."""
-        mine = torch.tensor(header, dtype=torch.float64, device=self._small_device)
+        mine = torch.tensor(header, dtype=torch.float64, device=self.wire_device)
         if self.world_size == 1:
             return mine[None].cpu()
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -96,12 +123,85 @@ class Communicator:
         return values
 
     def broadcast_(self, flat: torch.Tensor) -> None:
-        """Replace `flat` by rank 0's, in place."""
+        """Replace `flat` by the first rank's, in place."""
         if self.world_size > 1 and flat.numel():
-            dist.broadcast(flat.view(torch.uint8), src=0, group=self.group)  # bytes: every dtype travels
+            dist.broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group)  # bytes: every dtype travels
+
+    def broadcast_outcome(self, act: Callable[[], T]) -> T:
+        """Run `act` on the first rank alone; its result, or its error, is everybody's. Objects are pickled."""
+        if self.world_size == 1:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = act()
+            except Exception as failure:
+                kind = type(failure) if type(failure) in (ValueError, RuntimeError) else RuntimeError
+                dist.broadcast_object_list([None, kind(str(failure))], src=self.ranks[0], group=self.group)
+                raise
+        dist.broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
 
     def _ring_bytes(self, flat: torch.Tensor) -> float:
         return 2 * (self.world_size - 1) / self.world_size * flat.nbytes
+
+    # ---- messages ----
+
+    def exchange(self, message: torch.Tensor, targets: list[int], received: list[torch.Tensor], sources: list[int], tag: int) -> Transfer:
+        """
+        Start to send `message` to every target and to receive one from every source; returns at once.
+
+        Args:
+            message (`torch.Tensor`): Contiguous, on `wire_device`; must not change before the transfer is finished.
+            targets (`list[int]`), sources (`list[int]`): Ranks in this communicator.
+            received (`list[torch.Tensor]`): A tensor like `message` for every source.
+            tag (`int`): The same at both ends, different for messages that are under way together.
+        """
+        ops = [dist.P2POp(dist.irecv, into, self.ranks[s], self.group, tag) for s, into in zip(sources, received, strict=True)]
+        ops += [dist.P2POp(dist.isend, message, self.ranks[t], self.group, tag) for t in targets]
+        self.bytes_sent += message.nbytes * len(targets)
+        peers = sorted({*targets, *sources})
+        words = f"exchange with worker {', '.join(map(str, peers))} (rank {', '.join(str(self.ranks[p]) for p in peers)})"
+        try:
+            works = dist.batch_isend_irecv(ops) if ops else []
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"base must be local_sgd or all_reduce on backend {self.backend!r}, which has no peer-to-peer messages. Use gloo or NCCL."
+            ) from error
+        except RuntimeError as error:
+            raise RuntimeError(f"{words} could not start: {_first_line(error)}") from error
+        return Transfer(works, received, words)
+
+    def finish(self, transfer: Transfer) -> None:
+        """
+        Wait until the messages have arrived and gone.
+
+        Raises:
+            RuntimeError: A peer died or did not answer within `timeout_seconds`.
+        """
+        if transfer.done:
+            return
+        with self._counted(0):
+            for work in transfer.works:
+                try:
+                    work.wait(timedelta(seconds=self.timeout_seconds))
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"{transfer.words} failed: a process there has died, or did not answer within timeout_seconds="
+                        f"{self.timeout_seconds:g} ({_first_line(error)}). Look at that rank's own log first."
+                    ) from error
+        transfer.done = True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def rank_in_job() -> int:
+    """This process's rank in `torch.distributed`'s world; 0 where it is not initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def processes_in_job() -> int:
@@ -109,9 +209,14 @@ def processes_in_job() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def processes_on_machine(world_size: int) -> int:
+    """Processes of this job on this machine, from LOCAL_WORLD_SIZE and never from host names (containers share them)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
 def machines_in_job(world_size: int) -> int:
-    """Number of machines, from LOCAL_WORLD_SIZE and never from host names (containers share them); 1 where it is not set."""
-    return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    """Number of machines; 1 where the launcher does not say."""
+    return max(1, world_size // processes_on_machine(world_size))
 
 
 def host_and_address() -> tuple[str, str]:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 SLOW_MOMENTUM = "slow_momentum"
-_BASES = ("local_sgd", "sgp", "osgp", "dpsgd", "all_reduce")
+GOSSIP_BASES = ("sgp", "osgp", "dpsgd")
+_BASES = ("local_sgd", *GOSSIP_BASES, "all_reduce")
 _CHOICES = {
     "base": _BASES,
     "inner_state": ("auto", "reset", "maintain", "average"),
@@ -33,7 +34,10 @@ class SlowMoConfig:
 
     Args:
         base (`str`, *optional*, defaults to `"local_sgd"`):
-            What workers exchange between rounds. `"local_sgd"`: nothing.
+            What workers do at every step. `"local_sgd"`: nothing; they meet at rounds only. `"sgp"`: stochastic gradient push, one
+            push-sum exchange per step. `"osgp"`: the same behind the next steps' computation. `"dpsgd"`: one symmetric exchange
+            per step. `"all_reduce"`: gradients averaged by DDP over all processes, the baseline; without an outer update (momentum
+            0, `outer_lr` 1) it is stock training.
         sync_every (`int`, *optional*, defaults to `12`):
             Inner steps per round, the paper's tau, in optimizer steps (not micro-batches).
         outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`):
@@ -50,18 +54,22 @@ class SlowMoConfig:
             The inner optimizer's state at a round's end (line 2): `"reset"`, `"maintain"` or `"average"` (double averaging).
             `"auto"`: reset for SGD with momentum, maintain for everything else, as in the paper.
         exact_average (`bool`, *optional*, defaults to `True`):
-            Line 6. `False` is for gossip bases only.
+            Line 6. `False`, for gossip bases only, is the paper's no-average variant: each worker does the outer update on its own
+            de-biased parameters, and they stay different.
         model_buffers (`str`, *optional*, defaults to `"average"`):
             Floating-point buffers that change in training (BatchNorm statistics): `"average"` at every round or `"local"`.
             Integer buffers take the maximum in both. Constant buffers are left alone.
         processes_per_worker (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`, `"node"` or a number (an `int` is taken too).
+            Processes that form one worker: neighbouring ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A
+            number (an `int` is taken too). `"auto"`: a machine's where the job spans several machines with several processes
+            each, else 1.
         topology (`str`, *optional*, defaults to `"auto"`):
-            Who sends to whom; gossip bases only.
+            Who sends to whom (`slowmo_hf.topology.Topology`): `"exponential"`, `"bipartite_exponential"`, `"ring"` or `"complete"`;
+            gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the others.
         peers (`int`, *optional*, defaults to `1`):
-            Peers per exchange; gossip bases only.
+            Workers each sends to per exchange; gossip bases only.
         staleness (`int`, *optional*, defaults to `1`):
-            Steps a message may be in flight; `base="osgp"` only.
+            Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB):
@@ -73,7 +81,7 @@ class SlowMoConfig:
         ValueError: A setting is out of range, or two settings contradict each other.
     """
 
-    base: str = _help("What workers exchange between rounds: local_sgd exchanges nothing.", "local_sgd")
+    base: str = _help("What workers do at every step: local_sgd, sgp, osgp, dpsgd or all_reduce.", "local_sgd")
     sync_every: int = _help("Inner optimizer steps per round (tau).", 12)
     outer_optimizer: str = _help("slow_momentum, or the dotted path of a torch optimizer.", SLOW_MOMENTUM)
     outer_optimizer_kwargs: str | None = _help("JSON object of arguments for a dotted-path outer_optimizer.", None)
@@ -83,9 +91,9 @@ class SlowMoConfig:
     exact_average: bool = _help("Exact average at a round (line 6); False is for gossip bases only.", True)
     model_buffers: str = _help("Changing floating-point buffers at a round: average or local.", "average")
     processes_per_worker: str = _help("auto, node or a number of processes.", "auto")
-    topology: str = _help("Who sends to whom; gossip bases only.", "auto")
+    topology: str = _help("Who sends to whom: auto, exponential, bipartite_exponential, ring or complete; gossip bases only.", "auto")
     peers: int = _help("Peers per exchange; gossip bases only.", 1)
-    staleness: int = _help("Steps a message may be in flight; base osgp only.", 1)
+    staleness: int = _help("Optimizer steps that a message is in flight; base osgp only.", 1)
     stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
     bucket_bytes: int = _help("Size of the communication buffer in bytes.", 256 * 2**20)
     timeout_seconds: float = _help("How long a round waits for a worker, in seconds.", 1800.0)
@@ -152,24 +160,50 @@ class SlowMoConfig:
             )
 
     def _check_base(self) -> None:
-        if self.base != "local_sgd":
-            raise ValueError(f"base must be 'local_sgd' in this version, got {self.base!r}, which is not built yet.")
-        for name in ("topology", "peers", "staleness", "exact_average"):
-            if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"{name} is for gossip bases, got {name}={getattr(self, name)!r} with base='local_sgd', which exchanges "
-                    f"nothing between rounds. Leave {name} at {getattr(type(self), name)!r}."
-                )
+        if self.base not in GOSSIP_BASES:
+            self._refuse_options(("topology", "peers", "exact_average"), "is for gossip bases (sgp, osgp, dpsgd)")
+        if self.base != "osgp":
+            self._refuse_options(("staleness",), "is for base='osgp', whose exchange runs behind the computation")
+        if self.base == "all_reduce":
+            self._refuse_options(("processes_per_worker",), "is for workers that train alone; with all_reduce all processes are one")
+        if self.base == "dpsgd" and self.topology == "exponential":
+            raise ValueError(
+                "topology must be two-sided for base='dpsgd', got 'exponential', where who sends does not receive from the same worker. "
+                "Use 'auto' (bipartite_exponential), 'ring' or 'complete'; or base='sgp'."
+            )
+        if (self.inner_state == "reset" and not self.has_outer_update) or (self.inner_state == "average" and not self.averages_at_rounds):
+            raise ValueError(
+                f"inner_state={self.inner_state!r} acts where a round changes parameters (reset) or averages them (average), got base="
+                f"{self.base!r}, exact_average={self.exact_average}, outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr}, where "
+                "it does not. Use inner_state='auto'."
+            )
+
+    def _refuse_options(self, names: tuple[str, ...], rule: str) -> None:
+        for name in names:
+            default = getattr(type(self), name)
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} {rule}, got {name}={getattr(self, name)!r} with base={self.base!r}. Leave {name} at {default!r}.")
 
     def _check_processes_per_worker(self) -> None:
         value = self.processes_per_worker
-        if value in ("auto", "1"):
-            return
-        if value != "node" and not (isinstance(value, str) and value.isdecimal() and int(value) > 0):
+        if value not in ("auto", "node") and not (isinstance(value, str) and value.isdecimal() and int(value) > 0):
             raise ValueError(f"processes_per_worker must be 'auto', 'node' or a number >= 1, got {value!r}.")
-        raise ValueError(
-            f"processes_per_worker must be 'auto' or 1 in this version, got {value!r}: workers of several processes are not built yet."
-        )
+
+    @property
+    def averages_at_rounds(self) -> bool:
+        """False where a round sends no parameters: workers are equal anyway, or stay different (`exact_average=False`)."""
+        return self.exact_average and self.base != "all_reduce"
+
+    @property
+    def has_outer_update(self) -> bool:
+        """False where a round would leave every worker's parameters as they are."""
+        plain = self.outer_optimizer == SLOW_MOMENTUM and self.outer_momentum == 0 and self.outer_lr == 1
+        return self.averages_at_rounds or not plain
+
+    @property
+    def has_rounds(self) -> bool:
+        """False for plain all-reduce, which is left exactly as stock. Gossip without an outer update has rounds to report."""
+        return self.has_outer_update or self.base != "all_reduce"
 
     def outer_optimizer_class(self) -> type[Any]:
         """The class that a dotted-path `outer_optimizer` names; `ValueError` where there is none."""
@@ -216,7 +250,7 @@ class SlowMoConfig:
         """
         if task not in _PAPER_TASKS:
             raise ValueError(f"task must be one of {', '.join(_PAPER_TASKS)}, got {task!r}.")
-        sync_every = 12 if base == "local_sgd" or task == "cifar10" else 48
+        sync_every = 48 if base in GOSSIP_BASES and task != "cifar10" else 12
         return cls(base=base, sync_every=sync_every, outer_momentum=outer_momentum, inner_state=_PAPER_TASKS[task])
 
     @classmethod

@@ -44,21 +44,28 @@ class Isolation:
     """
     Holds DDP wrappers apart from other workers, until `release`.
 
-    The two `require_*_sync` flags cost nothing and are enough, with two exceptions. A `no_sync()` that is open puts them back when it
-    closes, so they are set again at every forward pass until `settle` finds them set. `static_graph` asserts that gradients are
-    reduced: there, the wrapper gets a process group of its own, this process alone.
+    In a worker of several processes the wrappers get the worker's process group: gradients, unused-parameter bitmaps and buffers stay
+    inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough, with two exceptions. A `no_sync()` that is
+    open puts them back when it closes, so they are set again at every forward pass until `settle` finds them set. `static_graph`
+    asserts that gradients are reduced: there, the wrapper gets a process group of its own, this process alone.
+
+    Args:
+        wrappers (`list`): The model's.
+        group (`dist.ProcessGroup`, *optional*): The worker's processes; None where it has one.
     """
 
-    def __init__(self, wrappers: list[DistributedDataParallel]) -> None:
-        self._by_flags = [ddp for ddp in wrappers if not ddp.static_graph]
-        self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if ddp.static_graph]
+    def __init__(self, wrappers: list[DistributedDataParallel], group: dist.ProcessGroup | None = None) -> None:
+        self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
+        self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
         self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync]
         for ddp in self._by_flags:
             _switch_off(ddp)
         for ddp, _ in self._by_group:
-            _set_group(ddp, _lonely_group())
-        if wrappers:
+            _set_group(ddp, group or _lonely_group())
+        if wrappers and group is None:
             logger.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
+        elif wrappers:
+            logger.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
     def settle(self) -> None:
         """Call at an optimizer step: stop setting the flags at every forward pass once they stay."""

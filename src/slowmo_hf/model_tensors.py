@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from .averager import flat_view
@@ -107,6 +109,11 @@ class ModelTensors:
 def inner_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
     """The learning rate of every parameter group, read now (groups may be replaced, so nothing is cached)."""
     return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def hash48(names: list[str]) -> float:
+    """48 bits of a SHA-256: exact in a float64."""
+    return float(int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:6], "big"))
 
 
 def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .log import logger
 from .model_tensors import inner_lrs
-from .outer_loop import OuterLoop, RoundReport
+from .outer_loop import OuterLoop
+from .round_report import RoundReport
 
 if TYPE_CHECKING:
     from accelerate.accelerator import Accelerator
@@ -64,7 +66,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
         super().__setstate__(state)
-        self._first_forward = register_module_forward_pre_hook(self._on_forward)
+        self._stop_listening = _listen_for_the_first_forward(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -117,23 +119,36 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         self.inner_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and the slow state under `"slowmo"` once training has started.
+        """The inner optimizer's state, and the slow state under `"slowmo"` once training has started; hooks fire as torch's do.
 
         Raises:
             RuntimeError: Training is inside a round.
         """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
         state_dict: dict[str, Any] = self.inner_optimizer.state_dict()
         slow = self.outer_loop.state_dict() if self.outer_loop else self._pending
-        return state_dict if slow is None else {**state_dict, _SLOW_STATE: slow}
+        if slow is not None:
+            state_dict = {**state_dict, _SLOW_STATE: slow}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load `state_dict()`'s result; without a slow state in it (a stock run's), the slow state starts fresh."""
+        """Load `state_dict()`'s result; without a slow state (a stock run's), that starts fresh. Hooks fire as torch's do."""
+        state_dict = state_dict.copy()  # hooks may change theirs; the caller's is left alone
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         slow = state_dict.get(_SLOW_STATE)
         self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
         if slow is not None and self.outer_loop is not None:
             self.outer_loop.load_state_dict(slow)
         elif slow is not None:
             self._pending = slow
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def train(self) -> None:
         """Local weights in the parameters (the schedule-free protocol, which Trainer follows before each step)."""
@@ -161,12 +176,13 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             self._start([module], [])
 
     def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
-        self._first_forward.remove()
+        self._stop_listening()
         refuse_unsupported()
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
-        self.isolation = Isolation(wrappers)
         outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
         outer_loop.start(broadcast_frozen=not wrappers)
+        if self.config.base != "all_reduce":
+            self.isolation = Isolation(wrappers, outer_loop.workers.inside.group)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
@@ -229,6 +245,22 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             return inner.step()  # type: ignore[no-any-return]
         finally:
             del inner.found_inf, inner.grad_scale
+
+
+def _listen_for_the_first_forward(optimizer: SlowMoOptimizer) -> Callable[[], Any]:
+    """
+    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks lives as long as
+    the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that never trains (a sweep that failed,
+    the original of a copy) keeps neither its parameters nor a hook on every module.
+    """
+    alive = weakref.ref(optimizer)
+
+    def on_forward(module: torch.nn.Module, args: Any) -> None:
+        listener = alive()
+        if listener is not None:
+            listener._on_forward(module, args)
+
+    return weakref.finalize(optimizer, register_module_forward_pre_hook(on_forward).remove)
 
 
 def _is_dummy_step() -> bool:

@@ -2,7 +2,7 @@
 The heart: anchors, the clock, one round (Algorithm 1 of SlowMo, https://huggingface.co/papers/1910.00643).
 
     for every optimizer step k = 1, 2, ...                    OuterLoop.step
-        the inner optimizer has stepped                       line 4
+        the inner optimizer has stepped, gossip mixes         line 4
         if k is a multiple of sync_every:                     OuterLoop._round
             pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}
             velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u, r = gamma_t / gamma_{t-1}
@@ -21,59 +21,57 @@ Decisions taken once:
 (f) The clock counts attempted optimizer steps: not micro-batches, not applied steps. With fp16, rank 0 may apply step 3 while
     rank 1 skips it (an infinite gradient); a counter of applied steps would leave rank 1 behind for good, and a round entered by
     one rank alone never returns.
-(g) No outer update outside a round: a look shows the average, then gives weights and random generators back as they were.
+(g) No outer update outside a round: a look shows the average, then gives weights, messages in flight and random generators back as
+    they were.
 (h) The consensus distance, mean ||x_i - mean x||^2 = mean ||x_i - anchor||^2 - ||pseudo_grad||^2, costs no message: the first term
     rides in the last element of each bucket.
+(i) The exact average contains every exchange of its step, so a round with one sends no gossip: the exchange is left out, and the
+    schedule of exchanges does not move.
+(j) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
+    worker's other processes at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .averager import Bucket, ExactAverager, FlatAnchor, flat_anchors, squared_norm, views_like
-from .communicator import Communicator, machines_in_job
-from .config import SLOW_MOMENTUM, SlowMoConfig
+from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, squared_norm, views_like
+from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
+from .gossip import GossipBase, make_topology
+from .inner_state import InnerState
 from .log import logger, make_heard
-from .model_tensors import ModelTensors, copy_tensors_
+from .model_tensors import ModelTensors, copy_tensors_, hash48
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
 from .random_state import RandomState
+from .round_report import RoundReport, log_costs
 from .start_check import check_same_everywhere, log_start
+from .workers import Workers
 
 STATE_VERSION = 1
 
 
-@dataclass(frozen=True)
-class RoundReport:
-    """
-    What one round did.
+class _Norms:
+    """Squared norms of a round, summed as its pieces pass: ||pseudo_grad||^2, ||velocity||^2, mean ||x_i - anchor||^2."""
 
-    Args:
-        round (`int`): Rounds done so far, this one included.
-        consensus_distance (`float`): Mean over workers of ||x_i - mean x||^2 before the average.
-        pseudo_grad_norm (`float`): ||anchor - average||.
-        velocity_norm (`float`): ||velocity|| after the outer step; 0 where the outer optimizer keeps none of ours.
-        bytes_sent (`int`): Payload this worker sent, counted as a ring all-reduce: 2 (m-1)/m of each message.
-        seconds (`float`): Wall time of the round, waiting included.
-        utilisation (`float`): Time outside rounds over all time, since the last round; looks do not count.
-    """
+    def __init__(self) -> None:
+        self.drift_square = 0.0
+        self._squares: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    round: int
-    consensus_distance: float
-    pseudo_grad_norm: float
-    velocity_norm: float
-    bytes_sent: int
-    seconds: float
-    utilisation: float
+    def add(self, pseudo_grad: torch.Tensor, velocity: torch.Tensor | None) -> None:
+        """Count one piece. Nothing waits for the device here."""
+        self._squares.append((squared_norm(pseudo_grad), None if velocity is None else squared_norm(velocity)))
 
-    def to_logs(self) -> dict[str, float]:
-        """The report under the keys `slowmo/...`, for `accelerator.log` and trackers."""
-        return {f"slowmo/{name}": value for name, value in vars(self).items()}
+    @property
+    def pseudo_grad_square(self) -> float:
+        return float(sum(float(square) for square, _ in self._squares))
+
+    @property
+    def velocity_square(self) -> float:
+        return float(sum(float(square) for _, square in self._squares if square is not None))
 
 
 class OuterLoop:
@@ -90,13 +88,15 @@ class OuterLoop:
         self.config = config
         self.inner_optimizer = inner_optimizer
         self.tensors = ModelTensors(inner_optimizer, model)
-        self.inner_state = _inner_state_policy(config, inner_optimizer)
+        self.inner_state = InnerState(config, self.tensors)
         self.attempted_steps = 0
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self._stash: list[torch.Tensor] | None = None
+        self._shown: list[torch.Tensor] = []
         self._random_state: RandomState | None = None
         self._clock_start = self._look_start = time.perf_counter()
+        self._exchange_seconds = 0.0
 
     # ---- the start ----
 
@@ -109,61 +109,79 @@ class OuterLoop:
             broadcast_frozen (`bool`, *optional*, defaults to `True`): False where DDP's constructor has done it.
 
         Raises:
-            ValueError: Ranks differ, or a parameter cannot be averaged; the same on every rank.
+            ValueError: Ranks differ, a parameter cannot be averaged, or the settings do not fit the number of processes; the same on
+                every rank.
         """
         make_heard()
-        self.communicator = Communicator(self.config.timeout_seconds, self.tensors.device)
-        self.averager = ExactAverager(self.communicator, self.config.bucket_bytes)
-        check_same_everywhere(self.communicator, self.config, self.tensors)
-        self.averager.broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
+        self.workers = Workers(self.config, self.tensors.device)
+        check_same_everywhere(self.workers, self.config, self.tensors, self._refusal())
+        ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
+        self.workers.form()
+        self.averager = ExactAverager(self.workers.between, self.config.bucket_bytes)
+        self.inside = ExactAverager(self.workers.inside, self.config.bucket_bytes)
         self.tensors.remember_buffers()
         self.attempted_steps = attempted_steps
-        self.anchors = flat_anchors(self.tensors.groups)
-        self._buckets = [item.buckets(self.config.bucket_bytes) for item in self.anchors]
+        # Only a leader holds slow state: elsewhere these lists are empty, and so are the loops over them.
+        self.anchors = flat_anchors(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
+        self._buckets = [bucket for item in self.anchors for bucket in item.buckets(self.config.bucket_bytes)]
+        gossips = self.config.base in GOSSIP_BASES and self.workers.leads
+        self.base: Base = GossipBase(self.config, self.workers.gossip, self.anchors) if gossips else Base()
         self.averager.reserve(self.anchors)
         self._make_outer_optimizer()
-        log_start(self.communicator, self.config, self.inner_state, machines_in_job(self.communicator.world_size))
+        log_start(self.workers, self.config, self.inner_state.policy)
+        self._bytes_counted = self.workers.bytes_sent
         self._clock_start = time.perf_counter()
 
+    def _refusal(self) -> str | None:
+        """Why this rank cannot start, or None."""
+        refusal = self.tensors.refusal() or self.workers.refusal()
+        if refusal is None and self.config.base in GOSSIP_BASES:
+            try:
+                make_topology(self.config, self.workers.count)
+            except ValueError as error:
+                return str(error)
+        return refusal
+
     def _make_outer_optimizer(self) -> None:
-        """Slow momentum works on buckets, as they arrive; another optimizer on anchors in the parameters' shapes, at the end."""
+        """Slow momentum works on pieces, as they arrive; another optimizer on anchors in the parameters' shapes, at the end."""
         groups: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
         if self.config.outer_optimizer == SLOW_MOMENTUM:
-            for group, part in self._parts(self.anchors):
-                groups[group].append(part)
+            for piece in self._pieces():
+                groups[piece.group].append(piece.anchor)
         else:
             for item in self.anchors:
                 for group, anchor in zip(item.groups, item.anchors(), strict=True):
                     groups[group].append(anchor)
         self.outer_optimizer = make_outer_optimizer(self.config, groups)
-        self.velocities = []
+        self.velocities: list[torch.Tensor] = []
         if isinstance(self.outer_optimizer, SlowMomentum) and self.config.outer_momentum > 0:
-            velocities = [FlatAnchor(torch.zeros_like(item.flat), item.params, item.groups) for item in self.anchors]
-            for (_, anchor), (_, velocity) in zip(self._parts(self.anchors), self._parts(velocities), strict=True):
-                self.outer_optimizer.state[anchor]["velocity"] = velocity
-            self.velocities = [item.flat for item in velocities]
+            velocities = {item: torch.zeros_like(item.flat) for item in self.anchors}
+            for piece in self._pieces():
+                self.outer_optimizer.state[piece.anchor]["velocity"] = piece.of(velocities[piece.item])
+            self.velocities = list(velocities.values())
 
-    def _parts(self, items: list[FlatAnchor]) -> list[tuple[int, torch.Tensor]]:
-        """(group, run) of every part of every bucket; for the anchors, the very tensors that the rounds update."""
-        buckets = self._buckets if items is self.anchors else [item.buckets(self.config.bucket_bytes) for item in items]
-        return [part for of_item in buckets for bucket in of_item for part in bucket.parts]
+    def _pieces(self) -> list[Piece]:
+        return [piece for bucket in self._buckets for piece in bucket.pieces]
 
-    # ---- the clock and the round ----
+    # ---- the clock ----
 
     @torch.no_grad()
     def step(self, inner_lrs: list[float]) -> RoundReport | None:
         """
-        Count one attempted inner step; do a round if one is due. Call it after the inner optimizer, before the scheduler.
+        Count one attempted inner step; mix and do a round if they are due. Call it after the inner optimizer, before the scheduler.
 
         Args:
             inner_lrs (`list[float]`): The learning rate in force, per parameter group.
 
         Returns:
-            `RoundReport` of a round, or None between rounds, where nothing is sent.
+            `RoundReport` of a round, or None between rounds.
         """
         self.refuse_while_shown()
         self.attempted_steps += 1
-        return self._round(inner_lrs) if self.workers_agree else None
+        round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
+        if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
+            self._exchange()
+        return self._round(inner_lrs) if round_is_due else None
 
     def refuse_while_shown(self) -> None:
         """Raise if the average is in the parameters: a step taken there would be lost when the local weights return."""
@@ -172,97 +190,135 @@ class OuterLoop:
 
     @property
     def workers_agree(self) -> bool:
-        """True where a round has just ended (or nothing has begun): parameters are equal on all workers."""
-        return self.attempted_steps % self.config.sync_every == 0
+        """True where parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are averaged."""
+        if self.config.base == "all_reduce" or self.attempted_steps == 0:
+            return True
+        return self.config.exact_average and self.attempted_steps % self.config.sync_every == 0
+
+    def _exchange(self) -> None:
+        """One gossip exchange. Its number counts those before it: with exact rounds, all steps but the rounds'."""
+        start = time.perf_counter()
+        rounds_before = self.attempted_steps // self.config.sync_every if self.config.exact_average else 0
+        number = self.attempted_steps - 1 - rounds_before
+        self.workers.inside.broadcast_outcome(lambda: self._mix(number))
+        self.inside.broadcast_(self.tensors.trainable)
+        self._exchange_seconds += time.perf_counter() - start
+
+    def _mix(self, number: int) -> None:
+        assert isinstance(self.base, GossipBase)
+        try:
+            self.base.mix_(number)
+        except RuntimeError as error:
+            raise RuntimeError(f"optimizer step {self.attempted_steps}: {error}") from error
+
+    # ---- the round ----
 
     def _round(self, inner_lrs: list[float]) -> RoundReport:
-        start, bytes_before = time.perf_counter(), self.communicator.bytes_sent
-        inner_lrs = self._agree(inner_lrs)
-        pseudo_grad_square, drift_square = self._outer_step(inner_lrs)
-        self._hand_back()
-        self._average_buffers()
-        self._treat_inner_state()
-        self.rounds += 1
-        end = time.perf_counter()
-        self.last_round = RoundReport(
-            round=self.rounds,
-            consensus_distance=max(0.0, drift_square - pseudo_grad_square),
-            pseudo_grad_norm=math.sqrt(pseudo_grad_square),
-            velocity_norm=self._velocity_norm(),
-            bytes_sent=self.communicator.bytes_sent - bytes_before,
-            seconds=end - start,
-            utilisation=(start - self._clock_start) / max(end - self._clock_start, 1e-9),
-        )
-        if self.rounds == 2:
-            self._log_costs(start - self._clock_start, end - start)
-        self._clock_start = end
-        return self.last_round
+        start = time.perf_counter()
+        problem = "; ".join(filter(None, self.workers.inside.gather_objects(self.tensors.problem())))
+        report, changed = self.workers.inside.broadcast_outcome(lambda: self._lead_round(inner_lrs, problem, start))
+        self.inner_state.reset()
+        self._share(changed)
+        self.rounds = report.round
+        self.last_round = report
+        self._clock_start, self._exchange_seconds = time.perf_counter(), 0.0
+        self._bytes_counted = self.workers.bytes_sent
+        return report
 
-    def _agree(self, inner_lrs: list[float]) -> list[float]:
+    def _lead_round(self, inner_lrs: list[float], problem: str, start: float) -> tuple[RoundReport, list[str]]:
+        inner_lrs, changed = self._agree(inner_lrs, problem)
+        norms = self._outer_step(inner_lrs)
+        if self.config.averages_at_rounds:
+            self.base.end_average()
+            floating, integer = self.tensors.buffers_named(changed)
+            if self.config.model_buffers == "average":
+                self.averager.mean_(floating)
+            self.averager.max_(integer)
+            self.inner_state.average(self.averager)
+        now = time.perf_counter()
+        report = RoundReport(
+            round=self.rounds + 1,
+            consensus_distance=max(0.0, norms.drift_square - norms.pseudo_grad_square) if self.config.exact_average else math.nan,
+            pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
+            velocity_norm=math.sqrt(norms.velocity_square),
+            bytes_sent=self.workers.bytes_sent - self._bytes_counted,
+            seconds=now - start + self._exchange_seconds,
+            utilisation=(start - self._clock_start - self._exchange_seconds) / max(now - self._clock_start, 1e-9),
+        )
+        if report.round == 2 and self.workers.index == 0 and self.workers.count > 1:
+            log_costs(report, self.config.sync_every, start - self._clock_start - self._exchange_seconds)
+        return report, changed
+
+    def _share(self, changed_buffers: list[str]) -> None:
+        """What the leader has got reaches the worker's other processes."""
+        floating, integer = self.tensors.buffers_named(changed_buffers)
+        state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
+        self.inside.broadcast_([*self.tensors.trainable, *floating, *integer, *state])
+
+    def _agree(self, inner_lrs: list[float], problem: str) -> tuple[list[float], list[str]]:
         """Exchange the header, [step, problem?, changed buffers, *inner_lrs]: a difference is found before anything is mixed."""
-        problem = self.tensors.problem()
+        between = self.workers.between
         changed = self.tensors.changed_buffers()
-        header = [float(self.attempted_steps), float(bool(problem)), _hash48(changed), *inner_lrs]
-        rows = self.communicator.gather_header(header[: 3 + len(self.tensors.groups)])
+        header = [float(self.attempted_steps), float(bool(problem)), hash48(changed), *inner_lrs]
+        rows = between.gather_header(header[: 3 + len(self.tensors.groups)])
         steps, problems, buffers, lrs = rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:]
         if problems.any():
-            words = self.communicator.gather_objects(problem)
-            raise ValueError("; ".join(f"rank {rank}: {word}" for rank, word in enumerate(words) if word))
+            words = between.gather_objects(problem)
+            raise ValueError("; ".join(f"worker {worker}: {word}" for worker, word in enumerate(words) if word))
         if (steps != steps[0]).any():
-            at = ", ".join(f"rank {rank} at step {int(step)}" for rank, step in enumerate(steps))
+            at = ", ".join(f"rank {rank} at step {int(step)}" for rank, step in zip(between.ranks, steps, strict=True))
             raise RuntimeError(
                 f"workers met for a round at different optimizer steps: {at}. Every rank must take the same number of steps: "
                 "give all ranks equally many batches (even_batches=True)."
             )
         if (buffers != buffers[0]).any():
-            changed = sorted(set().union(*self.communicator.gather_objects(changed)))
-        self._changed_buffers = changed
-        agreed: list[float] = lrs.amax(dim=0).tolist()
+            changed = sorted(set().union(*between.gather_objects(changed)))
         if (lrs != lrs[0]).any():
             logger.warning(
-                "round %d: inner learning rates differ between ranks (%s); the largest is used. A step skipped on one rank does this.",
+                "round %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on one rank does this.",
                 self.rounds + 1,
                 lrs.tolist(),
             )
-        return agreed
+        agreed: list[float] = lrs.amax(dim=0).tolist()
+        return agreed, changed
 
-    def _outer_step(self, inner_lrs: list[float]) -> tuple[float, float]:
-        """Lines 6 to 8. Returns (||pseudo_grad||^2, mean ||x_i - anchor||^2)."""
-        pseudo_grad_square = drift_square = 0.0
+    def _outer_step(self, inner_lrs: list[float]) -> _Norms:
+        """Lines 6 to 8, and every worker's new start."""
+        self.base.settle()
         if not isinstance(self.outer_optimizer, SlowMomentum):
             return self._outer_step_at_once()
         for group, inner_lr in zip(self.outer_optimizer.param_groups, inner_lrs, strict=True):
             group["inner_lr"] = inner_lr
-        for buckets in self._buckets:
-            for bucket in buckets:
-                pseudo_grad, drift = self.averager.mean_displacement(bucket)  # line 6
-                pseudo_grad_square += squared_norm(pseudo_grad)
-                drift_square += drift
-                self._update_parts(self.outer_optimizer, bucket, pseudo_grad)  # lines 7 and 8
+        norms = _Norms()
+        for bucket in self._buckets:
+            total, count = self._displacements(bucket, norms)  # line 6
+            for piece, pseudo_grad in bucket.runs(total):
+                if count > 1:
+                    pseudo_grad.div_(count)
+                velocity = self.outer_optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
+                self.base.hand_back_(piece)
+                norms.add(pseudo_grad, velocity)
         self.outer_optimizer.end_round()
-        return pseudo_grad_square, drift_square
+        return norms
 
-    def _update_parts(self, outer_optimizer: SlowMomentum, bucket: Bucket, pseudo_grad: torch.Tensor) -> None:
-        offset = 0
-        for _, anchor in bucket.parts:
-            anchor.grad = pseudo_grad[offset : offset + anchor.numel()]
-            offset += anchor.numel()
-        outer_optimizer.step()
-        for _, anchor in bucket.parts:
-            anchor.grad = None
+    def _displacements(self, bucket: Bucket, norms: _Norms) -> tuple[torch.Tensor, int]:
+        """(sum of anchor - x_i, number of summands): all workers', or this one's alone."""
+        if not self.config.exact_average:
+            return self.averager.own_displacement(bucket, self.base), 1
+        total, drift_square = self.averager.sum_displacements(bucket, self.base)
+        norms.drift_square += drift_square
+        return total, self.workers.between.world_size
 
-    def _outer_step_at_once(self) -> tuple[float, float]:
+    def _outer_step_at_once(self) -> _Norms:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
-        pseudo_grad_square = drift_square = 0.0
+        norms = _Norms()
+        pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
+        for bucket in self._buckets:
+            total, count = self._displacements(bucket, norms)
+            for piece, run in bucket.runs(total):
+                norms.add(torch.div(run, count, out=piece.of(pseudo_grads[piece.item])), None)
         gradients: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
-        for item, buckets in zip(self.anchors, self._buckets, strict=True):
-            flat, offset = torch.empty_like(item.flat), 0
-            for bucket in buckets:
-                pseudo_grad, drift = self.averager.mean_displacement(bucket)
-                pseudo_grad_square += squared_norm(pseudo_grad)
-                drift_square += drift
-                flat[offset : offset + pseudo_grad.numel()].copy_(pseudo_grad)
-                offset += pseudo_grad.numel()
+        for item, flat in pseudo_grads.items():
             for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
                 gradients[group].append(gradient)
         for param_group, own in zip(self.outer_optimizer.param_groups, gradients, strict=True):
@@ -270,65 +326,9 @@ class OuterLoop:
                 anchor.grad = gradient
         self.outer_optimizer.step()
         self.outer_optimizer.zero_grad(set_to_none=True)
-        return pseudo_grad_square, drift_square
-
-    def _hand_back(self) -> None:
-        for item in self.anchors:
-            for param, anchor in zip(item.params, item.anchors(), strict=True):
-                param.copy_(anchor)
-
-    def _average_buffers(self) -> None:
-        floating, integer = self.tensors.buffers_named(self._changed_buffers)
-        if self.config.model_buffers == "average":
-            self.averager.mean_(floating)
-        self.averager.max_(integer)
-
-    def _treat_inner_state(self) -> None:
-        """Line 2 of Algorithm 1, for the next round."""
-        if self.inner_state == "reset":
-            for param in self.tensors.trainable:
-                self.inner_optimizer.state.pop(param, None)
-        elif self.inner_state == "average":
-            self._average_inner_state()
-
-    def _average_inner_state(self) -> None:
-        """Average every state tensor that has its parameter's shape; a 0-dim `step` is no such tensor."""
-        names, tensors = [], []
-        for index, param in enumerate(self.tensors.trainable):
-            for key, value in sorted(self.inner_optimizer.state.get(param, {}).items()):
-                if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step" and value.dim() > 0:
-                    names.append(f"{self.tensors.names[index]}.{key}{list(value.shape)}")
-                    tensors.append(value)
-        hashes = self.communicator.gather_header([_hash48(names)])
-        if (hashes != hashes[0]).any():
-            everywhere = self.communicator.gather_objects(names)
-            odd = sorted(set().union(*everywhere) - set(everywhere[0]).intersection(*everywhere))
-            raise ValueError(
-                f"inner_state='average' needs the same optimizer state on all workers; only some have {odd[:5]}. A parameter was "
-                "unused there: use inner_state='maintain' or 'reset'."
-            )
-        self.averager.mean_(tensors)
-
-    def _velocity_norm(self) -> float:
-        if not isinstance(self.outer_optimizer, SlowMomentum):
-            return 0.0
-        return math.sqrt(sum(squared_norm(v) for v in self.outer_optimizer.velocities()))
-
-    def _log_costs(self, compute_seconds: float, round_seconds: float) -> None:
-        if self.communicator.rank or self.communicator.world_size == 1:
-            return
-        per_step = max(compute_seconds / self.config.sync_every, 1e-9)
-        least = {u: max(1, math.ceil(u / (1 - u) * round_seconds / per_step - 1e-9)) for u in (0.9, 0.95)}
-        logger.info(
-            "costs: %.1f ms computation per step, %.1f ms per round, utilisation %.1f %%, %s bytes sent per round and worker. "
-            "sync_every >= %d would give 90 %%, >= %d would give 95 %%.",
-            1e3 * per_step,
-            1e3 * round_seconds,
-            100 * compute_seconds / (compute_seconds + round_seconds),
-            f"{self.last_round.bytes_sent:,}" if self.last_round else "0",
-            least[0.9],
-            least[0.95],
-        )
+        for piece in self._pieces():
+            self.base.hand_back_(piece)
+        return norms
 
     # ---- looking at the average ----
 
@@ -340,28 +340,36 @@ class OuterLoop:
     @torch.no_grad()
     def show_average(self) -> None:
         """Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway."""
-        if self.showing_average:
+        if self.showing_average or not self.config.has_rounds:
             return
         self._look_start = time.perf_counter()
         self._random_state = RandomState.take()
-        buffers = self._buffers_to_average()
+        names = self._buffers_to_average()
+        floating, integer = self.tensors.buffers_named(names)
         params = [] if self.workers_agree else self.tensors.trainable
         device = torch.device("cpu") if self.config.stash_device == "cpu" else None
-        stashed = params + buffers[0] + buffers[1]
-        self._stash = [t.detach().to(device, copy=True) if device else t.detach().clone() for t in stashed]
-        self._shown = stashed
-        if params:
-            for bucket in self._all_buckets():
-                self.averager.show_mean_(bucket)
-        self.averager.mean_(buffers[0])
-        self.averager.max_(buffers[1])
+        self._shown = [*params, *floating, *integer]
+        self._stash = [t.detach().to(device, copy=True) if device else t.detach().clone() for t in self._shown]
+        if self._shown:
+            self.workers.inside.broadcast_outcome(lambda: self._lead_look(bool(params), floating, integer))
+            self.inside.broadcast_(self._shown)
 
-    def _buffers_to_average(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(floating, integer) buffers that may differ between workers now."""
+    def _lead_look(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        before = self.workers.bytes_sent
+        if params:
+            self.base.settle()
+            for bucket in self._buckets:
+                self.averager.show_mean_(bucket, self.base)
+        self.averager.mean_(floating)
+        self.averager.max_(integer)
+        self._bytes_counted += self.workers.bytes_sent - before
+
+    def _buffers_to_average(self) -> list[str]:
+        """Names of the buffers that may differ between workers now."""
         if self.workers_agree and (self.config.model_buffers == "average" or self.attempted_steps == 0):
-            return [], []
-        names = sorted(set().union(*self.communicator.gather_objects(self.tensors.changed_buffers())))
-        return self.tensors.buffers_named(names)
+            return []
+        between = self.workers.between
+        return self.workers.inside.broadcast_outcome(lambda: sorted(set().union(*between.gather_objects(self.tensors.changed_buffers()))))
 
     @torch.no_grad()
     def show_local(self, *, give_back_random_state: bool = True) -> None:
@@ -387,9 +395,6 @@ class OuterLoop:
 
     def _end_look(self) -> None:
         self._stash, self._shown = None, []
-
-    def _all_buckets(self) -> list[Bucket]:
-        return [bucket for buckets in self._buckets for bucket in buckets]
 
     # ---- state ----
 
@@ -439,27 +444,17 @@ class OuterLoop:
         else:
             self.outer_optimizer.load_state_dict(state_dict["outer_optimizer"])
         self.attempted_steps, self.rounds = state_dict["attempted_steps"], state_dict["rounds"]
-        self._hand_back()
+        for piece in self._pieces():
+            self.base.hand_back_(piece)
 
     def _refuse_inside_round(self, attempted_steps: int, verb: str) -> None:
-        if attempted_steps % self.config.sync_every:
+        if attempted_steps and not self.config.exact_average:
+            raise RuntimeError(
+                f"training cannot be {verb} with exact_average=False: the workers stay different, and their own weights are not in this "
+                "state. Use exact_average=True."
+            )
+        if attempted_steps % self.config.sync_every and self.config.has_rounds and self.config.base != "all_reduce":
             raise RuntimeError(
                 f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
                 f"{self.config.sync_every}, and the workers' own weights are not in this state. Save at a multiple of sync_every."
             )
-
-
-def _inner_state_policy(config: SlowMoConfig, optimizer: torch.optim.Optimizer) -> str:
-    if config.inner_state == "auto":
-        return "reset" if any(group.get("momentum", 0) for group in optimizer.param_groups) else "maintain"
-    if config.inner_state == "reset" and isinstance(optimizer, torch.optim.Adagrad):
-        raise ValueError(
-            "inner_state='reset' cannot be used with Adagrad, whose state is made at construction and cannot be made again. "
-            "Use inner_state='maintain' or 'average'."
-        )
-    return config.inner_state
-
-
-def _hash48(names: list[str]) -> float:
-    """48 bits of a SHA-256: exact in a float64."""
-    return float(int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:6], "big"))

@@ -64,34 +64,33 @@ class SlowMomentum(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One outer step for every anchor that has a `.grad`."""
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             for anchor in group["params"]:
                 if anchor.grad is not None:
-                    self._update(anchor, anchor.grad, group)
+                    self.update_(anchor, anchor.grad, index)
 
-    def _update(self, anchor: torch.Tensor, pseudo_grad: torch.Tensor, group: dict[str, Any]) -> None:
+    def update_(self, anchor: torch.Tensor, pseudo_grad: torch.Tensor, group_index: int) -> torch.Tensor | None:
+        """One anchor's outer step, of the group with this index. Returns its velocity, if it has one."""
+        group = self.param_groups[group_index]
         outer_lr, outer_momentum = group["lr"], group["outer_momentum"]
         if outer_momentum == 0:
             anchor.sub_(pseudo_grad, alpha=outer_lr)
-            return
+            return None
         if "velocity" not in self.state[anchor]:
             self.state[anchor]["velocity"] = torch.zeros_like(anchor)
-        velocity = self.state[anchor]["velocity"]
+        velocity: torch.Tensor = self.state[anchor]["velocity"]
         if group["inner_lr"] == 0:
             velocity.mul_(outer_momentum)
             anchor.sub_(pseudo_grad, alpha=outer_lr)
-            return
+            return velocity
         lr_ratio = group["inner_lr"] / group["previous_inner_lr"] if group["previous_inner_lr"] else 1.0
         slow_momentum_update_(anchor, pseudo_grad, velocity, outer_lr=outer_lr, outer_momentum=outer_momentum, lr_ratio=lr_ratio)
+        return velocity
 
     def end_round(self) -> None:
         """Remember each group's inner learning rate for the next round's ratio; a zero leaves the last one in place."""
         for group in self.param_groups:
             group["previous_inner_lr"] = group["inner_lr"] or group["previous_inner_lr"]
-
-    def velocities(self) -> list[torch.Tensor]:
-        """The velocities that exist, one per anchor: none before the first round or with `outer_momentum=0`."""
-        return [state["velocity"] for state in self.state.values() if "velocity" in state]
 
 
 def make_outer_optimizer(config: SlowMoConfig, anchor_groups: list[list[torch.Tensor]]) -> torch.optim.Optimizer:

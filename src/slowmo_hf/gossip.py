@@ -1,0 +1,202 @@
+r"""
+Push-sum gossip between rounds: SGP, D-PSGD and, with messages behind the computation, OSGP (Assran et al. 2019, stochastic gradient push).
+
+Worker i keeps a numerator x_i and a push-sum weight w_i (1 after a round); its parameters hold the de-biased z_i = x_i / w_i, where
+gradients are taken. After optimizer step k (an inner step moved the parameters from z to z'):
+
+    x <- x + (z' - z)                          the base optimizer's whole step, taken at z              GossipBase._absorb
+    send p (x, w) to each peer; keep p (x, w)  p = 1 / (1 + peers)                                      GossipBase._send
+    x, w <- x, w + the messages of step k - staleness                                                   GossipBase._take_in
+    z <- x / w
+
+A message is taken in exactly `staleness` steps after it was sent, never earlier and never later, so a run is deterministic. Messages in
+flight hold part of the mass (w < 1 meanwhile): sum x and sum w over workers and messages never change but by gradients. With
+staleness 0 and uniform weights on a regular graph, or a two-sided one, w is 1 throughout and stays home.
+
+D-PSGD is the same with a two-sided topology, whose mixing matrices are doubly stochastic: no second machinery.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from .averager import Base, Bucket, FlatAnchor, Piece, rounded
+from .communicator import Communicator, Transfer
+from .config import SlowMoConfig
+from .topology import Topology
+
+# Bytes of one message on a CPU: the first ones travel while later ones are packed, and are taken in while later ones travel. On a
+# GPU a message is a kernel launch, and whole tensors are better.
+_MESSAGE_BYTES = 4 * 2**20
+
+
+@dataclass
+class Exchange:
+    """The messages of one optimizer step, and the memory that they lie in; flat tensors are laid out like the anchors."""
+
+    outgoing: dict[FlatAnchor, torch.Tensor]
+    incoming: list[dict[FlatAnchor, torch.Tensor]]
+    received: list[dict[FlatAnchor, torch.Tensor]] = field(default_factory=list)  # those of this step's sources
+    targets: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    tag: int = 0
+    weight: Transfer | None = None
+    buckets: list[Transfer] = field(default_factory=list)
+
+
+def make_topology(config: SlowMoConfig, workers: int) -> Topology:
+    """The schedule of exchanges that `config` names; `ValueError` where it does not fit this number of workers."""
+    symmetric = config.base == "dpsgd"
+    name = config.topology if config.topology != "auto" else "bipartite_exponential" if symmetric else "exponential"
+    return Topology(name, workers, config.peers, symmetric)
+
+
+class GossipBase(Base):
+    """
+    One worker's numerators, weight and messages in flight.
+
+    Args:
+        config (`SlowMoConfig`): Its topology, peers, staleness and `exact_average`.
+        communicator (`Communicator`): The workers, on a process group of their own.
+        anchors (`list[FlatAnchor]`): The parameters' layout; the numerators start from them.
+    """
+
+    def __init__(self, config: SlowMoConfig, communicator: Communicator, anchors: list[FlatAnchor]) -> None:
+        self.communicator = communicator
+        self.exact_average = config.exact_average
+        self.topology = make_topology(config, communicator.world_size)
+        self.staleness = config.staleness if config.base == "osgp" else 0
+        self.weight = 1.0
+        self.in_flight: deque[Exchange] = deque()
+        self.numerators = {item: item.flat.clone() for item in anchors}
+        self._buckets = [bucket for item in anchors for bucket in item.buckets(_message_bytes(item.flat, config.bucket_bytes))]
+        self._degree = max(len(self.topology.sources(communicator.rank, k)) for k in range(self.topology.cycle_length))
+        self._free: list[Exchange] = []
+
+    # ---- one exchange ----
+
+    @torch.no_grad()
+    def mix_(self, number: int) -> None:
+        """Absorb the inner step, send, take in what is due, de-bias; exchange `number` of the schedule."""
+        share = self.topology.weight(self.communicator.rank, number)
+        if self.staleness:
+            self._mix_behind(number, share)
+            return
+        exchange = self._free.pop() if self._free else self._new_exchange()
+        self._address(exchange, number)
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                self._absorb(exchange, piece, share)
+            self._send(exchange, bucket)
+        for bucket, transfer in zip(self._buckets, exchange.buckets, strict=True):
+            self.communicator.finish(transfer)
+            for piece in bucket.pieces:
+                self._take_in(exchange.received, piece, self.weight)
+        self._free.append(exchange)
+
+    def _mix_behind(self, number: int, share: float) -> None:
+        """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
+        due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
+        exchange = Exchange(due.outgoing, due.incoming) if due else self._free.pop() if self._free else self._new_exchange()
+        self._address(exchange, number)
+        weight = self.weight * share
+        self._send_weight(exchange, weight)
+        if due and due.weight:
+            self.communicator.finish(due.weight)
+            weight += sum(float(received) for received in due.weight.received)
+        for index, bucket in enumerate(self._buckets):
+            if due:
+                self.communicator.finish(due.buckets[index])
+            for piece in bucket.pieces:
+                self._absorb(exchange, piece, share)
+                self._take_in(due.received if due else [], piece, weight)
+            self._send(exchange, bucket)
+        self.weight = weight
+        self.in_flight.append(exchange)
+
+    def _absorb(self, exchange: Exchange | None, piece: Piece, share: float) -> None:
+        """x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same."""
+        x = piece.of(self.numerators[piece.item])
+        if self.weight == 1 and piece.param.dtype == x.dtype:
+            torch.mul(piece.values(), share, out=x)  # x = z
+        else:
+            x.add_(piece.values() - rounded(x / self.weight, piece.param.dtype)).mul_(share)
+        if exchange and exchange.outgoing is not self.numerators:
+            piece.of(exchange.outgoing[piece.item]).copy_(x)
+
+    def _take_in(self, received: list[dict[FlatAnchor, torch.Tensor]], piece: Piece, weight: float) -> None:
+        """x <- x + the messages that are due; the parameter is z = x / w."""
+        x = piece.of(self.numerators[piece.item])
+        for flat in received:
+            x.add_(piece.of(flat[piece.item]).to(x.device))
+        piece.values().copy_(x if weight == 1 else x / weight)
+
+    # ---- messages ----
+
+    def _new_exchange(self) -> Exchange:
+        """Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel from."""
+        wire = self.communicator.wire_device
+        in_place = self.staleness == 0 and all(flat.device == wire for flat in self.numerators.values())
+        empty = [{item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()} for _ in range(self._degree)]
+        return Exchange(self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}, empty)
+
+    def _address(self, exchange: Exchange, number: int) -> None:
+        me = self.communicator.rank
+        exchange.targets, exchange.sources = self.topology.targets(me, number), self.topology.sources(me, number)
+        exchange.received = exchange.incoming[: len(exchange.sources)]
+        exchange.tag = number * (len(self._buckets) + 1) % 2**15
+        exchange.weight, exchange.buckets = None, []
+
+    def _send(self, exchange: Exchange, bucket: Bucket) -> None:
+        into = [bucket.of(flat[bucket.item]) for flat in exchange.received]
+        message, tag = bucket.of(exchange.outgoing[bucket.item]), exchange.tag + 1 + len(exchange.buckets)
+        exchange.buckets.append(self.communicator.exchange(message, exchange.targets, into, exchange.sources, tag))
+
+    def _send_weight(self, exchange: Exchange, weight: float) -> None:
+        message = torch.tensor([weight], dtype=torch.float64, device=self.communicator.wire_device)
+        into = [torch.empty_like(message) for _ in exchange.sources]
+        exchange.weight = self.communicator.exchange(message, exchange.targets, into, exchange.sources, exchange.tag)
+
+    # ---- what the outer loop asks ----
+
+    def origin(self, piece: Piece) -> torch.Tensor:
+        """The anchor, where all workers have the same; else 0."""
+        return piece.anchor if self.exact_average else torch.zeros_like(piece.anchor[:1])
+
+    def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
+        """Write origin - (x + the messages in flight to this worker) into `out`: their sum over workers has all the mass, sum w = m."""
+        torch.sub(self.origin(piece), piece.of(self.numerators[piece.item]), out=out)
+        for exchange in self.in_flight:
+            for flat in exchange.received:
+                out.sub_(piece.of(flat[piece.item]).to(out.device))
+
+    def own_displacement_(self, piece: Piece, out: torch.Tensor) -> None:
+        """Write anchor - z into `out`."""
+        torch.sub(piece.anchor, piece.of(self.numerators[piece.item]) / self.weight, out=out)
+
+    def hand_back_(self, piece: Piece) -> None:
+        """x = w anchor; the parameter is the anchor."""
+        torch.mul(piece.anchor, 1.0 if self.exact_average else self.weight, out=piece.of(self.numerators[piece.item]))
+        self._take_in([], piece, 1.0 if self.exact_average else self.weight)
+
+    def settle(self) -> None:
+        """Absorb the last inner step, and wait for the messages in flight; they stay due when they were."""
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                self._absorb(None, piece, 1.0)
+        for exchange in self.in_flight:
+            for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
+                self.communicator.finish(transfer)
+
+    def end_average(self) -> None:
+        """A round has taken in what was in flight; w = 1 again."""
+        self._free.extend(self.in_flight)
+        self.in_flight.clear()
+        self.weight = 1.0
+
+
+def _message_bytes(flat: torch.Tensor, bucket_bytes: int) -> int:
+    return min(_MESSAGE_BYTES, bucket_bytes) if flat.device.type == "cpu" else max(flat.nbytes, bucket_bytes)

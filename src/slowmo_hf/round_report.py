@@ -1,0 +1,54 @@
+"""What a round did, for logs and for people."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .log import logger
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """
+    What one round did, and the exchanges since the round before it.
+
+    Args:
+        round (`int`): Rounds done so far, this one included.
+        consensus_distance (`float`): Mean over workers of ||x_i - mean x||^2 before the average; NaN where a round takes none
+            (`exact_average=False`), since it would cost a message.
+        pseudo_grad_norm (`float`): ||anchor - average||.
+        velocity_norm (`float`): ||velocity|| after the outer step; 0 where the outer optimizer keeps none of ours.
+        bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each message), and in
+            the exchanges of a gossip base since the last round.
+        seconds (`float`): Wall time of the same, waiting included.
+        utilisation (`float`): Time outside of these over all time, since the last round; looks do not count.
+    """
+
+    round: int
+    consensus_distance: float
+    pseudo_grad_norm: float
+    velocity_norm: float
+    bytes_sent: int
+    seconds: float
+    utilisation: float
+
+    def to_logs(self) -> dict[str, float]:
+        """The report under the keys `slowmo/...`, for `accelerator.log` and trackers; what was not measured is left out."""
+        return {f"slowmo/{name}": value for name, value in vars(self).items() if not math.isnan(value)}
+
+
+def log_costs(report: RoundReport, sync_every: int, compute_seconds: float) -> None:
+    """One line: what a step and a round cost here, and which `sync_every` would give 90 % and 95 % utilisation."""
+    per_step = max(compute_seconds / sync_every, 1e-9)
+    least = {u: max(1, math.ceil(u / (1 - u) * report.seconds / per_step - 1e-9)) for u in (0.9, 0.95)}
+    logger.info(
+        "costs: %.1f ms computation per step, %.1f ms per round, utilisation %.1f %%, %s bytes sent per round and worker. "
+        "sync_every >= %d would give 90 %%, >= %d would give 95 %%.",
+        1e3 * per_step,
+        1e3 * report.seconds,
+        100 * compute_seconds / (compute_seconds + report.seconds),
+        f"{report.bytes_sent:,}",
+        least[0.9],
+        least[0.95],
+    )

@@ -1,0 +1,73 @@
+"""Which processes form a worker, and over which groups they talk: all of the job, inside a worker, between workers."""
+
+from __future__ import annotations
+
+import torch
+
+from .communicator import Communicator, machines_in_job, processes_in_job, processes_on_machine
+from .config import GOSSIP_BASES, SlowMoConfig
+
+
+def worker_size(config: SlowMoConfig) -> int:
+    """
+    Processes per worker in this job, what `processes_per_worker` comes to. `"auto"` is a machine's where the job spans several
+    machines with several processes each, else 1; with `base="all_reduce"` the whole job is one worker.
+    """
+    world_size = processes_in_job()
+    on_machine = processes_on_machine(world_size)
+    if config.base == "all_reduce":
+        return world_size
+    if config.processes_per_worker == "auto":
+        return on_machine if machines_in_job(world_size) > 1 else 1
+    return on_machine if config.processes_per_worker == "node" else int(config.processes_per_worker)
+
+
+class Workers:
+    """
+    The processes of the job, cut into workers of neighbouring ranks.
+
+    `world` is every process. `inside` is this worker's own; its first process, the leader, is the only one that holds anchors and
+    talks to other workers (`between`, and `gossip` for exchanges behind the computation); what it learns travels on inside. With
+    `base="all_reduce"` gradients keep all processes equal, so each does the outer update for itself and nobody leads.
+
+    Args:
+        config (`SlowMoConfig`): The settings.
+        device (`torch.device`): Where the parameters are.
+    """
+
+    def __init__(self, config: SlowMoConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.world = Communicator(config.timeout_seconds, device)
+        self.size = worker_size(config)
+        self.count = max(1, self.world.world_size // self.size)
+        self.index = self.world.rank // self.size
+
+    def refusal(self) -> str | None:
+        """Why the job cannot be cut into such workers, or None."""
+        if self.world.world_size % self.size == 0:
+            return None
+        return (
+            f"processes_per_worker must divide the number of processes, got {self.config.processes_per_worker} (here {self.size}) "
+            f"with {self.world.world_size} processes. Start a multiple of it, or set processes_per_worker=1."
+        )
+
+    def form(self) -> None:
+        """Make the groups. Collective, after all ranks have been found to agree on the settings."""
+        timeout, world = self.config.timeout_seconds, range(self.world.world_size)
+        size = 1 if self.config.base == "all_reduce" else self.size
+        cut = [list(world[first : first + size]) for first in world[::size]]
+        # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
+        inside = [Communicator(2 * timeout + 10, self.device, ranks, purpose="inside") for ranks in cut]
+        self.inside = next(communicator for communicator in inside if communicator.member)
+        self.leads = self.inside.rank == 0
+        leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
+        self.between = Communicator(timeout, self.device, leaders)
+        if self.config.base in GOSSIP_BASES:
+            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip")
+            if self.gossip.member:
+                self.gossip.gather_header([0.0])  # NCCL wants every rank in a group's first call; in an exchange some may idle
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this worker has sent to others, since the groups were made."""
+        return self.between.bytes_sent + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)

@@ -1,0 +1,225 @@
+"""
+Imports run downwards only. The sources are read, not run: an import inside a function, under TYPE_CHECKING, by `importlib` with a name
+written out, or an attribute of an imported package (`torch.distributed.barrier`) counts like one at the top.
+"""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import slowmo_hf
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "slowmo_hf"
+PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+# From the top down. A module imports from lower rows only, so two of one row never know each other: the adapters, for one.
+LAYERS = [
+    ["__init__"],  # the public names
+    ["callback", "optimizer"],  # adapters
+    ["isolation", "checkpoint", "outer_loop"],
+    ["look", "inner_state", "start_check"],
+    ["gossip", "model_tensors"],
+    ["averager", "outer_optimizer"],
+    ["workers"],
+    ["communicator", "topology", "round_report", "random_state"],
+    ["config", "log"],
+]
+LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}
+
+# Who alone may reach a package of others.
+ONLY = {
+    "torch.distributed": ("communicator", "isolation"),  # what talks to other processes; the group that keeps DDP inside a worker
+    "transformers": ("callback",),  # custom loops need no Trainer
+}
+
+# Attributes of public objects that are not public themselves, and the programs that reach for one, with their reasons.
+INTERNAL_ATTRIBUTES = ("outer_loop", "isolation")
+INTERNALS = {
+    ("benchmarks/round_cost.py", "outer_loop"): "times the outer optimizer's arithmetic apart from the round around it",
+}
+
+
+def names_reached(source: str) -> set[tuple[int, str]]:
+    """(line, absolute dotted name) of all that a source imports, or reaches through what it has imported; relative to the package."""
+    found: set[tuple[int, str]] = set()
+    bound: dict[str, str] = {}  # name in the source: what it stands for
+    chains: list[tuple[int, list[str]]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.add((node.lineno, alias.name))
+                first = alias.name.split(".")[0]
+                bound[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom):
+            origin = ".".join(part for part in ("slowmo_hf" if node.level else "", node.module) if part)
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{origin}.{alias.name}"
+                found.add((node.lineno, f"{origin}.{alias.name}"))
+        elif isinstance(node, ast.Call) and (name := _imported_by_call(node)):
+            found.add((node.lineno, name))
+        elif isinstance(node, ast.Attribute):
+            chains.append((node.lineno, _chain(node)))
+    found |= {(line, ".".join([bound[root], *rest])) for line, (root, *rest) in chains if root in bound}
+    return found
+
+
+def _imported_by_call(call: ast.Call) -> str:
+    """The name that `importlib.import_module("a.b")` imports; empty for other calls and for names that are computed."""
+    if _chain(call.func)[-1] not in ("import_module", "__import__") or not call.args or not isinstance(call.args[0], ast.Constant):
+        return ""
+    name = str(call.args[0].value)
+    return f"slowmo_hf{name}" if name.startswith(".") else name
+
+
+def _chain(node: ast.AST) -> list[str]:
+    """["a", "b", "c"] of `a.b.c`; [""] of anything that is no plain chain of names."""
+    rest: list[str] = []
+    while isinstance(node, ast.Attribute):
+        rest.insert(0, node.attr)
+        node = node.value
+    return [node.id, *rest] if isinstance(node, ast.Name) else [""]
+
+
+def _own_module(dotted: str) -> str | None:
+    """The module of the package that a dotted name leads to; None for other packages."""
+    root, *rest = dotted.split(".")
+    if root != "slowmo_hf":
+        return None
+    if not rest or (rest[0] not in LEVEL and (rest[0] in slowmo_hf.__all__ or rest[0].startswith("__"))):
+        return "__init__"
+    return rest[0]
+
+
+def _is_within(dotted: str, package: str) -> bool:
+    return f"{dotted}.".startswith(f"{package}.")
+
+
+def broken_rules(module: str, source: str) -> list[str]:
+    """What a module of the package does that LAYERS and ONLY forbid, a line each."""
+    if module not in LEVEL:
+        return [f"{module}.py is not in the table: add it to LAYERS in tests/test_layering.py, above all that it imports."]
+    words = []
+    for line, dotted in sorted(names_reached(source)):
+        where, other = f"{module}.py, line {line}: {dotted}", _own_module(dotted)
+        if other is not None and other not in LEVEL:
+            words.append(f"{where}: {other} is not in the table: add it to LAYERS in tests/test_layering.py.")
+        elif other is not None and LEVEL[other] >= LEVEL[module]:
+            words.append(f"{where}: imports run downwards only, and {other} is no lower than {module} in LAYERS.")
+        for package, allowed in ONLY.items():
+            if _is_within(dotted, package) and module not in allowed:
+                words.append(f"{where}: only {', '.join(allowed)} may reach {package}.")
+    return words
+
+
+def internals_used(source: str) -> dict[str, int]:
+    """{what a program uses of the package that is not public: the line}."""
+    used = {}
+    for line, dotted in names_reached(source):
+        root, *rest = dotted.split(".")
+        if root == "slowmo_hf" and rest and rest[0] not in (*slowmo_hf.__all__, "__version__"):
+            used[dotted] = line
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in INTERNAL_ATTRIBUTES:
+            used.setdefault(node.attr, node.lineno)
+    return used
+
+
+def _modules() -> dict[str, Path]:
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("module", _modules())
+def test_imports_run_downwards_only(module):
+    words = broken_rules(module, _modules()[module].read_text())
+    assert not words, "\n" + "\n".join(words)
+
+
+def test_there_is_no_cycle():
+    """Apart from the table, which could be wrong: what each module leads to, sorted."""
+    leads_to = {
+        module: {other for _, dotted in names_reached(path.read_text()) if (other := _own_module(dotted))}
+        for module, path in _modules().items()
+    }
+    TopologicalSorter(leads_to).prepare()  # CycleError tells the cycle
+
+
+def test_the_table_holds_nothing_twice_and_nothing_stale():
+    names = [name for row in LAYERS for name in row]
+    assert len(names) == len(LEVEL), "LAYERS names a module twice"
+    stale = sorted(set(names) - set(_modules()))
+    assert not stale, f"LAYERS names modules that do not exist: {', '.join(stale)}. Take them out."
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_programs_use_public_names_only(path):
+    name = path.relative_to(ROOT).as_posix()
+    used = {(name, what): line for what, line in internals_used(path.read_text()).items()}
+    words = [f"{name}, line {line}: {what} is not public" for (_, what), line in used.items() if (name, what) not in INTERNALS]
+    assert not words, "\n" + "\n".join(
+        [*words, f"Public are {', '.join(slowmo_hf.__all__)}; a benchmark may list it in INTERNALS, with a reason."]
+    )
+    stale = [what for program, what in INTERNALS if program == name and (name, what) not in used]
+    assert not stale, f"{name} no longer uses {', '.join(stale)}: take it out of INTERNALS."
+
+
+def test_internals_are_excused_in_benchmarks_only():
+    for program, what in INTERNALS:
+        assert program.startswith("benchmarks/"), f"{program} is for users: it must do without {what}."
+        assert ROOT / program in PROGRAMS, f"{program} does not exist: take it out of INTERNALS."
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("averager", "from .outer_loop import OuterLoop", "outer_loop is no lower than averager"),
+        ("callback", "from .optimizer import consensus", "optimizer is no lower than callback"),
+        ("outer_loop", "def late():\n    from slowmo_hf import callback", "line 2: slowmo_hf.callback: imports run downwards only"),
+        ("outer_loop", "from . import callback as c", "callback is no lower than outer_loop"),
+        ("communicator", "import slowmo_hf\nprint(slowmo_hf.__version__)", "__init__ is no lower than communicator"),
+        ("config", "from slowmo_hf import SlowMoOptimizer", "__init__ is no lower than config"),
+        ("averager", "import importlib\nimportlib.import_module('slowmo_hf.callback')", "callback is no lower than averager"),
+        ("averager", "from importlib import import_module\nimport_module('.callback', __package__)", "callback is no lower than averager"),
+        ("averager", "from .averager import flat_view", "averager is no lower than averager"),
+        ("optimizer", "if TYPE_CHECKING:\n    from transformers.trainer import Trainer", "only callback may reach transformers"),
+        ("averager", "from torch import distributed", "only communicator, isolation may reach torch.distributed"),
+        ("averager", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
+        ("averager", "import torch as t\nf = t.distributed.barrier", "only communicator, isolation may reach torch.distributed"),
+        ("gizmo", "import torch", "gizmo.py is not in the table: add it to LAYERS"),
+        ("outer_loop", "from .gizmo import Gizmo", "gizmo is not in the table: add it to LAYERS"),
+    ],
+)
+def test_the_checker_catches(module, source, words):
+    assert words in "\n".join(broken_rules(module, source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("outer_loop", "import torch\nfrom .averager import flat_view\nfrom .config import SlowMoConfig as C\nC.local_sgd(4)"),
+        ("communicator", "import torch.distributed as dist\ndist.barrier()"),
+        ("callback", "from transformers import Trainer\nfrom .outer_loop import OuterLoop"),
+        ("averager", "words = 'torch.distributed, from .callback import SlowMoCallback'  # import transformers"),
+    ],
+)
+def test_the_checker_lets_pass(module, source):
+    assert broken_rules(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "used"),
+    [
+        ("from slowmo_hf.outer_loop import OuterLoop", ["slowmo_hf.outer_loop.OuterLoop"]),
+        ("from slowmo_hf.config import SlowMoConfig", ["slowmo_hf.config.SlowMoConfig"]),
+        ("import slowmo_hf.averager", ["slowmo_hf.averager"]),
+        ("import slowmo_hf as s\ns.averager", ["slowmo_hf.averager"]),
+        ("prepared.optimizer.outer_loop.rounds", ["outer_loop"]),
+        ("import slowmo_hf\nfrom slowmo_hf import SlowMoConfig\nSlowMoConfig.bmuf(block_momentum=0.5), slowmo_hf.__version__", []),
+    ],
+)
+def test_the_checker_knows_what_is_public(source, used):
+    assert sorted(internals_used(source)) == used
