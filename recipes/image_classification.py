@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import accelerate
 import datasets
@@ -39,20 +39,33 @@ class ScriptArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Name on the Hub, or a folder with train*.parquet and test*.parquet; the shipped images by default."},
+        metadata={
+            "help": "Name on the Hub, or a folder: images as train/<class>/* and test/<class>/*, train*.parquet and test*.parquet, or what "
+            "DatasetDict.save_to_disk wrote. The shipped images by default."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column with the images; image, or what the known set calls it."})
     label_column: str | None = field(
         default=None, metadata={"help": "Column with the class labels; label, or what the known set calls it."}
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on; of a folder, how the files' names start."})
-    test_split: str | None = field(default=None, metadata={"help": "Split to test on; test, or validation for ImageNet."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows, for a dry run."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first test rows."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on: its name, or its folder's, or how its Parquet files' names start."}
+    )
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to test on; by default test or, where there is none, validation or val."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first rows (evenly spread ones where rows are sorted by class), for a dry run."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for test rows."})
     width: int = field(default=32, metadata={"help": "Channels of the small ResNet's stem and first stage."})
-    inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD."})
+    inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD, --optim sgd."})
     plain_ddp: bool = field(default=False, metadata={"help": "Leave SlowMoCallback out: stock Trainer, gradients averaged at every step."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width must be >= 1 channel, got {self.width}. Set --width.")
 
 
 @dataclass
@@ -64,7 +77,15 @@ class RecipeTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch per process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the inner SGD."})
+    optim: str = field(
+        default="sgd",
+        metadata={
+            "help": "sgd: SGD with Nesterov momentum (--inner_momentum) and weight decay on every parameter, as is usual for ResNets. Any "
+            "other of Trainer's optimizers is made by Trainer, from its own flags (--adam_beta1, --optim_args, ...), without weight decay "
+            "on biases; set --learning_rate for it."
+        },
+    )
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the inner optimizer; which parameters: see --optim."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a fraction of all steps."})
     logging_steps: float = field(default=60, metadata={"help": "A multiple of sync_every, so that logging waits for nobody."})
@@ -92,10 +113,12 @@ def main() -> None:
             script.max_train_samples,
             script.max_eval_samples,
         )
-    except DataError as error:
-        sys.exit(f"image_classification.py: {error}")
-    transformers.set_seed(args.seed)
-    trainer = make_trainer(script, config, args, sets)
+        transformers.set_seed(args.seed)
+        trainer = make_trainer(script, config, args, sets)
+    except (DataError, SettingError) as error:
+        end(error)
+    if trainer.is_world_process_zero():
+        print_choices(script, args, sets)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -109,37 +132,77 @@ def main() -> None:
             plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
 
 
+class SettingError(ValueError):
+    """A flag's value cannot be used; the message names the flag."""
+
+
+def end(error: object) -> NoReturn:
+    """End the program with one line, however many the error has."""
+    sys.exit(f"image_classification.py: {' '.join(str(error).split())}")
+
+
 def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTrainingArguments]:
     """Every field of the three is a flag; a wrong value ends the program with one line that says what is allowed."""
+    parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
+    parser.error = end  # argparse's own would print all flags first
     try:
-        script, config, args = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments)).parse_args_into_dataclasses(flags)
+        script, config, args = parser.parse_args_into_dataclasses(flags)
+        _check_optimizer_flags(script, args)
     except ValueError as error:
-        sys.exit(f"image_classification.py: {error}")
+        end(error)
     return script, config, args
 
 
+def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> None:
+    """No flag is ignored in silence."""
+    if args.optim == "sgd" and args.optim_args:
+        raise SettingError(
+            f"optim_args is for other optimizers than sgd, got {args.optim_args!r}. Use --inner_momentum and --weight_decay."
+        )
+    if args.optim_args and any(part.count("=") != 1 for part in args.optim_args.split(",")):
+        raise SettingError(f"optim_args must be name=value, several of them with commas between, got {args.optim_args!r}.")
+    if args.optim != "sgd" and script.inner_momentum != ScriptArguments.inner_momentum:
+        raise SettingError(
+            f"inner_momentum is for --optim sgd, got {script.inner_momentum} with --optim {args.optim.value}. Leave it out, or use this "
+            "optimizer's own flags, such as --adam_beta1 or --optim_args."
+        )
+
+
 def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingArguments, sets: ImageSets) -> Trainer:
-    """A stock Trainer with SGD; the callback is the one line that makes workers local."""
+    """A stock Trainer with its optimizer; the callback is the one line that makes workers local."""
     train, test = make_dataset(sets.train, sets, augment=True), make_dataset(sets.test, sets, augment=False)
     mean, std = mean_and_std(train)
     model = make_model(sets.image_size, sets.channels, sets.label_names, script.width)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=args.learning_rate,
-        momentum=script.inner_momentum,
-        nesterov=script.inner_momentum > 0,
-        weight_decay=args.weight_decay,
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            data_collator=Batch(mean, std, crop_padding=crop_padding(sets.image_size), flip=True),
+            compute_metrics=accuracy,
+            optimizers=(make_sgd(model, script.inner_momentum, args) if args.optim == "sgd" else None, None),
+            callbacks=[] if script.plain_ddp else [SlowMoCallback(config)],
+        )
+        trainer.create_optimizer()  # now, not in train(): a wrong setting or a package that is not installed is the user's to mend
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise SettingError(error) from error
+    return trainer
+
+
+def make_sgd(model: torch.nn.Module, momentum: float, args: TrainingArguments) -> torch.optim.SGD:
+    """With Nesterov momentum, and weight decay on every parameter; Trainer's own sgd has no momentum, and leaves biases alone."""
+    return torch.optim.SGD(
+        model.parameters(), lr=args.learning_rate, momentum=momentum, nesterov=momentum > 0, weight_decay=args.weight_decay
     )
-    return Trainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        data_collator=Batch(mean, std, crop_padding=crop_padding(sets.image_size), flip=True),
-        compute_metrics=accuracy,
-        optimizers=(optimizer, None),
-        callbacks=[] if script.plain_ddp else [SlowMoCallback(config)],
-    )
+
+
+def print_choices(script: ScriptArguments, args: TrainingArguments, sets: ImageSets) -> None:
+    """What was chosen where the user might expect another choice."""
+    if script.test_split is None and sets.test_split != "test":
+        print(f"test_split was not given: the test images are those of {sets.test_split!r}", flush=True)
+    if args.optim != "sgd" and args.learning_rate == RecipeTrainingArguments.learning_rate:
+        print(f"learning_rate={args.learning_rate} was chosen for sgd, not for {args.optim.value}: set --learning_rate", flush=True)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -162,6 +225,7 @@ def make_record(
         "dataset": sets.name,
         "train_rows": len(sets.train),
         "test_rows": len(sets.test),
+        "test_split": sets.test_split,
         "model": f"{type(trainer.model).__name__}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters",
         "base": config.base if on else "all_reduce",
         "slowmo": on and config.outer_momentum > 0,
@@ -169,6 +233,7 @@ def make_record(
         "sync_every": config.sync_every if on else 1,
         "outer_lr": config.outer_lr if on else None,
         "outer_momentum": config.outer_momentum if on else None,
+        "inner_optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
         "inner_lr": trainer.args.learning_rate,
         "inner_state": config.inner_state if on else None,
         "seed": trainer.args.seed,
@@ -182,8 +247,12 @@ def make_record(
         "command": shlex.join(sys.argv),
         "versions": _versions(),
         "commit": _commit(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {trainer.args.device}",
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {_device_name(trainer.args.device)}",
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def _versions() -> dict[str, str]:

@@ -175,7 +175,7 @@ def _load_class_folders(folder: Path, train_split: str, test_split: str | None) 
     for split, flag in ((train_split, "train_split"), (test_split, "test_split")):
         if split not in found:
             raise DataError(
-                f"{flag} must be one of the folders {found[:20]} in {str(folder)!r}, which should hold <class>/<image>, got {split!r}. "
+                f"{flag} must be one of the folders {found[:10]} in {str(folder)!r}, which should hold <class>/<image>, got {split!r}. "
                 f"Set --{flag} or --dataset_name."
             )
         classes[split] = _class_folders(folder / split, flag)
@@ -238,12 +238,14 @@ def _test_split(asked: str | None, train_split: str, found: Collection[str]) -> 
         if asked == train_split:
             raise DataError(f"test_split must not be train_split, got {asked!r} for both. Set --test_split or --train_split.")
         return asked
-    others = [split for split in ("validation", "val") if split in found and split != train_split]
-    if ("test" in found and train_split != "test") or not others:
-        return "test"
-    if len(others) > 1:
-        raise DataError(f"test_split must be named where there is no test, got none, and both of {others}. Set --test_split.")
-    return others[0]
+    stand_ins = [split for split in ("test", "validation", "val") if split in found and split != train_split]
+    if "test" in stand_ins or len(stand_ins) == 1:
+        return stand_ins[0]
+    if stand_ins:
+        raise DataError(f"test_split must be named: there is no split test, but both of {stand_ins}. Set --test_split.")
+    if train_split == "test":
+        raise DataError("test_split must be named: train_split is 'test', and there is no validation or val. Set --test_split.")
+    return "test"  # which is not there, and the caller says so
 
 
 def _read(folder: Path, load: Callable[[], Any]) -> Any:
@@ -279,8 +281,7 @@ def _fewer_rows(rows: datasets.Dataset, label_column: str, limit: int | None, fl
         raise DataError(f"{flag} must be >= 1 row, got {limit}. Leave --{flag} out to use all.")
     if limit >= len(rows):
         return rows
-    labels = np.asarray(rows[label_column][:])
-    if (np.diff(labels) >= 0).all():
+    if (np.diff(_labels(rows, label_column)) >= 0).all():
         return rows.select(np.linspace(0, len(rows) - 1, limit).astype(int))
     return rows.select(range(limit))
 
@@ -310,14 +311,19 @@ def _label_names(rows: datasets.Dataset, label_column: str) -> list[str]:
     if isinstance(kind, datasets.ClassLabel):
         return list(kind.names)
     if isinstance(kind, datasets.Value) and "int" in kind.dtype:
-        return [str(number) for number in range(max(rows[label_column]) + 1)]
+        return [str(number) for number in range(_labels(rows, label_column).max() + 1)]
     raise DataError(f"label_column must hold class labels or integers, got {label_column!r} of type {kind}. Set --label_column.")
+
+
+def _labels(rows: datasets.Dataset, label_column: str) -> np.ndarray:
+    """As integers; where there is none, -1."""
+    return np.array([-1 if label is None else label for label in rows[label_column][:]])
 
 
 def _check_same_names(train: datasets.Dataset, test: datasets.Dataset, test_split: str, label_column: str) -> None:
     """Label 3 must mean the same class in both."""
+    _label_names(test, label_column)  # its type is checked
     ours, theirs = train.features[label_column], test.features[label_column]
-    _label_names(test, label_column)
     if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel) and ours.names != theirs.names:
         at, pair = next((at, pair) for at, pair in enumerate(zip_longest(ours.names, theirs.names)) if pair[0] != pair[1])
         raise DataError(
@@ -327,11 +333,12 @@ def _check_same_names(train: datasets.Dataset, test: datasets.Dataset, test_spli
 
 
 def _check_labels(rows: datasets.Dataset, split: str, flag: str, label_column: str, classes: int) -> None:
-    lowest, highest = min(rows[label_column]), max(rows[label_column])
+    labels = _labels(rows, label_column)
+    lowest, highest = labels.min(), labels.max()
     if lowest < 0 or highest >= classes:
         raise DataError(
             f"labels of {flag} must be in 0..{classes - 1}, got {lowest}..{highest} in {split!r} (-1 marks hidden labels). "
-            f"Set --{flag} to a split with labels, such as validation."
+            f"Set --{flag} to a split with labels."
         )
 
 

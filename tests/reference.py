@@ -44,6 +44,7 @@ def slowmo_reference(
                 average = sum(parameters[j].detach() for parameters, _, _, _ in crew) / workers
                 if gamma == 0:
                     assert torch.equal(average, x0[j]), "line 7 divides by the learning rate"
+                    u[j] = beta * u[j]
                     continue
                 u[j] = beta * u[j] + (x0[j] - average) / gamma
                 x0[j] = x0[j] - alpha * gamma * u[j]

@@ -21,8 +21,8 @@ PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT
 LAYERS = [
     ["__init__"],  # the public names
     ["callback", "optimizer"],  # adapters
-    ["isolation", "checkpoint", "outer_loop"],
-    ["look", "inner_state", "start_check"],
+    ["isolation", "outer_loop"],
+    ["inner_state", "start_check"],
     ["gossip", "model_tensors"],
     ["averager", "outer_optimizer"],
     ["workers"],

@@ -997,7 +997,7 @@ def test_raw_parameters_several_modules_and_changed_parameters():
     first, second = run_workers(check_all_shapes, 2)
     assert first == second
     for word in first.values():
-        assert word.startswith("ValueError: rank 1: the parameter set changed after the start"), word
+        assert word.startswith("ValueError: worker 1: the parameter set changed after the start"), word
 
 
 # ---- Trainer(optimizers=(SlowMoOptimizer, None)) ----

@@ -1,8 +1,10 @@
 """The main job: run as a user runs it, on the shipped images, and its parts against stated values."""
 
+import dataclasses
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -28,9 +30,9 @@ from small_resnet import SmallResNetForImageClassification, make_model  # noqa: 
 LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 SHORT = "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps 10 --disable_tqdm 1"
 RECORD_KEYS = {
-    *("study", "task", "dataset", "train_rows", "test_rows", "model", "base", "slowmo", "workers", "sync_every", "outer_lr"),
-    *("outer_momentum", "inner_lr", "inner_state", "seed", "steps", "metrics", "curve", "rounds", "bytes_sent_per_worker", "seconds"),
-    *("seconds_communicating", "command", "versions", "commit", "hardware"),
+    *("study", "task", "dataset", "train_rows", "test_rows", "test_split", "model", "base", "slowmo", "workers", "sync_every", "outer_lr"),
+    *("outer_momentum", "inner_optimizer", "inner_lr", "inner_state", "seed", "steps", "metrics", "curve", "rounds", "seconds"),
+    *("bytes_sent_per_worker", "seconds_communicating", "command", "versions", "commit", "hardware"),
 }
 
 
@@ -61,7 +63,8 @@ def test_record_is_complete_and_right(short_run):
     assert set(record) == RECORD_KEYS
     assert not (folder / "record.tmp").exists()
     assert (record["workers"], record["base"], record["slowmo"], record["outer_momentum"]) == (2, "local_sgd", True, 0.5)
-    assert (record["train_rows"], record["test_rows"]) == (768, 250)
+    assert (record["train_rows"], record["test_rows"], record["test_split"]) == (768, 250, "test")
+    assert (record["inner_optimizer"], record["inner_lr"]) == ("SGD", 0.1)
     assert record["steps"] == 2 * 768 // (2 * 32) == 24
     assert record["rounds"] == record["steps"] // record["sync_every"] == 4
     assert [point["step"] for point in record["curve"]] == [12, 24]
@@ -126,6 +129,18 @@ def test_one_process_says_that_nothing_is_averaged(tmp_path):
     assert (record["workers"], record["rounds"], record["bytes_sent_per_worker"]) == (1, 1, 0)
 
 
+@pytest.mark.slow
+def test_class_folders_and_another_optimizer(tmp_path):
+    """An ImageNet-like folder of small images, tested on val, with Trainer's AdamW: said once for two workers, and recorded."""
+    folder = write_images(tmp_path / "images", {"train/cat": 20, "train/dog": 20, "val/cat": 2, "val/dog": 2})
+    flags = f"--dataset_name {folder} --optim adamw_torch --learning_rate 1e-3 --width 8 --max_steps 3 --sync_every 2 --disable_tqdm 1"
+    said, record = run_recipe(tmp_path / "out", f"{flags} --per_device_train_batch_size 8")
+    assert said.count("test_split was not given: the test images are those of 'val'") == 1
+    assert (record["dataset"], record["train_rows"], record["test_rows"], record["test_split"]) == (folder, 40, 4, "val")
+    assert (record["inner_optimizer"], record["inner_lr"], record["rounds"]) == ("AdamW", 1e-3, 1)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
+
+
 def test_flags_are_the_config_s_fields():
     flags = "--sync_every 7 --outer_momentum 0.25 --outer_lr 0.5 --inner_state average --model_buffers local --learning_rate 0.3"
     script, config, args = recipe.parse(flags.split())
@@ -144,6 +159,101 @@ def test_defaults_meet_at_logs():
 def test_wrong_flag_ends_with_one_line():
     with pytest.raises(SystemExit, match=r"^image_classification.py: sync_every must be >= 1 optimizer step, got 0"):
         recipe.parse(["--sync_every", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--optim adma", r"adma is not a valid OptimizerNames, please select one of \['adamw_torch', .*'sgd', "),
+        ("--optim_args momentum=0.5", "optim_args is for other optimizers than sgd, got 'momentum=0.5'. Use --inner_momentum"),
+        ("--optim rmsprop --optim_args alpha", "optim_args must be name=value, several of them with commas between, got 'alpha'"),
+        ("--optim adamw_torch --inner_momentum 0.5", "inner_momentum is for --optim sgd, got 0.5 with --optim adamw_torch"),
+        ("--optim adamw_torch --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
+        ("--optim galore_adamw", "You need to install `galore_torch` in order to use GaLore"),
+        ("--weight_decay -1", "Invalid weight_decay value: -1.0"),
+        ("--report_to nonsense", "nonsense is not supported, only "),
+        ("--width 0", "width must be >= 1 channel, got 0. Set --width."),
+        ("--sync_every often", "argument --sync_every.*: invalid int value: 'often'"),
+        ("--no_such_flag 1", r"Some specified arguments are not used .* \['--no_such_flag', '1'\]"),
+        ("--dataset_name /no/such/folder", "dataset_name must be .* got '/no/such/folder', which is no folder"),
+        ("--max_eval_samples 0", "max_eval_samples must be >= 1 row, got 0"),
+    ],
+)
+def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, said):
+    """Nothing else is said, no traceback and no usage; Python's exit code for a text is 1."""
+    shown = f"--output_dir {tmp_path} --use_cpu 1 --width 4 --max_train_samples 64 --max_eval_samples 8"
+    monkeypatch.setattr(sys, "argv", ["image_classification.py", *shown.split(), *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        recipe.main()
+    assert isinstance(ended.value.code, str)
+    assert re.match(f"image_classification.py: {said}", ended.value.code), ended.value.code
+    assert "\n" not in ended.value.code
+    assert "usage" not in capfd.readouterr().err
+
+
+def test_an_error_of_many_lines_ends_as_one():
+    with pytest.raises(SystemExit, match=r"^image_classification.py: no such column: - image - label$"):
+        recipe.end(ValueError("no such column:\n  - image\n  - label\n"))
+
+
+# ---- the inner optimizer ----
+
+
+def trainer_with(folder: Path, flags: str = ""):
+    script, config, args = recipe.parse(f"--output_dir {folder} --use_cpu 1 --width 4 --max_train_samples 64 {flags}".split())
+    sets = load_images(None, max_train_samples=64, max_eval_samples=8)
+    return recipe.make_trainer(script, config, args, sets)
+
+
+def test_default_optimizer(tmp_path):
+    """The SGD that the recorded runs used: one group with every parameter, Nesterov momentum, weight decay on all."""
+    trainer = trainer_with(tmp_path)
+    assert type(trainer.optimizer) is torch.optim.SGD
+    (group,) = trainer.optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in trainer.model.parameters()]
+    settings = {name: value for name, value in group.items() if name != "params"}
+    stock = torch.optim.SGD([torch.zeros(1)]).defaults
+    assert settings == {**stock, "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+
+
+def test_sgd_flags(tmp_path):
+    trainer = trainer_with(tmp_path, "--inner_momentum 0 --weight_decay 0.01 --learning_rate 0.3")
+    (group,) = trainer.optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.3, 0, False, 0.01)
+
+
+def test_named_optimizer_is_trainer_s_own(tmp_path):
+    """Its class and settings from its own flags; no weight decay on biases."""
+    flags = "--optim adamw_torch --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-7 --weight_decay 0.02 --learning_rate 2e-3"
+    trainer = trainer_with(tmp_path, flags)
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    decayed, spared = trainer.optimizer.param_groups
+    for group in (decayed, spared):
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-7, 2e-3)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.02, 0.0)
+    biases = {id(p) for name, p in trainer.model.named_parameters() if name.endswith("bias")}
+    assert biases <= {id(p) for p in spared["params"]}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(trainer.model.parameters()))
+
+
+def test_optim_args_reach_the_named_optimizer(tmp_path):
+    trainer = trainer_with(tmp_path, "--optim rmsprop --optim_args alpha=0.9,momentum=0.5 --learning_rate 1e-3")
+    assert type(trainer.optimizer) is torch.optim.RMSprop
+    assert (trainer.optimizer.param_groups[0]["alpha"], trainer.optimizer.param_groups[0]["momentum"]) == (0.9, 0.5)
+
+
+def test_choices_are_said(tmp_path, capsys):
+    """Where the recipe chose for the user; silent with the defaults."""
+    sets = load_images(None, max_train_samples=8, max_eval_samples=8)
+    script, _, args = recipe.parse(["--output_dir", str(tmp_path), "--use_cpu", "1"])
+    recipe.print_choices(script, args, sets)
+    assert capsys.readouterr().out == ""
+    script, _, args = recipe.parse(["--output_dir", str(tmp_path), "--use_cpu", "1", "--optim", "adamw_torch"])
+    recipe.print_choices(script, args, dataclasses.replace(sets, test_split="val"))
+    assert capsys.readouterr().out.splitlines() == [
+        "test_split was not given: the test images are those of 'val'",
+        "learning_rate=0.1 was chosen for sgd, not for adamw_torch: set --learning_rate",
+    ]
 
 
 def test_accuracy():
@@ -175,6 +285,15 @@ def write_set(folder: Path, labels: dict[str, list], size: int = 32, mode: str =
     for split, values in labels.items():
         rows = {"picture": [Image.new(mode, (size, size)) for _ in values], "kind": values}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    return str(folder)
+
+
+def write_images(folder: Path, files: dict[str, int | list[str]], size: int = 32) -> str:
+    """Pictures per folder, as many as said (in colour) or one of each mode said; greenish in colour, of medium brightness in grey."""
+    for place, modes in files.items():
+        (folder / place).mkdir(parents=True)
+        for index, mode in enumerate(["RGB"] * modes if isinstance(modes, int) else modes):
+            Image.new("RGB", (size, size), (40, 180, 90)).convert(mode).save(folder / place / f"{index}.JPEG", "JPEG")
     return str(folder)
 
 
@@ -220,7 +339,12 @@ def test_missing_columns_name_the_flag():
 def test_missing_files_and_rows_name_the_flag(tmp_path):
     with pytest.raises(DataError, match=r"which has no validation\*.parquet. .* --test_split"):
         load_images(None, test_split="validation")
-    with pytest.raises(DataError, match=r"which has no train\*.parquet"):
+    with pytest.raises(DataError, match=r"which has no training\*.parquet"):
+        load_images(None, train_split="training")
+    with pytest.raises(DataError, match=r"dataset_name must be a folder that holds .* which is empty. Set --dataset_name."):
+        load_images(str(tmp_path))
+    (tmp_path / "rows.csv").write_text("image,label")
+    with pytest.raises(DataError, match=r"dataset_name must be a folder that holds .* which holds none of these. Set --dataset_name."):
         load_images(str(tmp_path))
     with pytest.raises(DataError, match=r"got '/no/such/folder', which is no folder. Set --dataset_name."):
         load_images("/no/such/folder")
@@ -232,6 +356,179 @@ def test_hidden_labels_name_the_split(tmp_path):
     folder = write_set(tmp_path, {"train": [0, 1], "test": [-1, -1]})
     with pytest.raises(DataError, match=r"labels of test_split must be in 0..1, got -1..-1 in 'test' .* Set --test_split"):
         load_images(folder, "picture", "kind")
+
+
+def test_image_net_s_folders(tmp_path):
+    """train and val with a folder per class; grey and CMYK among the colours. Labels are the folders' names, in order."""
+    modes = ["L", "RGB", "CMYK"]
+    folder = write_images(tmp_path / "a [b]*", {"train/n02": modes, "train/n01": modes, "val/n02": modes, "val/n01": modes}, size=80)
+    (tmp_path / "a [b]*" / "train" / "n01" / "notes.txt").write_text("no image")
+    (tmp_path / "a [b]*" / "train" / "synsets.txt").write_text("no image")
+    sets = load_images(folder)
+    assert (sets.test_split, sets.label_names, sets.image_size, sets.channels) == ("val", ["n01", "n02"], 224, 3)
+    assert (sets.train["label"][:], sets.test["label"][:]) == ([0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1])
+    assert {image.mode for image in sets.train["image"]} == set(modes)
+    for augment in (True, False):
+        rows = image_data.make_dataset(sets.train, sets, augment=augment)
+        grey, colour, ink = (rows[index]["image"].float().mean((1, 2)).tolist() for index in range(3))
+        assert grey == pytest.approx([128] * 3, abs=4)  # 0.299 * 40 + 0.587 * 180 + 0.114 * 90
+        assert colour == pytest.approx([40, 180, 90], abs=4)
+        assert ink == pytest.approx(colour, abs=8)
+
+
+def test_splits_are_the_user_s_names(tmp_path):
+    folder = write_images(tmp_path, {"my-train/a": 2, "my-train/b": 1, "val/a": 1, "validation/b": 3, "test/a": 1})
+    assert load_images(folder, train_split="my-train").test_split == "test"
+    sets = load_images(folder, train_split="my-train", test_split="validation")
+    assert (sets.test_split, len(sets.train), sets.test["label"][:]) == ("validation", 3, [1, 1, 1])
+    with pytest.raises(DataError, match=r"train_split must be one of the folders \['my-train', 'test', .* got 'train'. Set --train_split"):
+        load_images(folder)
+    with pytest.raises(DataError, match=r"test_split must be one of the folders .* got 'dev'. Set --test_split"):
+        load_images(folder, train_split="my-train", test_split="dev")
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        ({"train/a": 1}, r"test_split must be one of the folders \['train'\] .* got 'test'. Set --test_split"),
+        ({"train/a": 1, "val/a": 1, "validation/a": 1}, r"no split test, but both of \['validation', 'val'\]. Set --test_split"),
+        ({"a": 1, "b": 1}, r"train_split must be one of the folders \['a', 'b'\] .* which should hold <class>/<image>, got 'train'"),
+        (
+            {"train/a": 1, "train/b": 1, "test": 2},
+            "test_split must hold class folders .* set --test_split to a split",
+        ),
+        ({"train": 1, "test/a": 1}, "train_split must hold class folders with images"),
+        ({"train/a": 1, "test/a": 1, "test/c": 1}, r"no class that training lacks, got 'test' with 1 .* such as \['c'\]. Set --test_split"),
+        ({"train/a/images": 1, "test/a": 1}, "images must lie in <split>/<class>/, got .*train/a' with the folder 'images' inside"),
+        ({"train/a": 1, "train/b": 0, "test/a": 1}, r"every class folder must hold images, got .* 1 that hold none, such as \['b'\]"),
+        ({"train/a": 0, "test/a": 1}, "cannot be read: .* Mend its files, or set --dataset_name"),
+    ],
+)
+def test_wrong_folders_name_the_flag(tmp_path, folders, said):
+    with pytest.raises(DataError, match=said):
+        load_images(write_images(tmp_path, folders))
+
+
+def test_nothing_in_class_folders_is_left_out_in_silence(tmp_path):
+    folder = write_images(tmp_path / "set", {"train/a": 1, "train/b": 1, "test/a": 1})
+    elsewhere = write_images(tmp_path / "elsewhere", {"c": 1})
+    (tmp_path / "set" / "train" / "c").symlink_to(Path(elsewhere) / "c")
+    with pytest.raises(DataError, match=r"such as \['c'\] \(links to folders are not followed\)"):
+        load_images(folder)
+    (tmp_path / "set" / "train" / "c").unlink()
+    (tmp_path / "set" / "train" / "a" / "metadata.csv").write_text("file_name,note\n0.JPEG,x\n")
+    with pytest.raises(DataError, match=r"class folders must hold images only, got .* Move metadata.csv"):
+        load_images(folder)
+
+
+def test_broken_image_is_named(tmp_path):
+    """By the library that reads it."""
+    folder = write_images(tmp_path, {"train/a": 1, "train/b": 1, "test/a": 1})
+    (tmp_path / "train" / "a" / "0.JPEG").write_text("no picture")
+    with pytest.raises(OSError, match=r"train/a/0\.JPEG"):
+        load_images(folder)
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"), [(["L", "L"], 1), (["L", "RGB"], 3), (["RGB", "L"], 3), (["CMYK", "L"], 3), (["L", "CMYK"], 3)]
+)
+def test_small_images_keep_their_colours_whichever_comes_first(tmp_path, modes, channels):
+    sets = load_images(write_images(tmp_path, {"train/a": modes, "train/b": modes, "test/a": modes}))
+    assert (sets.image_size, sets.channels) == (32, channels)
+    rows = image_data.make_dataset(sets.train, sets, augment=True)
+    assert rows[0]["image"].shape == (channels, 32, 32)
+    for row, mode in zip(rows.images, modes, strict=False):
+        assert row.float().mean((1, 2)).tolist() == pytest.approx([128] * channels if mode == "L" else [40, 180, 90], abs=8)
+
+
+def test_small_only_if_all_are_small(tmp_path):
+    write_images(tmp_path, {"train/a": 1, "test/a": 1}, size=20)
+    assert load_images(str(tmp_path)).image_size == 20
+    write_images(tmp_path, {"train/b": 1}, size=64)
+    assert load_images(str(tmp_path)).image_size == 64
+    write_images(tmp_path, {"train/c": 1}, size=65)
+    assert load_images(str(tmp_path)).image_size == 224
+
+
+def dictionary(labels: dict[str, list[int]], names: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
+    """Splits of small images in memory; the classes are cat and dog unless a split has its own names."""
+    names = names or {}
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"image": [Image.new("L", (28, 28))] * len(values), "label": values},
+                features=datasets.Features(
+                    {"image": datasets.Image(), "label": datasets.ClassLabel(names=names.get(split, ["cat", "dog"]))}
+                ),
+            )
+            for split, values in labels.items()
+        }
+    )
+
+
+def test_saved_dictionary(tmp_path):
+    dictionary({"train": [1, 0, 1], "validation": [0, 1]}).save_to_disk(tmp_path / "set")
+    sets = load_images(str(tmp_path / "set"))
+    assert (sets.test_split, sets.label_names, sets.image_size, sets.channels) == ("validation", ["cat", "dog"], 28, 1)
+    assert (sets.train["label"][:], sets.test["label"][:]) == ([1, 0, 1], [0, 1])
+    assert len(image_data.make_dataset(sets.train, sets, augment=True)) == 3
+    with pytest.raises(DataError, match=r"test_split must be one of \['train', 'validation'\], got 'test'. Set --test_split."):
+        load_images(str(tmp_path / "set"), test_split="test")
+    with pytest.raises(DataError, match=r"train_split must be one of \['train', 'validation'\], got 'training'. Set --train_split."):
+        load_images(str(tmp_path / "set"), train_split="training")
+
+
+def test_wrong_saved_sets_name_the_flag(tmp_path):
+    sets = dictionary({"train": [1, 0], "test": [0]}, {"test": ["dog", "cat"]})
+    sets.save_to_disk(tmp_path / "set")
+    sets["train"].save_to_disk(tmp_path / "one")
+    with pytest.raises(DataError, match="label names of test_split must be training's, got 'test', where label 0 is 'dog' and not 'cat'"):
+        load_images(str(tmp_path / "set"))
+    with pytest.raises(DataError, match=r"which is one saved Dataset, without splits. Set --dataset_name."):
+        load_images(str(tmp_path / "one"))
+    (tmp_path / "set" / "train" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"set' cannot be read: JSONDecodeError: .* Mend its files, or set --dataset_name."):
+        load_images(str(tmp_path / "set"))
+
+
+def test_parquet_splits(tmp_path):
+    """Names of files start with the split's; validation stands in for a test that is not there. Each split has its own label names."""
+    sets = dictionary({"train": [1, 0], "validation": [0], "val": [1, 1]}, {"val": ["dog", "cat"]})
+    sets["train"].to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    sets["validation"].to_parquet(tmp_path / "validation-00000-of-00001.parquet")
+    assert load_images(str(tmp_path)).test_split == "validation"
+    sets["val"].to_parquet(tmp_path / "val_0.parquet")
+    with pytest.raises(DataError, match="no split test, but both of"):
+        load_images(str(tmp_path))
+    with pytest.raises(DataError, match="label names of test_split must be training's, got 'val_', where label 0 is 'dog'"):
+        load_images(str(tmp_path), test_split="val_")
+    sets["validation"].to_parquet(tmp_path / "test.parquet")
+    assert load_images(str(tmp_path)).test_split == "test"
+    (tmp_path / "test.parquet").write_text("no rows")
+    with pytest.raises(DataError, match=r"cannot be read: .* Mend its files, or set --dataset_name."):
+        load_images(str(tmp_path))
+
+
+def test_never_tested_on_training_rows(tmp_path):
+    folder = write_set(tmp_path / "parquet", {"train": [0, 1], "validation": [1]})
+    with pytest.raises(DataError, match=r"test_split must not be train_split, got 'train' for both. Set --test_split"):
+        load_images(folder, "picture", "kind", test_split="train")
+    with pytest.raises(DataError, match=r"must name different files, got 'train' and 't', and both mean \['train.parquet'\]"):
+        load_images(folder, "picture", "kind", test_split="t")
+    with pytest.raises(DataError, match=r"which has no test\*.parquet"):
+        load_images(folder, "picture", "kind", train_split="validation")
+    dictionary({"test": [0, 1], "train": [1]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="test_split must be named: train_split is 'test'"):
+        load_images(str(tmp_path / "saved"), train_split="test")
+
+
+def test_fewer_rows_have_all_classes(tmp_path):
+    """Of rows sorted by class the first ones would be one class: evenly spread ones are taken; of shuffled rows the first."""
+    sorted_rows = write_set(tmp_path / "sorted", {"train": [0] * 10 + [1] * 10 + [2] * 10, "test": [0, 0, 1, 1, 2, 2]})
+    sets = load_images(sorted_rows, "picture", "kind", max_train_samples=6, max_eval_samples=3)
+    assert (sets.train["kind"][:], sets.test["kind"][:]) == ([0, 0, 1, 1, 2, 2], [0, 1, 2])
+    shuffled = write_set(tmp_path / "shuffled", {"train": [2, 0, 1, 0], "test": [1, 0]})
+    assert load_images(shuffled, "picture", "kind", max_train_samples=3).train["kind"][:] == [2, 0, 1]
 
 
 def test_hub_out_of_reach():
@@ -264,6 +561,9 @@ def test_known_sets_need_no_column_flags(monkeypatch):
     assert load_images("uoft-cs/cifar10").label_names == ["cat", "dog"]
     with pytest.raises(DataError, match=r"test_split must be one of \['train', 'test', 'validation'\], got 'dev'. Set --test_split."):
         load_images("uoft-cs/cifar10", test_split="dev")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows, test=rows.select([])))
+    with pytest.raises(DataError, match=r"test_split must hold images, got 'test', which has no rows. Set --test_split."):
+        load_images("uoft-cs/cifar10")
     assert image_data._KNOWN_COLUMNS["ILSVRC/imagenet-1k"] == ("image", "label", "validation")
 
 

@@ -1,4 +1,4 @@
-"""Both surfaces against the paper's u-form in float64, over a schedule with warm-up from 0, two groups, accumulation 2."""
+"""Both surfaces, every base, against the paper's u-form in float64, over a schedule with warm-up from 0, two groups, accumulation 2."""
 
 import tempfile
 
@@ -6,33 +6,42 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_workers
-from reference import slowmo_reference
+from reference import gossip_reference, slowmo_reference
 from tiny import Regression, Rows, two_groups, warmup_and_decay
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
+from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.gossip import make_topology
 
 STEPS, ACCUMULATION, BATCH = 12, 2, 3
-CASES = [  # (inner optimizer, its state at a round, tau, alpha, beta)
-    ("sgd", "reset", 4, 1.0, 0.6),
-    ("sgd", "maintain", 3, 0.8, 0.5),
-    ("sgd", "average", 4, 1.0, 0.0),
-    ("adamw", "maintain", 5, 1.0, 0.4),
+LR = 0.05
+CASES = [  # (inner optimizer, settings)
+    ("sgd", SlowMoConfig(sync_every=4, outer_momentum=0.6, inner_state="reset")),
+    ("sgd", SlowMoConfig(sync_every=3, outer_lr=0.8, inner_state="maintain")),
+    ("sgd", SlowMoConfig.local_sgd(4, inner_state="average")),
+    ("adamw", SlowMoConfig(sync_every=5, outer_momentum=0.4)),
 ]
-
-
-def _settings(case, lr):
-    name, state, tau, alpha, beta = case
-    return name, lr, SlowMoConfig(sync_every=tau, outer_lr=alpha, outer_momentum=beta, inner_state=state)
+GOSSIP_CASES = [
+    ("sgd", SlowMoConfig(base="sgp", sync_every=4, outer_momentum=0.6)),
+    ("adamw", SlowMoConfig(base="sgp", sync_every=5, outer_momentum=0.4, topology="ring")),
+    ("sgd", SlowMoConfig(base="sgp", sync_every=5, outer_momentum=0.4, exact_average=False, inner_state="maintain")),
+    ("adamw", SlowMoConfig(base="sgp", sync_every=4, outer_momentum=0, exact_average=False)),  # SGP alone
+    ("sgd", SlowMoConfig(base="dpsgd", sync_every=5, inner_state="average")),
+    ("adamw", SlowMoConfig(base="osgp", sync_every=5, outer_momentum=0.6)),
+    ("sgd", SlowMoConfig(base="osgp", sync_every=12, staleness=2, topology="complete")),
+    ("adamw", SlowMoConfig(base="osgp", sync_every=7, exact_average=False)),  # a round with messages in flight
+    ("sgd", SlowMoConfig(base="osgp", sync_every=9, topology="bipartite_exponential", outer_lr=0.9)),  # 3 workers: uneven weights
+]
 
 
 def _accelerate(case, dtype):
     from accelerate import Accelerator
 
-    name, lr, config = _settings(case, 0.05)
+    name, config = case
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     assert accelerator.num_processes == dist.get_world_size()
     bare, rows = Regression(dtype), Rows(200, dtype)
-    optimizer = two_groups(bare, name, lr)
+    optimizer = two_groups(bare, name, LR)
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(optimizer, config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer.inner_optimizer, warmup_and_decay)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -54,9 +63,9 @@ def _accelerate(case, dtype):
 def _trainer(case, dtype):
     from transformers import Trainer, TrainingArguments
 
-    name, lr, config = _settings(case, 0.05)
+    name, config = case
     model = Regression(dtype)
-    optimizer = two_groups(model, name, lr)
+    optimizer = two_groups(model, name, LR)
     args = TrainingArguments(
         tempfile.mkdtemp(),
         max_steps=STEPS,
@@ -82,12 +91,12 @@ def _trainer(case, dtype):
 
 
 def _expected(case, seen):
-    """The reference on the batches that the workers saw."""
-    name, lr, config = _settings(case, 0.05)
+    """(each worker's parameters, the average) by the reference, on the batches that the workers saw."""
+    name, config = case
 
     def make_worker(worker):
         model = Regression(torch.float64)
-        optimizer = two_groups(model, name, lr)
+        optimizer = two_groups(model, name, LR)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay)
 
         def backward(step):
@@ -97,24 +106,34 @@ def _expected(case, seen):
 
         return list(model.parameters()), optimizer, backward, scheduler.step
 
-    return slowmo_reference(make_worker, len(seen), STEPS, config.sync_every, config.outer_lr, config.outer_momentum, config.inner_state)
+    policy = config.inner_state
+    if policy == "auto":
+        policy = "reset" if name == "sgd" else "maintain"
+    arguments = (make_worker, len(seen), STEPS, config.sync_every, config.outer_lr, config.outer_momentum, policy)
+    if config.base not in GOSSIP_BASES:
+        workers = slowmo_reference(*arguments)
+        return workers, [sum(tensors) / len(seen) for tensors in zip(*workers, strict=True)]
+    staleness = config.staleness if config.base == "osgp" else 0
+    mixing = make_topology(config, len(seen)).mixing_matrix
+    ends = gossip_reference(*arguments, mixing=mixing, staleness=staleness, exact_average=config.exact_average)
+    return [end.z for end in ends], ends[0].average
 
 
-def _all_cases(surface, dtype):
-    return [surface(case, dtype) for case in CASES]
+def _all_cases(surface, cases, dtype):
+    return [surface(case, dtype) for case in cases]
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("surface", [_accelerate, _trainer])
 @pytest.mark.parametrize("workers", [2, 3, 4])
-def test_matches_the_paper(surface, workers):
+@pytest.mark.parametrize("cases", [CASES, GOSSIP_CASES], ids=["local", "gossip"])
+def test_matches_the_paper(surface, workers, cases):
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-6)):
-        results = run_workers(_all_cases, workers, surface, dtype)
-        for index, case in enumerate(CASES):
+        results = run_workers(_all_cases, workers, surface, cases, dtype)
+        for index, case in enumerate(cases):
             seen = [result[index][0] for result in results]
             assert not torch.equal(seen[0][0][0], seen[1][0][0]), "workers must train on different data"
-            expected = _expected(case, seen)
-            average = [sum(tensors) / workers for tensors in zip(*expected, strict=True)]
+            expected, average = _expected(case, seen)
             for rank, result in enumerate(results):
                 _, local, shown = result[index]
                 for mine, right in zip(shown, average, strict=True):

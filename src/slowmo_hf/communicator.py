@@ -19,6 +19,10 @@ T = TypeVar("T")
 # `new_group` is collective and leaks: once per process for a default group, ranks, purpose and time-out.
 _groups: dict[tuple[int, tuple[int, ...], str, float], Any] = {}
 
+# Messages that nobody has waited for yet, by group. A run may be dropped with some in flight; to let go of a posted receipt would leave
+# its sender stuck, and with it every later message between the two. The next run in the group finishes them first.
+_under_way: dict[int, list[Transfer]] = {}
+
 
 def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> Any:
     key = (id(dist.group.WORLD), tuple(ranks), purpose, timeout_seconds)
@@ -28,11 +32,12 @@ def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> An
     return _groups[key]
 
 
-@dataclass
+@dataclass(eq=False)
 class Transfer:
     """Messages under way: a send to every target and a receipt from every source."""
 
     works: list[Any]
+    message: torch.Tensor
     received: list[torch.Tensor]
     words: str
     done: bool = False
@@ -66,6 +71,8 @@ class Communicator:
         if self.world_size > 1:
             self.group = _own_group(self.ranks, purpose, timeout_seconds)
             self.backend = dist.get_backend()
+        for transfer in list(_under_way.get(id(self.group), [])):
+            self.finish(transfer)
         self.wire_device = torch.device("cpu") if "gloo" in self.backend or self.backend == "none" else device
 
     @contextmanager
@@ -159,6 +166,7 @@ class Communicator:
             received (`list[torch.Tensor]`): A tensor like `message` for every source.
             tag (`int`): The same at both ends, different for messages that are under way together.
         """
+        tag %= 2**30
         ops = [dist.P2POp(dist.irecv, into, self.ranks[s], self.group, tag) for s, into in zip(sources, received, strict=True)]
         ops += [dist.P2POp(dist.isend, message, self.ranks[t], self.group, tag) for t in targets]
         self.bytes_sent += message.nbytes * len(targets)
@@ -172,7 +180,9 @@ class Communicator:
             ) from error
         except RuntimeError as error:
             raise RuntimeError(f"{words} could not start: {_first_line(error)}") from error
-        return Transfer(works, received, words)
+        transfer = Transfer(works, message, received, words)
+        _under_way.setdefault(id(self.group), []).append(transfer)
+        return transfer
 
     def finish(self, transfer: Transfer) -> None:
         """
@@ -193,6 +203,7 @@ class Communicator:
                         f"{self.timeout_seconds:g} ({_first_line(error)}). Look at that rank's own log first."
                     ) from error
         transfer.done = True
+        _under_way[id(self.group)].remove(transfer)
 
 
 def _first_line(error: Exception) -> str:

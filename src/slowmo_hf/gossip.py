@@ -147,7 +147,7 @@ class GossipBase(Base):
         me = self.communicator.rank
         exchange.targets, exchange.sources = self.topology.targets(me, number), self.topology.sources(me, number)
         exchange.received = exchange.incoming[: len(exchange.sources)]
-        exchange.tag = number * (len(self._buckets) + 1) % 2**15
+        exchange.tag = number * (len(self._buckets) + 1)
         exchange.weight, exchange.buckets = None, []
 
     def _send(self, exchange: Exchange, bucket: Bucket) -> None:

@@ -432,6 +432,11 @@ class OuterLoop:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
+        if self.workers.leads:
+            self._load_slow_state(state_dict)
+        self.attempted_steps, self.rounds = state_dict["attempted_steps"], state_dict["rounds"]
+
+    def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
             sizes, expected = [t.numel() for t in state_dict[name]], [t.numel() for t in own]
             if sizes != expected:
@@ -443,7 +448,6 @@ class OuterLoop:
                 group["previous_inner_lr"] = previous
         else:
             self.outer_optimizer.load_state_dict(state_dict["outer_optimizer"])
-        self.attempted_steps, self.rounds = state_dict["attempted_steps"], state_dict["rounds"]
         for piece in self._pieces():
             self.base.hand_back_(piece)
 

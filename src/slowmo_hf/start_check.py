@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import sys
 from typing import Any
 
 import accelerate
 import torch
-
-import slowmo_hf
 
 from .communicator import host_and_address, machines_in_job
 from .config import SlowMoConfig
@@ -65,13 +64,16 @@ def _is_plain(value: Any) -> bool:
 
 
 def _versions() -> list[str]:
-    """Of what runs here. transformers need not be imported for this: its version is the installed one's."""
+    """
+    Of the code that runs here, which may be newer than what an editable install remembers; of transformers, which a custom loop need
+    not import, the installed one's.
+    """
     try:
         transformers = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:  # never an error on one rank: the others would wait for it
         transformers = "not installed"
     return [
-        f"slowmo_hf {slowmo_hf.__version__}",
+        f"slowmo_hf {sys.modules['slowmo_hf'].__version__}",
         f"torch {torch.__version__}",
         f"accelerate {accelerate.__version__}",
         f"transformers {transformers}",

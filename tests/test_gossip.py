@@ -1,0 +1,401 @@
+"""Push-sum gossip: mass is conserved, schedules contract, messages are in flight exactly as long as told, faults speak."""
+
+import os
+import queue
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_workers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round
+from slowmo_hf.averager import flat_anchors
+from slowmo_hf.communicator import Communicator, Transfer
+from slowmo_hf.gossip import GossipBase
+from slowmo_hf.topology import Topology
+
+# ---- many workers in one process: threads and mailboxes in place of processes and sockets ----
+
+
+class Mailboxes:
+    """What has been sent and not fetched, by (sender, receiver, tag)."""
+
+    def __init__(self):
+        self.boxes, self.lock = {}, threading.Lock()
+
+    def box(self, *key):
+        with self.lock:
+            return self.boxes.setdefault(key, queue.Queue())
+
+
+class MailCommunicator:
+    """The part of a Communicator that gossip uses."""
+
+    wire_device = torch.device("cpu")
+
+    def __init__(self, mail, rank, world_size):
+        self.mail, self.rank, self.world_size = mail, rank, world_size
+
+    def exchange(self, message, targets, received, sources, tag):
+        for target in targets:
+            self.mail.box(self.rank, target, tag).put(message.clone())
+        fetch = [(into, self.mail.box(source, self.rank, tag)) for source, into in zip(sources, received, strict=True)]
+        return Transfer(fetch, message, received, "")
+
+    def finish(self, transfer):
+        for into, box in [] if transfer.done else transfer.works:
+            into.copy_(box.get(timeout=20))
+        transfer.done = True
+
+
+class Crew:
+    """All workers of a gossip run, each with fp64 parameters of its own, stepping together."""
+
+    def __init__(self, config, world_size, dtype=torch.float64):
+        mail, generator = Mailboxes(), torch.Generator().manual_seed(world_size)
+        self.params = [[torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in (3, 5)] for _ in range(world_size)]
+        self.bases = [
+            GossipBase(config, MailCommunicator(mail, rank, world_size), flat_anchors([params])) for rank, params in enumerate(self.params)
+        ]
+
+    def each(self, act):
+        """Call `act(base)` for every worker, each in its own thread."""
+        errors = []
+
+        def guarded(base):
+            try:
+                act(base)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(base,)) for base in self.bases]
+        [t.start() for t in threads]
+        [t.join(timeout=30) for t in threads]
+        assert not errors, errors
+
+    def values(self):
+        """De-biased parameters, one row per worker."""
+        return torch.stack([torch.cat(params).double() for params in self.params])
+
+    def numerators(self):
+        return torch.stack([next(iter(base.numerators.values())).double() for base in self.bases])
+
+    def mass(self):
+        """(sum x, sum w) over workers and the messages in flight."""
+        self.each(lambda base: base.settle())
+        x, w = self.numerators().sum(dim=0), sum(base.weight for base in self.bases)
+        for exchange in (exchange for base in self.bases for exchange in base.in_flight):
+            x = x + sum(flat.double() for received in exchange.received for flat in received.values())
+            w = w + sum(float(received) for received in exchange.weight.received)
+        return x, w
+
+    def train(self, generator, size=1.0):
+        """An inner step by each worker; returns the sum of the displacements."""
+        before = self.values()
+        for params in self.params:
+            for param in params:
+                param.add_(size * torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype))
+        return (self.values() - before).sum(dim=0)
+
+
+@st.composite
+def _gossip(draw, most_stale=3):
+    """(settings, number of workers) that fit together."""
+    workers = draw(st.integers(1, 9))
+    base = draw(st.sampled_from(["sgp", "osgp", "dpsgd"]))
+    topologies = ["bipartite_exponential", "ring", "complete"] + (["exponential"] if base != "dpsgd" else [])
+    topology = draw(st.sampled_from(topologies))
+    most = {"complete": 1, "ring": min(2, workers - 1), "bipartite_exponential": workers // 2}.get(topology, workers - 1)
+    settings = {"base": base, "topology": topology, "peers": draw(st.integers(1, max(1, most)))}
+    if base == "osgp":
+        settings["staleness"] = draw(st.integers(0, most_stale))
+    return SlowMoConfig(**settings), workers
+
+
+@settings(max_examples=60, deadline=None)
+@given(_gossip(), st.integers(1, 12))
+def test_mass_is_conserved_in_flight_too(drawn, steps):
+    config, workers = drawn
+    crew, generator = Crew(config, workers), torch.Generator().manual_seed(0)
+    total = crew.values().sum(dim=0)
+    for number in range(steps):
+        total += crew.train(generator)
+        crew.each(lambda base, number=number: base.mix_(number))
+        x, w = crew.mass()
+        assert torch.allclose(x, total, rtol=0, atol=1e-11)
+        assert w == pytest.approx(workers, abs=1e-12)
+        weights = torch.tensor([base.weight for base in crew.bases], dtype=torch.float64)
+        assert torch.allclose(crew.values(), crew.numerators() / weights[:, None], rtol=0, atol=1e-12)
+        in_flight = config.staleness if config.base == "osgp" else 0
+        assert all(len(base.in_flight) == min(number + 1, in_flight) for base in crew.bases)
+        if in_flight == 0:
+            assert weights.tolist() == [1.0] * workers
+
+
+@settings(max_examples=60, deadline=None)
+@given(_gossip(most_stale=0))
+def test_one_cycle_contracts_as_its_mixing_matrices_promise(drawn):
+    """Without gradients x_k = P_k ... P_1 x_0; the distance from the mean falls at least by the product's norm off the mean."""
+    config, workers = drawn
+    crew = Crew(config, workers)
+    topology = crew.bases[0].topology
+    start = crew.values().numpy()
+    product = np.eye(workers)
+    for number in range(topology.cycle_length):
+        crew.each(lambda base, number=number: base.mix_(number))
+        product = np.array(topology.mixing_matrix(number)) @ product
+    end = crew.values().numpy()
+    np.testing.assert_allclose(end, product @ start, rtol=0, atol=1e-12)
+    promised = np.linalg.norm(product - np.full((workers, workers), 1 / workers), 2)
+    distance = [np.linalg.norm(values - values.mean(axis=0)) for values in (start, end)]
+    assert distance[1] <= promised * distance[0] + 1e-12
+    if workers > 1:
+        assert promised < 1, topology
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_bf16_parameters_have_fp32_numerators_that_lose_nothing(staleness):
+    crew, generator = Crew(SlowMoConfig(base="osgp", staleness=staleness), 4, torch.bfloat16), torch.Generator().manual_seed(0)
+    total = crew.values().sum(dim=0)
+    for number in range(20):
+        total += crew.train(generator, size=1e-2)
+        crew.each(lambda base, number=number: base.mix_(number))
+    assert all(flat.dtype == torch.float32 for base in crew.bases for flat in base.numerators.values())
+    x, _ = crew.mass()
+    assert torch.allclose(x, total, rtol=0, atol=2e-5)  # bf16 sums alone would be off by 1e-2
+
+
+def test_a_message_is_applied_exactly_when_it_is_due():
+    """Two workers, staleness 2, worker 0 at 8, worker 1 at 0, no gradients. (x, w) of worker 0 and worker 1 after each step:
+    1: (4, ½), (0, ½)    2: (2, ¼), (0, ¼)    3: the messages of step 1, (0, ½) and (4, ½), are due: (1, ⅛ + ½), (0 + 4, ⅛ + ½)
+    """
+    config = SlowMoConfig(base="osgp", staleness=2)
+    crew = Crew(config, 2)
+    for params, value in zip(crew.params, (8.0, 0.0), strict=True):
+        for param in params:
+            param.fill_(value)
+    seen = []
+    for number in range(3):
+        crew.each(lambda base, number=number: base.mix_(number))
+        seen.append([(flat[0].item(), base.weight) for base in crew.bases for flat in base.numerators.values()])
+    assert seen == [[(4.0, 0.5), (0.0, 0.5)], [(2.0, 0.25), (0.0, 0.25)], [(1.0, 0.625), (4.0, 0.625)]]
+    assert crew.params[1][0][0].item() == 4 / 0.625
+
+
+# ---- processes ----
+
+
+def _pull(config, steps, *, before_step=None, params=1, dtype=torch.float64):
+    """Worker r pulls towards r + 1; returns (path, times of each step's end, optimizer)."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=dtype)) for _ in range(params)]
+    optimizer = SlowMoOptimizer(torch.optim.SGD(weights, lr=0.1), config)
+    path, times = [], [time.perf_counter()]
+    for step in range(steps):
+        for weight in weights:
+            weight.grad = (weight.detach() - (rank + 1) * (step + 1)).to(dtype)
+        if before_step:
+            before_step(step)
+        optimizer.step()
+        path.append(weights[0].detach().clone())
+        times.append(time.perf_counter())
+    return torch.stack(path), [t - times[0] for t in times[1:]], optimizer
+
+
+def _identities():
+    never = 10**6
+    sgp, *_ = _pull(SlowMoConfig(base="sgp", sync_every=5), 12)
+    osgp, *_ = _pull(SlowMoConfig(base="osgp", staleness=0, sync_every=5), 12)
+    complete, *_ = _pull(SlowMoConfig(base="sgp", topology="complete", sync_every=never), 8)
+    local, *_ = _pull(SlowMoConfig.local_sgd(1), 8)
+    _, _, optimizer = _pull(SlowMoConfig(base="osgp", sync_every=4), 8)
+    base = optimizer.outer_loop.base
+    at_round = (base.weight, len(base.in_flight), next(iter(base.numerators.values())).clone())
+    _, _, optimizer = _pull(SlowMoConfig(base="osgp", sync_every=4), 7)
+    local_weights = optimizer.param_groups[0]["params"][0].detach().clone()
+    numerators = next(iter(optimizer.outer_loop.base.numerators.values())).clone()
+    with consensus(optimizer):
+        shown = optimizer.param_groups[0]["params"][0].detach().clone()
+    same = torch.equal(local_weights, optimizer.param_groups[0]["params"][0])
+    same &= torch.equal(numerators, next(iter(optimizer.outer_loop.base.numerators.values())))
+    return {
+        "sgp": sgp,
+        "osgp 0": osgp,
+        "complete": complete,
+        "local": local,
+        "at round": at_round,
+        "weights at round": optimizer.outer_loop.anchors[0].flat.clone(),
+        "look": (local_weights, shown, same, optimizer.outer_loop.base.weight, len(optimizer.outer_loop.base.in_flight)),
+    }
+
+
+def test_identities():
+    results = run_workers(_identities, 3)
+    for result in results:
+        assert torch.equal(result["sgp"], result["osgp 0"]), "OSGP with staleness 0 is SGP"
+        assert torch.allclose(result["complete"], result["local"], rtol=0, atol=1e-14), "a complete graph is all-reduce for SGD"
+        weight, in_flight, numerator = result["at round"]
+        assert (weight, in_flight) == (1.0, 0)
+        assert torch.equal(numerator, results[0]["at round"][2]), "after an exact round all workers are equal"
+        local, shown, same, weight, in_flight = result["look"]
+        assert same, "a look leaves parameters and numerators as they were"
+        assert weight < 1, "a message in flight holds its part of the mass"
+        assert in_flight == 1, "a look leaves it due when it was"
+        assert torch.equal(shown, results[0]["look"][1])
+        assert not torch.equal(shown, local)
+
+
+class Throttle:
+    """Every message takes `seconds` from its start to its arrival, however fast the machine is."""
+
+    def __init__(self, seconds):
+        self.seconds, self.exchange, self.finish = seconds, Communicator.exchange, Communicator.finish
+
+    def __enter__(self):
+        def exchange(communicator, *args):
+            transfer = self.exchange(communicator, *args)
+            transfer.arrives = time.perf_counter() + self.seconds
+            return transfer
+
+        def finish(communicator, transfer):
+            self.finish(communicator, transfer)
+            time.sleep(max(0.0, transfer.arrives - time.perf_counter()))
+
+        Communicator.exchange, Communicator.finish = exchange, finish
+
+    def __exit__(self, *_):
+        Communicator.exchange, Communicator.finish = self.exchange, self.finish
+
+
+def _step_seconds(base, compute, message):
+    with Throttle(message):
+        _, times, _ = _pull(SlowMoConfig(base=base, sync_every=10**6), 12, before_step=lambda step: time.sleep(compute))
+    return float(np.median(np.diff(times)))
+
+
+def _overlap():
+    pairs = [(0.06, 0.05), (0.04, 0.08)]
+    return {(base, *pair): _step_seconds(base, *pair) for base in ("sgp", "osgp") for pair in pairs}
+
+
+def test_the_exchange_is_behind_the_computation():
+    for seconds in run_workers(_overlap, 2):
+        for (base, compute, message), measured in seconds.items():
+            if base == "osgp":
+                assert measured <= 1.1 * max(compute, message) + 0.002, seconds
+            else:
+                assert measured >= compute + message, "the control: without overlap a step is the sum"
+
+
+def _straggler(base, staleness):
+    """Worker 1 sleeps before its step 5 (counted from 1)."""
+
+    def sleep(step):
+        if step == 4 and dist.get_rank() == 1:
+            time.sleep(0.6)
+
+    settings = {"staleness": staleness} if base == "osgp" else {}
+    dist.barrier()
+    return _pull(SlowMoConfig(base=base, sync_every=10**6, **settings), 9, before_step=sleep)[1]
+
+
+def _stragglers():
+    return {staleness: _straggler("osgp" if staleness else "sgp", staleness) for staleness in (0, 1, 3)}
+
+
+def test_a_straggler_delays_others_by_no_more_than_the_staleness_allows():
+    """Its message of step 5 is missed at step 5 + staleness, not before."""
+    times, _ = run_workers(_stragglers, 2)
+    for staleness, ends in times.items():
+        assert ends[5 - 1 + staleness - 1] < 0.4, (staleness, ends)
+        assert ends[5 - 1 + staleness] > 0.5, (staleness, ends)
+
+
+def _fault(folder, kind):
+    config = SlowMoConfig(base="osgp" if kind == "dies, osgp" else "sgp", sync_every=10**6, timeout_seconds=4)
+
+    def fail(step):
+        if step == 3 and dist.get_rank() == 1:
+            if kind == "hangs":
+                time.sleep(9)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    start = time.perf_counter()
+    try:
+        _pull(config, 20, before_step=fail)
+    except RuntimeError as error:
+        (folder / f"{dist.get_rank()}.txt").write_text(f"{time.perf_counter() - start:.1f}\n{error}")
+        raise
+
+
+@pytest.mark.parametrize("kind", ["dies", "dies, osgp", "hangs"])
+def test_a_peer_that_dies_or_hangs_is_named_in_time(tmp_path, kind):
+    with pytest.raises(AssertionError):
+        run_workers(_fault, 3, tmp_path, kind)
+    seconds, words = (tmp_path / "0.txt").read_text().split("\n", 1)
+    assert float(seconds) < 4 + 3
+    assert words.startswith("optimizer step ")
+    assert "exchange with worker" in words
+    assert "timeout_seconds=4" in words
+
+
+def _refused(settings):
+    with pytest.raises(ValueError) as error:
+        _pull(SlowMoConfig(**settings), 1)
+    return str(error.value)
+
+
+def _all_refused():
+    bad = [{"base": "sgp", "peers": 3}, {"base": "dpsgd", "peers": 2}, {"base": "sgp", "topology": "complete", "peers": 3}]
+    return [_refused(settings) for settings in bad]
+
+
+def test_too_many_peers_are_refused_on_every_rank():
+    words = run_workers(_all_refused, 3)
+    assert words[0] == words[1] == words[2]
+    assert "peers must be <= workers - 1, got 3 with workers=3" in words[0][0]
+    assert "peers must be <= workers // 2" in words[0][1]
+    assert "peers" in words[0][2]
+
+
+def _bytes(settings):
+    _, _, optimizer = _pull(SlowMoConfig(sync_every=4, **settings), 8, dtype=torch.float32)
+    return last_round(optimizer).bytes_sent
+
+
+def _all_bytes():
+    return [_bytes(settings) for settings in BYTES]
+
+
+BYTES = [{"base": "sgp"}, {"base": "osgp"}, {"base": "sgp", "peers": 2}, {"base": "sgp", "exact_average": False}]
+
+
+def test_bytes_are_what_theory_says():
+    """3 fp32 parameters, 3 workers: an exchange sends 12 bytes to each peer (20 with the weight), a round of 4 steps has 3 of them and
+    the ring's 2·⅔·16 with the consensus distance, and a header of 4 fp64 to 2 others; without the average 4 exchanges and a header."""
+    header, ring = 2 * 4 * 8, round(2 * 2 / 3 * 16)
+    right = [3 * 12 + ring + header, 3 * 20 + ring + header, 3 * 24 + ring + header, 4 * 12 + header]
+    assert run_workers(_all_bytes, 3) == [right] * 3
+
+
+def test_the_schedule_does_not_move_at_an_exact_round(monkeypatch):
+    """Rounds of 3 steps: exchanges happen at steps 1, 2, 4, 5, 7 and are numbers 0 to 4; without the average at every step."""
+    for exact, right in ((True, [0, 1, 2, 3, 4]), (False, [0, 1, 2, 3, 4, 5, 6])):
+        numbers = []
+        monkeypatch.setattr(GossipBase, "mix_", lambda base, number, numbers=numbers: numbers.append(number))
+        _pull(SlowMoConfig(base="sgp", sync_every=3, exact_average=exact), 7)
+        assert numbers == right
+
+
+def test_auto_topology_is_the_base_s_own():
+    assert [Crew(SlowMoConfig(base=base), 4).bases[0].topology for base in ("sgp", "osgp", "dpsgd")] == [
+        Topology("exponential", 4),
+        Topology("exponential", 4),
+        Topology("bipartite_exponential", 4, symmetric=True),
+    ]
