@@ -1,5 +1,6 @@
 """
-What local training costs: a local step, a round, its arithmetic, its memory. Two gloo processes on this machine, one thread each.
+What local training costs: a local step, a round, its arithmetic, a gossip exchange, memory. Two gloo processes on this machine, one
+thread each.
 
     python benchmarks/round_cost.py
 
@@ -55,9 +56,13 @@ class BenchmarkArguments:
     vocab_size: int = field(default=32128, metadata={"help": "Its vocabulary."})
     step_width: int = field(default=256, metadata={"help": "Width of the GPT-2 that the local step is measured on."})
     step_tokens: int = field(default=128, metadata={"help": "Tokens per local step."})
+    compute_seconds: float = field(
+        default=2.0, metadata={"help": "Wait that stands in for a step's computation behind OSGP's exchange; 1 Gbit/s sends the T5 in it."}
+    )
     lean_bucket_bytes: int = field(default=25 * MIB, metadata={"help": "The small bucket, in bytes; the large one is the default."})
     parts: list[str] = field(
-        default_factory=lambda: ["step", "round", "memory"], metadata={"help": "What to measure: step, round, memory."}
+        default_factory=lambda: ["step", "round", "exchange", "memory"],
+        metadata={"help": "What to measure: step, round, exchange, memory."},
     )
     output: str = field(default="benchmarks/records/round_cost.json", metadata={"help": "The record."})
 
@@ -292,6 +297,50 @@ def measure_round(args: BenchmarkArguments) -> dict[str, Any]:
     }
 
 
+# ---- a gossip exchange ----
+
+
+class PlainExchange:
+    """The same bytes as one exchange, sent and received in one flat message by two processes, with nothing around it."""
+
+    def __init__(self, params: list[torch.Tensor]) -> None:
+        self.out = torch.cat([p.detach().view(-1) for p in params])
+        self.into = torch.empty_like(self.out)
+
+    def __call__(self) -> None:
+        other = 1 - dist.get_rank()
+        ops = [dist.P2POp(dist.irecv, self.into, other), dist.P2POp(dist.isend, self.out, other)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
+
+def measure_exchange(args: BenchmarkArguments) -> dict[str, Any]:
+    """One SGP exchange against the same bytes sent plainly; a step of OSGP against its computation alone, a wait."""
+    never = 10**9
+    model = round_model(args)
+    sgp = local_training(model, base="sgp", sync_every=never)
+    osgp = local_training(copy.deepcopy(model), base="osgp", sync_every=never)
+
+    def compute() -> None:
+        time.sleep(args.compute_seconds)
+
+    def overlapped() -> None:
+        compute()
+        osgp.step()
+
+    overlapped()  # the first message is under way from here on
+    calls = {"sgp exchange": sgp.step, "plain exchange": PlainExchange(list(model.parameters()))}
+    seconds = interleaved(calls, args.repeats)
+    behind = interleaved({"osgp step": overlapped, "computation alone": compute}, args.repeats)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "compute_seconds": args.compute_seconds,
+        **{name: milliseconds(values) for name, values in {**seconds, **behind}.items()},
+        "sgp exchange / plain": ratio(seconds["sgp exchange"], seconds["plain exchange"], at_most=1.2),
+        "osgp step / computation": ratio(behind["osgp step"], behind["computation alone"], at_most=1.05),
+    }
+
+
 # ---- memory ----
 
 
@@ -378,7 +427,12 @@ def measure_memory(args: BenchmarkArguments) -> list[dict[str, Any]]:
 
 # ---- the run ----
 
-MEASURES: dict[str, Callable[[BenchmarkArguments], Any]] = {"step": measure_step, "round": measure_round, "memory": measure_memory}
+MEASURES: dict[str, Callable[[BenchmarkArguments], Any]] = {
+    "step": measure_step,
+    "round": measure_round,
+    "exchange": measure_exchange,
+    "memory": measure_memory,
+}
 
 
 def measure(args: BenchmarkArguments) -> dict[str, Any]:

@@ -60,7 +60,6 @@ class ScriptArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for test rows."})
     width: int = field(default=32, metadata={"help": "Channels of the small ResNet's stem and first stage."})
     inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD, --optim sgd."})
-    plain_ddp: bool = field(default=False, metadata={"help": "Leave SlowMoCallback out: stock Trainer, gradients averaged at every step."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
 
     def __post_init__(self) -> None:
@@ -125,7 +124,7 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        record = make_record(script, config, trainer, sets, metrics, seconds)
+        record = make_record(config, trainer, sets, metrics, seconds)
         write_record(record, Path(args.output_dir) / "record.json")
         print_table(record)
         if script.plot:
@@ -182,7 +181,7 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
             data_collator=Batch(mean, std, crop_padding=crop_padding(sets.image_size), flip=True),
             compute_metrics=accuracy,
             optimizers=(make_sgd(model, script.inner_momentum, args) if args.optim == "sgd" else None, None),
-            callbacks=[] if script.plain_ddp else [SlowMoCallback(config)],
+            callbacks=[SlowMoCallback(config)],
         )
         trainer.create_optimizer()  # now, not in train(): a wrong setting or a package that is not installed is the user's to mend
     except (ImportError, RuntimeError, ValueError) as error:
@@ -211,14 +210,13 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
 
 
-def make_record(
-    script: ScriptArguments, config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float
-) -> dict[str, Any]:
+def make_record(config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
     """Everything that a reader needs to judge the run, and to run it again."""
     history = trainer.state.log_history
     rounds = [entry for entry in history if "slowmo/round" in entry]
     tests = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
-    on = not script.plain_ddp
+    counted = config.base != "all_reduce"  # what DDP sends is its own
+    workers = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback)).workers
     return {
         "study": "single",
         "task": "image_classification",
@@ -227,23 +225,25 @@ def make_record(
         "test_rows": len(sets.test),
         "test_split": sets.test_split,
         "model": f"{type(trainer.model).__name__}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters",
-        "base": config.base if on else "all_reduce",
-        "slowmo": on and config.outer_momentum > 0,
-        "workers": trainer.args.world_size,
-        "sync_every": config.sync_every if on else 1,
-        "outer_lr": config.outer_lr if on else None,
-        "outer_momentum": config.outer_momentum if on else None,
+        "base": config.base,
+        "slowmo": config.outer_optimizer == "slow_momentum" and config.outer_momentum > 0,
+        "exact_average": config.exact_average,
+        "workers": workers,
+        "processes": trainer.args.world_size,
+        "sync_every": config.sync_every,
+        "outer_lr": config.outer_lr,
+        "outer_momentum": config.outer_momentum,
         "inner_optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
         "inner_lr": trainer.args.learning_rate,
-        "inner_state": config.inner_state if on else None,
+        "inner_state": config.inner_state,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "metrics": {"test_accuracy": metrics["eval_accuracy"], "test_loss": metrics["eval_loss"]},
         "curve": [{"step": step, "test_accuracy": value} for step, value in tests.items()],
         "rounds": rounds[-1]["slowmo/round"] if rounds else 0,
-        "bytes_sent_per_worker": sum(entry["slowmo/bytes_sent"] for entry in rounds) if on else None,
+        "bytes_sent_per_worker": sum(entry["slowmo/bytes_sent"] for entry in rounds) if counted else None,
         "seconds": seconds,
-        "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if on else None,
+        "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if counted else None,
         "command": shlex.join(sys.argv),
         "versions": _versions(),
         "commit": _commit(),
@@ -282,7 +282,7 @@ def print_table(record: dict[str, Any]) -> None:
     rows = {
         "accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}",
         "workers": record["workers"],
-        "rounds": "none: gradients averaged at every step" if record["base"] == "all_reduce" else record["rounds"],
+        "rounds": record["rounds"] or "none: gradients averaged at every step" if record["base"] == "all_reduce" else record["rounds"],
         "bytes sent per worker": _or_not_counted(record["bytes_sent_per_worker"], ",.0f"),
         "seconds communicating": _or_not_counted(record["seconds_communicating"], ".1f"),
         "seconds in all": f"{record['seconds']:.1f}",

@@ -114,9 +114,9 @@ def test_table_plot_and_tensorboard(short_run):
 
 
 @pytest.mark.slow
-def test_plain_ddp_leaves_the_callback_out(tmp_path):
-    said, record = run_recipe(tmp_path, f"{SHORT} --max_steps 3 --plain_ddp --plot")
-    assert "slowmo" not in said.lower().replace("slowmo_hf/", "")
+def test_the_baseline_is_one_flag_away(tmp_path):
+    said, record = run_recipe(tmp_path, f"{SHORT} --max_steps 3 --base all_reduce --outer_momentum 0 --plot")
+    assert "slow momentum is off: this is all-reduce" in said
     assert (record["workers"], record["base"], record["slowmo"], record["rounds"], record["steps"]) == (2, "all_reduce", False, 0, 3)
     assert record["bytes_sent_per_worker"] is None
     assert (tmp_path / "training.png").exists()

@@ -52,6 +52,11 @@ class SlowMoCallback(TrainerCallback):
         """The report of the last round, or None before the first."""
         return self.outer_loop.last_round if self.outer_loop else None
 
+    @property
+    def workers(self) -> int:
+        """Workers in this job, processes over processes per worker; 0 before training starts."""
+        return self.outer_loop.workers.count if self.outer_loop else 0
+
     # ---- the start and the end ----
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

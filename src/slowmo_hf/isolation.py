@@ -52,11 +52,15 @@ class Isolation:
     Args:
         wrappers (`list`): The model's.
         group (`dist.ProcessGroup`, *optional*): The worker's processes; None where it has one.
+
+    Raises:
+        ValueError: A wrapper that needs another process group has a communication hook.
     """
 
     def __init__(self, wrappers: list[DistributedDataParallel], group: dist.ProcessGroup | None = None) -> None:
         self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
         self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
+        _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
         self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync]
         for ddp in self._by_flags:
             _switch_off(ddp)
@@ -85,6 +89,17 @@ class Isolation:
         for ddp, group in self._by_group:
             _set_group(ddp, group)
         self._by_flags, self._by_group = [], []
+
+
+def _refuse_communication_hooks(wrappers: list[Any]) -> None:
+    """A hook keeps the group that it was registered with: gradients would be averaged over the whole job, and nothing would tell."""
+    for ddp in wrappers:
+        hook = ddp._get_ddp_logging_data().get("comm_hook")  # also the built-in ones, which DDP does not list elsewhere
+        if hook:
+            raise ValueError(
+                f"a DDP communication hook ({hook}) averages gradients over all processes of the job and cannot be kept inside a worker. "
+                "Register none, or use processes_per_worker=1 without static_graph, where DDP exchanges nothing."
+            )
 
 
 def _switch_off(ddp: Any, inputs: Any = None) -> None:

@@ -11,14 +11,12 @@ from .config import GOSSIP_BASES, SlowMoConfig
 def worker_size(config: SlowMoConfig) -> int:
     """
     Processes per worker in this job, what `processes_per_worker` comes to. `"auto"` is a machine's where the job spans several
-    machines with several processes each, else 1; with `base="all_reduce"` the whole job is one worker.
+    machines with several processes each, else 1; it is 1 with `base="all_reduce"`, where gradients are averaged over all anyway.
     """
     world_size = processes_in_job()
     on_machine = processes_on_machine(world_size)
-    if config.base == "all_reduce":
-        return world_size
     if config.processes_per_worker == "auto":
-        return on_machine if machines_in_job(world_size) > 1 else 1
+        return on_machine if machines_in_job(world_size) > 1 and config.base != "all_reduce" else 1
     return on_machine if config.processes_per_worker == "node" else int(config.processes_per_worker)
 
 
@@ -28,7 +26,7 @@ class Workers:
 
     `world` is every process. `inside` is this worker's own; its first process, the leader, is the only one that holds anchors and
     talks to other workers (`between`, and `gossip` for exchanges behind the computation); what it learns travels on inside. With
-    `base="all_reduce"` gradients keep all processes equal, so each does the outer update for itself and nobody leads.
+    `base="all_reduce"` gradients keep all workers equal, so each does the outer update for itself and talks to nobody.
 
     Args:
         config (`SlowMoConfig`): The settings.
@@ -54,8 +52,7 @@ class Workers:
     def form(self) -> None:
         """Make the groups. Collective, after all ranks have been found to agree on the settings."""
         timeout, world = self.config.timeout_seconds, range(self.world.world_size)
-        size = 1 if self.config.base == "all_reduce" else self.size
-        cut = [list(world[first : first + size]) for first in world[::size]]
+        cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
         # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
         inside = [Communicator(2 * timeout + 10, self.device, ranks, purpose="inside") for ranks in cut]
         self.inside = next(communicator for communicator in inside if communicator.member)

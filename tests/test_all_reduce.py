@@ -1,0 +1,511 @@
+"""base="all_reduce", the baseline through the same surface: stock training bit for bit, or one worker under slow momentum."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from pathlib import Path
+
+import pytest
+import test_wire
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from harness import run_workers
+from reference import slowmo_reference
+from safetensors.torch import load_file
+from tiny import Recorder, Regression, Rows, SmallNorm, arguments, bert, equal, recorded, sentences, two_groups, values, warmup_and_decay
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
+
+STEPS, ACCUMULATION = 10, 2
+PLAIN = SlowMoConfig(base="all_reduce", outer_momentum=0, sync_every=3, timeout_seconds=30)
+SLOW = SlowMoConfig(base="all_reduce", outer_momentum=0.5, sync_every=4, timeout_seconds=30)
+
+
+def same(left, right):
+    """Equal in every leaf, bit for bit."""
+    if isinstance(left, dict):
+        return isinstance(right, dict) and list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    return left == right
+
+
+# ---- without an outer update: stock training ----
+
+
+class Tokens(nn.Module):
+    """Next tokens with a loss that divides by the number of labels it is told, as language models do. Keeps that number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        self.embedding = nn.Embedding(32, 8)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(8, 32)
+        self.told = []
+
+    def forward(self, input_ids, labels, num_items_in_batch=None):
+        logits = self.head(self.dropout(self.embedding(input_ids)))
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        if self.training:
+            self.told.append(int(num_items_in_batch))
+        return {"loss": total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)}
+
+
+def texts(rows=160):
+    """Rows with 1 to 6 labels that count, so that no two processes have as many."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 32, (rows, 6), generator=generator)
+    return [{"input_ids": row, "labels": torch.where(torch.arange(6) <= index * 7 % 6, row, -100)} for index, row in enumerate(ids)]
+
+
+class Untouched(TrainerCallback):
+    """What local training would change: DDP's flags, hooks and process group, and Trainer's token average."""
+
+    def __init__(self):
+        self.trainer, self.seen = None, set()
+
+    def _look(self, args, **kwargs):
+        ddp = self.trainer.model_wrapped
+        flags = (ddp.require_backward_grad_sync, ddp.require_forward_param_sync, len(ddp._forward_pre_hooks))
+        self.seen.add((*flags, dist.get_world_size(ddp.process_group), args.average_tokens_across_devices))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._look(args)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._look(args)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._look(args)
+
+
+def timeless(history):
+    return [{k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second"))} for entry in history]
+
+
+def trained(folder, model, data, callbacks, *, optimizer=None, resume=None, **settings):
+    """Everything that a Trainer run leaves, but times."""
+    recorder, untouched = Recorder(), Untouched()
+    settings = {
+        "max_steps": STEPS,
+        "learning_rate": 3e-2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_grad_norm": 0.1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "logging_strategy": "steps",
+        "logging_steps": 2,
+        **settings,
+    }
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, **settings),
+        train_dataset=data,
+        eval_dataset=data[:8],
+        optimizers=(optimizer(model) if optimizer else None, None),
+        callbacks=[recorder, untouched, *callbacks],
+    )
+    untouched.trainer = trainer
+    trainer.train(resume_from_checkpoint=resume)
+    state = trainer.optimizer.state_dict()
+    state.pop("slowmo", None)
+    return {
+        **recorded(trainer, recorder),
+        "optimizer": copy.deepcopy(state),
+        "lr": trainer.lr_scheduler.get_last_lr(),
+        "history": timeless(trainer.state.log_history),
+        "untouched": untouched.seen,
+        "told": getattr(model, "told", None),
+        "best": trainer.state.best_metric,
+    }
+
+
+class RowsToSlice(Rows):
+    def __getitem__(self, index):
+        return [self[i] for i in range(len(self))[index]] if isinstance(index, slice) else super().__getitem__(index)
+
+
+def check_trainer(folder):
+    def adamw(wrap):
+        return lambda model: wrap(torch.optim.AdamW(model.parameters(), lr=3e-2))
+
+    bert_settings = {"save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True, "lr_scheduler_type": "cosine"}
+    cases = {
+        "bert": (lambda: bert(dropout=0.1), sentences(), bert_settings),
+        "tokens": (Tokens, texts(), {"warmup_steps": 2}),
+        "norm": (SmallNorm, RowsToSlice(160, torch.float32), {}),
+    }
+    out = {}
+    for name, (model, data, settings) in cases.items():
+        pair = [(f"{folder}/{name} {kind}", callbacks) for kind, callbacks in (("stock", []), ("ours", [SlowMoCallback(PLAIN)]))]
+        out[name] = [trained(where, model(), data, callbacks, **settings) for where, callbacks in pair]
+        if name == "bert":
+            out["resumed"] = [
+                trained(where, model(), data, callbacks, resume=f"{where}/checkpoint-6", **settings) for where, callbacks in pair
+            ]
+    wraps = (lambda inner: inner, lambda inner: SlowMoOptimizer(inner, PLAIN))
+    out["wrapped"] = [trained(f"{folder}/wrapped", bert(dropout=0.1), sentences(), [], optimizer=adamw(wrap)) for wrap in wraps]
+    return out
+
+
+def test_trainer_is_stock_bit_for_bit(tmp_path):
+    ranks = run_workers(check_trainer, 2, str(tmp_path))
+    for out in ranks:
+        for name, (stock, ours) in out.items():
+            assert len(stock["after"]) == (4 if name == "resumed" else STEPS)
+            for part, value in stock.items():
+                assert same(ours[part], value), (name, part)
+            assert stock["untouched"] == {(True, True, 0, 2, True)}, name
+            entries = ours["history"]
+            assert not [key for entry in entries for key in entry if key.startswith("slowmo/")]
+            for word in ("loss", "grad_norm", "eval_loss"):
+                assert sum(word in entry for entry in entries) >= 3, (name, word)
+            assert max(entry["grad_norm"] for entry in entries if "grad_norm" in entry) > 0.1, "clipping must bite"
+    for name in ranks[0]:
+        (first, second), exact = [out[name][1]["after"] for out in ranks], name != "norm"
+        for left, right in zip(first, second, strict=True):
+            parameters = ranks[0][name][1]["trained"]
+            assert all(torch.equal(left[p], right[p]) for p in parameters), "DDP keeps all ranks equal"
+            assert equal(left, right) == exact, "BatchNorm's own statistics are each rank's, as in stock training"
+    told = [out["tokens"][1]["told"] for out in ranks]
+    assert told[0] == told[1], "labels are counted over all ranks"
+    assert len(set(told[0])) > 1
+    for step in (3, 6, 9):
+        stock, ours = [load_file(f"{tmp_path}/bert {kind}/checkpoint-{step}/model.safetensors") for kind in ("stock", "ours")]
+        assert equal(stock, ours)
+
+
+class Dropped(Regression):
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.dropout = nn.Dropout(0.2)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x, labels):
+        return {"loss": (self.head(self.dropout(self.norm(torch.tanh(self.body(x))))) - labels).square().mean()}
+
+
+def looped(wrap):
+    """A custom loop with accumulation, clipping, AcceleratedScheduler, two groups, dropout, and an evaluation after every other step."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    bare, rows = Dropped(), Rows(200, torch.float32)
+    optimizer = wrap(two_groups(bare, "adamw", 0.05))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k))
+    model, optimizer, scheduler = accelerator.prepare(bare, optimizer, scheduler)
+    told, world = [], dist.get_world_size()
+    torch.manual_seed(dist.get_rank())
+    for micro in range(STEPS * ACCUMULATION):
+        start = (micro * world + dist.get_rank()) * 4
+        with accelerator.accumulate(model):
+            loss = model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"]
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), 0.1) if accelerator.sync_gradients else None
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        told.append((loss.item(), norm, scheduler.get_last_lr(), values(bare)))
+        if micro % 4 == 3:
+            model.eval()
+            with torch.no_grad():
+                told.append((model(rows.x[:8], rows.y[:8])["loss"].item(), torch.rand(1)))
+            model.train()
+    state = optimizer.state_dict()
+    state.pop("slowmo", None)
+    flags = (model.require_backward_grad_sync, model.require_forward_param_sync, len(model._forward_pre_hooks))
+    return told, copy.deepcopy(state), flags
+
+
+def check_accelerate():
+    return looped(lambda inner: inner), looped(lambda inner: SlowMoOptimizer(inner, PLAIN))
+
+
+def test_accelerate_is_stock_bit_for_bit():
+    ranks = run_workers(check_accelerate, 2)
+    for (stock, stock_state, _), (ours, our_state, flags) in ranks:
+        assert same(stock, ours)
+        assert same(stock_state, our_state)
+        assert flags == (True, True, 0)
+    ends = [ours[-2][3] for _, (ours, _, _) in ranks]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] if "running" not in name)
+    assert not same(ranks[0][1][0], ranks[1][1][0]), "the ranks have losses of their own"
+
+
+# ---- the wire: no collective of ours, at a round neither ----
+
+
+def check_wire():
+    return {
+        "bert": [test_wire._trainer_steps("bert", 2, config)[0] for config in (None, PLAIN, SLOW)],
+        "norm": [test_wire._trainer_steps("norm", 1, config)[0] for config in (None, PLAIN, SLOW)],
+        "accelerate": [test_wire._accelerate_steps(config)[0] for config in (None, PLAIN, SLOW)],
+    }
+
+
+def test_every_step_has_the_collectives_of_stock_training():
+    for out in run_workers(check_wire, 2):
+        for name, (stock, plain, slow) in out.items():
+            assert len(stock) == STEPS
+            assert all(calls for calls, _ in stock), "the counter must see something"
+            for ours in (plain, slow):
+                assert ours[1:] == stock[1:], name
+
+
+# ---- slow momentum: one worker whose batch is everybody's ----
+
+LR, BATCH = 0.05, 3
+CASES = [  # (inner optimizer, settings)
+    ("sgd", SLOW),
+    ("adamw", SLOW),
+    ("sgd", SlowMoConfig(base="all_reduce", outer_momentum=0, outer_lr=0.7, sync_every=4, inner_state="maintain")),
+]
+
+
+def _accelerate(case):
+    """(batches seen, parameters after every step, what consensus showed there, its collectives, reports)."""
+    name, config = case
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    bare, rows = Regression(), Rows(200)
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(two_groups(bare, name, LR), config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer.inner_optimizer, warmup_and_decay)
+    after, shown, reports, profiler = [], {}, [], test_wire._StepProfiler()
+    for micro in range(STEPS * ACCUMULATION):
+        start = (micro * dist.get_world_size() + dist.get_rank()) * BATCH
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows.x[start : start + BATCH], rows.y[start : start + BATCH])["loss"])
+            optimizer.step()
+            if accelerator.sync_gradients:
+                scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            after.append(values(bare))
+            reports.append(last_round(optimizer))
+            random = torch.get_rng_state()
+            profiler.begin()
+            with consensus(optimizer):
+                shown[len(after)] = values(bare)
+                torch.rand(3)
+            profiler.end()
+            assert torch.equal(torch.get_rng_state(), random)
+            assert equal(values(bare), after[-1])
+    assert all(calls == {} for calls, _ in profiler.steps)
+    return bare.seen, after, shown, reports
+
+
+class Reports(TrainerCallback):
+    """Stands after SlowMoCallback."""
+
+    def __init__(self, ours):
+        self.ours, self.reports = ours, []
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.reports.append(self.ours.last_round)
+
+
+def _trainer(case):
+    name, config = case
+    model, recorder, ours = Regression(), Recorder(), SlowMoCallback(config)
+    optimizer, reports = two_groups(model, name, LR), Reports(ours)
+    trainer = Trainer(
+        model=model,
+        args=arguments(
+            tempfile.mkdtemp(),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=ACCUMULATION,
+            max_grad_norm=0,
+            eval_strategy="steps",
+            eval_steps=1,
+            logging_strategy="steps",
+            logging_steps=3,
+        ),
+        train_dataset=Rows(200),
+        eval_dataset=Rows(8),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay)),
+        callbacks=[recorder, ours, reports],
+    )
+    trainer.train()
+    slow = [entry for entry in trainer.state.log_history if "slowmo/round" in entry]
+    assert [(e["step"], e["slowmo/round"], e["slowmo/bytes_sent"]) for e in slow] == [(6, 1, 0), (9, 2, 0)]
+    assert equal(values(model), recorder.after[-1]), "the end is no average either"
+    return model.seen, recorder.after, recorder.evaluated, reports.reports
+
+
+def _expected(case, seen):
+    """One worker's parameters by the reference, on the union of what all processes saw."""
+    name, config = case
+
+    def make_worker(_):
+        model = Regression()
+        optimizer = two_groups(model, name, LR)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay)
+
+        def backward(step):
+            optimizer.zero_grad()
+            for micro in range(step * ACCUMULATION, (step + 1) * ACCUMULATION):
+                x, y = (torch.cat(parts) for parts in zip(*[own[micro] for own in seen], strict=True))
+                (model(x, y)["loss"] / ACCUMULATION).backward()
+
+        return list(model.parameters()), optimizer, backward, scheduler.step
+
+    policy = {"auto": "reset" if name == "sgd" else "maintain"}.get(config.inner_state, config.inner_state)
+    return slowmo_reference(make_worker, 1, STEPS, config.sync_every, config.outer_lr, config.outer_momentum, policy)[0]
+
+
+def both_surfaces():
+    return [[surface(case) for case in CASES] for surface in (_accelerate, _trainer)]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+@pytest.mark.parametrize("processes", [2, 3])
+def test_slow_momentum_is_that_of_one_worker_with_everybodys_batch(processes):
+    ranks = run_workers(both_surfaces, processes)
+    for surface in (0, 1):
+        for index, case in enumerate(CASES):
+            runs = [out[surface][index] for out in ranks]
+            assert not torch.equal(runs[0][0][0][0], runs[1][0][0][0]), "processes must train on different data"
+            expected = _expected(case, [seen for seen, *_ in runs])
+            for _, after, shown, reports in runs:
+                for mine, right in zip(after[-1].values(), expected, strict=True):
+                    assert (mine - right).abs().max() <= 1e-9, case
+                for step, state in enumerate(after, start=1):
+                    assert equal(state, runs[0][1][step - 1]), f"step {step}: ranks differ"
+                    assert equal(shown[step], state), f"step {step}: a look changed the parameters"
+                assert [report and report.round for report in reports] == [None] * 3 + [1] * 4 + [2] * 3
+                for report in reports[3:]:
+                    assert report.bytes_sent == 0
+                    assert report.pseudo_grad_norm > 0
+                    assert report.consensus_distance <= 1e-12 * report.pseudo_grad_norm**2
+
+
+def check_statistics():
+    """BatchNorm's statistics, each rank's own between DDP's broadcasts: no look and no round may average them."""
+    out = []
+    for where in ("average", "local"):
+        config = SlowMoConfig(base="all_reduce", sync_every=4, model_buffers=where)
+        recorder = Recorder()
+        trainer = Trainer(
+            model=SmallNorm(),
+            args=arguments(tempfile.mkdtemp(), max_steps=6, eval_strategy="steps", eval_steps=1),
+            train_dataset=Rows(64, torch.float32),
+            eval_dataset=Rows(8, torch.float32),
+            callbacks=[recorder, SlowMoCallback(config)],
+        )
+        trainer.train()
+        out.append(recorded(trainer, recorder))
+    return out
+
+
+def test_buffers_are_never_averaged():
+    ranks = run_workers(check_statistics, 2)
+    for first, second in zip(*ranks, strict=True):
+        for step in range(6):
+            assert not torch.equal(first["stepped"][step]["norm.running_mean"], second["stepped"][step]["norm.running_mean"])
+            for run in (first, second):
+                for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+                    assert torch.equal(run["after"][step][name], run["stepped"][step][name])
+                assert all(torch.equal(run["evaluated"][step + 1][name], run["after"][step][name]) for name in run["trained"])
+
+
+# ---- saving anywhere: all ranks are equal at every step ----
+
+
+def _loop(folder=None, save_at=None, load_at=0, steps=11, sync_every=4):
+    config = SlowMoConfig(base="all_reduce", sync_every=sync_every, inner_state="maintain")
+    accelerator, bare, rows = Accelerator(cpu=True), Regression(), Rows(100)
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(two_groups(bare, "sgd", LR), config))
+    register_for_checkpointing(accelerator, optimizer)
+    if load_at:
+        accelerator.load_state(folder)
+    after = []
+    for step in range(load_at, steps):
+        start = (step * dist.get_world_size() + dist.get_rank()) * BATCH
+        accelerator.backward(model(rows.x[start : start + BATCH], rows.y[start : start + BATCH])["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        after.append(values(bare))
+        if step + 1 == save_at:
+            accelerator.save_state(folder)
+    return after
+
+
+def check_accelerate_saves(folder):
+    out = {}
+    for save_at in (4, 6, 7):  # a round's end, inside, a round's last step but one
+        out[save_at] = (_loop(f"{folder}/{save_at}", save_at=save_at), _loop(f"{folder}/{save_at}", load_at=save_at))
+    return out
+
+
+def test_a_state_saved_inside_a_round_continues_bit_for_bit(tmp_path):
+    for out in run_workers(check_accelerate_saves, 2, str(tmp_path)):
+        for save_at, (through, resumed) in out.items():
+            for step, (left, right) in enumerate(zip(through[save_at:], resumed, strict=True), start=save_at + 1):
+                assert equal(left, right), f"saved at step {save_at}, sync_every 4: step {step} differs"
+
+
+class Heard(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def check_trainer_resumes(folder):
+    """From step 6, inside a round of 4: the next round, at step 8, is one of two steps from where the run was resumed."""
+    runs = []
+    for resume in (None, f"{folder}/checkpoint-6"):
+        model, recorder, heard = Regression(), Recorder(), Heard()
+        logging.getLogger("slowmo_hf").addHandler(heard)
+        trainer = Trainer(
+            model=model,
+            args=arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=6, learning_rate=1e-2, lr_scheduler_type="constant"),
+            train_dataset=Rows(100),
+            callbacks=[recorder, SlowMoCallback(SLOW)],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        logging.getLogger("slowmo_hf").removeHandler(heard)
+        runs.append((recorded(trainer, recorder), [line for line in heard.lines if "resumed" in line]))
+    return runs
+
+
+def test_trainer_resumes_inside_a_round(tmp_path):
+    ranks = run_workers(check_trainer_resumes, 2, str(tmp_path))
+    for (through, _), (resumed, heard) in ranks:
+        assert len(heard) == 1
+        assert "slow momentum starts fresh" in heard[0]
+        assert len(resumed["after"]) == 4
+        for name in resumed["trained"]:
+            assert torch.equal(resumed["start"][name], through["after"][5][name])
+            torch.testing.assert_close(resumed["after"][1][name], resumed["stepped"][1][name], rtol=1e-12, atol=1e-12)  # beta v = 0
+        assert equal(resumed["final"], ranks[0][1][0]["final"])
+    assert (Path(tmp_path) / "checkpoint-6").is_dir()
+
+
+# ---- what makes no sense is refused ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"processes_per_worker": 2}, r"processes_per_worker is for workers that train alone; with all_reduce all processes are one, got"),
+        ({"processes_per_worker": "node"}, r"processes_per_worker is for workers that train alone; .*='node' with base='all_reduce'"),
+        ({"topology": "ring"}, r"topology is for gossip bases \(sgp, osgp, dpsgd\), got topology='ring' with base='all_reduce'"),
+        ({"peers": 2}, r"peers is for gossip bases .*Leave peers at 1\."),
+        ({"staleness": 0}, r"staleness is for base='osgp', .*got staleness=0 with base='all_reduce'.*Leave staleness at 1\."),
+        ({"exact_average": False}, r"exact_average is for gossip bases .*Leave exact_average at True\."),
+        ({"inner_state": "average"}, r"inner_state='average' acts where a round .* averages them"),
+        ({"inner_state": "reset", "outer_momentum": 0}, r"inner_state='reset' acts where a round changes parameters"),
+    ],
+)
+def test_settings_of_other_bases_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SlowMoConfig(base="all_reduce", **settings)
