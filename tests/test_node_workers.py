@@ -443,8 +443,8 @@ def test_bytes_between_workers_are_what_theory_says(tapped, base):
     """A ring of 2 sends 2 (2-1)/2 = 1 time the payload; the header is step, problem, buffers and a learning rate per group, in fp64."""
     for rank, result in enumerate(tapped):
         heard, reports, (between, gossip, both), trainable = result[base]
-        messages = -(-4 * trainable // BUCKET_BYTES)
-        assert messages > 1
+        messages = len([name for step, name, ranks, _ in tapped[0][base][0] if (step, name, ranks) == (TAU, "all_reduce", (0, 2))])
+        assert messages >= -(-4 * trainable // BUCKET_BYTES) > 1
         a_round = 4 * (trainable + messages) + 8 * (3 + 2)
         exchanges = (TAU - 1) * 4 * trainable if base == "sgp" else 0
         assert [report.round for report in reports] == [1, 2]
@@ -676,12 +676,16 @@ def _count_more_on_a_follower(rank, bare, loop):
     loop.attempted_steps += 3 * (rank == 3)
 
 
-def _boom_on_a_leader(rank, bare, loop):
-    def boom(*_):
+class Boom:
+    """An averager that fails in whatever it is asked to do."""
+
+    def __getattr__(self, name):
         raise RuntimeError("boom")
 
+
+def _boom_on_a_leader(rank, bare, loop):
     if rank == 2:
-        loop.averager.sum_displacements = boom
+        loop.averager = Boom()
 
 
 def _without_ddp():
@@ -762,14 +766,13 @@ def test_a_leaders_error_reaches_its_follower(faults):
 STATES = [  # (inner optimizer, settings); what SGD forgets at a round's end need not be saved for every worker
     ("sgd", _pairs(sync_every=3)),
     ("sgd", _pairs(sync_every=3, outer_optimizer="torch.optim.Adam", outer_lr=0.1, inner_state="reset")),
-    ("sgd", _pairs(sync_every=3, base="sgp")),
     ("sgd", _pairs(sync_every=3, base="osgp")),
     ("adamw", _pairs(sync_every=3)),
 ]
 
 
 def _resumed(case):
-    """The weights after each of 6 further steps: of the run itself, and of runs that take its state up at step 6 in several ways."""
+    """The weights after each of 4 further steps: of the run itself, and of runs that take its state up at step 3 in several ways."""
     name, config = case
     rows, ways = Rows(300), {}
 
@@ -784,7 +787,7 @@ def _resumed(case):
         return path
 
     original = _net(config, torch.float64, name)
-    train(original, 0, 6)
+    train(original, 0, 3)
     accelerator, bare, _, optimizer = original
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
@@ -794,22 +797,22 @@ def _resumed(case):
     dist.broadcast_object_list(leaders)
     weights = values(bare)
     slow_elements = sum(t.numel() for t in [*own["slowmo"]["anchors"], *own["slowmo"]["velocities"]])
-    ways["itself"] = train(original, 6, 12)
+    ways["itself"] = train(original, 3, 7)
 
     for way, state in (("its own state", own), ("the leader's state", leaders[0])):
         for started in (False, True):
             run = _net(config, torch.float64, name)
             if started:
-                train(run, 20, 23)
+                train(run, 20, 22)
             run[1].load_state_dict(weights)
             run[3].load_state_dict(copy.deepcopy(state))
-            ways[f"{way}, {'started' if started else 'new'}"] = train(run, 6, 12)
+            ways[f"{way}, {'started' if started else 'new'}"] = train(run, 3, 7)
     run = _net(config, torch.float64, name)
     run[0].load_state(folder[0])
-    ways["accelerate"] = train(run, 6, 12)
+    ways["accelerate"] = train(run, 3, 7)
     run = _net(config, torch.float64, name)
     run[3].load_state_dict(copy.deepcopy(leaders[0]))
-    ways["the leader's state without the model"] = train(run, 6, 12)
+    ways["the leader's state without the model"] = train(run, 3, 7)
     return ways, slow_elements, own["slowmo"]["attempted_steps"]
 
 
@@ -827,7 +830,7 @@ def test_followers_hold_no_slow_state(resumed):
     for index, (_, config) in enumerate(STATES):
         one = trainable * (2 if config.outer_optimizer == "slow_momentum" else 1)  # anchors and velocities
         assert [result[index][1] for result in resumed] == [one, 0, one, 0]
-        assert [result[index][2] for result in resumed] == [6] * 4
+        assert [result[index][2] for result in resumed] == [3] * 4
 
 
 WAYS = ["its own state, new", "its own state, started", "the leader's state, new", "the leader's state, started", "accelerate"]
@@ -847,6 +850,6 @@ def test_a_run_goes_on_bit_for_bit_from_its_state(resumed, way):
             for mine, theirs in zip(ways[way], leaders[way], strict=True):
                 assert equal(mine, theirs), (case, rank, way, "parted from its leader")
             # AdamW's moments are each worker's own, and rank 0's state cannot hold the other worker's: it is right until the round.
-            steps = 6 if case[0] == "sgd" or "own" in way else 2 if rank < 2 else 0
+            steps = 4 if case[0] == "sgd" or "own" in way else 2 if rank < 2 else 0
             for step in range(steps):
-                assert equal(ways[way][step], ways["itself"][step]), (case, rank, way, step + 7)
+                assert equal(ways[way][step], ways["itself"][step]), (case, rank, way, step + 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -173,7 +173,7 @@ class Base:
 
 class ExactAverager:
     """
-    The exact average (line 6) by all-reduce, in one reused buffer of at most `bucket_bytes`.
+    The exact average (line 6) by all-reduce, in reused buffers of `bucket_bytes` in all.
 
     What travels is the displacement anchor - x_i, not x_i: the mean is the pseudo-gradient itself, free of the cancellation
     that anchor - mean(x_i) has, and the consensus distance follows from its norms without a message.
@@ -182,50 +182,66 @@ class ExactAverager:
     def __init__(self, communicator: Communicator, bucket_bytes: int) -> None:
         self.communicator = communicator
         self.bucket_bytes = bucket_bytes
-        self._buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+
+    def buckets(self, item: FlatAnchor) -> list[Bucket]:
+        """One bucket where `bucket_bytes` has room for all, else many of half the size: one is packed while another travels."""
+        return item.buckets(self.bucket_bytes if item.flat.nbytes <= self.bucket_bytes else self.bucket_bytes // 2)
 
     def reserve(self, anchors: list[FlatAnchor]) -> None:
         """Make the buffers now, so that a round allocates nothing; those of the start's broadcast go."""
         self._buffers.clear()
         for item in anchors:
-            elements = min(item.flat.numel(), self.bucket_bytes // item.flat.element_size())
-            self._buffer(elements + 1, item.flat.dtype, item.flat.device)
+            for slot, bucket in enumerate(self.buckets(item)[:2]):
+                self._buffer(bucket.elements + 1, item.flat.dtype, item.flat.device, slot)
 
-    def _buffer(self, elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        key = (device, dtype)
+    def _buffer(self, elements: int, dtype: torch.dtype, device: torch.device, slot: int = 0) -> torch.Tensor:
+        key = (device, dtype, slot)
         if key not in self._buffers or self._buffers[key].numel() < elements:
             self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
         return self._buffers[key][:elements]
 
-    def sum_displacements(self, bucket: Bucket, base: Base) -> tuple[torch.Tensor, float]:
+    def sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
         """
-        The sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element of the same message.
+        Every bucket with the sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element of
+        the same message. The next bucket is packed while one travels.
 
         Returns:
-            `tuple[torch.Tensor, float]`: The first lies in the reused buffer: use it before the next call.
+            `Iterator[tuple[Bucket, torch.Tensor, float]]`: The tensor lies in a reused buffer: use it before the next one.
         """
-        message = self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device)
-        squares = []
-        for piece, run in bucket.runs(message):
-            base.displacement_(piece, run)
-            squares.append(squared_norm(run))
-        message[-1] = torch.stack(squares).sum()
-        self.communicator.sum_(message)
-        return message[:-1], float(message[-1]) / self.communicator.world_size
+        under_way: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
+        for number, bucket in enumerate(buckets):
+            message = self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
+            squares = []
+            for piece, run in bucket.runs(message):
+                base.displacement_(piece, run)
+                squares.append(squared_norm(run))
+            message[-1] = torch.stack(squares).sum()
+            wait = self.communicator.start_sum_(message)
+            if under_way:
+                yield self._arrived(*under_way)
+            under_way = bucket, message, wait
+        if under_way:
+            yield self._arrived(*under_way)
 
-    def own_displacement(self, bucket: Bucket, base: Base) -> torch.Tensor:
-        """This worker's own pseudo-gradient, in the reused buffer; nothing is sent."""
-        message = self._buffer(bucket.elements, bucket.item.flat.dtype, bucket.item.flat.device)
-        for piece, run in bucket.runs(message):
-            base.own_displacement_(piece, run)
-        return message
+    def _arrived(self, bucket: Bucket, message: torch.Tensor, wait: Callable[[], None]) -> tuple[Bucket, torch.Tensor, float]:
+        wait()
+        return bucket, message[:-1], float(message[-1]) / self.communicator.world_size
 
-    def show_mean_(self, bucket: Bucket, base: Base) -> None:
+    def own_displacements(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+        """The same for a round without an average: every bucket with this worker's own pseudo-gradient. Nothing is sent."""
+        for bucket in buckets:
+            message = self._buffer(bucket.elements, bucket.item.flat.dtype, bucket.item.flat.device)
+            for piece, run in bucket.runs(message):
+                base.own_displacement_(piece, run)
+            yield bucket, message, 0.0
+
+    def show_mean_(self, buckets: list[Bucket], base: Base) -> None:
         """Put the mean of the workers' x_i into this worker's parameters."""
-        message, _ = self.sum_displacements(bucket, base)
-        for piece, run in bucket.runs(message):
-            run.div_(self.communicator.world_size)
-            piece.values().copy_(torch.sub(base.origin(piece), run, out=run))
+        for bucket, total, _ in self.sums(buckets, base):
+            for piece, run in bucket.runs(total):
+                run.div_(self.communicator.world_size)
+                piece.values().copy_(torch.sub(base.origin(piece), run, out=run))
 
     def mean_(self, tensors: list[torch.Tensor]) -> None:
         """Replace floating-point tensors by their mean over workers, in place, every element exactly once."""
@@ -252,7 +268,7 @@ class ExactAverager:
             queues.setdefault((tensor.device, wire_dtype(tensor.dtype)), []).append(tensor)
         for (device, dtype), queue in queues.items():
             shape_only = torch.empty(sum(t.numel() for t in queue), dtype=dtype, device="meta")
-            for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self.bucket_bytes):
+            for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self.bucket_bytes // 2):
                 flat = self._buffer(bucket.elements, dtype, device)
                 for piece, run in bucket.runs(flat):
                     run.copy_(piece.values())

@@ -84,23 +84,29 @@ class Communicator:
 
     # ---- collectives ----
 
-    def sum_(self, flat: torch.Tensor) -> None:
-        """Replace `flat` by its sum over workers, in place. Counts a ring's 2 (m-1)/m of its bytes.
+    def start_sum_(self, flat: torch.Tensor) -> Callable[[], None]:
+        """Start to replace `flat` by its sum over workers, in place; the result waits for it. Counts a ring's 2 (m-1)/m of its bytes.
 
         Args:
             flat (`torch.Tensor`): Contiguous and our own: gloo is silently wrong on views that are not dense.
         """
         if self.world_size == 1 or flat.numel() == 0:
-            return
+            return lambda: None
         assert flat.is_contiguous()
         with self._counted(self._ring_bytes(flat)):
-            dist.all_reduce(flat, group=self.group)
-            if flat.is_cuda:
-                torch.cuda.synchronize(flat.device)
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+
+        def wait() -> None:
+            with self._counted(0):
+                work.wait()
+                if flat.is_cuda:
+                    torch.cuda.synchronize(flat.device)
+
+        return wait
 
     def mean_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by its mean over workers, in place."""
-        self.sum_(flat)
+        self.start_sum_(flat)()
         if self.world_size > 1:
             flat.div_(self.world_size)
 

@@ -165,7 +165,9 @@ class SlowMoConfig:
         if self.base != "osgp":
             self._refuse_options(("staleness",), "is for base='osgp', whose exchange runs behind the computation")
         if self.base == "all_reduce":
-            self._refuse_options(("processes_per_worker",), "is for workers that train alone; all_reduce averages gradients over all processes")
+            self._refuse_options(
+                ("processes_per_worker",), "is for workers that train alone; all_reduce averages gradients over all processes"
+            )
         if self.base == "dpsgd" and self.topology == "exponential":
             raise ValueError(
                 "topology must be two-sided for base='dpsgd', got 'exponential', where who sends does not receive from the same worker. "

@@ -28,9 +28,9 @@ from .communicator import Communicator, Transfer
 from .config import SlowMoConfig
 from .topology import Topology
 
-# Bytes of one message on a CPU: the first ones travel while later ones are packed, and are taken in while later ones travel. On a
-# GPU a message is a kernel launch, and whole tensors are better.
-_MESSAGE_BYTES = 4 * 2**20
+# Bytes of a message that is waited for: the first ones travel while later ones are packed, and are taken in while later ones travel. A
+# message behind the computation has time enough, and starting it costs this thread some: fewer are better.
+_MESSAGE_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -72,7 +72,8 @@ class GossipBase(Base):
         self.weight = 1.0
         self.in_flight: deque[Exchange] = deque()
         self.numerators = {item: item.flat.clone() for item in anchors}
-        self._buckets = [bucket for item in anchors for bucket in item.buckets(_message_bytes(item.flat, config.bucket_bytes))]
+        message_bytes = config.bucket_bytes if self.staleness else min(_MESSAGE_BYTES, config.bucket_bytes)
+        self._buckets = [bucket for item in anchors for bucket in item.buckets(message_bytes)]
         self._degree = max(len(self.topology.sources(communicator.rank, k)) for k in range(self.topology.cycle_length))
         self._free: list[Exchange] = []
 
@@ -196,7 +197,3 @@ class GossipBase(Base):
         self._free.extend(self.in_flight)
         self.in_flight.clear()
         self.weight = 1.0
-
-
-def _message_bytes(flat: torch.Tensor, bucket_bytes: int) -> int:
-    return min(_MESSAGE_BYTES, bucket_bytes) if flat.device.type == "cpu" else max(flat.nbytes, bucket_bytes)

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class OuterLoop:
         self.attempted_steps = attempted_steps
         # Only a leader holds slow state: elsewhere these lists are empty, and so are the loops over them.
         self.anchors = flat_anchors(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
-        self._buckets = [bucket for item in self.anchors for bucket in item.buckets(self.config.bucket_bytes)]
+        self._buckets = [bucket for item in self.anchors for bucket in self.averager.buckets(item)]
         gossips = self.config.base in GOSSIP_BASES and self.workers.leads
         self.base: Base = GossipBase(self.config, self.workers.gossip, self.anchors) if gossips else Base()
         self.averager.reserve(self.anchors)
@@ -290,33 +291,32 @@ class OuterLoop:
         for group, inner_lr in zip(self.outer_optimizer.param_groups, inner_lrs, strict=True):
             group["inner_lr"] = inner_lr
         norms = _Norms()
-        for bucket in self._buckets:
-            total, count = self._displacements(bucket, norms)  # line 6
+        for bucket, total, drift_square in self._displacements():  # line 6
+            norms.drift_square += drift_square
             for piece, pseudo_grad in bucket.runs(total):
-                if count > 1:
-                    pseudo_grad.div_(count)
+                pseudo_grad.div_(self._summands)
                 velocity = self.outer_optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
                 self.base.hand_back_(piece)
                 norms.add(pseudo_grad, velocity)
         self.outer_optimizer.end_round()
         return norms
 
-    def _displacements(self, bucket: Bucket, norms: _Norms) -> tuple[torch.Tensor, int]:
-        """(sum of anchor - x_i, number of summands): all workers', or this one's alone."""
-        if not self.config.exact_average:
-            return self.averager.own_displacement(bucket, self.base), 1
-        total, drift_square = self.averager.sum_displacements(bucket, self.base)
-        norms.drift_square += drift_square
-        return total, self.workers.between.world_size
+    def _displacements(self) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+        """Every bucket with the sum of anchor - x_i over `_summands` workers, all or this one alone, and the mean of its squared norm."""
+        return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(self._buckets, self.base)
+
+    @property
+    def _summands(self) -> int:
+        return self.workers.between.world_size if self.config.exact_average else 1
 
     def _outer_step_at_once(self) -> _Norms:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
         norms = _Norms()
         pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
-        for bucket in self._buckets:
-            total, count = self._displacements(bucket, norms)
+        for bucket, total, drift_square in self._displacements():
+            norms.drift_square += drift_square
             for piece, run in bucket.runs(total):
-                norms.add(torch.div(run, count, out=piece.of(pseudo_grads[piece.item])), None)
+                norms.add(torch.div(run, self._summands, out=piece.of(pseudo_grads[piece.item])), None)
         gradients: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
         for item, flat in pseudo_grads.items():
             for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
@@ -358,8 +358,7 @@ class OuterLoop:
         before = self.workers.bytes_sent
         if params:
             self.base.settle()
-            for bucket in self._buckets:
-                self.averager.show_mean_(bucket, self.base)
+            self.averager.show_mean_(self._buckets, self.base)
         self.averager.mean_(floating)
         self.averager.max_(integer)
         self._bytes_counted += self.workers.bytes_sent - before
