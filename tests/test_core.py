@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
-from slowmo_hf.averager import flat_anchors, flat_view, squared_norm
+from slowmo_hf.averager import flat_anchors
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
+from slowmo_hf.round_report import squared_norm
 
 
 def test_two_rounds_by_hand():

@@ -22,7 +22,7 @@ LAYERS = [
     ["__init__"],  # the public names
     ["callback", "optimizer"],  # adapters
     ["isolation", "outer_loop"],
-    ["inner_state", "start_check"],
+    ["header", "inner_state", "start_check"],
     ["gossip", "model_tensors"],
     ["averager", "outer_optimizer"],
     ["workers"],

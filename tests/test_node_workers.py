@@ -834,22 +834,35 @@ def test_followers_hold_no_slow_state(resumed):
 
 
 WAYS = ["its own state, new", "its own state, started", "the leader's state, new", "the leader's state, started", "accelerate"]
+WAYS += ["the leader's state without the model"]
 
 
-WITHOUT_MODEL = pytest.param(
-    "the leader's state without the model",
-    marks=pytest.mark.xfail(strict=True, reason="a leader takes its weights from the anchors it loads; its followers do not hear of it"),
-)
+def _known(way, config):
+    """What does not hold yet."""
+    if way.endswith("without the model"):
+        return [
+            pytest.mark.xfail(strict=True, reason="a leader takes its weights from the anchors it loads; its followers do not hear of it")
+        ]
+    if way.endswith("started") and config.base == "osgp":
+        return [pytest.mark.xfail(strict=True, reason="messages in flight outlive the run that a loaded state replaces")]
+    return []
 
 
-@pytest.mark.parametrize("way", [*WAYS, WITHOUT_MODEL])
-def test_a_run_goes_on_bit_for_bit_from_its_state(resumed, way):
-    for index, case in enumerate(STATES):
-        for rank, result in enumerate(resumed):
-            ways, leaders = result[index][0], resumed[rank // 2 * 2][index][0]
-            for mine, theirs in zip(ways[way], leaders[way], strict=True):
-                assert equal(mine, theirs), (case, rank, way, "parted from its leader")
-            # AdamW's moments are each worker's own, and rank 0's state cannot hold the other worker's: it is right until the round.
-            steps = 4 if case[0] == "sgd" or "own" in way else 2 if rank < 2 else 0
-            for step in range(steps):
-                assert equal(ways[way][step], ways["itself"][step]), (case, rank, way, step + 4)
+EVERY_WAY = [
+    pytest.param(way, index, marks=_known(way, config), id=f"{name}, {config.base}, {config.outer_optimizer}: {way}")
+    for way in WAYS
+    for index, (name, config) in enumerate(STATES)
+]
+
+
+@pytest.mark.parametrize(("way", "index"), EVERY_WAY)
+def test_a_run_goes_on_bit_for_bit_from_its_state(resumed, way, index):
+    sgd = STATES[index][0] == "sgd"
+    for rank, result in enumerate(resumed):
+        ways, leaders = result[index][0], resumed[rank // 2 * 2][index][0]
+        for mine, theirs in zip(ways[way], leaders[way], strict=True):
+            assert equal(mine, theirs), f"rank {rank} parted from its leader"
+        # AdamW's moments are each worker's own, and rank 0's state cannot hold the other worker's: it is right until the round.
+        steps = 4 if sgd or "own" in way else 2 if rank < 2 else 0
+        for step in range(steps):
+            assert equal(ways[way][step], ways["itself"][step]), (rank, step + 4)

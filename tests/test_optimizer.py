@@ -1055,3 +1055,13 @@ def check_trainer(folder):
 
 def test_trainer_takes_it_and_evaluates_the_average(tmp_path):
     run_workers(check_trainer, 2, str(tmp_path))
+
+
+def test_a_start_that_was_refused_is_refused_again():
+    """A caller that catches the error must not go on untrained: the next forward pass starts again, and says the same."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = SlowMoOptimizer(torch.optim.Adagrad(model.parameters()), SlowMoConfig(inner_state="reset"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="inner_state='reset' cannot be used with Adagrad"):
+            model(torch.ones(1, 2))
+    assert optimizer.outer_loop is None

@@ -415,4 +415,4 @@ def check_learning_rates_that_part():
 def test_learning_rates_that_part_are_made_one():
     for found, words in run_workers(check_learning_rates_that_part, 2):
         assert torch.equal(found, torch.full((2, 2), -5.0))
-        assert "round 1: inner learning rates differ between workers" in words
+        assert "step 1: inner learning rates differ between workers" in words

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .communicator import Communicator
+from .round_report import squared_norm
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -280,8 +281,3 @@ class ExactAverager:
 def rounded(anchor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The anchor's value as a parameter of `dtype` holds it, in the anchor's own dtype."""
     return anchor if dtype == anchor.dtype else anchor.to(dtype).to(anchor.dtype)
-
-
-def squared_norm(flat: torch.Tensor) -> torch.Tensor:
-    """The squared 2-norm of one run, 0-dim, in fp64. Runs are short on a CPU: one fp32 sum over 60 million elements is percents low."""
-    return torch.dot(flat, flat).double()

@@ -136,17 +136,17 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load `state_dict()`'s result; without a slow state (a stock run's), that starts fresh. Hooks fire as torch's do."""
+        """Load `state_dict()`'s result. A stock optimizer's has no slow state: before the start that begins fresh, later it goes on."""
         state_dict = state_dict.copy()  # hooks may change theirs; the caller's is left alone
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         slow = state_dict.get(_SLOW_STATE)
-        self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
-        if slow is not None and self.outer_loop is not None:
-            self.outer_loop.load_state_dict(slow)
-        elif slow is not None:
+        if self.outer_loop is None:
             self._pending = slow
+        elif slow is not None:
+            self.outer_loop.load_state_dict(slow)  # first: it may refuse
+        self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -176,11 +176,15 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             self._start([module], [])
 
     def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
-        self._stop_listening()
-        refuse_unsupported()
+        self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
-        outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
-        outer_loop.start(broadcast_frozen=not wrappers)
+        try:
+            refuse_unsupported()
+            outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
+            outer_loop.start(broadcast_frozen=not wrappers)
+        except BaseException:
+            self._stop_listening = _listen_for_the_first_forward(self)
+            raise
         if self.config.base != "all_reduce":
             self.isolation = Isolation(wrappers, outer_loop.workers.inside.group)
         if self._pending is not None:

@@ -40,39 +40,20 @@ from typing import Any
 
 import torch
 
-from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, squared_norm, views_like
+from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, views_like
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
 from .gossip import GossipBase, make_topology
+from .header import Header
 from .inner_state import InnerState
-from .log import logger, make_heard
-from .model_tensors import ModelTensors, copy_tensors_, hash48
+from .log import make_heard
+from .model_tensors import ModelTensors, copy_tensors_
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
 from .random_state import RandomState
-from .round_report import RoundReport, log_costs
+from .round_report import Norms, RoundReport, log_costs
 from .start_check import check_same_everywhere, log_start
 from .workers import Workers
 
 STATE_VERSION = 1
-
-
-class _Norms:
-    """Squared norms of a round, summed as its pieces pass: ||pseudo_grad||^2, ||velocity||^2, mean ||x_i - anchor||^2."""
-
-    def __init__(self) -> None:
-        self.drift_square = 0.0
-        self._squares: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-    def add(self, pseudo_grad: torch.Tensor, velocity: torch.Tensor | None) -> None:
-        """Count one piece. Nothing waits for the device here."""
-        self._squares.append((squared_norm(pseudo_grad), None if velocity is None else squared_norm(velocity)))
-
-    @property
-    def pseudo_grad_square(self) -> float:
-        return float(sum(float(square) for square, _ in self._squares))
-
-    @property
-    def velocity_square(self) -> float:
-        return float(sum(float(square) for _, square in self._squares if square is not None))
 
 
 class OuterLoop:
@@ -227,7 +208,9 @@ class OuterLoop:
         return report
 
     def _lead_round(self, inner_lrs: list[float], problem: str, start: float) -> tuple[RoundReport, list[str]]:
-        inner_lrs, changed = self._agree(inner_lrs, problem)
+        inner_lrs = inner_lrs[: len(self.tensors.groups)]  # one more is a problem, and must not make the message longer than the others'
+        header = Header(self.attempted_steps, inner_lrs, self.tensors.changed_buffers(), problem)
+        inner_lrs, changed = header.agree(self.workers.between)
         norms = self._outer_step(inner_lrs)
         if self.config.averages_at_rounds:
             self.base.end_average()
@@ -256,48 +239,22 @@ class OuterLoop:
         state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
         self.inside.broadcast_([*self.tensors.trainable, *floating, *integer, *state])
 
-    def _agree(self, inner_lrs: list[float], problem: str) -> tuple[list[float], list[str]]:
-        """Exchange the header, [step, problem?, changed buffers, *inner_lrs]: a difference is found before anything is mixed."""
-        between = self.workers.between
-        changed = self.tensors.changed_buffers()
-        header = [float(self.attempted_steps), float(bool(problem)), hash48(changed), *inner_lrs]
-        rows = between.gather_header(header[: 3 + len(self.tensors.groups)])
-        steps, problems, buffers, lrs = rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:]
-        if problems.any():
-            words = between.gather_objects(problem)
-            raise ValueError("; ".join(f"worker {worker}: {word}" for worker, word in enumerate(words) if word))
-        if (steps != steps[0]).any():
-            at = ", ".join(f"rank {rank} at step {int(step)}" for rank, step in zip(between.ranks, steps, strict=True))
-            raise RuntimeError(
-                f"workers met for a round at different optimizer steps: {at}. Every rank must take the same number of steps: "
-                "give all ranks equally many batches (even_batches=True)."
-            )
-        if (buffers != buffers[0]).any():
-            changed = sorted(set().union(*between.gather_objects(changed)))
-        if (lrs != lrs[0]).any():
-            logger.warning(
-                "round %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on one rank does this.",
-                self.rounds + 1,
-                lrs.tolist(),
-            )
-        agreed: list[float] = lrs.amax(dim=0).tolist()
-        return agreed, changed
-
-    def _outer_step(self, inner_lrs: list[float]) -> _Norms:
+    def _outer_step(self, inner_lrs: list[float]) -> Norms:
         """Lines 6 to 8, and every worker's new start."""
         self.base.settle()
         if not isinstance(self.outer_optimizer, SlowMomentum):
             return self._outer_step_at_once()
         for group, inner_lr in zip(self.outer_optimizer.param_groups, inner_lrs, strict=True):
             group["inner_lr"] = inner_lr
-        norms = _Norms()
+        norms = Norms()
         for bucket, total, drift_square in self._displacements():  # line 6
             norms.drift_square += drift_square
             for piece, pseudo_grad in bucket.runs(total):
                 pseudo_grad.div_(self._summands)
                 velocity = self.outer_optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
-                self.base.hand_back_(piece)
                 norms.add(pseudo_grad, velocity)
+                if self.config.has_outer_update:
+                    self.base.hand_back_(piece)
         self.outer_optimizer.end_round()
         return norms
 
@@ -309,9 +266,9 @@ class OuterLoop:
     def _summands(self) -> int:
         return self.workers.between.world_size if self.config.exact_average else 1
 
-    def _outer_step_at_once(self) -> _Norms:
+    def _outer_step_at_once(self) -> Norms:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
-        norms = _Norms()
+        norms = Norms()
         pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
         for bucket, total, drift_square in self._displacements():
             norms.drift_square += drift_square
