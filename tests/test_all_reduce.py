@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
-from pathlib import Path
 
 import pytest
 import test_wire
@@ -448,46 +446,6 @@ def test_a_state_saved_inside_a_round_continues_bit_for_bit(tmp_path):
         for save_at, (through, resumed) in out.items():
             for step, (left, right) in enumerate(zip(through[save_at:], resumed, strict=True), start=save_at + 1):
                 assert equal(left, right), f"saved at step {save_at}, sync_every 4: step {step} differs"
-
-
-class Heard(logging.Handler):
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def check_trainer_resumes(folder):
-    """From step 6, inside a round of 4: the next round, at step 8, is one of two steps from where the run was resumed."""
-    runs = []
-    for resume in (None, f"{folder}/checkpoint-6"):
-        model, recorder, heard = Regression(), Recorder(), Heard()
-        logging.getLogger("slowmo_hf").addHandler(heard)
-        trainer = Trainer(
-            model=model,
-            args=arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=6, learning_rate=1e-2, lr_scheduler_type="constant"),
-            train_dataset=Rows(100),
-            callbacks=[recorder, SlowMoCallback(SLOW)],
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        logging.getLogger("slowmo_hf").removeHandler(heard)
-        runs.append((recorded(trainer, recorder), [line for line in heard.lines if "resumed" in line]))
-    return runs
-
-
-def test_trainer_resumes_inside_a_round(tmp_path):
-    ranks = run_workers(check_trainer_resumes, 2, str(tmp_path))
-    for (through, _), (resumed, heard) in ranks:
-        assert len(heard) == 1
-        assert "slow momentum starts fresh" in heard[0]
-        assert len(resumed["after"]) == 4
-        for name in resumed["trained"]:
-            assert torch.equal(resumed["start"][name], through["after"][5][name])
-            torch.testing.assert_close(resumed["after"][1][name], resumed["stepped"][1][name], rtol=1e-12, atol=1e-12)  # beta v = 0
-        assert equal(resumed["final"], ranks[0][1][0]["final"])
-    assert (Path(tmp_path) / "checkpoint-6").is_dir()
 
 
 # ---- what makes no sense is refused ----

@@ -21,12 +21,14 @@ PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT
 LAYERS = [
     ["__init__"],  # the public names
     ["callback", "optimizer"],  # adapters
+    ["trainer_checkpoints"],
+    ["snapshot"],
     ["isolation", "outer_loop"],
     ["header", "inner_state", "start_check"],
     ["gossip", "model_tensors"],
     ["averager", "outer_optimizer"],
     ["workers"],
-    ["communicator", "topology", "round_report", "random_state"],
+    ["checkpoint", "communicator", "topology", "round_report", "random_state"],
     ["config", "log"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}
@@ -34,7 +36,7 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 # Who alone may reach a package of others.
 ONLY = {
     "torch.distributed": ("communicator", "isolation"),  # what talks to other processes; the group that keeps DDP inside a worker
-    "transformers": ("callback",),  # custom loops need no Trainer
+    "transformers": ("callback", "trainer_checkpoints"),  # custom loops need no Trainer
 }
 
 # Attributes of public objects that are not public themselves, and the programs that reach for one, with their reasons.

@@ -1,6 +1,7 @@
 """Train Hugging Face models on machines joined by slow links: Local SGD with slow momentum, one callback away."""
 
 from .callback import SlowMoCallback
+from .checkpoint import verify_checkpoint
 from .config import SlowMoConfig
 from .optimizer import SlowMoOptimizer, consensus, last_round, register_for_checkpointing
 from .round_report import RoundReport
@@ -13,5 +14,6 @@ __all__ = [
     "consensus",
     "last_round",
     "register_for_checkpointing",
+    "verify_checkpoint",
 ]
 __version__ = "0.1.0"

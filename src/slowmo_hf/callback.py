@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .communicator import processes_in_job
 from .config import SlowMoConfig
@@ -16,9 +19,10 @@ from .log import logger, make_heard
 from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop
 from .round_report import RoundReport
+from .trainer_checkpoints import TrainerCheckpoints, set_aside_unfinished
 
 
-class SlowMoCallback(TrainerCallback):
+class SlowMoCallback(TrainerCallback, ExportableState):
     """
     Turns a stock `Trainer` run into Local SGD with slow momentum (SlowMo, https://huggingface.co/papers/1910.00643).
 
@@ -28,11 +32,13 @@ class SlowMoCallback(TrainerCallback):
     the end the model is the average. Make it the last callback, so that it sees what the others ask for.
 
     Args:
-        config (`SlowMoConfig`, *optional*): The settings; the defaults where it is None.
+        config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults where it is None.
     """
 
-    def __init__(self, config: SlowMoConfig | None = None) -> None:
-        self.config = config or SlowMoConfig()
+    def __init__(self, config: SlowMoConfig | dict[str, Any] | None = None) -> None:
+        self.config = SlowMoConfig.from_dict(config) if isinstance(config, dict) else config or SlowMoConfig()
+        self.checkpoint: dict[str, Any] | None = None
+        self._checkpoints: TrainerCheckpoints | None = None
         self.outer_loop: OuterLoop | None = None
         self._isolation: Isolation | None = None
         self._training = False
@@ -59,12 +65,16 @@ class SlowMoCallback(TrainerCallback):
 
     # ---- the start and the end ----
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set aside what a killed run left unfinished."""
+        make_heard()
+        set_aside_unfinished(args)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
         make_heard()
         self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
         refuse_unsupported()
-        self._refuse_inside_round(state)
         optimizer = _raw_optimizer(kwargs["optimizer"])
         outer_loop = OuterLoop(optimizer, self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters())
@@ -80,6 +90,7 @@ class SlowMoCallback(TrainerCallback):
             )
         self.outer_loop = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
+        self._take_up_checkpoints(outer_loop, args, state, kwargs)
         if self.config.base != "all_reduce":
             self._isolation = Isolation(wrappers, outer_loop.workers.inside.group)
             self._isolate_tokens(args)
@@ -90,25 +101,28 @@ class SlowMoCallback(TrainerCallback):
         if args.eval_on_start:
             outer_loop.show_average()  # workers agree, so nothing is sent: it keeps what the evaluation draws from the generators
 
-    def _refuse_inside_round(self, state: TrainerState) -> None:
-        if state.global_step and not self.config.exact_average:
-            raise ValueError(
-                f"training cannot be resumed at step {state.global_step} with exact_average=False: the checkpoint holds the average, not "
-                "the workers' own weights, which stay different. Start anew, or use exact_average=True."
-            )
-        if self.config.base == "all_reduce" and not self.config.has_outer_update:
-            return
-        if state.global_step % self.config.sync_every and self.config.base != "all_reduce":
-            raise ValueError(
-                f"training cannot be resumed at step {state.global_step}, inside a round of sync_every={self.config.sync_every} "
-                "steps: the checkpoint holds the average, not the workers' own weights. Resume from a checkpoint at a multiple of "
-                "sync_every, and make save_steps one."
-            )
+    def _take_up_checkpoints(self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]) -> None:
+        """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
+        if not self.config.has_rounds:
+            return  # stock training: Trainer's checkpoints are complete
+        self._checkpoints = TrainerCheckpoints(args, outer_loop)
         if state.global_step:
-            logger.warning(
-                "resumed at step %d: slow momentum starts fresh, and every worker takes rank 0's inner optimizer state",
-                state.global_step,
-            )
+            callbacks: Any = state.stateful_callbacks or {}
+            recorded = callbacks.get(type(self).__name__)
+            recorded = recorded[-1] if isinstance(recorded, list) else recorded
+            objects = self._checkpoints.resume(state, recorded["attributes"]["checkpoint"] if recorded else None)
+            for name, own in self._own_objects(events).items():
+                if name in objects:
+                    own.load_state_dict(objects[name])
+
+    def _own_objects(self, events: dict[str, Any]) -> dict[str, Any]:
+        """What else differs between workers: a scaler that skipped a step, and the scheduler that it held back."""
+        scaler = getattr(self._find_trainer().accelerator, "scaler", None)
+        return {name: own for name, own in (("scheduler", events.get("lr_scheduler")), ("scaler", scaler)) if own is not None}
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the checkpoint is."""
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
     def _isolate_tokens(self, args: TrainingArguments) -> None:
         """Trainer would gather the token count at every step and scale the loss for gradients averaged over the world."""
@@ -122,6 +136,9 @@ class SlowMoCallback(TrainerCallback):
         if self._isolation is not None:
             self._isolation.release()
             self._isolation = None
+        if self._checkpoints is not None:
+            self._checkpoints.end()
+            self._checkpoints = None
         if self._stock_token_average is not None:
             args.average_tokens_across_devices = self._stock_token_average
             self._stock_token_average = None
@@ -153,17 +170,30 @@ class SlowMoCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
-        self._look_if_due(control)
+        self._look_if_due(args, state, control, kwargs)
         if control.should_log or control.should_training_stop:
             self._log(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As at a step's end."""
-        self._look_if_due(control)
+        self._look_if_due(args, state, control, kwargs)
 
-    def _look_if_due(self, control: TrainerControl) -> None:
+    def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
         if self.outer_loop and (control.should_evaluate or control.should_save or control.should_training_stop):
             self.outer_loop.show_average()
+        if self._checkpoints and control.should_save:
+            self._checkpoints.write(self._folder(args, state), self._states(events))
+
+    def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Trainer's checkpoint folder of this step; recorded for `trainer_state.json`."""
+        trainer = self._find_trainer()
+        folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None))) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        run = self.outer_loop.run_id if self.outer_loop and not args.save_only_model else None
+        self.checkpoint = {"run": run, "folder": str(folder)}
+        return folder
+
+    def _states(self, events: dict[str, Any]) -> dict[str, Any]:
+        return {name: own.state_dict() for name, own in self._own_objects(events).items()}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the average was what Trainer saw; undo what the evaluation drew from the random generators."""
@@ -174,8 +204,10 @@ class SlowMoCallback(TrainerCallback):
         self._after_look("predicted with")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """As after an evaluation."""
+        """As after an evaluation; then the checkpoint is whole."""
         self._after_look("saved")
+        if self._checkpoints:
+            self._checkpoints.finish(self._folder(args, state), self._states(kwargs), state)
 
     def _after_look(self, verb: str) -> None:
         if self.outer_loop is None or not self._training:

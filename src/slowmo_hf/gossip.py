@@ -86,7 +86,7 @@ class GossipBase(Base):
         if self.staleness:
             self._mix_behind(number, share)
             return
-        exchange = self._free.pop() if self._free else self._new_exchange()
+        exchange = self._free.pop() if self._free else self.new_exchange()
         self._address(exchange, number)
         for bucket in self._buckets:
             for piece in bucket.pieces:
@@ -101,7 +101,7 @@ class GossipBase(Base):
     def _mix_behind(self, number: int, share: float) -> None:
         """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
         due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
-        exchange = Exchange(due.outgoing, due.incoming) if due else self._free.pop() if self._free else self._new_exchange()
+        exchange = Exchange(due.outgoing, due.incoming) if due else self._free.pop() if self._free else self.new_exchange()
         self._address(exchange, number)
         weight = self.weight * share
         self._send_weight(exchange, weight)
@@ -137,12 +137,18 @@ class GossipBase(Base):
 
     # ---- messages ----
 
-    def _new_exchange(self) -> Exchange:
+    def new_exchange(self, sources: int = 0) -> Exchange:
         """Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel from."""
         wire = self.communicator.wire_device
         in_place = self.staleness == 0 and all(flat.device == wire for flat in self.numerators.values())
-        empty = [{item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()} for _ in range(self._degree)]
-        return Exchange(self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}, empty)
+        outgoing = self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}
+        incoming = [{item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()} for _ in range(self._degree)]
+        return Exchange(outgoing, incoming, incoming[:sources])
+
+    @property
+    def messages_per_exchange(self) -> int:
+        """Messages to one peer, the weight's own left out."""
+        return len(self._buckets)
 
     def _address(self, exchange: Exchange, number: int) -> None:
         me = self.communicator.rank
@@ -191,6 +197,17 @@ class GossipBase(Base):
         for exchange in self.in_flight:
             for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
                 self.communicator.finish(transfer)
+
+    def start_from_anchors(self) -> None:
+        """Numerators are the anchors, as after a round."""
+        for item, numerator in self.numerators.items():
+            numerator.copy_(item.flat)
+
+    def start_from_parameters(self) -> None:
+        """Numerators are the parameters, as at the start of a run."""
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                piece.of(self.numerators[piece.item]).copy_(piece.values())
 
     def end_average(self) -> None:
         """A round has taken in what was in flight; w = 1 again."""

@@ -47,7 +47,8 @@ class Isolation:
     In a worker of several processes the wrappers get the worker's process group: gradients, unused-parameter bitmaps and buffers stay
     inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough, with two exceptions. A `no_sync()` that is
     open puts them back when it closes, so they are set again at every forward pass until `settle` finds them set. `static_graph`
-    asserts that gradients are reduced: there, the wrapper gets a process group of its own, this process alone.
+    asserts that gradients are reduced: there, the wrapper gets a process group of its own, this process alone. SyncBatchNorm, which would
+    meet the whole job at every forward pass, meets the worker's processes.
 
     Args:
         wrappers (`list`): The model's.
@@ -66,6 +67,10 @@ class Isolation:
             _switch_off(ddp)
         for ddp, _ in self._by_group:
             _set_group(ddp, group or _lonely_group())
+        norms = [m for ddp in wrappers for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+        self._norms = [(norm, norm.process_group) for norm in norms]
+        for norm in norms:
+            norm.process_group = group or _lonely_group()
         if wrappers and group is None:
             logger.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
         elif wrappers:
@@ -88,7 +93,9 @@ class Isolation:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
         for ddp, group in self._by_group:
             _set_group(ddp, group)
-        self._by_flags, self._by_group = [], []
+        for norm, norm_group in self._norms:
+            norm.process_group = norm_group
+        self._by_flags, self._by_group, self._norms = [], [], []
 
 
 def _refuse_communication_hooks(wrappers: list[Any]) -> None:

@@ -98,6 +98,10 @@ class ModelTensors:
                 self._changed.add(name)
         return sorted(self._changed)
 
+    def mark_changed(self, names: list[str]) -> None:
+        """Count these buffers as changed: they have differed from their first value before a checkpoint."""
+        self._changed |= set(names)
+
     def buffers_named(self, names: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(floating-point, integer) buffers of these names."""
         buffers = self.buffers()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .communicator import processes_in_job
 from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .log import logger
@@ -182,6 +183,12 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             refuse_unsupported()
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.start(broadcast_frozen=not wrappers)
+            if not wrappers and processes_in_job() > 1 and (outer_loop.workers.size > 1 or self.config.base == "all_reduce"):
+                raise RuntimeError(
+                    f"base={self.config.base!r} with {outer_loop.workers.size} processes per worker needs a DistributedDataParallel "
+                    "wrapper that averages gradients, and none of the model was found. Train the model that accelerator.prepare "
+                    "returned, or use processes_per_worker=1 and another base."
+                )
         except BaseException:
             self._stop_listening = _listen_for_the_first_forward(self)
             raise

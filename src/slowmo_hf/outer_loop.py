@@ -33,8 +33,10 @@ Decisions taken once:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +101,7 @@ class OuterLoop:
         check_same_everywhere(self.workers, self.config, self.tensors, self._refusal())
         ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
         self.workers.form()
+        self.run_id: str = self.workers.world.gather_objects(uuid.uuid4().hex)[0]
         self.averager = ExactAverager(self.workers.between, self.config.bucket_bytes)
         self.inside = ExactAverager(self.workers.inside, self.config.bucket_bytes)
         self.tensors.remember_buffers()
@@ -197,7 +200,7 @@ class OuterLoop:
 
     def _round(self, inner_lrs: list[float]) -> RoundReport:
         start = time.perf_counter()
-        problem = "; ".join(filter(None, self.workers.inside.gather_objects(self.tensors.problem())))
+        problem = self._problem_inside()
         report, changed = self.workers.inside.broadcast_outcome(lambda: self._lead_round(inner_lrs, problem, start))
         self.inner_state.reset()
         self._share(changed)
@@ -206,6 +209,15 @@ class OuterLoop:
         self._clock_start, self._exchange_seconds = time.perf_counter(), 0.0
         self._bytes_counted = self.workers.bytes_sent
         return report
+
+    def _problem_inside(self) -> str:
+        """What keeps this worker's processes from a round; empty where nothing does."""
+        everyone = self.workers.inside.gather_objects((self.attempted_steps, self.tensors.problem()))
+        problems = [problem for _, problem in everyone if problem]
+        if len({steps for steps, _ in everyone}) > 1:
+            at = ", ".join(f"rank {rank} at step {steps}" for rank, (steps, _) in zip(self.workers.inside.ranks, everyone, strict=True))
+            problems.append(f"its processes met for a round at different optimizer steps: {at}. Each must take the same number of steps.")
+        return "; ".join(problems)
 
     def _lead_round(self, inner_lrs: list[float], problem: str, start: float) -> tuple[RoundReport, list[str]]:
         inner_lrs = inner_lrs[: len(self.tensors.groups)]  # one more is a problem, and must not make the message longer than the others'
@@ -349,6 +361,13 @@ class OuterLoop:
         self._end_look()
         self.give_back_random_state()
 
+    def local_value(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or buffer as this worker has it, also while the average is shown in its place."""
+        for shown, stashed in zip(self._shown, self._stash or [], strict=False):
+            if shown is tensor:
+                return stashed
+        return tensor
+
     def _end_look(self) -> None:
         self._stash, self._shown = None, []
 
@@ -380,7 +399,7 @@ class OuterLoop:
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Take up a state of `state_dict()`; copied in place.
+        Take up a state of `state_dict()`; copied in place. Collective among the processes of a worker.
 
         Raises:
             ValueError: The state does not fit: version, sizes, or a clock inside a round.
@@ -388,8 +407,8 @@ class OuterLoop:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
-        if self.workers.leads:
-            self._load_slow_state(state_dict)
+        self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))  # the leader's part, or its refusal
+        self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
         self.attempted_steps, self.rounds = state_dict["attempted_steps"], state_dict["rounds"]
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
@@ -403,7 +422,9 @@ class OuterLoop:
             for group, previous in zip(self.outer_optimizer.param_groups, lrs, strict=True):
                 group["previous_inner_lr"] = previous
         else:
-            self.outer_optimizer.load_state_dict(state_dict["outer_optimizer"])
+            self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
+        self.base.settle()
+        self.base.end_average()  # messages in flight belong to the run that is left
         for piece in self._pieces():
             self.base.hand_back_(piece)
 

@@ -125,6 +125,11 @@ def _warn(workers: Workers, config: SlowMoConfig, machines: int, rows: list[tupl
             "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu --num_processes 2` starts "
             "one process; see docs/launch.md."
         )
+    elif workers.count == 1:
+        logger.warning(
+            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set processes_per_worker=1.",
+            workers.size,
+        )
     if config.outer_optimizer == "slow_momentum" and config.outer_momentum == 0:
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)

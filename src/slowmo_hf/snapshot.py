@@ -1,0 +1,205 @@
+"""The complete state of an outer loop at one optimizer step, for a checkpoint: what all workers share, and what each has alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .checkpoint import CheckpointError, Contents, read_part, write_part
+from .communicator import Transfer
+from .gossip import GossipBase
+from .log import logger
+from .outer_loop import OuterLoop
+from .outer_optimizer import SlowMomentum
+
+SHARED = "shared"
+
+# Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and that is said.
+_FIXED = ("base", "sync_every", "outer_optimizer", "exact_average", "inner_state", "model_buffers", "topology", "peers", "staleness")
+
+
+def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:
+    """
+    Write this process's part of a checkpoint; every process calls it at the same step.
+
+    Args:
+        folder (`str`): The checkpoint's.
+        outer_loop (`OuterLoop`): The average may be shown: the local weights are taken from where they are put by.
+        shared (`bool`): Whether this process also writes what all workers share: one on every file system.
+        objects (`dict`): State dictionaries of each worker's own: scheduler, scaler.
+    """
+    workers = outer_loop.workers
+    slow = _slow_state(outer_loop)
+    clock = {
+        "run": outer_loop.run_id,
+        "attempted_steps": outer_loop.attempted_steps,
+        "rounds": outer_loop.rounds,
+        "workers": workers.count,
+        "processes": workers.world.world_size,
+        "config": outer_loop.config.to_dict(),
+        "parameters": outer_loop.tensors.fingerprint(),
+    }
+    if shared:
+        common = slow if outer_loop.config.exact_average else Contents()
+        write_part(folder, SHARED, Contents({**clock, **common.settings}, common.tensors, common.objects))
+    if workers.leads:
+        own = _worker_state(outer_loop)
+        if not outer_loop.config.exact_average:
+            own.settings.update(slow.settings)
+            own.tensors.update(slow.tensors)
+            own.objects.update(slow.objects)
+        own.objects.update({"inner_optimizer": outer_loop.inner_optimizer.state_dict(), **objects})
+        own.settings.update({key: clock[key] for key in ("run", "attempted_steps", "workers")})
+        write_part(folder, f"worker_{workers.index}", own)
+
+
+def _slow_state(outer_loop: OuterLoop) -> Contents:
+    outer = outer_loop.outer_optimizer
+    state = Contents()
+    for index, item in enumerate(outer_loop.anchors):
+        state.tensors[f"anchor.{index}"] = item.flat
+    for index, velocity in enumerate(outer_loop.velocities):
+        state.tensors[f"velocity.{index}"] = velocity
+    if isinstance(outer, SlowMomentum):
+        state.settings["previous_inner_lrs"] = [group["previous_inner_lr"] for group in outer.param_groups]
+    else:
+        state.objects["outer_optimizer"] = outer.state_dict()
+    return state
+
+
+def _worker_state(outer_loop: OuterLoop) -> Contents:
+    tensors = outer_loop.tensors
+    changed = tensors.changed_buffers()
+    state = Contents(settings={"changed_buffers": changed})
+    if not outer_loop.workers_agree:
+        for name, param in zip(tensors.names, tensors.trainable, strict=True):
+            state.tensors[f"parameter.{name}"] = outer_loop.local_value(param)
+    buffers = tensors.buffers()
+    for name in changed:
+        state.tensors[f"buffer.{name}"] = outer_loop.local_value(buffers[name])
+    base = outer_loop.base
+    if isinstance(base, GossipBase) and not outer_loop.workers_agree:
+        base.settle()
+        state.settings["weight"] = base.weight
+        state.settings["in_flight"] = [[float(w) for w in e.weight.received] if e.weight else [] for e in base.in_flight]
+        for index, item in enumerate(outer_loop.anchors):
+            state.tensors[f"numerator.{index}"] = base.numerators[item]
+            for number, exchange in enumerate(base.in_flight):
+                for source, received in enumerate(exchange.received):
+                    state.tensors[f"message.{number}.{source}.{index}"] = received[item]
+    return state
+
+
+@torch.no_grad()
+def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
+    """
+    Take up a checkpoint's state, in place, after `OuterLoop.start`. Every process calls it; nothing is sent.
+
+    On another number of workers all start from the average, which is in the model already, with the shared anchors, velocity and clock;
+    worker i takes the inner optimizer of worker i modulo the old number. Local weights and messages in flight are dropped.
+
+    Returns:
+        `dict`: The `objects` that `write_snapshot` was given.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
+    """
+    shared = read_part(folder, SHARED)
+    _check(folder, shared, outer_loop)
+    same_number = shared.settings["workers"] == outer_loop.workers.count
+    own = read_part(folder, f"worker_{outer_loop.workers.index % shared.settings['workers']}")
+    for key in ("run", "attempted_steps", "workers"):
+        if own.settings.get(key) != shared.settings[key]:
+            raise CheckpointError(
+                f"{folder}: worker {outer_loop.workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "
+                f"{shared.settings[key]!r}: they are of different saves. Resume from another checkpoint."
+            )
+    if not same_number:
+        if not outer_loop.config.exact_average:
+            raise CheckpointError(
+                f"{folder} was saved by {shared.settings['workers']} workers with exact_average=False, where anchors and velocities are "
+                f"each worker's own; this run has {outer_loop.workers.count}. Start as many, or begin a new run from its model."
+            )
+        logger.warning(
+            "resumed with %d workers in place of %d: all start from the average with the shared velocity; local weights and messages in "
+            "flight are dropped, inner optimizer states are dealt out in turn",
+            outer_loop.workers.count,
+            shared.settings["workers"],
+        )
+    outer_loop.run_id = shared.settings["run"]
+    outer_loop.attempted_steps, outer_loop.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
+    if outer_loop.workers.leads:
+        _put_slow_state(shared if outer_loop.config.exact_average else own, outer_loop)
+    outer_loop.inner_optimizer.load_state_dict(own.objects.pop("inner_optimizer"))
+    if same_number:
+        _put_worker_state(own, outer_loop)
+    elif isinstance(outer_loop.base, GossipBase):
+        outer_loop.base.start_from_parameters()
+    return own.objects
+
+
+def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
+    saved, now = shared.settings["config"], outer_loop.config.to_dict()
+    for name in _FIXED:
+        if saved.get(name) != now[name]:
+            raise CheckpointError(
+                f"{name} is {now[name]!r}, but {folder} was saved with {saved.get(name)!r}, which gives its state its meaning. Set {name}="
+                f"{saved.get(name)!r} to resume; or load its model and begin a new run."
+            )
+    changed = {name: (saved.get(name), value) for name, value in now.items() if name not in _FIXED and saved.get(name) != value}
+    if changed:
+        logger.info("resumed with other settings: %s", ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()))
+    then, here = shared.settings["parameters"], outer_loop.tensors.fingerprint()
+    if then != here:
+        odd = [line for line in (*then, *here) if (line in then) != (line in here)]
+        raise CheckpointError(f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ.")
+    for index, item in enumerate(outer_loop.anchors if outer_loop.config.exact_average else []):
+        tensor = shared.tensors.get(f"anchor.{index}")
+        if tensor is None or tensor.shape != item.flat.shape or tensor.dtype != item.flat.dtype:
+            raise CheckpointError(f"{folder}: anchor {index} does not fit: {None if tensor is None else tuple(tensor.shape)}.")
+
+
+def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
+    for index, item in enumerate(outer_loop.anchors):
+        item.flat.copy_(state.tensors[f"anchor.{index}"])
+    for index, velocity in enumerate(outer_loop.velocities):
+        # A run that had no momentum has no velocity: it starts at 0.
+        velocity.copy_(state.tensors.get(f"velocity.{index}", torch.zeros(())))
+    if isinstance(outer_loop.outer_optimizer, SlowMomentum):
+        for group, previous in zip(outer_loop.outer_optimizer.param_groups, state.settings["previous_inner_lrs"], strict=True):
+            group["previous_inner_lr"] = previous
+    else:
+        outer_loop.outer_optimizer.load_state_dict(state.objects["outer_optimizer"])
+
+
+def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
+    tensors = outer_loop.tensors
+    for name, param in zip(tensors.names, tensors.trainable, strict=True):
+        if f"parameter.{name}" in own.tensors:
+            param.copy_(own.tensors[f"parameter.{name}"])
+    buffers = tensors.buffers()
+    for name in own.settings["changed_buffers"]:
+        buffers[name].copy_(own.tensors[f"buffer.{name}"])
+    tensors.mark_changed(own.settings["changed_buffers"])
+    base = outer_loop.base
+    if not isinstance(base, GossipBase):
+        return
+    if "weight" not in own.settings:
+        base.start_from_anchors()
+        return
+    base.weight = own.settings["weight"]
+    for index, item in enumerate(outer_loop.anchors):
+        base.numerators[item].copy_(own.tensors[f"numerator.{index}"])
+    for number, weights in enumerate(own.settings["in_flight"]):
+        exchange = base.new_exchange(len(weights))
+        for index, item in enumerate(outer_loop.anchors):
+            for source, received in enumerate(exchange.received):
+                received[item].copy_(own.tensors[f"message.{number}.{source}.{index}"])
+        exchange.weight = _arrived([torch.tensor([weight], dtype=torch.float64) for weight in weights])
+        exchange.buckets = [_arrived([]) for _ in range(base.messages_per_exchange)]
+        base.in_flight.append(exchange)
+
+
+def _arrived(received: list[torch.Tensor]) -> Transfer:
+    return Transfer([], torch.empty(0), received, "a message of a checkpoint", done=True)

@@ -1,0 +1,198 @@
+"""A Trainer run's checkpoints: our part of each is written before Trainer's own, sealed after it, and found again on resume."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoint import FOLDER, CheckpointError, is_whole, seal, verify_checkpoint
+from .communicator import host_and_address
+from .log import logger
+from .outer_loop import OuterLoop
+from .snapshot import read_snapshot, write_snapshot
+
+_ASIDE = "incomplete-"
+
+
+class TrainerCheckpoints:
+    """
+    Makes Trainer's checkpoints complete, whole or absent, from `begin` to `end` of a training run.
+
+    Args:
+        args (`TrainingArguments`): The run's. While it lasts, `save_total_limit` is hidden from Trainer, which would delete the last whole
+            checkpoint before the new one is finished, and kept here; without a shared file system `save_on_each_node` is set.
+        outer_loop (`OuterLoop`): Started.
+    """
+
+    def __init__(self, args: TrainingArguments, outer_loop: OuterLoop) -> None:
+        self.args = args
+        self.outer_loop = outer_loop
+        self.world = outer_loop.workers.world
+        self._limit: int | None = args.save_total_limit
+        self._written: Path | None = None
+        self._set_on_each_node = False
+        self.keeper = self._find_out_who_keeps()
+        args.save_total_limit = None
+
+    def _find_out_who_keeps(self) -> bool:
+        """Whether this process writes what all workers share and the manifest: one on every file system. Collective."""
+        folder = Path(str(self.args.output_dir))
+        token = folder / f".{self.outer_loop.run_id}"
+
+        def leave_token() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.world.rank == 0:
+                token.touch()
+
+        self._everywhere("output_dir cannot be written", leave_token)
+        sees_it = token.exists()
+        shared = all(self.world.gather_objects(sees_it))
+        if self.world.rank == 0:
+            token.unlink()
+        if not shared and not self.args.save_on_each_node:
+            logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
+            self._set_on_each_node = True
+            self.args.save_on_each_node = True
+        return self.world.rank == 0 if sees_it else self.args.local_process_index == 0
+
+    def end(self) -> None:
+        """Give the arguments back as they were."""
+        self.args.save_total_limit = self._limit
+        if self._set_on_each_node:
+            self.args.save_on_each_node = False
+
+    # ---- saving ----
+
+    def write(self, folder: Path, objects: dict[str, Any]) -> None:
+        """Write our part, synced, before Trainer's own. Collective; with `save_only_model` nothing is written."""
+        if self.args.save_only_model:
+            return
+
+        def write() -> None:
+            write_snapshot(str(folder), self.outer_loop, shared=self.keeper, objects=objects)
+
+        self._everywhere(f"checkpoint {folder} cannot be written", write)
+        self._written = folder
+
+    def finish(self, folder: Path, objects: dict[str, Any], state: TrainerState) -> None:
+        """Trainer's part is written too: seal the folder, then delete what is over `save_total_limit`. Collective."""
+        if self._written != folder:  # save_strategy="best" decides after the evaluation
+            self.write(folder, objects)
+
+        def keep() -> None:
+            if not self.keeper:
+                return
+            if self._written == folder:
+                seal(folder, {"run": self.outer_loop.run_id, "step": state.global_step})
+            self._rotate(folder, state.best_model_checkpoint)
+
+        self.world.gather_objects(None)  # all ranks' files are there
+        self._everywhere(f"checkpoint {folder} cannot be finished", keep)
+        self._written = None
+
+    def _rotate(self, newest: Path, best: str | None) -> None:
+        if not self._limit or self._limit < 0:
+            return
+        keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
+        found = _checkpoints(newest.parent)
+        over = max(0, len(found) - max(self._limit, len(keep)))
+        for path in [path for path in found if path.resolve() not in keep][:over]:
+            logger.info("deleting %s: save_total_limit=%d", path, self._limit)
+            shutil.rmtree(path, ignore_errors=True)
+
+    # ---- resuming ----
+
+    def resume(self, state: TrainerState, recorded: dict[str, Any] | None) -> dict[str, Any]:
+        """
+        Take up the checkpoint that Trainer has loaded. Collective.
+
+        Args:
+            state (`TrainerState`): The resumed one.
+            recorded (`dict`, *optional*): What `trainer_state.json` says of our part: its run and folder. None: a stock run's.
+
+        Returns:
+            `dict`: State dictionaries of this worker's own scheduler and scaler.
+
+        Raises:
+            CheckpointError: It is damaged or does not fit; the same on every rank, before the first step.
+        """
+        if not recorded or not recorded.get("run"):
+            logger.warning(
+                "resumed at step %d from a checkpoint without local training's state: its weights and optimizer are taken, slow momentum "
+                "starts fresh, and every worker takes rank 0's inner optimizer state",
+                state.global_step,
+            )
+            return {}
+        objects: dict[str, Any] = {}
+
+        def take_up() -> None:
+            folder = self._find(state, recorded)
+            if self.keeper:
+                verify_checkpoint(folder)
+            objects.update(read_snapshot(str(folder), self.outer_loop))
+            if self.outer_loop.attempted_steps != state.global_step:
+                raise CheckpointError(f"{folder} is of step {self.outer_loop.attempted_steps}, Trainer's of step {state.global_step}.")
+
+        self._everywhere("the checkpoint cannot be resumed", take_up)
+        logger.info("resumed at step %d with every worker's own state", state.global_step)
+        return objects
+
+    def _find(self, state: TrainerState, recorded: dict[str, Any]) -> Path:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        asked = self.args.resume_from_checkpoint
+        candidates = [Path(str(self.args.output_dir)) / name, Path(str(recorded.get("folder")))]
+        if isinstance(asked, str):
+            candidates.insert(0, Path(asked))
+        for folder in candidates:
+            if (folder / FOLDER).is_dir():
+                return folder
+        raise CheckpointError(
+            f"the part of local training is in none of {', '.join(map(str, candidates))}. Say where the checkpoint is: "
+            "TrainingArguments(resume_from_checkpoint=...)."
+        )
+
+    # ---- all ranks together ----
+
+    def _everywhere(self, words: str, act: Callable[[], None]) -> None:
+        """Do it on every rank; a failure on one is the same error on all."""
+        failure = ""
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            failure = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+        failures = self.world.gather_objects((host_and_address()[0], failure))
+        told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
+        if told:
+            raise CheckpointError(f"{words}. {'; '.join(told)}")
+
+
+def set_aside_unfinished(args: TrainingArguments) -> None:
+    """Rename checkpoints that a killed run left unfinished, so that `resume_from_checkpoint=True` takes the newest whole one."""
+    if args.local_process_index == 0:
+        for path in _checkpoints(Path(str(args.output_dir))):
+            if not is_whole(path):
+                aside = path.with_name(_ASIDE + path.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                try:
+                    path.rename(aside)
+                except FileNotFoundError:
+                    continue  # another machine's first process on the same file system was faster
+                logger.warning("%s was never finished: it is set aside as %s", path, aside.name)
+    PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Trainer's checkpoints in a folder, the oldest first."""
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found)]

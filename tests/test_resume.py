@@ -1,0 +1,107 @@
+"""A run stopped at any step and resumed is bit for bit the run that was never stopped, on every rank; damage is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_workers
+from tiny import Recorder, SmallNorm, arguments, bert, equal, recorded, sentences
+from transformers import Trainer, TrainerCallback
+
+from slowmo_hf import SlowMoCallback, SlowMoConfig, verify_checkpoint
+
+STEPS = 9
+CASES = {
+    "local sgd": (SlowMoConfig(sync_every=4, outer_momentum=0.6), "sgd"),
+    "local adam, buffers local": (SlowMoConfig(sync_every=4, model_buffers="local"), "adamw_torch"),
+    "state averaged": (SlowMoConfig.local_sgd(3, inner_state="average"), "sgd"),
+    "diloco": (SlowMoConfig.diloco(sync_every=4), "adamw_torch"),
+    "sgp": (SlowMoConfig(base="sgp", sync_every=4), "adamw_torch"),
+    "sgp, no average": (SlowMoConfig(base="sgp", sync_every=4, exact_average=False), "sgd"),
+    "osgp": (SlowMoConfig(base="osgp", sync_every=5, staleness=2), "adamw_torch"),
+    "osgp, no average": (SlowMoConfig(base="osgp", sync_every=4, exact_average=False), "adamw_torch"),
+    "dpsgd": (SlowMoConfig(base="dpsgd", sync_every=4), "sgd"),
+    "all_reduce": (SlowMoConfig(base="all_reduce", sync_every=4), "sgd"),
+}
+
+
+class Stop(TrainerCallback):
+    """Ends training after a step, as a killed job would, but for the files that it has already."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Norm(SmallNorm):
+    """With dropout, so that the random generators matter."""
+
+    def forward(self, x, labels):
+        return super().forward(torch.nn.functional.dropout(x, 0.2, self.training), labels)
+
+
+def _run(folder, case, model="bert", resume=None, stop=None, **settings):
+    config, optim = CASES[case] if isinstance(case, str) else case
+    recorder = Recorder()
+    args = arguments(
+        folder,
+        **{"max_steps": STEPS, "optim": optim, "optim_args": "momentum=0.9" if optim == "sgd" else None, "learning_rate": 0.02}
+        | {"save_strategy": "steps", "save_steps": 1, "logging_strategy": "steps", "logging_steps": 2, "seed": 5}
+        | {"eval_strategy": "steps", "eval_steps": 3, "per_device_train_batch_size": 2}
+        | settings,
+    )
+    data = sentences(24)
+    callbacks = [recorder, SlowMoCallback(config), *([Stop(stop)] if stop else [])]
+    trainer = Trainer(
+        model=bert(dropout=0.1) if model == "bert" else model(), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        return None
+    state = trainer.optimizer.optimizer.state_dict()["state"]
+    return {**recorded(trainer, recorder), "losses": trainer.state.log_history, "inner": state}
+
+
+def _same_end(first, resumed):
+    """Weights after every step that both have taken, final weights, and the optimizer's state."""
+    count = len(resumed["after"])
+    for mine, other in zip(first["after"][-count:], resumed["after"], strict=True):
+        assert equal(mine, other)
+    assert equal(first["final"], resumed["final"])
+    for index, state in first["inner"].items():
+        for key, value in state.items():
+            other = resumed["inner"][index][key]
+            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, key
+
+
+def _check_case(folder, case):
+    """One run that is never stopped; copies of its checkpoints stand for a kill after each save."""
+    torch.use_deterministic_algorithms(True)
+    whole = _run(folder / "whole", case)
+    dist.barrier()
+    for step in (1, 3, 4, 5, 7, 8):
+        copied = folder / f"{step}"
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "whole" / f"checkpoint-{step}", copied / f"checkpoint-{step}")
+        dist.barrier()
+        resumed = _run(copied, case, resume=True)
+        assert len(resumed["after"]) == STEPS - step
+        _same_end(whole, resumed)
+        if dist.get_rank() == 0:
+            shutil.rmtree(copied)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / "whole")
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_resume_at_every_step_is_bit_for_bit(tmp_path, case):
+    run_workers(_check_case, 3 if case in ("dpsgd", "osgp") else 2, tmp_path, case, time_limit_seconds=170)
