@@ -194,6 +194,10 @@ class GossipBase(Base):
         for bucket in self._buckets:
             for piece in bucket.pieces:
                 self._absorb(None, piece, 1.0)
+        self.wait_for_messages()
+
+    def wait_for_messages(self) -> None:
+        """Wait for the messages in flight; they stay due when they were. The parameters are not looked at: they may show the average."""
         for exchange in self.in_flight:
             for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
                 self.communicator.finish(transfer)

@@ -425,8 +425,9 @@ class OuterLoop:
             self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
         self.base.settle()
         self.base.end_average()  # messages in flight belong to the run that is left
-        for piece in self._pieces():
-            self.base.hand_back_(piece)
+        if state_dict["attempted_steps"] % self.config.sync_every == 0:  # with all_reduce the parameters may have moved on
+            for piece in self._pieces():
+                self.base.hand_back_(piece)
 
     def _refuse_inside_round(self, attempted_steps: int, verb: str) -> None:
         if attempted_steps and not self.config.exact_average:

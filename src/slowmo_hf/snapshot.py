@@ -80,7 +80,7 @@ def _worker_state(outer_loop: OuterLoop) -> Contents:
         state.tensors[f"buffer.{name}"] = outer_loop.local_value(buffers[name])
     base = outer_loop.base
     if isinstance(base, GossipBase) and not outer_loop.workers_agree:
-        base.settle()
+        base.wait_for_messages()
         state.settings["weight"] = base.weight
         state.settings["in_flight"] = [[float(w) for w in e.weight.received] if e.weight else [] for e in base.in_flight]
         for index, item in enumerate(outer_loop.anchors):
