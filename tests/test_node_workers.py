@@ -29,7 +29,7 @@ from tiny import (
     warmup_and_decay,
 )
 
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
 from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.gossip import make_topology
 from slowmo_hf.isolation import ddp_wrappers
@@ -789,6 +789,7 @@ def _resumed(case):
     accelerator, bare, _, optimizer = original
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
+    register_for_checkpointing(accelerator, optimizer)
     accelerator.save_state(folder[0])
     own = copy.deepcopy(optimizer.state_dict())
     leaders = [own]
@@ -806,6 +807,7 @@ def _resumed(case):
             run[3].load_state_dict(copy.deepcopy(state))
             ways[f"{way}, {'started' if started else 'new'}"] = train(run, 3, 7)
     run = _net(config, torch.float64, name)
+    register_for_checkpointing(run[0], run[3])
     run[0].load_state(folder[0])
     ways["accelerate"] = train(run, 3, 7)
     run = _net(config, torch.float64, name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import os
 import pickle
 import weakref
 
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from harness import run_workers
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, Adam, lr_scheduler
 
@@ -814,33 +814,63 @@ def test_state_dict_round_trip_continues_bitwise():
     run_workers(check_all_round_trips, 2)
 
 
+MOMENTUM = [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: Adam(p, lr=0.1)]
+SAVED = [tau(4), SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=20), SlowMoConfig(base="sgp", sync_every=3, exact_average=False)]
+
+
 def check_save_state(folder):
-    _, model, optimizer = prepared(tau(4), make=lambda p: SGD(p, lr=0.1, momentum=0.9))
-    train(model, optimizer, 8)
-    through = weights(model)
+    """Saved after every step, which leaves no trace; loaded into a new process's objects, and into ones that have trained already."""
+    for number, (make, config) in enumerate((make, config) for make in MOMENTUM for config in SAVED):
+        _, model, optimizer = prepared(config, make=make)
+        through = []
+        for step in range(8):
+            train(model, optimizer, 1, first=step)
+            through.append(weights(model))
 
-    accelerator, model, optimizer = prepared(tau(4), make=lambda p: SGD(p, lr=0.1, momentum=0.9))
-    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
-    accelerator.save_state(f"{folder}/before")  # not started: as stock
-    train(model, optimizer, 3)
-    word = error_of(accelerator.save_state, f"{folder}/inside")
-    assert "RuntimeError: training cannot be saved inside a round: step 3" in word, word
-    assert not os.path.isdir(f"{folder}/inside") or not os.listdir(f"{folder}/inside")
-    train(model, optimizer, 1, first=3)
-    accelerator.save_state(f"{folder}/end")
-    accelerator.wait_for_everyone()
+        accelerator, model, optimizer = prepared(config, make=make)
+        slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+        accelerator.save_state(f"{folder}/{number}/before")  # not started: as stock
+        for step in range(8):
+            train(model, optimizer, 1, first=step)
+            accelerator.save_state(f"{folder}/{number}/{step}")
+            if rank() == 0:  # who seals it
+                slowmo_hf.verify_checkpoint(f"{folder}/{number}/{step}")
+            bitwise(weights(model), through[step])
+        accelerator.wait_for_everyone()
 
-    accelerator, model, optimizer = prepared(tau(4), make=lambda p: SGD(p, lr=0.1, momentum=0.9))
-    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
-    accelerator.load_state(f"{folder}/end")
-    train(model, optimizer, 4, first=4)
-    bitwise(weights(model), through)
-    assert slowmo_hf.last_round(optimizer).round == 2
+        for step in (1, 2, 3, 5):
+            for started in (False, True):
+                accelerator, model, optimizer = prepared(config, make=make)
+                slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+                if started:
+                    train(model, optimizer, 3, first=5)
+                accelerator.load_state(f"{folder}/{number}/{step}")
+                train(model, optimizer, 7 - step, first=step + 1)
+                bitwise(weights(model), through[7])
+                with slowmo_hf.consensus(optimizer):
+                    shown = weights(model)
+                    bitwise(shown, mean_over_ranks(shown))
+        saved = load_file(f"{folder}/{number}/5/model.safetensors")
+        accelerator, model, optimizer = prepared(config, make=make)
+        train(model, optimizer, 6)
+        with slowmo_hf.consensus(optimizer):
+            (shown,) = saved.values()
+            assert torch.allclose(shown, weights(model), rtol=0, atol=1e-12), "Accelerate's own file holds the average"
 
 
-def test_save_state_inside_a_round_is_refused_on_every_rank(tmp_path):
-    """At a round's end it saves, and a load continues as if nothing had happened (SGD's momentum is reset at rounds)."""
+def check_save_state_unregistered(folder):
+    accelerator, model, optimizer = prepared(tau(4), make=MOMENTUM[0])
+    train(model, optimizer, 4)
+    return error_of(accelerator.save_state, folder) if torch.distributed.get_rank() == 0 else ""
+
+
+def test_save_state_goes_on_bit_for_bit(tmp_path):
     run_workers(check_save_state, 2, str(tmp_path))
+
+
+def test_save_state_without_the_line_says_which(tmp_path):
+    word, _ = run_workers(check_save_state_unregistered, 2, str(tmp_path))
+    assert "slowmo_hf.register_for_checkpointing(accelerator, optimizer)" in word
 
 
 def check_distributed_checkpoint():

@@ -102,10 +102,11 @@ def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
     return Contents(settings, tensors, objects)
 
 
-def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """Write the manifest: every file of the checkpoint is there, and its digest. Call it when all have written."""
+def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any], *, ours_alone: bool = False) -> None:
+    """Write the manifest: every file of the checkpoint (or of our part) is there, and its digest. Call it when all have written."""
     root = Path(checkpoint)
-    files = {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in _files(root)}
+    found = _files(root / FOLDER if ours_alone else root)
+    files = {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in found}
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps({"version": VERSION, **settings, "files": files}, indent=1)))
 
 
@@ -149,7 +150,7 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.is_file() and p != root / FOLDER / MANIFEST and p.suffix != ".tmp")
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST and p.suffix != ".tmp")
 
 
 def _digest(path: Path) -> str:

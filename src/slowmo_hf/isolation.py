@@ -35,9 +35,11 @@ def refuse_unsupported() -> None:
 
 def ddp_wrappers(parameters: Iterable[torch.Tensor]) -> list[DistributedDataParallel]:
     """Every DistributedDataParallel alive that holds one of `parameters` (`auto_find_batch_size` leaves stale ones too)."""
-    wanted = {id(p) for p in parameters}
+    place = {id(p): index for index, p in enumerate(parameters)}
     found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
-    return [ddp for ddp in found if any(id(p) in wanted for p in ddp.parameters())]
+    # In the parameters' order, the same on every rank; the collector's own is not.
+    first = [(min((place[id(p)] for p in ddp.parameters() if id(p) in place), default=None), ddp) for ddp in found]
+    return [ddp for _, ddp in sorted(((at, ddp) for at, ddp in first if at is not None), key=lambda entry: entry[0])]
 
 
 class Isolation:

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -18,9 +18,6 @@ from .log import logger
 from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop
 from .round_report import RoundReport
-
-if TYPE_CHECKING:
-    from accelerate.accelerator import Accelerator
 
 _SLOW_STATE = "slowmo"
 
@@ -66,6 +63,8 @@ class SlowMoOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
+        self.saved_beside = False
+        self._before_training: Callable[[OuterLoop], None] | None = None
         super().__setstate__(state)
         self._stop_listening = _listen_for_the_first_forward(self)
 
@@ -128,13 +127,26 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict: dict[str, Any] = self.inner_optimizer.state_dict()
-        slow = self.outer_loop.state_dict() if self.outer_loop else self._pending
+        slow = self._slow_state()
         if slow is not None:
             state_dict = {**state_dict, _SLOW_STATE: slow}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
+
+    def _slow_state(self) -> dict[str, Any] | None:
+        if self.outer_loop is None:
+            return self._pending
+        if self.outer_loop.config.has_rounds and _is_called_by("save_accelerator_state", "accelerate"):
+            if self.saved_beside:
+                return None
+            if self.outer_loop.workers.world.world_size > 1:
+                raise RuntimeError(
+                    "accelerator.save_state saves rank 0's optimizer alone, and workers differ. Add one line after accelerator.prepare: "
+                    "slowmo_hf.register_for_checkpointing(accelerator, optimizer)."
+                )
+        return self.outer_loop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load `state_dict()`'s result. A stock optimizer's has no slow state: before the start that begins fresh, later it goes on."""
@@ -170,6 +182,9 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         held = own & {id(p) for p in module.parameters()}
         if not held:
             return
+        if self.outer_loop is not None:
+            self._go_on(self.outer_loop)
+            return
         wrappers = ddp_wrappers(p for group in self.param_groups for p in group["params"])
         if wrappers:
             self._start([ddp.module for ddp in wrappers], wrappers)
@@ -198,6 +213,19 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             outer_loop.load_state_dict(self._pending)
             self._pending = None
         self.outer_loop = outer_loop
+        self._go_on(outer_loop)
+
+    def before_training(self, act: Callable[[OuterLoop], None]) -> None:
+        """Call `act` before training starts or goes on, at the next forward pass, step or look: a checkpoint is taken up there."""
+        self._before_training = act
+        if self.outer_loop is not None:
+            self._stop_listening = _listen_for_the_first_forward(self)
+
+    def _go_on(self, outer_loop: OuterLoop) -> None:
+        act, self._before_training = self._before_training, None
+        if act is not None:
+            self._stop_listening()
+            act(outer_loop)
 
     def _started(self) -> OuterLoop:
         if self.outer_loop is None:
@@ -209,6 +237,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             logger.warning("no module with all of the optimizer's parameters was called: buffers, if any, are not averaged")
             self._start([], [])
         assert self.outer_loop is not None
+        self._go_on(self.outer_loop)
         return self.outer_loop
 
     # ---- the step ----
@@ -280,9 +309,14 @@ def _is_dummy_step() -> bool:
     It is known by its caller, never by those zeros: a rank whose batch gives no gradient while the schedule is at 0 would stop its own
     clock, meet the others one step late at every round, and nothing would tell.
     """
-    frame = sys._getframe(1)
+    return _is_called_by("_init_optim_state", "distributed.checkpoint")
+
+
+def _is_called_by(function: str, module: str) -> bool:
+    """Whether a function of that name, in a module whose name holds `module`, is a few calls above the caller of this one's caller."""
+    frame = sys._getframe(2)
     for _ in range(8):  # torch's hooks and AcceleratedOptimizer lie between
-        if frame.f_code.co_name == "_init_optim_state" and "distributed.checkpoint" in frame.f_globals.get("__name__", ""):
+        if frame.f_code.co_name == function and module in frame.f_globals.get("__name__", ""):
             return True
         if frame.f_back is None:
             return False
@@ -290,7 +324,8 @@ def _is_dummy_step() -> bool:
     return False
 
 
-def _unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
+def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
+    """The SlowMoOptimizer behind what `accelerator.prepare` returned; `TypeError` where there is none."""
     found: Any = optimizer
     while not isinstance(found, SlowMoOptimizer):
         if not hasattr(found, "optimizer"):
@@ -314,10 +349,12 @@ def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     Args:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
     """
-    outer_loop = _unwrap(optimizer).outer_loop
+    bare = unwrap(optimizer)
+    outer_loop = bare.outer_loop
     if outer_loop is None or outer_loop.showing_average:
         yield
         return
+    bare._go_on(outer_loop)
     outer_loop.show_average()
     try:
         yield
@@ -327,23 +364,5 @@ def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def last_round(optimizer: torch.optim.Optimizer) -> RoundReport | None:
     """The report of the last round, or None before the first. `accelerator.log(last_round(optimizer).to_logs())` logs it."""
-    outer_loop = _unwrap(optimizer).outer_loop
+    outer_loop = unwrap(optimizer).outer_loop
     return outer_loop.last_round if outer_loop else None
-
-
-def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """
-    Make `accelerator.save_state` refuse, on every rank and before anything is written, to save inside a round: the folder holds rank
-    0's weights only. At a round's end all workers are equal and the slow state is saved with the optimizer.
-
-    Args:
-        accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
-        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or prepared.
-    """
-    bare = _unwrap(optimizer)
-
-    def check(models: list[Any], weights: list[Any], output_dir: str) -> None:
-        if bare.outer_loop is not None:
-            bare.outer_loop.state_dict()
-
-    accelerator.register_save_state_pre_hook(check)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import CheckpointError, Contents, read_part, write_part
-from .communicator import Transfer
+from .communicator import Transfer, host_and_address
 from .gossip import GossipBase
 from .log import logger
 from .outer_loop import OuterLoop
@@ -17,6 +19,42 @@ SHARED = "shared"
 
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and that is said.
 _FIXED = ("base", "sync_every", "outer_optimizer", "exact_average", "inner_state", "model_buffers", "topology", "peers", "staleness")
+
+
+def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> bool:
+    """Whether this process writes what all workers share: rank 0, and the first process of a machine that does not see its files."""
+    world = outer_loop.workers.world
+    token = folder / f".{outer_loop.run_id}"
+
+    def leave_token() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if world.rank == 0:
+            token.touch()
+
+    together(outer_loop, f"{folder} cannot be written", leave_token)
+    sees_it = token.exists()
+    world.gather_objects(None)  # all have looked
+    if world.rank == 0:
+        token.unlink()
+    return world.rank == 0 if sees_it else local_rank == 0
+
+
+def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
+    """
+    Do it on every rank. Collective.
+
+    Raises:
+        CheckpointError: It failed on some; the same words on all, with rank, host and reason.
+    """
+    failure = ""
+    try:
+        act()
+    except (OSError, ValueError) as error:
+        failure = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+    failures = outer_loop.workers.world.gather_objects((host_and_address()[0], failure))
+    told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
+    if told:
+        raise CheckpointError(f"{words}. {'; '.join(told)}")
 
 
 def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:
@@ -185,6 +223,8 @@ def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
     base = outer_loop.base
     if not isinstance(base, GossipBase):
         return
+    base.wait_for_messages()
+    base.end_average()  # what was in flight belongs to the run that is left
     if "weight" not in own.settings:
         base.start_from_anchors()
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint import FOLDER, CheckpointError, is_whole, seal, verify_checkpoint
-from .communicator import host_and_address
 from .log import logger
 from .outer_loop import OuterLoop
-from .snapshot import read_snapshot, write_snapshot
+from .snapshot import keeps_files, read_snapshot, together, write_snapshot
 
 _ASIDE = "incomplete-"
 
@@ -37,30 +35,13 @@ class TrainerCheckpoints:
         self.world = outer_loop.workers.world
         self._limit: int | None = args.save_total_limit
         self._written: Path | None = None
-        self._set_on_each_node = False
-        self.keeper = self._find_out_who_keeps()
-        args.save_total_limit = None
-
-    def _find_out_who_keeps(self) -> bool:
-        """Whether this process writes what all workers share and the manifest: one on every file system. Collective."""
-        folder = Path(str(self.args.output_dir))
-        token = folder / f".{self.outer_loop.run_id}"
-
-        def leave_token() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.world.rank == 0:
-                token.touch()
-
-        self._everywhere("output_dir cannot be written", leave_token)
-        sees_it = token.exists()
-        shared = all(self.world.gather_objects(sees_it))
-        if self.world.rank == 0:
-            token.unlink()
-        if not shared and not self.args.save_on_each_node:
+        self.keeper = keeps_files(outer_loop, Path(str(args.output_dir)), args.local_process_index)
+        keepers = sum(self.world.gather_objects(self.keeper))
+        self._set_on_each_node = keepers > 1 and not args.save_on_each_node
+        if self._set_on_each_node:
             logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
-            self._set_on_each_node = True
-            self.args.save_on_each_node = True
-        return self.world.rank == 0 if sees_it else self.args.local_process_index == 0
+            args.save_on_each_node = True
+        args.save_total_limit = None
 
     def end(self) -> None:
         """Give the arguments back as they were."""
@@ -78,7 +59,7 @@ class TrainerCheckpoints:
         def write() -> None:
             write_snapshot(str(folder), self.outer_loop, shared=self.keeper, objects=objects)
 
-        self._everywhere(f"checkpoint {folder} cannot be written", write)
+        together(self.outer_loop, f"checkpoint {folder} cannot be written", write)
         self._written = folder
 
     def finish(self, folder: Path, objects: dict[str, Any], state: TrainerState) -> None:
@@ -94,7 +75,7 @@ class TrainerCheckpoints:
             self._rotate(folder, state.best_model_checkpoint)
 
         self.world.gather_objects(None)  # all ranks' files are there
-        self._everywhere(f"checkpoint {folder} cannot be finished", keep)
+        together(self.outer_loop, f"checkpoint {folder} cannot be finished", keep)
         self._written = None
 
     def _rotate(self, newest: Path, best: str | None) -> None:
@@ -140,7 +121,7 @@ class TrainerCheckpoints:
             if self.outer_loop.attempted_steps != state.global_step:
                 raise CheckpointError(f"{folder} is of step {self.outer_loop.attempted_steps}, Trainer's of step {state.global_step}.")
 
-        self._everywhere("the checkpoint cannot be resumed", take_up)
+        together(self.outer_loop, "the checkpoint cannot be resumed", take_up)
         logger.info("resumed at step %d with every worker's own state", state.global_step)
         return objects
 
@@ -157,20 +138,6 @@ class TrainerCheckpoints:
             f"the part of local training is in none of {', '.join(map(str, candidates))}. Say where the checkpoint is: "
             "TrainingArguments(resume_from_checkpoint=...)."
         )
-
-    # ---- all ranks together ----
-
-    def _everywhere(self, words: str, act: Callable[[], None]) -> None:
-        """Do it on every rank; a failure on one is the same error on all."""
-        failure = ""
-        try:
-            act()
-        except (OSError, ValueError) as error:
-            failure = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
-        failures = self.world.gather_objects((host_and_address()[0], failure))
-        told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
-        if told:
-            raise CheckpointError(f"{words}. {'; '.join(told)}")
 
 
 def set_aside_unfinished(args: TrainingArguments) -> None:

@@ -1,0 +1,94 @@
+"""`accelerator.save_state` and `load_state` with every worker's own state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import FOLDER, seal, verify_checkpoint
+from .log import logger
+from .optimizer import consensus, unwrap
+from .outer_loop import OuterLoop
+from .snapshot import keeps_files, read_snapshot, together, write_snapshot
+
+if TYPE_CHECKING:
+    from accelerate.accelerator import Accelerator
+
+
+def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Make `accelerator.save_state` and `load_state` complete, at any step: the folder gets the average where Accelerate puts the model, and
+    beside it every worker's own weights, inner optimizer and messages, which a load takes up before training goes on.
+
+        accelerator = Accelerator(); model, optimizer, loader = accelerator.prepare(...)
+        slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+
+    Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): no hook follows Accelerate's own files, so
+    the manifest lists ours alone, and a save over an old folder that is killed half-way would mix the two.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
+        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or prepared.
+    """
+    bare = unwrap(optimizer)
+    bare.saved_beside = True
+
+    def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        outer_loop = bare.outer_loop
+        if outer_loop is None or not outer_loop.config.has_rounds:
+            return  # not started, or stock training
+        folder = Path(output_dir)
+        keeper = keeps_files(outer_loop, folder, accelerator.local_process_index)
+        with consensus(bare):
+            _let_go(weights)
+            together(
+                outer_loop,
+                f"checkpoint {folder} cannot be written",
+                lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=_own_objects(accelerator)),
+            )
+        if keeper:
+            seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps}, ours_alone=True)
+
+    def load(models: list[Any], input_dir: str) -> None:
+        # Accelerate loads model, optimizer and scaler after this hook, rank 0's on every rank: ours must come later.
+        bare.before_training(lambda outer_loop: _take_up(accelerator, outer_loop, Path(input_dir)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _let_go(weights: list[Any]) -> None:
+    """The state dictionaries alias the parameters, and the local weights return before Accelerate writes: give them the average's copy."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    for state_dict in weights:
+        for name, value in state_dict.items():
+            if isinstance(value, torch.Tensor):
+                key = (value.data_ptr(), value.shape, value.stride(), value.dtype)  # tied weights stay tied
+                state_dict[name] = copies.setdefault(key, value.detach().clone())
+
+
+def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
+    """A scaler that skipped a step on one rank alone, and the schedulers that it held back."""
+    if accelerator.scaler is None:
+        return {}
+    schedulers = {f"scheduler.{index}": scheduler.state_dict() for index, scheduler in enumerate(accelerator._schedulers)}
+    return {"scaler": accelerator.scaler.state_dict(), **schedulers}
+
+
+def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> None:
+    if not any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
+        logger.warning("%s has no state of local training: weights and optimizer are taken, slow momentum starts fresh", folder)
+        return
+    objects: dict[str, Any] = {}
+
+    def take_up() -> None:
+        verify_checkpoint(folder)
+        objects.update(read_snapshot(str(folder), outer_loop))
+
+    together(outer_loop, f"checkpoint {folder} cannot be resumed", take_up)
+    if accelerator.scaler is not None and "scaler" in objects:
+        accelerator.scaler.load_state_dict(objects["scaler"])
+        for index, scheduler in enumerate(accelerator._schedulers):
+            scheduler.load_state_dict(objects[f"scheduler.{index}"])
