@@ -55,7 +55,7 @@ class BenchmarkArguments:
     layers: int = field(default=6, metadata={"help": "Its layers, in encoder and decoder each."})
     vocab_size: int = field(default=32128, metadata={"help": "Its vocabulary."})
     step_width: int = field(default=256, metadata={"help": "Width of the GPT-2 that the local step is measured on."})
-    step_tokens: int = field(default=128, metadata={"help": "Tokens per local step."})
+    step_tokens: int = field(default=192, metadata={"help": "Tokens per local step."})
     compute_seconds: float = field(
         default=2.0, metadata={"help": "Wait that stands in for a step's computation behind OSGP's exchange; 1 Gbit/s sends the T5 in it."}
     )

@@ -35,7 +35,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and parameter then
 # stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch, and whole tensors are better.
-_CACHED_ELEMENTS = {"cpu": 2**16}
+_CACHED_ELEMENTS = {"cpu": 2**18}
 
 
 @dataclass(eq=False)
