@@ -188,7 +188,11 @@ def test_internals_are_excused_in_benchmarks_only():
         ("averager", "import importlib\nimportlib.import_module('slowmo_hf.callback')", "callback is no lower than averager"),
         ("averager", "from importlib import import_module\nimport_module('.callback', __package__)", "callback is no lower than averager"),
         ("averager", "from .averager import flat_view", "averager is no lower than averager"),
-        ("optimizer", "if TYPE_CHECKING:\n    from transformers.trainer import Trainer", "only callback, trainer_checkpoints may reach transformers"),
+        (
+            "optimizer",
+            "if TYPE_CHECKING:\n    from transformers.trainer import Trainer",
+            "only callback, trainer_checkpoints may reach transformers",
+        ),
         ("averager", "from torch import distributed", "only communicator, isolation may reach torch.distributed"),
         ("averager", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
         ("averager", "import torch as t\nf = t.distributed.barrier", "only communicator, isolation may reach torch.distributed"),

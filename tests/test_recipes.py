@@ -30,7 +30,8 @@ from small_resnet import SmallResNetForImageClassification, make_model  # noqa: 
 LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 SHORT = "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps 10 --disable_tqdm 1"
 RECORD_KEYS = {
-    *("study", "task", "dataset", "train_rows", "test_rows", "test_split", "model", "base", "slowmo", "workers", "sync_every", "outer_lr"),
+    *("study", "task", "dataset", "train_rows", "test_rows", "test_split", "model", "base", "slowmo"),
+    *("exact_average", "workers", "processes", "sync_every", "outer_lr"),
     *("outer_momentum", "inner_optimizer", "inner_lr", "inner_state", "seed", "steps", "metrics", "curve", "rounds", "seconds"),
     *("bytes_sent_per_worker", "seconds_communicating", "command", "versions", "commit", "hardware"),
 }
