@@ -182,3 +182,26 @@ def test_peak_memory_of_a_round_and_a_look():
         assert sizes["round"] <= slack, "a round works bucket by bucket"
         assert sizes["look"] <= (payload if stash == "same" else 0) + slack
     assert results["same"]["look"] >= results["same"]["payload"]
+
+
+def check_gossip(device):
+    """Six steps of every gossip base; two ranks may share a GPU, and gloo's messages go through main memory."""
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    results = {}
+    for base in ("sgp", "osgp", "dpsgd"):
+        weight = nn.Parameter(torch.arange(5.0, device=device))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(base=base, sync_every=4, timeout_seconds=60))
+        for step in range(6):
+            weight.grad = weight.detach() - (rank() + 1) * (step + 1)
+            optimizer.step()
+        with consensus(optimizer):
+            results[base] = weight.detach().cpu().clone()
+    return results
+
+
+def test_gossip_of_two_gloo_ranks_on_one_gpu_is_that_on_the_cpu():
+    on_gpu = run_workers(check_gossip, 2, "cuda", backend="cpu:gloo,cuda:gloo")
+    for mine, right in zip(on_gpu, run_workers(check_gossip, 2, "cpu"), strict=True):
+        for base, weight in right.items():
+            torch.testing.assert_close(mine[base], weight, rtol=1e-5, atol=1e-6)

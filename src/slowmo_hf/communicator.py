@@ -51,7 +51,8 @@ class Communicator:
 
     Args:
         timeout_seconds (`float`): A collective or message that takes longer raises.
-        device (`torch.device`): Where the parameters are; small messages travel there too, unless the backend takes the CPU.
+        device (`torch.device`): Where the parameters are. Headers travel from there unless the CPU has a backend; peer-to-peer messages
+            from `wire_device`, which is the CPU where the device's backend is gloo.
         ranks (`Sequence[int]`, *optional*): Ranks in the job, ascending; all where it is None.
         purpose (`str`, *optional*): Communicators of different purposes have process groups, and so wires, of their own.
     """
@@ -68,12 +69,17 @@ class Communicator:
         self.member = rank_in_job() in self.ranks
         self.rank = self.ranks.index(rank_in_job()) if self.member else -1
         self.backend = "none"
+        self._small_device = self.wire_device = torch.device("cpu")
         if self.world_size > 1:
             self.group = _own_group(self.ranks, purpose, timeout_seconds)
-            self.backend = dist.get_backend()
+            backends = _backends()
+            self.backend = backends.get(device.type, dist.get_backend())
+            if backends.get("cpu") != "gloo":
+                self._small_device = device
+            if self.backend != "gloo":  # gloo's peer-to-peer messages read main memory
+                self.wire_device = device
         for transfer in list(_under_way.get(id(self.group), [])):
             self.finish(transfer)
-        self.wire_device = torch.device("cpu") if "gloo" in self.backend or self.backend == "none" else device
 
     @contextmanager
     def _counted(self, payload_bytes: float) -> Iterator[None]:
@@ -119,7 +125,7 @@ class Communicator:
 
     def gather_header(self, header: list[float]) -> torch.Tensor:
         """Every worker's header: float64, shape (world_size, len(header)), on the CPU."""
-        mine = torch.tensor(header, dtype=torch.float64, device=self.wire_device)
+        mine = torch.tensor(header, dtype=torch.float64, device=self._small_device)
         if self.world_size == 1:
             return mine[None].cpu()
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -214,6 +220,11 @@ class Communicator:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _backends() -> dict[str, str]:
+    """The default group's backend by device type, for example {"cpu": "gloo", "cuda": "nccl"}."""
+    return dict(pair.split(":") for pair in str(dist.get_backend_config()).split(",") if ":" in pair)
 
 
 def rank_in_job() -> int:
