@@ -6,7 +6,6 @@ the saved files and the end of training hold.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import time
@@ -20,7 +19,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import run_workers
 from safetensors.torch import load_file
-from tiny import Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
+from tiny import Heard, Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -61,27 +60,6 @@ def error_of(call, *args, **kwargs):
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.perf_counter() - start
     return "", time.perf_counter() - start
-
-
-class Heard(logging.Handler):
-    """What the package says, line by line, with its level."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append((record.levelname, record.getMessage()))
-
-    def __enter__(self):
-        logging.getLogger("slowmo_hf").addHandler(self)
-        return self
-
-    def __exit__(self, *error):
-        logging.getLogger("slowmo_hf").removeHandler(self)
-
-    def about(self, words, level=None):
-        return [line for name, line in self.lines if words in line and level in (None, name)]
 
 
 def is_mean_of(shown, locals_, tolerance=1e-6):

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or refused: damage, other settings, other numbers of workers, kills, rotation, disks that fail or are not shared."""
+"""Checkpoints are whole or refused: damage, other settings, other numbers of workers, kills, rotation, failing or separate disks."""
 
 import json
 import logging

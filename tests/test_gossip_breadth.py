@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,22 @@ from accelerate.state import AcceleratorState, GradientState
 from harness import run_workers
 from reference import gossip_reference
 from safetensors.torch import load_file
-from tiny import Recorder, Regression, Rows, SmallNorm, arguments, bert, equal, mean, recorded, sentences, two_groups, values
+from tiny import (
+    Heard,
+    OutOfMemoryOnce,
+    Recorder,
+    Regression,
+    Rows,
+    SmallNorm,
+    arguments,
+    bert,
+    equal,
+    mean,
+    recorded,
+    sentences,
+    two_groups,
+    values,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -727,25 +741,6 @@ def test_lora_exchanges_adapters_only(tmp_path):
 # ---- 6. one process ----
 
 
-class Heard(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append((record.levelname, record.getMessage()))
-
-    def __enter__(self):
-        logging.getLogger("slowmo_hf").addHandler(self)
-        return self
-
-    def __exit__(self, *error):
-        logging.getLogger("slowmo_hf").removeHandler(self)
-
-    def warnings_about(self, words):
-        return [line for level, line in self.lines if words in line and level == "WARNING"]
-
-
 def check_one_process(folder):
     """Plain SGD, every base without an outer update, every base with slow momentum, Local SGD with slow momentum."""
     make, out = (lambda parameters: SGD(parameters, lr=LR)), {}
@@ -768,7 +763,7 @@ def check_one_process(folder):
                     ),
                     loop(own, Regression(), some_rows(4), optimizer=make, look=True),
                 ]
-            out[name, beta] = [run_["final"] for run_ in runs], len(heard.warnings_about("one worker: nothing is averaged"))
+            out[name, beta] = [run_["final"] for run_ in runs], len(heard.about("one worker: nothing is averaged", "WARNING"))
     model, batch, recorder = Regression(), some_rows(4), Recorder()
     optimizer = make(model.parameters())
     for micro in range(STEPS):
@@ -839,20 +834,6 @@ def test_every_topology_in_small_worlds(workers):
 # ---- 8. again and again, interrupted, resumed ----
 
 
-class OutOfMemoryOnce(Regression):
-    """The sixth training forward of the first attempt fails on every rank, with messages in flight."""
-
-    def __init__(self):
-        super().__init__(torch.float32)
-        self.forwards = 0
-
-    def forward(self, x, labels):
-        self.forwards += self.training
-        if self.forwards == 6:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return super().forward(x, labels)
-
-
 def check_again(folder):
     """train() twice, each time ending inside a round; then evaluated. And a first attempt that runs out of memory."""
     out = {}
@@ -878,7 +859,7 @@ def check_again(folder):
         assert equal(values(model), runs[-1]["final"])
         out[name, "twice"] = runs
         if name != "dpsgd":
-            failing = OutOfMemoryOnce()
+            failing = OutOfMemoryOnce(6)
             out[name, "out of memory"] = run(folder, config, failing, Rows(256, torch.float32), auto_find_batch_size=True, held=True)
             assert [len(x) for x, _ in failing.seen] == [4] * 5 + [3] * STEPS
     return out

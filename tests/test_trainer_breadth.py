@@ -9,7 +9,22 @@ import pytest
 import torch
 from harness import run_workers
 from safetensors.torch import load_file
-from tiny import QUIET, Recorder, Regression, Rows, SmallNorm, arguments, bert, equal, follow, mean, recorded, sentences, values
+from tiny import (
+    QUIET,
+    OutOfMemoryOnce,
+    Recorder,
+    Regression,
+    Rows,
+    SmallNorm,
+    arguments,
+    bert,
+    equal,
+    follow,
+    mean,
+    recorded,
+    sentences,
+    values,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
@@ -201,27 +216,13 @@ class Stream(IterableDataset):
         return iter([rows[index] for index in range(len(rows))])
 
 
-class OutOfMemoryOnce(Regression):
-    """The fifth training forward of the first attempt fails, inside a round, on every rank."""
-
-    def __init__(self):
-        super().__init__(torch.float32)
-        self.forwards = 0
-
-    def forward(self, x, labels):
-        self.forwards += self.training
-        if self.forwards == 5:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return super().forward(x, labels)
-
-
 def check_sources(folder):
     out = {}
     for name, dispatch in (("stream", False), ("dispatched stream", True)):
         model = Regression(torch.float32)
         settings = {"accelerator_config": {"dispatch_batches": dispatch}}
         out[name] = (run(folder, model, Stream(), **settings)[0], [x for x, _ in model.seen])
-    model = OutOfMemoryOnce()
+    model = OutOfMemoryOnce(5)
     recording, trainer = run(folder, model, Rows(256, torch.float32), auto_find_batch_size=True)
     sizes = [len(x) for x, _ in model.seen]
     wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]

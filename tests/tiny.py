@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,41 @@ def recorded(trainer: Any, recorder: Recorder) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     return {**recorder.told(trained), "final": values(model)}
+
+
+class Heard(logging.Handler):
+    """What the package says, line by line, with its level."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append((record.levelname, record.getMessage()))
+
+    def __enter__(self):
+        logging.getLogger("slowmo_hf").addHandler(self)
+        return self
+
+    def __exit__(self, *error):
+        logging.getLogger("slowmo_hf").removeHandler(self)
+
+    def about(self, words, level=None):
+        return [line for name, line in self.lines if words in line and level in (None, name)]
+
+
+class OutOfMemoryOnce(Regression):
+    """A training forward of the first attempt fails on every rank."""
+
+    def __init__(self, failing: int) -> None:
+        super().__init__(torch.float32)
+        self.failing, self.forwards = failing, 0
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.forwards += self.training
+        if self.forwards == self.failing:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return super().forward(x, labels)
 
 
 def mean(results: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
