@@ -341,7 +341,7 @@ def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
 def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """
     Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit, and so are the
-    random generators. Collective: every rank enters it at the same step.
+    random generators. Collective: every rank enters it at the same step. Plain `base="all_reduce"` has nothing to show: it is stock.
 
         with slowmo_hf.consensus(optimizer):
             evaluate(model)
