@@ -484,6 +484,25 @@ def test_wandb_receives_the_keys(tmp_path):
     ]
 
 
+def check_one_callback_two_trainers(folder):
+    """Both alive: checkpoints and logs are those of the Trainer that trains."""
+    ours = SlowMoCallback(CONFIG)
+    trainers = []
+    for name, steps in (("a", TAU), ("b", 2 * TAU)):
+        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps, "logging_strategy": "steps", "logging_steps": TAU}
+        args = arguments(f"{folder}/{name}", **settings)
+        trainers.append(Trainer(model=bert(), args=args, train_dataset=sentences(), callbacks=[ours]))
+        trainers[-1].train()
+    rounds = [sum("slowmo/round" in entry for entry in trainer.state.log_history) for trainer in trainers]
+    return rounds, sorted(str(path.relative_to(folder)) for path in Path(folder).glob("*/checkpoint-*/slowmo"))
+
+
+def test_one_callback_serves_the_trainer_that_trains(tmp_path):
+    [(rounds, folders)] = run_workers(check_one_callback_two_trainers, 1, str(tmp_path))
+    assert rounds == [1, 2]
+    assert folders == [f"a/checkpoint-{TAU}/slowmo", f"b/checkpoint-{2 * TAU}/slowmo"]
+
+
 # ---- one process ----
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -315,6 +316,39 @@ def test_norms_are_right_at_the_size_of_real_models():
     assert report.pseudo_grad_norm**2 == pytest.approx(2**25 * 1e-6, rel=1e-5)
     assert report.velocity_norm**2 == pytest.approx(2**25 * 1e-6, rel=1e-5)
     assert squared_norm(torch.empty(0)) == 0.0
+
+
+def test_a_diverged_run_does_not_look_agreed():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
+    loop.start()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    logs = loop.step([0.1]).to_logs()
+    assert all(math.isnan(logs[f"slowmo/{name}"]) for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"))
+
+
+@pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
+def test_every_row_of_the_paper_has_a_preset(task):
+    for base in ("local_sgd", "sgp", "osgp", "all_reduce"):
+        for outer_momentum in (0.0, 0.6):
+            config = SlowMoConfig.paper(task, base, outer_momentum=outer_momentum)
+            assert config.sync_every == (48 if base in ("sgp", "osgp") and task != "cifar10" else 12)
+            plain = base == "all_reduce" and outer_momentum == 0
+            assert config.inner_state == ("auto" if plain else "maintain" if task == "wmt16" else "reset")
+
+
+def _buffers_of_two_dtypes():
+    params = [torch.nn.Parameter(torch.zeros(1000, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    loop = OuterLoop(torch.optim.SGD(params, lr=0.1), SlowMoConfig(sync_every=1))
+    loop.start()
+    reserved = set(loop.averager._buffers)
+    loop.step([0.1])
+    return reserved == set(loop.averager._buffers)
+
+
+def test_a_round_allocates_no_buffer():
+    assert run_workers(_buffers_of_two_dtypes, 2) == [True, True]
 
 
 def _buffers_kept(dtype):

@@ -364,6 +364,28 @@ def test_too_many_peers_are_refused_on_every_rank():
     assert "peers" in words[0][2]
 
 
+def _equal_workers():
+    """Three equal workers near 100 and no gradients: the idle place of an odd bipartite world makes their weights uneven meanwhile."""
+    weight = torch.nn.Parameter(torch.full((3,), 100.0))
+    config = SlowMoConfig(base="osgp", topology="bipartite_exponential", sync_every=4)
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+    weights = []
+    for _ in range(4):
+        weight.grad = torch.zeros(3)
+        optimizer.step()
+        weights.append(optimizer.outer_loop.base.weight)
+    return weights, last_round(optimizer).consensus_distance, last_round(optimizer).pseudo_grad_norm
+
+
+def test_uneven_weights_are_no_distance():
+    results = run_workers(_equal_workers, 3)
+    assert len({weights[2] for weights, *_ in results}) > 1, "the control: weights are uneven before the round"
+    for weights, distance, norm in results:
+        assert weights[3] == 1
+        assert distance < 1e-6
+        assert norm < 1e-3
+
+
 def _bytes(settings):
     _, _, optimizer = _pull(SlowMoConfig(sync_every=4, **settings), 8, dtype=torch.float32)
     return last_round(optimizer).bytes_sent

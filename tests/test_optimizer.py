@@ -858,19 +858,50 @@ def check_save_state(folder):
             assert torch.allclose(shown, weights(model), rtol=0, atol=1e-12), "Accelerate's own file holds the average"
 
 
-def check_save_state_unregistered(folder):
-    accelerator, model, optimizer = prepared(tau(4), make=MOMENTUM[0])
+def check_save_state_missing_lines(folder):
+    """Rank 0 alone where only it would save."""
+    accelerator, model, optimizer = prepared(SAVED[1], make=MOMENTUM[0])
     train(model, optimizer, 4)
-    return error_of(accelerator.save_state, folder) if torch.distributed.get_rank() == 0 else ""
+    words = {"save": error_of(accelerator.save_state, f"{folder}/no") if rank() == 0 else ""}
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    train(model, optimizer, 2)
+    with slowmo_hf.consensus(optimizer):
+        average = weights(model)
+    accelerator.save_state(f"{folder}/yes")
+    train(model, optimizer, 3)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(f"{folder}/yes")
+    optimizer.optimizer.eval()
+    bitwise(weights(model), average)  # a look right after a load shows what was loaded
+    optimizer.optimizer.train()
+
+    accelerator, model, optimizer = prepared(SAVED[1], make=MOMENTUM[0])
+    words["load"] = error_of(accelerator.load_state, f"{folder}/yes")
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    accelerator.load_state(f"{folder}/yes")
+    words["save at once"] = error_of(accelerator.save_state, f"{folder}/at_once")
+
+    accelerator, model, optimizer = prepared(SAVED[1], make=MOMENTUM[0])
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    accelerator.save_state(f"{folder}/stock")
+    train(model, optimizer, 1)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(f"{folder}/stock")
+    words["stock"] = error_of(train, model, optimizer, 1)
+    return words
 
 
 def test_save_state_goes_on_bit_for_bit(tmp_path):
     run_workers(check_save_state, 2, str(tmp_path))
 
 
-def test_save_state_without_the_line_says_which(tmp_path):
-    word, _ = run_workers(check_save_state_unregistered, 2, str(tmp_path))
-    assert "slowmo_hf.register_for_checkpointing(accelerator, optimizer)" in word
+def test_save_state_without_a_line_says_which(tmp_path):
+    for number, words in enumerate(run_workers(check_save_state_missing_lines, 2, str(tmp_path))):
+        line = "slowmo_hf.register_for_checkpointing(accelerator, optimizer)"
+        assert number or f"Add one line after accelerator.prepare: {line}" in words["save"]
+        assert line in words["load"]
+        assert "save after the first forward pass" in words["save at once"]
+        assert "has no state of local training, and this run has begun" in words["stock"]
 
 
 def check_distributed_checkpoint():

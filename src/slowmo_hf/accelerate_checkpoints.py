@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import FOLDER, seal, verify_checkpoint
+from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
 from .log import logger
 from .optimizer import consensus, unwrap
 from .outer_loop import OuterLoop
@@ -37,6 +37,8 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         outer_loop = bare.outer_loop
+        if outer_loop is None and bare.awaits_a_checkpoint:
+            raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
         if outer_loop is None or not outer_loop.config.has_rounds:
             return  # not started, or stock training
         folder = Path(output_dir)
@@ -48,8 +50,12 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
                 f"checkpoint {folder} cannot be written",
                 lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=_own_objects(accelerator)),
             )
-        if keeper:
-            seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps}, ours_alone=True)
+
+        def finish() -> None:
+            if keeper:
+                seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps}, ours_alone=True)
+
+        together(outer_loop, f"checkpoint {folder} cannot be finished", finish)
 
     def load(models: list[Any], input_dir: str) -> None:
         # Accelerate loads model, optimizer and scaler after this hook, rank 0's on every rank: ours must come later.
@@ -79,6 +85,8 @@ def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
 
 def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> None:
     if not any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
+        if outer_loop.attempted_steps:
+            raise CheckpointError(f"{folder} has no state of local training, and this run has begun: load it before the first step.")
         logger.warning("%s has no state of local training: weights and optimizer are taken, slow momentum starts fresh", folder)
         return
     objects: dict[str, Any] = {}

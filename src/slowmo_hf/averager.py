@@ -192,9 +192,8 @@ class ExactAverager:
     def reserve(self, anchors: list[FlatAnchor]) -> None:
         """Make the buffers now, so that a round allocates nothing; those of the start's broadcast go."""
         self._buffers.clear()
-        for item in anchors:
-            for slot, bucket in enumerate(self.buckets(item)[:2]):
-                self._buffer(bucket.elements + 1, item.flat.dtype, item.flat.device, slot)
+        for number, bucket in enumerate(bucket for item in anchors for bucket in self.buckets(item)):
+            self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
 
     def _buffer(self, elements: int, dtype: torch.dtype, device: torch.device, slot: int = 0) -> torch.Tensor:
         key = (device, dtype, slot)

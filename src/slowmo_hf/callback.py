@@ -73,6 +73,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
         make_heard()
+        self._follow(state)
         self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
         refuse_unsupported()
         optimizer = _raw_optimizer(kwargs["optimizer"])
@@ -90,11 +91,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             )
         self.outer_loop = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
-        self._take_up_checkpoints(outer_loop, args, state, kwargs)
         if self.config.base != "all_reduce":
             self._isolation = Isolation(wrappers, outer_loop.workers.inside.group)
             self._isolate_tokens(args)
             _advise(args, self.config)
+        self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
         self._training = True
         self._unlogged = []
@@ -234,6 +235,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         should_log = control.should_log
         self._find_trainer().log(logs)
         control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out
+
+    def _follow(self, state: TrainerState) -> None:
+        """Of all Trainers that hold this callback, the one whose event this is: an earlier one may still be alive."""
+        for trainer in (o for o in gc.get_objects() if issubclass(type(o), Trainer)):
+            if getattr(trainer, "state", None) is state:
+                self._trainer = weakref.ref(trainer)
 
     def _find_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer else None

@@ -57,8 +57,8 @@ class SlowMoConfig:
             Line 6. `False`, for gossip bases only, is the paper's no-average variant: each worker does the outer update on its own
             de-biased parameters, and they stay different.
         model_buffers (`str`, *optional*, defaults to `"average"`):
-            Floating-point buffers that change in training (BatchNorm statistics): `"average"` at every round or `"local"`.
-            Integer buffers take the maximum in both. Constant buffers are left alone.
+            Floating-point buffers that change in training (BatchNorm statistics): `"average"` at every round that averages
+            parameters, or `"local"`. Integer buffers take the maximum there in both. Constant buffers are left alone.
         processes_per_worker (`str`, *optional*, defaults to `"auto"`):
             Processes that form one worker: neighbouring ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A
             number (an `int` is taken too). `"auto"`: a machine's where the job spans several machines with several processes
@@ -253,7 +253,8 @@ class SlowMoConfig:
         if task not in _PAPER_TASKS:
             raise ValueError(f"task must be one of {', '.join(_PAPER_TASKS)}, got {task!r}.")
         sync_every = 48 if base in GOSSIP_BASES and task != "cifar10" else 12
-        return cls(base=base, sync_every=sync_every, outer_momentum=outer_momentum, inner_state=_PAPER_TASKS[task])
+        inner_state = "auto" if base == "all_reduce" and outer_momentum == 0 else _PAPER_TASKS[task]  # AR-SGD has no rounds
+        return cls(base=base, sync_every=sync_every, outer_momentum=outer_momentum, inner_state=inner_state)
 
     @classmethod
     def local_sgd(cls, sync_every: int = 12, **settings: Any) -> SlowMoConfig:

@@ -69,7 +69,7 @@ class GossipBase(Base):
         self.exact_average = config.exact_average
         self.topology = make_topology(config, communicator.world_size)
         self.staleness = config.staleness if config.base == "osgp" else 0
-        self.weight = 1.0
+        self.weight = self._mass = 1.0
         self.in_flight: deque[Exchange] = deque()
         self.numerators = {item: item.flat.clone() for item in anchors}
         message_bytes = config.bucket_bytes if self.staleness else min(_MESSAGE_BYTES, config.bucket_bytes)
@@ -86,7 +86,7 @@ class GossipBase(Base):
         if self.staleness:
             self._mix_behind(number, share)
             return
-        exchange = self._free.pop() if self._free else self.new_exchange()
+        exchange = self.new_exchange()
         self._address(exchange, number)
         for bucket in self._buckets:
             for piece in bucket.pieces:
@@ -101,7 +101,7 @@ class GossipBase(Base):
     def _mix_behind(self, number: int, share: float) -> None:
         """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
         due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
-        exchange = Exchange(due.outgoing, due.incoming) if due else self._free.pop() if self._free else self.new_exchange()
+        exchange = Exchange(due.outgoing, due.incoming) if due else self.new_exchange()
         self._address(exchange, number)
         weight = self.weight * share
         self._send_weight(exchange, weight)
@@ -139,6 +139,9 @@ class GossipBase(Base):
 
     def new_exchange(self, sources: int = 0) -> Exchange:
         """Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel from."""
+        if self._free:
+            used = self._free.pop()
+            return Exchange(used.outgoing, used.incoming, used.incoming[:sources])
         wire = self.communicator.wire_device
         in_place = self.staleness == 0 and all(flat.device == wire for flat in self.numerators.values())
         outgoing = self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}
@@ -174,8 +177,11 @@ class GossipBase(Base):
         return piece.anchor if self.exact_average else torch.zeros_like(piece.anchor[:1])
 
     def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
-        """Write origin - (x + the messages in flight to this worker) into `out`: their sum over workers has all the mass, sum w = m."""
-        torch.sub(self.origin(piece), piece.of(self.numerators[piece.item]), out=out)
+        """
+        Write W origin - (x + the messages in flight to this worker) into `out`, W their mass. Over workers the W sum to m, so the mean is
+        that of origin - x; and a worker with more or less than its share shows no distance for it.
+        """
+        out.copy_(self.origin(piece)).mul_(self._mass).sub_(piece.of(self.numerators[piece.item]))
         for exchange in self.in_flight:
             for flat in exchange.received:
                 out.sub_(piece.of(flat[piece.item]).to(out.device))
@@ -201,6 +207,7 @@ class GossipBase(Base):
         for exchange in self.in_flight:
             for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
                 self.communicator.finish(transfer)
+        self._mass = self.weight + sum(float(w) for e in self.in_flight if e.weight for w in e.weight.received)
 
     def start_from_anchors(self) -> None:
         """Numerators are the anchors, as after a round."""

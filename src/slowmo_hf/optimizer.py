@@ -20,6 +20,7 @@ from .outer_loop import OuterLoop
 from .round_report import RoundReport
 
 _SLOW_STATE = "slowmo"
+_BESIDE = "beside"
 
 
 class SlowMoOptimizer(torch.optim.Optimizer):
@@ -140,7 +141,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             return self._pending
         if self.outer_loop.config.has_rounds and _is_called_by("save_accelerator_state", "accelerate"):
             if self.saved_beside:
-                return None
+                return {_BESIDE: True}
             if self.outer_loop.workers.world.world_size > 1:
                 raise RuntimeError(
                     "accelerator.save_state saves rank 0's optimizer alone, and workers differ. Add one line after accelerator.prepare: "
@@ -155,6 +156,13 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         slow = state_dict.get(_SLOW_STATE)
+        if slow is not None and _BESIDE in slow:
+            if not self.saved_beside:
+                raise RuntimeError(
+                    "every worker's own state lies beside this one. Call slowmo_hf.register_for_checkpointing(accelerator, optimizer) "
+                    "before accelerator.load_state."
+                )
+            slow = None
         if self.outer_loop is None:
             self._pending = slow
         elif slow is not None:
@@ -171,6 +179,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """The average in the parameters (Trainer calls it before each evaluation). Collective."""
         if self.outer_loop is not None:
+            self._go_on(self.outer_loop)
             self.outer_loop.show_average()
 
     # ---- the start ----
@@ -219,7 +228,13 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         """Call `act` before training starts or goes on, at the next forward pass, step or look: a checkpoint is taken up there."""
         self._before_training = act
         if self.outer_loop is not None:
+            self.outer_loop.show_local()  # what is loaded now would be undone by the end of a look
             self._stop_listening = _listen_for_the_first_forward(self)
+
+    @property
+    def awaits_a_checkpoint(self) -> bool:
+        """Whether one was loaded that has not been taken up."""
+        return self._before_training is not None
 
     def _go_on(self, outer_loop: OuterLoop) -> None:
         act, self._before_training = self._before_training, None

@@ -220,7 +220,8 @@ class OuterLoop:
         return "; ".join(problems)
 
     def _lead_round(self, inner_lrs: list[float], problem: str, start: float) -> tuple[RoundReport, list[str]]:
-        inner_lrs = inner_lrs[: len(self.tensors.groups)]  # one more is a problem, and must not make the message longer than the others'
+        count = len(self.tensors.groups)  # another number of groups is a problem, and must not change the message's length
+        inner_lrs = (inner_lrs + [0.0] * count)[:count]
         header = Header(self.attempted_steps, inner_lrs, self.tensors.changed_buffers(), problem)
         inner_lrs, changed = header.agree(self.workers.between)
         norms = self._outer_step(inner_lrs)
@@ -234,7 +235,7 @@ class OuterLoop:
         now = time.perf_counter()
         report = RoundReport(
             round=self.rounds + 1,
-            consensus_distance=max(0.0, norms.drift_square - norms.pseudo_grad_square) if self.config.exact_average else math.nan,
+            consensus_distance=norms.consensus_distance if self.config.exact_average else None,
             pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
             velocity_norm=math.sqrt(norms.velocity_square),
             bytes_sent=self.workers.bytes_sent - self._bytes_counted,
@@ -242,7 +243,8 @@ class OuterLoop:
             utilisation=(start - self._clock_start - self._exchange_seconds) / max(now - self._clock_start, 1e-9),
         )
         if report.round == 2 and self.workers.index == 0 and self.workers.count > 1:
-            log_costs(report, self.config.sync_every, start - self._clock_start - self._exchange_seconds)
+            exchange_seconds = self._exchange_seconds if self.config.base in GOSSIP_BASES else None
+            log_costs(report, self.config.sync_every, start - self._clock_start - self._exchange_seconds, exchange_seconds)
         return report, changed
 
     def _share(self, changed_buffers: list[str]) -> None:
@@ -407,6 +409,7 @@ class OuterLoop:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
+        self.show_local()  # the state replaces what a look would give back
         self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))  # the leader's part, or its refusal
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
         self.attempted_steps, self.rounds = state_dict["attempted_steps"], state_dict["rounds"]

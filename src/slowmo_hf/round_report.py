@@ -17,8 +17,8 @@ class RoundReport:
 
     Args:
         round (`int`): Rounds done so far, this one included.
-        consensus_distance (`float`): Mean over workers of ||x_i - mean x||^2 before the average; NaN where a round takes none
-            (`exact_average=False`), since it would cost a message.
+        consensus_distance (`float`, *optional*): Mean over workers of ||x_i - mean x||^2 before the average, of a gossip base's numerators
+            with the messages in flight to them; None where a round takes no average (`exact_average=False`): it would cost a message.
         pseudo_grad_norm (`float`): ||anchor - average||.
         velocity_norm (`float`): ||velocity|| after the outer step; 0 where the outer optimizer keeps none of ours.
         bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each message), and in
@@ -28,7 +28,7 @@ class RoundReport:
     """
 
     round: int
-    consensus_distance: float
+    consensus_distance: float | None
     pseudo_grad_norm: float
     velocity_norm: float
     bytes_sent: int
@@ -37,7 +37,7 @@ class RoundReport:
 
     def to_logs(self) -> dict[str, float]:
         """The report under the keys `slowmo/...`, for `accelerator.log` and trackers; what was not measured is left out."""
-        return {f"slowmo/{name}": value for name, value in vars(self).items() if not math.isnan(value)}
+        return {f"slowmo/{name}": value for name, value in vars(self).items() if value is not None}
 
 
 class Norms:
@@ -52,6 +52,12 @@ class Norms:
         self._squares.append((squared_norm(pseudo_grad), None if velocity is None else squared_norm(velocity)))
 
     @property
+    def consensus_distance(self) -> float:
+        """mean ||x_i - anchor||^2 - ||pseudo_grad||^2, not below 0 by rounding; a NaN stays one."""
+        distance = self.drift_square - self.pseudo_grad_square
+        return distance if math.isnan(distance) else max(0.0, distance)
+
+    @property
     def pseudo_grad_square(self) -> float:
         """||pseudo_grad||^2."""
         return sum(float(square) for square, _ in self._squares)
@@ -62,20 +68,26 @@ class Norms:
         return sum(float(square) for _, square in self._squares if square is not None)
 
 
-def log_costs(report: RoundReport, sync_every: int, compute_seconds: float) -> None:
-    """One line: what a step and a round cost here, and which `sync_every` would give 90 % and 95 % utilisation."""
+def log_costs(report: RoundReport, sync_every: int, compute_seconds: float, exchange_seconds: float | None) -> None:
+    """
+    One line: what a step and a round cost here; where nothing is sent between rounds, also which `sync_every` would give 90 % and 95 %
+    utilisation.
+
+    Args:
+        compute_seconds (`float`): Since the last round, outside of communication.
+        exchange_seconds (`float`, *optional*): In a gossip base's exchanges since the last round; None for another base.
+    """
     per_step = max(compute_seconds / sync_every, 1e-9)
-    least = {u: max(1, math.ceil(u / (1 - u) * report.seconds / per_step - 1e-9)) for u in (0.9, 0.95)}
-    logger.info(
-        "costs: %.1f ms computation per step, %.1f ms per round, utilisation %.1f %%, %s bytes sent per round and worker. "
-        "sync_every >= %d would give 90 %%, >= %d would give 95 %%.",
-        1e3 * per_step,
-        1e3 * report.seconds,
-        100 * compute_seconds / (compute_seconds + report.seconds),
-        f"{report.bytes_sent:,}",
-        least[0.9],
-        least[0.95],
-    )
+    round_seconds = report.seconds - (exchange_seconds or 0.0)
+    words = [f"costs: {1e3 * per_step:.1f} ms computation per step, {1e3 * round_seconds:.1f} ms per round"]
+    if exchange_seconds is not None:
+        words.append(f"{1e3 * exchange_seconds / sync_every:.1f} ms waiting for the exchange per step")
+    words.append(f"utilisation {100 * compute_seconds / (compute_seconds + report.seconds):.1f} %")
+    advice = ""
+    if exchange_seconds is None:
+        least = [max(1, math.ceil(u / (1 - u) * round_seconds / per_step - 1e-9)) for u in (0.9, 0.95)]
+        advice = f" sync_every >= {least[0]} would give 90 %, >= {least[1]} would give 95 %."
+    logger.info("%s, %s bytes sent per round and worker.%s", ", ".join(words), f"{report.bytes_sent:,}", advice)
 
 
 def squared_norm(flat: torch.Tensor) -> torch.Tensor:

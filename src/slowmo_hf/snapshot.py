@@ -49,8 +49,8 @@ def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None
     failure = ""
     try:
         act()
-    except (OSError, ValueError) as error:
-        failure = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+    except Exception as error:  # safetensors and torch.save raise their own; one rank alone must never leave
+        failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     failures = outer_loop.workers.world.gather_objects((host_and_address()[0], failure))
     told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
     if told:

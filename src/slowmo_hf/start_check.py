@@ -130,7 +130,7 @@ def _warn(workers: Workers, config: SlowMoConfig, machines: int, rows: list[tupl
             "one worker of %d processes: nothing is averaged between workers. For a worker per process, set processes_per_worker=1.",
             workers.size,
         )
-    if config.outer_optimizer == "slow_momentum" and config.outer_momentum == 0:
+    if config.outer_optimizer == "slow_momentum" and config.outer_momentum == 0 and config.outer_lr == 1:
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
 
