@@ -74,6 +74,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
         make_heard()
         self._follow(state)
+        callbacks: Any = state.stateful_callbacks
+        callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
         refuse_unsupported()
         optimizer = _raw_optimizer(kwargs["optimizer"])
@@ -111,7 +113,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             callbacks: Any = state.stateful_callbacks or {}
             recorded = callbacks.get(type(self).__name__)
             recorded = recorded[-1] if isinstance(recorded, list) else recorded
-            objects = self._checkpoints.resume(state, recorded["attributes"]["checkpoint"] if recorded else None)
+            try:
+                objects = self._checkpoints.resume(state, recorded["attributes"]["checkpoint"] if recorded else None)
+            except Exception:
+                self._restore(args)
+                raise
             for name, own in self._own_objects(events).items():
                 if name in objects:
                     own.load_state_dict(objects[name])
@@ -182,6 +188,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
         if self.outer_loop and (control.should_evaluate or control.should_save or control.should_training_stop):
             self.outer_loop.show_average()
+        if self._checkpoints and control.should_evaluate:
+            self._folder(args, state)  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
         if self._checkpoints and control.should_save:
             self._checkpoints.write(self._folder(args, state), self._states(events))
 

@@ -107,13 +107,23 @@ def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any], *, ours_a
     root = Path(checkpoint)
     found = _files(root / FOLDER if ours_alone else root)
     files = {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in found}
-    _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps({"version": VERSION, **settings, "files": files}, indent=1)))
+    manifest = {"version": VERSION, **settings, "files": files}
+    manifest["sha256"] = _own_digest(manifest)
+    _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
 
 
 def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint was finished: it has a manifest, or no file of ours at all (a stock run's)."""
     folder = Path(checkpoint) / FOLDER
     return (folder / MANIFEST).exists() or not folder.exists()
+
+
+def run_of(checkpoint: str | os.PathLike[str]) -> str | None:
+    """The run that a checkpoint's manifest names; None where it cannot be read."""
+    try:
+        return str(json.loads((Path(checkpoint) / FOLDER / MANIFEST).read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
@@ -130,6 +140,8 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     manifest = root / FOLDER / MANIFEST
     try:
         listed = json.loads(manifest.read_text())
+        if listed.pop("sha256") != _own_digest(listed):
+            raise ValueError("its own SHA-256 differs")
         files: Iterable[tuple[str, dict[str, Any]]] = sorted(listed["files"].items())
         expected = [(root / name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files]
     except FileNotFoundError as error:
@@ -151,6 +163,10 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 def _files(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST and p.suffix != ".tmp")
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -153,6 +153,9 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
                 f"{folder}: worker {outer_loop.workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "
                 f"{shared.settings[key]!r}: they are of different saves. Resume from another checkpoint."
             )
+    if "inner_optimizer" not in own.objects:
+        name = f"worker_{outer_loop.workers.index % shared.settings['workers']}.pt"
+        raise CheckpointError(f"{folder}: {name} is missing or holds no inner optimizer. Resume from another checkpoint.")
     if not same_number:
         if not outer_loop.config.exact_average:
             raise CheckpointError(
@@ -191,7 +194,10 @@ def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
     then, here = shared.settings["parameters"], outer_loop.tensors.fingerprint()
     if then != here:
         odd = [line for line in (*then, *here) if (line in then) != (line in here)]
-        raise CheckpointError(f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ.")
+        raise CheckpointError(
+            f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ. Train the same parameters to resume; or "
+            "load its model and begin a new run."
+        )
     for index, item in enumerate(outer_loop.anchors if outer_loop.config.exact_average else []):
         tensor = shared.tensors.get(f"anchor.{index}")
         if tensor is None or tensor.shape != item.flat.shape or tensor.dtype != item.flat.dtype:
@@ -213,8 +219,8 @@ def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
 
 def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
     tensors = outer_loop.tensors
-    for name, param in zip(tensors.names, tensors.trainable, strict=True):
-        if f"parameter.{name}" in own.tensors:
+    if not outer_loop.workers_agree:
+        for name, param in zip(tensors.names, tensors.trainable, strict=True):
             param.copy_(own.tensors[f"parameter.{name}"])
     buffers = tensors.buffers()
     for name in own.settings["changed_buffers"]:

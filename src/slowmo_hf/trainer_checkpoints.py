@@ -11,7 +11,7 @@ from accelerate.state import PartialState
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoint import FOLDER, CheckpointError, is_whole, seal, verify_checkpoint
+from .checkpoint import FOLDER, CheckpointError, is_whole, run_of, seal, verify_checkpoint
 from .log import logger
 from .outer_loop import OuterLoop
 from .snapshot import keeps_files, read_snapshot, together, write_snapshot
@@ -82,7 +82,7 @@ class TrainerCheckpoints:
         if not self._limit or self._limit < 0:
             return
         keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
-        found = _checkpoints(newest.parent)
+        found = sorted(_checkpoints(newest.parent), key=lambda path: path.stat().st_mtime)  # as Trainer does
         over = max(0, len(found) - max(self._limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:
             logger.info("deleting %s: save_total_limit=%d", path, self._limit)
@@ -113,15 +113,19 @@ class TrainerCheckpoints:
             return {}
         objects: dict[str, Any] = {}
 
-        def take_up() -> None:
+        def verify() -> None:
             folder = self._find(state, recorded)
             if self.keeper:
                 verify_checkpoint(folder)
+
+        def take_up() -> None:
+            folder = self._find(state, recorded)
             objects.update(read_snapshot(str(folder), self.outer_loop))
             if self.outer_loop.attempted_steps != state.global_step:
                 raise CheckpointError(f"{folder} is of step {self.outer_loop.attempted_steps}, Trainer's of step {state.global_step}.")
 
-        together(self.outer_loop, "the checkpoint cannot be resumed", take_up)
+        for act in (verify, take_up):  # nobody reads what a keeper has found damaged
+            together(self.outer_loop, "the checkpoint cannot be resumed", act)
         logger.info("resumed at step %d with every worker's own state", state.global_step)
         return objects
 
@@ -132,7 +136,8 @@ class TrainerCheckpoints:
         if isinstance(asked, str):
             candidates.insert(0, Path(asked))
         for folder in candidates:
-            if (folder / FOLDER).is_dir():
+            # A checkpoint of the same step may be another run's. A damaged manifest tells no run: it is refused later, by name.
+            if (folder / FOLDER).is_dir() and run_of(folder) in (recorded["run"], None):
                 return folder
         raise CheckpointError(
             f"the part of local training is in none of {', '.join(map(str, candidates))}. Say where the checkpoint is: "
