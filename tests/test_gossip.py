@@ -345,6 +345,23 @@ def test_a_peer_that_dies_or_hangs_is_named_in_time(tmp_path, kind):
     assert "timeout_seconds=4" in words
 
 
+def _no_messages():
+    def refuse(ops):
+        raise NotImplementedError("no send")
+
+    dist.batch_isend_irecv = refuse
+    with pytest.raises(RuntimeError) as error:
+        _pull(SlowMoConfig(base="sgp"), 1)
+    return str(error.value)
+
+
+def test_a_backend_without_messages_is_named():
+    for words in run_workers(_no_messages, 2):
+        assert words.startswith(
+            "optimizer step 1: base must be local_sgd or all_reduce on backend 'gloo', which has no peer-to-peer messages"
+        )
+
+
 def _refused(settings):
     with pytest.raises(ValueError) as error:
         _pull(SlowMoConfig(**settings), 1)
