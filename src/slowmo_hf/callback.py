@@ -125,7 +125,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _own_objects(self, events: dict[str, Any]) -> dict[str, Any]:
         """What else differs between workers: a scaler that skipped a step, and the scheduler that it held back."""
         scaler = getattr(self._find_trainer().accelerator, "scaler", None)
-        return {name: own for name, own in (("scheduler", events.get("lr_scheduler")), ("scaler", scaler)) if own is not None}
+        return {} if scaler is None else {"scaler": scaler, "scheduler": events["lr_scheduler"]}
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the checkpoint is."""
