@@ -64,6 +64,7 @@ class BenchmarkArguments:
         default_factory=lambda: ["step", "round", "exchange", "memory"],
         metadata={"help": "What to measure: step, round, exchange, memory."},
     )
+    link: str = field(default="loopback", metadata={"help": "What the processes are joined by, in words, for the record."})
     output: str = field(default="benchmarks/records/round_cost.json", metadata={"help": "The record."})
 
 
@@ -477,7 +478,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/round_cost.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
-        "backend": "gloo, loopback",
+        "backend": f"gloo, {args.link}",
         "threads_per_process": 1,
         "hardware": hardware(),
         "load_average_before": round(load[0], 2),

@@ -141,3 +141,12 @@ def test_the_committed_record_is_whole():
             if isinstance(figure, dict) and "n" in figure:
                 assert figure["n"] >= 20, name
                 assert all(math.isfinite(v) for v in figure.values() if isinstance(v, float)), name
+
+
+def test_the_record_of_a_slow_link_is_whole():
+    record = json.loads((ROOT / "benchmarks/records/exchange_cost_1gbit.json").read_text())
+    assert "2 Gbit/s for both directions" in record["backend"]
+    assert record["exchange"]["plain exchange"]["n"] >= 20
+    assert record["exchange"]["plain exchange"]["median_ms"] == pytest.approx(2 * 8 * 4 * 60506624 / 2e9 * 1e3, rel=0.02), (
+        "what such a link needs"
+    )
