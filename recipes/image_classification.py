@@ -28,6 +28,7 @@ import transformers
 from image_data import Batch, DataError, ImageSets, crop_padding, load_images, make_dataset, mean_and_std
 from small_resnet import make_model
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import slowmo_hf
 from slowmo_hf import SlowMoCallback, SlowMoConfig
@@ -119,7 +120,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print_choices(script, args, sets)
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     seconds = time.perf_counter() - start
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -129,6 +130,17 @@ def main() -> None:
         print_table(record)
         if script.plot:
             plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """
+    `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none, so that a job that
+    is requeued runs the same command again. Anything else is a path.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() not in ("true", "false"):
+        return asked
+    return get_last_checkpoint(args.output_dir) if asked.lower() == "true" and os.path.isdir(args.output_dir) else None
 
 
 class SettingError(ValueError):
