@@ -41,7 +41,12 @@ def fork_server() -> Any:
     return context
 
 
-def _worker(rank: int, world_size: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def launcher_store(world_size: int) -> torch.distributed.TCPStore:
+    """The job's key-value store, in the test's own process as in a launcher's: it outlives every rank."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+
+
+def _worker(rank: int, world_size: int, port: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.update(ACCELERATE_USE_CPU="true" if backend == "gloo" else "false", OMP_NUM_THREADS="1")
     if world_size > 1:
@@ -49,8 +54,8 @@ def _worker(rank: int, world_size: int, folder: str, backend: str, check: Callab
     warnings_are_errors()
     try:
         if world_size > 1:
-            init = f"file://{folder}/store"
-            torch.distributed.init_process_group(backend, init_method=init, rank=rank, world_size=world_size)
+            store = torch.distributed.TCPStore("127.0.0.1", port, world_size, is_master=False)
+            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         torch.manual_seed(1234)
         result = check(*args)
         torch.save(result, f"{folder}/{rank}.pt")
@@ -77,8 +82,9 @@ def run_workers(check: Callable[..., Any], world_size: int, *args: Any, backend:
     """
     with tempfile.TemporaryDirectory() as folder:
         context = fork_server()
+        store = launcher_store(world_size)
         workers = [
-            context.Process(target=_worker, args=(rank, world_size, folder, backend, check, args), daemon=True)
+            context.Process(target=_worker, args=(rank, world_size, store.port, folder, backend, check, args), daemon=True)
             for rank in range(world_size)
         ]
         for worker in workers:

@@ -394,7 +394,7 @@ def _check_history(ranks):
         assert [(e["step"], e["slowmo/round"]) for e in slow] == [(6, 3), (12, 6), (15, 7)]
         for entry, steps in zip(slow, [(2, 4, 6), (8, 10, 12), (14,)], strict=True):
             reports = [result["reports"][step] for step in steps]
-            header, payload = 8 * (3 + 2), 4 * (result["elements"] + 1)
+            header, payload = 8 * (6 + 2), 4 * (result["elements"] + 1)
             assert entry["slowmo/bytes_sent"] == len(steps) * (header + payload)  # a ring of two sends each message once
             assert entry["slowmo/seconds"] == pytest.approx(sum(r.seconds for r in reports))
             assert entry["slowmo/utilisation"] == pytest.approx(sum(r.utilisation for r in reports) / len(reports))

@@ -25,14 +25,14 @@ def check_three():
 
     for dtype in (torch.float32, torch.float64):
         flat = torch.tensor([rank, 10.0 * rank, 1.0, 0.0], dtype=dtype)
-        wire.mean_(flat)
-        record(f"mean {dtype}", flat)
+        wire.start_sum_(flat)()
+        record(f"sum {dtype}", flat)
     flat = torch.tensor([rank, -rank, 5], dtype=torch.int64)
     wire.max_(flat)
     record("max", flat)
     record("header", wire.gather_header([rank + 0.1, 2.0**48 - rank]))
     empty = torch.empty(0)
-    wire.mean_(empty), wire.max_(empty), wire.broadcast_(empty)
+    wire.start_sum_(empty)(), wire.max_(empty), wire.broadcast_(empty)
     record("empty", empty)
     return found, sent, (wire.rank, wire.world_size, wire.backend), wire.seconds
 
@@ -41,13 +41,13 @@ def test_values_and_bytes_of_three_workers():
     """Bytes by hand, m = 3: a ring moves 2·(m-1)/m = 4/3 of a message; a header goes to two others."""
     for rank, (found, sent, place, seconds) in enumerate(run_workers(check_three, 3)):
         for dtype in (torch.float32, torch.float64):
-            assert torch.equal(found[f"mean {dtype}"], torch.tensor([1.0, 10.0, 1.0, 0.0], dtype=dtype))
+            assert torch.equal(found[f"sum {dtype}"], torch.tensor([3.0, 30.0, 3.0, 0.0], dtype=dtype))
         assert found["max"].tolist() == [2, 0, 5]
         assert found["header"].dtype == torch.float64
         assert found["header"].tolist() == [[r + 0.1, 2.0**48 - r] for r in range(3)]
         assert sent == {
-            "mean torch.float32": 21,  # 4/3 · 4 · 4 bytes, to the nearest
-            "mean torch.float64": 43,
+            "sum torch.float32": 21,  # 4/3 · 4 · 4 bytes, to the nearest
+            "sum torch.float64": 43,
             "max": 32,
             "header": 2 * 2 * 8,
             "empty": 0,
@@ -97,7 +97,7 @@ def test_groups_are_made_once_per_timeout():
 def check_world_of_one():
     wire = Communicator(20.0, CPU)
     flat, whole = torch.tensor([1.5, -2.0]), torch.tensor([3, -4])
-    wire.mean_(flat), wire.max_(whole), wire.broadcast_(flat)
+    wire.start_sum_(flat)(), wire.max_(whole), wire.broadcast_(flat)
     assert flat.tolist() == [1.5, -2.0]
     assert whole.tolist() == [3, -4]
     assert wire.gather_header([7.0, 8.0]).tolist() == [[7.0, 8.0]]
@@ -137,7 +137,7 @@ def check_absent_worker(folder, case):
     start = time.monotonic()
     try:
         wire = Communicator(TIMEOUT_SECONDS, CPU)
-        wire.gather_header([1.0]) if case == "header" else wire.mean_(torch.ones(4))
+        wire.gather_header([1.0]) if case == "header" else wire.start_sum_(torch.ones(4))()
         word = ""
     except RuntimeError as error:
         word = str(error)

@@ -2,7 +2,9 @@
 
 import os
 import queue
+import re
 import signal
+import socket
 import threading
 import time
 
@@ -339,10 +341,10 @@ def test_a_peer_that_dies_or_hangs_is_named_in_time(tmp_path, kind):
     with pytest.raises(AssertionError):
         run_workers(_fault, 3, tmp_path, kind)
     seconds, words = (tmp_path / "0.txt").read_text().split("\n", 1)
-    assert float(seconds) < 4 + 3
-    assert words.startswith("optimizer step ")
+    assert float(seconds) < 4 + 10
+    how = "did not come to step" if kind == "hangs" else "left without a word after step 0"
+    assert re.match(rf"optimizer step \d+: rank 1 on {re.escape(socket.gethostname())} {how}", words), words
     assert "exchange with worker" in words
-    assert "timeout_seconds=4" in words
 
 
 def _no_messages():
@@ -417,8 +419,8 @@ BYTES = [{"base": "sgp"}, {"base": "osgp"}, {"base": "sgp", "peers": 2}, {"base"
 
 def test_bytes_are_what_theory_says():
     """3 fp32 parameters, 3 workers: an exchange sends 12 bytes to each peer (20 with the weight), a round of 4 steps has 3 of them and
-    the ring's 2·⅔·16 with the consensus distance, and a header of 4 fp64 to 2 others; without the average 4 exchanges and a header."""
-    header, ring = 2 * 4 * 8, round(2 * 2 / 3 * 16)
+    the ring's 2·⅔·16 with the consensus distance, and a header of 7 fp64 to 2 others; without the average 4 exchanges and a header."""
+    header, ring = 2 * 7 * 8, round(2 * 2 / 3 * 16)
     right = [3 * 12 + ring + header, 3 * 20 + ring + header, 3 * 24 + ring + header, 4 * 12 + header]
     assert run_workers(_all_bytes, 3) == [right] * 3
 

@@ -29,7 +29,8 @@ LAYERS = [
     ["gossip", "model_tensors"],
     ["averager", "outer_optimizer"],
     ["workers"],
-    ["checkpoint", "communicator", "topology", "round_report", "random_state"],
+    ["roll_call"],
+    ["checkpoint", "communicator", "topology", "round_report", "random_state", "stop_signals"],
     ["config", "log"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}

@@ -4,6 +4,8 @@ import copy
 import inspect
 import logging
 import os
+import re
+import socket
 import tempfile
 import time
 
@@ -269,7 +271,7 @@ REFUSED = [  # (settings, LOCAL_WORLD_SIZE of every rank, words)
     (
         {"processes_per_worker": 3},
         "4444",
-        "rank 0: processes_per_worker must divide the number of processes, got 3 (here 3) with 4 processes. Start a multiple of it, or set "
+        "processes_per_worker must divide the number of processes, got 3 (here 3) with 4 processes. Start a multiple of it, or set "
         "processes_per_worker=1.",
     ),
     (
@@ -281,12 +283,12 @@ REFUSED = [  # (settings, LOCAL_WORLD_SIZE of every rank, words)
     (
         {"processes_per_worker": "node"},
         "2244",
-        "ranks differ: rank 0 has ['processes per worker = 2'], rank 2 has ['processes per worker = 4'].",
+        "ranks differ at the start: rank 0 has ['processes per worker = 2'], rank 2 has ['processes per worker = 4'].",
     ),
     (
         {"processes_per_worker": "auto"},
         "2224",
-        "ranks differ: rank 0 has ['processes per worker = 2'], rank 3 has ['processes per worker = 1'].",
+        "ranks differ at the start: rank 0 has ['processes per worker = 2'], rank 3 has ['processes per worker = 1'].",
     ),
     ({"processes_per_worker": 2, "base": "sgp", "peers": 2}, "4444", "peers must be <= workers - 1, got 2 with workers=2"),
 ]
@@ -340,7 +342,7 @@ def test_which_processes_form_a_worker():
         assert f"  processes_per_worker = {STARTS[index][0]}" in table
     for index, (_, _, words) in enumerate(REFUSED):
         first, *others = [refusals[index] for _, refusals in results]
-        assert words in first
+        assert words in first.replace(f" on {socket.gethostname()}", "")
         assert others == [first] * 3, "the same words on every rank"
 
 
@@ -405,7 +407,7 @@ def _tapped(base):
     with tap:
         trainer.train()
     workers = callback.outer_loop.workers
-    sent = (workers.between.bytes_sent, workers.gossip.bytes_sent if base == "sgp" else 0, workers.bytes_sent)
+    sent = (workers.world.bytes_sent + workers.between.bytes_sent, workers.gossip.bytes_sent if base == "sgp" else 0, workers.bytes_sent)
     return tap.heard, reports, sent, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -425,6 +427,8 @@ def test_only_leaders_talk_to_other_workers(tapped, base):
         own, leaders = ((0, 1), (2, 3))[rank // 2], (0, 2)
         outside = {}
         for step, name, ranks, _ in heard:
+            if (name, ranks, step % TAU) == ("all_gather", (0, 1, 2, 3), 0):
+                continue  # a round's header, a few bytes of every process
             if 1 <= step < WIRE_STEPS and ranks != own:
                 assert ranks == leaders, f"rank {rank}, step {step}: {name} over ranks {ranks}"
                 outside.setdefault(step, set()).add(name)
@@ -440,23 +444,24 @@ def test_only_leaders_talk_to_other_workers(tapped, base):
 
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
 def test_bytes_between_workers_are_what_theory_says(tapped, base):
-    """A ring of 2 sends 2 (2-1)/2 = 1 time the payload; the header is step, problem, buffers and a learning rate per group, in fp64."""
+    """A ring of 2 sends 2 (2-1)/2 = 1 time the payload; the header is 6 fp64 and a learning rate per group, to 3 others."""
     for rank, result in enumerate(tapped):
         heard, reports, (between, gossip, both), trainable = result[base]
         messages = len([name for step, name, ranks, _ in tapped[0][base][0] if (step, name, ranks) == (TAU, "all_reduce", (0, 2))])
         assert messages >= -(-4 * trainable // BUCKET_BYTES) > 1
-        a_round = 4 * (trainable + messages) + 8 * (3 + 2)
+        header = 3 * 8 * (6 + 2)
+        a_round = 4 * (trainable + messages) + header
         exchanges = (TAU - 1) * 4 * trainable if base == "sgp" else 0
         assert [report.round for report in reports] == [1, 2]
         assert [report.bytes_sent for report in reports] == [a_round + exchanges] * 2, "a follower shows its leader's report"
         assert both == between + gossip
         if rank % 2:
-            assert (between, gossip) == (0, 0)
+            assert (between, gossip) == (3 * header, 0), "two rounds and the end"
             continue
         assert between >= 2 * a_round  # and the look at the end
         for number in (1, 2):
             steps = range((number - 1) * TAU + 1, number * TAU + 1)
-            assert sum(moved for step, _, ranks, moved in heard if step in steps and ranks == (0, 2)) == a_round + exchanges
+            assert sum(moved for step, _, ranks, moved in heard if step in steps and ranks == (0, 2)) == a_round - header + exchanges
 
 
 # ---- workers are not coupled, processes inside one are ----
@@ -677,7 +682,10 @@ def _count_more_on_a_follower(rank, bare, loop):
 
 
 class Boom:
-    """An averager that fails in whatever it is asked to do."""
+    """An averager that fails in whatever it is asked to do at a round."""
+
+    def weigh(self, weights):
+        pass
 
     def __getattr__(self, name):
         raise RuntimeError("boom")
@@ -720,18 +728,19 @@ def faults():
 
 def test_a_parameter_set_changed_on_a_follower_is_an_error_on_every_rank(faults):
     for case in range(4):
-        worker = 1 - case // 2
+        follower = 3 - case // 2 * 2
         for changed, *_ in faults:
             step, words, seconds = changed[case]
             assert (step, seconds < 5) == (6, True), "at the round, in time"
-            assert words.startswith(f"ValueError: worker {worker}: the parameter set changed after the start"), words
+            assert re.match(rf"ValueError: rank {follower} on \S+, step 6: the parameter set changed after the start", words), words
             assert words == faults[0][0][case][1]
 
 
 def test_different_steps_are_an_error_on_every_rank(faults):
     for _, (step, words, seconds), *_ in faults:
         assert (step, seconds < 5) == (3, True)
-        assert words.startswith("RuntimeError: workers met for a round at different optimizer steps: rank 0 at step 3, rank 2 at step 6.")
+        assert words.startswith("RuntimeError: ranks met at different places: rank 0 on ")
+        assert re.search(r"rank 0 on \S+ at step 3, the round; .*rank 2 on \S+ at step 6, the round", words)
 
 
 def test_different_steps_inside_a_worker_are_an_error_on_every_rank(faults):
@@ -739,8 +748,7 @@ def test_different_steps_inside_a_worker_are_an_error_on_every_rank(faults):
         assert fault is not None, "nobody noticed"
         step, words, seconds = fault
         assert (step, seconds < 5) == (3, True)
-        assert "at different optimizer steps" in words
-        assert "rank 3 at step 6" in words
+        assert re.search(r"ranks met at different places: .*rank 3 on \S+ at step 6, the round", words)
 
 
 def test_a_worker_of_several_processes_needs_ddp(faults):

@@ -4,17 +4,21 @@ from .accelerate_checkpoints import register_for_checkpointing
 from .callback import SlowMoCallback
 from .checkpoint import verify_checkpoint
 from .config import SlowMoConfig
-from .optimizer import SlowMoOptimizer, consensus, last_round
+from .optimizer import SlowMoOptimizer, consensus, join, last_round, stop_requested
 from .round_report import RoundReport
+from .stop_signals import REQUEUE_EXIT_CODE
 
 __all__ = [
+    "REQUEUE_EXIT_CODE",
     "RoundReport",
     "SlowMoCallback",
     "SlowMoConfig",
     "SlowMoOptimizer",
     "consensus",
+    "join",
     "last_round",
     "register_for_checkpointing",
+    "stop_requested",
     "verify_checkpoint",
 ]
 __version__ = "0.1.0"

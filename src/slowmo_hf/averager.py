@@ -183,7 +183,20 @@ class ExactAverager:
     def __init__(self, communicator: Communicator, bucket_bytes: int) -> None:
         self.communicator = communicator
         self.bucket_bytes = bucket_bytes
+        self.weight, self.total_weight = 1.0, float(communicator.world_size)
         self._buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+        self._own_squares: list[torch.Tensor] = []
+
+    def weigh(self, weights: list[int]) -> None:
+        """From now on worker i counts for weights[i] of their sum; equal ones, and all 0, are the plain mean."""
+        even = len(set(weights)) == 1
+        self.weight = 1.0 if even else float(weights[self.communicator.rank])
+        self.total_weight = float(len(weights) if even else sum(weights))
+
+    @property
+    def own_is_finite(self) -> bool:
+        """Whether this worker's own part of the last sums had neither NaN nor infinity."""
+        return all(bool(torch.isfinite(square)) for square in self._own_squares)
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
         """One bucket where `bucket_bytes` has room for all, else many of half the size: one is packed while another travels."""
@@ -203,20 +216,24 @@ class ExactAverager:
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
         """
-        Every bucket with the sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element of
-        the same message. The next bucket is packed while one travels.
+        Every bucket with the weighted sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element
+        of the same message. The next bucket is packed while one travels.
 
         Returns:
             `Iterator[tuple[Bucket, torch.Tensor, float]]`: The tensor lies in a reused buffer: use it before the next one.
         """
         under_way: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
+        self._own_squares = []
         for number, bucket in enumerate(buckets):
             message = self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
             squares = []
             for piece, run in bucket.runs(message):
                 base.displacement_(piece, run)
                 squares.append(squared_norm(run))
-            message[-1] = torch.stack(squares).sum()
+                if self.weight != 1:
+                    run.mul_(self.weight)
+            self._own_squares.append(torch.stack(squares).sum())
+            message[-1] = self.weight * self._own_squares[-1]
             wait = self.communicator.start_sum_(message)
             if under_way:
                 yield self._arrived(*under_way)
@@ -226,7 +243,7 @@ class ExactAverager:
 
     def _arrived(self, bucket: Bucket, message: torch.Tensor, wait: Callable[[], None]) -> tuple[Bucket, torch.Tensor, float]:
         wait()
-        return bucket, message[:-1], float(message[-1]) / self.communicator.world_size
+        return bucket, message[:-1], float(message[-1]) / self.total_weight
 
     def own_displacements(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
         """The same for a round without an average: every bucket with this worker's own pseudo-gradient. Nothing is sent."""
@@ -236,16 +253,25 @@ class ExactAverager:
                 base.own_displacement_(piece, run)
             yield bucket, message, 0.0
 
-    def show_mean_(self, buckets: list[Bucket], base: Base) -> None:
-        """Put the mean of the workers' x_i into this worker's parameters."""
-        for bucket, total, _ in self.sums(buckets, base):
+    def show_mean_(self, buckets: list[Bucket], base: Base) -> float:
+        """Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared norm."""
+        square = 0.0
+        for bucket, total, drift_square in self.sums(buckets, base):
+            square += drift_square
             for piece, run in bucket.runs(total):
-                run.div_(self.communicator.world_size)
+                run.div_(self.total_weight)
                 piece.values().copy_(torch.sub(base.origin(piece), run, out=run))
+        return square
 
     def mean_(self, tensors: list[torch.Tensor]) -> None:
         """Replace floating-point tensors by their mean over workers, in place, every element exactly once."""
-        self._each_bucket(tensors, wide_dtype, self.communicator.mean_)
+        self._each_bucket(tensors, wide_dtype, self._mean_)
+
+    def _mean_(self, flat: torch.Tensor) -> None:
+        if self.weight != 1:
+            flat.mul_(self.weight)
+        self.communicator.start_sum_(flat)()
+        flat.div_(self.total_weight)
 
     def max_(self, tensors: list[torch.Tensor]) -> None:
         """Replace integer and boolean tensors by their maximum over workers, in place."""

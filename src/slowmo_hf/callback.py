@@ -19,6 +19,7 @@ from .log import logger, make_heard
 from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop
 from .round_report import RoundReport
+from .stop_signals import REQUEUE_EXIT_CODE, StopSignals
 from .trainer_checkpoints import TrainerCheckpoints, set_aside_unfinished
 
 
@@ -42,6 +43,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop: OuterLoop | None = None
         self._isolation: Isolation | None = None
         self._training = False
+        self._ended = False
+        self._stop_signals: StopSignals | None = None
         self._stock_token_average: bool | None = None
         self._unlogged: list[RoundReport] = []
         self._trainer: weakref.ref[Trainer] | None = None
@@ -99,8 +102,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             _advise(args, self.config)
         self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training = True
+        self._training, self._ended = True, False
         self._unlogged = []
+        if self.config.has_rounds:
+            self._stop_signals = StopSignals(self._on_signal)
         if args.eval_on_start:
             outer_loop.show_average()  # workers agree, so nothing is sent: it keeps what the evaluation draws from the generators
 
@@ -138,8 +143,16 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
         args.average_tokens_across_devices = False
 
+    def _on_signal(self, name: str) -> None:
+        if self.outer_loop is not None:
+            self.outer_loop.stop_asked = True
+        logger.warning("%s: all ranks save at the end of this round, and exit with code %d", name, REQUEUE_EXIT_CODE)
+
     def _restore(self, args: TrainingArguments) -> None:
         self._training = False
+        if self._stop_signals is not None:
+            self._stop_signals.release()
+            self._stop_signals = None
         if self._isolation is not None:
             self._isolation.release()
             self._isolation = None
@@ -151,13 +164,23 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._stock_token_average = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was."""
+        """
+        Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was.
+
+        Raises:
+            SystemExit: A signal asked for the end: with `REQUEUE_EXIT_CODE`, after the save.
+        """
         if self.outer_loop is None:
             return
         if self.outer_loop.showing_average or not args.load_best_model_at_end:
+            self._end(state)
             self.outer_loop.keep_average()
         self._log(control)
         self._restore(args)
+        self.outer_loop.workers.roll_call.leave("its training ended")
+        if self.outer_loop.stop_agreed:
+            logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", state.global_step, REQUEUE_EXIT_CODE)
+            raise SystemExit(REQUEUE_EXIT_CODE)
 
     # ---- the clock ----
 
@@ -177,6 +200,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
+        self._stop_with_others(state, control)
         self._look_if_due(args, state, control, kwargs)
         if control.should_log or control.should_training_stop:
             self._log(control)
@@ -185,13 +209,43 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """As at a step's end."""
         self._look_if_due(args, state, control, kwargs)
 
+    def _stop_with_others(self, state: TrainerState, control: TrainerControl) -> None:
+        """A rank that was sent a signal, or has no more data, has said so in the round of this step: all stop together."""
+        if self.outer_loop is None or not self.outer_loop.workers_agree:
+            return
+        if self.outer_loop.somebody_ended:
+            logger.warning(
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at the round of step %d, without a "
+                "last evaluation or save",
+                state.global_step,
+            )
+            control.should_training_stop = True
+            control.should_log = control.should_evaluate = control.should_save = False  # they gather, and that rank will not come
+        elif self.outer_loop.stop_agreed:
+            control.should_save = control.should_training_stop = True
+
     def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
-        if self.outer_loop and (control.should_evaluate or control.should_save or control.should_training_stop):
+        if self.outer_loop is None:
+            return
+        if control.should_evaluate or control.should_save:
             self.outer_loop.show_average()
+        elif control.should_training_stop:
+            self._end(state)
         if self._checkpoints and control.should_evaluate:
             self._folder(args, state)  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
         if self._checkpoints and control.should_save:
             self._checkpoints.write(self._folder(args, state), self._states(events))
+
+    def _end(self, state: TrainerState) -> None:
+        """Once: all ranks end together, on the average."""
+        if self.outer_loop is not None and not self._ended:
+            self._ended = True
+            self.outer_loop.end()
+            if self.config.has_rounds:
+                state.global_step = self.outer_loop.attempted_steps
+                # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would abort in gloo.
+                trainer = self._find_trainer()
+                trainer.current_flos = float(trainer.current_flos)
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Trainer's checkpoint folder of this step; recorded for `trainer_state.json`."""

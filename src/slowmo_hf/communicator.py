@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 # `new_group` is collective and leaks: once per process for a default group, ranks, purpose and time-out.
 _groups: dict[tuple[int, tuple[int, ...], str, float], Any] = {}
+
+_SLICE_SECONDS = 0.5  # between looks whether another rank has given up
 
 # Messages that nobody has waited for yet, by group. A run may be dropped with some in flight; to let go of a posted receipt would leave
 # its sender stuck, and with it every later message between the two. The next run in the group finishes them first.
@@ -32,6 +34,16 @@ def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> An
     return _groups[key]
 
 
+class Witness(Protocol):
+    """Who knows of the other ranks when a collective fails."""
+
+    def somebody_failed(self) -> bool:
+        """Whether a rank has given up."""
+
+    def explain(self, error: Exception | None, ranks: Iterable[int]) -> RuntimeError:
+        """The failure in the words of the rank that caused it."""
+
+
 @dataclass(eq=False)
 class Transfer:
     """Messages under way: a send to every target and a receipt from every source."""
@@ -40,6 +52,7 @@ class Transfer:
     message: torch.Tensor
     received: list[torch.Tensor]
     words: str
+    peers: list[int] = field(default_factory=list)  # ranks in the job
     done: bool = False
 
 
@@ -55,11 +68,19 @@ class Communicator:
             from `wire_device`, which is the CPU where the device's backend is gloo.
         ranks (`Sequence[int]`, *optional*): Ranks in the job, ascending; all where it is None.
         purpose (`str`, *optional*): Communicators of different purposes have process groups, and so wires, of their own.
+        witness (`Witness`, *optional*): Says which rank a failure comes from; without one it is torch's own error.
     """
 
     def __init__(
-        self, timeout_seconds: float, device: torch.device, ranks: Sequence[int] | None = None, *, purpose: str = "rounds"
+        self,
+        timeout_seconds: float,
+        device: torch.device,
+        ranks: Sequence[int] | None = None,
+        *,
+        purpose: str = "rounds",
+        witness: Witness | None = None,
     ) -> None:
+        self.witness = witness
         self.bytes_sent = 0
         self.seconds = 0.0
         self.timeout_seconds = timeout_seconds
@@ -82,11 +103,31 @@ class Communicator:
             self.finish(transfer)
 
     @contextmanager
-    def _counted(self, payload_bytes: float) -> Iterator[None]:
+    def _counted(self, payload_bytes: float = 0, peers: Sequence[int] | None = None) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if self.witness is None:
+                raise
+            raise self.witness.explain(error, self.ranks if peers is None else peers) from error
         self.seconds += time.perf_counter() - start
         self.bytes_sent += round(payload_bytes)
+
+    def _wait(self, work: Any) -> None:
+        """Wait for a collective; on gloo, no longer than until another rank gives up: that one is not always a neighbour of this."""
+        if self.backend != "gloo" or self.witness is None:
+            work.wait()
+            return
+        while not work.is_completed():
+            try:
+                work.wait(timedelta(seconds=_SLICE_SECONDS))
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+                if self.witness.somebody_failed():
+                    raise RuntimeError("another rank has given up") from None
+        work.wait()
 
     # ---- collectives ----
 
@@ -103,25 +144,19 @@ class Communicator:
             work = dist.all_reduce(flat, group=self.group, async_op=True)
 
         def wait() -> None:
-            with self._counted(0):
-                work.wait()
+            with self._counted():
+                self._wait(work)
                 if flat.is_cuda:
                     torch.cuda.synchronize(flat.device)
 
         return wait
-
-    def mean_(self, flat: torch.Tensor) -> None:
-        """Replace `flat` by its mean over workers, in place."""
-        self.start_sum_(flat)()
-        if self.world_size > 1:
-            flat.div_(self.world_size)
 
     def max_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by its maximum over workers, in place."""
         if self.world_size == 1 or flat.numel() == 0:
             return
         with self._counted(self._ring_bytes(flat)):
-            dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self.group)
+            self._wait(dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
 
     def gather_header(self, header: list[float]) -> torch.Tensor:
         """Every worker's header: float64, shape (world_size, len(header)), on the CPU."""
@@ -130,7 +165,7 @@ class Communicator:
             return mine[None].cpu()
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
         with self._counted((self.world_size - 1) * mine.nbytes):
-            dist.all_gather(rows, mine, group=self.group)
+            self._wait(dist.all_gather(rows, mine, group=self.group, async_op=True))
         return torch.stack(rows).cpu()
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -138,13 +173,15 @@ class Communicator:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+        with self._counted():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by the first rank's, in place."""
         if self.world_size > 1 and flat.numel():
-            dist.broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group)  # bytes: every dtype travels
+            with self._counted():  # bytes: every dtype travels
+                self._wait(dist.broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group, async_op=True))
 
     def broadcast_outcome(self, act: Callable[[], T]) -> T:
         """Run `act` on the first rank alone; its result, or its error, is everybody's. Objects are pickled."""
@@ -156,9 +193,11 @@ class Communicator:
                 outcome[0] = act()
             except Exception as failure:
                 kind = type(failure) if type(failure) in (ValueError, RuntimeError) else RuntimeError
-                dist.broadcast_object_list([None, kind(str(failure))], src=self.ranks[0], group=self.group)
+                with suppress(RuntimeError):  # the failure in hand says more
+                    dist.broadcast_object_list([None, kind(str(failure))], src=self.ranks[0], group=self.group)
                 raise
-        dist.broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
+        with self._counted():
+            dist.broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
@@ -183,7 +222,8 @@ class Communicator:
         ops += [dist.P2POp(dist.isend, message, self.ranks[t], self.group, tag) for t in targets]
         self.bytes_sent += message.nbytes * len(targets)
         peers = sorted({*targets, *sources})
-        words = f"exchange with worker {', '.join(map(str, peers))} (rank {', '.join(str(self.ranks[p]) for p in peers)})"
+        transfer_ranks = [self.ranks[peer] for peer in peers]
+        words = f"exchange with worker {', '.join(map(str, peers))} (rank {', '.join(map(str, transfer_ranks))})"
         try:
             works = dist.batch_isend_irecv(ops) if ops else []
         except NotImplementedError as error:
@@ -191,8 +231,9 @@ class Communicator:
                 f"base must be local_sgd or all_reduce on backend {self.backend!r}, which has no peer-to-peer messages. Use gloo or NCCL."
             ) from error
         except RuntimeError as error:
-            raise RuntimeError(f"{words} could not start: {_first_line(error)}") from error
-        transfer = Transfer(works, message, received, words)
+            failure = RuntimeError(f"{words} could not start: {first_line(error)}")
+            raise (self.witness.explain(failure, transfer_ranks) if self.witness else failure) from error
+        transfer = Transfer(works, message, received, words, transfer_ranks)
         _under_way.setdefault(id(self.group), []).append(transfer)
         return transfer
 
@@ -205,26 +246,38 @@ class Communicator:
         """
         if transfer.done:
             return
-        with self._counted(0):
+        with self._counted(peers=transfer.peers):
             for work in transfer.works:
                 try:
                     work.wait(timedelta(seconds=self.timeout_seconds))
                 except RuntimeError as error:
-                    raise RuntimeError(
-                        f"{transfer.words} failed: a process there has died, or did not answer within timeout_seconds="
-                        f"{self.timeout_seconds:g} ({_first_line(error)}). Look at that rank's own log first."
-                    ) from error
+                    raise RuntimeError(f"{transfer.words} failed: {first_line(error)}") from error
         transfer.done = True
         _under_way[id(self.group)].remove(transfer)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without its stack; its type where it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _backends() -> dict[str, str]:
     """The default group's backend by device type, for example {"cpu": "gloo", "cuda": "nccl"}."""
     return dict(pair.split(":") for pair in str(dist.get_backend_config()).split(",") if ":" in pair)
+
+
+def job_store() -> Any:
+    """The job's key-value store (`set`, `get`, `wait`, `check`, `delete_key`); it lives in the launcher, or with rank 0."""
+    return dist.distributed_c10d._get_default_store()  # private; tests/test_roll_call.py holds it
+
+
+def leave_job() -> None:
+    """
+    End gloo's threads before the process ends: with torch 2.13 one process in seven that exits with a gloo group alive aborts ("terminate
+    called without an active exception"), and a finished job counts as failed.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def rank_in_job() -> int:

@@ -1,62 +1,139 @@
-"""The header of a round: a small message that finds a difference between workers before anything is mixed."""
+"""The header of a meeting: a small message that finds a difference between ranks before anything is mixed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
-from .communicator import Communicator
+from .communicator import Communicator, host_and_address
 from .log import logger
 from .model_tensors import hash48
+from .roll_call import RollCall
+
+_PATIENCE_SECONDS = 3.0  # on gloo, where the gather itself fails cleanly, and at once if a process is gone
+
+
+class Purpose(IntEnum):
+    """What a rank comes to a meeting for."""
+
+    ROUND = 0
+    LOOK = 1  # the average is evaluated or saved, and training goes on
+    END = 2  # out of data, or asked to stop
+
+    @property
+    def words(self) -> str:
+        """For errors."""
+        return {Purpose.ROUND: "the round", Purpose.LOOK: "a look at the average", Purpose.END: "the end of its training"}[self]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    What all ranks go on with, the same on all.
+
+    Args:
+        purpose (`Purpose`): ROUND where one rank came for it.
+        steps (`list[int]`): Every rank's clock; those that have ended may be behind.
+        local_steps (`list[int]`): Every rank's steps since the last round.
+        inner_lrs (`list[float]`): The largest, by parameter group.
+        changed_buffers (`list[str]`): All that have changed anywhere.
+        ended (`list[int]`): Ranks that came for the end.
+        stop (`bool`): Whether a rank was asked to save and stop.
+    """
+
+    purpose: Purpose
+    steps: list[int]
+    local_steps: list[int]
+    inner_lrs: list[float]
+    changed_buffers: list[str]
+    ended: list[int]
+    stop: bool
+
+    @property
+    def attempted_steps(self) -> int:
+        """The clock that all go on with: the furthest."""
+        return max(self.steps)
 
 
 @dataclass(frozen=True)
 class Header:
     """
-    What a worker says before a round, in fp64: [step, problem?, changed buffers, *inner_lrs].
+    What a rank says, in fp64: [purpose, step, local steps, problem?, stop?, changed buffers, *inner_lrs].
 
     Args:
+        purpose (`Purpose`): What it comes for.
         attempted_steps (`int`): Its clock.
+        local_steps (`int`): Its steps since the last round.
         inner_lrs (`list[float]`): The learning rate in force at its last inner step, per parameter group.
         changed_buffers (`list[str]`): Names of the buffers that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can.
+        stop (`bool`): Whether this process was asked to save and stop.
     """
 
+    purpose: Purpose
     attempted_steps: int
+    local_steps: int
     inner_lrs: list[float]
     changed_buffers: list[str]
     problem: str
+    stop: bool
 
-    def agree(self, between: Communicator) -> tuple[list[float], list[str]]:
+    def agree(self, world: Communicator, roll_call: RollCall) -> Agreement:
         """
-        Exchange headers.
-
-        Returns:
-            `tuple[list[float], list[str]]`: The learning rates and the changed buffers that all workers go on with: the largest, all.
+        Exchange headers. Collective over the job.
 
         Raises:
-            ValueError: A worker has a problem.
-            RuntimeError: The clocks differ. Both are the same on every worker.
+            ValueError: A rank has a problem.
+            RuntimeError: Ranks met at different steps or places, or one is missing. Each is the same on every rank.
         """
-        mine = [float(self.attempted_steps), float(bool(self.problem)), hash48(self.changed_buffers)]
-        rows = between.gather_header([*mine, *self.inner_lrs])
-        steps, problems, buffers, lrs = rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:]
-        if problems.any():
-            words = between.gather_objects(self.problem)
-            raise ValueError("; ".join(f"worker {worker}: {word}" for worker, word in enumerate(words) if word))
-        if (steps != steps[0]).any():
-            at = ", ".join(f"rank {rank} at step {int(step)}" for rank, step in zip(between.ranks, steps, strict=True))
-            raise RuntimeError(
-                f"workers met for a round at different optimizer steps: {at}. Every rank must take the same number of steps: "
-                "give all ranks equally many batches (even_batches=True)."
-            )
-        if (lrs != lrs[0]).any():
+        roll_call.enter(self.attempted_steps, self.purpose.words, _PATIENCE_SECONDS if world.backend == "gloo" else None)
+        mine = [self.purpose, self.attempted_steps, self.local_steps, bool(self.problem), self.stop, hash48(self.changed_buffers)]
+        rows = world.gather_header([*map(float, mine), *self.inner_lrs])
+        purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]
+        steps = [int(step) for step in rows[:, 1]]
+        if rows[:, 3].any():
+            self._tell_problems(world, steps)
+        rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
+        self._compare_places(world, purposes, steps)
+        changed = self.changed_buffers
+        if (rows[:, 5] != rows[0, 5]).any():
+            changed = sorted(set().union(*world.gather_objects(changed)))
+        return Agreement(
+            purpose=Purpose.ROUND if rounds else purposes[0],
+            steps=steps,
+            local_steps=[int(count) for count in rows[:, 2]],
+            inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
+            changed_buffers=changed,
+            ended=[rank for rank, purpose in enumerate(purposes) if purpose is Purpose.END],
+            stop=bool(rows[:, 4].any()),
+        )
+
+    def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
+        told = world.gather_objects((host_and_address()[0], self.problem))
+        raise ValueError(
+            "; ".join(f"rank {rank} on {host}, step {steps[rank]}: {problem}" for rank, (host, problem) in enumerate(told) if problem)
+        )
+
+    def _compare_places(self, world: Communicator, purposes: list[Purpose], steps: list[int]) -> None:
+        """All at one place and step; but a rank that has ended takes part in the others' rounds, and may end at a step of its own."""
+        going = {(purpose, step) for purpose, step in zip(purposes, steps, strict=True) if purpose is not Purpose.END}
+        if not going or (len(going) == 1 and (Purpose.END not in purposes or (Purpose.ROUND, max(steps)) in going)):
+            return
+        hosts = world.gather_objects(host_and_address()[0])
+        at = [
+            f"rank {rank} on {host} at step {step}, {purpose.words}"
+            for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))
+        ]
+        raise RuntimeError(
+            f"ranks met at different places: {'; '.join(at)}. Every rank must take the same number of steps and look at the same "
+            "ones: give all ranks equally many batches (even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
+        )
+
+    def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
+        if any(row != lrs[0] for row in lrs):
             logger.warning(
                 "step %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on one rank does this.",
                 self.attempted_steps,
-                lrs.tolist(),
+                lrs,
             )
-        changed = self.changed_buffers
-        if (buffers != buffers[0]).any():
-            changed = sorted(set().union(*between.gather_objects(changed)))
-        agreed: list[float] = lrs.amax(dim=0).tolist()
-        return agreed, changed
+        return [max(column) for column in zip(*lrs, strict=True)]

@@ -18,6 +18,7 @@ from .log import logger
 from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop
 from .round_report import RoundReport
+from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"
 _BESIDE = "beside"
@@ -66,6 +67,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         self.isolation: Isolation | None = None
         self.saved_beside = False
         self._before_training: Callable[[OuterLoop], None] | None = None
+        self._stop_signals: StopSignals | None = None
         super().__setstate__(state)
         self._stop_listening = _listen_for_the_first_forward(self)
 
@@ -236,6 +238,28 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         """Whether one was loaded that has not been taken up."""
         return self._before_training is not None
 
+    def listen_for_stop(self) -> None:
+        """From now on SIGTERM and SIGUSR1 are a wish to save and stop."""
+        if self._stop_signals is None:
+            if not self.config.has_rounds:
+                raise ValueError("base='all_reduce' without an outer update has no rounds at which ranks could agree to stop.")
+            self._stop_signals = StopSignals(self._on_signal)
+
+    def _on_signal(self, name: str) -> None:
+        logger.warning("%s: stop_requested is True on all ranks after this round", name)
+        if self.outer_loop is not None:
+            self.outer_loop.stop_asked = True
+
+    def end(self) -> None:
+        """Take part in the others' rounds until all have ended. Collective."""
+        if self.outer_loop is None:  # this worker had no data at all, but the others wait for it
+            wrappers = ddp_wrappers(p for group in self.param_groups for p in group["params"])
+            self._start([ddp.module for ddp in wrappers], wrappers)
+        assert self.outer_loop is not None
+        self._go_on(self.outer_loop)
+        self.outer_loop.end()
+        self.outer_loop.show_local()
+
     def _go_on(self, outer_loop: OuterLoop) -> None:
         act, self._before_training = self._before_training, None
         if act is not None:
@@ -375,6 +399,54 @@ def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         outer_loop.show_local()
+
+
+@contextmanager
+def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """
+    For uneven data: a worker that leaves the block takes part in the others' rounds until all have left it.
+
+        with slowmo_hf.join(optimizer):
+            for batch in loader:  # six batches here, four there
+                ...
+
+    In each round workers count by their local steps since the one before, so one that did none moves with the others and adds
+    nothing. Evaluate and save outside of the block: inside, one that has left takes part in rounds alone. Each worker's own weights are in
+    the model afterwards, and every worker has the furthest one's clock.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
+
+    Raises:
+        ValueError: `base` is not local_sgd: others exchange at every step, and cannot go on without a worker.
+    """
+    bare = unwrap(optimizer)
+    if bare.config.base != "local_sgd":
+        raise ValueError(
+            f"join needs base='local_sgd', got {bare.config.base!r}, whose workers exchange at every step: give all workers equally "
+            "many batches."
+        )
+    yield
+    bare.end()
+
+
+def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
+    """
+    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same round on. Call it after every step, from the first one on:
+
+        if slowmo_hf.stop_requested(optimizer):
+            accelerator.save_state(folder)
+            sys.exit(slowmo_hf.REQUEUE_EXIT_CODE)
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
+
+    Raises:
+        ValueError: Plain `base="all_reduce"` has no rounds.
+    """
+    bare = unwrap(optimizer)
+    bare.listen_for_stop()
+    return bare.outer_loop is not None and bare.outer_loop.stop_agreed
 
 
 def last_round(optimizer: torch.optim.Optimizer) -> RoundReport | None:

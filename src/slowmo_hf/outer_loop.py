@@ -27,7 +27,9 @@ Decisions taken once:
     rides in the last element of each bucket.
 (i) The exact average contains every exchange of its step, so a round with one sends no gossip: the exchange is left out, and the
     schedule of exchanges does not move.
-(j) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
+(j) Before a round, before a look that sends, and at the end all ranks meet: a small header finds what differs. A rank that ends first takes
+    part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their mass).
+(k) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
 """
 
@@ -43,9 +45,10 @@ from typing import Any
 import torch
 
 from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, views_like
+from .communicator import host_and_address
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
 from .gossip import GossipBase, make_topology
-from .header import Header
+from .header import Agreement, Header, Purpose
 from .inner_state import InnerState
 from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
@@ -74,6 +77,7 @@ class OuterLoop:
         self.tensors = ModelTensors(inner_optimizer, model)
         self.inner_state = InnerState(config, self.tensors)
         self.attempted_steps = 0
+        self.local_steps = 0  # since the last round
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self._stash: list[torch.Tensor] | None = None
@@ -81,6 +85,10 @@ class OuterLoop:
         self._random_state: RandomState | None = None
         self._clock_start = self._look_start = time.perf_counter()
         self._exchange_seconds = 0.0
+        self._lost_finiteness = ""
+        self.stop_asked = False  # this process was: it says so at the next meeting
+        self.stop_agreed = False  # all have heard
+        self.somebody_ended = False  # at the last round
 
     # ---- the start ----
 
@@ -163,10 +171,15 @@ class OuterLoop:
         """
         self.refuse_while_shown()
         self.attempted_steps += 1
+        self.local_steps += 1
+        self.workers.roll_call.at(self.attempted_steps, "training")
         round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
         if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
             self._exchange()
-        return self._round(inner_lrs) if round_is_due else None
+        if not round_is_due:
+            return None
+        start = time.perf_counter()
+        return self._round(self._meet(Purpose.ROUND, inner_lrs), start)
 
     def refuse_while_shown(self) -> None:
         """Raise if the average is in the parameters: a step taken there would be lost when the local weights return."""
@@ -183,6 +196,7 @@ class OuterLoop:
     def _exchange(self) -> None:
         """One gossip exchange. Its number counts those before it: with exact rounds, all steps but the rounds'."""
         start = time.perf_counter()
+        self.workers.roll_call.at(self.attempted_steps, "the exchange")
         rounds_before = self.attempted_steps // self.config.sync_every if self.config.exact_average else 0
         number = self.attempted_steps - 1 - rounds_before
         self.workers.inside.broadcast_outcome(lambda: self._mix(number))
@@ -196,38 +210,57 @@ class OuterLoop:
         except RuntimeError as error:
             raise RuntimeError(f"optimizer step {self.attempted_steps}: {error}") from error
 
+    # ---- meetings ----
+
+    def _meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
+        """Wait for all ranks, and compare. Collective over the job."""
+        count = len(self.tensors.groups)  # another number of groups is a problem, and must not change the message's length
+        lrs = ((inner_lrs or []) + [0.0] * count)[:count]
+        problem = self.tensors.problem() or self._lost_finiteness
+        header = Header(purpose, self.attempted_steps, self.local_steps, lrs, self.tensors.changed_buffers(), problem, self.stop_asked)
+        agreement = header.agree(self.workers.world, self.workers.roll_call)
+        self.stop_agreed = self.stop_agreed or agreement.stop
+        self.somebody_ended = bool(agreement.ended)
+        if self.config.base not in GOSSIP_BASES and self.workers.leads:
+            self.averager.weigh([agreement.local_steps[rank] for rank in self.workers.between.ranks])
+        return agreement
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """
+        End training together, with the average shown. Collective: a rank that ends first takes part in the others' rounds until all
+        have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step anyway.
+        """
+        if not self.config.has_rounds or self.config.base == "all_reduce":
+            self.show_average()
+            return
+        start = time.perf_counter()
+        while (agreement := self._meet(Purpose.END)).purpose is Purpose.ROUND:
+            self.show_local(give_back_random_state=False)
+            self.attempted_steps = agreement.attempted_steps
+            self._round(agreement, start)
+            start = time.perf_counter()
+        self.attempted_steps = agreement.attempted_steps
+        if not self.showing_average:
+            self._show([] if self._nothing_to_average else agreement.changed_buffers)
+
     # ---- the round ----
 
-    def _round(self, inner_lrs: list[float]) -> RoundReport:
-        start = time.perf_counter()
-        problem = self._problem_inside()
-        report, changed = self.workers.inside.broadcast_outcome(lambda: self._lead_round(inner_lrs, problem, start))
+    def _round(self, agreement: Agreement, start: float) -> RoundReport:
+        report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement, start))
         self.inner_state.reset()
-        self._share(changed)
-        self.rounds = report.round
-        self.last_round = report
+        self._share(agreement.changed_buffers)
+        self.rounds, self.last_round, self.local_steps = report.round, report, 0
         self._clock_start, self._exchange_seconds = time.perf_counter(), 0.0
         self._bytes_counted = self.workers.bytes_sent
         return report
 
-    def _problem_inside(self) -> str:
-        """What keeps this worker's processes from a round; empty where nothing does."""
-        everyone = self.workers.inside.gather_objects((self.attempted_steps, self.tensors.problem()))
-        problems = [problem for _, problem in everyone if problem]
-        if len({steps for steps, _ in everyone}) > 1:
-            at = ", ".join(f"rank {rank} at step {steps}" for rank, (steps, _) in zip(self.workers.inside.ranks, everyone, strict=True))
-            problems.append(f"its processes met for a round at different optimizer steps: {at}. Each must take the same number of steps.")
-        return "; ".join(problems)
-
-    def _lead_round(self, inner_lrs: list[float], problem: str, start: float) -> tuple[RoundReport, list[str]]:
-        count = len(self.tensors.groups)  # another number of groups is a problem, and must not change the message's length
-        inner_lrs = (inner_lrs + [0.0] * count)[:count]
-        header = Header(self.attempted_steps, inner_lrs, self.tensors.changed_buffers(), problem)
-        inner_lrs, changed = header.agree(self.workers.between)
-        norms = self._outer_step(inner_lrs)
+    def _lead_round(self, agreement: Agreement, start: float) -> RoundReport:
+        norms = self._outer_step(agreement.inner_lrs)
+        self._refuse_non_finite(norms.drift_square if self.config.exact_average else norms.pseudo_grad_square)
         if self.config.averages_at_rounds:
             self.base.end_average()
-            floating, integer = self.tensors.buffers_named(changed)
+            floating, integer = self.tensors.buffers_named(agreement.changed_buffers)
             if self.config.model_buffers == "average":
                 self.averager.mean_(floating)
             self.averager.max_(integer)
@@ -245,7 +278,23 @@ class OuterLoop:
         if report.round == 2 and self.workers.index == 0 and self.workers.count > 1:
             exchange_seconds = self._exchange_seconds if self.config.base in GOSSIP_BASES else None
             log_costs(report, self.config.sync_every, start - self._clock_start - self._exchange_seconds, exchange_seconds)
-        return report, changed
+        return report
+
+    def _refuse_non_finite(self, square: float) -> None:
+        """NaN and infinity of one worker are everybody's after an average; the square rode in its messages, so all know it together."""
+        if math.isfinite(square) or self.workers.between.world_size == 1:
+            return
+        words = (
+            "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and go on from "
+            "the last checkpoint."
+        )
+        if not self.config.exact_average:
+            self._lost_finiteness = words  # alone in knowing it: said at the next meeting
+            return
+        host = host_and_address()[0]
+        told = self.workers.between.gather_objects((self.workers.world.rank, host, self.averager.own_is_finite))
+        where = [f"rank {rank} on {host}, step {self.attempted_steps}: {words}" for rank, host, is_finite in told if not is_finite]
+        raise ValueError("; ".join(where) or f"step {self.attempted_steps}: the workers' average is not finite, though each one's part is.")
 
     def _share(self, changed_buffers: list[str]) -> None:
         """What the leader has got reaches the worker's other processes."""
@@ -273,12 +322,12 @@ class OuterLoop:
         return norms
 
     def _displacements(self) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
-        """Every bucket with the sum of anchor - x_i over `_summands` workers, all or this one alone, and the mean of its squared norm."""
+        """Every bucket with the sum of anchor - x_i of weight `_summands` in all, or this one's alone, and the mean of its squared norm."""
         return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(self._buckets, self.base)
 
     @property
-    def _summands(self) -> int:
-        return self.workers.between.world_size if self.config.exact_average else 1
+    def _summands(self) -> float:
+        return self.averager.total_weight if self.config.exact_average else 1.0
 
     def _outer_step_at_once(self) -> Norms:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
@@ -313,10 +362,16 @@ class OuterLoop:
         """Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway."""
         if self.showing_average or not self.config.has_rounds:
             return
+        self._show([] if self._nothing_to_average else self._meet(Purpose.LOOK).changed_buffers)
+
+    @property
+    def _nothing_to_average(self) -> bool:
+        return self.workers_agree and (self.config.model_buffers == "average" or self.attempted_steps == 0)
+
+    def _show(self, changed_buffers: list[str]) -> None:
         self._look_start = time.perf_counter()
         self._random_state = RandomState.take()
-        names = self._buffers_to_average()
-        floating, integer = self.tensors.buffers_named(names)
+        floating, integer = self.tensors.buffers_named(changed_buffers)
         params = [] if self.workers_agree else self.tensors.trainable
         device = torch.device("cpu") if self.config.stash_device == "cpu" else None
         self._shown = [*params, *floating, *integer]
@@ -329,17 +384,10 @@ class OuterLoop:
         before = self.workers.bytes_sent
         if params:
             self.base.settle()
-            self.averager.show_mean_(self._buckets, self.base)
+            self._refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
         self.averager.mean_(floating)
         self.averager.max_(integer)
         self._bytes_counted += self.workers.bytes_sent - before
-
-    def _buffers_to_average(self) -> list[str]:
-        """Names of the buffers that may differ between workers now."""
-        if self.workers_agree and (self.config.model_buffers == "average" or self.attempted_steps == 0):
-            return []
-        between = self.workers.between
-        return self.workers.inside.broadcast_outcome(lambda: sorted(set().union(*between.gather_objects(self.tensors.changed_buffers()))))
 
     @torch.no_grad()
     def show_local(self, *, give_back_random_state: bool = True) -> None:

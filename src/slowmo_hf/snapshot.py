@@ -88,7 +88,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
             own.tensors.update(slow.tensors)
             own.objects.update(slow.objects)
         own.objects.update({"inner_optimizer": outer_loop.inner_optimizer.state_dict(), **objects})
-        own.settings.update({key: clock[key] for key in ("run", "attempted_steps", "workers")})
+        own.settings.update({key: clock[key] for key in ("run", "attempted_steps", "workers")}, local_steps=outer_loop.local_steps)
         write_part(folder, f"worker_{workers.index}", own)
 
 
@@ -173,6 +173,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     if outer_loop.workers.leads:
         _put_slow_state(shared if outer_loop.config.exact_average else own, outer_loop)
     outer_loop.inner_optimizer.load_state_dict(own.objects.pop("inner_optimizer"))
+    outer_loop.local_steps = own.settings["local_steps"] if same_number else 0
     if same_number:
         _put_worker_state(own, outer_loop)
     elif isinstance(outer_loop.base, GossipBase):

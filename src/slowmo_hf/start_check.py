@@ -38,12 +38,12 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
         *tensors.fingerprint(),
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    everywhere = communicator.gather_objects((digest, refusal))
-    refusals = [f"rank {rank}: {refusal}" for rank, (_, refusal) in enumerate(everywhere) if refusal]
+    everywhere = communicator.gather_objects((digest, refusal, host_and_address()[0]))
+    refusals = [f"rank {rank} on {host}: {refusal}" for rank, (_, refusal, host) in enumerate(everywhere) if refusal]
     if refusals:
         raise ValueError("; ".join(refusals))
-    if any(other != digest for other, _ in everywhere) or len({d for d, _ in everywhere}) > 1:
-        raise ValueError(_difference(communicator.gather_objects(lines)))
+    if len({digest for digest, _, _ in everywhere}) > 1:
+        raise ValueError(_difference(communicator.gather_objects(lines), [host for _, _, host in everywhere]))
 
 
 def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -80,14 +80,15 @@ def _versions() -> list[str]:
     ]
 
 
-def _difference(everywhere: list[list[str]]) -> str:
+def _difference(everywhere: list[list[str]], hosts: list[str]) -> str:
     for rank, lines in enumerate(everywhere):
         only_there = [line for line in lines if line not in set(everywhere[0])]
         only_here = [line for line in everywhere[0] if line not in set(lines)]
         if only_there or only_here or lines != everywhere[0]:
             return (
-                f"ranks differ: rank 0 has {only_here[:3] or 'another order'}, rank {rank} has {only_there[:3] or 'another order'}. "
-                "All ranks must start with the same settings, model, learning rates and library versions."
+                f"ranks differ at the start: rank 0 on {hosts[0]} has {only_here[:3] or 'another order'}, rank {rank} on {hosts[rank]} has "
+                f"{only_there[:3] or 'another order'}. All ranks must start with the same settings, model, learning rates and library "
+                "versions."
             )
     raise AssertionError("no difference found")
 

@@ -6,6 +6,7 @@ import torch
 
 from .communicator import Communicator, machines_in_job, processes_in_job, processes_on_machine
 from .config import GOSSIP_BASES, SlowMoConfig
+from .roll_call import RollCall
 
 
 def worker_size(config: SlowMoConfig) -> int:
@@ -35,7 +36,9 @@ class Workers:
 
     def __init__(self, config: SlowMoConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.world = Communicator(config.timeout_seconds, device)
+        self.roll_call = RollCall(config.timeout_seconds)
+        self.roll_call.enter(0, "the start")
+        self.world = Communicator(config.timeout_seconds, device, witness=self.roll_call)
         self.size = worker_size(config)
         self.count = max(1, self.world.world_size // self.size)
         self.index = self.world.rank // self.size
@@ -54,17 +57,18 @@ class Workers:
         timeout, world = self.config.timeout_seconds, range(self.world.world_size)
         cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
         # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
-        inside = [Communicator(2 * timeout + 10, self.device, ranks, purpose="inside") for ranks in cut]
+        witness = self.roll_call
+        inside = [Communicator(2 * timeout + 10, self.device, ranks, purpose="inside", witness=witness) for ranks in cut]
         self.inside = next(communicator for communicator in inside if communicator.member)
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
-        self.between = Communicator(timeout, self.device, leaders)
+        self.between = Communicator(timeout, self.device, leaders, witness=witness)
         if self.config.base in GOSSIP_BASES:
-            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip")
+            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
             if self.gossip.member:
                 self.gossip.gather_header([0.0])  # NCCL wants every rank in a group's first call; in an exchange some may idle
 
     @property
     def bytes_sent(self) -> int:
-        """Payload that this worker has sent to others, since the groups were made."""
-        return self.between.bytes_sent + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)
+        """Payload that this worker has sent to others, since the groups were made; headers of meetings included."""
+        return self.world.bytes_sent + self.between.bytes_sent + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)

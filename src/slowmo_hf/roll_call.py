@@ -1,0 +1,201 @@
+"""Who is where: before ranks meet, each leaves its step in the job's key-value store; who goes leaves a word, and the others say it."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+from .communicator import first_line, host_and_address, job_store, leave_job, processes_in_job, rank_in_job
+
+_ANY = "any"
+_SLICE_SECONDS = 0.5  # between looks for a last word while a rank is missed
+_ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live
+_runs = itertools.count()  # runs of this process; every rank of a job starts as many
+_going: set[RollCall] = set()  # held until a last word is left: at a process's end its objects may be gone already
+
+
+class RollCall:
+    """
+    The ranks of one training run, on gloo and NCCL alike: in a world of one it does nothing.
+
+    A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host, step and place; two
+    meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and has seen a failure.
+
+    Args:
+        timeout_seconds (`float`): A rank that comes later than this is missed.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.rank = rank_in_job()
+        self.world_size = processes_in_job()
+        self.store: Any = job_store() if self.world_size > 1 else None
+        self.step = 0
+        self.place = "the start"
+        self._run = f"slowmo/{next(_runs)}"
+        self._meeting = 0
+        self._host = host_and_address()[0]
+        if self.store is not None:
+            _listen()
+            _going.add(self)
+
+    def enter(self, step: int, place: str, patience_seconds: float | None = None) -> None:
+        """
+        Wait until every rank has come to this meeting.
+
+        Args:
+            step (`int`): This rank's optimizer step.
+            place (`str`): What it comes for, such as "the round".
+            patience_seconds (`float`, *optional*): Return after this long even so; `timeout_seconds` and an error where it is None.
+
+        Raises:
+            RuntimeError: A rank has left, has failed, or does not come in time; its first line names rank, host, step and cause.
+        """
+        self.step, self.place = step, place
+        if self.store is None:
+            return
+        self._meeting += 1
+        keys = [self._key(self._meeting, rank) for rank in range(self.world_size)]
+        start = time.monotonic()
+        limit = self.timeout_seconds if patience_seconds is None else min(patience_seconds, self.timeout_seconds)
+        try:
+            self._say(keys[self.rank])
+            if self._meeting > 2:
+                self.store.delete_key(self._key(self._meeting - 2, self.rank))  # all have passed the meeting after it
+            while not self._came(keys, max(0.01, min(_SLICE_SECONDS, start + limit - time.monotonic()))):
+                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                if any(self.store.check([self._key("left", rank)]) for rank in missing):
+                    break
+                if time.monotonic() - start >= limit:
+                    if patience_seconds is not None and patience_seconds < self.timeout_seconds:
+                        return
+                    break
+            else:
+                if not self.somebody_failed():
+                    return
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        raise self.explain(None, range(self.world_size))
+
+    def at(self, step: int, place: str) -> None:
+        """Note where this rank is, for its last word and for what it says of others; nothing is sent."""
+        self.step, self.place = step, place
+
+    def _came(self, keys: list[str], seconds: float) -> bool:
+        try:
+            self.store.wait(keys, timedelta(seconds=seconds))
+        except RuntimeError:  # DistStoreError of a TCPStore, RuntimeError of a FileStore
+            return bool(self.store.check(keys))
+        return True
+
+    def leave(self, cause: str) -> None:
+        """Leave a last word for ranks that will miss this one; never raises."""
+        if self in _going:
+            _going.remove(self)
+            self._try_to_say(self._key("left", self.rank), cause)
+
+    def explain(self, error: Exception | None, ranks: Iterable[int]) -> RuntimeError:
+        """
+        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` at most: the others' words may be on their way.
+
+        Args:
+            error (`Exception`, *optional*): What a collective raised here; None where somebody was missed.
+            ranks (`Iterable[int]`): Who took part.
+        """
+        if self.store is None:
+            return RuntimeError(str(error))
+        others = [rank for rank in ranks if rank != self.rank]
+        too_late = error is None or "timed out" in str(error).lower()
+        for whose in (self.rank, _ANY):
+            self._try_to_say(self._key("failed", whose))
+        until = time.monotonic() + _ROLL_SECONDS
+        while time.monotonic() < until and not all(self._has("failed", rank) or self._has("left", rank) for rank in others):
+            time.sleep(0.05)
+        causes = [self._words(rank, too_late) for rank in others if not self._has("failed", rank)]
+        here = f"It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}"
+        if not causes:
+            told = [(rank, said) for rank in others if (said := self._get("failed", rank))]
+            causes = [f"rank {rank} on {said['host']} gave up at step {said['step']}, {said['place']}" for rank, said in told]
+            here = f"So did rank {self.rank} on {self._host} at step {self.step}, {self.place}"
+        detail = f" ({first_line(error)})" if error is not None else ""
+        return RuntimeError(f"{'; '.join(causes)}. {here}{detail}. Look at that rank's own log; the last whole checkpoint is untouched.")
+
+    def _words(self, rank: int, too_late: bool) -> str:
+        """What is known of a rank that is not here."""
+        left = self._get("left", rank)
+        if left:
+            return f"rank {rank} on {left['host']} left at step {left['step']}: {left['cause']}"
+        seen = next((said for n in (1, 0, -1) if (said := self._get(self._meeting + n, rank))), None)
+        if seen is None:
+            return f"rank {rank} (its host is unknown) has not come to {self.place} within timeout_seconds={self.timeout_seconds:g}"
+        last = f"last seen at step {seen['step']}, {seen['place']}"
+        if too_late:
+            return (
+                f"rank {rank} on {seen['host']} did not come to step {self.step}, {self.place}, within timeout_seconds="
+                f"{self.timeout_seconds:g}: it is slower than that, or left without a word; {last}"
+            )
+        return f"rank {rank} on {seen['host']} left without a word after step {seen['step']}; {last}"
+
+    def somebody_failed(self) -> bool:
+        """Whether a rank has given up."""
+        return self.store is not None and self._has("failed", _ANY)
+
+    # ---- the store ----
+
+    def _key(self, what: str | int, rank: int | str) -> str:
+        return f"{self._run}/{what}/{rank}"
+
+    def _say(self, key: str, cause: str = "") -> None:
+        self.store.set(key, json.dumps({"host": self._host, "step": self.step, "place": self.place, "cause": cause}))
+
+    def _try_to_say(self, key: str, cause: str = "") -> None:
+        with suppress(RuntimeError, OSError):  # the store may have gone with its rank
+            self._say(key, cause)
+
+    def _has(self, what: str, rank: int | str) -> bool:
+        try:
+            return bool(self.store.check([self._key(what, rank)]))
+        except (RuntimeError, OSError):
+            return False
+
+    def _get(self, what: str | int, rank: int) -> dict[str, Any] | None:
+        try:
+            key = self._key(what, rank)
+            return json.loads(self.store.get(key)) if self.store.check([key]) else None
+        except (RuntimeError, OSError):
+            return None
+
+    def _lost(self, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"rank 0, or the launcher that keeps the job's key-value store, left without a word: the store does not answer "
+            f"({first_line(error)}). It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}."
+        )
+
+
+@lru_cache
+def _listen() -> None:
+    """Once per process: an exception that nobody catches, and the process's end, are told to the others."""
+    earlier = sys.excepthook
+
+    def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        for roll_call in list(_going):
+            roll_call.leave(f"{kind.__name__}: {first_line(error)}")
+        earlier(kind, error, trace)
+
+    sys.excepthook = on_uncaught
+    atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    for roll_call in list(_going):
+        roll_call.leave("its process ended")
+    leave_job()

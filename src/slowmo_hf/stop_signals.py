@@ -1,0 +1,47 @@
+"""SIGTERM and SIGUSR1, by which clusters announce that a job will be ended, as a wish to save and stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from .log import logger
+
+REQUEUE_EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "try again later"
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_REPLACED = ("transformers.trainer_jit_checkpoint",)  # would save at a step of one rank's own
+
+
+class StopSignals:
+    """
+    Listens until `release`. A second signal does what it did before; a handler of the user's own is left in place.
+
+    Args:
+        on_signal (`Callable`): Called once, with the signal's name, in the main thread.
+    """
+
+    def __init__(self, on_signal: Callable[[str], None]) -> None:
+        self._on_signal = on_signal
+        self._earlier: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            logger.info("training runs outside the main thread: SIGTERM and SIGUSR1 are left alone")
+            return
+        for number in _SIGNALS:
+            earlier = signal.getsignal(number)
+            if earlier in (signal.SIG_DFL, signal.SIG_IGN) or getattr(earlier, "__module__", None) in _REPLACED:
+                self._earlier[number] = signal.signal(number, self._handle)
+            else:
+                logger.info("%s has a handler already, which stays", signal.Signals(number).name)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.release()
+        self._on_signal(signal.Signals(number).name)
+
+    def release(self) -> None:
+        """Give the signals back."""
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+        self._earlier = {}

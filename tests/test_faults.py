@@ -1,0 +1,386 @@
+"""
+Ranks that differ, stop, fall behind or die: the right result, or an error on every surviving rank within the time-out + 10 s whose first
+line names rank, host, step and cause. No launcher here that would end the survivors first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import fork_server, launcher_store, run_workers, warnings_are_errors
+from tiny import Heard, Regression, Rows, arguments, values
+from transformers import Trainer, TrainerCallback
+
+import slowmo_hf
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
+from slowmo_hf.communicator import Communicator
+
+TIMEOUT_SECONDS = 5
+HOST = socket.gethostname()
+
+
+# ---- faults, by the rank they happen on ----
+
+
+def raises(step):
+    if step == 6:
+        raise ValueError("bad batch\nwith a second line")
+
+
+def exits(step):
+    if step == 6:
+        sys.exit(0)
+
+
+def is_killed(step):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_slow(step):
+    if step == 6:
+        time.sleep(TIMEOUT_SECONDS + 30)
+
+
+def stops_early(step):
+    if step == 6:
+        raise StopIteration
+
+
+def is_killed_in_the_round(step):
+    if step == 8:
+        start_sum = Communicator.start_sum_
+
+        def die(self, flat):
+            start_sum(self, flat)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Communicator.start_sum_ = die
+
+
+def never_starts(step):
+    time.sleep(TIMEOUT_SECONDS + 30)
+
+
+WHERE = f"on {re.escape(HOST)}"
+LAST_SEEN = "last seen at step 4, the round"
+TABLE = {
+    "raises": (
+        raises,
+        "local_sgd",
+        rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 8, the round, by rank 0 {WHERE}",
+    ),
+    "exits": (exits, "local_sgd", rf"rank 1 {WHERE} left at step 5: its process ended\. It was missed at step 8"),
+    "is killed": (is_killed, "local_sgd", rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step 8"),
+    "is slow": (is_slow, "local_sgd", rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}"),
+    "stops early": (
+        stops_early,
+        "local_sgd",
+        rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}",
+    ),
+    "is killed in the round": (
+        is_killed_in_the_round,
+        "local_sgd",
+        rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
+    ),
+    "raises, sgp": (raises, "sgp", rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 6, the exchange"),
+    "is killed, sgp": (
+        is_killed,
+        "sgp",
+        rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step 6, the exchange",
+    ),
+    "is killed, osgp": (
+        is_killed,
+        "osgp",
+        rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step 7, the exchange",
+    ),
+    "never starts": (never_starts, "local_sgd", r"rank 1 \(its host is unknown\) has not come to the start within timeout_seconds=5"),
+}
+
+
+def _train(rank, fault, base):
+    """A custom loop of 12 steps, rounds every 4; the fault meets rank 1 before its inner step."""
+    model = Regression(torch.float32)
+    config = SlowMoConfig(base=base, sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    rows = Rows(4, torch.float32)
+    if fault is never_starts and rank == 1:
+        fault(0)
+    for step in range(1, 13):
+        loss = model(rows.x, rows.y)["loss"]
+        loss.backward()
+        if rank == 1:
+            fault(step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _live(rank, world_size, port, folder, check, args):
+    """As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a file."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        ACCELERATE_USE_CPU="true", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    warnings_are_errors()
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        check(rank, *args)
+    except StopIteration:
+        time.sleep(TIMEOUT_SECONDS + 30)  # its training is over, and its process goes on to something else
+    except SystemExit:
+        pass
+    except BaseException as error:
+        Path(folder, f"{rank}.told").write_text(f"{type(error).__name__}: {error}")
+        sys.excepthook(*sys.exc_info())
+    from slowmo_hf.roll_call import _at_exit  # multiprocessing's children skip atexit
+
+    _at_exit()
+    os._exit(0)
+
+
+def _run_apart(check, *args, world_size=2, survivors=(0,)):
+    """What every survivor said, and the seconds until the last of them had ended."""
+    store = launcher_store(world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            fork_server().Process(target=_live, args=(rank, world_size, store.port, folder, check, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        start = time.monotonic()
+        for rank in survivors:
+            processes[rank].join(timeout=60)
+        seconds = time.monotonic() - start
+        alive = [rank for rank in survivors if processes[rank].is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        assert not alive, f"ranks {alive} hang"
+        told = [Path(folder, f"{rank}.told") for rank in survivors]
+        return [path.read_text() if path.exists() else "" for path in told], seconds
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_a_fault_on_one_rank_is_an_error_on_the_other(case):
+    fault, base, words = TABLE[case]
+    (told,), seconds = _run_apart(_train, fault, base)
+    assert re.match(f"RuntimeError: (optimizer step \\d+: )?{words}", told), told
+    assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"  # 3: processes start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["local_sgd", "sgp"])
+def test_every_survivor_of_four_names_the_dead_rank(base):
+    told, seconds = _run_apart(_train, is_killed, base, world_size=4, survivors=(0, 2, 3))
+    for words in told:
+        assert f"rank 1 on {HOST} left without a word after step 4" in words.splitlines()[0] or "gave up" in words.splitlines()[0], words
+    assert sum("rank 1 on" in words.splitlines()[0] for words in told) >= 1
+    assert seconds < TIMEOUT_SECONDS + 10 + 3
+
+
+# ---- values ----
+
+
+def _not_a_number(rank):
+    """NaN in one worker's parameters is an error on both before anything is saved from them."""
+    model = Regression(torch.float32)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS))
+    rows = Rows(4, torch.float32)
+    for step in range(1, 9):
+        model(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 1 and step == 6:
+            model.head.weight.data[0, 0] = float("nan")
+
+
+def test_not_a_number_on_one_rank_is_the_same_error_on_both():
+    (first, second), _ = _run_apart(_not_a_number, survivors=(0, 1))
+    assert first == second
+    assert first.startswith(f"ValueError: rank 1 on {HOST}, step 8: its parameters are not finite"), first
+
+
+def _slow_but_in_time(base):
+    rank = dist.get_rank()
+    _train_slowly = time.sleep if rank == 1 else (lambda seconds: None)
+    model = Regression(torch.float32)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base=base, sync_every=2, timeout_seconds=8))
+    rows = Rows(4, torch.float32)
+    for _step in range(2):
+        model(rows.x, rows.y)["loss"].backward()
+        _train_slowly(2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(model)
+
+
+def test_a_rank_that_is_slow_but_in_time_changes_nothing():
+    first, second = run_workers(_slow_but_in_time, 2, "local_sgd")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- uneven data ----
+
+
+class Uneven(TrainerCallback):
+    """Stops one rank's training at a step: its data have run out, or somebody asked for it."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step = rank, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if dist.get_rank() == self.rank and state.global_step == self.step:
+            control.should_training_stop = True
+
+
+def _stop_one_rank(folder, step, base):
+    config = SlowMoConfig(base=base, sync_every=4, timeout_seconds=20, outer_momentum=0.5)
+    args = arguments(
+        folder, max_steps=20, learning_rate=0.05, logging_strategy="steps", logging_steps=4, save_strategy="steps", save_steps=8
+    )
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=args,
+        train_dataset=Rows(400, torch.float32),
+        callbacks=[Uneven(1, step), SlowMoCallback(config)],
+    )
+    with Heard() as heard:
+        trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return values(model), trainer.state.global_step, heard.about("all stop with it at the round of step")
+
+
+@pytest.mark.parametrize(("step", "end", "base"), [(5, 8, "local_sgd"), (8, 12, "local_sgd"), (7, 8, "sgp")])
+def test_under_trainer_all_ranks_stop_together_at_the_round(tmp_path, step, end, base):
+    (first, first_step, heard), (second, second_step, _) = run_workers(_stop_one_rank, 2, tmp_path, step, base)
+    assert first_step == second_step == end
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(heard) == 1
+    assert f"step {end}" in heard[0]
+    assert (tmp_path / "checkpoint-8").exists() == (end > 8)  # what was saved before is whole
+    if end > 8:
+        slowmo_hf.verify_checkpoint(tmp_path / "checkpoint-8")
+
+
+BATCHES = {0: 6, 1: 4}  # 6 batches here, 4 there
+LR = 0.1
+
+
+def _joined(config, momentum):
+    """Quadratic per worker; the model is one number, so the round is done by hand below."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 8.0)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=LR), config)
+    seen = []
+    with slowmo_hf.join(optimizer):
+        for _batch in range(BATCHES[rank]):
+            ((model(torch.ones(1, 1).double()) - rank) ** 2 / 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(model.weight.item())
+    local = model.weight.item()
+    with slowmo_hf.consensus(optimizer):
+        shown = model.weight.item()
+    return seen, local, shown, optimizer.outer_loop.attempted_steps
+
+
+def _by_hand(sync_every, beta):
+    """All workers in one process: rounds at multiples of sync_every, weighted by local steps; the end is the weighted average."""
+    x, anchor, velocity, counts = {0: 8.0, 1: 8.0}, 8.0, 0.0, {0: 0, 1: 0}
+    for step in range(1, 7):
+        for rank in (0, 1):
+            if step <= BATCHES[rank]:
+                x[rank] -= LR * (x[rank] - rank)
+                counts[rank] += 1
+        if step % sync_every == 0:
+            total = sum(counts.values())
+            velocity = beta * velocity + sum(counts[rank] * (anchor - x[rank]) for rank in x) / total
+            anchor -= velocity
+            x, counts = {0: anchor, 1: anchor}, {0: 0, 1: 0}
+    total = sum(counts.values())
+    average = sum(counts[rank] * x[rank] for rank in x) / total if total else anchor
+    return x, average
+
+
+@pytest.mark.parametrize("sync_every", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_join_weighs_workers_by_their_local_steps(sync_every, beta):
+    config = SlowMoConfig(sync_every=sync_every, outer_momentum=beta, timeout_seconds=20)
+    results = run_workers(_joined, 2, config, 0.0)
+    x, average = _by_hand(sync_every, beta)
+    for rank, (seen, local, shown, clock) in enumerate(results):
+        assert len(seen) == BATCHES[rank]
+        assert clock == 6
+        assert local == pytest.approx(x[rank], abs=1e-12)
+        assert shown == pytest.approx(average, abs=1e-12)
+
+
+def _no_data_at_all(config):
+    rank = dist.get_rank()
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = Regression(torch.float32)
+    model, optimizer = accelerator.prepare(model, SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config))
+    rows = Rows(4, torch.float32)
+    with slowmo_hf.join(optimizer):
+        for _ in range(4 if rank == 0 else 0):
+            accelerator.backward(model(rows.x, rows.y)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+    return values(accelerator.unwrap_model(model))
+
+
+def test_join_with_a_worker_that_has_no_data():
+    first, second = run_workers(_no_data_at_all, 2, SlowMoConfig.local_sgd(2, timeout_seconds=20))
+    alone = Regression(torch.float32)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    rows = Rows(4, torch.float32)
+    for _ in range(4):
+        alone(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in values(alone).items():
+        torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-7)
+        assert torch.equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("base", ["sgp", "osgp", "dpsgd", "all_reduce"])
+def test_join_refuses_bases_that_exchange_at_every_step(base):
+    optimizer = SlowMoOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), SlowMoConfig(base=base))
+    with pytest.raises(ValueError, match=f"join needs base='local_sgd', got '{base}'"), slowmo_hf.join(optimizer):
+        pass
+
+
+def _different_looks(rank):
+    model = Regression(torch.float32)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS))
+    rows = Rows(4, torch.float32)
+    for step in range(1, 9):
+        model(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 1 and step == 6:
+            with slowmo_hf.consensus(optimizer):
+                pass
+
+
+def test_a_look_on_one_rank_alone_is_told_on_both():
+    (first, second), seconds = _run_apart(_different_looks, survivors=(0, 1))
+    places = f"rank 0 on {HOST} at step 8, the round; rank 1 on {HOST} at step 6, a look at the average"
+    assert first == second
+    assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
+    assert seconds < TIMEOUT_SECONDS
