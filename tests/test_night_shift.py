@@ -1,0 +1,113 @@
+"""A signal makes all ranks save at the next round and leave with the code that asks for a requeue; the run then goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_workers
+from tiny import Heard, Regression, Rows, arguments, values
+from transformers import Trainer, TrainerCallback
+
+import slowmo_hf
+from slowmo_hf import REQUEUE_EXIT_CODE, SlowMoCallback, SlowMoConfig, SlowMoOptimizer
+
+STEPS = 14
+
+
+class SignalAt(TrainerCallback):
+    """Sends a signal to one rank's own process at one step."""
+
+    def __init__(self, rank, step, number):
+        self.rank, self.step, self.number = rank, step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if dist.get_rank() == self.rank and state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def _train(folder, base, callbacks, resume=None):
+    args = arguments(folder, max_steps=STEPS, learning_rate=0.05, save_strategy="steps", save_steps=100, seed=3)
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=args,
+        train_dataset=Rows(60, torch.float32),
+        callbacks=[*callbacks, SlowMoCallback(SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=20))],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step
+
+
+def _signalled(folder, base, number):
+    """(exit code, the checkpoint's step, the end after a resume, the end without a signal) on this rank."""
+    whole, _ = _train(folder / "whole", base, [])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped, Heard() as heard:
+        _train(folder / "cut", base, [SignalAt(1, 5, number)])
+    assert signal.getsignal(number) is before
+    assert len(heard.about(signal.Signals(number).name)) == (dist.get_rank() == 1)
+    assert len(heard.about("asks for a requeue")) == 1
+    assert sorted(path.name for path in (folder / "cut").iterdir()) == ["checkpoint-8"]
+    slowmo_hf.verify_checkpoint(folder / "cut" / "checkpoint-8")
+    resumed, steps = _train(folder / "cut", base, [], resume=True)
+    assert steps == STEPS
+    return stopped.value.code, [torch.equal(whole[name], resumed[name]) for name in whole]
+
+
+@pytest.mark.parametrize(("base", "number"), [("local_sgd", signal.SIGTERM), ("osgp", signal.SIGUSR1), ("all_reduce", signal.SIGTERM)])
+def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number):
+    for code, same in run_workers(_signalled, 2, tmp_path, base, number):
+        assert code == REQUEUE_EXIT_CODE == 75
+        assert all(same)
+
+
+def _custom_loop(number):
+    """The step at which each rank saw the wish; the loop goes on to a round's end after the signal, and no further."""
+    model, rows = Regression(torch.float32), Rows(4, torch.float32)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20))
+    for step in range(1, STEPS + 1):
+        model(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if slowmo_hf.stop_requested(optimizer):
+            return step
+        if dist.get_rank() == 0 and step == 6:
+            os.kill(os.getpid(), number)
+    return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_custom_loop_hears_it_at_the_same_step_on_all_ranks(number):
+    assert run_workers(_custom_loop, 2, number) == [8, 8]
+
+
+def _handlers():
+    """A handler of the user's own stays; training in a thread leaves signals alone; a second signal does what it did before."""
+    heard = []
+    own = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    signals = slowmo_hf.stop_signals.StopSignals(heard.append)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGUSR1, "SIGTERM"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the second one ends the process"
+    signals.release()
+    signal.signal(signal.SIGUSR1, own)
+    thread = threading.Thread(target=lambda: slowmo_hf.stop_signals.StopSignals(heard.append))
+    thread.start()
+    thread.join()
+    return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_whose_handlers_are_replaced():
+    assert run_workers(_handlers, 1) == [True]
+
+
+def test_plain_all_reduce_cannot_agree_to_stop():
+    config = SlowMoConfig(base="all_reduce", outer_momentum=0)
+    optimizer = SlowMoOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), config)
+    with pytest.raises(ValueError, match="has no rounds at which ranks could agree to stop"):
+        slowmo_hf.stop_requested(optimizer)
