@@ -403,7 +403,7 @@ def test_lora_sends_adapters_only(tmp_path):
     assert follow_float32(runs) == STEPS // TAU
     for recording, sent, everything, adapters, groups in ranks:
         assert adapters < everything / 10
-        assert sent == [4 * (adapters + 1) + 8 * (3 + groups)] * (STEPS // TAU)  # a ring of two sends each message once
+        assert sent == [4 * (adapters + 1) + 8 * (6 + groups)] * (STEPS // TAU)  # a ring of two sends each message once
         frozen = [name for name in recording["start"] if name not in recording["trained"]]
         assert frozen
         for name in frozen:

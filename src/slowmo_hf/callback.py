@@ -244,7 +244,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             if self.config.has_rounds:
                 state.global_step = self.outer_loop.attempted_steps
                 # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would abort in gloo.
-                trainer = self._find_trainer()
+                trainer: Any = self._find_trainer()
                 trainer.current_flos = float(trainer.current_flos)
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:

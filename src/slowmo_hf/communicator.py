@@ -268,7 +268,7 @@ def _backends() -> dict[str, str]:
 
 def job_store() -> Any:
     """The job's key-value store (`set`, `get`, `wait`, `check`, `delete_key`); it lives in the launcher, or with rank 0."""
-    return dist.distributed_c10d._get_default_store()  # private; tests/test_roll_call.py holds it
+    return dist.distributed_c10d._get_default_store()  # private; tests/test_faults.py holds it
 
 
 def leave_job() -> None:

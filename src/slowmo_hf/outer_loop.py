@@ -218,7 +218,10 @@ class OuterLoop:
         lrs = ((inner_lrs or []) + [0.0] * count)[:count]
         problem = self.tensors.problem() or self._lost_finiteness
         header = Header(purpose, self.attempted_steps, self.local_steps, lrs, self.tensors.changed_buffers(), problem, self.stop_asked)
+        before = self.workers.bytes_sent
         agreement = header.agree(self.workers.world, self.workers.roll_call)
+        if purpose is not Purpose.ROUND:  # a look, which no report counts
+            self._bytes_counted += self.workers.bytes_sent - before
         self.stop_agreed = self.stop_agreed or agreement.stop
         self.somebody_ended = bool(agreement.ended)
         if self.config.base not in GOSSIP_BASES and self.workers.leads:
@@ -234,7 +237,7 @@ class OuterLoop:
         if not self.config.has_rounds or self.config.base == "all_reduce":
             self.show_average()
             return
-        start = time.perf_counter()
+        start = self._look_start = time.perf_counter()
         while (agreement := self._meet(Purpose.END)).purpose is Purpose.ROUND:
             self.show_local(give_back_random_state=False)
             self.attempted_steps = agreement.attempted_steps
@@ -362,6 +365,7 @@ class OuterLoop:
         """Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway."""
         if self.showing_average or not self.config.has_rounds:
             return
+        self._look_start = time.perf_counter()
         self._show([] if self._nothing_to_average else self._meet(Purpose.LOOK).changed_buffers)
 
     @property
@@ -369,7 +373,6 @@ class OuterLoop:
         return self.workers_agree and (self.config.model_buffers == "average" or self.attempted_steps == 0)
 
     def _show(self, changed_buffers: list[str]) -> None:
-        self._look_start = time.perf_counter()
         self._random_state = RandomState.take()
         floating, integer = self.tensors.buffers_named(changed_buffers)
         params = [] if self.workers_agree else self.tensors.trainable

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -11,13 +13,15 @@ from typing import Any
 from .log import logger
 
 REQUEUE_EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "try again later"
+PASSED_ON_SECONDS = 10.0
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _REPLACED = ("transformers.trainer_jit_checkpoint",)  # would save at a step of one rank's own
 
 
 class StopSignals:
     """
-    Listens until `release`. A second signal does what it did before; a handler of the user's own is left in place.
+    Listens until `release`. A handler of the user's own is left in place. A signal repeated after `PASSED_ON_SECONDS` does what it did
+    before; sooner, it is the same one: schedulers signal every process of a job, and launchers pass on what they get.
 
     Args:
         on_signal (`Callable`): Called once, with the signal's name, in the main thread.
@@ -26,6 +30,7 @@ class StopSignals:
     def __init__(self, on_signal: Callable[[str], None]) -> None:
         self._on_signal = on_signal
         self._earlier: dict[int, Any] = {}
+        self._heard_at: float | None = None
         if threading.current_thread() is not threading.main_thread():
             logger.info("training runs outside the main thread: SIGTERM and SIGUSR1 are left alone")
             return
@@ -37,8 +42,12 @@ class StopSignals:
                 logger.info("%s has a handler already, which stays", signal.Signals(number).name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.release()
-        self._on_signal(signal.Signals(number).name)
+        if self._heard_at is None:
+            self._heard_at = time.monotonic()
+            self._on_signal(signal.Signals(number).name)
+        elif time.monotonic() - self._heard_at > PASSED_ON_SECONDS:
+            self.release()
+            os.kill(os.getpid(), number)
 
     def release(self) -> None:
         """Give the signals back."""
