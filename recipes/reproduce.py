@@ -1,0 +1,244 @@
+"""
+The paper's tables: runs a study of settings x seeds, one record per run, and prints and plots the table of what there is.
+
+    python recipes/reproduce.py --study table1 --dataset_name FOLDER_OF_FASHION_MNIST
+
+An interrupted study goes on where it stopped: a run whose record is there is not run again. `--scale paper` runs nothing: it prints the
+cluster command of every row at the paper's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import small_images
+import torch
+from records import environment, write_record
+from studies import Run, sweeps, table1, tuning
+from transformers import HfArgumentParser
+
+RECORDS = Path(__file__).parent / "records"
+# Two-sided 95 % points of Student's t by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
+PAPER_ROWS = {
+    "image_classification": ("cifar10", "imagenet"),
+    "translation": ("wmt16",),
+}
+
+
+@dataclass
+class Arguments:
+    """What to run, and where its records are."""
+
+    study: str = field(default="table1", metadata={"help": "What to run.", "choices": ["tuning", "table1", "sweep"]})
+    task: str = field(default="image_classification", metadata={"help": "On what.", "choices": ["image_classification", "translation"]})
+    scale: str = field(default="small", metadata={"help": "small runs here; paper prints cluster commands.", "choices": ["small", "paper"]})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": f"{small_images.HUB_NAME} by default; or a folder with train.parquet and test.parquet of it."}
+    )
+    seeds: int = field(default=5, metadata={"help": "Seeds per row of table1; the Local SGD pair has 8 at least."})
+    bases: list[str] | None = field(default=None, metadata={"help": "Only these."})
+    epochs: int | None = field(default=None, metadata={"help": "Instead of the study's, for a dry run."})
+    jobs: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs at a time, each on one core."})
+    max_runs: int | None = field(default=None, metadata={"help": "Stop after so many; the next call goes on."})
+    records: str = field(default=str(RECORDS), metadata={"help": "Folder of the records."})
+    plot: bool = field(default=False, metadata={"help": "Write a PNG beside the records."})
+
+
+def main() -> None:
+    """Run what is missing, then show what is there."""
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    runs = [run for run in study_runs(arguments) if arguments.bases is None or run.base in arguments.bases]
+    if arguments.scale == "paper":
+        print("\n".join(paper_commands(arguments.task)))
+        return
+    folder = Path(arguments.records)
+    missing = [run for run in runs if not find_record(run, folder)][: arguments.max_runs]
+    print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
+    run_all(missing, arguments, folder)
+    records = [record for run in runs if (record := find_record(run, folder))]
+    print(table(records))
+    if arguments.plot and records:
+        plot(records, folder / f"{arguments.study}_{arguments.task}.png")
+
+
+def study_runs(arguments: Arguments) -> list[Run]:
+    """The runs of a study, in the order in which they are done."""
+    if arguments.study == "table1":
+        runs = table1(arguments.task, arguments.seeds)
+    else:
+        runs = {"tuning": tuning, "sweep": sweeps}[arguments.study](arguments.task)
+    return [Run(**{**asdict(run), "epochs": arguments.epochs}) for run in runs] if arguments.epochs else runs
+
+
+# ---- running ----
+
+
+def run_all(runs: list[Run], arguments: Arguments, folder: Path) -> None:
+    """Several at a time, each in a process of its own with one thread; each writes its record when it is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_one_thread) as pool:
+        under_way = [pool.submit(run_one, run, arguments.dataset_name, str(folder)) for run in runs]
+        for number, done in enumerate(as_completed(under_way), start=1):
+            record = done.result()
+            metrics = {name: round(value, 4) for name, value in record["metrics"].items()}
+            print(f"{number}/{len(runs)} {record['name']}: {metrics}, {record['seconds']:.0f} s", flush=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
+    """One run and its record."""
+    told = small_images.train(run, _load(dataset_name))
+    config = run.config
+    record = {
+        "name": run.name,
+        "run": asdict(run),
+        "study": run.study,
+        "task": run.task,
+        "base": run.base,
+        "slowmo": run.slowmo,
+        "exact_average": run.exact_average,
+        "workers": run.workers,
+        "sync_every": run.sync_every,
+        "outer_lr": config.outer_lr,
+        "outer_momentum": run.outer_momentum,
+        "inner_lr": run.inner_lr,
+        "inner_state": run.inner_state,
+        "seed": run.seed,
+        **told,
+        **environment(),
+        "command": f"python recipes/reproduce.py --study {run.study} --task {run.task}",
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process",
+    }
+    write_record(record, Path(folder) / f"{run.name}.json")
+    return record
+
+
+_loaded: dict[str | None, small_images.Images] = {}
+
+
+def _load(dataset_name: str | None) -> small_images.Images:
+    if dataset_name not in _loaded:
+        _loaded[dataset_name] = small_images.load(dataset_name)
+    return _loaded[dataset_name]
+
+
+def find_record(run: Run, folder: Path) -> dict[str, Any] | None:
+    """The record of this very run; None where there is none, or where it is of other settings or cannot be read."""
+    try:
+        record: dict[str, Any] = json.loads((folder / f"{run.name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if run.matches(record) else None
+
+
+# ---- showing ----
+
+METRICS = ("best_validation_accuracy", "training_loss", "validation_nll", "test_accuracy")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A row per setting: mean ± standard deviation (n) of every metric, and the paired gain of slow momentum with its 95 % interval."""
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        settings.setdefault(_setting(record), []).append(record)
+    lines = ["| setting | " + " | ".join(METRICS) + " | gain in test accuracy |", "|---|" + "---|" * (len(METRICS) + 1)]
+    for key, own in settings.items():
+        cells = [_mean_sd([record["metrics"][name] for record in own]) for name in METRICS]
+        partners = settings.get(_without_slowmo(own[0]), [])
+        lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners) if own[0]['slowmo'] else ''} |")
+    return "\n".join(lines)
+
+
+def _setting(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(value for name, value in record["run"].items() if name not in ("seed", "study", "task"))
+
+
+def _without_slowmo(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(
+        0.0 if name == "outer_momentum" else value for name, value in record["run"].items() if name not in ("seed", "study", "task")
+    )
+
+
+def _words(key: tuple[Any, ...]) -> str:
+    base, momentum, lr, sync_every, _, inner_state, exact, *_ = key
+    words = f"{base}, γ {lr:g}, τ {sync_every}" + (f", β {momentum:g}" if momentum else "")
+    return words + ("" if inner_state == "auto" else f", state {inner_state}") + ("" if exact else ", no average")
+
+
+def _mean_sd(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
+
+
+def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metric: str = "test_accuracy") -> str:
+    """Mean difference over the seeds that both have, with the 95 % interval of Student's t."""
+    theirs = {record["seed"]: record["metrics"][metric] for record in partners}
+    differences = [record["metrics"][metric] - theirs[record["seed"]] for record in own if record["seed"] in theirs]
+    if len(differences) < 2:
+        return f"{differences[0]:+.4f} (1)" if differences else ""
+    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = statistics.mean(differences)
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] ({len(differences)})"
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Validation accuracy and training loss of the average over epochs, a line per setting, the mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        settings.setdefault(_setting(record), []).append(record)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for axis, name in zip(axes, ("validation_accuracy", "training_loss"), strict=True):
+        for key, own in settings.items():
+            curves = [[look[name] for look in record["curve"]] for record in own]
+            axis.plot(
+                [look["epoch"] for look in own[0]["curve"]],
+                [statistics.mean(values) for values in zip(*curves, strict=True)],
+                label=_words(key),
+            )
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(name.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---- the paper's size ----
+
+
+def paper_commands(task: str) -> list[str]:
+    """One `accelerate launch` command per row of the paper's Table 1, for the machines of the paper (docs/launch.md)."""
+    launch = "accelerate launch --config_file recipes/configs/several_machines.yaml"
+    commands = []
+    for preset in PAPER_ROWS[task]:
+        for base in ("local_sgd", "sgp", "osgp", "all_reduce"):
+            for slowmo in (False, True):
+                if (base == "all_reduce" and slowmo) or (base == "osgp" and preset == "wmt16"):
+                    continue
+                commands.append(
+                    f"{launch} recipes/{task}.py --preset {preset} --base {base}"
+                    + (" --outer_momentum 0.6" if slowmo else " --outer_momentum 0")
+                )
+    return commands
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""One run of `reproduce.py` on images: several workers in this process, a small ResNet, the paper's schedule in small."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from image_data import SmallImages, crop_padding, load_images, make_dataset, mean_and_std, random_crop, random_flip
+from small_resnet import make_model
+from studies import Run
+
+import slowmo_hf
+from slowmo_hf import SlowMoOptimizer
+
+HUB_NAME = "zalando-datasets/fashion_mnist"
+WIDTH = 8  # channels of the stem
+VALIDATION_ROWS = 10_000  # the last ones of the training split, which comes shuffled
+TOLD_ROWS = 5_000  # of the training rows, for the training loss of the average
+DECAYS = (0.5, 0.75, 0.875)  # of the run: the learning rate falls to a tenth, as at epochs 100, 150 and 175 of 200
+WARMUP = 0.025  # of the run, linear from 0: 5 epochs of 200
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of the inner Nesterov SGD
+
+
+@dataclass
+class Part:
+    """Images of one split: float32 (rows, 1, size, size), zero mean and unit deviation for evaluation; uint8 for training."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass
+class Images:
+    """All that the runs share, read only."""
+
+    name: str
+    train: Part
+    told: Part
+    validation: Part
+    test: Part
+    label_names: list[str]
+    mean: float
+    std: float
+
+
+def load(dataset_name: str | None) -> Images:
+    """Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate."""
+    sets = load_images(dataset_name or HUB_NAME)
+    train, test = make_dataset(sets.train, sets, augment=True), make_dataset(sets.test, sets, augment=False)
+    assert isinstance(train, SmallImages)
+    assert isinstance(test, SmallImages)
+    held_out = min(VALIDATION_ROWS, len(train) // 6)
+    first, last = train.images[:-held_out], train.images[-held_out:]
+    mean, std = mean_and_std(train)
+
+    def part(images: torch.Tensor, labels: torch.Tensor) -> Part:
+        return Part(_normalised(images, mean, std), labels)
+
+    return Images(
+        name=sets.name,
+        train=Part(first, train.labels[:-held_out]),
+        told=part(first[:TOLD_ROWS], train.labels[:TOLD_ROWS]),
+        validation=part(last, train.labels[-held_out:]),
+        test=part(test.images, test.labels),
+        label_names=sets.label_names,
+        mean=mean,
+        std=std,
+    )
+
+
+def _normalised(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, then a tenth at every decay; `step` counts from 0."""
+    warmup = max(1, round(WARMUP * steps))
+    return min(1.0, (step + 1) / warmup) * 0.1 ** sum(step >= decay * steps for decay in DECAYS)
+
+
+def rows_of(epoch: int, rank: int, run: Run, rows: int) -> torch.Tensor:
+    """This worker's rows of an epoch, shape (steps, batch_size): every row once over all workers, the rest of a last step left out."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(10_000 * run.seed + epoch))
+    steps = rows // (run.workers * run.batch_size)
+    return order[: steps * run.workers * run.batch_size].view(steps, run.workers, run.batch_size)[:, rank]
+
+
+def train(run: Run, data: Images) -> dict[str, Any]:
+    """All workers of one run; the part of its record that they know."""
+    start = time.perf_counter()
+    told = slowmo_hf.run_in_process(lambda rank: _worker(run, data, rank), run.workers)[0]
+    return {**told, "dataset": data.name, "seconds": time.perf_counter() - start}
+
+
+def _worker(run: Run, data: Images, rank: int) -> dict[str, Any]:
+    torch.manual_seed(run.seed)
+    model = make_model(data.train.images.shape[-1], 1, data.label_names, WIDTH)
+    torch.manual_seed(1000 * run.seed + rank)  # each worker its own crops and flips
+    inner = torch.optim.SGD(model.parameters(), lr=run.inner_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+    optimizer = SlowMoOptimizer(inner, run.config)
+    steps = run.epochs * len(rows_of(0, rank, run, len(data.train.labels)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate_factor(step, steps))
+    curve: list[dict[str, float]] = []
+    reports: list[slowmo_hf.RoundReport] = []
+    for epoch in range(run.epochs):
+        for rows in rows_of(epoch, rank, run, len(data.train.labels)):
+            _step(model, data, rows)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            report = slowmo_hf.last_round(optimizer)
+            if report and report.round > len(reports):
+                reports.append(report)
+        with slowmo_hf.consensus(optimizer):
+            if rank == 0:
+                curve.append({"epoch": epoch + 1, **_look(model, data)})
+                if epoch + 1 == run.epochs:
+                    curve[-1]["test_accuracy"] = _evaluate(model, data.test)[0]
+    return {
+        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "metrics": _metrics(curve) if rank == 0 else {},
+        "curve": curve,
+        "steps": steps,
+        "rounds": len(reports),
+        "bytes_sent_per_worker": sum(report.bytes_sent for report in reports) if run.base != "all_reduce" else None,
+    }
+
+
+def _step(model: torch.nn.Module, data: Images, rows: torch.Tensor) -> None:
+    images = random_crop(random_flip(data.train.images[rows]), crop_padding(data.train.images.shape[-1]))
+    model(pixel_values=_normalised(images, data.mean, data.std), labels=data.train.labels[rows]).loss.backward()
+
+
+@torch.no_grad()
+def _evaluate(model: torch.nn.Module, part: Part) -> tuple[float, float]:
+    """(accuracy, mean cross entropy) of the model as it is, in evaluation mode."""
+    model.eval()
+    logits = torch.cat([model(pixel_values=images).logits for images in part.images.split(500)])
+    model.train()
+    return float((logits.argmax(1) == part.labels).float().mean()), float(torch.nn.functional.cross_entropy(logits, part.labels))
+
+
+def _look(model: torch.nn.Module, data: Images) -> dict[str, float]:
+    accuracy, nll = _evaluate(model, data.validation)
+    return {"validation_accuracy": accuracy, "validation_nll": nll, "training_loss": _evaluate(model, data.told)[1]}
+
+
+def _metrics(curve: list[dict[str, float]]) -> dict[str, float]:
+    """The paper's columns (best validation, training loss) and the honest one (final test)."""
+    return {**curve[-1], "best_validation_accuracy": max(look["validation_accuracy"] for look in curve)}
