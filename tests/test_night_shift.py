@@ -86,7 +86,7 @@ def test_a_custom_loop_hears_it_at_the_same_step_on_all_ranks(number):
 
 
 def _handlers():
-    """A handler of the user's own stays; one signal passed on twice is one; repeated later it does what it did; a thread listens to none."""
+    """A handler of the user's own stays; passed on twice it is one; repeated later it does what it did; a thread hears none."""
     heard = []
     own = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     signals = slowmo_hf.stop_signals.StopSignals(heard.append)

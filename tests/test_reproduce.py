@@ -1,0 +1,129 @@
+"""The reproduction: which rows a worker sees, the schedule, the grids, records that are resumed and never corrupted, the statistics."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import reproduce  # noqa: E402
+import small_images  # noqa: E402
+import studies  # noqa: E402
+from studies import Run  # noqa: E402
+
+RUN = Run("table1", "image_classification", "local_sgd", 0.5, 0.1, seed=3, workers=4, batch_size=5)
+
+
+def test_an_epoch_gives_every_row_once():
+    """103 rows, 4 workers of 5: 5 steps, 3 rows left out, others every epoch."""
+    parts = [small_images.rows_of(2, rank, RUN, 103) for rank in range(4)]
+    assert [part.shape for part in parts] == [(5, 5)] * 4
+    seen = torch.cat([part.flatten() for part in parts])
+    assert len(seen.unique()) == 100
+    assert not torch.equal(parts[0], small_images.rows_of(3, 0, RUN, 103))
+    assert torch.equal(parts[0], small_images.rows_of(2, 0, replace(RUN, base="sgp", outer_momentum=0.0), 103)), "a pair sees the same rows"
+
+
+def test_the_schedule_in_numbers():
+    """200 steps: warm-up over 5, a tenth at 100, 150 and 175."""
+    factor = [small_images.learning_rate_factor(step, 200) for step in range(200)]
+    assert factor[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor[99] == 1.0
+    assert [factor[step] for step in (100, 149, 150, 174, 175, 199)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_table_has_the_papers_rows(monkeypatch):
+    monkeypatch.setattr(studies, "TUNED_LR", dict.fromkeys(studies.BASES, 0.1))
+    monkeypatch.setattr(studies, "TUNED_MOMENTUM", {**dict.fromkeys(studies.BASES, 0.5), "all_reduce": None})
+    runs = studies.table1("image_classification", 5)
+    counts = {}
+    for run in runs:
+        counts[run.base, run.slowmo] = counts.get((run.base, run.slowmo), 0) + 1
+    assert counts == {
+        **{("local_sgd", slowmo): 8 for slowmo in (False, True)},
+        **{(base, slowmo): 5 for base in ("sgp", "osgp") for slowmo in (False, True)},
+        ("all_reduce", False): 5,
+    }
+    assert len({run.name for run in runs}) == len(runs)
+    assert 0 not in {run.seed for run in runs}, "seed 0 chose the settings"
+    assert {run.workers for run in runs} == {8}
+    for study in (studies.tuning("image_classification"), studies.sweeps("image_classification")):
+        assert len({run.name for run in study}) == len(study)
+
+
+def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
+    path = tmp_path / f"{RUN.name}.json"
+    assert reproduce.find_record(RUN, tmp_path) is None
+    from dataclasses import asdict
+
+    path.write_text(json.dumps({"run": asdict(RUN), "metrics": {}}))
+    assert reproduce.find_record(RUN, tmp_path) is not None
+    path.write_text(path.read_text()[:-5])
+    assert reproduce.find_record(RUN, tmp_path) is None, "half a record"
+    path.write_text(json.dumps({"run": asdict(replace(RUN, epochs=99)), "metrics": {}}))
+    assert reproduce.find_record(RUN, tmp_path) is None, "another run's"
+
+
+def record(momentum, seed, accuracy):
+    from dataclasses import asdict
+
+    run = replace(RUN, outer_momentum=momentum, seed=seed)
+    return {"run": asdict(run), "slowmo": run.slowmo, "seed": seed, "metrics": dict.fromkeys(reproduce.METRICS, accuracy)}
+
+
+def test_the_paired_gain_by_hand():
+    """Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(2) = 4.303: half-width 4.303 * 0.1 / sqrt(3) = 0.2484. Seed 9 has no partner."""
+    plain = [record(0.0, seed, value) for seed, value in ((1, 0.5), (2, 0.5), (3, 0.5))]
+    slow = [record(0.5, seed, value) for seed, value in ((1, 0.6), (2, 0.7), (3, 0.8), (9, 0.0))]
+    assert reproduce.paired_gain(slow, plain) == "+0.2000 [-0.0484, +0.4484] (3)"
+    rows = reproduce.table([*plain, *slow]).splitlines()
+    assert len(rows) == 4
+    assert "0.5000 ± 0.0000 (3)" in rows[2]
+    assert rows[3].endswith("| +0.2000 [-0.0484, +0.4484] (3) |")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return small_images.load(str(RECIPES / "data" / "fashion_mnist"))
+
+
+@pytest.mark.parametrize("base", ["local_sgd", "osgp", "all_reduce"])
+def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, images, base):
+    small = replace(images, train=small_images.Part(images.train.images[:240], images.train.labels[:240]))
+    monkeypatch.setattr(reproduce, "_load", lambda dataset_name: small)
+    run = replace(RUN, base=base, outer_momentum=0.0 if base == "all_reduce" else 0.5, epochs=1, sync_every=3)
+    written = reproduce.run_one(run, None, str(tmp_path))
+    found = reproduce.find_record(run, tmp_path)
+    assert found == json.loads(json.dumps(written))
+    assert found["steps"] == 12
+    assert found["rounds"] == (0 if base == "all_reduce" else 4)
+    assert (found["bytes_sent_per_worker"] or 0) > 0 or base == "all_reduce"
+    assert 0 < found["metrics"]["test_accuracy"] < 1
+    assert {
+        "study",
+        "task",
+        "dataset",
+        "model",
+        "workers",
+        "outer_lr",
+        "inner_lr",
+        "seed",
+        "curve",
+        "versions",
+        "commit",
+        "hardware",
+    } <= set(found)
+    again = small_images.train(run, small)
+    assert again["metrics"] == found["metrics"], "the same run, bit for bit"
+
+
+def test_the_clusters_commands_are_the_papers_rows():
+    assert len(reproduce.paper_commands("image_classification")) == 2 * 7
+    assert len(reproduce.paper_commands("translation")) == 5
