@@ -9,28 +9,22 @@ of `TrainingArguments` is a flag. At the end: a table, a JSON record in `--outpu
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import accelerate
 import datasets
 import numpy as np
 import torch
 import transformers
 from image_data import Batch, DataError, ImageSets, crop_padding, load_images, make_dataset, mean_and_std
-from small_resnet import make_model
+from image_presets import PRESETS, preset_defaults, step_decay, zero_last_norms
+from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
+from small_resnet import ARCHITECTURES, make_model
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-import slowmo_hf
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 
 
@@ -38,6 +32,13 @@ from slowmo_hf import SlowMoCallback, SlowMoConfig
 class ScriptArguments:
     """What is learned, and what is left behind."""
 
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "The paper's settings, as defaults that other flags override: model, data, batch, schedule.",
+            "choices": list(PRESETS),
+        },
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -59,13 +60,25 @@ class ScriptArguments:
         default=None, metadata={"help": "Use only the first rows (evenly spread ones where rows are sorted by class), for a dry run."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for test rows."})
+    architecture: str = field(
+        default="auto",
+        metadata={"help": "auto: the small ResNet for images up to 64 pixels, else resnet50.", "choices": ["auto", *ARCHITECTURES]},
+    )
     width: int = field(default=32, metadata={"help": "Channels of the small ResNet's stem and first stage."})
+    zero_init_residual: bool = field(default=False, metadata={"help": "Start with the last BatchNorm of every residual branch at 0."})
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Linear warm-up, with --decay_epochs."})
+    decay_epochs: list[int] = field(
+        default_factory=list,
+        metadata={"help": "The learning rate falls to a tenth at each of these, in place of --lr_scheduler_type and --warmup_steps."},
+    )
     inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD, --optim sgd."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
 
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"width must be >= 1 channel, got {self.width}. Set --width.")
+        if self.warmup_epochs and not self.decay_epochs:
+            raise ValueError(f"warmup_epochs is for --decay_epochs, got {self.warmup_epochs} without. Set --warmup_steps.")
 
 
 @dataclass
@@ -127,29 +140,15 @@ def main() -> None:
     if trainer.is_world_process_zero():
         record = make_record(config, trainer, sets, metrics, seconds)
         write_record(record, Path(args.output_dir) / "record.json")
-        print_table(record)
+        print_table(record, {"accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}"})
         if script.plot:
-            plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """
-    `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none, so that a job that
-    is requeued runs the same command again. Anything else is a path.
-    """
-    asked = args.resume_from_checkpoint
-    if asked is None or asked.lower() not in ("true", "false"):
-        return asked
-    return get_last_checkpoint(args.output_dir) if asked.lower() == "true" and os.path.isdir(args.output_dir) else None
-
-
-class SettingError(ValueError):
-    """A flag's value cannot be used; the message names the flag."""
+            curves = {"loss": "training loss", "slowmo/consensus_distance": "consensus distance"}
+            plot(trainer.state.log_history, Path(args.output_dir) / "training.png", curves)
 
 
 def end(error: object) -> NoReturn:
-    """End the program with one line, however many the error has."""
-    sys.exit(f"image_classification.py: {' '.join(str(error).split())}")
+    """End the program with one line."""
+    end_program(__file__, error)
 
 
 def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTrainingArguments]:
@@ -157,6 +156,7 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
     parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
     parser.error = end  # argparse's own would print all flags first
     try:
+        parser.set_defaults(**preset_defaults(flags))
         script, config, args = parser.parse_args_into_dataclasses(flags)
         _check_optimizer_flags(script, args)
     except ValueError as error:
@@ -183,7 +183,9 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
     """A stock Trainer with its optimizer; the callback is the one line that makes workers local."""
     train, test = make_dataset(sets.train, sets, augment=True), make_dataset(sets.test, sets, augment=False)
     mean, std = mean_and_std(train)
-    model = make_model(sets.image_size, sets.channels, sets.label_names, script.width)
+    model = make_model(sets.image_size, sets.channels, sets.label_names, script.width, script.architecture)
+    if script.zero_init_residual:
+        zero_last_norms(model)
     try:
         trainer = Trainer(
             model=model,
@@ -195,6 +197,9 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
             optimizers=(make_sgd(model, script.inner_momentum, args) if args.optim == "sgd" else None, None),
             callbacks=[SlowMoCallback(config)],
         )
+        if script.decay_epochs:
+            steps = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+            trainer.lr_scheduler = step_decay(trainer.create_optimizer(), steps, script.warmup_epochs, script.decay_epochs)
         trainer.create_optimizer()  # now, not in train(): a wrong setting or a package that is not installed is the user's to mend
     except (ImportError, RuntimeError, ValueError) as error:
         raise SettingError(error) from error
@@ -224,11 +229,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def make_record(config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
     """Everything that a reader needs to judge the run, and to run it again."""
-    history = trainer.state.log_history
-    rounds = [entry for entry in history if "slowmo/round" in entry]
-    tests = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
-    counted = config.base != "all_reduce"  # what DDP sends is its own
-    workers = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback)).workers
+    tests = {entry["step"]: entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
     return {
         "study": "single",
         "task": "image_classification",
@@ -236,92 +237,10 @@ def make_record(config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics
         "train_rows": len(sets.train),
         "test_rows": len(sets.test),
         "test_split": sets.test_split,
-        "model": f"{type(trainer.model).__name__}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters",
-        "base": config.base,
-        "slowmo": config.outer_optimizer == "slow_momentum" and config.outer_momentum > 0,
-        "exact_average": config.exact_average,
-        "workers": workers,
-        "processes": trainer.args.world_size,
-        "sync_every": config.sync_every,
-        "outer_lr": config.outer_lr,
-        "outer_momentum": config.outer_momentum,
-        "inner_optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
-        "inner_lr": trainer.args.learning_rate,
-        "inner_state": config.inner_state,
-        "seed": trainer.args.seed,
-        "steps": trainer.state.global_step,
         "metrics": {"test_accuracy": metrics["eval_accuracy"], "test_loss": metrics["eval_loss"]},
         "curve": [{"step": step, "test_accuracy": value} for step, value in tests.items()],
-        "rounds": rounds[-1]["slowmo/round"] if rounds else 0,
-        "bytes_sent_per_worker": sum(entry["slowmo/bytes_sent"] for entry in rounds) if counted else None,
-        "seconds": seconds,
-        "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if counted else None,
-        "command": shlex.join(sys.argv),
-        "versions": _versions(),
-        "commit": _commit(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {_device_name(trainer.args.device)}",
+        **describe_run(config, trainer, seconds, [datasets]),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
-
-
-def _versions() -> dict[str, str]:
-    modules = (slowmo_hf, torch, transformers, accelerate, datasets)
-    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
-
-
-def _commit() -> str | None:
-    """Of the recipe's own repository, or None outside one."""
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def write_record(record: dict[str, Any], path: Path) -> None:
-    """Write beside, then rename: a reader never sees half a record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(record, indent=2) + "\n")
-    beside.replace(path)
-
-
-def print_table(record: dict[str, Any]) -> None:
-    """The run in a few lines."""
-    rows = {
-        "accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}",
-        "workers": record["workers"],
-        "rounds": record["rounds"] or "none: gradients averaged at every step" if record["base"] == "all_reduce" else record["rounds"],
-        "bytes sent per worker": _or_not_counted(record["bytes_sent_per_worker"], ",.0f"),
-        "seconds communicating": _or_not_counted(record["seconds_communicating"], ".1f"),
-        "seconds in all": f"{record['seconds']:.1f}",
-    }
-    print("\n".join(f"{name:<24}{value}" for name, value in rows.items()), flush=True)
-
-
-def _or_not_counted(value: float | None, spec: str) -> str:
-    return "not counted" if value is None else format(value, spec)
-
-
-def plot(history: list[dict[str, float]], path: Path) -> None:
-    """Training loss and consensus distance over optimizer steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 6), layout="constrained")
-    for axis, key, label in ((axes[0], "loss", "training loss"), (axes[1], "slowmo/consensus_distance", "consensus distance")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axis.plot([step for step, _ in points], [value for _, value in points], marker=".")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].set_xlabel("optimizer steps")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
