@@ -73,8 +73,7 @@ def describe_run(config: SlowMoConfig, trainer: Trainer, seconds: float, librari
         "seconds": seconds,
         "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if counted else None,
         "command": shlex.join(sys.argv),
-        "versions": _versions(libraries),
-        "commit": _commit(),
+        **environment(libraries),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {_device_name(trainer.args.device)}",
     }
 
@@ -83,9 +82,11 @@ def _device_name(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
-def _versions(libraries: list[ModuleType]) -> dict[str, str]:
+def environment(libraries: list[ModuleType]) -> dict[str, Any]:
+    """What a figure depends on beside its settings: versions and the commit."""
     modules = (slowmo_hf, torch, transformers, accelerate, *libraries)
-    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+    versions = {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+    return {"versions": versions, "commit": _commit()}
 
 
 def _commit() -> str | None:

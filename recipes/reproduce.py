@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import datasets
 import small_images
 import torch
 from records import environment, write_record
@@ -118,7 +119,7 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
         "inner_state": run.inner_state,
         "seed": run.seed,
         **told,
-        **environment(),
+        **environment([datasets]),
         "command": f"python recipes/reproduce.py --study {run.study} --task {run.task}",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process",
     }

@@ -30,7 +30,9 @@ LAYERS = [
     ["averager", "outer_optimizer"],
     ["workers"],
     ["roll_call"],
-    ["checkpoint", "communicator", "topology", "round_report", "random_state", "stop_signals"],
+    ["checkpoint", "communicator", "topology", "round_report", "stop_signals"],
+    ["in_process"],
+    ["random_state"],
     ["config", "log"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}

@@ -4,6 +4,7 @@ from .accelerate_checkpoints import register_for_checkpointing
 from .callback import SlowMoCallback
 from .checkpoint import verify_checkpoint
 from .config import SlowMoConfig
+from .in_process import run_in_process
 from .optimizer import SlowMoOptimizer, consensus, join, last_round, stop_requested
 from .round_report import RoundReport
 from .stop_signals import REQUEUE_EXIT_CODE
@@ -18,6 +19,7 @@ __all__ = [
     "join",
     "last_round",
     "register_for_checkpointing",
+    "run_in_process",
     "stop_requested",
     "verify_checkpoint",
 ]

@@ -14,24 +14,52 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-T = TypeVar("T")
+from . import in_process
 
-# `new_group` is collective and leaks: once per process for a default group, ranks, purpose and time-out.
-_groups: dict[tuple[int, tuple[int, ...], str, float], Any] = {}
+T = TypeVar("T")
 
 _SLICE_SECONDS = 0.5  # between looks whether another rank has given up
 
-# Messages that nobody has waited for yet, by group. A run may be dropped with some in flight; to let go of a posted receipt would leave
-# its sender stuck, and with it every later message between the two. The next run in the group finishes them first.
-_under_way: dict[int, list[Transfer]] = {}
+
+@dataclass
+class _Known:
+    """
+    What a worker has of its groups.
+
+    Args:
+        groups (`dict`): `new_group` is collective and leaks: once per process for a default group, ranks, purpose and time-out.
+        under_way (`dict`): Messages that nobody has waited for yet, by group. A run may be dropped with some in flight; to let go of a
+            posted receipt would leave its sender stuck, and with it every later message between the two. The next run in the group
+            finishes them first.
+    """
+
+    groups: dict[tuple[int, tuple[int, ...], str, float], Any] = field(default_factory=dict)
+    under_way: dict[int, list[Transfer]] = field(default_factory=dict)
+
+
+_of_process = _Known()
+
+
+def _wire() -> Any:
+    """torch.distributed; or, in a worker of `run_in_process`, what stands for it there."""
+    return in_process.current() or dist
+
+
+def _known() -> _Known:
+    wire = in_process.current()
+    if wire is None:
+        return _of_process
+    wire.known = wire.known or _Known()
+    return wire.known  # type: ignore[no-any-return]
 
 
 def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> Any:
-    key = (id(dist.group.WORLD), tuple(ranks), purpose, timeout_seconds)
-    if key not in _groups:
+    groups = _known().groups
+    key = (id(_wire().group.WORLD), tuple(ranks), purpose, timeout_seconds)
+    if key not in groups:
         # `ddp_timeout` is ignored on CPU; a group of our own fails in our time.
-        _groups[key] = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
-    return _groups[key]
+        groups[key] = _wire().new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
+    return groups[key]
 
 
 class Witness(Protocol):
@@ -94,12 +122,12 @@ class Communicator:
         if self.world_size > 1:
             self.group = _own_group(self.ranks, purpose, timeout_seconds)
             backends = _backends()
-            self.backend = backends.get(device.type, dist.get_backend())
+            self.backend = backends.get(device.type, _wire().get_backend())
             if backends.get("cpu") != "gloo":
                 self._small_device = device
             if self.backend != "gloo":  # gloo's peer-to-peer messages read main memory
                 self.wire_device = device
-        for transfer in list(_under_way.get(id(self.group), [])):
+        for transfer in list(_known().under_way.get(id(self.group), [])):
             self.finish(transfer)
 
     @contextmanager
@@ -141,7 +169,7 @@ class Communicator:
             return lambda: None
         assert flat.is_contiguous()
         with self._counted(self._ring_bytes(flat)):
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
+            work = _wire().all_reduce(flat, group=self.group, async_op=True)
 
         def wait() -> None:
             with self._counted():
@@ -156,7 +184,7 @@ class Communicator:
         if self.world_size == 1 or flat.numel() == 0:
             return
         with self._counted(self._ring_bytes(flat)):
-            self._wait(dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
+            self._wait(_wire().all_reduce(flat, op=_wire().ReduceOp.MAX, group=self.group, async_op=True))
 
     def gather_header(self, header: list[float]) -> torch.Tensor:
         """Every worker's header: float64, shape (world_size, len(header)), on the CPU."""
@@ -165,7 +193,7 @@ class Communicator:
             return mine[None].cpu()
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
         with self._counted((self.world_size - 1) * mine.nbytes):
-            self._wait(dist.all_gather(rows, mine, group=self.group, async_op=True))
+            self._wait(_wire().all_gather(rows, mine, group=self.group, async_op=True))
         return torch.stack(rows).cpu()
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -174,14 +202,14 @@ class Communicator:
             return [value]
         values: list[Any] = [None] * self.world_size
         with self._counted():
-            dist.all_gather_object(values, value, group=self.group)
+            _wire().all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by the first rank's, in place."""
         if self.world_size > 1 and flat.numel():
             with self._counted():  # bytes: every dtype travels
-                self._wait(dist.broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group, async_op=True))
+                self._wait(_wire().broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group, async_op=True))
 
     def broadcast_outcome(self, act: Callable[[], T]) -> T:
         """Run `act` on the first rank alone; its result, or its error, is everybody's. Objects are pickled."""
@@ -194,10 +222,10 @@ class Communicator:
             except Exception as failure:
                 kind = type(failure) if type(failure) in (ValueError, RuntimeError) else RuntimeError
                 with suppress(RuntimeError):  # the failure in hand says more
-                    dist.broadcast_object_list([None, kind(str(failure))], src=self.ranks[0], group=self.group)
+                    _wire().broadcast_object_list([None, kind(str(failure))], src=self.ranks[0], group=self.group)
                 raise
         with self._counted():
-            dist.broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
+            _wire().broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
@@ -218,14 +246,14 @@ class Communicator:
             tag (`int`): The same at both ends, different for messages that are under way together.
         """
         tag %= 2**30
-        ops = [dist.P2POp(dist.irecv, into, self.ranks[s], self.group, tag) for s, into in zip(sources, received, strict=True)]
-        ops += [dist.P2POp(dist.isend, message, self.ranks[t], self.group, tag) for t in targets]
+        ops = [_wire().P2POp(_wire().irecv, into, self.ranks[s], self.group, tag) for s, into in zip(sources, received, strict=True)]
+        ops += [_wire().P2POp(_wire().isend, message, self.ranks[t], self.group, tag) for t in targets]
         self.bytes_sent += message.nbytes * len(targets)
         peers = sorted({*targets, *sources})
         transfer_ranks = [self.ranks[peer] for peer in peers]
         words = f"exchange with worker {', '.join(map(str, peers))} (rank {', '.join(map(str, transfer_ranks))})"
         try:
-            works = dist.batch_isend_irecv(ops) if ops else []
+            works = _wire().batch_isend_irecv(ops) if ops else []
         except NotImplementedError as error:
             raise RuntimeError(
                 f"base must be local_sgd or all_reduce on backend {self.backend!r}, which has no peer-to-peer messages. Use gloo or NCCL."
@@ -234,7 +262,7 @@ class Communicator:
             failure = RuntimeError(f"{words} could not start: {first_line(error)}")
             raise (self.witness.explain(failure, transfer_ranks) if self.witness else failure) from error
         transfer = Transfer(works, message, received, words, transfer_ranks)
-        _under_way.setdefault(id(self.group), []).append(transfer)
+        _known().under_way.setdefault(id(self.group), []).append(transfer)
         return transfer
 
     def finish(self, transfer: Transfer) -> None:
@@ -253,7 +281,7 @@ class Communicator:
                 except RuntimeError as error:
                     raise RuntimeError(f"{transfer.words} failed: {first_line(error)}") from error
         transfer.done = True
-        _under_way[id(self.group)].remove(transfer)
+        _known().under_way[id(self.group)].remove(transfer)
 
 
 def first_line(error: BaseException) -> str:
@@ -263,12 +291,15 @@ def first_line(error: BaseException) -> str:
 
 def _backends() -> dict[str, str]:
     """The default group's backend by device type, for example {"cpu": "gloo", "cuda": "nccl"}."""
-    return dict(pair.split(":") for pair in str(dist.get_backend_config()).split(",") if ":" in pair)
+    return dict(pair.split(":") for pair in str(_wire().get_backend_config()).split(",") if ":" in pair)
 
 
 def job_store() -> Any:
-    """The job's key-value store (`set`, `get`, `wait`, `check`, `delete_key`); it lives in the launcher, or with rank 0."""
-    return dist.distributed_c10d._get_default_store()  # private; tests/test_faults.py holds it
+    """
+    The job's key-value store (`set`, `get`, `wait`, `check`, `delete_key`), which lives in the launcher or with rank 0; None in a worker
+    of `run_in_process`, where nobody can be missed.
+    """
+    return None if is_in_process() else dist.distributed_c10d._get_default_store()  # private; tests/test_faults.py holds it
 
 
 def leave_job() -> None:
@@ -282,17 +313,26 @@ def leave_job() -> None:
 
 def rank_in_job() -> int:
     """This process's rank in `torch.distributed`'s world; 0 where it is not initialised."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return int(_wire().get_rank()) if _has_wire() else 0
 
 
 def processes_in_job() -> int:
     """The size of `torch.distributed`'s world; 1 where it is not initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return int(_wire().get_world_size()) if _has_wire() else 1
+
+
+def _has_wire() -> bool:
+    return in_process.current() is not None or (dist.is_available() and dist.is_initialized())
+
+
+def is_in_process() -> bool:
+    """Whether this is a worker of `run_in_process`: without DDP, launcher and time-outs."""
+    return in_process.current() is not None
 
 
 def processes_on_machine(world_size: int) -> int:
     """Processes of this job on this machine, from LOCAL_WORLD_SIZE and never from host names (containers share them)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size if is_in_process() else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def machines_in_job(world_size: int) -> int:

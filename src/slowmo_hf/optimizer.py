@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .communicator import processes_in_job
+from .communicator import is_in_process, processes_in_job
 from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .log import logger
@@ -209,7 +209,12 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             refuse_unsupported()
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.start(broadcast_frozen=not wrappers)
-            if not wrappers and processes_in_job() > 1 and (outer_loop.workers.size > 1 or self.config.base == "all_reduce"):
+            if (
+                not wrappers
+                and not is_in_process()
+                and processes_in_job() > 1
+                and (outer_loop.workers.size > 1 or self.config.base == "all_reduce")
+            ):
                 raise RuntimeError(
                     f"base={self.config.base!r} with {outer_loop.workers.size} processes per worker needs a DistributedDataParallel "
                     "wrapper that averages gradients, and none of the model was found. Train the model that accelerator.prepare "
@@ -297,6 +302,8 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         outer_loop.refuse_while_shown()
         if self.isolation is not None:
             self.isolation.settle()
+        if self.config.base == "all_reduce" and is_in_process():
+            outer_loop.average_gradients()
         loss = self._inner_step(closure)
         outer_loop.step(inner_lrs(self.inner_optimizer))
         return loss

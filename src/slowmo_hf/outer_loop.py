@@ -181,6 +181,12 @@ class OuterLoop:
         start = time.perf_counter()
         return self._round(self._meet(Purpose.ROUND, inner_lrs), start)
 
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """What DDP does at every step, for `base="all_reduce"` where there is none: in a worker of `run_in_process`."""
+        gradients = [p.grad for p in self.tensors.trainable if p.grad is not None]
+        ExactAverager(self.workers.world, self.config.bucket_bytes).mean_(gradients)
+
     def refuse_while_shown(self) -> None:
         """Raise if the average is in the parameters: a step taken there would be lost when the local weights return."""
         if self.showing_average:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .communicator import Communicator, machines_in_job, processes_in_job, processes_on_machine
+from .communicator import Communicator, is_in_process, machines_in_job, processes_in_job, processes_on_machine
 from .config import GOSSIP_BASES, SlowMoConfig
 from .roll_call import RollCall
 
@@ -45,6 +45,8 @@ class Workers:
 
     def refusal(self) -> str | None:
         """Why the job cannot be cut into such workers, or None."""
+        if is_in_process() and self.size > 1:
+            return f"processes_per_worker must be 1 inside run_in_process, where no DDP averages gradients, got {self.size}."
         if self.world.world_size % self.size == 0:
             return None
         return (

@@ -1,0 +1,301 @@
+"""Many workers in one process: the part of torch.distributed's interface that `communicator` uses, between threads that take turns."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+
+from .random_state import RandomState
+
+T = TypeVar("T")
+BACKEND = "in_process"
+_here = threading.local()
+
+
+def run_in_process(work: Callable[[int], T], workers: int) -> list[T]:
+    """
+    Call `work(rank)` for every worker of a job that lives in this process: for many small workers on one machine.
+
+        def work(rank):
+            model, optimizer = ..., SlowMoOptimizer(..., SlowMoConfig(base="sgp"))
+            ...  # a plain training loop; consensus and last_round work too
+
+        results = slowmo_hf.run_in_process(work, workers=16)
+
+    Inside, the package sees a job of `workers` processes and runs as it always does; only the wire is another. Workers are threads of
+    which one runs at a time, until it has to wait for another, in a fixed order: runs repeat bit for bit. Each has random generators
+    (Python, numpy, torch) of its own, which start where the caller's are; the caller's are left as they were. With `base="all_reduce"`
+    gradients are averaged at every step, which elsewhere is DDP's work.
+
+    Args:
+        work (`Callable`): Called with each rank, from 0 on.
+        workers (`int`): How many, at least 1.
+
+    Returns:
+        `list`: What each worker returned, by rank.
+
+    Raises:
+        RuntimeError: A worker failed (its error is the cause), or all wait for each other.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be >= 1, got {workers}.")
+    if current() is not None:
+        raise RuntimeError("run_in_process was called by one of its own workers: run one job after the other.")
+    return World(workers).run(work)
+
+
+def current() -> Wire | None:
+    """The wire of the worker whose thread this is; None elsewhere."""
+    return getattr(_here, "wire", None)
+
+
+class _Ended(BaseException):
+    """Unwinds a worker after another has failed; no `except Exception` stops it."""
+
+
+@dataclass
+class _Turn:
+    """A worker's place in the order."""
+
+    may_run: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    is_ready: Callable[[], bool] | None = None  # what it waits for; None where it could run
+    waits_for: str = ""
+    returned: bool = False
+    random_state: RandomState | None = None
+
+
+@dataclass(eq=False)
+class Group:
+    """Some workers; `meetings[n]` is what each has brought to the group's n-th collective."""
+
+    ranks: list[int]
+    meetings: dict[int, dict[int, Any]] = field(default_factory=dict)
+    taken: dict[int, int] = field(default_factory=dict)
+    letters: dict[tuple[int, int, int], deque[torch.Tensor]] = field(default_factory=dict)  # by source, target, tag
+
+
+class World:
+    """The workers, whose turn it is, and what is under way between them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.turns = [_Turn() for _ in range(size)]
+        self.groups = [Group(list(range(size)))]
+        self.failure: tuple[str, BaseException | None] | None = None
+
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        """All workers, from the first one's first line to the last one's return."""
+        results: list[Any] = [None] * self.size
+        at_the_call = RandomState.take()
+        for turn in self.turns:
+            turn.random_state = at_the_call
+        threads = [threading.Thread(target=self._live, args=(rank, work, results), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        try:
+            self.turns[0].may_run.release()
+            for thread in threads:
+                thread.join()
+        except BaseException:  # KeyboardInterrupt
+            self._fail("the caller was interrupted", None)
+            raise
+        at_the_call.give_back()
+        if self.failure is not None:
+            words, cause = self.failure
+            raise RuntimeError(words) from cause
+        return results
+
+    def _live(self, rank: int, work: Callable[[int], T], results: list[Any]) -> None:
+        _here.wire = Wire(self, rank)
+        try:
+            self._take_turn(rank)
+            results[rank] = work(rank)
+            self.turns[rank].returned = True
+            self._pass_on(rank)
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._fail(f"worker {rank} failed: {type(error).__name__}: {error}", error)
+
+    def wait(self, rank: int, is_ready: Callable[[], bool], what: str) -> None:
+        """Let others run until `is_ready()`."""
+        if is_ready():
+            return
+        turn = self.turns[rank]
+        turn.is_ready, turn.waits_for, turn.random_state = is_ready, what, RandomState.take()
+        self._pass_on(rank)
+        self._take_turn(rank)
+        turn.is_ready = None
+
+    def _pass_on(self, rank: int) -> None:
+        """To the next worker, in the order of ranks, that need not wait."""
+        for step in range(1, self.size + 1):
+            turn = self.turns[(rank + step) % self.size]
+            if not turn.returned and (turn.is_ready is None or turn.is_ready()):
+                turn.may_run.release()
+                return
+        if not all(turn.returned for turn in self.turns):
+            at = [f"worker {r} {'has returned' if t.returned else 'waits for ' + t.waits_for}" for r, t in enumerate(self.turns)]
+            self._fail(f"all workers wait for each other: {'; '.join(at)}. Every worker must take the same number of steps.", None)
+
+    def _take_turn(self, rank: int) -> None:
+        self.turns[rank].may_run.acquire()
+        if self.failure is not None:
+            raise _Ended
+        random_state = self.turns[rank].random_state
+        if random_state is not None:
+            random_state.give_back()
+
+    def _fail(self, words: str, error: BaseException | None) -> None:
+        self.failure = self.failure or (words, error)
+        for turn in self.turns:
+            turn.may_run.release()
+
+
+class Work:
+    """What a collective or a message returns."""
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        self._wait = wait
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Until it is done; others run meanwhile. There are no time-outs in one process: that all wait is known at once."""
+        if self._wait is not None:
+            wait, self._wait = self._wait, None
+            wait()
+
+
+class Wire:
+    """One worker's view, with the names of `torch.distributed`."""
+
+    ReduceOp = SimpleNamespace(SUM="sum", MAX="max")
+
+    def __init__(self, world: World, rank: int) -> None:
+        self._world, self._rank = world, rank
+        self._groups_made = 0
+        self._meetings_held: dict[int, int] = {}
+        self.known: Any = None  # what the communicator remembers of this worker's groups
+        self.group = SimpleNamespace(WORLD=world.groups[0])
+
+    def get_rank(self) -> int:
+        """This worker's."""
+        return self._rank
+
+    def get_world_size(self) -> int:
+        """Workers in the job."""
+        return self._world.size
+
+    def get_backend(self) -> str:
+        """A name of our own."""
+        return BACKEND
+
+    def get_backend_config(self) -> str:
+        """The same for every device: tensors stay where they are."""
+        return f"cpu:{BACKEND},cuda:{BACKEND}"
+
+    def new_group(self, ranks: list[int], timeout: timedelta | None = None) -> Group:
+        """Every worker makes the same groups in the same order; the first one that comes makes it for all."""
+        self._groups_made += 1
+        if len(self._world.groups) == self._groups_made:
+            self._world.groups.append(Group(list(ranks)))
+        return self._world.groups[self._groups_made]
+
+    # ---- collectives ----
+
+    def _meet(self, name: str, mine: Any, group: Group, take: Callable[[dict[int, Any]], None], async_op: bool) -> Work:
+        """Bring `mine`; when all have, `take` what they brought, by rank in the job."""
+        number = self._meetings_held[id(group)] = self._meetings_held.get(id(group), -1) + 1
+        brought = group.meetings.setdefault(number, {})
+        brought[self._rank] = mine
+
+        def wait() -> None:
+            self._world.wait(self._rank, lambda: len(brought) == len(group.ranks), f"{name} {number} of workers {group.ranks}")
+            take(brought)
+            group.taken[number] = group.taken.get(number, 0) + 1
+            if group.taken[number] == len(group.ranks):
+                del group.meetings[number], group.taken[number]
+
+        work = Work(wait)
+        if not async_op:
+            work.wait()
+        return work
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Work:
+        """The sum in the order of ranks, the same on all; or the maximum."""
+        is_max = op == self.ReduceOp.MAX
+
+        def take(brought: dict[int, torch.Tensor]) -> None:
+            first, *others = (brought[rank] for rank in sorted(brought))
+            tensor.copy_(first)
+            for other in others:
+                torch.maximum(tensor, other, out=tensor) if is_max else tensor.add_(other)
+
+        return self._meet("all_reduce", tensor.clone(), group, take, async_op)
+
+    def all_gather(self, tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Work:
+        """Everybody's tensor."""
+
+        def take(brought: dict[int, torch.Tensor]) -> None:
+            for rank, into in zip(group.ranks, tensors, strict=True):
+                into.copy_(brought[rank])
+
+        return self._meet("all_gather", tensor.clone(), group, take, async_op)
+
+    def all_gather_object(self, objects: list[Any], value: Any, group: Any = None) -> None:
+        """Copies of everybody's value."""
+
+        def take(brought: dict[int, Any]) -> None:
+            objects[:] = [copy.deepcopy(brought[rank]) for rank in group.ranks]
+
+        self._meet("all_gather_object", value, group, take, False)
+
+    def broadcast(self, tensor: torch.Tensor, src: int, group: Any = None, async_op: bool = False) -> Work:
+        """The tensor of `src`, a rank in the job."""
+        return self._meet("broadcast", tensor.clone(), group, lambda brought: _copy(tensor, brought[src]), async_op)
+
+    def broadcast_object_list(self, objects: list[Any], src: int, group: Any = None) -> None:
+        """Copies of the values of `src`, a rank in the job."""
+
+        def take(brought: dict[int, Any]) -> None:
+            objects[:] = copy.deepcopy(brought[src])
+
+        self._meet("broadcast_object_list", list(objects), group, take, False)
+
+    # ---- messages ----
+
+    def P2POp(self, op: str, tensor: torch.Tensor, peer: int, group: Any, tag: int) -> tuple[str, torch.Tensor, int, Group, int]:
+        """One message, to be sent or received."""
+        return op, tensor, peer, group, tag
+
+    isend, irecv = "isend", "irecv"
+
+    def batch_isend_irecv(self, ops: list[tuple[str, torch.Tensor, int, Group, int]]) -> list[Work]:
+        """Send all that are to be sent; a receipt waits for its message."""
+        return [(self._send if op == self.isend else self._receive)(tensor, peer, group, tag) for op, tensor, peer, group, tag in ops]
+
+    def _send(self, tensor: torch.Tensor, peer: int, group: Group, tag: int) -> Work:
+        group.letters.setdefault((self._rank, peer, tag), deque()).append(tensor.clone())
+        return Work()
+
+    def _receive(self, tensor: torch.Tensor, peer: int, group: Group, tag: int) -> Work:
+        key = (peer, self._rank, tag)
+
+        def wait() -> None:
+            self._world.wait(self._rank, lambda: bool(group.letters.get(key)), f"message {tag} from worker {peer}")
+            tensor.copy_(group.letters[key].popleft())
+            if not group.letters[key]:
+                del group.letters[key]
+
+        return Work(wait)
+
+
+def _copy(into: torch.Tensor, tensor: torch.Tensor) -> None:
+    into.copy_(tensor)

@@ -1,0 +1,195 @@
+"""Many workers in one process: the same numbers as in as many processes, bit for bit from run to run, and no hang."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from harness import run_workers
+from tiny import Regression, Rows, two_groups, values, warmup_and_decay
+
+import slowmo_hf
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.communicator import processes_in_job, rank_in_job
+
+STEPS = 11
+CASES = {
+    "local sgd": (SlowMoConfig(sync_every=4, outer_momentum=0.6), "sgd"),
+    "local adam": (SlowMoConfig(sync_every=4, outer_momentum=0.6), "adamw"),
+    "double averaging": (SlowMoConfig.local_sgd(3, inner_state="average"), "sgd"),
+    "diloco": (SlowMoConfig.diloco(sync_every=4), "adamw"),
+    "sgp": (SlowMoConfig(base="sgp", sync_every=4), "sgd"),
+    "sgp, no average": (SlowMoConfig(base="sgp", sync_every=4, exact_average=False), "sgd"),
+    "sgp, two peers": (SlowMoConfig(base="sgp", sync_every=4, peers=2), "adamw"),
+    "osgp": (SlowMoConfig(base="osgp", sync_every=5, staleness=2), "sgd"),
+    "dpsgd": (SlowMoConfig(base="dpsgd", sync_every=4), "sgd"),
+    "all_reduce": (SlowMoConfig(base="all_reduce", sync_every=4), "sgd"),
+}
+
+
+def _train(config, name, rank, wrap=lambda model: model):
+    """Parameters after every step, what a look shows after the last, bytes."""
+    model, rows = Regression(), Rows(STEPS * 16)
+    optimizer = SlowMoOptimizer(two_groups(model, name, 0.05), config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.inner_optimizer, warmup_and_decay)
+    called, after, sent = wrap(model), [], []
+    for step in range(STEPS):
+        start = 16 * step + 4 * rank
+        called(rows.x[start : start + 4], rows.y[start : start + 4])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        after.append(values(model))
+        report = slowmo_hf.last_round(optimizer)
+        sent.append(report.bytes_sent if report else 0)
+    with slowmo_hf.consensus(optimizer):
+        shown = values(model)
+    return after, shown, sent
+
+
+def _in_processes():
+    def wrap(model):
+        return torch.nn.parallel.DistributedDataParallel(model)
+
+    return {case: _train(config, name, rank_in_job(), wrap) for case, (config, name) in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    return run_workers(_in_processes, 4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_threads_train_what_processes_do(processes, case):
+    config, name = CASES[case]
+    threads = run_in_process(lambda rank: _train(config, name, rank), 4)
+    for (after, shown, sent), right in zip(threads, processes, strict=True):
+        right_after, right_shown, right_sent = right[case]
+        for mine, other in zip([*after, shown], [*right_after, right_shown], strict=True):
+            for key in mine:
+                torch.testing.assert_close(mine[key], other[key], rtol=1e-6, atol=1e-6)
+        if config.base != "all_reduce":  # DDP's bytes are its own
+            assert sent == right_sent
+            assert max(sent) > 0
+
+
+PULLS = torch.linspace(-1, 1, 16).double()
+
+
+def _pull(config, rank, workers, steps, lr=0.1):
+    """A quadratic per worker in one number; every worker pulls to a place of its own."""
+    weight = torch.nn.Parameter(torch.full((1,), 2.0, dtype=torch.float64))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=lr), config)
+    after = []
+    for _ in range(steps):
+        weight.grad = weight.detach() - PULLS[rank]
+        optimizer.step()
+        after.append(weight.detach().clone())
+    return torch.stack(after)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sixteen_workers_by_hand():
+    """Local SGD with slow momentum on 16 quadratics: after a round all hold anchor - v, v = beta v + mean displacement (PAPER form)."""
+    tau, beta, lr = 4, 0.5, 0.1
+    runs = run_in_process(lambda rank: _pull(SlowMoConfig(sync_every=tau, outer_momentum=beta), rank, 16, 12, lr), 16)
+    anchor, velocity = 2.0, 0.0
+    for t in range(3):
+        ends = []
+        for pull in PULLS.tolist():
+            x = anchor
+            for _ in range(tau):
+                x -= lr * (x - pull)
+            ends.append(x)
+        velocity = beta * velocity + anchor - sum(ends) / 16
+        anchor -= velocity
+        for run in runs:
+            assert run[tau * (t + 1) - 1].item() == pytest.approx(anchor, abs=1e-12)
+
+
+def _dropped(rank):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 1))
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base="sgp", sync_every=3))
+    torch.manual_seed(rank)
+    drawn = []
+    for _ in range(7):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    return values(model), drawn
+
+
+def test_runs_repeat_and_generators_are_each_workers_own():
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state()
+    first = run_in_process(_dropped, 3)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's are left alone"
+    second = run_in_process(_dropped, 3)
+    alone = run_in_process(_dropped, 1)
+    for (mine, drawn), (other, again) in zip(first, second, strict=True):
+        assert drawn == again
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert first[0][1] == alone[0][1], "what others draw does not matter"
+    assert first[0][1] != first[1][1]
+
+
+def _fails(rank):
+    if rank == 2:
+        raise ValueError("bad batch")
+    _pull(SlowMoConfig(sync_every=2), rank, 4, 6)
+
+
+def _returns_early(rank):
+    _pull(SlowMoConfig(sync_every=2), rank, 4, 2 if rank == 1 else 6)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (_fails, "worker 2 failed: ValueError: bad batch"),
+        (_returns_early, "all workers wait for each other: worker 0 waits for all_gather .*worker 1 has returned"),
+    ],
+)
+def test_a_failure_ends_all_workers(work, words):
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match=words):
+        run_in_process(work, 4)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon and "Thread-" in thread.name:
+            thread.join(timeout=5)
+    assert threading.active_count() <= before
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+        run_in_process(lambda rank: None, 0)
+    with pytest.raises(RuntimeError, match="called by one of its own workers"):
+        run_in_process(lambda rank: run_in_process(lambda inner: None, 2), 2)
+    with pytest.raises(RuntimeError, match="processes_per_worker must be 1 inside run_in_process"):
+        run_in_process(lambda rank: _pull(SlowMoConfig(processes_per_worker="2"), rank, 4, 2), 4)
+
+
+def test_the_job_is_seen_inside_and_gone_outside():
+    assert run_in_process(lambda rank: (rank_in_job(), processes_in_job()), 3) == [(0, 3), (1, 3), (2, 3)]
+    assert (rank_in_job(), processes_in_job()) == (0, 1)
+
+
+def test_join_works_inside():
+    """Uneven data, as between processes: 3 steps here, 1 there, one round of 3; weights by local steps."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.full((1,), 4.0, dtype=torch.float64))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), SlowMoConfig.local_sgd(3))
+        with slowmo_hf.join(optimizer):
+            for _ in range(3 - 2 * rank):
+                weight.grad = torch.ones(1, dtype=torch.float64)
+                optimizer.step()
+        return weight.item()
+
+    assert run_in_process(work, 2) == pytest.approx([4 - (3 * 3 + 1 * 1) / 4] * 2)
