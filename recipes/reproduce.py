@@ -15,7 +15,7 @@ import os
 import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import datasets
 import small_images
 import torch
 from records import environment, write_record
-from studies import Run, sweeps, table1, tuning
+from studies import BASES, Run, Tuned, choose, sweeps, table1, tuning
 from transformers import HfArgumentParser
 
+METRIC_TUNED = "validation_accuracy"  # the final one
 RECORDS = Path(__file__).parent / "records"
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
@@ -58,27 +59,37 @@ class Arguments:
 def main() -> None:
     """Run what is missing, then show what is there."""
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    runs = [run for run in study_runs(arguments) if arguments.bases is None or run.base in arguments.bases]
     if arguments.scale == "paper":
         print("\n".join(paper_commands(arguments.task)))
         return
     folder = Path(arguments.records)
-    missing = [run for run in runs if not find_record(run, folder)][: arguments.max_runs]
-    print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
-    run_all(missing, arguments, folder)
-    records = [record for run in runs if (record := find_record(run, folder))]
+    left = arguments.max_runs
+    while (missing := [run for run in study_runs(arguments, folder) if not find_record(run, folder)]) and left != 0:
+        missing = missing[:left]  # what tuning has chosen brings more
+        print(f"{len(missing)} runs to do", flush=True)
+        run_all(missing, arguments, folder)
+        left = None if left is None else left - len(missing)
+    records = [record for run in study_runs(arguments, folder) if (record := find_record(run, folder))]
     print(table(records))
     if arguments.plot and records:
         plot(records, folder / f"{arguments.study}_{arguments.task}.png")
 
 
-def study_runs(arguments: Arguments) -> list[Run]:
-    """The runs of a study, in the order in which they are done."""
+def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
+    """The runs of a study, in the order in which they are done; those of the table and the sweeps wait for what tuning chooses."""
+    undecided = dict.fromkeys(BASES, Tuned())
+    tried = [record for run in _asked(arguments, tuning(arguments.task, undecided)) if (record := find_record(run, folder))]
+    chosen = choose(tried, METRIC_TUNED)
+    tried += [record for run in _asked(arguments, tuning(arguments.task, chosen)) if run.slowmo and (record := find_record(run, folder))]
+    chosen = choose(tried, METRIC_TUNED)
     if arguments.study == "table1":
-        runs = table1(arguments.task, arguments.seeds)
-    else:
-        runs = {"tuning": tuning, "sweep": sweeps}[arguments.study](arguments.task)
-    return [Run(**{**asdict(run), "epochs": arguments.epochs}) for run in runs] if arguments.epochs else runs
+        return _asked(arguments, table1(arguments.task, chosen, arguments.seeds))
+    return _asked(arguments, {"tuning": tuning, "sweep": sweeps}[arguments.study](arguments.task, chosen))
+
+
+def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
+    runs = [run for run in runs if arguments.bases is None or run.base in arguments.bases]
+    return [replace(run, epochs=arguments.epochs) for run in runs] if arguments.epochs else runs
 
 
 # ---- running ----

@@ -11,10 +11,14 @@ from slowmo_hf import SlowMoConfig
 BASES = ("all_reduce", "local_sgd", "sgp", "osgp")
 LRS = (0.05, 0.1, 0.2)  # of the inner optimizer; each base takes the best on the validation split, without slow momentum
 MOMENTA = (0.3, 0.5, 0.7)  # of slow momentum, at that learning rate
-SYNC_EVERY = {"all_reduce": 12, "local_sgd": 12, "sgp": 12, "osgp": 12}  # the paper's for CIFAR-10
-# What tuning on seed 0 chose (recipes/records, study "tuning"); None until it has been run.
-TUNED_LR: dict[str, float | None] = dict.fromkeys(BASES)
-TUNED_MOMENTUM: dict[str, float | None] = dict.fromkeys(BASES)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning on seed 0 has chosen for a base; None where its runs are not all there yet."""
+
+    inner_lr: float | None = None
+    outer_momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ class Run:
     outer_momentum: float
     inner_lr: float
     seed: int
-    sync_every: int = 12
+    sync_every: int = 12  # the paper's for every base on CIFAR-10
     workers: int = 8
     inner_state: str = "auto"
     exact_average: bool = True
-    epochs: int = 12
+    epochs: int = 8
     batch_size: int = 16
 
     @property
@@ -76,22 +80,34 @@ class Run:
         return json.loads(json.dumps(asdict(self))) == record.get("run")
 
 
-def tuning(task: str) -> list[Run]:
-    """Learning rates without slow momentum, for every base; then, where they have been chosen, the momenta."""
+def tuning(task: str, tuned: dict[str, Tuned]) -> list[Run]:
+    """Learning rates without slow momentum, for every base; then, where one has been chosen, momenta."""
     runs = []
     for base in BASES:
         runs += [Run("tuning", task, base, 0.0, lr, seed=0) for lr in LRS]
-        lr = TUNED_LR[base]
+        lr = tuned[base].inner_lr
         if lr is not None and base != "all_reduce":
             runs += [Run("tuning", task, base, momentum, lr, seed=0) for momentum in MOMENTA]
     return runs
 
 
-def table1(task: str, seeds: int) -> list[Run]:
+def choose(records: list[dict[str, Any]], metric: str) -> dict[str, Tuned]:
+    """By the tuning records of one task: the best learning rate, then the best momentum at it; the larger value of `metric` is better."""
+    chosen = {}
+    for base in BASES:
+        own = [record for record in records if record["study"] == "tuning" and record["base"] == base]
+        plain = {record["inner_lr"]: record["metrics"][metric] for record in own if not record["slowmo"]}
+        lr = max(plain, key=lambda key: plain[key]) if set(plain) >= set(LRS) else None
+        slow = {record["outer_momentum"]: record["metrics"][metric] for record in own if record["slowmo"] and record["inner_lr"] == lr}
+        chosen[base] = Tuned(lr, max(slow, key=lambda key: slow[key]) if set(slow) >= set(MOMENTA) else None)
+    return chosen
+
+
+def table1(task: str, tuned: dict[str, Tuned], seeds: int) -> list[Run]:
     """Every base with and without slow momentum; the seeds of a pair side by side, so that an interrupted table has pairs."""
     runs = []
     for base in ("local_sgd", "all_reduce", "sgp", "osgp"):
-        lr, momentum = TUNED_LR[base], TUNED_MOMENTUM[base]
+        lr, momentum = tuned[base].inner_lr, tuned[base].outer_momentum
         if lr is None or (momentum is None and base != "all_reduce"):
             continue
         # Seed 0 chose the settings, and is left out.
@@ -102,17 +118,17 @@ def table1(task: str, seeds: int) -> list[Run]:
     return runs
 
 
-def sweeps(task: str) -> list[Run]:
+def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     """One setting at a time, around the Local SGD row: the period, slow momentum, the inner state, the averages."""
-    lr, momentum = TUNED_LR["local_sgd"], TUNED_MOMENTUM["local_sgd"]
+    lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
     if lr is None or momentum is None:
         return []
     middle = Run("sweep", task, "local_sgd", momentum, lr, seed=1)
-    runs = [replace(middle, sync_every=tau) for tau in (3, 6, 12, 24, 48)]
-    runs += [replace(middle, sync_every=tau, outer_momentum=0.0) for tau in (3, 6, 12, 24, 48)]
+    runs = [replace(middle, sync_every=tau, outer_momentum=beta) for beta in (momentum, 0.0) for tau in (3, 6, 12, 24, 48)]
     runs += [replace(middle, outer_momentum=beta) for beta in (0.0, 0.2, 0.4, 0.6, 0.8)]
     runs += [replace(middle, inner_state=state) for state in ("reset", "maintain", "average")]
     runs += [replace(middle, outer_momentum=0.0, inner_state="average")]  # double averaging
-    if TUNED_LR["sgp"] and TUNED_MOMENTUM["sgp"]:
-        runs += [Run("sweep", task, "sgp", TUNED_MOMENTUM["sgp"], TUNED_LR["sgp"], seed=1, exact_average=exact) for exact in (True, False)]
+    lr, momentum = tuned["sgp"].inner_lr, tuned["sgp"].outer_momentum
+    if lr is not None and momentum is not None:
+        runs += [Run("sweep", task, "sgp", momentum, lr, seed=1, exact_average=exact) for exact in (True, False)]
     return list(dict.fromkeys(runs))

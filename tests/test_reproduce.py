@@ -39,10 +39,11 @@ def test_the_schedule_in_numbers():
     assert [factor[step] for step in (100, 149, 150, 174, 175, 199)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-def test_the_table_has_the_papers_rows(monkeypatch):
-    monkeypatch.setattr(studies, "TUNED_LR", dict.fromkeys(studies.BASES, 0.1))
-    monkeypatch.setattr(studies, "TUNED_MOMENTUM", {**dict.fromkeys(studies.BASES, 0.5), "all_reduce": None})
-    runs = studies.table1("image_classification", 5)
+TUNED = {base: studies.Tuned(0.1, None if base == "all_reduce" else 0.5) for base in studies.BASES}
+
+
+def test_the_table_has_the_papers_rows():
+    runs = studies.table1("image_classification", TUNED, 5)
     counts = {}
     for run in runs:
         counts[run.base, run.slowmo] = counts.get((run.base, run.slowmo), 0) + 1
@@ -54,8 +55,28 @@ def test_the_table_has_the_papers_rows(monkeypatch):
     assert len({run.name for run in runs}) == len(runs)
     assert 0 not in {run.seed for run in runs}, "seed 0 chose the settings"
     assert {run.workers for run in runs} == {8}
-    for study in (studies.tuning("image_classification"), studies.sweeps("image_classification")):
+    for study in (studies.tuning("image_classification", TUNED), studies.sweeps("image_classification", TUNED)):
         assert len({run.name for run in study}) == len(study)
+
+
+def tuning_record(base, lr, momentum, accuracy):
+    settings = {"study": "tuning", "base": base, "slowmo": momentum > 0, "inner_lr": lr, "outer_momentum": momentum}
+    return {**settings, "metrics": {"validation_accuracy": accuracy}}
+
+
+def test_tuning_chooses_when_all_its_runs_are_there():
+    """0.05, 0.1, 0.2 give 0.5, 0.8, 0.7: 0.1 is chosen; there momenta 0.3, 0.5, 0.7 give 0.6, 0.7, 0.9; 0.2's momentum does not count."""
+    rates = [tuning_record("sgp", lr, 0.0, accuracy) for lr, accuracy in zip(studies.LRS, (0.5, 0.8, 0.7), strict=True)]
+    momenta = [tuning_record("sgp", 0.1, beta, accuracy) for beta, accuracy in zip(studies.MOMENTA, (0.6, 0.7, 0.9), strict=True)]
+    foreign = [tuning_record("sgp", 0.2, 0.3, 1.0), tuning_record("osgp", 0.2, 0.0, 1.0)]
+
+    def chosen(records):
+        return studies.choose([*records, *foreign], "validation_accuracy")["sgp"]
+
+    assert chosen(rates[:2]) == studies.Tuned(None, None)
+    assert chosen(rates) == studies.Tuned(0.1, None)
+    assert chosen([*rates, *momenta[:2]]) == studies.Tuned(0.1, None)
+    assert chosen([*rates, *momenta]) == studies.Tuned(0.1, 0.7)
 
 
 def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
