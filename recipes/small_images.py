@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class Images:
     """All that the runs share, read only."""
 
     name: str
+    sha256: str  # of the training split's pixels and labels
     train: Part
     told: Part
     validation: Part
@@ -59,7 +62,9 @@ def load(dataset_name: str | None) -> Images:
         return Part(_normalised(images, mean, std), labels)
 
     return Images(
-        name=sets.name,
+        # A local copy is named by what it is a copy of; the digest tells.
+        name=HUB_NAME if (len(sets.train), len(sets.test)) == (60_000, 10_000) else Path(sets.name).name,
+        sha256=hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes()).hexdigest(),
         train=Part(first, train.labels[:-held_out]),
         told=part(first[:TOLD_ROWS], train.labels[:TOLD_ROWS]),
         validation=part(last, train.labels[-held_out:]),
@@ -91,7 +96,7 @@ def train(run: Run, data: Images) -> dict[str, Any]:
     """All workers of one run; the part of its record that they know."""
     start = time.perf_counter()
     told = slowmo_hf.run_in_process(lambda rank: _worker(run, data, rank), run.workers)[0]
-    return {**told, "dataset": data.name, "seconds": time.perf_counter() - start}
+    return {**told, "dataset": data.name, "dataset_sha256": data.sha256, "seconds": time.perf_counter() - start}
 
 
 def _worker(run: Run, data: Images, rank: int) -> dict[str, Any]:
