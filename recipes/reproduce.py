@@ -31,10 +31,6 @@ METRIC_TUNED = "validation_accuracy"  # the final one
 RECORDS = Path(__file__).parent / "records"
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
-PAPER_ROWS = {
-    "image_classification": ("cifar10", "imagenet"),
-    "translation": ("wmt16",),
-}
 
 
 @dataclass
@@ -236,20 +232,18 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 # ---- the paper's size ----
 
 
+# Presets of the recipes, and the bases that the paper's Table 1 has for them.
+PAPER_ROWS = {
+    "image_classification": dict.fromkeys(("cifar10", "imagenet"), ("local_sgd", "sgp", "osgp", "all_reduce")),
+    "translation": {"wmt16": ("local_sgd", "sgp", "all_reduce")},
+}
+
+
 def paper_commands(task: str) -> list[str]:
-    """One `accelerate launch` command per row of the paper's Table 1, for the machines of the paper (docs/launch.md)."""
-    launch = "accelerate launch --config_file recipes/configs/several_machines.yaml"
-    commands = []
-    for preset in PAPER_ROWS[task]:
-        for base in ("local_sgd", "sgp", "osgp", "all_reduce"):
-            for slowmo in (False, True):
-                if (base == "all_reduce" and slowmo) or (base == "osgp" and preset == "wmt16"):
-                    continue
-                commands.append(
-                    f"{launch} recipes/{task}.py --preset {preset} --base {base}"
-                    + (" --outer_momentum 0.6" if slowmo else " --outer_momentum 0")
-                )
-    return commands
+    """One `accelerate launch` command per row, with and without slow momentum, for the machines of the paper (docs/launch.md)."""
+    launch = f"accelerate launch --config_file recipes/configs/several_machines.yaml recipes/{task}.py"
+    rows = [(preset, base) for preset, bases in PAPER_ROWS[task].items() for base in bases]
+    return [f"{launch} --preset {preset} --base {base}{end}" for preset, base in rows for end in (" --outer_momentum 0", "")]
 
 
 if __name__ == "__main__":

@@ -35,25 +35,25 @@ def test_residual_branches_start_at_zero(architecture, branches):
 
 
 @pytest.mark.parametrize(
-    ("preset", "total", "epochs", "decays", "gossip_period", "rate"),
-    [("cifar10", 32 * 128, 200, [100, 150, 175], 12, 1.6), ("imagenet", 256 * 32, 90, [30, 60, 80], 48, 3.2)],
+    ("task", "processes", "total", "epochs", "decays", "gossip_period", "rate"),
+    [("cifar10", 32, 4096, 200, [100, 150, 175], 12, 1.6), ("imagenet", 256, 8192, 90, [30, 60, 80], 48, 3.2)],
 )
 @pytest.mark.parametrize("base", ["local_sgd", "sgp", "osgp", "all_reduce"])
-def test_presets_are_the_papers(tmp_path, preset, total, epochs, decays, gossip_period, rate, base):
-    """Batches of 4,096 and 8,192 images; 0.1 per 256 of them. Explicit flags win."""
-    momentum = "0" if base == "all_reduce" else "0.6"
-    flags = ["--preset", preset, "--base", base, "--outer_momentum", momentum, "--output_dir", str(tmp_path)]
+@pytest.mark.parametrize("slowmo", [False, True])
+def test_presets_are_the_papers(tmp_path, task, processes, total, epochs, decays, gossip_period, rate, base, slowmo):
+    """Batches of 4,096 and 8,192 images; 0.1 per 256 of them. Gossip without slow momentum has no exact average. Explicit flags win."""
+    flags = ["--preset", task, "--base", base, *([] if slowmo else ["--outer_momentum", "0"]), "--output_dir", str(tmp_path)]
     script, config, args = image_classification.parse(flags)
-    processes = {"cifar10": 32, "imagenet": 256}[preset]
     assert args.per_device_train_batch_size * processes == total
     assert (args.num_train_epochs, script.decay_epochs, script.warmup_epochs) == (epochs, decays, 5)
     assert args.learning_rate == pytest.approx(rate) == pytest.approx(0.1 * total / 256)
     assert (args.optim, args.weight_decay, script.inner_momentum) == ("sgd", 1e-4, 0.9)
-    assert config.sync_every == (gossip_period if base in ("sgp", "osgp") else 12)
-    assert config.inner_state == ("auto" if base == "all_reduce" else "reset")
-    assert config.outer_lr == 1
-    assert script.zero_init_residual == (preset == "imagenet")
-    assert script.architecture == {"cifar10": "resnet18", "imagenet": "resnet50"}[preset]
+    assert config.sync_every == (gossip_period if "sgp" in base else 12)
+    assert config.exact_average == (slowmo or "sgp" not in base)
+    assert (config.outer_lr, config.outer_momentum) == (1, 0.6 if slowmo else 0)
+    assert config.inner_state == ("reset" if slowmo or base == "local_sgd" else "auto")
+    assert script.zero_init_residual == (task == "imagenet")
+    assert script.architecture == {"cifar10": "resnet18", "imagenet": "resnet50"}[task]
     _, config, args = image_classification.parse([*flags, "--learning_rate", "0.5", "--sync_every", "7"])
     assert (args.learning_rate, config.sync_every) == (0.5, 7)
 

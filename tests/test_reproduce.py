@@ -146,5 +146,8 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
 
 
 def test_the_clusters_commands_are_the_papers_rows():
-    assert len(reproduce.paper_commands("image_classification")) == 2 * 7
-    assert len(reproduce.paper_commands("translation")) == 5
+    images, translations = (reproduce.paper_commands(task) for task in ("image_classification", "translation"))
+    assert len(images) == 2 * 4 * 2
+    assert images[1].endswith("recipes/image_classification.py --preset cifar10 --base local_sgd")
+    assert images[2].endswith("--preset cifar10 --base sgp --outer_momentum 0")
+    assert len(translations) == 3 * 2
