@@ -30,80 +30,120 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-def _train(folder, base, callbacks, resume=None):
+def _train(folder, base, callbacks, resume=None, **settings):
     args = arguments(folder, max_steps=STEPS, learning_rate=0.05, save_strategy="steps", save_steps=100, seed=3)
     trainer = Trainer(
         model=Regression(torch.float32),
         args=args,
         train_dataset=Rows(60, torch.float32),
-        callbacks=[*callbacks, SlowMoCallback(SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=20))],
+        callbacks=[*callbacks, SlowMoCallback(SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=20, **settings))],
     )
     trainer.train(resume_from_checkpoint=resume)
     return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step
 
 
-def _signalled(folder, base, number):
+def _signalled(folder, base, number, settings):
     """(exit code, the checkpoint's step, the end after a resume, the end without a signal) on this rank."""
-    whole, _ = _train(folder / "whole", base, [])
+    whole, _ = _train(folder / "whole", base, [], **settings)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped, Heard() as heard:
-        _train(folder / "cut", base, [SignalAt(1, 5, number)])
+        _train(folder / "cut", base, [SignalAt(1, 5, number)], **settings)
     assert signal.getsignal(number) is before
     assert len(heard.about(signal.Signals(number).name)) == (dist.get_rank() == 1)
     assert len(heard.about("asks for a requeue")) == 1
     assert sorted(path.name for path in (folder / "cut").iterdir()) == ["checkpoint-8"]
     slowmo_hf.verify_checkpoint(folder / "cut" / "checkpoint-8")
-    resumed, steps = _train(folder / "cut", base, [], resume=True)
+    resumed, steps = _train(folder / "cut", base, [], resume=True, **settings)
     assert steps == STEPS
     return stopped.value.code, [torch.equal(whole[name], resumed[name]) for name in whole]
 
 
-@pytest.mark.parametrize(("base", "number"), [("local_sgd", signal.SIGTERM), ("osgp", signal.SIGUSR1), ("all_reduce", signal.SIGTERM)])
-def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number):
-    for code, same in run_workers(_signalled, 2, tmp_path, base, number):
+@pytest.mark.parametrize(
+    ("base", "number", "settings"),
+    [
+        ("local_sgd", signal.SIGTERM, {}),
+        ("osgp", signal.SIGUSR1, {}),
+        ("all_reduce", signal.SIGTERM, {}),
+        ("sgp", signal.SIGTERM, {"exact_average": False}),
+    ],
+)
+def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number, settings):
+    for code, same in run_workers(_signalled, 2, tmp_path, base, number, settings):
         assert code == REQUEUE_EXIT_CODE == 75
         assert all(same)
+
+
+def _too_late(folder):
+    """A signal after the last round: training ends by itself, and nothing asks for a requeue."""
+    _, steps = _train(folder, "local_sgd", [SignalAt(0, 13, signal.SIGTERM)])
+    return steps
+
+
+def test_a_run_that_ends_by_itself_is_not_requeued(tmp_path):
+    assert run_workers(_too_late, 2, tmp_path) == [STEPS, STEPS]
 
 
 def _custom_loop(number):
     """The step at which each rank saw the wish; the loop goes on to a round's end after the signal, and no further."""
     model, rows = Regression(torch.float32), Rows(4, torch.float32)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20))
+    early = number < 0
+    assert not slowmo_hf.stop_requested(optimizer)
+    if early and dist.get_rank() == 0:
+        os.kill(os.getpid(), -number)
     for step in range(1, STEPS + 1):
         model(rows.x, rows.y)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         if slowmo_hf.stop_requested(optimizer):
             return step
-        if dist.get_rank() == 0 and step == 6:
+        if dist.get_rank() == 0 and step == 6 and not early:
             os.kill(os.getpid(), number)
     return None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_custom_loop_hears_it_at_the_same_step_on_all_ranks(number):
-    assert run_workers(_custom_loop, 2, number) == [8, 8]
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 8), (signal.SIGUSR1, 8), (-signal.SIGTERM, 4)])
+def test_a_custom_loop_hears_it_at_the_same_step_on_all_ranks(number, step):
+    """A negative number is sent before the first step: the first round tells."""
+    assert run_workers(_custom_loop, 2, number) == [step, step]
+
+
+class Ear:
+    def __init__(self, heard):
+        self.heard = heard
+
+    def hear(self, name):
+        self.heard.append(name)
+
+
+def _how_a_fork_dies():
+    """The signal that ends a forked child which was sent SIGTERM."""
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
 
 
 def _handlers():
     """A handler of the user's own stays; passed on twice it is one; repeated later it does what it did; a thread hears none."""
     heard = []
     own = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
-    signals = slowmo_hf.stop_signals.StopSignals(heard.append)
+    dead, ear = Ear(heard), Ear(heard)
+    earlier = slowmo_hf.stop_signals.StopSignals(dead.hear)  # of a run that failed
+    signals = slowmo_hf.stop_signals.StopSignals(ear.hear)
+    assert _how_a_fork_dies() == signal.SIGTERM, "a pool ends its workers so"
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGUSR1, "SIGTERM"]
     slowmo_hf.stop_signals.PASSED_ON_SECONDS = -1.0
-    killed = os.fork()
-    if killed == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
-    assert os.waitpid(killed, 0)[1] == signal.SIGTERM
+    assert _how_a_fork_dies() == signal.SIGTERM
     signals.release()
+    earlier.release()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     signal.signal(signal.SIGUSR1, own)
-    thread = threading.Thread(target=lambda: slowmo_hf.stop_signals.StopSignals(heard.append))
+    thread = threading.Thread(target=lambda: slowmo_hf.stop_signals.StopSignals(ear.hear))
     thread.start()
     thread.join()
     return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

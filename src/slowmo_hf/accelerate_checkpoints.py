@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
         accelerator = Accelerator(); model, optimizer, loader = accelerator.prepare(...)
         slowmo_hf.register_for_checkpointing(accelerator, optimizer)
 
-    Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): no hook follows Accelerate's own files, so
-    the manifest lists ours alone, and a save over an old folder that is killed half-way would mix the two.
+    Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): a save over an old folder that is killed
+    half-way would mix the two. No hook of Accelerate's follows its own files, so `accelerator.save_state` itself is wrapped: the manifest
+    comes after them, and a save that was killed anywhere before has none.
 
     Args:
         accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
@@ -34,6 +36,7 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
     """
     bare = unwrap(optimizer)
     bare.saved_beside = True
+    to_seal: list[tuple[Path, bool]] = []
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         outer_loop = bare.outer_loop
@@ -51,18 +54,35 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
                 lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=_own_objects(accelerator)),
             )
 
-        def finish() -> None:
-            if keeper:
-                seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps}, ours_alone=True)
-
-        together(outer_loop, f"checkpoint {folder} cannot be finished", finish)
+        to_seal.append((folder, keeper))
 
     def load(models: list[Any], input_dir: str) -> None:
         # Accelerate loads model, optimizer and scaler after this hook, rank 0's on every rank: ours must come later.
         bare.before_training(lambda outer_loop: _take_up(accelerator, outer_loop, Path(input_dir)))
 
+    save_state = accelerator.save_state
+
+    @functools.wraps(save_state)
+    def save_and_seal(*args: Any, **kwargs: Any) -> Any:
+        saved_to = save_state(*args, **kwargs)
+        while to_seal and bare.outer_loop is not None:
+            _finish(bare.outer_loop, *to_seal.pop())
+        return saved_to
+
+    accelerator.save_state = save_and_seal  # type: ignore[method-assign]
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def _finish(outer_loop: OuterLoop, folder: Path, keeper: bool) -> None:
+    """Every file of every rank is there: write the manifest. Collective."""
+
+    def finish() -> None:
+        if keeper:
+            seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps})
+
+    outer_loop.workers.world.gather_objects(None)
+    together(outer_loop, f"checkpoint {folder} cannot be finished", finish)
 
 
 def _let_go(weights: list[Any]) -> None:

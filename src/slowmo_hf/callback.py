@@ -43,7 +43,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop: OuterLoop | None = None
         self._isolation: Isolation | None = None
         self._training = False
-        self._ended = False
+        self._ended = self._stopped = False
         self._stop_signals: StopSignals | None = None
         self._stock_token_average: bool | None = None
         self._unlogged: list[RoundReport] = []
@@ -102,7 +102,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             _advise(args, self.config)
         self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training, self._ended = True, False
+        self._training, self._ended, self._stopped = True, False, False
         self._unlogged = []
         if self.config.has_rounds:
             self._stop_signals = StopSignals(self._on_signal)
@@ -178,7 +178,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._log(control)
         self._restore(args)
         self.outer_loop.workers.roll_call.leave("its training ended")
-        if self.outer_loop.stop_agreed:
+        if self._stopped:
             logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", state.global_step, REQUEUE_EXIT_CODE)
             raise SystemExit(REQUEUE_EXIT_CODE)
 
@@ -211,8 +211,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl) -> None:
         """A rank that was sent a signal, or has no more data, has said so in the round of this step: all stop together."""
-        if self.outer_loop is None or not self.outer_loop.workers_agree:
-            return
+        if self.outer_loop is None or self.outer_loop.local_steps:
+            return  # no round has just been done
         if self.outer_loop.somebody_ended:
             logger.warning(
                 "a rank has ended its training (out of data, or asked to stop): all stop with it at the round of step %d, without a "
@@ -222,7 +222,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
             control.should_log = control.should_evaluate = control.should_save = False  # they gather, and that rank will not come
         elif self.outer_loop.stop_agreed:
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = self._stopped = True
 
     def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
         if self.outer_loop is None:

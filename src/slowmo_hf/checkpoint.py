@@ -102,11 +102,10 @@ def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
     return Contents(settings, tensors, objects)
 
 
-def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any], *, ours_alone: bool = False) -> None:
-    """Write the manifest: every file of the checkpoint (or of our part) is there, and its digest. Call it when all have written."""
+def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """Write the manifest: every file of the checkpoint is there, and its digest. Call it when all have written."""
     root = Path(checkpoint)
-    found = _files(root / FOLDER if ours_alone else root)
-    files = {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in found}
+    files = {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in _files(root)}
     manifest = {"version": VERSION, **settings, "files": files}
     manifest["sha256"] = _own_digest(manifest)
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))

@@ -68,6 +68,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         self.saved_beside = False
         self._before_training: Callable[[OuterLoop], None] | None = None
         self._stop_signals: StopSignals | None = None
+        self._stop_asked = False
         super().__setstate__(state)
         self._stop_listening = _listen_for_the_first_forward(self)
 
@@ -228,6 +229,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
+        outer_loop.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
         self._go_on(outer_loop)
 
@@ -252,6 +254,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
 
     def _on_signal(self, name: str) -> None:
         logger.warning("%s: stop_requested is True on all ranks after this round", name)
+        self._stop_asked = True
         if self.outer_loop is not None:
             self.outer_loop.stop_asked = True
 

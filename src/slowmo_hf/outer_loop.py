@@ -385,9 +385,14 @@ class OuterLoop:
         device = torch.device("cpu") if self.config.stash_device == "cpu" else None
         self._shown = [*params, *floating, *integer]
         self._stash = [t.detach().to(device, copy=True) if device else t.detach().clone() for t in self._shown]
-        if self._shown:
+        if not self._shown:
+            return
+        try:
             self.workers.inside.broadcast_outcome(lambda: self._lead_look(bool(params), floating, integer))
             self.inside.broadcast_(self._shown)
+        except BaseException:
+            self.show_local()
+            raise
 
     def _lead_look(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         before = self.workers.bytes_sent
@@ -469,7 +474,7 @@ class OuterLoop:
         self.show_local()  # the state replaces what a look would give back
         self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))  # the leader's part, or its refusal
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
-        self.attempted_steps, self.rounds = state_dict["attempted_steps"], state_dict["rounds"]
+        self.attempted_steps, self.rounds, self.local_steps = state_dict["attempted_steps"], state_dict["rounds"], 0
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import timedelta
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -41,7 +40,7 @@ class RollCall:
         self.store: Any = job_store() if self.world_size > 1 else None
         self.step = 0
         self.place = "the start"
-        self._run = f"slowmo/{next(_runs)}"
+        self._run = f"slowmo/{next(_runs)}" if self.store is not None else ""
         self._meeting = 0
         self._host = host_and_address()[0]
         if self.store is not None:
@@ -92,10 +91,12 @@ class RollCall:
         self.step, self.place = step, place
 
     def _came(self, keys: list[str], seconds: float) -> bool:
-        try:
-            self.store.wait(keys, timedelta(seconds=seconds))
-        except RuntimeError:  # DistStoreError of a TCPStore, RuntimeError of a FileStore
-            return bool(self.store.check(keys))
+        until, pause = time.monotonic() + seconds, 0.001
+        while not self.store.check(keys):  # its own wait would print two warnings whenever it is in vain
+            if time.monotonic() >= until:
+                return False
+            time.sleep(pause)
+            pause = min(0.01, 1.5 * pause)
         return True
 
     def leave(self, cause: str) -> None:

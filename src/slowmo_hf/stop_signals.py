@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -15,7 +16,8 @@ from .log import logger
 REQUEUE_EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "try again later"
 PASSED_ON_SECONDS = 10.0
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_REPLACED = ("transformers.trainer_jit_checkpoint",)  # would save at a step of one rank's own
+# transformers' own would save at a step of one rank's own; ours is an earlier run's, which may have failed.
+_REPLACED = ("transformers.trainer_jit_checkpoint", __name__)
 
 
 class StopSignals:
@@ -24,11 +26,12 @@ class StopSignals:
     before; sooner, it is the same one: schedulers signal every process of a job, and launchers pass on what they get.
 
     Args:
-        on_signal (`Callable`): Called once, with the signal's name, in the main thread.
+        on_signal (`Callable`): A bound method, held weakly; called once, with the signal's name, in the main thread.
     """
 
     def __init__(self, on_signal: Callable[[str], None]) -> None:
-        self._on_signal = on_signal
+        self._on_signal = weakref.WeakMethod(on_signal)
+        self._process = os.getpid()
         self._earlier: dict[int, Any] = {}
         self._heard_at: float | None = None
         if threading.current_thread() is not threading.main_thread():
@@ -42,12 +45,16 @@ class StopSignals:
                 logger.info("%s has a handler already, which stays", signal.Signals(number).name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._heard_at is None:
-            self._heard_at = time.monotonic()
-            self._on_signal(signal.Signals(number).name)
-        elif time.monotonic() - self._heard_at > PASSED_ON_SECONDS:
+        on_signal = self._on_signal()
+        if os.getpid() != self._process:  # a forked child, which a pool ends by SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif on_signal is None or (self._heard_at and time.monotonic() - self._heard_at > PASSED_ON_SECONDS):
             self.release()
             os.kill(os.getpid(), number)
+        elif self._heard_at is None:
+            self._heard_at = time.monotonic()
+            on_signal(signal.Signals(number).name)
 
     def release(self) -> None:
         """Give the signals back."""

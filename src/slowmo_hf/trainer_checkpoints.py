@@ -86,7 +86,7 @@ class TrainerCheckpoints:
         over = max(0, len(found) - max(self._limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:
             logger.info("deleting %s: save_total_limit=%d", path, self._limit)
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(_set_aside(path), ignore_errors=True)  # under another name: a half-deleted folder is no checkpoint
 
     # ---- resuming ----
 
@@ -150,14 +150,19 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
     if args.local_process_index == 0:
         for path in _checkpoints(Path(str(args.output_dir))):
             if not is_whole(path):
-                aside = path.with_name(_ASIDE + path.name)
-                shutil.rmtree(aside, ignore_errors=True)
                 try:
-                    path.rename(aside)
+                    aside = _set_aside(path)
                 except FileNotFoundError:
                     continue  # another machine's first process on the same file system was faster
                 logger.warning("%s was never finished: it is set aside as %s", path, aside.name)
     PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename, in one step, to what no resume takes."""
+    aside = path.with_name(_ASIDE + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
