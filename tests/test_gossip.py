@@ -1,12 +1,11 @@
 """Push-sum gossip: mass is conserved, schedules contract, messages are in flight exactly as long as told, faults speak."""
 
 import os
-import queue
 import re
 import signal
 import socket
-import threading
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,94 +15,67 @@ from harness import run_workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round, run_in_process
 from slowmo_hf.averager import flat_anchors
-from slowmo_hf.communicator import Communicator, Transfer
-from slowmo_hf.gossip import GossipBase
+from slowmo_hf.communicator import Communicator
+from slowmo_hf.gossip import GossipBase, make_topology
 from slowmo_hf.topology import Topology
 
-# ---- many workers in one process: threads and mailboxes in place of processes and sockets ----
+# ---- many workers in one process ----
 
 
-class Mailboxes:
-    """What has been sent and not fetched, by (sender, receiver, tag)."""
+@dataclass
+class Mixed:
+    """One worker after one exchange, in fp64; `x` and `w` alone, `mass_x` and `mass_w` with the messages in flight to it."""
 
-    def __init__(self):
-        self.boxes, self.lock = {}, threading.Lock()
-
-    def box(self, *key):
-        with self.lock:
-            return self.boxes.setdefault(key, queue.Queue())
-
-
-class MailCommunicator:
-    """The part of a Communicator that gossip uses."""
-
-    wire_device = torch.device("cpu")
-
-    def __init__(self, mail, rank, world_size):
-        self.mail, self.rank, self.world_size = mail, rank, world_size
-
-    def exchange(self, message, targets, received, sources, tag):
-        for target in targets:
-            self.mail.box(self.rank, target, tag).put(message.clone())
-        fetch = [(into, self.mail.box(source, self.rank, tag)) for source, into in zip(sources, received, strict=True)]
-        return Transfer(fetch, message, received, "")
-
-    def finish(self, transfer):
-        for into, box in [] if transfer.done else transfer.works:
-            into.copy_(box.get(timeout=20))
-        transfer.done = True
+    z: torch.Tensor
+    x: torch.Tensor
+    w: float
+    mass_x: torch.Tensor
+    mass_w: float
+    in_flight: int
+    moved: torch.Tensor  # by the inner step before
 
 
-class Crew:
-    """All workers of a gossip run, each with fp64 parameters of its own, stepping together."""
+def _base(config, params):
+    return GossipBase(config, Communicator(20, torch.device("cpu"), purpose="gossip"), flat_anchors([params]))
 
-    def __init__(self, config, world_size, dtype=torch.float64):
-        mail, generator = Mailboxes(), torch.Generator().manual_seed(world_size)
-        self.params = [[torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in (3, 5)] for _ in range(world_size)]
-        self.bases = [
-            GossipBase(config, MailCommunicator(mail, rank, world_size), flat_anchors([params])) for rank, params in enumerate(self.params)
-        ]
 
-    def each(self, act):
-        """Call `act(base)` for every worker, each in its own thread."""
-        errors = []
+def _start(rank, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in (3, 5)]
 
-        def guarded(base):
-            try:
-                act(base)
-            except BaseException as error:
-                errors.append(error)
 
-        threads = [threading.Thread(target=guarded, args=(base,)) for base in self.bases]
-        [t.start() for t in threads]
-        [t.join(timeout=30) for t in threads]
-        assert not errors, errors
+def _mix(config, workers, steps, *, dtype=torch.float64, size=1.0, start=None):
+    """What `Mixed` says, by step and worker, of a run from `start(rank, dtype)` whose inner steps are noise of this size."""
 
-    def values(self):
-        """De-biased parameters, one row per worker."""
-        return torch.stack([torch.cat(params).double() for params in self.params])
-
-    def numerators(self):
-        return torch.stack([next(iter(base.numerators.values())).double() for base in self.bases])
-
-    def mass(self):
-        """(sum x, sum w) over workers and the messages in flight."""
-        self.each(lambda base: base.settle())
-        x, w = self.numerators().sum(dim=0), sum(base.weight for base in self.bases)
-        for exchange in (exchange for base in self.bases for exchange in base.in_flight):
-            x = x + sum(flat.double() for received in exchange.received for flat in received.values())
-            w = w + sum(float(received) for received in exchange.weight.received)
-        return x, w
-
-    def train(self, generator, size=1.0):
-        """An inner step by each worker; returns the sum of the displacements."""
-        before = self.values()
-        for params in self.params:
+    def work(rank):
+        params, noise = (start or _start)(rank, dtype), torch.Generator().manual_seed(1000 + rank)
+        base, after = _base(config, params), []
+        for number in range(steps):
+            before = torch.cat(params).double()
             for param in params:
-                param.add_(size * torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype))
-        return (self.values() - before).sum(dim=0)
+                param.add_(size * torch.randn(param.shape, generator=noise, dtype=torch.float64).to(dtype))
+            moved = torch.cat(params).double() - before
+            base.mix_(number)
+            after.append(_look(base, params, moved))
+        return after
+
+    return list(zip(*run_in_process(work, workers), strict=True))
+
+
+def _look(base, params, moved):
+    base.settle()
+    (x,) = (flat.double().clone() for flat in base.numerators.values())
+    mass_x, mass_w = x.clone(), base.weight
+    for exchange in base.in_flight:
+        mass_x += sum(flat.double() for received in exchange.received for flat in received.values())
+        mass_w += sum(float(received) for received in exchange.weight.received)
+    return Mixed(torch.cat(params).double(), x, base.weight, mass_x, mass_w, len(base.in_flight), moved)
+
+
+def _sum_at_start(workers, dtype=torch.float64):
+    return sum(torch.cat(_start(rank, dtype)).double() for rank in range(workers))
 
 
 @st.composite
@@ -124,20 +96,16 @@ def _gossip(draw, most_stale=3):
 @given(_gossip(), st.integers(1, 12))
 def test_mass_is_conserved_in_flight_too(drawn, steps):
     config, workers = drawn
-    crew, generator = Crew(config, workers), torch.Generator().manual_seed(0)
-    total = crew.values().sum(dim=0)
-    for number in range(steps):
-        total += crew.train(generator)
-        crew.each(lambda base, number=number: base.mix_(number))
-        x, w = crew.mass()
-        assert torch.allclose(x, total, rtol=0, atol=1e-11)
-        assert w == pytest.approx(workers, abs=1e-12)
-        weights = torch.tensor([base.weight for base in crew.bases], dtype=torch.float64)
-        assert torch.allclose(crew.values(), crew.numerators() / weights[:, None], rtol=0, atol=1e-12)
-        in_flight = config.staleness if config.base == "osgp" else 0
-        assert all(len(base.in_flight) == min(number + 1, in_flight) for base in crew.bases)
-        if in_flight == 0:
-            assert weights.tolist() == [1.0] * workers
+    total, in_flight = _sum_at_start(workers), config.staleness if config.base == "osgp" else 0
+    for number, after in enumerate(_mix(config, workers, steps)):
+        total += sum(own.moved for own in after)
+        assert torch.allclose(sum(own.mass_x for own in after), total, rtol=0, atol=1e-11)
+        assert sum(own.mass_w for own in after) == pytest.approx(workers, abs=1e-12)
+        for own in after:
+            assert torch.allclose(own.z, own.x / own.w, rtol=0, atol=1e-12)
+            assert own.in_flight == min(number + 1, in_flight)
+            if in_flight == 0:
+                assert own.w == 1.0
 
 
 @settings(max_examples=60, deadline=None)
@@ -145,14 +113,12 @@ def test_mass_is_conserved_in_flight_too(drawn, steps):
 def test_one_cycle_contracts_as_its_mixing_matrices_promise(drawn):
     """Without gradients x_k = P_k ... P_1 x_0; the distance from the mean falls at least by the product's norm off the mean."""
     config, workers = drawn
-    crew = Crew(config, workers)
-    topology = crew.bases[0].topology
-    start = crew.values().numpy()
+    topology = make_topology(config, workers)
+    start = torch.stack([torch.cat(_start(rank)) for rank in range(workers)]).numpy()
+    end = torch.stack([own.z for own in _mix(config, workers, topology.cycle_length, size=0.0)[-1]]).numpy()
     product = np.eye(workers)
     for number in range(topology.cycle_length):
-        crew.each(lambda base, number=number: base.mix_(number))
         product = np.array(topology.mixing_matrix(number)) @ product
-    end = crew.values().numpy()
     np.testing.assert_allclose(end, product @ start, rtol=0, atol=1e-12)
     promised = np.linalg.norm(product - np.full((workers, workers), 1 / workers), 2)
     distance = [np.linalg.norm(values - values.mean(axis=0)) for values in (start, end)]
@@ -163,14 +129,12 @@ def test_one_cycle_contracts_as_its_mixing_matrices_promise(drawn):
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_bf16_parameters_have_fp32_numerators_that_lose_nothing(staleness):
-    crew, generator = Crew(SlowMoConfig(base="osgp", staleness=staleness), 4, torch.bfloat16), torch.Generator().manual_seed(0)
-    total = crew.values().sum(dim=0)
-    for number in range(20):
-        total += crew.train(generator, size=1e-2)
-        crew.each(lambda base, number=number: base.mix_(number))
-    assert all(flat.dtype == torch.float32 for base in crew.bases for flat in base.numerators.values())
-    x, _ = crew.mass()
-    assert torch.allclose(x, total, rtol=0, atol=2e-5)  # bf16 sums alone would be off by 1e-2
+    config = SlowMoConfig(base="osgp", staleness=staleness)
+    steps = _mix(config, 4, 20, dtype=torch.bfloat16, size=1e-2)
+    total = _sum_at_start(4, torch.bfloat16) + sum(own.moved for after in steps for own in after)
+    assert torch.allclose(sum(own.mass_x for own in steps[-1]), total, rtol=0, atol=2e-5)  # bf16 sums alone would be off by 1e-2
+    (numerator,) = _base(SlowMoConfig(base="sgp"), _start(0, torch.bfloat16)).numerators.values()
+    assert numerator.dtype == torch.float32
 
 
 def test_a_message_is_applied_exactly_when_it_is_due():
@@ -178,16 +142,10 @@ def test_a_message_is_applied_exactly_when_it_is_due():
     1: (4, ½), (0, ½)    2: (2, ¼), (0, ¼)    3: the messages of step 1, (0, ½) and (4, ½), are due: (1, ⅛ + ½), (0 + 4, ⅛ + ½)
     """
     config = SlowMoConfig(base="osgp", staleness=2)
-    crew = Crew(config, 2)
-    for params, value in zip(crew.params, (8.0, 0.0), strict=True):
-        for param in params:
-            param.fill_(value)
-    seen = []
-    for number in range(3):
-        crew.each(lambda base, number=number: base.mix_(number))
-        seen.append([(flat[0].item(), base.weight) for base in crew.bases for flat in base.numerators.values()])
+    steps = _mix(config, 2, 3, size=0.0, start=lambda rank, dtype: [torch.full((4,), 8.0 * (1 - rank), dtype=dtype)])
+    seen = [[(own.x[0].item(), own.w) for own in after] for after in steps]
     assert seen == [[(4.0, 0.5), (0.0, 0.5)], [(2.0, 0.25), (0.0, 0.25)], [(1.0, 0.625), (4.0, 0.625)]]
-    assert crew.params[1][0][0].item() == 4 / 0.625
+    assert steps[-1][1].z[0].item() == 4 / 0.625
 
 
 # ---- processes ----
@@ -435,7 +393,7 @@ def test_the_schedule_does_not_move_at_an_exact_round(monkeypatch):
 
 
 def test_auto_topology_is_the_base_s_own():
-    assert [Crew(SlowMoConfig(base=base), 4).bases[0].topology for base in ("sgp", "osgp", "dpsgd")] == [
+    assert [make_topology(SlowMoConfig(base=base), 4) for base in ("sgp", "osgp", "dpsgd")] == [
         Topology("exponential", 4),
         Topology("exponential", 4),
         Topology("bipartite_exponential", 4, symmetric=True),

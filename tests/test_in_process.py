@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from harness import run_workers
+from reference import gossip_reference, slowmo_reference
 from tiny import Regression, Rows, two_groups, values, warmup_and_decay
 
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.communicator import processes_in_job, rank_in_job
+from slowmo_hf.communicator import Communicator, processes_in_job, rank_in_job
+from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.gossip import make_topology
 
 STEPS = 11
 CASES = {
@@ -110,6 +113,71 @@ def test_sixteen_workers_by_hand():
             assert run[tau * (t + 1) - 1].item() == pytest.approx(anchor, abs=1e-12)
 
 
+SIXTEEN = [
+    SlowMoConfig(sync_every=4, outer_lr=0.8, outer_momentum=0.6),
+    SlowMoConfig.local_sgd(3, inner_state="average"),
+    SlowMoConfig(base="sgp", sync_every=4, outer_momentum=0.6, inner_state="maintain"),
+    SlowMoConfig(base="sgp", sync_every=5, exact_average=False, inner_state="maintain"),
+    SlowMoConfig(base="osgp", sync_every=6, staleness=2, inner_state="maintain"),
+    SlowMoConfig(base="dpsgd", sync_every=5, inner_state="reset"),
+]
+
+
+def _noisy(rank):
+    """(parameters, optimizer, backward, schedule) of a noisy quadratic; momentum, and a learning rate that falls."""
+    weights = [torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)), torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))]
+    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+
+    def backward(step):
+        noise = torch.Generator().manual_seed(100 * rank + step)
+        for weight in weights:
+            weight.grad = weight.detach() - PULLS[rank] + torch.randn(weight.shape, generator=noise, dtype=torch.float64)
+
+    return weights, optimizer, backward, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9).step
+
+
+def _ends_of_sixteen(config, rank):
+    weights, inner, backward, schedule = _noisy(rank)
+    optimizer = SlowMoOptimizer(inner, config)
+    for step in range(14):
+        backward(step)
+        optimizer.step()
+        schedule()
+    return [weight.detach().clone() for weight in weights]
+
+
+@pytest.mark.parametrize("config", SIXTEEN, ids=lambda config: f"{config.base} {config.sync_every}")
+def test_sixteen_workers_against_the_paper(config):
+    ends = run_in_process(lambda rank: _ends_of_sixteen(config, rank), 16)
+    policy = config.inner_state if config.inner_state != "auto" else "reset"
+    run = (_noisy, 16, 14, config.sync_every, config.outer_lr, config.outer_momentum, policy)
+    if config.base in GOSSIP_BASES:
+        mixing, staleness = make_topology(config, 16).mixing_matrix, config.staleness if config.base == "osgp" else 0
+        workers = gossip_reference(*run, mixing=mixing, staleness=staleness, exact_average=config.exact_average)
+        right = [worker.z for worker in workers]
+    else:
+        right = slowmo_reference(*run)
+    for mine, other in zip(ends, right, strict=True):
+        for weight, reference in zip(mine, other, strict=True):
+            torch.testing.assert_close(weight, reference, rtol=0, atol=1e-12)
+
+
+def test_a_closure_s_gradients_are_averaged():
+    """Gradients 0, 1, 2 are made inside step: every worker takes their mean, twice."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), SlowMoConfig(base="all_reduce", sync_every=4))
+
+        def closure():
+            weight.grad = torch.full((1,), float(rank))
+            return 7.0 + rank
+
+        return [optimizer.step(closure) for _ in range(2)], weight.item()
+
+    assert run_in_process(work, 3) == [([7.0 + rank] * 2, -2.0) for rank in range(3)]
+
+
 def _dropped(rank):
     model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 1))
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base="sgp", sync_every=3))
@@ -149,21 +217,64 @@ def _returns_early(rank):
     _pull(SlowMoConfig(sync_every=2), rank, 4, 2 if rank == 1 else 6)
 
 
+def _meets_again_when_ended(rank):
+    communicator = Communicator(5, torch.device("cpu"))
+    if rank == 1:
+        raise ValueError("bad batch")
+    try:
+        communicator.gather_header([1.0])
+    finally:
+        communicator.gather_header([2.0])
+
+
+def _meets_for_something_else(rank):
+    communicator = Communicator(5, torch.device("cpu"))
+    communicator.max_(torch.ones(1)) if rank == 0 else communicator.gather_header([1.0])
+
+
+def _wait_for_each_others_messages(rank):
+    communicator, mine = Communicator(5, torch.device("cpu")), torch.ones(2)
+    communicator.finish(communicator.exchange(mine, [], [torch.empty(2)], [(rank + 1) % 4], 6))
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("work", "words"),
     [
+        (_meets_again_when_ended, "worker 1 failed: ValueError: bad batch"),
+        (_meets_for_something_else, r"worker 0 waits for all_reduce \(max\) of 1 elements, .*worker 1 waits for all_gather of 1 elements"),
+        (_wait_for_each_others_messages, "worker 0 waits for message 6 from worker 1; .*worker 3 waits for message 6 from worker 0"),
         (_fails, "worker 2 failed: ValueError: bad batch"),
         (_returns_early, "all workers wait for each other: worker 0 waits for all_gather .*worker 1 has returned"),
     ],
 )
 def test_a_failure_ends_all_workers(work, words):
     before = threading.active_count()
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=words) as raised:
         run_in_process(work, 4)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon and "Thread-" in thread.name:
-            thread.join(timeout=5)
-    assert threading.active_count() <= before
+    assert threading.active_count() == before, "all have ended"
+    assert isinstance(raised.value.__cause__, ValueError) == ("bad batch" in words)
+
+
+def test_nothing_is_shared_by_accident():
+    """Worker 1 comes last to the first meeting, takes its copies at once, and goes on to change what it gave; so does the giver below."""
+
+    def work(rank):
+        communicator, given = Communicator(5, torch.device("cpu")), {"numbers": [rank]}
+        got = communicator.gather_objects(given)
+        given["numbers"].append("later")
+        told = communicator.broadcast_outcome(lambda: given)
+        given["numbers"].append("later still")
+        return got, told["numbers"] if rank else None
+
+    gathered = [{"numbers": [0]}, {"numbers": [1]}]
+    assert run_in_process(work, 2) == [(gathered, None), (gathered, [0, "later"])]
+
+
+def test_the_start_table_says_where_workers_are(caplog):
+    caplog.set_level("INFO", logger="slowmo_hf")
+    run_in_process(lambda rank: _pull(SlowMoConfig(sync_every=2), rank, 3, 2), 3)
+    assert caplog.text.count("3 workers, in this process:") == 1
 
 
 def test_what_is_refused():

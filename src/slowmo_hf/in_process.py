@@ -33,7 +33,8 @@ def run_in_process(work: Callable[[int], T], workers: int) -> list[T]:
     Inside, the package sees a job of `workers` processes and runs as it always does; only the wire is another. Workers are threads of
     which one runs at a time, until it has to wait for another, in a fixed order: runs repeat bit for bit. Each has random generators
     (Python, numpy, torch) of its own, which start where the caller's are; the caller's are left as they were. With `base="all_reduce"`
-    gradients are averaged at every step, which elsewhere is DDP's work.
+    `step` averages the gradients, where DDP does so in the backward pass: what a loop does between the two, such as clipping, sees
+    this worker's own.
 
     Args:
         work (`Callable`): Called with each rank, from 0 on.
@@ -74,11 +75,11 @@ class _Turn:
 
 @dataclass(eq=False)
 class Group:
-    """Some workers; `meetings[n]` is what each has brought to the group's n-th collective."""
+    """Some workers; `meetings[n, name]` is what each has brought to the group's n-th collective."""
 
     ranks: list[int]
-    meetings: dict[int, dict[int, Any]] = field(default_factory=dict)
-    taken: dict[int, int] = field(default_factory=dict)
+    meetings: dict[tuple[int, str], dict[int, Any]] = field(default_factory=dict)
+    taken: dict[tuple[int, str], int] = field(default_factory=dict)
     letters: dict[tuple[int, int, int], deque[torch.Tensor]] = field(default_factory=dict)  # by source, target, tag
 
 
@@ -92,7 +93,7 @@ class World:
         self.failure: tuple[str, BaseException | None] | None = None
 
     def run(self, work: Callable[[int], T]) -> list[T]:
-        """All workers, from the first one's first line to the last one's return."""
+        """All workers, until every thread has ended."""
         results: list[Any] = [None] * self.size
         at_the_call = RandomState.take()
         for turn in self.turns:
@@ -107,7 +108,10 @@ class World:
         except BaseException:  # KeyboardInterrupt
             self._fail("the caller was interrupted", None)
             raise
-        at_the_call.give_back()
+        finally:
+            for thread in threads:
+                thread.join()
+            at_the_call.give_back()
         if self.failure is not None:
             words, cause = self.failure
             raise RuntimeError(words) from cause
@@ -127,6 +131,8 @@ class World:
 
     def wait(self, rank: int, is_ready: Callable[[], bool], what: str) -> None:
         """Let others run until `is_ready()`."""
+        if self.failure is not None:  # a `finally` that meets again while its worker is ended: nobody would come
+            raise _Ended
         if is_ready():
             return
         turn = self.turns[rank]
@@ -210,18 +216,21 @@ class Wire:
 
     # ---- collectives ----
 
-    def _meet(self, name: str, mine: Any, group: Group, take: Callable[[dict[int, Any]], None], async_op: bool) -> Work:
-        """Bring `mine`; when all have, `take` what they brought, by rank in the job."""
+    def _meet(self, name: str, mine: Any, group: Group, take: Callable[[dict[int, Any]], object], async_op: bool) -> Work:
+        """Bring `mine`; when all have, `take` what they brought, by rank in the job. Whose `name` differs waits, and the wait is told."""
         number = self._meetings_held[id(group)] = self._meetings_held.get(id(group), -1) + 1
-        brought = group.meetings.setdefault(number, {})
+        meeting = number, f"{name} of {mine.numel()} elements" if isinstance(mine, torch.Tensor) else name
+        brought = group.meetings.setdefault(meeting, {})
         brought[self._rank] = mine
 
         def wait() -> None:
-            self._world.wait(self._rank, lambda: len(brought) == len(group.ranks), f"{name} {number} of workers {group.ranks}")
+            self._world.wait(
+                self._rank, lambda: len(brought) == len(group.ranks), f"{meeting[1]}, number {number} of workers {group.ranks}"
+            )
             take(brought)
-            group.taken[number] = group.taken.get(number, 0) + 1
-            if group.taken[number] == len(group.ranks):
-                del group.meetings[number], group.taken[number]
+            group.taken[meeting] = group.taken.get(meeting, 0) + 1
+            if group.taken[meeting] == len(group.ranks):
+                del group.meetings[meeting], group.taken[meeting]
 
         work = Work(wait)
         if not async_op:
@@ -238,7 +247,7 @@ class Wire:
             for other in others:
                 torch.maximum(tensor, other, out=tensor) if is_max else tensor.add_(other)
 
-        return self._meet("all_reduce", tensor.clone(), group, take, async_op)
+        return self._meet(f"all_reduce ({op or self.ReduceOp.SUM})", tensor.clone(), group, take, async_op)
 
     def all_gather(self, tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Work:
         """Everybody's tensor."""
@@ -255,11 +264,11 @@ class Wire:
         def take(brought: dict[int, Any]) -> None:
             objects[:] = [copy.deepcopy(brought[rank]) for rank in group.ranks]
 
-        self._meet("all_gather_object", value, group, take, False)
+        self._meet("all_gather_object", copy.deepcopy(value), group, take, False)  # who takes it last may come after a change
 
     def broadcast(self, tensor: torch.Tensor, src: int, group: Any = None, async_op: bool = False) -> Work:
         """The tensor of `src`, a rank in the job."""
-        return self._meet("broadcast", tensor.clone(), group, lambda brought: _copy(tensor, brought[src]), async_op)
+        return self._meet("broadcast", tensor.clone(), group, lambda brought: tensor.copy_(brought[src]), async_op)
 
     def broadcast_object_list(self, objects: list[Any], src: int, group: Any = None) -> None:
         """Copies of the values of `src`, a rank in the job."""
@@ -267,7 +276,7 @@ class Wire:
         def take(brought: dict[int, Any]) -> None:
             objects[:] = copy.deepcopy(brought[src])
 
-        self._meet("broadcast_object_list", list(objects), group, take, False)
+        self._meet("broadcast_object_list", copy.deepcopy(objects), group, take, False)
 
     # ---- messages ----
 
@@ -295,7 +304,3 @@ class Wire:
                 del group.letters[key]
 
         return Work(wait)
-
-
-def _copy(into: torch.Tensor, tensor: torch.Tensor) -> None:
-    into.copy_(tensor)

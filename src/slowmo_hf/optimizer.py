@@ -306,7 +306,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if self.isolation is not None:
             self.isolation.settle()
         if self.config.base == "all_reduce" and is_in_process():
-            outer_loop.average_gradients()
+            closure = outer_loop.averaging(closure)
         loss = self._inner_step(closure)
         outer_loop.step(inner_lrs(self.inner_optimizer))
         return loss

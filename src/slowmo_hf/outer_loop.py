@@ -39,7 +39,7 @@ import copy
 import math
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -186,6 +186,19 @@ class OuterLoop:
         """What DDP does at every step, for `base="all_reduce"` where there is none: in a worker of `run_in_process`."""
         gradients = [p.grad for p in self.tensors.trainable if p.grad is not None]
         ExactAverager(self.workers.world, self.config.bucket_bytes).mean_(gradients)
+
+    def averaging(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
+        """Average the gradients now; or, where a closure makes them, at each of its calls."""
+        if closure is None:
+            self.average_gradients()
+            return None
+
+        def averaged() -> float:
+            loss = closure()
+            self.average_gradients()
+            return loss
+
+        return averaged
 
     def refuse_while_shown(self) -> None:
         """Raise if the average is in the parameters: a step taken there would be lost when the local weights return."""

@@ -11,7 +11,7 @@ from typing import Any
 import accelerate
 import torch
 
-from .communicator import host_and_address, machines_in_job
+from .communicator import host_and_address, is_in_process, machines_in_job
 from .config import SlowMoConfig
 from .log import logger
 from .model_tensors import ModelTensors
@@ -102,7 +102,8 @@ def log_start(workers: Workers, config: SlowMoConfig, inner_state: str) -> None:
     if communicator.rank:
         return
     each = "one process each" if workers.size == 1 else f"{workers.size} processes each"
-    lines = [f"{workers.count} workers, {each}, on {machines} machine(s):"]
+    where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
+    lines = [f"{workers.count} workers, {where}:"]
     lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
     lines += [f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)]
     lines += [f"  {name} = {value}" for name, value in config.to_dict().items()]
