@@ -1,0 +1,246 @@
+"""
+Kills runs with SIGKILL at random moments, lets the launcher start them again, and compares every rank's weights, bit for bit, with a run
+that was never killed.
+
+    python benchmarks/kill.py --points 200 --seed 0
+
+A point is one launch of a real job, `recipes/image_classification.py` (Trainer) or `benchmarks/kill_accelerate.py` (a custom loop), under
+`accelerate launch --max_restarts`, with one kill, or two where the second meets the resume. Moments are drawn from the list of those that
+the uninterrupted run of the same job passed through (`benchmarks/kill_switch.py`). The record is written after every point, and the same
+command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import random
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kill_runs import SAVE_STEPS, Job, Kill, Run, differences, first_steps, launch, met
+from round_cost import hardware, versions
+from transformers import HfArgumentParser
+
+# ---- jobs ----
+
+RECIPE = (
+    "recipes/image_classification.py --resume_from_checkpoint true --width 4 --max_train_samples 64 --max_eval_samples 32 "
+    "--per_device_train_batch_size 4 --per_device_eval_batch_size 16 --num_train_epochs 2 --logging_steps 3 --disable_tqdm 1 "
+    f"--save_strategy steps --save_steps {SAVE_STEPS} --eval_strategy steps --eval_steps 4 --sync_every 3 --timeout_seconds 60"
+)
+LOOP = f"benchmarks/kill_accelerate.py --save_steps {SAVE_STEPS} --eval_steps 4 --sync_every 3 --timeout_seconds 60"
+BASES = {
+    "local_sgd": "",
+    "sgp": "--base sgp",
+    "osgp": "--base osgp --staleness 2",
+    "dpsgd": "--base dpsgd",
+    "all_reduce": "--base all_reduce",
+    "no average": "--base sgp --exact_average false",
+}
+JOBS = {
+    **{f"Trainer, {base}": Job(f"{RECIPE} --save_total_limit {1 + n % 2} {flags}") for n, (base, flags) in enumerate(BASES.items())},
+    **{f"Accelerate, {base}": Job(f"{LOOP} --save_total_limit {1 + n % 2} {flags}") for n, (base, flags) in enumerate(BASES.items())},
+    "Trainer, osgp, 3 processes": Job(f"{RECIPE} --save_total_limit 2 {BASES['osgp']}", 3),
+    "Accelerate, local_sgd, 3 processes": Job(f"{LOOP} --save_total_limit 1", 3),
+}
+LONGER = {"Trainer": "--num_train_epochs 6", "Accelerate": "--steps 48"}  # for ten kills: 48 steps
+
+
+# ---- random moments ----
+
+STEP_KINDS = ("forward", "backward", "inner step")
+STRATA = {
+    "in a step": STEP_KINDS,
+    "in a message": ("message",),
+    "our files": ("our file",),
+    "the library's files": ("their file",),
+    "the seal": ("seal",),
+    "deletion of an old checkpoint": ("rotation",),
+    "evaluation": ("evaluation",),
+    "the start": ("start",),
+    "before the first save": (*STEP_KINDS, "message", "evaluation"),
+    "after the last step": ("end",),
+    "any instant": (*STEP_KINDS, "message", "our file", "their file", "seal", "rotation", "evaluation"),
+    "the resume": (*STEP_KINDS, "message", "our file", "their file", "seal"),
+}
+MIDWAY = ("in a step", "in a message", "our files", "the library's files", "the seal", "evaluation", "any instant")  # in any four steps
+MAX_DELAY_MS = 30.0
+
+
+def moments(run: Run, rank: int) -> list[tuple[str, int]]:
+    """Every moment of a rank's first attempt in order: its kind, and which of its kind it is."""
+    kinds = [note[1] for note in run.notes[0, rank] if note[0] == "moment"]
+    seen: Counter[str] = Counter()
+    found = []
+    for kind in kinds:
+        found.append((kind, seen[kind]))
+        seen[kind] += 1
+    return found
+
+
+def draw(stratum: str, reference: Run, resume_moments: list[int], chance: random.Random) -> tuple[Kill, ...]:
+    """One point's kills; where the resume is to be killed too, an attempt that got beyond the first save comes before."""
+    first = _draw_one(0, stratum, {rank: moments(reference, rank) for rank in reference.ranks}, chance)
+    return (first, _draw_resume(1, resume_moments, chance)) if stratum == "the resume" else (first,)
+
+
+def draw_many(strata: Iterable[str], reference: Run, resume_moments: list[int], chance: random.Random) -> tuple[Kill, ...]:
+    """A kill in every attempt, within its first four steps or in its resume."""
+    early = {rank: found[: found.index(("forward", 4))] for rank in reference.ranks if (found := moments(reference, rank))}
+    return tuple(
+        _draw_resume(attempt, resume_moments, chance) if stratum == "the resume" else _draw_one(attempt, stratum, early, chance)
+        for attempt, stratum in enumerate(strata)
+    )
+
+
+def _draw_one(attempt: int, stratum: str, found: dict[int, list[tuple[str, int]]], chance: random.Random) -> Kill:
+    """At one of these moments, by rank, that are of the stratum."""
+    if stratum == "before the first save":
+        found = {rank: list(itertools.takewhile(lambda moment: "file" not in moment[0], all_of_it)) for rank, all_of_it in found.items()}
+    candidates = {rank: [moment for moment in all_of_it if moment[0] in STRATA[stratum]] for rank, all_of_it in found.items()}
+    rank = chance.choice([rank for rank, left in candidates.items() if left])
+    delay_ms = round(chance.uniform(0, MAX_DELAY_MS), 1) if stratum == "any instant" else None
+    return Kill(attempt, rank, *chance.choice(candidates[rank]), delay_ms=delay_ms)
+
+
+def _draw_resume(attempt: int, resume_moments: list[int], chance: random.Random) -> Kill:
+    rank = chance.randrange(len(resume_moments))
+    return Kill(attempt, rank, "resume", chance.randrange(resume_moments[rank]))
+
+
+def resume_moments(run: Run) -> list[int]:
+    """How many moments every rank's last attempt passed through before its first training step."""
+    last = [notes for (attempt, _), notes in sorted(run.notes.items()) if attempt == run.attempts - 1]
+    return [sum(note[0] == "moment" and note[1] == "resume" for note in notes) for notes in last]
+
+
+# ---- the record ----
+
+
+@dataclass
+class KillArguments:
+    """How many, and where."""
+
+    points: int = field(default=200, metadata={"help": "Points, each a launch with one random kill, or two."})
+    ten_kills: int = field(default=4, metadata={"help": "Launches with ten random kills each."})
+    seed: int = field(default=0, metadata={"help": "Of the moments."})
+    output: str = field(default="benchmarks/records/kills.json", metadata={"help": "The record; one of the same seed is gone on with."})
+    folder: str = field(default="outputs/kills", metadata={"help": "Runs are made here; those that differ are left here."})
+
+
+class Record:
+    """
+    What has been measured: written after every launch, beside and renamed.
+
+    Args:
+        args (`KillArguments`): A record of another seed at `output` is refused.
+    """
+
+    def __init__(self, args: KillArguments) -> None:
+        self.args, self.path = args, Path(args.output)
+        self.references: dict[str, Run] = {}
+        self.values: dict[str, Any] = {"seed": args.seed, "points": [], "ten_kills": [], "resume_moments": {}}
+        if self.path.exists():
+            self.values = json.loads(self.path.read_text())
+        if self.values["seed"] != args.seed:
+            raise ValueError(f"seed must be {self.values['seed']}, that of {self.path}, got {args.seed}. Set --seed, or another --output.")
+        self.values |= {
+            "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "hardware": hardware(),
+            "versions": versions(),
+            "jobs": {name: asdict(job) for name, job in JOBS.items()},
+        }
+
+    def reference(self, name: str, job: Job) -> Run:
+        """The job's run that is never killed, made once."""
+        if name not in self.references:
+            folder = Path(self.args.folder).resolve() / f"never killed, {name}".replace(" ", "_")
+            run = launch(job, folder)
+            if run.exit_code:
+                raise RuntimeError(f"{name} fails without a kill, exit code {run.exit_code}: {run.said[-4000:]}")
+            self.references[name] = run
+        return self.references[name]
+
+    def resume_moments(self, name: str) -> list[int]:
+        """Of the job's last resume; where none has been seen, of one that is made for it."""
+        known = self.values["resume_moments"]
+        if name not in known:
+            kill = draw("in a step", self.reference(name, JOBS[name]), [], random.Random(self.args.seed))
+            known[name] = resume_moments(launch(JOBS[name], Path(self.args.folder).resolve() / "rehearsal", kill))
+        return known[name]
+
+    def add(self, part: str, name: str, job: Job, kills: tuple[Kill, ...], **words: str) -> None:
+        """Launch, compare, write down, say in one line."""
+        reference = self.reference(name, job)
+        folder = Path(self.args.folder).resolve() / f"{part}_{len(self.values[part])}"
+        run = launch(job, folder, kills)
+        told = differences(reference, run, kills)
+        self.values[part].append(
+            {
+                "job": name,
+                **words,
+                "kills": [{**asdict(kill), "met": met(run, kill)} for kill in kills],
+                "first_steps": first_steps(reference, run),
+                "seconds": round(run.seconds, 1),
+                "differences": told,
+            }
+        )
+        if not told:
+            shutil.rmtree(folder)
+            if part == "points":
+                self.values["resume_moments"][name] = resume_moments(run)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.values, indent=1) + "\n")
+        beside.replace(self.path)
+        where = [met(run, kill) for kill in kills]
+        print(f"{part} {len(self.values[part])}: {name}, {words or ''} {where}: {told or 'the same'}, {run.seconds:.0f} s", flush=True)
+
+
+def plan(points: int, seed: int) -> list[tuple[str, str]]:
+    """Job and stratum of every point: all pairs in a random order, and again. Resumes last: a job's other points tell how long its is."""
+    pairs = list(itertools.product(JOBS, STRATA))
+    random.Random(seed).shuffle(pairs)
+    return sorted(itertools.islice(itertools.cycle(pairs), points), key=lambda pair: pair[1] == "the resume")
+
+
+def table(values: dict[str, Any]) -> str:
+    """Points by stratum, and how many of them ended with the weights of the run never killed."""
+    rows = [(point["stratum"], point) for point in values["points"]] + [("ten kills in one job", point) for point in values["ten_kills"]]
+    points = Counter(stratum for stratum, _ in rows)
+    same = Counter(stratum for stratum, point in rows if not point["differences"])
+    lines = [f"{stratum:<32}{number:>8}{same[stratum]:>8}" for stratum, number in points.items()]
+    return "\n".join([f"{'':<32}{'points':>8}{'same':>8}", *lines, f"{'all':<32}{points.total():>8}{same.total():>8}"])
+
+
+def main() -> None:
+    """Make the points that the record does not have yet."""
+    (args,) = HfArgumentParser(KillArguments).parse_args_into_dataclasses()
+    record = Record(args)
+    for index, (name, stratum) in enumerate(plan(args.points, args.seed)):
+        if index >= len(record.values["points"]):
+            chance = random.Random(f"{args.seed} {index}")
+            resumes = record.resume_moments(name) if stratum == "the resume" else []
+            record.add("points", name, JOBS[name], draw(stratum, record.reference(name, JOBS[name]), resumes, chance), stratum=stratum)
+    for index in range(len(record.values["ten_kills"]), args.ten_kills):
+        name = list(JOBS)[len(BASES) * (index % 2) + index // 2]  # Trainer and Accelerate in turn, base by base
+        longer = Job(f"{JOBS[name].command} {LONGER[name.split(',')[0]]}")
+        reference = record.reference(f"{name}, longer", longer)
+        chance = random.Random(f"{args.seed} ten kills {index}")
+        strata = [chance.choice(MIDWAY), *chance.choices((*MIDWAY, "the resume"), k=9)]
+        record.add("ten_kills", f"{name}, longer", longer, draw_many(strata, reference, record.resume_moments(name), chance))
+    print(table(record.values))
+    sys.exit(any(point["differences"] for part in ("points", "ten_kills") for point in record.values[part]))
+
+
+if __name__ == "__main__":
+    main()

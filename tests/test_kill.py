@@ -1,0 +1,261 @@
+"""The kill benchmark's own parts: moments, draws, and how two runs are compared. `benchmarks/kill.py` makes the kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import kill
+import kill_runs
+import kill_switch
+from kill_runs import Kill, Run
+
+from slowmo_hf.checkpoint import Contents, seal, write_part
+
+# ---- the moments ----
+
+STEP = ["forward", "backward", "backward", "inner step", "inner step"]
+SAVE = ["our file", "our file", "their file", "seal"]
+
+
+def run_of(folder, *attempts):
+    """A run by hand: by attempt and rank its notes in short, "w3" for the weights of step 3, "!seal" for a kill."""
+    notes = {}
+    for attempt, ranks in enumerate(attempts):
+        for rank, words in enumerate(ranks):
+            notes[attempt, rank] = [
+                ["weights", f"rank {rank} step {word[1:]}"] if word[0] == "w" else ["kill", word[1:], "here"] if word[0] == "!"
+                else ["moment", word, ""]
+                for word in words
+            ]  # fmt: skip
+    return Run(folder, 0, 1.0, "", notes)
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """Six steps, a save after every second one, which rank 1 has no seal of."""
+    by_rank = []
+    for rank in range(2):
+        words = ["start", "start"]
+        for step in range(6):
+            words += [f"w{step}", *STEP]
+            words += SAVE[: 4 - rank] if step % 2 else ["message"]
+        by_rank.append([*words, "end"])
+    checkpoint(tmp_path, 6)
+    return run_of(tmp_path, by_rank)
+
+
+def checkpoint(folder, step, value=1.0):
+    """One that is whole, and the model beside."""
+    place = folder / "out" / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    torch.save({"state": {"momentum": torch.tensor([value, 2.0])}, "steps": step}, place / "optimizer.pt")
+    write_part(place, "worker_0", Contents(tensors={"p": torch.ones(2)}))
+    seal(place, {"run": "r", "step": step})
+
+
+def test_moments_are_counted_by_kind(reference):
+    """Rank 0: 2 start, 30 in steps, 3 messages, 12 in saves, 1 end."""
+    found = kill.moments(reference, 0)
+    assert len(found) == 48
+    assert found[:4] == [("start", 0), ("start", 1), ("forward", 0), ("backward", 0)]
+    assert Counter(kind for kind, _ in found)["our file"] == 6
+    assert found[-2:] == [("seal", 2), ("end", 0)]
+
+
+@pytest.mark.parametrize("stratum", [name for name in kill.STRATA if name not in ("evaluation", "deletion of an old checkpoint")])
+def test_drawn_kills_are_of_their_stratum(reference, stratum):
+    """Forty draws: every one is a moment that the rank had, of a kind of the stratum; before the first save there are steps 0 and 1."""
+    drawn = [kill.draw(stratum, reference, [3, 5], random.Random(seed)) for seed in range(40)]
+    for first, *rest in drawn:
+        assert (first.kind, first.nth) in kill.moments(reference, first.rank)
+        assert first.kind in kill.STRATA[stratum]
+        assert (first.delay_ms is not None) == (stratum == "any instant")
+        assert len(rest) == (stratum == "the resume")
+        for again in rest:
+            assert (again.attempt, again.kind) == (1, "resume")
+            assert 0 <= again.nth < [3, 5][again.rank]
+    if stratum == "before the first save":
+        assert all(first.nth < 2 or (first.kind in ("backward", "inner step") and first.nth < 4) for first, *_ in drawn)
+    if stratum == "the seal":
+        assert {first.rank for first, *_ in drawn} == {0}, "rank 1 has no such moment"
+    assert len(set(drawn)) >= 3 or stratum in ("the start", "after the last step")
+
+
+def test_many_kills_come_within_four_steps_each(reference):
+    kills = kill.draw_many(("in a step", "the resume", "our files") * 5, reference, [3, 3], random.Random(1))
+    assert [found.attempt for found in kills] == list(range(15))
+    assert [found.kind for found in kills[1::3]] == ["resume"] * 5
+    assert all(found.nth < 8 for found in kills), "four steps have eight of the most frequent kinds"
+
+
+def test_a_plan_mixes_all_pairs_and_keeps_resumes_for_the_end():
+    pairs = kill.plan(200, seed=0)
+    assert len(pairs) == 200
+    assert len(set(pairs)) == len(kill.JOBS) * len(kill.STRATA) == 168
+    places = [index for index, (_, stratum) in enumerate(pairs) if stratum == "the resume"]
+    assert places == list(range(200 - len(places), 200))
+    assert kill.plan(200, seed=0) == pairs != kill.plan(200, seed=1)
+
+
+def test_the_table_counts_points():
+    values = {
+        "points": [{"stratum": "the seal", "differences": told} for told in ([], ["weights differ"], [])],
+        "ten_kills": [{"differences": []}],
+    }
+    rows = [line.split() for line in kill.table(values).splitlines()]
+    assert rows == [["points", "same"], ["the", "seal", "3", "2"], ["ten", "kills", "in", "one", "job", "1", "1"], ["all", "4", "3"]]
+
+
+# ---- the comparison ----
+
+
+def resumed(folder, *, second, end=1.0, kill_word="!backward"):
+    """Killed in step 3, after the save of step 2; `second` are the steps of the second attempt."""
+    first = [[*(f"w{step}" for step in range(4)), kill_word], [f"w{step}" for step in range(4)]]
+    checkpoint(folder, 6, end)
+    return run_of(folder, first, [second, second])
+
+
+KILLED = (Kill(0, 0, "backward", 6),)
+
+
+def test_a_run_that_went_on_from_its_last_save_is_the_same(reference, tmp_path):
+    run = resumed(tmp_path / "b", second=["w2", "w3", "w4", "w5"])
+    assert kill_runs.first_steps(reference, run) == [[0, 0], [2, 2]]
+    assert kill_runs.differences(reference, run, KILLED) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "end", "kill_word", "told"),
+    [
+        (["w2", "w3", "wrong", "w5"], 1.0, "!backward", "attempt 1, rank 1: weights differ after it had begun at step 2"),
+        (["wrong", "w3", "w4", "w5"], 1.0, "!backward", "attempt 1 begins at step [-1], step 3 had been reached"),
+        (["w0", "w1", "w2", "w3", "w4", "w5"], 1.0, "!backward", "attempt 1 begins at step [0], step 3 had been reached"),
+        (["w2", "w3", "w4"], 1.0, "!backward", "the last step begun is 4 of 5"),
+        (["w2", "w3", "w4", "w5"], 1.0000001, "!backward", "checkpoint-6/optimizer.pt differs at the end"),
+        (["w2", "w3", "w4", "w5"], 1.0, "backward", f"{KILLED[0]} was never reached"),
+    ],
+)
+def test_every_difference_is_told(reference, tmp_path, second, end, kill_word, told):
+    run = resumed(tmp_path / "b", second=second, end=end, kill_word=kill_word)
+    assert told in kill_runs.differences(reference, run, KILLED)
+
+
+def test_a_failed_launch_and_a_missing_attempt_are_told(reference, tmp_path):
+    run = resumed(tmp_path / "b", second=["w2", "w3", "w4", "w5"])
+    run.exit_code = 1
+    assert kill_runs.differences(reference, run, KILLED) == ["exit code 1 after 2 attempts, 1 kills were planned"]
+    assert kill_runs.differences(reference, reference, KILLED) == ["exit code 0 after 1 attempts, 1 kills were planned"]
+
+
+def test_a_checkpoint_that_is_not_whole_or_not_there_is_told(reference, tmp_path):
+    run = resumed(tmp_path / "b", second=["w2", "w3", "w4", "w5"])
+    (tmp_path / "b/out/checkpoint-6/slowmo/manifest.json").unlink()
+    assert any("manifest" in told for told in kill_runs.differences(reference, run, KILLED))
+    (tmp_path / "b/out/checkpoint-6").rename(tmp_path / "b/out/checkpoint-4")
+    assert "checkpoints at the end: ['checkpoint-4']" in kill_runs.differences(reference, run, KILLED)
+
+
+# ---- the switch ----
+
+
+@pytest.fixture
+def switch(tmp_path, monkeypatch):
+    """Rank 1 of the second attempt, with plans for others; `killed` gets the signals that it would have sent."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda *signal: killed.append(signal))
+    plan = [
+        {"attempt": 0, "rank": 1, "kind": "seal", "nth": 0, "delay_ms": None},
+        {"attempt": 1, "rank": 0, "kind": "seal", "nth": 0, "delay_ms": None},
+        {"attempt": 1, "rank": 1, "kind": "our file", "nth": 1, "delay_ms": None},
+    ]
+    (tmp_path / "out").mkdir()
+    switch = kill_switch.Switch(tmp_path, tmp_path / "out", plan)
+    switch.killed, switch.notes = killed, tmp_path / "attempt_1_rank_1.jsonl"
+    return switch
+
+
+def test_a_process_dies_at_its_own_moment_only(switch):
+    switch.moment("our file", "while it resumes")
+    switch.model = torch.nn.Linear(1, 1)
+    for kind in ("seal", "our file"):
+        switch.moment(kind, "first")
+    assert switch.killed == []
+    switch.moment("our file", "second")
+    assert switch.killed == [(os.getpid(), 9)]
+    kinds = [json.loads(line)[:2] for line in switch.notes.read_text().splitlines()]
+    assert kinds == [["moment", "resume"], ["moment", "seal"], ["moment", "our file"], ["kill", "our file"]]
+
+
+def test_who_dies_in_a_write_leaves_half_of_the_file(switch, tmp_path):
+    switch.model = torch.nn.Linear(1, 1)
+    path = tmp_path / "out" / "checkpoint-2" / "slowmo" / "worker_1.pt"
+    path.parent.mkdir(parents=True)
+    switch.around_write(lambda what, path: Path(path).write_bytes(what))(b"x" * 100, path)
+    assert path.stat().st_size == 50
+    assert switch.killed == [(os.getpid(), 9)]
+
+
+@pytest.mark.parametrize(
+    ("event", "name", "kind"),
+    [
+        ("os.mkdir", "checkpoint-2", "their file"),
+        ("open", "checkpoint-2/optimizer.pt", "their file"),
+        ("os.rename", "checkpoint-2/slowmo/worker_0.pt.tmp", "our file"),
+        ("os.rename", "checkpoint-2/slowmo/manifest.json.tmp", "seal"),
+        ("os.rename", "checkpoint-2", "rotation"),
+        ("shutil.rmtree", "checkpoint-2", "rotation"),
+        ("open", "model.safetensors", "end"),
+        ("os.mkdir", "", "end"),
+    ],
+)
+def test_files_have_their_kinds(switch, event, name, kind):
+    switch.model = torch.nn.Linear(1, 1)
+    switch.file_event(event, (str(switch.watched / name), -1))
+    assert [json.loads(line)[1] for line in switch.notes.read_text().splitlines()] == [kind]
+
+
+def test_files_of_others_and_other_events_are_no_moments(switch, tmp_path):
+    switch.file_event("open", (str(tmp_path / "elsewhere"), "w", 0))
+    switch.file_event("open", (7, "w", 0))
+    switch.file_event("os.listdir", (str(switch.watched),))
+    assert switch.notes.read_text() == ""
+
+
+def test_a_tree_that_is_deleted_is_seen_file_by_file(switch):
+    """As `shutil.rmtree` does it here, with descriptors or with paths."""
+    (switch.watched / "checkpoint-2" / "slowmo").mkdir(parents=True)
+    (switch.watched / "checkpoint-2" / "slowmo" / "manifest.json").touch()
+    switch.model = torch.nn.Linear(1, 1)
+    sys.addaudithook(lambda event, args: switch.file_event(event, args) if listening else None)
+    listening = [True]
+    shutil.rmtree(switch.watched / "checkpoint-2")
+    listening.clear()
+    told = [json.loads(line)[1:] for line in switch.notes.read_text().splitlines()]
+    deletions = [words for kind, words in told if kind == "rotation" and words.startswith(("os.remove", "os.rmdir"))]
+    assert deletions == ["os.remove checkpoint-2/slowmo/manifest.json", "os.rmdir checkpoint-2/slowmo", "os.rmdir checkpoint-2"]
+
+
+def test_weights_are_parameters_and_buffers_bit_for_bit():
+    model = torch.nn.BatchNorm1d(3)
+    before = kill_switch._digest(model)
+    assert kill_switch._digest(torch.nn.BatchNorm1d(3)) == before
+    for tensor in (model.weight.data, model.running_mean):
+        old = tensor.clone()
+        tensor[1] += 1e-7
+        assert kill_switch._digest(model) != before
+        tensor.copy_(old)
+    assert kill_switch._digest(model) == before
