@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -58,6 +59,10 @@ def main() -> None:
     if arguments.scale == "paper":
         print("\n".join(paper_commands(arguments.task)))
         return
+    if arguments.task != "image_classification":
+        sys.exit(
+            f"reproduce.py: task must be image_classification at --scale small, got {arguments.task}. Use --scale paper for its commands."
+        )
     folder = Path(arguments.records)
     left = arguments.max_runs
     while (missing := [run for run in study_runs(arguments, folder) if not find_record(run, folder)]) and left != 0:

@@ -145,6 +145,12 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
     assert again["metrics"] == found["metrics"], "the same run, bit for bit"
 
 
+def test_translation_in_small_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--task", "translation", "--records", str(tmp_path)])
+    with pytest.raises(SystemExit, match="task must be image_classification at --scale small, got translation"):
+        reproduce.main()
+
+
 def test_the_clusters_commands_are_the_papers_rows():
     images, translations = (reproduce.paper_commands(task) for task in ("image_classification", "translation"))
     assert len(images) == 2 * 4 * 2
