@@ -294,7 +294,7 @@ def _hub_message(name: str, config: str | None, flag: str, error: Exception) -> 
         return f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or set --{flag}."
     if any(isinstance(cause, ConnectionError | TimeoutError) for cause in (error, error.__cause__, error.__context__)):
         way_out = {
-            "dataset_name": f"Leave --dataset_name out for the shipped help text, or set it to {LOCAL_FOLDER}.",
+            "dataset_name": f"Leave --dataset_name and --preset out for the shipped help text, or set it to {LOCAL_FOLDER}.",
         }.get(flag, f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}.")
         return f"{what}the Hub is not reachable ({type(error).__name__}: {error}). {way_out}"
     return f"{what}{type(error).__name__}: {error} Set --{flag}, or --dataset_config (such as de-en)."

@@ -900,7 +900,7 @@ def test_newstests_are_english_and_german(hub, tmp_path):
 def test_hub_out_of_reach():
     """Tests run with HF_HUB_OFFLINE=1, so this asks nobody."""
     with pytest.raises(
-        DataError, match=r"dataset_name needs 'wmt/wmt16' \(de-en\), .* the Hub is not reachable .* Leave --dataset_name out"
+        DataError, match=r"dataset_name needs 'wmt/wmt16' \(de-en\), .* the Hub is not reachable .* Leave --dataset_name and --preset out"
     ):
         load_corpus("wmt/wmt16")
     with pytest.raises(
