@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -29,7 +31,10 @@ CASES = {
     "sgp, two peers": (SlowMoConfig(base="sgp", sync_every=4, peers=2), "adamw"),
     "osgp": (SlowMoConfig(base="osgp", sync_every=5, staleness=2), "sgd"),
     "dpsgd": (SlowMoConfig(base="dpsgd", sync_every=4), "sgd"),
+    "lookahead": (SlowMoConfig(sync_every=3, outer_lr=0.5, outer_momentum=0.0, inner_state="maintain"), "sgd"),
+    "dpsgd, double averaging": (SlowMoConfig(base="dpsgd", sync_every=4, inner_state="average"), "adamw"),
     "all_reduce": (SlowMoConfig(base="all_reduce", sync_every=4), "sgd"),
+    "all_reduce alone": (SlowMoConfig(base="all_reduce", outer_momentum=0.0), "adamw"),
 }
 
 
@@ -237,12 +242,31 @@ def _wait_for_each_others_messages(rank):
     communicator.finish(communicator.exchange(mine, [], [torch.empty(2)], [(rank + 1) % 4], 6))
 
 
+def _sum_other_dtypes(rank):
+    Communicator(5, torch.device("cpu")).start_sum_(torch.ones(2, dtype=torch.float64 if rank else torch.bfloat16))()
+
+
+def _sends_less_than_is_expected(rank):
+    communicator, into = Communicator(5, torch.device("cpu")), torch.empty(2)
+    mine = torch.ones(1 if rank == 1 else 2)
+    communicator.finish(communicator.exchange(mine, [(rank - 1) % 4], [into], [(rank + 1) % 4], 6))
+
+
+def _has_other_gradients(rank):
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    weights[rank % 2].grad = torch.ones(1)
+    SlowMoOptimizer(torch.optim.SGD(weights, lr=1.0), SlowMoConfig(base="all_reduce")).step()
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("work", "words"),
     [
+        (_sum_other_dtypes, r"worker 0 waits for all_reduce \(sum\) of 2 elements \(torch.bfloat16\), .*of 2 elements \(torch.float64\)"),
+        (_sends_less_than_is_expected, r"worker 1 sent 1 elements \(torch.float32\) in message 6, worker 0 expects 2 elements"),
+        (_has_other_gradients, "averages the gradients of all trainable parameters, as DDP does, and 1 of 2 have none"),
         (_meets_again_when_ended, "worker 1 failed: ValueError: bad batch"),
-        (_meets_for_something_else, r"worker 0 waits for all_reduce \(max\) of 1 elements, .*worker 1 waits for all_gather of 1 elements"),
+        (_meets_for_something_else, r"worker 0 waits for all_reduce \(max\) of 1 elements .*worker 1 waits for all_gather of 1 elements"),
         (_wait_for_each_others_messages, "worker 0 waits for message 6 from worker 1; .*worker 3 waits for message 6 from worker 0"),
         (_fails, "worker 2 failed: ValueError: bad batch"),
         (_returns_early, "all workers wait for each other: worker 0 waits for all_gather .*worker 1 has returned"),
@@ -254,6 +278,49 @@ def test_a_failure_ends_all_workers(work, words):
         run_in_process(work, 4)
     assert threading.active_count() == before, "all have ended"
     assert isinstance(raised.value.__cause__, ValueError) == ("bad batch" in words)
+
+
+def test_workers_are_unwound_one_at_a_time():
+    inside, most = [], []
+
+    def work(rank):
+        communicator = Communicator(5, torch.device("cpu"))
+        try:
+            if rank == 3:
+                raise ValueError("bad batch")
+            communicator.gather_header([1.0])
+        finally:
+            inside.append(rank)
+            time.sleep(0.01)
+            most.append(len(inside))
+            inside.remove(rank)
+
+    with pytest.raises(RuntimeError, match="worker 3 failed"):
+        run_in_process(work, 4)
+    assert most == [1] * 4
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_ends_all_workers():
+    """Worker 0, whose thread is the first one waited for, computes on for a while after the signal."""
+    threads, generator, came = threading.enumerate(), torch.get_rng_state(), []
+
+    def work(rank):
+        communicator = Communicator(5, torch.device("cpu"))
+        for step in range(1000):
+            if (rank, step) == (0, 3):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            if step >= 3:
+                time.sleep(0.2 if rank == 0 else 0.01)
+                torch.rand(1)
+            communicator.gather_header([1.0])
+            came.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(work, 4)
+    assert 2 <= max(came) < 999
+    assert threading.enumerate() == threads
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_nothing_is_shared_by_accident():

@@ -59,7 +59,7 @@ def current() -> Wire | None:
 
 
 class _Ended(BaseException):
-    """Unwinds a worker after another has failed; no `except Exception` stops it."""
+    """Unwinds a worker after another has failed, one at a time; no `except Exception` stops it."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class _Turn:
     may_run: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     is_ready: Callable[[], bool] | None = None  # what it waits for; None where it could run
     waits_for: str = ""
-    returned: bool = False
+    ended: bool = False
     random_state: RandomState | None = None
 
 
@@ -91,6 +91,7 @@ class World:
         self.turns = [_Turn() for _ in range(size)]
         self.groups = [Group(list(range(size)))]
         self.failure: tuple[str, BaseException | None] | None = None
+        self.all_ended = threading.Event()
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """All workers, until every thread has ended."""
@@ -101,15 +102,15 @@ class World:
         threads = [threading.Thread(target=self._live, args=(rank, work, results), daemon=True) for rank in range(self.size)]
         for thread in threads:
             thread.start()
+        self.turns[0].may_run.release()
         try:
-            self.turns[0].may_run.release()
-            for thread in threads:
-                thread.join()
+            self.all_ended.wait()  # no join: one that is interrupted takes a thread that runs on for ended
         except BaseException:  # KeyboardInterrupt
             self._fail("the caller was interrupted", None)
+            self.all_ended.wait()
             raise
         finally:
-            for thread in threads:
+            for thread in threads if self.all_ended.is_set() else []:
                 thread.join()
             at_the_call.give_back()
         if self.failure is not None:
@@ -122,12 +123,12 @@ class World:
         try:
             self._take_turn(rank)
             results[rank] = work(rank)
-            self.turns[rank].returned = True
-            self._pass_on(rank)
         except _Ended:
             pass
         except BaseException as error:
             self._fail(f"worker {rank} failed: {type(error).__name__}: {error}", error)
+        self.turns[rank].ended = True
+        self._pass_on(rank)
 
     def wait(self, rank: int, is_ready: Callable[[], bool], what: str) -> None:
         """Let others run until `is_ready()`."""
@@ -142,15 +143,16 @@ class World:
         turn.is_ready = None
 
     def _pass_on(self, rank: int) -> None:
-        """To the next worker, in the order of ranks, that need not wait."""
-        for step in range(1, self.size + 1):
-            turn = self.turns[(rank + step) % self.size]
-            if not turn.returned and (turn.is_ready is None or turn.is_ready()):
-                turn.may_run.release()
-                return
-        if not all(turn.returned for turn in self.turns):
-            at = [f"worker {r} {'has returned' if t.returned else 'waits for ' + t.waits_for}" for r, t in enumerate(self.turns)]
+        """To the next worker, in the order of ranks, that need not wait; after a failure to the next one that is left."""
+        left = [turn for turn in self.turns[rank + 1 :] + self.turns[: rank + 1] if not turn.ended]
+        if not left:
+            self.all_ended.set()
+            return
+        able = [turn for turn in left if turn.is_ready is None or turn.is_ready()]
+        if not able and self.failure is None:
+            at = [f"worker {r} {'has returned' if t.ended else 'waits for ' + t.waits_for}" for r, t in enumerate(self.turns)]
             self._fail(f"all workers wait for each other: {'; '.join(at)}. Every worker must take the same number of steps.", None)
+        (left if self.failure else able)[0].may_run.release()
 
     def _take_turn(self, rank: int) -> None:
         self.turns[rank].may_run.acquire()
@@ -162,8 +164,6 @@ class World:
 
     def _fail(self, words: str, error: BaseException | None) -> None:
         self.failure = self.failure or (words, error)
-        for turn in self.turns:
-            turn.may_run.release()
 
 
 class Work:
@@ -219,7 +219,7 @@ class Wire:
     def _meet(self, name: str, mine: Any, group: Group, take: Callable[[dict[int, Any]], object], async_op: bool) -> Work:
         """Bring `mine`; when all have, `take` what they brought, by rank in the job. Whose `name` differs waits, and the wait is told."""
         number = self._meetings_held[id(group)] = self._meetings_held.get(id(group), -1) + 1
-        meeting = number, f"{name} of {mine.numel()} elements" if isinstance(mine, torch.Tensor) else name
+        meeting = number, f"{name} of {_size(mine)}" if isinstance(mine, torch.Tensor) else name
         brought = group.meetings.setdefault(meeting, {})
         brought[self._rank] = mine
 
@@ -299,8 +299,15 @@ class Wire:
 
         def wait() -> None:
             self._world.wait(self._rank, lambda: bool(group.letters.get(key)), f"message {tag} from worker {peer}")
-            tensor.copy_(group.letters[key].popleft())
+            letter = group.letters[key].popleft()
             if not group.letters[key]:
                 del group.letters[key]
+            if _size(letter) != _size(tensor):
+                raise RuntimeError(f"worker {peer} sent {_size(letter)} in message {tag}, worker {self._rank} expects {_size(tensor)}.")
+            tensor.copy_(letter)
 
         return Work(wait)
+
+
+def _size(tensor: torch.Tensor) -> str:
+    return f"{tensor.numel()} elements ({tensor.dtype})"

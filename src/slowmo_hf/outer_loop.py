@@ -184,7 +184,13 @@ class OuterLoop:
     @torch.no_grad()
     def average_gradients(self) -> None:
         """What DDP does at every step, for `base="all_reduce"` where there is none: in a worker of `run_in_process`."""
-        gradients = [p.grad for p in self.tensors.trainable if p.grad is not None]
+        trainable = self.tensors.trainable
+        gradients = [p.grad for p in trainable if p.grad is not None]
+        if len(gradients) < len(trainable):  # another worker may lack others, of the same sizes, and nothing would tell
+            raise RuntimeError(
+                "base='all_reduce' inside run_in_process averages the gradients of all trainable parameters, as DDP does, and "
+                f"{len(trainable) - len(gradients)} of {len(trainable)} have none. Freeze those that are not used."
+            )
         ExactAverager(self.workers.world, self.config.bucket_bytes).mean_(gradients)
 
     def averaging(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
