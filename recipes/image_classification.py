@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import transformers
 from image_data import Batch, DataError, ImageSets, crop_padding, load_images, make_dataset, mean_and_std
-from image_presets import PRESETS, row_defaults, step_decay, zero_last_norms
+from image_presets import PRESETS, step_decay, zero_last_norms
+from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
 from small_resnet import ARCHITECTURES, make_model
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
@@ -156,11 +157,7 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
     parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
     parser.error = end  # argparse's own would print all flags first
     try:
-        preset = parser.parse_known_args(flags)[0].preset
-        if preset:
-            parser.set_defaults(**PRESETS[preset])
-            asked = parser.parse_known_args(flags)[0]
-            parser.set_defaults(**row_defaults(preset, asked.base, asked.outer_momentum))
+        set_preset(parser, flags, PRESETS)
         script, config, args = parser.parse_args_into_dataclasses(flags)
         _check_optimizer_flags(script, args)
     except ValueError as error:

@@ -419,8 +419,12 @@ class Batch:
         if rows[0]["augment"]:
             images = random_flip(images) if self.flip else images
             images = random_crop(images, self.crop_padding) if self.crop_padding else images
-        pixels = images.float().div_(255).sub_(self.mean).div_(self.std)
-        return {"pixel_values": pixels, "labels": torch.stack([row["label"] for row in rows])}
+        return {"pixel_values": normalised(images, self.mean, self.std), "labels": torch.stack([row["label"] for row in rows])}
+
+
+def normalised(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """uint8 pixels as float32 with zero mean and unit deviation."""
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 def crop_padding(image_size: int) -> int:

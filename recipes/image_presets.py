@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-
-from slowmo_hf import SlowMoConfig
 
 # Section 5 of the paper and, where it is silent, the large-batch recipe it refers to (0.1 per 256 images, weight decay 1e-4).
 # Slow momentum was tuned per row, "typically 0.4 to 0.8", and not published. Rows differ in --base and --outer_momentum (0: without) only.
@@ -23,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-4,
         "inner_momentum": 0.9,
         "outer_momentum": 0.6,
+        "processes_per_worker": "1",  # a worker is a GPU
     },
     "imagenet": {
         "dataset_name": "ILSVRC/imagenet-1k",
@@ -36,34 +36,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-4,
         "inner_momentum": 0.9,
         "outer_momentum": 0.6,
+        "processes_per_worker": "node",
         "dataloader_num_workers": 4,
     },
 }
 
 
-def row_defaults(preset: str, base: str, outer_momentum: float) -> dict[str, Any]:
-    """What follows the base in a row of Table 1. Without slow momentum gossip is as it was published: no exact average."""
-    config = SlowMoConfig.paper(preset, base, outer_momentum=outer_momentum)
-    gossip_alone = base in ("sgp", "osgp", "dpsgd") and not outer_momentum
-    return {
-        "output_dir": f"outputs/{preset}_{base}{'_slowmo' if outer_momentum else ''}",
-        "sync_every": config.sync_every,
-        "inner_state": "auto" if gossip_alone else config.inner_state,
-        "exact_average": not gossip_alone,
-        # A worker is a machine on ImageNet, a GPU on CIFAR-10.
-        "processes_per_worker": "auto" if base == "all_reduce" else "node" if preset == "imagenet" else "1",
-    }
+def decay_factor(step: int, warmup_steps: float, decay_steps: Iterable[float]) -> float:
+    """Of the learning rate at a step, counted from 0: linear warm-up (the first step has a part of the rate), a tenth at each decay."""
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warm * 0.1 ** sum(step >= decay for decay in decay_steps)
 
 
 def step_decay(optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_epochs: float, decay_epochs: list[int]) -> Any:
-    """Linear warm-up from 0 (the first step has a part of the rate already), then a tenth at each of `decay_epochs`."""
-
-    def factor(step: int) -> float:
-        epoch = step / steps_per_epoch
-        warm = 1.0 if not warmup_epochs else min(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
-        return warm * 0.1 ** sum(epoch >= decay for decay in decay_epochs)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    """Linear warm-up, then a tenth at each of `decay_epochs`."""
+    decays = [decay * steps_per_epoch for decay in decay_epochs]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay_factor(step, warmup_epochs * steps_per_epoch, decays))
 
 
 @torch.no_grad()

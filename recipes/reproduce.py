@@ -164,25 +164,25 @@ METRICS = ("best_validation_accuracy", "training_loss", "validation_nll", "test_
 
 def table(records: list[dict[str, Any]]) -> str:
     """A row per setting: mean ± standard deviation (n) of every metric, and the paired gain of slow momentum with its 95 % interval."""
-    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        settings.setdefault(_setting(record), []).append(record)
+    settings = _by_setting(records)
     lines = ["| setting | " + " | ".join(METRICS) + " | gain in test accuracy |", "|---|" + "---|" * (len(METRICS) + 1)]
     for key, own in settings.items():
         cells = [_mean_sd([record["metrics"][name] for record in own]) for name in METRICS]
-        partners = settings.get(_without_slowmo(own[0]), [])
+        partners = settings.get(_setting({**own[0]["run"], "outer_momentum": 0.0}), [])
         lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners) if own[0]['slowmo'] else ''} |")
     return "\n".join(lines)
 
 
-def _setting(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(value for name, value in record["run"].items() if name not in ("seed", "study", "task"))
+def _by_setting(records: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Runs that differ in their seed alone stand together."""
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        settings.setdefault(_setting(record["run"]), []).append(record)
+    return settings
 
 
-def _without_slowmo(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(
-        0.0 if name == "outer_momentum" else value for name, value in record["run"].items() if name not in ("seed", "study", "task")
-    )
+def _setting(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(value for name, value in run.items() if name not in ("seed", "study", "task"))
 
 
 def _words(key: tuple[Any, ...]) -> str:
@@ -214,12 +214,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        settings.setdefault(_setting(record), []).append(record)
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for axis, name in zip(axes, ("validation_accuracy", "training_loss"), strict=True):
-        for key, own in settings.items():
+        for key, own in _by_setting(records).items():
             curves = [[look[name] for look in record["curve"]] for record in own]
             axis.plot(
                 [look["epoch"] for look in own[0]["curve"]],

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from image_data import SmallImages, crop_padding, load_images, make_dataset, mean_and_std, random_crop, random_flip
+from image_data import SmallImages, crop_padding, load_images, make_dataset, mean_and_std, normalised, random_crop, random_flip
+from image_presets import decay_factor
 from small_resnet import make_model
 from studies import Run
 
@@ -59,7 +60,7 @@ def load(dataset_name: str | None) -> Images:
     mean, std = mean_and_std(train)
 
     def part(images: torch.Tensor, labels: torch.Tensor) -> Part:
-        return Part(_normalised(images, mean, std), labels)
+        return Part(normalised(images, mean, std), labels)
 
     return Images(
         # A local copy is named by what it is a copy of; the digest tells.
@@ -75,20 +76,20 @@ def load(dataset_name: str | None) -> Images:
     )
 
 
-def _normalised(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    return images.float().div_(255).sub_(mean).div_(std)
-
-
 def learning_rate_factor(step: int, steps: int) -> float:
     """Linear warm-up, then a tenth at every decay; `step` counts from 0."""
-    warmup = max(1, round(WARMUP * steps))
-    return min(1.0, (step + 1) / warmup) * 0.1 ** sum(step >= decay * steps for decay in DECAYS)
+    return decay_factor(step, max(1, round(WARMUP * steps)), [decay * steps for decay in DECAYS])
+
+
+def steps_per_epoch(run: Run, rows: int) -> int:
+    """Whole steps of all workers together."""
+    return rows // (run.workers * run.batch_size)
 
 
 def rows_of(epoch: int, rank: int, run: Run, rows: int) -> torch.Tensor:
     """This worker's rows of an epoch, shape (steps, batch_size): every row once over all workers, the rest of a last step left out."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(10_000 * run.seed + epoch))
-    steps = rows // (run.workers * run.batch_size)
+    steps = steps_per_epoch(run, rows)
     return order[: steps * run.workers * run.batch_size].view(steps, run.workers, run.batch_size)[:, rank]
 
 
@@ -105,7 +106,7 @@ def _worker(run: Run, data: Images, rank: int) -> dict[str, Any]:
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own crops and flips
     inner = torch.optim.SGD(model.parameters(), lr=run.inner_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
     optimizer = SlowMoOptimizer(inner, run.config)
-    steps = run.epochs * len(rows_of(0, rank, run, len(data.train.labels)))
+    steps = run.epochs * steps_per_epoch(run, len(data.train.labels))
     scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate_factor(step, steps))
     curve: list[dict[str, float]] = []
     reports: list[slowmo_hf.RoundReport] = []
@@ -135,7 +136,7 @@ def _worker(run: Run, data: Images, rank: int) -> dict[str, Any]:
 
 def _step(model: torch.nn.Module, data: Images, rows: torch.Tensor) -> None:
     images = random_crop(random_flip(data.train.images[rows]), crop_padding(data.train.images.shape[-1]))
-    model(pixel_values=_normalised(images, data.mean, data.std), labels=data.train.labels[rows]).loss.backward()
+    model(pixel_values=normalised(images, data.mean, data.std), labels=data.train.labels[rows]).loss.backward()
 
 
 @torch.no_grad()

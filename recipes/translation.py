@@ -26,6 +26,7 @@ import tokenizers
 import torch
 import transformers
 from bleu import bleu
+from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -214,31 +215,12 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
     parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
     parser.error = end  # argparse's own would print all flags first
     try:
-        _set_preset(parser, flags)
+        set_preset(parser, flags, PRESETS, "wmt16")
         script, config, args = parser.parse_args_into_dataclasses(flags)
         _check_flags(script, args)
     except ValueError as error:
         end(error)
     return script, config, args
-
-
-def _set_preset(parser: HfArgumentParser, flags: list[str]) -> None:
-    """
-    Defaults of `--preset`. Period, inner state and exact average follow the base, as in the paper, where gossip without slow momentum
-    never averages exactly.
-    """
-    preset = parser.parse_known_args(flags)[0].preset
-    if preset is None:
-        return
-    parser.set_defaults(**PRESETS[preset])
-    asked = parser.parse_known_args(flags)[0]
-    config = SlowMoConfig.paper("wmt16", asked.base, outer_momentum=asked.outer_momentum)
-    parser.set_defaults(
-        sync_every=config.sync_every,
-        inner_state=config.inner_state,
-        exact_average=not (asked.base in ("sgp", "osgp", "dpsgd") and asked.outer_momentum == 0),
-        output_dir=f"outputs/{preset}_{asked.base}{'_slowmo' if asked.outer_momentum else ''}",
-    )
 
 
 def _check_flags(script: ScriptArguments, args: RecipeTrainingArguments) -> None:

@@ -193,8 +193,8 @@ def test_every_survivor_of_four_names_the_dead_rank(base):
 # ---- values ----
 
 
-def _not_a_number(rank):
-    """NaN in one worker's parameters is an error on both before anything is saved from them."""
+def _eight_steps():
+    """A custom loop with rounds at 4 and 8; what each step has left is shown after it."""
     model = Regression(torch.float32)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS))
     rows = Rows(4, torch.float32)
@@ -202,6 +202,12 @@ def _not_a_number(rank):
         model(rows.x, rows.y)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
+        yield step, model, optimizer
+
+
+def _not_a_number(rank):
+    """NaN in one worker's parameters is an error on both before anything is saved from them."""
+    for step, model, _ in _eight_steps():
         if rank == 1 and step == 6:
             model.head.weight.data[0, 0] = float("nan")
 
@@ -386,13 +392,7 @@ def test_join_refuses_bases_that_exchange_at_every_step(base):
 
 
 def _different_looks(rank):
-    model = Regression(torch.float32)
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS))
-    rows = Rows(4, torch.float32)
-    for step in range(1, 9):
-        model(rows.x, rows.y)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for step, _, optimizer in _eight_steps():
         if rank == 1 and step == 6:
             with slowmo_hf.consensus(optimizer):
                 pass

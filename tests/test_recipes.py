@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pickle
-import re
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from PIL import Image
+from tiny import ends_with_one_line
 from transformers import AutoModelForImageClassification, EvalPrediction
 
 ROOT = Path(__file__).parent.parent
@@ -183,13 +183,7 @@ def test_wrong_flag_ends_with_one_line():
 def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, said):
     """Nothing else is said, no traceback and no usage; Python's exit code for a text is 1."""
     shown = f"--output_dir {tmp_path} --use_cpu 1 --width 4 --max_train_samples 64 --max_eval_samples 8"
-    monkeypatch.setattr(sys, "argv", ["image_classification.py", *shown.split(), *flags.split()])
-    with pytest.raises(SystemExit) as ended:
-        recipe.main()
-    assert isinstance(ended.value.code, str)
-    assert re.match(f"image_classification.py: {said}", ended.value.code), ended.value.code
-    assert "\n" not in ended.value.code
-    assert "usage" not in capfd.readouterr().err
+    ends_with_one_line(recipe, shown, flags, said, monkeypatch, capfd)
 
 
 def test_an_error_of_many_lines_ends_as_one():

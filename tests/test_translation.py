@@ -17,6 +17,7 @@ import torch
 from harness import run_workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import ends_with_one_line
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
 from slowmo_hf import SlowMoConfig
@@ -277,13 +278,7 @@ def test_flags_beside_a_preset_win(tmp_path):
 )
 def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, said):
     shown = f"--output_dir {tmp_path} --use_cpu 1 --vocab_size 300 --max_train_samples 64 --max_eval_samples 8"
-    monkeypatch.setattr(sys, "argv", ["translation.py", *shown.split(), *flags.split()])
-    with pytest.raises(SystemExit) as ended:
-        recipe.main()
-    assert isinstance(ended.value.code, str)
-    assert re.match(f"translation.py: {said}", ended.value.code), ended.value.code
-    assert "\n" not in ended.value.code
-    assert "usage" not in capfd.readouterr().err
+    ends_with_one_line(recipe, shown, flags, said, monkeypatch, capfd)
 
 
 def test_averaging_refuses_another_run_s_checkpoints(tmp_path):

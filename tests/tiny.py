@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -186,6 +189,18 @@ class Heard(logging.Handler):
 
     def about(self, words, level=None):
         return [line for name, line in self.lines if words in line and level in (None, name)]
+
+
+def ends_with_one_line(recipe: Any, shown: str, flags: str, said: str, monkeypatch: Any, capfd: Any) -> None:
+    """A recipe's `main` with these flags says one line, no traceback and no usage; Python's exit code for a text is 1."""
+    name = Path(recipe.__file__).name
+    monkeypatch.setattr(sys, "argv", [name, *shown.split(), *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        recipe.main()
+    assert isinstance(ended.value.code, str)
+    assert re.match(f"{name}: {said}", ended.value.code), ended.value.code
+    assert "\n" not in ended.value.code
+    assert "usage" not in capfd.readouterr().err
 
 
 class OutOfMemoryOnce(Regression):

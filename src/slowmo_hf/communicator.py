@@ -296,7 +296,7 @@ def _backends() -> dict[str, str]:
 
 def job_store() -> Any:
     """
-    The job's key-value store (`set`, `get`, `wait`, `check`, `delete_key`), which lives in the launcher or with rank 0; None in a worker
+    The job's key-value store (`set`, `get`, `check`, `delete_key`), which lives in the launcher or with rank 0; None in a worker
     of `run_in_process`, where nobody can be missed.
     """
     return None if is_in_process() else dist.distributed_c10d._get_default_store()  # private; tests/test_faults.py holds it
@@ -322,7 +322,7 @@ def processes_in_job() -> int:
 
 
 def _has_wire() -> bool:
-    return in_process.current() is not None or (dist.is_available() and dist.is_initialized())
+    return is_in_process() or (dist.is_available() and dist.is_initialized())
 
 
 def is_in_process() -> bool:
@@ -340,9 +340,14 @@ def machines_in_job(world_size: int) -> int:
     return max(1, world_size // processes_on_machine(world_size))
 
 
+def host_name() -> str:
+    """This machine's name; nothing is looked up."""
+    return socket.gethostname()
+
+
 def host_and_address() -> tuple[str, str]:
     """This machine's name and the address that its name resolves to ("unresolved" where it does not)."""
-    host = socket.gethostname()
+    host = host_name()
     try:
         return host, socket.gethostbyname(host)
     except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from .communicator import Communicator, host_and_address
+from .communicator import Communicator, host_name
 from .log import logger
 from .model_tensors import hash48
 from .roll_call import RollCall
@@ -33,26 +33,21 @@ class Agreement:
 
     Args:
         purpose (`Purpose`): ROUND where one rank came for it.
-        steps (`list[int]`): Every rank's clock; those that have ended may be behind.
+        attempted_steps (`int`): The clock: the furthest one's, for ranks that have ended may be behind.
         local_steps (`list[int]`): Every rank's steps since the last round.
         inner_lrs (`list[float]`): The largest, by parameter group.
         changed_buffers (`list[str]`): All that have changed anywhere.
-        ended (`list[int]`): Ranks that came for the end.
+        somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
     """
 
     purpose: Purpose
-    steps: list[int]
+    attempted_steps: int
     local_steps: list[int]
     inner_lrs: list[float]
     changed_buffers: list[str]
-    ended: list[int]
+    somebody_ended: bool
     stop: bool
-
-    @property
-    def attempted_steps(self) -> int:
-        """The clock that all go on with: the furthest."""
-        return max(self.steps)
 
 
 @dataclass(frozen=True)
@@ -100,16 +95,16 @@ class Header:
             changed = sorted(set().union(*world.gather_objects(changed)))
         return Agreement(
             purpose=Purpose.ROUND if rounds else purposes[0],
-            steps=steps,
+            attempted_steps=max(steps),
             local_steps=[int(count) for count in rows[:, 2]],
             inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
             changed_buffers=changed,
-            ended=[rank for rank, purpose in enumerate(purposes) if purpose is Purpose.END],
+            somebody_ended=Purpose.END in purposes,
             stop=bool(rows[:, 4].any()),
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
-        told = world.gather_objects((host_and_address()[0], self.problem))
+        told = world.gather_objects((host_name(), self.problem))
         raise ValueError(
             "; ".join(f"rank {rank} on {host}, step {steps[rank]}: {problem}" for rank, (host, problem) in enumerate(told) if problem)
         )
@@ -119,7 +114,7 @@ class Header:
         going = {(purpose, step) for purpose, step in zip(purposes, steps, strict=True) if purpose is not Purpose.END}
         if not going or (len(going) == 1 and (Purpose.END not in purposes or (Purpose.ROUND, max(steps)) in going)):
             return
-        hosts = world.gather_objects(host_and_address()[0])
+        hosts = world.gather_objects(host_name())
         at = [
             f"rank {rank} on {host} at step {step}, {purpose.words}"
             for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))

@@ -45,7 +45,7 @@ from typing import Any
 import torch
 
 from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, views_like
-from .communicator import host_and_address
+from .communicator import host_name
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
 from .gossip import GossipBase, make_topology
 from .header import Agreement, Header, Purpose
@@ -248,7 +248,7 @@ class OuterLoop:
         if purpose is not Purpose.ROUND:  # a look, which no report counts
             self._bytes_counted += self.workers.bytes_sent - before
         self.stop_agreed = self.stop_agreed or agreement.stop
-        self.somebody_ended = bool(agreement.ended)
+        self.somebody_ended = agreement.somebody_ended
         if self.config.base not in GOSSIP_BASES and self.workers.leads:
             self.averager.weigh([agreement.local_steps[rank] for rank in self.workers.between.ranks])
         return agreement
@@ -319,7 +319,7 @@ class OuterLoop:
         if not self.config.exact_average:
             self._lost_finiteness = words  # alone in knowing it: said at the next meeting
             return
-        host = host_and_address()[0]
+        host = host_name()
         told = self.workers.between.gather_objects((self.workers.world.rank, host, self.averager.own_is_finite))
         where = [f"rank {rank} on {host}, step {self.attempted_steps}: {words}" for rank, host, is_finite in told if not is_finite]
         raise ValueError("; ".join(where) or f"step {self.attempted_steps}: the workers' average is not finite, though each one's part is.")

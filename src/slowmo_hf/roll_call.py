@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from .communicator import first_line, host_and_address, job_store, leave_job, processes_in_job, rank_in_job
+from .communicator import first_line, host_name, job_store, leave_job, processes_in_job, rank_in_job
 
 _ANY = "any"
 _SLICE_SECONDS = 0.5  # between looks for a last word while a rank is missed
@@ -42,7 +42,7 @@ class RollCall:
         self.place = "the start"
         self._run = f"slowmo/{next(_runs)}" if self.store is not None else ""
         self._meeting = 0
-        self._host = host_and_address()[0]
+        self._host = host_name()
         if self.store is not None:
             _listen()
             _going.add(self)
@@ -59,7 +59,7 @@ class RollCall:
         Raises:
             RuntimeError: A rank has left, has failed, or does not come in time; its first line names rank, host, step and cause.
         """
-        self.step, self.place = step, place
+        self.at(step, place)
         if self.store is None:
             return
         self._meeting += 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoint import CheckpointError, Contents, read_part, write_part
-from .communicator import Transfer, host_and_address
+from .communicator import Transfer, host_name
 from .gossip import GossipBase
 from .log import logger
 from .outer_loop import OuterLoop
@@ -51,10 +51,16 @@ def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None
         act()
     except Exception as error:  # safetensors and torch.save raise their own; one rank alone must never leave
         failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    failures = outer_loop.workers.world.gather_objects((host_and_address()[0], failure))
+    failures = outer_loop.workers.world.gather_objects((host_name(), failure))
     told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
     if told:
         raise CheckpointError(f"{words}. {'; '.join(told)}")
+
+
+def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]) -> None:
+    """Act on a checkpoint once the files of every rank are there. Collective; raises as `together`."""
+    outer_loop.workers.world.gather_objects(None)
+    together(outer_loop, f"checkpoint {folder} cannot be finished", act)
 
 
 def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import accelerate
 import torch
 
-from .communicator import host_and_address, is_in_process, machines_in_job
+from .communicator import host_and_address, host_name, is_in_process, machines_in_job
 from .config import SlowMoConfig
 from .log import logger
 from .model_tensors import ModelTensors
@@ -38,7 +38,7 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
         *tensors.fingerprint(),
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    everywhere = communicator.gather_objects((digest, refusal, host_and_address()[0]))
+    everywhere = communicator.gather_objects((digest, refusal, host_name()))
     refusals = [f"rank {rank} on {host}: {refusal}" for rank, (_, refusal, host) in enumerate(everywhere) if refusal]
     if refusals:
         raise ValueError("; ".join(refusals))

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpoint import FOLDER, CheckpointError, is_whole, run_of, seal, verify_checkpoint
 from .log import logger
 from .outer_loop import OuterLoop
-from .snapshot import keeps_files, read_snapshot, together, write_snapshot
+from .snapshot import finish_together, keeps_files, read_snapshot, together, write_snapshot
 
 _ASIDE = "incomplete-"
 
@@ -74,8 +74,7 @@ class TrainerCheckpoints:
                 seal(folder, {"run": self.outer_loop.run_id, "step": state.global_step})
             self._rotate(folder, state.best_model_checkpoint)
 
-        self.world.gather_objects(None)  # all ranks' files are there
-        together(self.outer_loop, f"checkpoint {folder} cannot be finished", keep)
+        finish_together(self.outer_loop, folder, keep)
         self._written = None
 
     def _rotate(self, newest: Path, best: str | None) -> None:
