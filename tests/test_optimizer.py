@@ -12,6 +12,7 @@ import pickle
 import re
 import weakref
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
@@ -857,6 +858,29 @@ def check_save_state(folder):
         with slowmo_hf.consensus(optimizer):
             (shown,) = saved.values()
             assert torch.allclose(shown, weights(model), rtol=0, atol=1e-12), "Accelerate's own file holds the average"
+
+
+def check_a_save_that_failed(folder):
+    """Accelerate's own part fails on every rank: no manifest, neither then nor with the next save."""
+    accelerator, model, optimizer = prepared(tau(4))
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    train(model, optimizer, 2)
+    stock = accelerate.accelerator.save_accelerator_state
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    accelerate.accelerator.save_accelerator_state = fail
+    assert "no space left" in error_of(accelerator.save_state, f"{folder}/failed")
+    accelerate.accelerator.save_accelerator_state = stock
+    accelerator.save_state(f"{folder}/next")
+    return [error_of(slowmo_hf.verify_checkpoint, f"{folder}/{name}") for name in ("failed", "next")] if rank() == 0 else None
+
+
+def test_a_save_that_failed_is_never_sealed(tmp_path):
+    (failed, following), _ = run_workers(check_a_save_that_failed, 2, str(tmp_path))
+    assert "manifest.json is missing: the checkpoint was never finished" in failed
+    assert following == ""
 
 
 def check_save_state_missing_lines(folder):

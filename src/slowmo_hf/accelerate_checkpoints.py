@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
 from .log import logger
 from .optimizer import consensus, unwrap
 from .outer_loop import OuterLoop
-from .snapshot import keeps_files, read_snapshot, together, write_snapshot
+from .snapshot import finish_together, keeps_files, read_snapshot, together, write_snapshot
 
 if TYPE_CHECKING:
     from accelerate.accelerator import Accelerator
@@ -36,7 +37,7 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
     """
     bare = unwrap(optimizer)
     bare.saved_beside = True
-    to_seal: list[tuple[Path, bool]] = []
+    to_seal: list[Callable[[], None]] = []
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         outer_loop = bare.outer_loop
@@ -54,7 +55,11 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
                 lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=_own_objects(accelerator)),
             )
 
-        to_seal.append((folder, keeper))
+        def finish() -> None:
+            if keeper:
+                seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps})
+
+        to_seal.append(lambda: finish_together(outer_loop, folder, finish))
 
     def load(models: list[Any], input_dir: str) -> None:
         # Accelerate loads model, optimizer and scaler after this hook, rank 0's on every rank: ours must come later.
@@ -64,25 +69,15 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
 
     @functools.wraps(save_state)
     def save_and_seal(*args: Any, **kwargs: Any) -> Any:
+        to_seal.clear()  # of a save that failed
         saved_to = save_state(*args, **kwargs)
-        while to_seal and bare.outer_loop is not None:
-            _finish(bare.outer_loop, *to_seal.pop())
+        for seal_it in to_seal:
+            seal_it()
         return saved_to
 
     accelerator.save_state = save_and_seal  # type: ignore[method-assign]
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-def _finish(outer_loop: OuterLoop, folder: Path, keeper: bool) -> None:
-    """Every file of every rank is there: write the manifest. Collective."""
-
-    def finish() -> None:
-        if keeper:
-            seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps})
-
-    outer_loop.workers.world.gather_objects(None)
-    together(outer_loop, f"checkpoint {folder} cannot be finished", finish)
 
 
 def _let_go(weights: list[Any]) -> None:
