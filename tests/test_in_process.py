@@ -316,8 +316,12 @@ def test_an_interrupt_ends_all_workers():
             communicator.gather_header([1.0])
             came.append(step)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(work, 4)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_process(work, 4)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 2 <= max(came) < 999
     assert threading.enumerate() == threads
     assert torch.equal(torch.get_rng_state(), generator)

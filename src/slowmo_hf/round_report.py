@@ -79,7 +79,7 @@ def log_costs(report: RoundReport, sync_every: int, compute_seconds: float, exch
     """
     per_step = max(compute_seconds / sync_every, 1e-9)
     round_seconds = report.seconds - (exchange_seconds or 0.0)
-    words = [f"costs: {1e3 * per_step:.1f} ms computation per step, {1e3 * round_seconds:.1f} ms per round"]
+    words = [f"costs: {1e3 * per_step:.2f} ms computation per step, {1e3 * round_seconds:.1f} ms per round"]
     if exchange_seconds is not None:
         words.append(f"{1e3 * exchange_seconds / sync_every:.1f} ms waiting for the exchange per step")
     words.append(f"utilisation {100 * compute_seconds / (compute_seconds + report.seconds):.1f} %")
