@@ -9,6 +9,7 @@ of `TrainingArguments` is a flag. At the end: a table, a JSON record in `--outpu
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from image_data import Batch, DataError, ImageSets, crop_padding, load_images, make_dataset, mean_and_std
+from image_data import Batch, DataError, ImageSets, LargeImages, SmallImages, crop_padding, load_images, make_dataset, mean_and_std
 from image_presets import PRESETS, step_decay, zero_last_norms
 from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
 from small_resnet import ARCHITECTURES, make_model
-from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 
@@ -182,7 +183,10 @@ def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> 
 
 def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingArguments, sets: ImageSets) -> Trainer:
     """A stock Trainer with its optimizer; the callback is the one line that makes workers local."""
-    train, test = make_dataset(sets.train, sets, augment=True), make_dataset(sets.test, sets, augment=False)
+    train, test = (
+        make_dataset(sets.train, sets, seed=args.seed if args.data_seed is None else args.data_seed),
+        make_dataset(sets.test, sets),
+    )
     mean, std = mean_and_std(train)
     model = make_model(sets.image_size, sets.channels, sets.label_names, script.width, script.architecture)
     if script.zero_init_residual:
@@ -196,7 +200,7 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
             data_collator=Batch(mean, std, crop_padding=crop_padding(sets.image_size), flip=True),
             compute_metrics=accuracy,
             optimizers=(make_sgd(model, script.inner_momentum, args) if args.optim == "sgd" else None, None),
-            callbacks=[SlowMoCallback(config)],
+            callbacks=[NewDraws(train), SlowMoCallback(config)],
         )
         if script.decay_epochs:
             steps = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
@@ -205,6 +209,17 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
     except (ImportError, RuntimeError, ValueError) as error:
         raise SettingError(error) from error
     return trainer
+
+
+class NewDraws(TrainerCallback):
+    """Other crops and flips in every pass, the same ones where a pass is resumed."""
+
+    def __init__(self, train: SmallImages | LargeImages) -> None:
+        self.train = train
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The pass that begins, or goes on."""
+        self.train.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))  # a fraction of batches: may be a hair below a whole number
 
 
 def make_sgd(model: torch.nn.Module, momentum: float, args: TrainingArguments) -> torch.optim.SGD:

@@ -52,7 +52,7 @@ class Images:
 def load(dataset_name: str | None) -> Images:
     """Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate."""
     sets = load_images(dataset_name or HUB_NAME)
-    train, test = make_dataset(sets.train, sets, augment=True), make_dataset(sets.test, sets, augment=False)
+    train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
     assert isinstance(train, SmallImages)
     assert isinstance(test, SmallImages)
     held_out = min(VALIDATION_ROWS, len(train) // 6)

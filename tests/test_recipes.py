@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -88,8 +89,8 @@ def test_saved_model_has_the_recorded_accuracy(short_run):
     folder, _, record = short_run
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     sets = load_images(None, max_train_samples=768, max_eval_samples=250)
-    batch = Batch(*image_data.mean_and_std(image_data.make_dataset(sets.train, sets, augment=True)))
-    rows = image_data.make_dataset(sets.test, sets, augment=False)
+    batch = Batch(*image_data.mean_and_std(image_data.make_dataset(sets.train, sets, seed=0)))
+    rows = image_data.make_dataset(sets.test, sets)
     right = 0
     for start in (0, 125):
         inputs = batch([rows[index] for index in range(start, start + 125)])
@@ -297,7 +298,7 @@ def test_shipped_images():
     assert (len(sets.train), len(sets.test), sets.image_size, sets.channels) == (10_000, 2_000, 28, 1)
     assert sets.label_names[0] == "T-shirt/top"
     assert np.bincount(sets.test["label"]).tolist() == [200] * 10
-    mean, std = image_data.mean_and_std(image_data.make_dataset(sets.train, sets, augment=False))
+    mean, std = image_data.mean_and_std(image_data.make_dataset(sets.train, sets))
     assert mean == pytest.approx(0.2860, abs=2e-3)  # all 60,000: 0.2860 and 0.3530
     assert std == pytest.approx(0.3530, abs=2e-3)
 
@@ -306,7 +307,7 @@ def test_local_folder_with_integer_labels(tmp_path):
     folder = write_set(tmp_path, {"train": [0, 2, 1], "test": [1, 0]})
     sets = load_images(folder, "picture", "kind")
     assert (sets.label_names, sets.image_size, sets.channels) == (["0", "1", "2"], 32, 3)
-    row = image_data.make_dataset(sets.train, sets, augment=True)[1]
+    row = image_data.make_dataset(sets.train, sets, seed=0)[1]
     assert row["image"].shape == (3, 32, 32)
     assert row["label"] == 2
 
@@ -315,8 +316,8 @@ def test_large_grey_images_become_three_channels_of_224(tmp_path):
     folder = write_set(tmp_path, {"train": [0, 1], "test": [1]}, size=300, mode="L")
     sets = load_images(folder, "picture", "kind")
     assert (sets.image_size, sets.channels) == (224, 3)
-    for augment in (True, False):
-        rows = image_data.make_dataset(sets.train, sets, augment=augment)
+    for seed in (0, None):
+        rows = image_data.make_dataset(sets.train, sets, seed=seed)
         assert rows[0]["image"].shape == (3, 224, 224)
 
 
@@ -363,8 +364,8 @@ def test_image_net_s_folders(tmp_path):
     assert (sets.test_split, sets.label_names, sets.image_size, sets.channels) == ("val", ["n01", "n02"], 224, 3)
     assert (sets.train["label"][:], sets.test["label"][:]) == ([0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1])
     assert {image.mode for image in sets.train["image"]} == set(modes)
-    for augment in (True, False):
-        rows = image_data.make_dataset(sets.train, sets, augment=augment)
+    for seed in (0, None):
+        rows = image_data.make_dataset(sets.train, sets, seed=seed)
         grey, colour, ink = (rows[index]["image"].float().mean((1, 2)).tolist() for index in range(3))
         assert grey == pytest.approx([128] * 3, abs=4)  # 0.299 * 40 + 0.587 * 180 + 0.114 * 90
         assert colour == pytest.approx([40, 180, 90], abs=4)
@@ -430,7 +431,7 @@ def test_broken_image_is_named(tmp_path):
 def test_small_images_keep_their_colours_whichever_comes_first(tmp_path, modes, channels):
     sets = load_images(write_images(tmp_path, {"train/a": modes, "train/b": modes, "test/a": modes}))
     assert (sets.image_size, sets.channels) == (32, channels)
-    rows = image_data.make_dataset(sets.train, sets, augment=True)
+    rows = image_data.make_dataset(sets.train, sets, seed=0)
     assert rows[0]["image"].shape == (channels, 32, 32)
     for row, mode in zip(rows.images, modes, strict=False):
         assert row.float().mean((1, 2)).tolist() == pytest.approx([128] * channels if mode == "L" else [40, 180, 90], abs=8)
@@ -466,7 +467,7 @@ def test_saved_dictionary(tmp_path):
     sets = load_images(str(tmp_path / "set"))
     assert (sets.test_split, sets.label_names, sets.image_size, sets.channels) == ("validation", ["cat", "dog"], 28, 1)
     assert (sets.train["label"][:], sets.test["label"][:]) == ([1, 0, 1], [0, 1])
-    assert len(image_data.make_dataset(sets.train, sets, augment=True)) == 3
+    assert len(image_data.make_dataset(sets.train, sets, seed=0)) == 3
     with pytest.raises(DataError, match=r"test_split must be one of \['train', 'validation'\], got 'test'. Set --test_split."):
         load_images(str(tmp_path / "set"), test_split="test")
     with pytest.raises(DataError, match=r"train_split must be one of \['train', 'validation'\], got 'training'. Set --train_split."):
@@ -565,15 +566,15 @@ def test_known_sets_need_no_column_flags(monkeypatch):
 # ---- batches ----
 
 
-def rows_of(images: torch.Tensor, augment: bool) -> list[dict]:
-    return [{"image": image, "label": torch.tensor(index), "augment": augment} for index, image in enumerate(images)]
+def rows_of(images: torch.Tensor, draws: tuple[int, int, int] | None) -> list[dict]:
+    return [{"image": image, "label": torch.tensor(index), "draws": draws} for index, image in enumerate(images)]
 
 
 def test_batch_by_hand():
     """A pixel of 51 is 0.2 of full scale; (0.2 - 0.1) / 0.2 = 0.5. Rows of a test are left where they are."""
     images = torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)
     batch = pickle.loads(pickle.dumps(Batch(mean=0.1, std=0.2, crop_padding=2, flip=True)))
-    made = batch(rows_of(images, augment=False))
+    made = batch(rows_of(images, None))
     torch.testing.assert_close(made["pixel_values"], torch.full((2, 1, 4, 4), 0.5))
     assert made["labels"].tolist() == [0, 1]
 
@@ -586,11 +587,58 @@ def test_augmentation_is_a_shift_of_the_image_or_its_mirror():
         padded = torch.zeros(1, 5, 5, dtype=torch.uint8)
         padded[:, 1:4, 1:4] = picture
         allowed |= {tuple(padded[0, y : y + 3, x : x + 3].flatten().tolist()) for y in range(3) for x in range(3)}
-    torch.manual_seed(0)
-    made = Batch(mean=0, std=1, crop_padding=1, flip=True)(rows_of(image.expand(500, 1, 3, 3), augment=True))
+    made = Batch(mean=0, std=1, crop_padding=1, flip=True)(rows_of(image.expand(500, 1, 3, 3), (0, 0, 0)))
     seen = {tuple((pixels * 255).round().int().flatten().tolist()) for pixels in made["pixel_values"]}
     assert seen == allowed
     assert len(seen) == 18
+
+
+def test_a_batch_that_is_made_again_is_the_same_and_draws_from_no_global_generator():
+    """By seed, pass and first row; a DataLoader worker that outlives a pass hears of the next one."""
+    sets = load_images(None, max_train_samples=64, max_eval_samples=32)
+    batch = Batch(mean=0, std=1, crop_padding=2, flip=True)
+
+    def made(seed: int, epoch: int, first: int) -> torch.Tensor:
+        rows = image_data.make_dataset(sets.train, sets, seed=seed)
+        rows.set_epoch(epoch)
+        return batch([rows[index] for index in (first, 7, 8, 9)])["pixel_values"][1:]
+
+    before = torch.get_rng_state()
+    first = made(1, 2, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(made(1, 2, 3), first)
+    for others in ((0, 2, 3), (1, 1, 3), (1, 2, 4)):
+        assert not torch.equal(made(*others), first)
+    rows = image_data.make_dataset(sets.train, sets, seed=1)
+    loader = torch.utils.data.DataLoader(rows, batch_size=64, collate_fn=batch, num_workers=1, persistent_workers=True)
+    passes = []
+    for epoch in (0, 1, 0):
+        rows.set_epoch(epoch)
+        passes.append(next(iter(loader))["pixel_values"])
+    assert torch.equal(passes[0], passes[2])
+    assert not torch.equal(passes[0], passes[1])
+
+
+@pytest.mark.parametrize(("epoch", "told"), [(None, 0), (0.0, 0), (0.5, 0), (29 * (1 / 29) + 0.0, 1), (2.9999999999999996, 3), (2.96, 2)])
+def test_the_pass_is_counted_from_the_trainers_epoch(epoch, told):
+    rows = SimpleNamespace(set_epoch=lambda number: seen.append(number))
+    seen: list[int] = []
+    recipe.NewDraws(rows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+    assert seen == [told]
+
+
+def test_large_images_have_boxes_of_their_own():
+    slope = Image.linear_gradient("L").resize((300, 300)).convert("RGB")
+    train = datasets.Dataset.from_dict(
+        {"image": [slope], "label": [0]}, features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    )
+    sets = SimpleNamespace(image_column="image", label_column="label", image_size=224)
+    rows = image_data.make_dataset(train, sets, seed=0)
+    first = rows[0]["image"]
+    assert torch.equal(rows[0]["image"], first)
+    rows.set_epoch(1)
+    assert not torch.equal(rows[0]["image"], first)
 
 
 def test_every_image_has_its_own_shift():
