@@ -1,4 +1,7 @@
-"""The kill benchmark's own parts: moments, draws, and how two runs are compared. `benchmarks/kill.py` makes the kills."""
+"""
+Real jobs, killed with SIGKILL at random moments and started again by their launcher, end with the weights of the run never killed, bit for
+bit. `benchmarks/kill.py` is the long version; here are 13 kills in six jobs.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,41 @@ import kill_switch
 from kill_runs import Kill, Run
 
 from slowmo_hf.checkpoint import Contents, seal, write_part
+
+# ---- jobs ----
+
+KILLS = {
+    "Trainer, local_sgd": ("our files", "the resume", "deletion of an old checkpoint"),
+    "Trainer, osgp": ("evaluation", "in a message"),
+    "Trainer, dpsgd": ("before the first save", "the library's files"),
+    "Accelerate, sgp": ("the seal", "any instant"),
+    "Accelerate, all_reduce": ("the library's files", "the resume"),
+    "Accelerate, no average": ("in a step", "our files"),
+}
+RESUME_MOMENTS = 12  # a resume of these jobs has more of them
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(360)
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
+    """Two kills, or three, each in an attempt of its own; the last attempt goes to the end."""
+    job = kill.JOBS[name]
+    reference = kill_runs.launch(job, tmp_path / "never killed")
+    assert reference.exit_code == 0, reference.said[-4000:]
+    assert [len(set(weights)) for weights in reference.weights(0)] == [16, 16]
+    kills = kill.draw_many(KILLS[name], reference, [RESUME_MOMENTS] * job.processes, random.Random(name))
+    run = kill_runs.launch(job, tmp_path / "killed", kills)
+    assert kill_runs.differences(reference, run, kills) == [], f"{kills}\n{run.said[-4000:]}"
+    assert min(kill.resume_moments(run)) >= RESUME_MOMENTS
+
+
+def test_every_surface_and_base_is_killed():
+    assert sum(map(len, KILLS.values())) >= 12
+    assert {name.partition(", ")[0] for name in KILLS} == {"Trainer", "Accelerate"}
+    assert {name.partition(", ")[2] for name in KILLS} == set(kill.BASES)
+    assert {stratum for strata in KILLS.values() for stratum in strata} == set(kill.STRATA) - {"the start", "after the last step"}
+
 
 # ---- the moments ----
 
