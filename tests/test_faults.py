@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from harness import fork_server, launcher_store, run_workers, warnings_are_errors
 from tiny import Heard, Regression, Rows, arguments, values
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
@@ -285,7 +286,7 @@ def _stop_one_rank(folder, step, base):
     with Heard() as heard:
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return values(model), trainer.state.global_step, heard.about("all stop with it at the round of step")
+    return values(model), trainer.state.global_step, heard.about("all stop with it at step")
 
 
 @pytest.mark.parametrize(("step", "end", "base"), [(5, 8, "local_sgd"), (8, 12, "local_sgd"), (7, 8, "sgp")])
@@ -300,7 +301,93 @@ def test_under_trainer_all_ranks_stop_together_at_the_round(tmp_path, step, end,
         slowmo_hf.verify_checkpoint(tmp_path / "checkpoint-8")
 
 
+def _stop_between_rounds(folder, strategies):
+    """Rank 1 stops at step 5; Trainer gathers at step 6, no multiple of sync_every."""
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(folder, max_steps=20, learning_rate=0.05, **strategies),
+        train_dataset=Rows(400, torch.float32),
+        eval_dataset=Rows(8, torch.float32),
+        callbacks=[Uneven(1, 5), local := LocalWeights(), SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20))],
+    )
+    trainer.train()
+    return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step, local.seen
+
+
+class LocalWeights(TrainerCallback):
+    """A worker's own weights after every optimizer step, before the round. Stands before SlowMoCallback."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        self.seen[state.global_step + 1] = values(model)
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        {"logging_strategy": "steps", "logging_steps": 3},
+        {"eval_strategy": "steps", "eval_steps": 3},
+        {"save_strategy": "steps", "save_steps": 3},
+    ],
+    ids=["log", "evaluation", "save"],
+)
+def test_a_rank_that_ended_between_rounds_is_told_before_trainer_gathers(tmp_path, strategies):
+    """All stop at step 6, on the average of rank 0 with two steps since the round of step 4 and rank 1 with one."""
+    (first, first_step, zero), (second, second_step, one) = run_workers(_stop_between_rounds, 2, tmp_path, strategies)
+    assert first_step == second_step == 6
+    assert max(one) == 5
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        torch.testing.assert_close(value, (2 * zero[6][name] + one[5][name]) / 3)
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
 BATCHES = {0: 6, 1: 4}  # 6 batches here, 4 there
+
+
+class OnePass(IterableDataset):
+    """A stream sharded by hand that cannot be read twice. Accelerate takes every second batch of four rows of it."""
+
+    def __init__(self):
+        rows = Rows(48, torch.float32, seed=dist.get_rank())
+        self.rows = iter([rows[index] for index in range(8 * BATCHES[dist.get_rank()])])
+
+    def __iter__(self):
+        yield from self.rows
+
+
+def _one_pass(folder, strategies):
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(folder, max_steps=20, learning_rate=0.05, accelerator_config={"dispatch_batches": False}, **strategies),
+        train_dataset=OnePass(),
+        callbacks=[local := LocalWeights(), SlowMoCallback(SlowMoConfig.local_sgd(3, timeout_seconds=20))],
+    )
+    trainer.train()
+    return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step, local.seen
+
+
+@pytest.mark.parametrize(
+    ("strategies", "end", "weights"),
+    [
+        ({}, 6, (3, 1)),
+        ({"logging_strategy": "steps", "logging_steps": 5}, 5, (2, 1)),
+        ({"save_strategy": "steps", "save_steps": 3}, 6, (3, 1)),
+    ],
+    ids=["quiet", "log between rounds", "save at rounds"],
+)
+def test_a_stream_that_ends_first_on_one_rank_under_trainer(tmp_path, strategies, end, weights):
+    """Rounds at 3 and 6; rank 1 has one step after the first, rank 0 the rest. They stop where they next meet, on the weighted mean."""
+    (first, first_step, zero), (second, second_step, one) = run_workers(_one_pass, 2, tmp_path, strategies)
+    assert first_step == second_step == end
+    assert (max(zero), max(one)) == (end, 4)
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        torch.testing.assert_close(value, (weights[0] * zero[end][name] + weights[1] * one[4][name]) / sum(weights))
+
+
 LR = 0.1
 
 
@@ -404,3 +491,33 @@ def test_a_look_on_one_rank_alone_is_told_on_both():
     assert first == second
     assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
     assert seconds < TIMEOUT_SECONDS
+
+
+class ManyPasses(OnePass):
+    """A stream sharded by hand that can be read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = list(self.rows)
+
+
+def _evaluate_after_each_pass(rank):
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(
+            tempfile.mkdtemp(), max_steps=12, learning_rate=0.05, eval_strategy="epoch", accelerator_config={"dispatch_batches": False}
+        ),
+        train_dataset=ManyPasses(),
+        eval_dataset=Rows(8, torch.float32),
+        callbacks=[SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=TIMEOUT_SECONDS))],
+    )
+    trainer.train()
+
+
+def test_passes_of_other_lengths_that_end_in_evaluations_are_told_on_both():
+    """Rank 1's pass ends at step 4, in a round that both did; nobody evaluates there while the other trains on."""
+    (first, second), seconds = _run_apart(_evaluate_after_each_pass, survivors=(0, 1))
+    places = f"rank 0 on {HOST} at step 6, a log, an evaluation or a save; rank 1 on {HOST} at step 4, a log, an evaluation or a save"
+    assert first == second
+    assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
+    assert seconds < TIMEOUT_SECONDS + 13

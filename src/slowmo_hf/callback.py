@@ -200,7 +200,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
-        self._stop_with_others(state, control)
+        if self.outer_loop is not None and not self.outer_loop.local_steps:  # a round has just been done
+            self._stop_with_others(state, control)
         self._look_if_due(args, state, control, kwargs)
         if control.should_log or control.should_training_stop:
             self._log(control)
@@ -210,13 +211,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._look_if_due(args, state, control, kwargs)
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl) -> None:
-        """A rank that was sent a signal, or has no more data, has said so in the round of this step: all stop together."""
-        if self.outer_loop is None or self.outer_loop.local_steps:
-            return  # no round has just been done
+        """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
+        assert self.outer_loop is not None
         if self.outer_loop.somebody_ended:
             logger.warning(
-                "a rank has ended its training (out of data, or asked to stop): all stop with it at the round of step %d, without a "
-                "last evaluation or save",
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, without a last evaluation or "
+                "save",
                 state.global_step,
             )
             control.should_training_stop = True
@@ -227,6 +227,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
         if self.outer_loop is None:
             return
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.outer_loop.meet_before_gathering()
+            if self.outer_loop.somebody_ended:
+                self._stop_with_others(state, control)
         if control.should_evaluate or control.should_save:
             self.outer_loop.show_average()
         elif control.should_training_stop:

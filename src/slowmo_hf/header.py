@@ -19,11 +19,17 @@ class Purpose(IntEnum):
     ROUND = 0
     LOOK = 1  # the average is evaluated or saved, and training goes on
     END = 2  # out of data, or asked to stop
+    GATHER = 3  # Trainer's own collectives follow: a log, an evaluation, a save
 
     @property
     def words(self) -> str:
         """For errors."""
-        return {Purpose.ROUND: "the round", Purpose.LOOK: "a look at the average", Purpose.END: "the end of its training"}[self]
+        return {
+            Purpose.ROUND: "the round",
+            Purpose.LOOK: "a look at the average",
+            Purpose.END: "the end of its training",
+            Purpose.GATHER: "a log, an evaluation or a save",
+        }[self]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Agreement:
     What all ranks go on with, the same on all.
 
     Args:
-        purpose (`Purpose`): ROUND where one rank came for it.
+        purpose (`Purpose`): That of the ranks that train on, where there are any.
         attempted_steps (`int`): The clock: the furthest one's, for ranks that have ended may be behind.
         local_steps (`list[int]`): Every rank's steps since the last round.
         inner_lrs (`list[float]`): The largest, by parameter group.
@@ -94,7 +100,7 @@ class Header:
         if (rows[:, 5] != rows[0, 5]).any():
             changed = sorted(set().union(*world.gather_objects(changed)))
         return Agreement(
-            purpose=Purpose.ROUND if rounds else purposes[0],
+            purpose=next((purpose for purpose in purposes if purpose is not Purpose.END), Purpose.END),
             attempted_steps=max(steps),
             local_steps=[int(count) for count in rows[:, 2]],
             inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
@@ -110,9 +116,13 @@ class Header:
         )
 
     def _compare_places(self, world: Communicator, purposes: list[Purpose], steps: list[int]) -> None:
-        """All at one place and step; but a rank that has ended takes part in the others' rounds, and may end at a step of its own."""
+        """
+        All at one place and step; but a rank that has ended takes part in the others' rounds, tells them before they gather anything,
+        and may end at a step of its own.
+        """
         going = {(purpose, step) for purpose, step in zip(purposes, steps, strict=True) if purpose is not Purpose.END}
-        if not going or (len(going) == 1 and (Purpose.END not in purposes or (Purpose.ROUND, max(steps)) in going)):
+        with_ended_ranks = {(purpose, max(steps)) for purpose in (Purpose.ROUND, Purpose.GATHER)}
+        if not going or (len(going) == 1 and (Purpose.END not in purposes or going <= with_ended_ranks)):
             return
         hosts = world.gather_objects(host_name())
         at = [

@@ -27,8 +27,9 @@ Decisions taken once:
     rides in the last element of each bucket.
 (i) The exact average contains every exchange of its step, so a round with one sends no gossip: the exchange is left out, and the
     schedule of exchanges does not move.
-(j) Before a round, before a look that sends, and at the end all ranks meet: a small header finds what differs. A rank that ends first takes
-    part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their mass).
+(j) Before a round, before a look that sends, before Trainer gathers and at the end all ranks meet: a small header finds what differs. A
+    rank that ends first takes part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their
+    mass).
 (k) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
 """
@@ -88,7 +89,7 @@ class OuterLoop:
         self._lost_finiteness = ""
         self.stop_asked = False  # this process was: it says so at the next meeting
         self.stop_agreed = False  # all have heard
-        self.somebody_ended = False  # at the last round
+        self.somebody_ended = False  # at the last meeting
 
     # ---- the start ----
 
@@ -253,20 +254,34 @@ class OuterLoop:
             self.averager.weigh([agreement.local_steps[rank] for rank in self.workers.between.ranks])
         return agreement
 
+    @property
+    def _meets_others(self) -> bool:
+        """False where ranks go in step anyway, by their gradients."""
+        return self.config.has_rounds and self.config.base != "all_reduce"
+
+    def meet_before_gathering(self) -> None:
+        """
+        Collective: call it before a collective of others, which knows nothing of ranks that went elsewhere. Then `somebody_ended` says
+        whether a rank has ended its training and will not come.
+        """
+        if self._meets_others and self.workers.world.world_size > 1:
+            self._meet(Purpose.GATHER)
+
     @torch.no_grad()
     def end(self) -> None:
         """
         End training together, with the average shown. Collective: a rank that ends first takes part in the others' rounds until all
         have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step anyway.
         """
-        if not self.config.has_rounds or self.config.base == "all_reduce":
+        if not self._meets_others:
             self.show_average()
             return
         start = self._look_start = time.perf_counter()
-        while (agreement := self._meet(Purpose.END)).purpose is Purpose.ROUND:
-            self.show_local(give_back_random_state=False)
-            self.attempted_steps = agreement.attempted_steps
-            self._round(agreement, start)
+        while (agreement := self._meet(Purpose.END)).purpose is not Purpose.END:
+            if agreement.purpose is Purpose.ROUND:
+                self.show_local(give_back_random_state=False)
+                self.attempted_steps = agreement.attempted_steps
+                self._round(agreement, start)
             start = time.perf_counter()
         self.attempted_steps = agreement.attempted_steps
         if not self.showing_average:
