@@ -24,6 +24,8 @@ CASES = {
     "dpsgd": (SlowMoConfig(base="dpsgd", sync_every=4), "sgd"),
     "node workers": (SlowMoConfig(base="osgp", sync_every=4, processes_per_worker=2), "adamw_torch"),
     "all_reduce": (SlowMoConfig(base="all_reduce", sync_every=4), "sgd"),
+    "overlapped": (SlowMoConfig(sync_every=4, outer_momentum=0.6, overlap_steps=2), "sgd"),
+    "overlapped, node workers": (SlowMoConfig.diloco(sync_every=4, overlap_steps=3, processes_per_worker=2), "adamw_torch"),
 }
 
 
@@ -83,4 +85,10 @@ def _check_case(folder, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resume_at_every_step_is_bit_for_bit(tmp_path, case):
-    run_workers(_check_case, {"dpsgd": 3, "osgp": 3, "node workers": 4}.get(case, 2), tmp_path, case, time_limit_seconds=170)
+    run_workers(
+        _check_case,
+        {"dpsgd": 3, "osgp": 3, "node workers": 4, "overlapped, node workers": 4}.get(case, 2),
+        tmp_path,
+        case,
+        time_limit_seconds=170,
+    )

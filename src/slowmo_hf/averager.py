@@ -38,6 +38,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 _CACHED_ELEMENTS = {"cpu": 2**18}
 
 
+_AT_ONCE = 2  # slots of the buffers from here on belong to messages that travel together
+
+
 @dataclass(eq=False)
 class Piece:
     """A run of one parameter: what the arithmetic of a round works on at a time.
@@ -153,6 +156,10 @@ class Base:
         """What displacements are measured from."""
         return rounded(piece.anchor, piece.param.dtype)
 
+    def shown_from(self, piece: Piece) -> torch.Tensor:
+        """What the mean displacement is taken from where the average is shown."""
+        return self.origin(piece)
+
     def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
         """Write origin - x_i into `out`."""
         torch.sub(self.origin(piece), piece.values(), out=out)
@@ -202,11 +209,14 @@ class ExactAverager:
         """One bucket where `bucket_bytes` has room for all, else many of half the size: one is packed while another travels."""
         return item.buckets(self.bucket_bytes if item.flat.nbytes <= self.bucket_bytes else self.bucket_bytes // 2)
 
-    def reserve(self, anchors: list[FlatAnchor]) -> None:
-        """Make the buffers now, so that a round allocates nothing; those of the start's broadcast go."""
+    def reserve(self, buckets: list[Bucket], *, at_once: bool = False) -> None:
+        """Make the buffers of `sums` (`sums_at_once`) now, so that a round allocates nothing; those of the start's broadcast go."""
         self._buffers.clear()
-        for number, bucket in enumerate(bucket for item in anchors for bucket in self.buckets(item)):
-            self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
+        for number, bucket in enumerate(buckets):
+            self._message(bucket, _AT_ONCE + number if at_once else number % 2)
+
+    def _message(self, bucket: Bucket, slot: int) -> torch.Tensor:
+        return self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, slot)
 
     def _buffer(self, elements: int, dtype: torch.dtype, device: torch.device, slot: int = 0) -> torch.Tensor:
         key = (device, dtype, slot)
@@ -222,28 +232,38 @@ class ExactAverager:
         Returns:
             `Iterator[tuple[Bucket, torch.Tensor, float]]`: The tensor lies in a reused buffer: use it before the next one.
         """
-        under_way: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
+        under_way: Callable[[], tuple[Bucket, torch.Tensor, float]] | None = None
         self._own_squares = []
         for number, bucket in enumerate(buckets):
-            message = self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
-            squares = []
-            for piece, run in bucket.runs(message):
-                base.displacement_(piece, run)
-                squares.append(squared_norm(run))
-                if self.weight != 1:
-                    run.mul_(self.weight)
-            self._own_squares.append(torch.stack(squares).sum())
-            message[-1] = self.weight * self._own_squares[-1]
-            wait = self.communicator.start_sum_(message)
+            started = self._start_sum(bucket, base, self._message(bucket, number % 2))
             if under_way:
-                yield self._arrived(*under_way)
-            under_way = bucket, message, wait
+                yield under_way()
+            under_way = started
         if under_way:
-            yield self._arrived(*under_way)
+            yield under_way()
 
-    def _arrived(self, bucket: Bucket, message: torch.Tensor, wait: Callable[[], None]) -> tuple[Bucket, torch.Tensor, float]:
-        wait()
-        return bucket, message[:-1], float(message[-1]) / self.total_weight
+    def sums_at_once(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+        """The same with all messages started before this returns, in buffers of their own: they travel until the iterator is read."""
+        self._own_squares = []
+        started = [self._start_sum(bucket, base, self._message(bucket, _AT_ONCE + number)) for number, bucket in enumerate(buckets)]
+        return (arrive() for arrive in started)
+
+    def _start_sum(self, bucket: Bucket, base: Base, message: torch.Tensor) -> Callable[[], tuple[Bucket, torch.Tensor, float]]:
+        squares = []
+        for piece, run in bucket.runs(message):
+            base.displacement_(piece, run)
+            squares.append(squared_norm(run))
+            if self.weight != 1:
+                run.mul_(self.weight)
+        self._own_squares.append(torch.stack(squares).sum())
+        message[-1] = self.weight * self._own_squares[-1]
+        wait, total_weight = self.communicator.start_sum_(message), self.total_weight
+
+        def arrive() -> tuple[Bucket, torch.Tensor, float]:
+            wait()
+            return bucket, message[:-1], float(message[-1]) / total_weight
+
+        return arrive
 
     def own_displacements(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
         """The same for a round without an average: every bucket with this worker's own pseudo-gradient. Nothing is sent."""
@@ -260,7 +280,7 @@ class ExactAverager:
             square += drift_square
             for piece, run in bucket.runs(total):
                 run.div_(self.total_weight)
-                piece.values().copy_(torch.sub(base.origin(piece), run, out=run))
+                piece.values().copy_(torch.sub(base.shown_from(piece), run, out=run))
         return square
 
     def mean_(self, tensors: list[torch.Tensor]) -> None:

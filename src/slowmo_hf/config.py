@@ -70,6 +70,9 @@ class SlowMoConfig:
             Workers each sends to per exchange; gossip bases only.
         staleness (`int`, *optional*, defaults to `1`):
             Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
+        overlap_steps (`int`, *optional*, defaults to `0`):
+            Steps that workers train on while the average of a round travels: fewer than `sync_every`; `base="local_sgd"` only. It is
+            then taken in with the progress made meanwhile (docs/wire.md). Two copies of the parameters more, fp32 at least.
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB):
@@ -94,6 +97,7 @@ class SlowMoConfig:
     topology: str = _help("Who sends to whom: auto, exponential, bipartite_exponential, ring or complete; gossip bases only.", "auto")
     peers: int = _help("Peers per exchange; gossip bases only.", 1)
     staleness: int = _help("Optimizer steps that a message is in flight; base osgp only.", 1)
+    overlap_steps: int = _help("Steps of training while the average of a round travels; base local_sgd.", 0)
     stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
     bucket_bytes: int = _help("Size of the communication buffer in bytes.", 256 * 2**20)
     timeout_seconds: float = _help("How long a round waits for a worker, in seconds.", 1800.0)
@@ -113,7 +117,7 @@ class SlowMoConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("sync_every", "peers", "staleness", "bucket_bytes"):
+        for name in ("sync_every", "peers", "staleness", "overlap_steps", "bucket_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name} must be an integer, got {value!r}.")
@@ -140,6 +144,11 @@ class SlowMoConfig:
             raise ValueError(f"peers must be >= 1, got {self.peers}.")
         if self.staleness < 0:
             raise ValueError(f"staleness must be >= 0 steps, got {self.staleness}.")
+        if not 0 <= self.overlap_steps < self.sync_every:
+            raise ValueError(
+                f"overlap_steps must be in [0, sync_every), got {self.overlap_steps} with sync_every={self.sync_every}: a round ends "
+                "before the next one begins. Lower overlap_steps or raise sync_every."
+            )
 
     def _check_outer_optimizer(self) -> None:
         if self.outer_optimizer == SLOW_MOMENTUM:
@@ -164,6 +173,13 @@ class SlowMoConfig:
             self._refuse_options(("topology", "peers", "exact_average"), "is for gossip bases (sgp, osgp, dpsgd)")
         if self.base != "osgp":
             self._refuse_options(("staleness",), "is for base='osgp', whose exchange runs behind the computation")
+        if self.base != "local_sgd":
+            self._refuse_options(("overlap_steps",), "is for base='local_sgd' (osgp's own messages travel behind the computation)")
+        if self.overlap_steps and self.inner_state == "average":
+            raise ValueError(
+                f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds that do not wait. Use "
+                "inner_state='maintain' or 'reset', or overlap_steps=0."
+            )
         if self.base == "all_reduce":
             self._refuse_options(
                 ("processes_per_worker",), "is for workers that train alone; all_reduce averages gradients over all processes"

@@ -30,7 +30,9 @@ Decisions taken once:
 (j) Before a round, before a look that sends, before Trainer gathers and at the end all ranks meet: a small header finds what differs. A
     rank that ends first takes part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their
     mass).
-(k) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
+(k) With `overlap_steps=n` a round of step k begins there (line 6 sets out, buffers are averaged) and is taken in at step k + n. Lines 7
+    and 8 are the same whenever they are done: a look in between does them, and leaves the rest due when it was.
+(l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
 """
 
@@ -54,12 +56,14 @@ from .inner_state import InnerState
 from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
+from .overlap import Departed, TrainingOn
 from .random_state import RandomState
 from .round_report import Norms, RoundReport, log_costs
 from .start_check import check_same_everywhere, log_start
 from .workers import Workers
 
 STATE_VERSION = 1
+Displacements = Iterator[tuple[Bucket, torch.Tensor, float]]
 
 
 class OuterLoop:
@@ -81,6 +85,7 @@ class OuterLoop:
         self.local_steps = 0  # since the last round
         self.rounds = 0
         self.last_round: RoundReport | None = None
+        self.departed: Departed | None = None  # a round that travels, or is due
         self._stash: list[torch.Tensor] | None = None
         self._shown: list[torch.Tensor] = []
         self._random_state: RandomState | None = None
@@ -118,13 +123,17 @@ class OuterLoop:
         # Only a leader holds slow state: elsewhere these lists are empty, and so are the loops over them.
         self.anchors = flat_anchors(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
         self._buckets = [bucket for item in self.anchors for bucket in self.averager.buckets(item)]
-        gossips = self.config.base in GOSSIP_BASES and self.workers.leads
-        self.base: Base = GossipBase(self.config, self.workers.gossip, self.anchors) if gossips else Base()
-        self.averager.reserve(self.anchors)
+        self.base = self._make_base()
+        self.averager.reserve(self._buckets, at_once=bool(self.config.overlap_steps))
         self._make_outer_optimizer()
         log_start(self.workers, self.config, self.inner_state.policy)
         self._bytes_counted = self.workers.bytes_sent
         self._clock_start = time.perf_counter()
+
+    def _make_base(self) -> Base:
+        if self.config.base in GOSSIP_BASES and self.workers.leads:
+            return GossipBase(self.config, self.workers.gossip, self.anchors)
+        return TrainingOn(self.anchors) if self.config.overlap_steps else Base()
 
     def _refusal(self) -> str | None:
         """Why this rank cannot start, or None."""
@@ -168,7 +177,7 @@ class OuterLoop:
             inner_lrs (`list[float]`): The learning rate in force, per parameter group.
 
         Returns:
-            `RoundReport` of a round, or None between rounds.
+            `RoundReport` of a round, or None between rounds; of an overlapped one when it is taken in.
         """
         self.refuse_while_shown()
         self.attempted_steps += 1
@@ -177,8 +186,9 @@ class OuterLoop:
         round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
         if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
             self._exchange()
+        report = self._take_in() if self.departed and self.departed.due_step == self.attempted_steps else None
         if not round_is_due:
-            return None
+            return report
         start = time.perf_counter()
         return self._round(self._meet(Purpose.ROUND, inner_lrs), start)
 
@@ -217,7 +227,7 @@ class OuterLoop:
         """True where parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are averaged."""
         if self.config.base == "all_reduce" or self.attempted_steps == 0:
             return True
-        return self.config.exact_average and self.attempted_steps % self.config.sync_every == 0
+        return self.config.exact_average and not self.config.overlap_steps and self.attempted_steps % self.config.sync_every == 0
 
     def _exchange(self) -> None:
         """One gossip exchange. Its number counts those before it: with exact rounds, all steps but the rounds'."""
@@ -289,28 +299,44 @@ class OuterLoop:
 
     # ---- the round ----
 
-    def _round(self, agreement: Agreement, start: float) -> RoundReport:
+    def _round(self, agreement: Agreement, start: float) -> RoundReport | None:
+        """At once, or begun and left to travel."""
+        if self.config.overlap_steps:
+            self._depart(agreement, start)
+            return None
         report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement, start))
         self.inner_state.reset()
-        self._share(agreement.changed_buffers)
-        self.rounds, self.last_round, self.local_steps = report.round, report, 0
+        self._share(self.tensors.trainable, agreement.changed_buffers)
+        self.local_steps = 0
+        return self._reported(report)
+
+    def _lead_round(self, agreement: Agreement, start: float) -> RoundReport:
+        norms = self._outer_step(self._displacements(), agreement.inner_lrs, self._summands)
+        square = norms.drift_square if self.config.exact_average else norms.pseudo_grad_square
+        self._refuse_non_finite(square, all_are_here=self.config.exact_average)
+        if self.config.averages_at_rounds:
+            self.base.end_average()
+            self._average_others(agreement)
+        return self._report(self.rounds + 1, norms, start)
+
+    def _average_others(self, agreement: Agreement) -> None:
+        """What else a round makes equal: buffers, and the inner state where it is to be averaged."""
+        floating, integer = self.tensors.buffers_named(agreement.changed_buffers)
+        if self.config.model_buffers == "average":
+            self.averager.mean_(floating)
+        self.averager.max_(integer)
+        self.inner_state.average(self.averager)
+
+    def _reported(self, report: RoundReport) -> RoundReport:
+        self.rounds, self.last_round = report.round, report
         self._clock_start, self._exchange_seconds = time.perf_counter(), 0.0
         self._bytes_counted = self.workers.bytes_sent
         return report
 
-    def _lead_round(self, agreement: Agreement, start: float) -> RoundReport:
-        norms = self._outer_step(agreement.inner_lrs)
-        self._refuse_non_finite(norms.drift_square if self.config.exact_average else norms.pseudo_grad_square)
-        if self.config.averages_at_rounds:
-            self.base.end_average()
-            floating, integer = self.tensors.buffers_named(agreement.changed_buffers)
-            if self.config.model_buffers == "average":
-                self.averager.mean_(floating)
-            self.averager.max_(integer)
-            self.inner_state.average(self.averager)
+    def _report(self, number: int, norms: Norms, start: float) -> RoundReport:
         now = time.perf_counter()
         report = RoundReport(
-            round=self.rounds + 1,
+            round=number,
             consensus_distance=norms.consensus_distance if self.config.exact_average else None,
             pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
             velocity_norm=math.sqrt(norms.velocity_square),
@@ -323,7 +349,54 @@ class OuterLoop:
             log_costs(report, self.config.sync_every, start - self._clock_start - self._exchange_seconds, exchange_seconds)
         return report
 
-    def _refuse_non_finite(self, square: float) -> None:
+    # ---- the round, overlapped ----
+
+    def _depart(self, agreement: Agreement, start: float) -> None:
+        """Step k: displacements set out; buffers, which are small, are averaged at once."""
+        self._take_in()  # on a rank that has ended the clock jumps from round to round
+        self.departed = Departed(self.attempted_steps + self.config.overlap_steps, agreement.inner_lrs, self._summands)
+        self.workers.inside.broadcast_outcome(lambda: self._lead_departure(agreement))
+        self._share([], agreement.changed_buffers)
+        self.rounds, self.local_steps = self.rounds + 1, 0
+        self._exchange_seconds += time.perf_counter() - start
+
+    def _lead_departure(self, agreement: Agreement) -> None:
+        assert isinstance(self.base, TrainingOn)
+        assert self.departed is not None
+        self._average_others(agreement)  # first: on one connection messages queue
+        self.departed.arrivals = self.averager.sums_at_once(self._buckets, self.base)
+        self.base.depart_(self._pieces())
+
+    def settle(self) -> None:
+        """On the leader: wait for an overlapped round's messages, and do its outer update. It stays due when it was."""
+        departed = self.departed
+        if departed is not None and departed.arrivals is not None:
+            departed.norms = self._outer_step(departed.arrivals, departed.inner_lrs, departed.summands)
+            departed.arrivals = None
+            self._refuse_non_finite(departed.norms.drift_square, all_are_here=False)
+
+    def _take_in(self) -> RoundReport | None:
+        """Step k + n: every worker goes on from the new anchor, with the progress it has made meanwhile."""
+        if self.departed is None:
+            return None
+        start = time.perf_counter()
+        report = self.workers.inside.broadcast_outcome(lambda: self._lead_taking_in(start))
+        self.departed = None
+        self.inner_state.reset()
+        self._share(self.tensors.trainable, [])
+        return self._reported(report)
+
+    def _lead_taking_in(self, start: float) -> RoundReport:
+        assert isinstance(self.base, TrainingOn)
+        assert self.departed is not None
+        self.settle()
+        assert self.departed.norms is not None
+        self.base.take_in_(self._pieces())
+        return self._report(self.rounds, self.departed.norms, start)
+
+    # ---- the parts of a round ----
+
+    def _refuse_non_finite(self, square: float, *, all_are_here: bool = True) -> None:
         """NaN and infinity of one worker are everybody's after an average; the square rode in its messages, so all know it together."""
         if math.isfinite(square) or self.workers.between.world_size == 1:
             return
@@ -331,32 +404,31 @@ class OuterLoop:
             "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and go on from "
             "the last checkpoint."
         )
-        if not self.config.exact_average:
-            self._lost_finiteness = words  # alone in knowing it: said at the next meeting
+        if not all_are_here:  # said at the next meeting
+            self._lost_finiteness = "" if self.config.exact_average and self.averager.own_is_finite else words
             return
         host = host_name()
         told = self.workers.between.gather_objects((self.workers.world.rank, host, self.averager.own_is_finite))
         where = [f"rank {rank} on {host}, step {self.attempted_steps}: {words}" for rank, host, is_finite in told if not is_finite]
         raise ValueError("; ".join(where) or f"step {self.attempted_steps}: the workers' average is not finite, though each one's part is.")
 
-    def _share(self, changed_buffers: list[str]) -> None:
+    def _share(self, params: list[torch.Tensor], changed_buffers: list[str]) -> None:
         """What the leader has got reaches the worker's other processes."""
         floating, integer = self.tensors.buffers_named(changed_buffers)
         state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
-        self.inside.broadcast_([*self.tensors.trainable, *floating, *integer, *state])
+        self.inside.broadcast_([*params, *floating, *integer, *state])
 
-    def _outer_step(self, inner_lrs: list[float]) -> Norms:
+    def _outer_step(self, displacements: Displacements, inner_lrs: list[float], summands: float) -> Norms:
         """Lines 6 to 8, and every worker's new start."""
-        self.base.settle()
         if not isinstance(self.outer_optimizer, SlowMomentum):
-            return self._outer_step_at_once()
+            return self._outer_step_at_once(displacements, summands)
         for group, inner_lr in zip(self.outer_optimizer.param_groups, inner_lrs, strict=True):
             group["inner_lr"] = inner_lr
         norms = Norms()
-        for bucket, total, drift_square in self._displacements():  # line 6
+        for bucket, total, drift_square in displacements:  # line 6
             norms.drift_square += drift_square
             for piece, pseudo_grad in bucket.runs(total):
-                pseudo_grad.div_(self._summands)
+                pseudo_grad.div_(summands)
                 velocity = self.outer_optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
                 norms.add(pseudo_grad, velocity)
                 if self.config.has_outer_update:
@@ -364,22 +436,23 @@ class OuterLoop:
         self.outer_optimizer.end_round()
         return norms
 
-    def _displacements(self) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
-        """Every bucket with the sum of anchor - x_i of weight `_summands` in all, or this one's alone, and the mean of its squared norm."""
+    def _displacements(self) -> Displacements:
+        """Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and the mean of its squared norm."""
+        self.base.settle()
         return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(self._buckets, self.base)
 
     @property
     def _summands(self) -> float:
         return self.averager.total_weight if self.config.exact_average else 1.0
 
-    def _outer_step_at_once(self) -> Norms:
+    def _outer_step_at_once(self, displacements: Displacements, summands: float) -> Norms:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
         norms = Norms()
         pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
-        for bucket, total, drift_square in self._displacements():
+        for bucket, total, drift_square in displacements:
             norms.drift_square += drift_square
             for piece, run in bucket.runs(total):
-                norms.add(torch.div(run, self._summands, out=piece.of(pseudo_grads[piece.item])), None)
+                norms.add(torch.div(run, summands, out=piece.of(pseudo_grads[piece.item])), None)
         gradients: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
         for item, flat in pseudo_grads.items():
             for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
@@ -431,6 +504,7 @@ class OuterLoop:
     def _lead_look(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         before = self.workers.bytes_sent
         if params:
+            self.settle()
             self.base.settle()
             self._refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
         self.averager.mean_(floating)
@@ -524,6 +598,9 @@ class OuterLoop:
             self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
         self.base.settle()
         self.base.end_average()  # messages in flight belong to the run that is left
+        if isinstance(self.base, TrainingOn):
+            self.settle()
+            self.base.away, self.departed = False, None
         if state_dict["attempted_steps"] % self.config.sync_every == 0:  # with all_reduce the parameters may have moved on
             for piece in self._pieces():
                 self.base.hand_back_(piece)
@@ -533,6 +610,11 @@ class OuterLoop:
             raise RuntimeError(
                 f"training cannot be {verb} with exact_average=False: the workers stay different, and their own weights are not in this "
                 "state. Use exact_average=True."
+            )
+        if attempted_steps and self.config.overlap_steps:
+            raise RuntimeError(
+                f"training cannot be {verb} with overlap_steps={self.config.overlap_steps}: workers are never all the same, and their own "
+                "weights are not in this state. Use accelerator.save_state with register_for_checkpointing, or overlap_steps=0."
             )
         if attempted_steps % self.config.sync_every and self.config.has_rounds and self.config.base != "all_reduce":
             raise RuntimeError(

@@ -47,6 +47,19 @@ class Norms:
         self.drift_square = 0.0
         self._squares: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
+    @classmethod
+    def of(cls, squares: list[float]) -> Norms:
+        """The inverse of `squares`."""
+        norms = cls()
+        norms.drift_square, pseudo_grad, velocity = squares
+        norms._squares = [(torch.tensor(pseudo_grad, dtype=torch.float64), torch.tensor(velocity, dtype=torch.float64))]
+        return norms
+
+    @property
+    def squares(self) -> list[float]:
+        """All three."""
+        return [self.drift_square, self.pseudo_grad_square, self.velocity_square]
+
     def add(self, pseudo_grad: torch.Tensor, velocity: torch.Tensor | None) -> None:
         """Count one piece. Nothing waits for the device here."""
         self._squares.append((squared_norm(pseudo_grad), None if velocity is None else squared_norm(velocity)))

@@ -10,15 +10,21 @@ import torch
 
 from .checkpoint import CheckpointError, Contents, read_part, write_part
 from .communicator import Transfer, host_name
+from .config import SlowMoConfig
 from .gossip import GossipBase
 from .log import logger
 from .outer_loop import OuterLoop
 from .outer_optimizer import SlowMomentum
+from .overlap import Departed, TrainingOn
+from .round_report import Norms
 
 SHARED = "shared"
 
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and that is said.
-_FIXED = ("base", "sync_every", "outer_optimizer", "exact_average", "inner_state", "model_buffers", "topology", "peers", "staleness")
+_FIXED = (
+    *("base", "sync_every", "outer_optimizer", "exact_average", "inner_state", "model_buffers", "topology", "peers", "staleness"),
+    "overlap_steps",
+)
 
 
 def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> bool:
@@ -74,6 +80,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         objects (`dict`): State dictionaries of each worker's own: scheduler, scaler.
     """
     workers = outer_loop.workers
+    outer_loop.settle()
     slow = _slow_state(outer_loop)
     clock = {
         "run": outer_loop.run_id,
@@ -132,6 +139,11 @@ def _worker_state(outer_loop: OuterLoop) -> Contents:
             for number, exchange in enumerate(base.in_flight):
                 for source, received in enumerate(exchange.received):
                     state.tensors[f"message.{number}.{source}.{index}"] = received[item]
+    departed = outer_loop.departed
+    if isinstance(base, TrainingOn) and departed is not None and departed.norms is not None:
+        state.settings["departed"] = {"due_step": departed.due_step, "norms": departed.norms.squares}
+        for index, item in enumerate(outer_loop.anchors):
+            state.tensors[f"departed.{index}"] = base.departed[item]
     return state
 
 
@@ -188,7 +200,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
 
 
 def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
-    saved, now = shared.settings["config"], outer_loop.config.to_dict()
+    saved, now = SlowMoConfig().to_dict() | shared.settings["config"], outer_loop.config.to_dict()  # an older one lacks later settings
     for name in _FIXED:
         if saved.get(name) != now[name]:
             raise CheckpointError(
@@ -234,6 +246,12 @@ def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
         buffers[name].copy_(own.tensors[f"buffer.{name}"])
     tensors.mark_changed(own.settings["changed_buffers"])
     base = outer_loop.base
+    if isinstance(base, TrainingOn) and "departed" in own.settings:
+        due_step, squares = own.settings["departed"]["due_step"], own.settings["departed"]["norms"]
+        outer_loop.departed = Departed(due_step, [], 1.0, None, Norms.of(squares))
+        for index, item in enumerate(outer_loop.anchors):
+            base.departed[item].copy_(own.tensors[f"departed.{index}"])
+        base.away = True
     if not isinstance(base, GossipBase):
         return
     base.wait_for_messages()

@@ -1,0 +1,375 @@
+"""Overlapped rounds: the average travels while workers train on, and what it brings is what the equation says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from harness import run_workers
+from tiny import Regression, Rows, equal, two_groups, values, warmup_and_decay
+
+import slowmo_hf
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.communicator import Communicator
+
+STEPS = 14
+LR = 0.05
+CASES = {  # sync_every 5: rounds at 5 and 10
+    "local sgd": (SlowMoConfig.local_sgd(5, overlap_steps=2), "sgd"),
+    "slow momentum, reset": (SlowMoConfig(sync_every=5, outer_momentum=0.6, overlap_steps=3), "sgd"),
+    "alpha, adam": (SlowMoConfig(sync_every=5, outer_momentum=0.4, outer_lr=0.8, overlap_steps=4), "adamw"),
+    "diloco": (SlowMoConfig.diloco(sync_every=5, overlap_steps=1), "adamw"),
+    "to the last step": (SlowMoConfig(sync_every=7, outer_momentum=0.6, overlap_steps=6), "sgd"),  # 14 is a round: in flight at the end
+}
+
+
+def _batch(step, rank):
+    start = 16 * step + 4 * rank
+    return slice(start, start + 4)
+
+
+def _train(config, name, rank):
+    """Parameters after every step, and what a look shows after every second one."""
+    model, rows = Regression(), Rows(STEPS * 16)
+    optimizer = SlowMoOptimizer(two_groups(model, name, LR), config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.inner_optimizer, warmup_and_decay)
+    after, shown, reports = [], {}, []
+    for step in range(STEPS):
+        batch = _batch(step, rank)
+        model(rows.x[batch], rows.y[batch])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        after.append(values(model))
+        if step % 2:
+            with slowmo_hf.consensus(optimizer):
+                shown[step] = values(model)
+        reports.append(slowmo_hf.last_round(optimizer))
+    return after, shown, reports
+
+
+def by_hand(config, name, workers):
+    """
+    All workers in one place, from the equations alone. At k: Delta = anchor - mean x_k, v = beta r v + Delta, anchor = anchor - alpha v (or
+    torch's SGD on the anchor). At k + n: x_i = anchor + (x_i - x_i at k). A look shows the mean of the x_i as if all were taken in now.
+    """
+    crew = []
+    for _ in range(workers):
+        model = Regression()
+        optimizer = two_groups(model, name, LR)
+        crew.append((model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay)))
+    rows = Rows(STEPS * 16)
+    anchor = [p.detach().clone().requires_grad_() for p in crew[0][0].parameters()]
+    velocity, previous_lrs, departed, due = [torch.zeros_like(a) for a in anchor], None, None, 0
+    outer = None
+    if config.outer_optimizer != "slow_momentum":
+        outer = torch.optim.SGD(anchor, lr=config.outer_lr, momentum=0.9, nesterov=True)
+    groups = [0, 0, 1, 1]  # body, head
+    after, shown = [], {}
+    with torch.no_grad():
+        for step in range(STEPS):
+            for rank, (model, optimizer, _) in enumerate(crew):
+                batch = _batch(step, rank)
+                with torch.enable_grad():
+                    model(rows.x[batch], rows.y[batch])["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if departed is not None and step + 1 == due:
+                for (model, optimizer, _), then in zip(crew, departed, strict=True):
+                    for p, a, x in zip(model.parameters(), anchor, then, strict=True):
+                        p.copy_(a + (p - x))
+                    if config.inner_state == "auto" and name == "sgd":
+                        optimizer.state.clear()
+                departed = None
+            if (step + 1) % config.sync_every == 0:
+                departed = [[p.detach().clone() for p in model.parameters()] for model, _, _ in crew]
+                due = step + 1 + config.overlap_steps
+                lrs = [group["lr"] for group in crew[0][1].param_groups]
+                for j, a in enumerate(anchor):
+                    pseudo_grad = a.detach() - sum(then[j] for then in departed) / workers
+                    if outer is not None:
+                        a.grad = pseudo_grad
+                        continue
+                    ratio = lrs[groups[j]] / previous_lrs[groups[j]] if previous_lrs else 1.0
+                    velocity[j] = config.outer_momentum * ratio * velocity[j] + pseudo_grad
+                    a.sub_(config.outer_lr * velocity[j])
+                if outer is not None:
+                    outer.step()
+                previous_lrs = lrs
+            after.append([values(model) for model, _, _ in crew])
+            names = [key for key, _ in crew[0][0].named_parameters()]
+            wholes = []
+            for i, (model, _, _) in enumerate(crew):
+                xs = list(model.parameters())
+                wholes.append([a + (p - x) for a, p, x in zip(anchor, xs, departed[i], strict=True)] if departed else xs)
+            shown[step] = {key: sum(whole[j].detach() for whole in wholes) / workers for j, key in enumerate(names)}
+            for _, _, schedule in crew:
+                schedule.step()
+    return after, shown
+
+
+def _close(mine, other):
+    for name, value in other.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_and_looks_are_those_of_the_equation(case):
+    """Float64, four workers, every step."""
+    config, name = CASES[case]
+    after, shown = by_hand(config, name, 4)
+    for rank, (mine, looks, _) in enumerate(run_in_process(lambda rank: _train(config, name, rank), 4)):
+        for step in range(STEPS):
+            _close(mine[step], after[step][rank])
+        for step, look in looks.items():
+            _close(look, shown[step])
+
+
+def _train_here(config, name):
+    return _train(config, name, dist.get_rank())
+
+
+@pytest.mark.parametrize("case", ["slow momentum, reset"])
+def test_processes_do_the_same(case):
+    config, name = CASES[case]
+    together = run_in_process(lambda rank: _train(config, name, rank), 2)
+    for (mine, looks, reports), (after, shown, told) in zip(run_workers(_train_here, 2, config, name), together, strict=True):
+        for step in range(STEPS):
+            _close(mine[step], after[step])
+        for step, look in looks.items():
+            _close(look, shown[step])
+        assert [r and r.round for r in reports] == [r and r.round for r in told] == [None] * 7 + [1] * 5 + [2] * 2
+        payload = 8 * (sum(p.numel() for p in Regression().parameters()) + 1)  # the consensus distance rides along
+        header = 8 * (6 + 2)
+        assert [r.bytes_sent for r in reports if r] == [payload + header] * 7
+        for r, t in zip(reports[7:], told[7:], strict=True):
+            assert r.consensus_distance == pytest.approx(t.consensus_distance, rel=1e-9)
+            assert r.pseudo_grad_norm == pytest.approx(t.pseudo_grad_norm, rel=1e-9)
+
+
+# ---- the wire ----
+
+
+def _order(config):
+    """What happens on the wire, in order, with the steps between."""
+    events = []
+    start_sum = Communicator.start_sum_
+
+    def noted(self, flat):
+        wait = start_sum(self, flat)
+        if self.world_size == 1 or flat.numel() < 20:
+            return wait
+        events.append("sent")
+        return lambda: (events.append("waits"), wait())[1]
+
+    Communicator.start_sum_ = noted
+    model, rows = Regression(), Rows(STEPS * 16)
+    optimizer = SlowMoOptimizer(two_groups(model, "sgd", LR), config)
+    for step in range(8):
+        batch = _batch(step, dist.get_rank())
+        model(rows.x[batch], rows.y[batch])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        events.append(step + 1)
+    return events
+
+
+def test_nobody_waits_before_the_average_is_due():
+    config = SlowMoConfig.local_sgd(3, overlap_steps=2)
+    for events in run_workers(_order, 2, config):
+        assert events == [1, 2, "sent", 3, 4, "waits", 5, "sent", 6, 7, "waits", 8]
+    for events in run_workers(_order, 2, SlowMoConfig.local_sgd(3)):
+        assert events == [1, 2, "sent", "waits", 3, 4, 5, "sent", "waits", 6, 7, 8]
+
+
+def _small_buckets(rank, bucket_bytes):
+    config = SlowMoConfig(sync_every=3, overlap_steps=1, bucket_bytes=bucket_bytes)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 40).double()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    for step in range(7):
+        inputs = torch.randn(4, 40, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(model), len(optimizer.outer_loop._buckets)
+
+
+def test_many_buckets_travel_together():
+    one, many = (run_in_process(lambda rank, size=size: _small_buckets(rank, size), 2) for size in (2**20, 2048))
+    assert (one[0][1], many[0][1]) == (1, 13)
+    for (mine, _), (other, _) in zip(one, many, strict=True):
+        _close(mine, other)
+
+
+# ---- buffers, bf16, the end ----
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(x)).square().mean()
+
+
+def _normed(config):
+    accelerator = Accelerator(cpu=True)
+    bare = Normed()
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config))
+    seen = []
+    for step in range(5):
+        inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(10 * step + dist.get_rank())) + dist.get_rank()
+        accelerator.backward(model(inputs))
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(values(bare))
+    return seen
+
+
+def test_buffers_meet_at_once_and_parameters_later():
+    first, second = run_workers(_normed, 2, SlowMoConfig.local_sgd(3, overlap_steps=1))
+    means = [[seen["norm.running_mean"] for seen in one] for one in (first, second)]
+    assert not torch.equal(means[0][1], means[1][1])
+    assert torch.equal(means[0][2], means[1][2])
+    assert not torch.equal(first[2]["head.weight"], second[2]["head.weight"])
+    assert not torch.equal(first[3]["head.weight"], second[3]["head.weight"]), "each keeps its own progress"
+
+
+def test_bf16_without_progress_is_the_rounded_anchor():
+    """Learning rate 0 in the overlapped step: what is taken in is what a plain round hands back, bit for bit."""
+
+    def train(rank, overlap_steps):
+        torch.manual_seed(1)
+        p = torch.nn.Parameter(torch.randn(50).bfloat16())
+        inner = torch.optim.SGD([p], lr=0.1)
+        optimizer = SlowMoOptimizer(inner, SlowMoConfig(sync_every=3, outer_momentum=0.5, overlap_steps=overlap_steps))
+        for step in range(8):
+            inner.param_groups[0]["lr"] = 0.0 if step % 3 == 0 else 0.1
+            p.grad = torch.randn(50, generator=torch.Generator().manual_seed(10 * step + rank)).bfloat16()
+            optimizer.step()
+        return p.detach().clone()
+
+    plain, overlapped = (run_in_process(lambda rank, n=n: train(rank, n), 3) for n in (0, 1))
+    for mine, other in zip(plain, overlapped, strict=True):
+        assert torch.equal(mine, other)
+
+
+def _leaves_early(config, batches):
+    """Rank 1 has fewer batches; the end of both is the average that counts what was in flight."""
+    rank = dist.get_rank()
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 8.0)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    with slowmo_hf.join(optimizer):
+        for _ in range(batches[rank]):
+            ((model(torch.ones(1, 1).double()) - rank) ** 2 / 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with slowmo_hf.consensus(optimizer):
+        return model.weight.item(), optimizer.outer_loop.rounds
+
+
+def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels():
+    """sync_every 2, n 1, weights by steps since the round before: rounds at 2, 4 and 6, the last one in flight at the end."""
+    x, anchor, velocity, then, steps = [8.0, 8.0], 8.0, 0.0, None, [0, 0]
+    for step in range(1, 7):
+        for rank in (0, 1):
+            if step <= (6, 3)[rank]:
+                x[rank] -= 0.1 * (x[rank] - rank)
+                steps[rank] += 1
+        if step % 2 == 1 and then is not None:
+            x, then = [anchor + (x[i] - then[i]) for i in (0, 1)], None
+        if step % 2 == 0:
+            average = sum(steps[i] * x[i] for i in (0, 1)) / sum(steps)
+            velocity = 0.5 * velocity + (anchor - average)
+            anchor, then, steps = anchor - velocity, list(x), [0, 0]
+    for end, rounds in run_workers(_leaves_early, 2, SlowMoConfig(sync_every=2, overlap_steps=1, timeout_seconds=20), (6, 3)):
+        assert end == pytest.approx(anchor, abs=1e-12)
+        assert rounds == 3
+
+
+def _meets_nan(config):
+    model, rows = Regression(), Rows(STEPS * 16)
+    optimizer = SlowMoOptimizer(two_groups(model, "sgd", LR), config)
+    for step in range(8):
+        batch = _batch(step, dist.get_rank())
+        model(rows.x[batch], rows.y[batch])["loss"].backward()
+        if step == 2 and dist.get_rank() == 1:
+            model.head.weight.grad.fill_(float("nan"))
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return step + 1, str(error)
+        optimizer.zero_grad()
+    return None
+
+
+def test_nan_on_one_rank_is_told_at_the_next_meeting():
+    first, second = run_workers(_meets_nan, 2, SlowMoConfig.local_sgd(3, overlap_steps=1, timeout_seconds=20))
+    assert first == second
+    step, words = first
+    assert step == 6
+    assert re.match(r"rank 1 on \S+, step 6: its parameters are not finite", words)
+    assert "rank 0" not in words
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sync_every": 4, "overlap_steps": 4}, r"overlap_steps must be in \[0, sync_every\), got 4 with sync_every=4"),
+        ({"overlap_steps": -1}, r"overlap_steps must be in \[0, sync_every\), got -1"),
+        ({"overlap_steps": 1.5}, "overlap_steps must be an integer, got 1.5"),
+        ({"overlap_steps": 2, "base": "sgp"}, "overlap_steps is for base='local_sgd'.*got overlap_steps=2 with base='sgp'"),
+        ({"overlap_steps": 2, "base": "all_reduce"}, "overlap_steps is for base='local_sgd'"),
+        ({"overlap_steps": 2, "inner_state": "average"}, "inner_state='average' is averaged at once, and overlap_steps=2"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SlowMoConfig(**settings)
+
+
+def test_one_state_cannot_speak_for_workers_that_are_never_the_same():
+    def save(rank):
+        optimizer = SlowMoOptimizer(two_groups(Regression(), "sgd", LR), SlowMoConfig(sync_every=2, overlap_steps=1))
+        rows = Rows(4)
+        for _ in range(2):
+            Regression()(rows.x, rows.y)
+            optimizer.step()
+        return optimizer.outer_loop.state_dict()
+
+    with pytest.raises(RuntimeError) as failed:
+        run_in_process(save, 2)
+    assert "training cannot be saved with overlap_steps=1" in str(failed.value.__cause__ or failed.value)
+
+
+def test_memory_is_two_copies_more():
+    def count(rank, overlap_steps):
+        model = torch.nn.Linear(64, 64)
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(overlap_steps=overlap_steps))
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        loop = optimizer.outer_loop
+        kept = [*loop.averager._buffers.values(), *getattr(loop.base, "departed", {}).values()]
+        return sum(t.nbytes for t in kept), sum(p.nbytes for p in model.parameters())
+
+    ((plain, size),) = run_in_process(lambda rank: count(rank, 0), 1)
+    ((overlapped, _),) = run_in_process(lambda rank: count(rank, 2), 1)
+    assert plain == size + 4  # one message, with the consensus distance
+    assert overlapped == 2 * size + 4
+
+
+def test_equal_is_not_vacuous():
+    first, second = (run_in_process(lambda rank, n=n: _train(SlowMoConfig(sync_every=5, overlap_steps=n), "sgd", rank), 2) for n in (0, 2))
+    assert equal(first[0][0][3], second[0][0][3])
+    assert not equal(first[0][0][5], second[0][0][5])
