@@ -353,20 +353,25 @@ def test_one_state_cannot_speak_for_workers_that_are_never_the_same():
     assert "training cannot be saved with overlap_steps=1" in str(failed.value.__cause__ or failed.value)
 
 
-def test_memory_is_two_copies_more():
-    def count(rank, overlap_steps):
+def test_memory_is_one_copy_more_and_messages_for_all():
+    def count(rank, overlap_steps, bucket_bytes):
         model = torch.nn.Linear(64, 64)
-        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(overlap_steps=overlap_steps))
-        model(torch.ones(1, 64)).sum().backward()
-        optimizer.step()
+        config = SlowMoConfig(overlap_steps=overlap_steps, bucket_bytes=bucket_bytes)
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+        for _ in range(13):
+            model(torch.ones(1, 64)).sum().backward()
+            optimizer.step()
+        with slowmo_hf.consensus(optimizer):
+            pass
         loop = optimizer.outer_loop
         kept = [*loop.averager._buffers.values(), *getattr(loop.base, "departed", {}).values()]
         return sum(t.nbytes for t in kept), sum(p.nbytes for p in model.parameters())
 
-    ((plain, size),) = run_in_process(lambda rank: count(rank, 0), 1)
-    ((overlapped, _),) = run_in_process(lambda rank: count(rank, 2), 1)
-    assert plain == size + 4  # one message, with the consensus distance
-    assert overlapped == 2 * size + 4
+    for bucket_bytes, plain, overlapped in ((2**20, 1, 1), (4096, 2, 9)):  # messages kept; half of a bucket each where there are many
+        for overlap_steps, messages in ((0, plain), (2, overlapped)):
+            (kept, size), _ = run_in_process(lambda rank, n=overlap_steps, size=bucket_bytes: count(rank, n, size), 2)
+            payload = size if messages != 2 else 4096
+            assert kept == payload + 4 * messages + (size if overlap_steps else 0)
 
 
 def test_equal_is_not_vacuous():

@@ -38,7 +38,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 _CACHED_ELEMENTS = {"cpu": 2**18}
 
 
-_AT_ONCE = 2  # slots of the buffers from here on belong to messages that travel together
+_OWN_SLOTS = 2  # buffers from here on belong to one message each
 
 
 @dataclass(eq=False)
@@ -193,6 +193,7 @@ class ExactAverager:
         self.weight, self.total_weight = 1.0, float(communicator.world_size)
         self._buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
         self._own_squares: list[torch.Tensor] = []
+        self._at_once = False
 
     def weigh(self, weights: list[int]) -> None:
         """From now on worker i counts for weights[i] of their sum; equal ones, and all 0, are the plain mean."""
@@ -212,10 +213,13 @@ class ExactAverager:
     def reserve(self, buckets: list[Bucket], *, at_once: bool = False) -> None:
         """Make the buffers of `sums` (`sums_at_once`) now, so that a round allocates nothing; those of the start's broadcast go."""
         self._buffers.clear()
+        self._at_once = at_once
         for number, bucket in enumerate(buckets):
-            self._message(bucket, _AT_ONCE + number if at_once else number % 2)
+            self._message(bucket, number)
 
-    def _message(self, bucket: Bucket, slot: int) -> torch.Tensor:
+    def _message(self, bucket: Bucket, number: int) -> torch.Tensor:
+        """Memory for a bucket's message: two take turns, or each has its own, apart from what other averages use meanwhile."""
+        slot = _OWN_SLOTS + number if self._at_once else number % 2
         return self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, slot)
 
     def _buffer(self, elements: int, dtype: torch.dtype, device: torch.device, slot: int = 0) -> torch.Tensor:
@@ -235,7 +239,7 @@ class ExactAverager:
         under_way: Callable[[], tuple[Bucket, torch.Tensor, float]] | None = None
         self._own_squares = []
         for number, bucket in enumerate(buckets):
-            started = self._start_sum(bucket, base, self._message(bucket, number % 2))
+            started = self._start_sum(bucket, base, self._message(bucket, number))
             if under_way:
                 yield under_way()
             under_way = started
@@ -245,7 +249,7 @@ class ExactAverager:
     def sums_at_once(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
         """The same with all messages started before this returns, in buffers of their own: they travel until the iterator is read."""
         self._own_squares = []
-        started = [self._start_sum(bucket, base, self._message(bucket, _AT_ONCE + number)) for number, bucket in enumerate(buckets)]
+        started = [self._start_sum(bucket, base, self._message(bucket, number)) for number, bucket in enumerate(buckets)]
         return (arrive() for arrive in started)
 
     def _start_sum(self, bucket: Bucket, base: Base, message: torch.Tensor) -> Callable[[], tuple[Bucket, torch.Tensor, float]]:

@@ -72,7 +72,7 @@ class SlowMoConfig:
             Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
         overlap_steps (`int`, *optional*, defaults to `0`):
             Steps that workers train on while the average of a round travels: fewer than `sync_every`; `base="local_sgd"` only. It is
-            then taken in with the progress made meanwhile (docs/wire.md). Two copies of the parameters more, fp32 at least.
+            then taken in with the progress made meanwhile (docs/wire.md). A copy of the parameters more, and messages for all of them.
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB):
