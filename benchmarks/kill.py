@@ -178,12 +178,19 @@ class Record:
             known[name] = resume_moments(launch(JOBS[name], Path(self.args.folder).resolve() / "rehearsal", kill))
         return known[name]
 
-    def add(self, part: str, name: str, job: Job, kills: tuple[Kill, ...], **words: str) -> None:
-        """Launch, compare, write down, say in one line."""
+    def add(self, part: str, name: str, job: Job, kills: tuple[Kill, ...], **words: str) -> bool:
+        """
+        Launch, compare, write down, say in one line. False where a kill's moment never came and nothing differs: it is no point, and
+        only counted (two processes that make one folder do not always both do).
+        """
         reference = self.reference(name, job)
         folder = Path(self.args.folder).resolve() / f"{part}_{len(self.values[part])}"
         run = launch(job, folder, kills)
-        told = differences(reference, run, kills)
+        reached = tuple(kill for kill in kills if met(run, kill) is not None)
+        told = differences(reference, run, reached)
+        if reached != kills and not told:
+            self.values["never_reached"] = self.values.get("never_reached", 0) + 1
+            return False
         self.values[part].append(
             {
                 "job": name,
@@ -204,6 +211,7 @@ class Record:
         beside.replace(self.path)
         where = [met(run, kill) for kill in kills]
         print(f"{part} {len(self.values[part])}: {name}, {words or ''} {where}: {told or 'the same'}, {run.seconds:.0f} s", flush=True)
+        return True
 
 
 def plan(points: int, seed: int) -> list[tuple[str, str]]:
@@ -230,14 +238,17 @@ def main() -> None:
         if index >= len(record.values["points"]):
             chance = random.Random(f"{args.seed} {index}")
             resumes = record.resume_moments(name) if stratum == "the resume" else []
-            record.add("points", name, JOBS[name], draw(stratum, record.reference(name, JOBS[name]), resumes, chance), stratum=stratum)
+            reference = record.reference(name, JOBS[name])
+            while not record.add("points", name, JOBS[name], draw(stratum, reference, resumes, chance), stratum=stratum):
+                pass
     for index in range(len(record.values["ten_kills"]), args.ten_kills):
         name = list(JOBS)[len(BASES) * (index % 2) + index // 2]  # Trainer and Accelerate in turn, base by base
         longer = Job(f"{JOBS[name].command} {LONGER[name.split(',')[0]]}")
         reference = record.reference(f"{name}, longer", longer)
         chance = random.Random(f"{args.seed} ten kills {index}")
         strata = [chance.choice(MIDWAY), *chance.choices((*MIDWAY, "the resume"), k=9)]
-        record.add("ten_kills", f"{name}, longer", longer, draw_many(strata, reference, record.resume_moments(name), chance))
+        while not record.add("ten_kills", f"{name}, longer", longer, draw_many(strata, reference, record.resume_moments(name), chance)):
+            pass
     print(table(record.values))
     sys.exit(any(point["differences"] for part in ("points", "ten_kills") for point in record.values[part]))
 

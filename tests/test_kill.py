@@ -205,6 +205,33 @@ def test_a_checkpoint_that_is_not_whole_or_not_there_is_told(reference, tmp_path
     assert "checkpoints at the end: ['checkpoint-4']" in kill_runs.differences(reference, run, KILLED)
 
 
+def test_an_old_checkpoint_may_stay_where_nothing_was_left_to_save(reference, tmp_path):
+    """Killed before its deletion: the second attempt has no step to take, and deletes nothing. With a step it would have."""
+    folder = tmp_path / "b"
+    checkpoint(folder, 4)
+    checkpoint(folder, 6)
+    first = [[*(f"w{step}" for step in range(6)), "!rotation"], [f"w{step}" for step in range(6)]]
+    kills = (Kill(0, 0, "rotation", 3),)
+    assert kill_runs.differences(reference, run_of(folder, first, [[], []]), kills) == []
+    told = kill_runs.differences(reference, run_of(folder, first, [["w5"], ["w5"]]), kills)
+    assert told == ["checkpoints at the end: ['checkpoint-4', 'checkpoint-6']"]
+    shutil.rmtree(folder / "out/checkpoint-6")
+    assert "checkpoints at the end: ['checkpoint-4']" in kill_runs.differences(reference, run_of(folder, first, [[], []]), kills)
+
+
+def test_a_moment_that_never_came_is_no_point(reference, tmp_path, monkeypatch):
+    whole = run_of(tmp_path, [[f"w{step}" for step in range(6)]] * 2)
+    monkeypatch.setattr(kill, "launch", lambda job, folder, kills=(): reference if not kills else whole)
+    record = kill.Record(kill.KillArguments(output=str(tmp_path / "kills.json"), folder=str(tmp_path / "runs")))
+    kills = (Kill(0, 1, "end", 7),)
+    assert record.add("points", "a job", kill.Job("script"), kills) is False
+    assert (record.values["points"], record.values["never_reached"]) == ([], 1)
+    whole.notes[0, 1][3] = ["weights", "others"]
+    (tmp_path / "runs").mkdir()
+    assert record.add("points", "a job", kill.Job("script"), kills) is True
+    assert record.values["points"][0]["differences"] == ["attempt 0, rank 1: weights differ after it had begun at step 0"]
+
+
 # ---- the switch ----
 
 
