@@ -26,7 +26,7 @@ LAYERS = [
     ["snapshot"],
     ["isolation", "outer_loop"],
     ["header", "inner_state", "start_check"],
-    ["gossip", "model_tensors"],
+    ["compression", "gossip", "model_tensors"],
     ["averager", "outer_optimizer"],
     ["workers"],
     ["roll_call"],

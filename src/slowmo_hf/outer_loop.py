@@ -31,6 +31,7 @@ Decisions taken once:
     part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their mass).
 (k) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
+(l) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ import torch
 
 from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, views_like
 from .communicator import host_name
+from .compression import make_averager
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
 from .gossip import GossipBase, make_topology
 from .header import Agreement, Header, Purpose
@@ -110,7 +112,7 @@ class OuterLoop:
         ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
         self.workers.form()
         self.run_id: str = self.workers.world.gather_objects(uuid.uuid4().hex)[0]
-        self.averager = ExactAverager(self.workers.between, self.config.bucket_bytes)
+        self.averager = make_averager(self.workers.between, self.config)
         self.inside = ExactAverager(self.workers.inside, self.config.bucket_bytes)
         self.tensors.remember_buffers()
         self.attempted_steps = attempted_steps
@@ -507,6 +509,7 @@ class OuterLoop:
                 group["previous_inner_lr"] = previous
         else:
             self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
+        self.averager.drop_residuals()  # each worker's own, which this state does not hold
         self.base.settle()
         self.base.end_average()  # messages in flight belong to the run that is left
         if state_dict["attempted_steps"] % self.config.sync_every == 0:  # with all_reduce the parameters may have moved on
