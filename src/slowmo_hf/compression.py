@@ -202,13 +202,12 @@ class CompressedAverager(ExactAverager):
             held.add_(run, alpha=self.weight)
         self._own_squares.append(torch.stack(squares).sum())
         outgoing, incoming = self._messages(bucket, number)
-        rows = (outgoing[: -self.workers * _SQUARE_BYTES], incoming[: -self.workers * _SQUARE_BYTES])
-        for shard, row in zip(message.view(self.workers, -1), rows[0].view(self.workers, -1), strict=True):
+        shards, into = outgoing[: -self.workers * _SQUARE_BYTES], incoming[: -self.workers * _SQUARE_BYTES]
+        for shard, row in zip(message.view(self.workers, -1), shards.view(self.workers, -1), strict=True):
             encode_(shard, row, self.code)
         _scale_(message, 1 / self._unit)
-        return _UnderWay(
-            bucket, outgoing, incoming, self.weight * self._own_squares[-1], self.communicator.start_all_to_all(rows[1], rows[0])
-        )
+        wait = self.communicator.start_all_to_all(shards, into)
+        return _UnderWay(bucket, outgoing, incoming, self.weight * self._own_squares[-1], wait)
 
     def _receive(self, under_way: _UnderWay) -> tuple[Bucket, torch.Tensor, float]:
         """Sum the shard that this worker owns, quantise it, and share it; behind each sum its owner's squared norm."""
