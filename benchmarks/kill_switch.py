@@ -38,7 +38,10 @@ MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END = (
     *("message", "evaluation", "our file", "their file", "seal", "rotation", "end"),
 )
 KINDS = (START, RESUME, FORWARD, BACKWARD, INNER_STEP, MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END)
-_MESSAGES = ("start_sum_", "max_", "gather_header", "gather_objects", "broadcast_", "broadcast_outcome", "exchange", "finish")
+_MESSAGES = (
+    *("start_sum_", "start_all_to_all", "start_all_gather", "max_", "gather_header", "gather_objects", "broadcast_", "broadcast_outcome"),
+    *("exchange", "finish"),
+)
 
 
 class Switch:

@@ -30,6 +30,12 @@ def check_three():
     flat = torch.tensor([rank, -rank, 5], dtype=torch.int64)
     wire.max_(flat)
     record("max", flat)
+    outgoing, incoming = torch.arange(6, dtype=torch.uint8) + 10 * rank, torch.empty(6, dtype=torch.uint8)
+    wire.start_all_to_all(outgoing, incoming)()
+    record("all to all", incoming)
+    rows = torch.empty(3, 5, dtype=torch.uint8)
+    wire.start_all_gather(rows, torch.full((5,), 7 + rank, dtype=torch.uint8))()
+    record("all gather", rows)
     record("header", wire.gather_header([rank + 0.1, 2.0**48 - rank]))
     empty = torch.empty(0)
     wire.start_sum_(empty)(), wire.max_(empty), wire.broadcast_(empty)
@@ -38,17 +44,24 @@ def check_three():
 
 
 def test_values_and_bytes_of_three_workers():
-    """Bytes by hand, m = 3: a ring moves 2·(m-1)/m = 4/3 of a message; a header goes to two others."""
+    """
+    Bytes by hand, m = 3: a ring moves 2·(m-1)/m = 4/3 of a message; a header goes to two others, and so do 5 bytes; of 6 bytes in three
+    parts two parts go.
+    """
     for rank, (found, sent, place, seconds) in enumerate(run_workers(check_three, 3)):
         for dtype in (torch.float32, torch.float64):
             assert torch.equal(found[f"sum {dtype}"], torch.tensor([3.0, 30.0, 3.0, 0.0], dtype=dtype))
         assert found["max"].tolist() == [2, 0, 5]
+        assert found["all to all"].tolist() == [10 * r + 2 * rank + i for r in range(3) for i in range(2)]
+        assert found["all gather"].tolist() == [[7 + r] * 5 for r in range(3)]
         assert found["header"].dtype == torch.float64
         assert found["header"].tolist() == [[r + 0.1, 2.0**48 - r] for r in range(3)]
         assert sent == {
             "sum torch.float32": 21,  # 4/3 · 4 · 4 bytes, to the nearest
             "sum torch.float64": 43,
             "max": 32,
+            "all to all": 4,
+            "all gather": 10,
             "header": 2 * 2 * 8,
             "empty": 0,
         }
@@ -98,6 +111,9 @@ def check_world_of_one():
     wire = Communicator(20.0, CPU)
     flat, whole = torch.tensor([1.5, -2.0]), torch.tensor([3, -4])
     wire.start_sum_(flat)(), wire.max_(whole), wire.broadcast_(flat)
+    sent, into, rows = torch.tensor([1, 2], dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.uint8)
+    wire.start_all_to_all(sent, into)(), wire.start_all_gather(rows, sent)()
+    assert (into.tolist(), rows.tolist()) == ([1, 2], [[1, 2]])
     assert flat.tolist() == [1.5, -2.0]
     assert whole.tolist() == [3, -4]
     assert wire.gather_header([7.0, 8.0]).tolist() == [[7.0, 8.0]]

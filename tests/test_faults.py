@@ -69,6 +69,17 @@ def is_killed_in_the_round(step):
         Communicator.start_sum_ = die
 
 
+def is_killed_in_a_compressed_round(step):
+    if step == 8:
+        start_all_gather = Communicator.start_all_gather
+
+        def die(self, rows, mine):
+            start_all_gather(self, rows, mine)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Communicator.start_all_gather = die
+
+
 def never_starts(step):
     time.sleep(TIMEOUT_SECONDS + 30)
 
@@ -94,6 +105,11 @@ TABLE = {
         "local_sgd",
         rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
     ),
+    "is killed in a compressed round": (
+        is_killed_in_a_compressed_round,
+        "int8",
+        rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
+    ),
     "raises, sgp": (raises, "sgp", rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 6, the exchange"),
     "is killed, sgp": (
         is_killed,
@@ -112,7 +128,8 @@ TABLE = {
 def _train(rank, fault, base):
     """A custom loop of 12 steps, rounds every 4; the fault meets rank 1 before its inner step."""
     model = Regression(torch.float32)
-    config = SlowMoConfig(base=base, sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
+    settings = {"compression": "int8"} if base == "int8" else {"base": base}
+    config = SlowMoConfig(**settings, sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     rows = Rows(4, torch.float32)
     if fault is never_starts and rank == 1:

@@ -26,7 +26,7 @@ LAYERS = [
     ["snapshot"],
     ["isolation", "outer_loop"],
     ["header", "inner_state", "start_check"],
-    ["gossip", "model_tensors", "overlap"],
+    ["compression", "gossip", "model_tensors", "overlap"],
     ["averager", "outer_optimizer"],
     ["workers"],
     ["roll_call"],

@@ -817,7 +817,12 @@ def test_state_dict_round_trip_continues_bitwise():
 
 
 MOMENTUM = [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: Adam(p, lr=0.1)]
-SAVED = [tau(4), SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=20), SlowMoConfig(base="sgp", sync_every=3, exact_average=False)]
+SAVED = [
+    tau(4),
+    SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=20),
+    SlowMoConfig(base="sgp", sync_every=3, exact_average=False),
+    tau(2, compression="int8"),
+]
 
 
 def check_save_state(folder):

@@ -331,6 +331,7 @@ def test_nan_on_one_rank_is_told_at_the_next_meeting():
         ({"overlap_steps": 1.5}, "overlap_steps must be an integer, got 1.5"),
         ({"overlap_steps": 2, "base": "sgp"}, "overlap_steps is for base='local_sgd'.*got overlap_steps=2 with base='sgp'"),
         ({"overlap_steps": 2, "base": "all_reduce"}, "overlap_steps is for base='local_sgd'"),
+        ({"overlap_steps": 2, "compression": "int8"}, "compression='int8' has two stages.*got overlap_steps=2. Use compression='none'"),
         ({"overlap_steps": 2, "inner_state": "average"}, "inner_state='average' is averaged at once, and overlap_steps=2"),
     ],
 )

@@ -35,7 +35,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and parameter then
 # stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch, and whole tensors are better.
-_CACHED_ELEMENTS = {"cpu": 2**18}
+CACHED_ELEMENTS = {"cpu": 2**18}
 
 
 _OWN_SLOTS = 2  # buffers from here on belong to one message each
@@ -104,7 +104,7 @@ class FlatAnchor:
     def buckets(self, bucket_bytes: int) -> list[Bucket]:
         """Cut into runs of at most `bucket_bytes`; a tensor larger than that spans several."""
         longest = max(1, bucket_bytes // self.flat.element_size())
-        cached = _CACHED_ELEMENTS.get(self.flat.device.type, longest)
+        cached = CACHED_ELEMENTS.get(self.flat.device.type, longest)
         pieces_of: dict[int, list[Piece]] = {}
         low = 0
         for param, group in zip(self.params, self.groups, strict=True):
@@ -228,7 +228,14 @@ class ExactAverager:
             self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
         return self._buffers[key][:elements]
 
+    def drop_residuals(self) -> None:
+        """Forget what a round holds back for the next: here nothing."""
+
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+        """What a round takes."""
+        return self.exact_sums(buckets, base)
+
+    def exact_sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
         """
         Every bucket with the weighted sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element
         of the same message. The next bucket is packed while one travels.
@@ -280,7 +287,7 @@ class ExactAverager:
     def show_mean_(self, buckets: list[Bucket], base: Base) -> float:
         """Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared norm."""
         square = 0.0
-        for bucket, total, drift_square in self.sums(buckets, base):
+        for bucket, total, drift_square in self.exact_sums(buckets, base):
             square += drift_square
             for piece, run in bucket.runs(total):
                 run.div_(self.total_weight)

@@ -170,12 +170,45 @@ class Communicator:
         assert flat.is_contiguous()
         with self._counted(self._ring_bytes(flat)):
             work = _wire().all_reduce(flat, group=self.group, async_op=True)
+        return self._arrival(work, flat)
 
+    def start_all_to_all(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
+        """
+        Start to send part i of `outgoing` to worker i, its own to itself, and to put what worker i sends into part i of `incoming`; the
+        result waits for it. Counts (m-1)/m of the bytes.
+
+        Args:
+            outgoing (`torch.Tensor`), incoming (`torch.Tensor`): Contiguous bytes (`torch.uint8`), m equal parts, of one size everywhere.
+        """
+        assert outgoing.numel() % self.world_size == 0
+        if self.world_size == 1:
+            incoming.copy_(outgoing)
+            return lambda: None
+        with self._counted((self.world_size - 1) / self.world_size * outgoing.nbytes):
+            work = _wire().all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
+        return self._arrival(work, incoming)
+
+    def start_all_gather(self, rows: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+        """
+        Start to put every worker's `mine` into its row of `rows`; the result waits for it. Counts (m-1) times the bytes of one.
+
+        Args:
+            rows (`torch.Tensor`): Contiguous bytes (`torch.uint8`), shape (m, len(mine)); not in the memory of `mine`.
+            mine (`torch.Tensor`): Contiguous bytes.
+        """
+        if self.world_size == 1:
+            rows.copy_(mine)
+            return lambda: None
+        with self._counted((self.world_size - 1) * mine.nbytes):
+            work = _wire().all_gather(list(rows), mine, group=self.group, async_op=True)
+        return self._arrival(work, rows)
+
+    def _arrival(self, work: Any, into: torch.Tensor) -> Callable[[], None]:
         def wait() -> None:
             with self._counted():
                 self._wait(work)
-                if flat.is_cuda:
-                    torch.cuda.synchronize(flat.device)
+                if into.is_cuda:
+                    torch.cuda.synchronize(into.device)
 
         return wait
 

@@ -258,6 +258,16 @@ class Wire:
 
         return self._meet("all_gather", tensor.clone(), group, take, async_op)
 
+    def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor, group: Any = None, async_op: bool = False) -> Work:
+        """Of everybody's tensor the part that is this worker's."""
+        mine = group.ranks.index(self._rank)
+
+        def take(brought: dict[int, torch.Tensor]) -> None:
+            for rank, into in zip(group.ranks, output.chunk(len(group.ranks)), strict=True):
+                into.copy_(brought[rank].chunk(len(group.ranks))[mine])
+
+        return self._meet("all_to_all", input.clone(), group, take, async_op)
+
     def all_gather_object(self, objects: list[Any], value: Any, group: Any = None) -> None:
         """Copies of everybody's value."""
 

@@ -34,6 +34,7 @@ Decisions taken once:
     and 8 are the same whenever they are done: a look in between does them, and leaves the rest due when it was.
 (l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
+(m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ import torch
 
 from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, views_like
 from .communicator import host_name
+from .compression import make_averager
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
 from .gossip import GossipBase, make_topology
 from .header import Agreement, Header, Purpose
@@ -116,7 +118,7 @@ class OuterLoop:
         ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
         self.workers.form()
         self.run_id: str = self.workers.world.gather_objects(uuid.uuid4().hex)[0]
-        self.averager = ExactAverager(self.workers.between, self.config.bucket_bytes)
+        self.averager = make_averager(self.workers.between, self.config)
         self.inside = ExactAverager(self.workers.inside, self.config.bucket_bytes)
         self.tensors.remember_buffers()
         self.attempted_steps = attempted_steps
@@ -596,6 +598,7 @@ class OuterLoop:
                 group["previous_inner_lr"] = previous
         else:
             self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
+        self.averager.drop_residuals()  # each worker's own, which this state does not hold
         self.base.settle()
         self.base.end_average()  # messages in flight belong to the run that is left
         if isinstance(self.base, TrainingOn):

@@ -19,10 +19,11 @@ class RoundReport:
         round (`int`): Rounds done so far, this one included.
         consensus_distance (`float`, *optional*): Mean over workers of ||x_i - mean x||^2 before the average, of a gossip base's numerators
             with the messages in flight to them; None where a round takes no average (`exact_average=False`): it would cost a message.
+            With `compression` it is off by what quantisation changes in ||anchor - average||^2.
         pseudo_grad_norm (`float`): ||anchor - average||.
         velocity_norm (`float`): ||velocity|| after the outer step; 0 where the outer optimizer keeps none of ours.
-        bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each message), and in
-            the exchanges of a gossip base since the last round.
+        bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each message; with
+            `compression` what its two stages send), and in the exchanges of a gossip base since the last round.
         seconds (`float`): Wall time of the same, waiting included.
         utilisation (`float`): Time outside of these over all time, since the last round; looks do not count.
     """
@@ -66,7 +67,10 @@ class Norms:
 
     @property
     def consensus_distance(self) -> float:
-        """mean ||x_i - anchor||^2 - ||pseudo_grad||^2, not below 0 by rounding; a NaN stays one."""
+        """
+        mean ||x_i - anchor||^2 - ||pseudo_grad||^2; a NaN stays one. Not below 0: by rounding; and with compression the first term is exact
+        while pseudo_grad is the mean plus what the round before held back, less what this one does, and may be the longer of the two.
+        """
         distance = self.drift_square - self.pseudo_grad_square
         return distance if math.isnan(distance) else max(0.0, distance)
 

@@ -10,6 +10,7 @@ import torch
 
 from .checkpoint import CheckpointError, Contents, read_part, write_part
 from .communicator import Transfer, host_name
+from .compression import CompressedAverager
 from .config import SlowMoConfig
 from .gossip import GossipBase
 from .log import logger
@@ -129,6 +130,9 @@ def _worker_state(outer_loop: OuterLoop) -> Contents:
     buffers = tensors.buffers()
     for name in changed:
         state.tensors[f"buffer.{name}"] = outer_loop.local_value(buffers[name])
+    if isinstance(outer_loop.averager, CompressedAverager):
+        state.settings["bucket_elements"], residuals = outer_loop.averager.residuals()
+        state.tensors.update(residuals)
     base = outer_loop.base
     if isinstance(base, GossipBase) and not outer_loop.workers_agree:
         base.wait_for_messages()
@@ -153,7 +157,8 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     Take up a checkpoint's state, in place, after `OuterLoop.start`. Every process calls it; nothing is sent.
 
     On another number of workers all start from the average, which is in the model already, with the shared anchors, velocity and clock;
-    worker i takes the inner optimizer of worker i modulo the old number. Local weights and messages in flight are dropped.
+    worker i takes the inner optimizer of worker i modulo the old number. Local weights, messages in flight and what compression has held
+    back are dropped.
 
     Returns:
         `dict`: The `objects` that `write_snapshot` was given.
@@ -192,6 +197,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
         _put_slow_state(shared if outer_loop.config.exact_average else own, outer_loop)
     outer_loop.inner_optimizer.load_state_dict(own.objects.pop("inner_optimizer"))
     outer_loop.local_steps = own.settings["local_steps"] if same_number else 0
+    _put_residuals(own, same_number, outer_loop)
     if same_number:
         _put_worker_state(own, outer_loop)
     elif isinstance(outer_loop.base, GossipBase):
@@ -234,6 +240,22 @@ def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
             group["previous_inner_lr"] = previous
     else:
         outer_loop.outer_optimizer.load_state_dict(state.objects["outer_optimizer"])
+
+
+def _put_residuals(own: Contents, same_number: bool, outer_loop: OuterLoop) -> None:
+    averager, sizes = outer_loop.averager, own.settings.get("bucket_elements")
+    averager.drop_residuals()
+    if sizes is None or not outer_loop.workers.leads:
+        return
+    dropped = ""
+    if not same_number:
+        dropped = "it was saved by another number of workers"
+    elif not isinstance(averager, CompressedAverager):
+        dropped = "compression is off"
+    elif not averager.put_residuals(sizes, own.tensors):
+        dropped = "bucket_bytes now cuts other shards, of whose sums it is"
+    if dropped:
+        logger.warning("what compression has held back is dropped: %s", dropped)
 
 
 def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
