@@ -98,7 +98,7 @@ def test_losses_are_torchs_sentence_by_sentence(data):
     assert model.training
 
 
-def test_all_reduce_is_one_adam_on_the_mean_gradient(data, monkeypatch):
+def test_all_reduce_is_one_adam_on_the_mean_gradient(data):
     """Two workers of 80 tokens against torch's Adam on the mean of both losses."""
     run = replace(RUN, base="all_reduce", outer_momentum=0.0, epochs=1)
     jobs = {}
@@ -148,6 +148,8 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data,
     assert {"dataset", "dataset_sha256", "versions", "commit", "hardware", "test_rows"} <= set(found)
     assert {"sacrebleu", "tokenizers"} <= set(found["versions"])
     assert reproduce.table([found], "translation").splitlines()[-1].startswith(f"| {base}, γ 0.02, τ 3")
+    reproduce.plot([found], "translation", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def _sacrebleu(hypotheses, references):
@@ -155,7 +157,7 @@ def _sacrebleu(hypotheses, references):
     return metric.corpus_score(hypotheses, [references]).score, metric.get_signature()
 
 
-def test_bleu_is_sacrebleus_on_the_beams_translations(data, monkeypatch):
+def test_bleu_is_sacrebleus_on_the_beams_translations(data):
     """A model that has learned its few test sentences by heart; without `by heart` all would be 0."""
     part = data.test
     torch.manual_seed(0)
