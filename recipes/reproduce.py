@@ -2,6 +2,7 @@
 The paper's tables: runs a study of settings x seeds, one record per run, and prints and plots the table of what there is.
 
     python recipes/reproduce.py --study table1 --dataset_name FOLDER_OF_FASHION_MNIST
+    python recipes/reproduce.py --study table1 --task translation
 
 An interrupted study goes on where it stopped: a run whose record is there is not run again. `--scale paper` runs nothing: it prints the
 cluster command of every row at the paper's size.
@@ -9,26 +10,61 @@ cluster command of every row at the paper's size.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import platform
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
-import datasets
+import image_data
 import small_images
+import small_translation
 import torch
-from records import environment, write_record
-from studies import BASES, Run, Tuned, choose, sweeps, table1, tuning
+import translation_data
+from records import SettingError, end_program, environment, write_record
+from studies import TASKS, Run, Tuned, choose, sweeps, table1, tuning
 from transformers import HfArgumentParser
 
-METRIC_TUNED = "validation_accuracy"  # the final one
+
+@dataclass(frozen=True)
+class Shown:
+    """
+    How a task is run and shown.
+
+    Args:
+        module (`ModuleType`): Has `load`, `train` and `LIBRARIES`.
+        columns (`tuple[str, ...]`): Metrics of the table: the paper's, then others.
+        gain (`str`): The metric whose paired gain the table has.
+        curves (`tuple[str, str]`): What the plot shows over epochs.
+    """
+
+    module: ModuleType
+    columns: tuple[str, ...]
+    gain: str
+    curves: tuple[str, str]
+
+
+SHOWN = {
+    "image_classification": Shown(
+        module=small_images,
+        columns=("best_validation_accuracy", "training_loss", "validation_nll", "test_accuracy"),
+        gain="test_accuracy",
+        curves=("validation_accuracy", "training_loss"),
+    ),
+    "translation": Shown(
+        module=small_translation,
+        columns=("validation_bleu", "training_loss", "best_validation_nll", "validation_nll", "test_bleu"),
+        gain="test_bleu",
+        curves=("validation_nll", "training_loss"),
+    ),
+}
 RECORDS = Path(__file__).parent / "records"
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
@@ -39,12 +75,19 @@ class Arguments:
     """What to run, and where its records are."""
 
     study: str = field(default="table1", metadata={"help": "What to run.", "choices": ["tuning", "table1", "sweep"]})
-    task: str = field(default="image_classification", metadata={"help": "On what.", "choices": ["image_classification", "translation"]})
+    task: str = field(default="image_classification", metadata={"help": "On what.", "choices": list(SHOWN)})
     scale: str = field(default="small", metadata={"help": "small runs here; paper prints cluster commands.", "choices": ["small", "paper"]})
     dataset_name: str | None = field(
-        default=None, metadata={"help": f"{small_images.HUB_NAME} by default; or a folder with train.parquet and test.parquet of it."}
+        default=None,
+        metadata={
+            "help": f"{small_images.HUB_NAME} by default, or a folder with its train.parquet and test.parquet; for translation the "
+            "shipped help text by default, or what translation.py takes."
+        },
     )
-    seeds: int = field(default=5, metadata={"help": "Seeds per row of table1; the Local SGD pair has 8 at least."})
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "Seeds per row of table1; 5 by default, 3 of translation. On images the Local SGD pair has 8 at least."},
+    )
     bases: list[str] | None = field(default=None, metadata={"help": "Only these."})
     epochs: int | None = field(default=None, metadata={"help": "Instead of the study's, for a dry run."})
     jobs: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs at a time, each on one core."})
@@ -52,18 +95,37 @@ class Arguments:
     records: str = field(default=str(RECORDS), metadata={"help": "Folder of the records."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG beside the records."})
 
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("epochs", 1), ("jobs", 1), ("max_runs", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingError(f"{name} must be >= {least}, got {value}. Set --{name}.")
+        for base in self.bases or ():
+            if base not in TASKS[self.task].bases:
+                raise SettingError(f"bases must be some of {', '.join(TASKS[self.task].bases)}, got {base!r}. Set --bases.")
+
 
 def main() -> None:
+    """Parse, then run a study or print the cluster's commands."""
+    parser = HfArgumentParser(Arguments)
+    parser.error = end  # argparse's own would print all flags first
+    try:
+        (arguments,) = parser.parse_args_into_dataclasses()
+        if arguments.scale == "paper":
+            print("\n".join(paper_commands(arguments.task)))
+        else:
+            run_study(arguments, Path(arguments.records))
+    except (SettingError, image_data.DataError, translation_data.DataError) as error:
+        end(error)
+
+
+def end(error: object) -> NoReturn:
+    """End the program with one line."""
+    end_program(__file__, error)
+
+
+def run_study(arguments: Arguments, folder: Path) -> None:
     """Run what is missing, then show what is there."""
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if arguments.scale == "paper":
-        print("\n".join(paper_commands(arguments.task)))
-        return
-    if arguments.task != "image_classification":
-        sys.exit(
-            f"reproduce.py: task must be image_classification at --scale small, got {arguments.task}. Use --scale paper for its commands."
-        )
-    folder = Path(arguments.records)
     left = arguments.max_runs
     while (missing := [run for run in study_runs(arguments, folder) if not find_record(run, folder)]) and left != 0:
         missing = missing[:left]  # what tuning has chosen brings more
@@ -71,18 +133,18 @@ def main() -> None:
         run_all(missing, arguments, folder)
         left = None if left is None else left - len(missing)
     records = [record for run in study_runs(arguments, folder) if (record := find_record(run, folder))]
-    print(table(records))
+    print(table(records, arguments.task))
     if arguments.plot and records:
-        plot(records, folder / f"{arguments.study}_{arguments.task}.png")
+        plot(records, arguments.task, folder / f"{arguments.study}_{arguments.task}.png")
 
 
 def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
     """The runs of a study, in the order in which they are done; those of the table and the sweeps wait for what tuning chooses."""
-    undecided = dict.fromkeys(BASES, Tuned())
+    undecided = dict.fromkeys(TASKS[arguments.task].bases, Tuned())
     tried = [record for run in _asked(arguments, tuning(arguments.task, undecided)) if (record := find_record(run, folder))]
-    chosen = choose(tried, METRIC_TUNED)
+    chosen = choose(tried, arguments.task)
     tried += [record for run in _asked(arguments, tuning(arguments.task, chosen)) if run.slowmo and (record := find_record(run, folder))]
-    chosen = choose(tried, METRIC_TUNED)
+    chosen = choose(tried, arguments.task)
     if arguments.study == "table1":
         return _asked(arguments, table1(arguments.task, chosen, arguments.seeds))
     return _asked(arguments, {"tuning": tuning, "sweep": sweeps}[arguments.study](arguments.task, chosen))
@@ -101,10 +163,14 @@ def run_all(runs: list[Run], arguments: Arguments, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_one_thread) as pool:
         under_way = [pool.submit(run_one, run, arguments.dataset_name, str(folder)) for run in runs]
-        for number, done in enumerate(as_completed(under_way), start=1):
-            record = done.result()
-            metrics = {name: round(value, 4) for name, value in record["metrics"].items()}
-            print(f"{number}/{len(runs)} {record['name']}: {metrics}, {record['seconds']:.0f} s", flush=True)
+        try:
+            for number, done in enumerate(as_completed(under_way), start=1):
+                record = done.result()
+                metrics = {name: round(value, 4) for name, value in record["metrics"].items()}
+                print(f"{number}/{len(runs)} {record['name']}: {metrics}, {record['seconds']:.0f} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the others would fail too, one after the other
+            raise
 
 
 def _one_thread() -> None:
@@ -113,7 +179,8 @@ def _one_thread() -> None:
 
 def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
     """One run and its record."""
-    told = small_images.train(run, _load(dataset_name))
+    module = SHOWN[run.task].module
+    told = module.train(run, _load(run.task, dataset_name))
     config = run.config
     record = {
         "name": run.name,
@@ -131,7 +198,7 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
         "inner_state": run.inner_state,
         "seed": run.seed,
         **told,
-        **environment([datasets]),
+        **environment(module.LIBRARIES),
         "command": f"python recipes/reproduce.py --study {run.study} --task {run.task}",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process",
     }
@@ -139,13 +206,9 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
     return record
 
 
-_loaded: dict[str | None, small_images.Images] = {}
-
-
-def _load(dataset_name: str | None) -> small_images.Images:
-    if dataset_name not in _loaded:
-        _loaded[dataset_name] = small_images.load(dataset_name)
-    return _loaded[dataset_name]
+@functools.cache
+def _load(task: str, dataset_name: str | None) -> Any:
+    return SHOWN[task].module.load(dataset_name)
 
 
 def find_record(run: Run, folder: Path) -> dict[str, Any] | None:
@@ -159,17 +222,15 @@ def find_record(run: Run, folder: Path) -> dict[str, Any] | None:
 
 # ---- showing ----
 
-METRICS = ("best_validation_accuracy", "training_loss", "validation_nll", "test_accuracy")
 
-
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]], task: str) -> str:
     """A row per setting: mean ± standard deviation (n) of every metric, and the paired gain of slow momentum with its 95 % interval."""
-    settings = _by_setting(records)
-    lines = ["| setting | " + " | ".join(METRICS) + " | gain in test accuracy |", "|---|" + "---|" * (len(METRICS) + 1)]
+    settings, columns, gain = _by_setting(records), SHOWN[task].columns, SHOWN[task].gain
+    lines = [f"| setting | {' | '.join(columns)} | gain in {gain.replace('_', ' ')} |", "|---|" + "---|" * (len(columns) + 1)]
     for key, own in settings.items():
-        cells = [_mean_sd([record["metrics"][name] for record in own]) for name in METRICS]
+        cells = [_mean_sd([record["metrics"][name] for record in own]) for name in columns]
         partners = settings.get(_setting({**own[0]["run"], "outer_momentum": 0.0}), [])
-        lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners) if own[0]['slowmo'] else ''} |")
+        lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners, gain) if own[0]['slowmo'] else ''} |")
     return "\n".join(lines)
 
 
@@ -196,7 +257,7 @@ def _mean_sd(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
 
 
-def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metric: str = "test_accuracy") -> str:
+def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metric: str) -> str:
     """Mean difference over the seeds that both have, with the 95 % interval of Student's t."""
     theirs = {record["seed"]: record["metrics"][metric] for record in partners}
     differences = [record["metrics"][metric] - theirs[record["seed"]] for record in own if record["seed"] in theirs]
@@ -207,15 +268,15 @@ def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metri
     return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] ({len(differences)})"
 
 
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Validation accuracy and training loss of the average over epochs, a line per setting, the mean over seeds."""
+def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:
+    """The task's curves of the average over epochs, a line per setting, the mean over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for axis, name in zip(axes, ("validation_accuracy", "training_loss"), strict=True):
+    for axis, name in zip(axes, SHOWN[task].curves, strict=True):
         for key, own in _by_setting(records).items():
             curves = [[look[name] for look in record["curve"]] for record in own]
             axis.plot(

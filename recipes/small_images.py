@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from image_data import SmallImages, crop_padding, load_images, make_dataset, mean_and_std, normalised, random_crop, random_flip
 from image_presets import decay_factor
 from small_resnet import make_model
+from small_runs import Job, train_workers
 from studies import Run
 
-import slowmo_hf
-from slowmo_hf import SlowMoOptimizer
-
+LIBRARIES = [datasets]  # whose versions matter here
 HUB_NAME = "zalando-datasets/fashion_mnist"
 WIDTH = 8  # channels of the stem
 VALIDATION_ROWS = 10_000  # the last ones of the training split, which comes shuffled
@@ -95,48 +94,29 @@ def rows_of(epoch: int, rank: int, run: Run, rows: int) -> torch.Tensor:
 
 def train(run: Run, data: Images) -> dict[str, Any]:
     """All workers of one run; the part of its record that they know."""
-    start = time.perf_counter()
-    told = slowmo_hf.run_in_process(lambda rank: _worker(run, data, rank), run.workers)[0]
-    return {**told, "dataset": data.name, "dataset_sha256": data.sha256, "seconds": time.perf_counter() - start}
+    told = train_workers(run, lambda rank: _make_job(run, data, rank))
+    return {**told, "metrics": _metrics(told["curve"]), "dataset": data.name, "dataset_sha256": data.sha256}
 
 
-def _worker(run: Run, data: Images, rank: int) -> dict[str, Any]:
+def _make_job(run: Run, data: Images, rank: int) -> Job:
     torch.manual_seed(run.seed)
     model = make_model(data.train.images.shape[-1], 1, data.label_names, WIDTH)
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own crops and flips
-    inner = torch.optim.SGD(model.parameters(), lr=run.inner_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
-    optimizer = SlowMoOptimizer(inner, run.config)
-    steps = run.epochs * steps_per_epoch(run, len(data.train.labels))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate_factor(step, steps))
-    curve: list[dict[str, float]] = []
-    reports: list[slowmo_hf.RoundReport] = []
-    for epoch in range(run.epochs):
-        for rows in rows_of(epoch, rank, run, len(data.train.labels)):
-            _step(model, data, rows)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            report = slowmo_hf.last_round(optimizer)
-            if report and report.round > len(reports):
-                reports.append(report)
-        with slowmo_hf.consensus(optimizer):
-            if rank == 0:
-                curve.append({"epoch": epoch + 1, **_look(model, data)})
-                if epoch + 1 == run.epochs:
-                    curve[-1]["test_accuracy"] = _evaluate(model, data.test)[0]
-    return {
-        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        "metrics": _metrics(curve) if rank == 0 else {},
-        "curve": curve,
-        "steps": steps,
-        "rounds": len(reports),
-        "bytes_sent_per_worker": sum(report.bytes_sent for report in reports) if run.base != "all_reduce" else None,
-    }
+    rows = len(data.train.labels)
+    steps = run.epochs * steps_per_epoch(run, rows)
+    return Job(
+        model=model,
+        inner=torch.optim.SGD(model.parameters(), lr=run.inner_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY),
+        learning_rate_factor=lambda step: learning_rate_factor(step, steps),
+        batches=lambda epoch: rows_of(epoch, rank, run, rows),
+        loss=lambda batch: _loss(model, data, batch),
+        look=lambda last: {**_look(model, data), **({"test_accuracy": _evaluate(model, data.test)[0]} if last else {})},
+    )
 
 
-def _step(model: torch.nn.Module, data: Images, rows: torch.Tensor) -> None:
+def _loss(model: torch.nn.Module, data: Images, rows: torch.Tensor) -> torch.Tensor:
     images = random_crop(random_flip(data.train.images[rows]), crop_padding(data.train.images.shape[-1]))
-    model(pixel_values=normalised(images, data.mean, data.std), labels=data.train.labels[rows]).loss.backward()
+    return model(pixel_values=normalised(images, data.mean, data.std), labels=data.train.labels[rows]).loss
 
 
 @torch.no_grad()

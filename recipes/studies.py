@@ -3,14 +3,65 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from slowmo_hf import SlowMoConfig
 
-BASES = ("all_reduce", "local_sgd", "sgp", "osgp")
-LRS = (0.05, 0.1, 0.2)  # of the inner optimizer; each base takes the best on the validation split, without slow momentum
-MOMENTA = (0.3, 0.5, 0.7)  # of slow momentum, at that learning rate
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What differs between the tasks.
+
+    Args:
+        bases (`tuple[str, ...]`): The rows of the paper's Table 1, in the order in which the table is filled.
+        learning_rates (`tuple[float, ...]`): Of the inner optimizer; each base takes the best without slow momentum.
+        momenta (`tuple[float, ...]`): Of slow momentum, at that learning rate.
+        metric (`str`): The final validation metric by which tuning chooses.
+        smaller_is_better (`bool`): Of that metric.
+        seeds (`int`), pair_seeds (`int`): Per row of the table; of the Local SGD pair, at least.
+        sizes (`dict[str, Any]`): Fields of `Run` with other values than its own.
+        sync_every (`dict[str, int]`): Bases with another period than `Run`'s own.
+    """
+
+    bases: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    momenta: tuple[float, ...]
+    metric: str
+    smaller_is_better: bool
+    seeds: int
+    pair_seeds: int
+    sizes: dict[str, Any] = field(default_factory=dict)
+    sync_every: dict[str, int] = field(default_factory=dict)
+
+    def best(self, results: dict[float, float]) -> float:
+        """The setting with the best result."""
+        return (min if self.smaller_is_better else max)(results, key=lambda setting: results[setting])
+
+
+TASKS = {
+    "image_classification": Task(
+        bases=("local_sgd", "all_reduce", "sgp", "osgp"),
+        learning_rates=(0.05, 0.1, 0.2),
+        momenta=(0.3, 0.5, 0.7),
+        metric="validation_accuracy",
+        smaller_is_better=False,
+        seeds=5,
+        pair_seeds=8,
+    ),
+    "translation": Task(
+        bases=("local_sgd", "all_reduce", "sgp"),
+        learning_rates=(0.001, 0.002, 0.004),
+        momenta=(0.3, 0.5, 0.7),
+        metric="validation_nll",
+        smaller_is_better=True,
+        seeds=3,
+        pair_seeds=3,
+        sizes={"epochs": 22, "batch_size": 128},  # 7,436 steps: 154 rounds of 48
+        sync_every={"sgp": 48},  # as in the paper
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +82,7 @@ class Run:
         task (`str`): image_classification or translation.
         inner_lr (`float`): Peak learning rate of the inner optimizer.
         epochs (`int`): Passes over the training data, all workers together.
-        batch_size (`int`): Rows per worker and step.
+        batch_size (`int`): Per worker and step: images; tokens of translation, padding included (`make_batches`).
     """
 
     study: str
@@ -80,41 +131,53 @@ class Run:
         return json.loads(json.dumps(asdict(self))) == record.get("run")
 
 
+def make_run(study: str, task: str, base: str, outer_momentum: float, inner_lr: float, seed: int, **others: Any) -> Run:
+    """A run of the task's own size and period."""
+    sizes = dict(TASKS[task].sizes)
+    if base in TASKS[task].sync_every:
+        sizes["sync_every"] = TASKS[task].sync_every[base]
+    return Run(study, task, base, outer_momentum, inner_lr, seed, **{**sizes, **others})
+
+
 def tuning(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     """Learning rates without slow momentum, for every base; then, where one has been chosen, momenta."""
     runs = []
-    for base in BASES:
-        runs += [Run("tuning", task, base, 0.0, lr, seed=0) for lr in LRS]
+    for base in TASKS[task].bases:
+        runs += [make_run("tuning", task, base, 0.0, lr, seed=0) for lr in TASKS[task].learning_rates]
         lr = tuned[base].inner_lr
         if lr is not None and base != "all_reduce":
-            runs += [Run("tuning", task, base, momentum, lr, seed=0) for momentum in MOMENTA]
+            runs += [make_run("tuning", task, base, momentum, lr, seed=0) for momentum in TASKS[task].momenta]
     return runs
 
 
-def choose(records: list[dict[str, Any]], metric: str) -> dict[str, Tuned]:
-    """By the tuning records of one task: the best learning rate, then the best momentum at it; the larger value of `metric` is better."""
-    chosen = {}
-    for base in BASES:
+def choose(records: list[dict[str, Any]], task: str) -> dict[str, Tuned]:
+    """By the tuning records of one task: the best learning rate, then the best momentum at it."""
+    grid, chosen = TASKS[task], {}
+    for base in grid.bases:
         own = [record for record in records if record["study"] == "tuning" and record["base"] == base]
-        plain = {record["inner_lr"]: record["metrics"][metric] for record in own if not record["slowmo"]}
-        lr = max(plain, key=lambda key: plain[key]) if set(plain) >= set(LRS) else None
-        slow = {record["outer_momentum"]: record["metrics"][metric] for record in own if record["slowmo"] and record["inner_lr"] == lr}
-        chosen[base] = Tuned(lr, max(slow, key=lambda key: slow[key]) if set(slow) >= set(MOMENTA) else None)
+        plain = {record["inner_lr"]: record["metrics"][grid.metric] for record in own if not record["slowmo"]}
+        lr = grid.best(plain) if set(plain) >= set(grid.learning_rates) else None
+        slow = {record["outer_momentum"]: record["metrics"][grid.metric] for record in own if record["slowmo"] and record["inner_lr"] == lr}
+        chosen[base] = Tuned(lr, grid.best(slow) if set(slow) >= set(grid.momenta) else None)
     return chosen
 
 
-def table1(task: str, tuned: dict[str, Tuned], seeds: int) -> list[Run]:
-    """Every base with and without slow momentum; the seeds of a pair side by side, so that an interrupted table has pairs."""
-    runs = []
-    for base in ("local_sgd", "all_reduce", "sgp", "osgp"):
+def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list[Run]:
+    """
+    Every base with and without slow momentum; the seeds of a pair side by side, so that an interrupted table has pairs. `seeds` instead of
+    the task's own, but the Local SGD pair has the task's at least.
+    """
+    runs, least = [], TASKS[task].pair_seeds
+    seeds = TASKS[task].seeds if seeds is None else seeds
+    for base in TASKS[task].bases:
         lr, momentum = tuned[base].inner_lr, tuned[base].outer_momentum
         if lr is None or (momentum is None and base != "all_reduce"):
             continue
         # Seed 0 chose the settings, and is left out.
-        for seed in range(1, 1 + (max(8, seeds) if base == "local_sgd" else seeds)):
-            runs.append(Run("table1", task, base, 0.0, lr, seed))
+        for seed in range(1, 1 + (max(least, seeds) if base == "local_sgd" else seeds)):
+            runs.append(make_run("table1", task, base, 0.0, lr, seed))
             if momentum is not None:
-                runs.append(Run("table1", task, base, momentum, lr, seed))
+                runs.append(make_run("table1", task, base, momentum, lr, seed))
     return runs
 
 
@@ -123,12 +186,12 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
     if lr is None or momentum is None:
         return []
-    middle = Run("sweep", task, "local_sgd", momentum, lr, seed=1)
+    middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
     runs = [replace(middle, sync_every=tau, outer_momentum=beta) for beta in (momentum, 0.0) for tau in (3, 6, 12, 24, 48)]
     runs += [replace(middle, outer_momentum=beta) for beta in (0.0, 0.2, 0.4, 0.6, 0.8)]
     runs += [replace(middle, inner_state=state) for state in ("reset", "maintain", "average")]
     runs += [replace(middle, outer_momentum=0.0, inner_state="average")]  # double averaging
     lr, momentum = tuned["sgp"].inner_lr, tuned["sgp"].outer_momentum
     if lr is not None and momentum is not None:
-        runs += [Run("sweep", task, "sgp", momentum, lr, seed=1, exact_average=exact) for exact in (True, False)]
+        runs += [make_run("sweep", task, "sgp", momentum, lr, seed=1, exact_average=exact) for exact in (True, False)]
     return list(dict.fromkeys(runs))

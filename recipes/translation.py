@@ -106,7 +106,7 @@ class ScriptArguments:
     )
     max_length: int = field(default=128, metadata={"help": "Training pairs with a longer side, in tokens, are left out."})
     max_tokens: int = field(default=1024, metadata={"help": "Tokens per process and micro-batch: rows times the longest side."})
-    model_size: str = field(default="tiny", metadata={"choices": list(MODEL_SIZES), "help": "As in Vaswani et al., or a tiny one."})
+    model_size: str = field(default="tiny", metadata={"choices": list(MODEL_SIZES), "help": "As in Vaswani et al., or a smaller one."})
     dropout: float | None = field(default=None, metadata={"help": "Another than the size's own: 0.1, or 0.3 for big."})
     average_checkpoints: int = field(default=1, metadata={"help": "Test the mean of this many last checkpoints; 1: the end of training."})
     num_beams: int = field(default=4, metadata={"help": "Beams at the end; --generation_num_beams while training."})

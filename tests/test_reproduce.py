@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,19 @@ def test_the_schedule_in_numbers():
     assert [factor[step] for step in (100, 149, 150, 174, 175, 199)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-TUNED = {base: studies.Tuned(0.1, None if base == "all_reduce" else 0.5) for base in studies.BASES}
+def test_names_and_settings_of_image_runs_stay():
+    """Records that are there are found by both."""
+    settings = {
+        **{"study": "table1", "task": "image_classification", "base": "sgp", "outer_momentum": 0.5, "inner_lr": 0.1, "seed": 1},
+        **{"sync_every": 12, "workers": 8, "inner_state": "auto", "exact_average": True, "epochs": 8, "batch_size": 16},
+    }
+    (run,) = (run for run in studies.table1("image_classification", TUNED, 1) if run.base == "sgp" and run.slowmo)
+    assert run.name == "table1_image_classification_sgp_outer_momentum-0.5_inner_lr-0.1_seed-1"
+    assert list(asdict(run).items()) == list(settings.items())
+    assert run.matches({"run": settings})
+
+
+TUNED = {base: studies.Tuned(0.1, None if base == "all_reduce" else 0.5) for base in ("all_reduce", "local_sgd", "sgp", "osgp")}
 
 
 def test_the_table_has_the_papers_rows():
@@ -52,11 +65,23 @@ def test_the_table_has_the_papers_rows():
         **{(base, slowmo): 5 for base in ("sgp", "osgp") for slowmo in (False, True)},
         ("all_reduce", False): 5,
     }
+    assert runs == studies.table1("image_classification", TUNED), "5 seeds are the task's own"
     assert len({run.name for run in runs}) == len(runs)
     assert 0 not in {run.seed for run in runs}, "seed 0 chose the settings"
     assert {run.workers for run in runs} == {8}
     for study in (studies.tuning("image_classification", TUNED), studies.sweeps("image_classification", TUNED)):
         assert len({run.name for run in study}) == len(study)
+
+
+def test_the_tables_rows_of_translation():
+    """3 seeds of 3 bases with the paper's periods; AR-Adam has no slow momentum. At most 3 x 3 settings of a base are tuned."""
+    runs = studies.table1("translation", TUNED)
+    counts = Counter((run.base, run.slowmo, run.sync_every) for run in runs)
+    periods = {"local_sgd": 12, "sgp": 48, "all_reduce": 12}
+    assert counts == {(b, slow, tau): 3 for b, tau in periods.items() for slow in (False, True) if not slow or b != "all_reduce"}
+    assert {run.seed for run in runs} == {1, 2, 3}
+    tuning = Counter(run.base for run in studies.tuning("translation", TUNED))
+    assert tuning == {"local_sgd": 6, "sgp": 6, "all_reduce": 3}
 
 
 def tuning_record(base, lr, momentum, accuracy):
@@ -66,12 +91,12 @@ def tuning_record(base, lr, momentum, accuracy):
 
 def test_tuning_chooses_when_all_its_runs_are_there():
     """0.05, 0.1, 0.2 give 0.5, 0.8, 0.7: 0.1 is chosen; there momenta 0.3, 0.5, 0.7 give 0.6, 0.7, 0.9; 0.2's momentum does not count."""
-    rates = [tuning_record("sgp", lr, 0.0, accuracy) for lr, accuracy in zip(studies.LRS, (0.5, 0.8, 0.7), strict=True)]
-    momenta = [tuning_record("sgp", 0.1, beta, accuracy) for beta, accuracy in zip(studies.MOMENTA, (0.6, 0.7, 0.9), strict=True)]
+    rates = [tuning_record("sgp", lr, 0.0, accuracy) for lr, accuracy in ((0.05, 0.5), (0.1, 0.8), (0.2, 0.7))]
+    momenta = [tuning_record("sgp", 0.1, beta, accuracy) for beta, accuracy in ((0.3, 0.6), (0.5, 0.7), (0.7, 0.9))]
     foreign = [tuning_record("sgp", 0.2, 0.3, 1.0), tuning_record("osgp", 0.2, 0.0, 1.0)]
 
     def chosen(records):
-        return studies.choose([*records, *foreign], "validation_accuracy")["sgp"]
+        return studies.choose([*records, *foreign], "image_classification")["sgp"]
 
     assert chosen(rates[:2]) == studies.Tuned(None, None)
     assert chosen(rates) == studies.Tuned(0.1, None)
@@ -79,11 +104,21 @@ def test_tuning_chooses_when_all_its_runs_are_there():
     assert chosen([*rates, *momenta]) == studies.Tuned(0.1, 0.7)
 
 
+def test_tuning_takes_the_smaller_nll_of_translation():
+    """Rates 0.001, 0.002, 0.004 give 2.2, 2.1, 2.3; there momenta 0.3, 0.5, 0.7 give 2.0, 2.1, 2.2."""
+
+    def told(lr, momentum, nll):
+        record = tuning_record("sgp", lr, momentum, 0.0)
+        return {**record, "metrics": {"validation_nll": nll}}
+
+    rates = [told(lr, 0.0, nll) for lr, nll in ((0.001, 2.2), (0.002, 2.1), (0.004, 2.3))]
+    momenta = [told(0.002, beta, nll) for beta, nll in ((0.3, 2.0), (0.5, 2.1), (0.7, 2.2))]
+    assert studies.choose([*rates, *momenta], "translation")["sgp"] == studies.Tuned(0.002, 0.3)
+
+
 def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
     path = tmp_path / f"{RUN.name}.json"
     assert reproduce.find_record(RUN, tmp_path) is None
-    from dataclasses import asdict
-
     path.write_text(json.dumps({"run": asdict(RUN), "metrics": {}}))
     assert reproduce.find_record(RUN, tmp_path) is not None
     path.write_text(path.read_text()[:-5])
@@ -92,19 +127,20 @@ def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
     assert reproduce.find_record(RUN, tmp_path) is None, "another run's"
 
 
-def record(momentum, seed, accuracy):
-    from dataclasses import asdict
+COLUMNS = reproduce.SHOWN["image_classification"].columns
 
+
+def record(momentum, seed, accuracy):
     run = replace(RUN, outer_momentum=momentum, seed=seed)
-    return {"run": asdict(run), "slowmo": run.slowmo, "seed": seed, "metrics": dict.fromkeys(reproduce.METRICS, accuracy)}
+    return {"run": asdict(run), "slowmo": run.slowmo, "seed": seed, "metrics": dict.fromkeys(COLUMNS, accuracy)}
 
 
 def test_the_paired_gain_by_hand():
     """Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(2) = 4.303: half-width 4.303 * 0.1 / sqrt(3) = 0.2484. Seed 9 has no partner."""
     plain = [record(0.0, seed, value) for seed, value in ((1, 0.5), (2, 0.5), (3, 0.5))]
     slow = [record(0.5, seed, value) for seed, value in ((1, 0.6), (2, 0.7), (3, 0.8), (9, 0.0))]
-    assert reproduce.paired_gain(slow, plain) == "+0.2000 [-0.0484, +0.4484] (3)"
-    rows = reproduce.table([*plain, *slow]).splitlines()
+    assert reproduce.paired_gain(slow, plain, "test_accuracy") == "+0.2000 [-0.0484, +0.4484] (3)"
+    rows = reproduce.table([*plain, *slow], "image_classification").splitlines()
     assert len(rows) == 4
     assert "0.5000 ± 0.0000 (3)" in rows[2]
     assert rows[3].endswith("| +0.2000 [-0.0484, +0.4484] (3) |")
@@ -118,7 +154,7 @@ def images():
 @pytest.mark.parametrize("base", ["local_sgd", "osgp", "all_reduce"])
 def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, images, base):
     small = replace(images, train=small_images.Part(images.train.images[:240], images.train.labels[:240]))
-    monkeypatch.setattr(reproduce, "_load", lambda dataset_name: small)
+    monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: small)
     run = replace(RUN, base=base, outer_momentum=0.0 if base == "all_reduce" else 0.5, epochs=1, sync_every=3)
     written = reproduce.run_one(run, None, str(tmp_path))
     found = reproduce.find_record(run, tmp_path)
@@ -145,10 +181,21 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
     assert again["metrics"] == found["metrics"], "the same run, bit for bit"
 
 
-def test_translation_in_small_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--task", "translation", "--records", str(tmp_path)])
-    with pytest.raises(SystemExit, match="task must be image_classification at --scale small, got translation"):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--task translation --bases osgp", r"bases must be some of local_sgd, all_reduce, sgp, got 'osgp'. Set --bases."),
+        ("--seeds 0", "seeds must be >= 1, got 0. Set --seeds."),
+        ("--task speech", "argument --task: invalid choice: 'speech'"),
+        ("--task translation --dataset_name /nowhere", r"dataset_name must be .*'/nowhere'.* Set --dataset_name"),
+    ],
+)
+def test_bad_input_ends_with_one_line_that_names_the_flag(monkeypatch, tmp_path, flags, said):
+    monkeypatch.setattr(reproduce, "run_all", lambda runs, asked, folder: reproduce.run_one(runs[0], asked.dataset_name, str(folder)))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--study", "tuning", "--records", str(tmp_path), *flags.split()])
+    with pytest.raises(SystemExit, match=f"^reproduce.py: {said}") as end:
         reproduce.main()
+    assert "\n" not in str(end.value)
 
 
 def test_the_clusters_commands_are_the_papers_rows():

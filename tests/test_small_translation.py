@@ -1,0 +1,186 @@
+"""Translation in small: the schedule, figures against torch and sacrebleu, all-reduce against one Adam, a run and its record."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import sacrebleu
+import torch
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import reproduce  # noqa: E402
+import small_runs  # noqa: E402
+import small_translation  # noqa: E402
+from studies import Run  # noqa: E402
+from translation_data import SHIPPED, DataError  # noqa: E402
+from translation_model import MODEL_SIZES, make_transformer, translate  # noqa: E402
+from translation_tokens import TokenBatches  # noqa: E402
+
+RUN = Run("table1", "translation", "local_sgd", 0.5, 0.02, seed=3, sync_every=3, workers=2, epochs=3, batch_size=80)
+TINY = {"d_model": 16, "ffn": 32, "heads": 2, "layers": 1, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A few short pairs of the shipped text, and one that is too long in every split."""
+    path = tmp_path_factory.mktemp("help")
+    for split, count in (("train", 60), ("validation", 7), ("test", 5)):
+        rows = [row["translation"] for row in datasets.Dataset.from_parquet(str(SHIPPED / f"{split}.parquet"), keep_in_memory=True)]
+        short = [row for row in rows if max(len(text.encode()) for text in row.values()) <= 30][:count]
+        long = {language: " ".join([text] * 30) for language, text in short[0].items()}
+        datasets.Dataset.from_dict({"translation": [*short, long]}).to_parquet(str(path / f"{split}.parquet"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return small_translation.load(str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(MODEL_SIZES, "mini", TINY)
+
+
+def test_the_schedule_in_numbers():
+    """200 steps: warm-up over 20, then 1/sqrt: half of the peak at the 80th step."""
+    factor = [small_translation.learning_rate_factor(step, 200) for step in range(200)]
+    assert [factor[step] for step in (0, 9, 19, 44, 79)] == pytest.approx([0.05, 0.5, 1.0, 2 / 3, 0.5])
+    assert factor[199] == pytest.approx(math.sqrt(0.1))
+
+
+def test_long_pairs_are_left_out(folder, data):
+    assert data.name == folder.name
+    assert [len(part.rows) for part in (data.train, data.validation, data.test)] == [60, 7, 5]
+    assert len(data.lengths) == 60
+    assert data.lengths[:, 1].tolist() == [len(row["labels"]) for row in data.train.rows]
+    for part in (data.train, data.validation, data.test):
+        assert max(len(ids) for row in part.rows for ids in row.values()) <= small_translation.MAX_LENGTH
+        texts = data.tokenizer.batch_decode([row["labels"] for row in part.rows], skip_special_tokens=True)
+        assert texts == part.targets
+
+
+def test_the_digest_knows_every_sentence(folder, data, tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.parquet").write_bytes((folder / f"{split}.parquet").read_bytes())
+    assert small_translation.load(str(tmp_path)).sha256 == data.sha256
+    rows = datasets.Dataset.from_parquet(str(folder / "test.parquet"), keep_in_memory=True)
+    rows.map(lambda row: {"translation": {**row["translation"], "de": "Hilfe"}}, keep_in_memory=True).to_parquet(
+        str(tmp_path / "test.parquet")
+    )
+    assert small_translation.load(str(tmp_path)).sha256 != data.sha256
+
+
+@torch.no_grad()
+def test_losses_are_torchs_sentence_by_sentence(data):
+    """NLL: -log p of every label; smoothed by 0.1: nine tenths of it and a tenth of the mean of -log p over the vocabulary."""
+    torch.manual_seed(0)
+    model = make_transformer("mini", len(data.tokenizer))
+    nll, smoothed, tokens = 0.0, 0.0, 0
+    for row in data.validation.rows:
+        labels = torch.tensor(row["labels"])
+        before = torch.cat([torch.zeros(1, dtype=torch.long), labels[:-1]])
+        logits = model.eval()(input_ids=torch.tensor([row["input_ids"]]), decoder_input_ids=before[None]).logits[0]
+        log_p = torch.log_softmax(logits.double(), dim=-1)
+        nll -= float(log_p[range(len(labels)), labels].sum())
+        smoothed -= float(0.9 * log_p[range(len(labels)), labels].sum() + 0.1 * log_p.mean(dim=-1).sum())
+        tokens += len(labels)
+    model.train()
+    assert small_translation._evaluate(model, data.validation) == pytest.approx((smoothed / tokens, nll / tokens), rel=1e-5)
+    assert model.training
+
+
+def test_all_reduce_is_one_adam_on_the_mean_gradient(data):
+    """Two workers of 80 tokens against torch's Adam on the mean of both losses."""
+    run = replace(RUN, base="all_reduce", outer_momentum=0.0, epochs=1)
+    jobs = {}
+
+    def make_job(rank):
+        jobs[rank] = small_translation._make_job(run, data, rank)
+        jobs[rank].look = lambda last: {}
+        return jobs[rank]
+
+    steps = small_runs.train_workers(run, make_job)["steps"]
+    torch.manual_seed(run.seed)
+    model = make_transformer("mini", len(data.tokenizer))
+    adam = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    samplers = [TokenBatches(data.lengths, 80, seed=3, rank=rank, world_size=2) for rank in range(2)]
+    assert steps == len(samplers[0]) >= 3
+    for step, batches in enumerate(zip(*samplers, strict=True)):
+        adam.param_groups[0]["lr"] = run.inner_lr * small_translation.learning_rate_factor(step, steps)
+        losses = [small_translation._losses(model, [data.train.rows[row] for row in batch], 0.1)[0] for batch in batches]
+        (sum(losses) / 2).backward()
+        adam.step()
+        adam.zero_grad()
+    for rank in range(2):
+        ours = dict(jobs[rank].model.named_parameters())
+        for name, expected in model.named_parameters():
+            if not name.endswith("k_proj.bias"):  # attention does not depend on it: its gradient is rounding, which Adam makes large
+                torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("base", ["local_sgd", "sgp", "all_reduce"])
+def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data, base):
+    monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: data)
+    run = replace(RUN, base=base, outer_momentum=0.0 if base == "all_reduce" else 0.5)
+    written = reproduce.run_one(run, None, str(tmp_path))
+    found = reproduce.find_record(run, tmp_path)
+    assert found == json.loads(json.dumps(written))
+    steps = 3 * len(TokenBatches(data.lengths, 80, world_size=2))
+    assert (found["steps"], found["rounds"]) == (steps, 0 if base == "all_reduce" else steps // 3)
+    assert (found["bytes_sent_per_worker"] or 0) > 0 or base == "all_reduce"
+    metrics, curve = found["metrics"], found["curve"]
+    assert [look["epoch"] for look in curve] == [1, 2, 3]
+    assert metrics["validation_nll"] == curve[2]["validation_nll"]
+    assert metrics["best_validation_nll"] == min(look["validation_nll"] for look in curve)
+    assert curve[2]["training_loss"] < curve[0]["training_loss"] - 0.5, "it learns"
+    assert set(reproduce.SHOWN["translation"].columns) <= set(metrics)
+    assert found["bleu_signature"] == str(_sacrebleu(data.test.targets, data.test.targets)[1])
+    assert found["model"] == f"MarianMTModel, {16 * len(data.tokenizer) + 2224 + 3344:,} parameters", "embedding, encoder, decoder"
+    assert {"dataset", "dataset_sha256", "versions", "commit", "hardware", "test_rows"} <= set(found)
+    assert {"sacrebleu", "tokenizers"} <= set(found["versions"])
+    assert reproduce.table([found], "translation").splitlines()[-1].startswith(f"| {base}, γ 0.02, τ 3")
+    reproduce.plot([found], "translation", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def _sacrebleu(hypotheses, references):
+    metric = sacrebleu.BLEU()
+    return metric.corpus_score(hypotheses, [references]).score, metric.get_signature()
+
+
+def test_bleu_is_sacrebleus_on_the_beams_translations(data):
+    """A model that has learned its few test sentences by heart; without `by heart` all would be 0."""
+    part = data.test
+    torch.manual_seed(0)
+    model = make_transformer("mini", len(data.tokenizer))
+    adam = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        small_translation._losses(model, part.rows, 0.0)[0].backward()
+        adam.step()
+        adam.zero_grad()
+    scores = small_translation._scores(model, data)
+    hypotheses = translate(model, data.tokenizer, part.sources, num_beams=4, length_penalty=0.6)
+    assert scores["test_bleu"] == _sacrebleu(hypotheses, part.targets)[0] > 50
+    assert scores["validation_bleu"] < scores["test_bleu"]
+
+
+def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.parquet").write_bytes((folder / f"{split}.parquet").read_bytes())
+    rows = datasets.Dataset.from_parquet(str(folder / "test.parquet"), keep_in_memory=True)
+    rows.select([len(rows) - 1]).to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(DataError, match=r"validation and test must hold pairs of at most 32 tokens a side, got none. Set --dataset_name"):
+        small_translation.load(str(tmp_path))
+    rows.select([0]).map(lambda row: {"translation": {"en": "", "de": ""}}, keep_in_memory=True).to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(DataError, match=r"1 empty lines, the first in row 0. Set --dataset_name") as error:
+        small_translation.load(str(tmp_path))
+    assert "--test_set" not in str(error.value)
