@@ -29,7 +29,7 @@ import small_translation
 import torch
 import translation_data
 from records import SettingError, end_program, environment, write_record
-from studies import TASKS, Run, Tuned, choose, sweeps, table1, tuning
+from studies import TASKS, Run, Tuned, choose, sweeps, table1, tuning, without_slowmo
 from transformers import HfArgumentParser
 
 
@@ -229,7 +229,7 @@ def table(records: list[dict[str, Any]], task: str) -> str:
     lines = [f"| setting | {' | '.join(columns)} | gain in {gain.replace('_', ' ')} |", "|---|" + "---|" * (len(columns) + 1)]
     for key, own in settings.items():
         cells = [_mean_sd([record["metrics"][name] for record in own]) for name in columns]
-        partners = settings.get(_setting({**own[0]["run"], "outer_momentum": 0.0}), [])
+        partners = settings.get(_setting(without_slowmo(own[0]["run"])), [])
         lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners, gain) if own[0]['slowmo'] else ''} |")
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ class Task:
 TASKS = {
     "image_classification": Task(
         bases=("local_sgd", "all_reduce", "sgp", "osgp"),
-        learning_rates=(0.05, 0.1, 0.2),
+        learning_rates=(0.2, 0.4, 0.8),
         momenta=(0.3, 0.5, 0.7),
         metric="validation_accuracy",
         smaller_is_better=False,
@@ -132,11 +132,16 @@ class Run:
 
 
 def make_run(study: str, task: str, base: str, outer_momentum: float, inner_lr: float, seed: int, **others: Any) -> Run:
-    """A run of the task's own size and period."""
-    sizes = dict(TASKS[task].sizes)
+    """A run of the task's own size and period. Gossip without slow momentum never averages exactly, as in the paper."""
+    sizes = {**TASKS[task].sizes, "exact_average": outer_momentum > 0 or base not in ("sgp", "osgp")}
     if base in TASKS[task].sync_every:
         sizes["sync_every"] = TASKS[task].sync_every[base]
     return Run(study, task, base, outer_momentum, inner_lr, seed, **{**sizes, **others})
+
+
+def without_slowmo(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that another's gain is measured against."""
+    return {**run, "outer_momentum": 0.0, "exact_average": run["base"] not in ("sgp", "osgp")}
 
 
 def tuning(task: str, tuned: dict[str, Tuned]) -> list[Run]:

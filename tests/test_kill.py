@@ -155,6 +155,30 @@ def test_the_table_counts_points():
     assert rows == [["points", "same"], ["the", "seal", "3", "2"], ["ten", "kills", "in", "one", "job", "1", "1"], ["all", "4", "3"]]
 
 
+RECORD = Path(__file__).parents[1] / "benchmarks/records/kills.json"
+
+
+def test_the_committed_record_is_of_the_plan_and_has_no_difference():
+    """Its points are those of the plan, in order; every kill was met; no attempt lost more than what followed the last save."""
+    values = json.loads(RECORD.read_text())
+    points, longer = values["points"], values["ten_kills"]
+    assert len(points) >= 200
+    assert [(point["job"], point["stratum"]) for point in points] == kill.plan(len(points), values["seed"])
+    assert {point["stratum"] for point in points} == set(kill.STRATA)
+    assert {point["job"] for point in points} == set(values["jobs"]) == set(kill.JOBS)
+    assert len(longer) >= 2
+    assert all(len(point["kills"]) == 10 for point in longer)
+    for point in [*points, *longer]:
+        assert point["differences"] == []
+        assert all(one["met"] for one in point["kills"])
+        assert len(point["first_steps"]) == len(point["kills"]) + 1
+        begun = [max(steps) for attempt in point["first_steps"] if (steps := [step for step in attempt if step is not None])]
+        assert begun == sorted(begun), "an attempt begins at the last save or after it"
+        if point in points:
+            assert all(one["kind"] in (*kill.STRATA[point["stratum"]], "resume") for one in point["kills"])
+    assert kill.table(values).splitlines()[-1].split() == ["all", *[str(len(points) + len(longer))] * 2]
+
+
 # ---- the comparison ----
 
 
