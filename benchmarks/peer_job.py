@@ -1,0 +1,292 @@
+"""
+One system's training on one host of `benchmarks/peers.py`: the same model, images, batches and seeds whatever the system.
+
+Every system is a function from (model, SGD, accelerator, settings) to a `Job`. First the computation alone and one all-reduce alone are
+measured, then steps without a look, then training to a validation loss.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from image_data import load_images, make_dataset, normalised
+
+import slowmo_hf
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+
+
+@dataclass
+class Settings:
+    """What the driver asks for."""
+
+    system: str = field(default="ddp", metadata={"help": "A name of SYSTEMS."})
+    output: str = field(default="", metadata={"help": "Rank 0's figures go here."})
+    sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
+    timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
+    steps: int = field(default=0, metadata={"help": "Steps of training with looks; 0: none."})
+    look_every: int = field(default=48, metadata={"help": "Steps between looks, a multiple of sync_every."})
+    width: int = field(default=512, metadata={"help": "Of the hidden layers."})
+    batch_size: int = field(default=64, metadata={"help": "Images per step and host."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
+    seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
+
+
+@dataclass
+class Job:
+    """How a system trains: what is called on images, what follows a backward pass, and how its average is looked at."""
+
+    called: nn.Module
+    after_backward: Callable[[], None]
+    backward: Callable[[torch.Tensor], None]
+    look: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+
+# ---- systems ----
+
+
+def _backward(loss: torch.Tensor) -> None:
+    loss.backward()
+
+
+def _stepping(optimizer: torch.optim.Optimizer, then: Callable[[], Any] = lambda: None) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.step()
+        then()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ddp(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+    """torch's DistributedDataParallel."""
+    return Job(DistributedDataParallel(model), _stepping(sgd), _backward)
+
+
+def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+    """The same with torch's hook that sends gradients in bf16."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, bf16_compress_hook)
+    return Job(wrapped, _stepping(sgd), _backward)
+
+
+def ddp_powersgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+    """The same with torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook)
+    return Job(wrapped, _stepping(sgd), _backward)
+
+
+def accelerate_local_sgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+    """accelerate's LocalSGD."""
+    from accelerate.local_sgd import LocalSGD
+
+    prepared, optimizer = accelerator.prepare(model, sgd)
+    local = LocalSGD(accelerator=accelerator, model=prepared, local_sgd_steps=settings.sync_every, enabled=True)
+    return Job(prepared, _stepping(optimizer, local.step), accelerator.backward, around=local)
+
+
+def torch_averager(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+    """torch's PeriodicModelAverager. Its rounds follow steps 1, 1 + period, ...: the first is left out, so that looks are at rounds."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    averager = PeriodicModelAverager(period=settings.sync_every, warmup_steps=settings.sync_every)
+    averager.step = 1
+    return Job(model, _stepping(sgd, lambda: averager.average_parameters(model.parameters())), _backward)
+
+
+def fairscale_slowmo(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+    """fairscale's SlowMoDistributedDataParallel over Local SGD; its call of CUDA does nothing here."""
+    from fairscale.experimental.nn.data_parallel import SlowMoBaseAlgorithm, SlowMoDistributedDataParallel
+
+    torch.cuda.synchronize = lambda device=None: None
+    wrapped = SlowMoDistributedDataParallel(
+        model,
+        nprocs_per_node=1,
+        slowmo_base_algorithm=SlowMoBaseAlgorithm.LOCALSGD,
+        slowmo_momentum=0.5,
+        slowmo_frequency=settings.sync_every,
+        localsgd_frequency=settings.sync_every,
+    )
+    return Job(wrapped, _stepping(sgd, lambda: wrapped.perform_slowmo(sgd)), _backward)
+
+
+def ours(**config: Any) -> Callable[..., Job]:
+    """slowmo_hf with these settings, through Accelerate as in the README."""
+
+    def make(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+        optimizer = SlowMoOptimizer(sgd, SlowMoConfig(sync_every=settings.sync_every, timeout_seconds=300, **config))
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        return Job(prepared, _stepping(optimizer), accelerator.backward, look=lambda: slowmo_hf.consensus(optimizer))
+
+    return make
+
+
+GOSSIP_ALONE = {"exact_average": False, "outer_momentum": 0.0}
+SYSTEMS: dict[str, Callable[..., Job]] = {
+    "ddp": ddp,
+    "ddp bf16": ddp_bf16,
+    "ddp powersgd": ddp_powersgd,
+    "accelerate LocalSGD": accelerate_local_sgd,
+    "torch PeriodicModelAverager": torch_averager,
+    "fairscale SlowMo": fairscale_slowmo,
+    "slowmo_hf all_reduce": ours(base="all_reduce", outer_momentum=0.0),
+    "slowmo_hf all_reduce, slowmo": ours(base="all_reduce"),
+    "slowmo_hf local_sgd": ours(outer_momentum=0.0),
+    "slowmo_hf local_sgd, slowmo": ours(),
+    "slowmo_hf local_sgd, slowmo, overlapped": ours(overlap_steps=6),
+    "slowmo_hf local_sgd, slowmo, bf16": ours(compression="bf16"),
+    "slowmo_hf local_sgd, slowmo, int8": ours(compression="int8"),
+    "slowmo_hf local_sgd, double averaging": ours(outer_momentum=0.0, inner_state="average"),
+    "slowmo_hf sgp": ours(base="sgp", **GOSSIP_ALONE),
+    "slowmo_hf sgp, slowmo": ours(base="sgp"),
+    "slowmo_hf sgp, slowmo, no average": ours(base="sgp", exact_average=False),
+    "slowmo_hf osgp": ours(base="osgp", **GOSSIP_ALONE),
+    "slowmo_hf osgp, slowmo": ours(base="osgp"),
+}
+PACKAGES = {"accelerate LocalSGD": "accelerate", "fairscale SlowMo": "fairscale"}
+
+
+def version(system: str) -> str:
+    """Of the package that a system comes from."""
+    package = "slowmo_hf" if system.startswith("slowmo_hf") else PACKAGES.get(system, "torch")
+    return importlib.metadata.version(package)
+
+
+# ---- the job ----
+
+
+class Batches:
+    """Images of the shipped training split, the same for every system: worker, step and seed say which."""
+
+    def __init__(self, settings: Settings) -> None:
+        sets = load_images(None)
+        train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
+        self.settings, self.labels, self.test_labels = settings, train.labels, test.labels
+        self.images, self.test_images = (normalised(part.images, 0.286, 0.353).flatten(1) for part in (train, test))
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + 1009 * step + dist.get_rank())
+        rows = torch.randint(len(self.labels), (self.settings.batch_size,), generator=generator)
+        return self.images[rows], self.labels[rows]
+
+
+def make_model(settings: Settings) -> nn.Module:
+    """Three layers; the same weights everywhere."""
+    torch.manual_seed(settings.seed)
+    width = settings.width
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def train(job: Job, batches: Batches, first: int, steps: int) -> None:
+    """Steps without a look."""
+    for step in range(first, first + steps):
+        images, labels = batches(step)
+        job.backward(nn.functional.cross_entropy(job.called(images), labels))
+        job.after_backward()
+
+
+def timed(act: Callable[[], Any], times: int) -> float:
+    """Median seconds, all hosts together, the first left out."""
+    seconds = []
+    for _ in range(times + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def make_job(settings: Settings, accelerator: Accelerator) -> tuple[Job, nn.Module]:
+    """A fresh model under the system."""
+    model = make_model(settings)
+    sgd = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9, nesterov=True)
+    return SYSTEMS[settings.system](model, sgd, accelerator, settings), model
+
+
+def main() -> None:
+    """Measure, train, and write down what rank 0 saw."""
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    batches = Batches(settings)
+    alone = make_model(settings)
+    plain = Job(alone, _stepping(torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9, nesterov=True)), _backward)
+    parameters = sum(p.numel() for p in alone.parameters())
+    flat = torch.zeros(parameters)
+    figures: dict[str, Any] = {"version": version(settings.system), "parameters": parameters}
+    figures["compute_seconds_per_step"] = timed(lambda: train(plain, batches, 0, settings.sync_every), 5) / settings.sync_every
+    figures["allreduce_seconds"] = timed(lambda: dist.all_reduce(flat), 5)
+    figures |= _time_steps(settings, accelerator, batches, figures["allreduce_seconds"])
+    if settings.steps:
+        figures |= _train_to_the_end(settings, accelerator, batches)
+    if dist.get_rank() == 0 and settings.output:
+        Path(settings.output).write_text(json.dumps(figures))
+    dist.barrier()
+
+
+def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, allreduce_seconds: float) -> dict[str, Any]:
+    """Rounds one after the other, nothing between them; the first is left out, and so are its bytes."""
+    job, _ = make_job(settings, accelerator)
+    seconds = []
+    with job.around:
+        train(job, batches, 0, settings.sync_every)
+        dist.barrier()
+        sent = _bytes_sent()
+        for number in range(1, settings.timed_rounds + 1):
+            start = time.perf_counter()
+            train(job, batches, number * settings.sync_every, settings.sync_every)
+            seconds.append((time.perf_counter() - start) / settings.sync_every)
+        time.sleep(1 + 2 * allreduce_seconds)  # what is under way arrives
+        sent = _bytes_sent() - sent
+        with job.look():  # nothing is under way where the next job begins
+            pass
+    return {"round_seconds_per_step": seconds, "interface_bytes_per_step": sent / (settings.timed_rounds * settings.sync_every)}
+
+
+def _bytes_sent() -> int:
+    """What this host's interface has sent; 0 where there is none of ours."""
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    return int(counter.read_text()) if counter.exists() else 0
+
+
+def _train_to_the_end(settings: Settings, accelerator: Accelerator, batches: Batches) -> dict[str, Any]:
+    """Validation loss of the average over the seconds of training; looks do not count."""
+    job, model = make_job(settings, accelerator)
+    curve, clock = [], 0.0
+    with job.around:
+        for first in range(0, settings.steps, settings.look_every):
+            dist.barrier()
+            start = time.perf_counter()
+            train(job, batches, first, settings.look_every)
+            clock += time.perf_counter() - start
+            with job.look(), torch.no_grad():
+                loss = float(nn.functional.cross_entropy(model(batches.test_images), batches.test_labels))
+            curve.append({"step": first + settings.look_every, "seconds": clock, "validation_loss": loss})
+    return {"curve": curve, "final_validation_loss": curve[-1]["validation_loss"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""
+slowmo_hf beside what else there is, on hosts of one's own (`benchmarks/hosts.py`) whose link is throttled. Needs root and iproute2.
+
+    python benchmarks/peers.py --rho 3.1 --steps 480
+
+rho is a / c: a stand-alone all-reduce of the parameters' bytes over a step's computation alone. First c is measured, then the link is
+set to 2 (m-1)/m 4 P / (rho c) bytes per second. Every system runs the same script (`benchmarks/peer_job.py`) under `accelerate launch` as
+one machine of m. The record is written after every system, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hosts import Hosts, why_not
+from peer_job import PACKAGES, SYSTEMS
+from round_cost import hardware, versions
+from transformers import HfArgumentParser
+
+JOB = str(Path(__file__).with_name("peer_job.py"))
+TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is measured to
+
+
+@dataclass
+class PeerArguments:
+    """What is compared, on which link."""
+
+    rho: list[float] = field(default_factory=lambda: [0.5, 1.5, 3.1, 10.0], metadata={"help": "All-reduce over computation."})
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Names of peer_job.SYSTEMS."})
+    hosts: int = field(default=4, metadata={"help": "Machines."})
+    mtu: int = field(default=1500, metadata={"help": "Bytes of a packet."})
+    sync_every: int = field(default=12, metadata={"help": "Steps per round."})
+    timed_rounds: int = field(default=8, metadata={"help": "Rounds timed per system; at least 5."})
+    steps: int = field(default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."})
+    width: int = field(default=512, metadata={"help": "Of the model's hidden layers."})
+    batch_size: int = field(default=64, metadata={"help": "Images per step and host."})
+    output: str = field(default="benchmarks/records/peers.json", metadata={"help": "The record."})
+    plot: bool = field(default=False, metadata={"help": "Write a PNG beside the record."})
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.systems) - set(SYSTEMS))
+        if unknown:
+            raise ValueError(f"systems must be of {list(SYSTEMS)}, got {unknown}.")
+        if self.timed_rounds < 5:
+            raise ValueError(f"timed_rounds must be >= 5, for a median, got {self.timed_rounds}.")
+
+
+def payload_bytes(system: str, parameters: int, hosts: int, sync_every: int) -> float:
+    """Of fp32 parameters or gradients per step and host, by theory; compressed ones without their scales."""
+    ring = 2 * (hosts - 1) / hosts * 4 * parameters
+    if "sgp" in system:
+        alone = "no average" in system or "slowmo" not in system.partition(" ")[2]
+        return 4 * parameters if alone else (4 * parameters * (sync_every - 1) + ring) / sync_every
+    if system.startswith(("ddp", "slowmo_hf all_reduce")):
+        return ring / (2 if "bf16" in system else 1)
+    factor = {"int8": 0.25, "bf16": 0.5}.get(system.rpartition(", ")[2], 1.0)
+    momentum = 2 if "double averaging" in system else 1  # SGD's momentum travels too
+    return ring / sync_every * factor * momentum
+
+
+def missing(system: str) -> str | None:
+    """Why a system cannot run here."""
+    package = PACKAGES.get(system)
+    return f"{package} is not installed" if package and importlib.util.find_spec(package) is None else None
+
+
+class Record:
+    """The rows measured so far, of one command."""
+
+    def __init__(self, args: PeerArguments) -> None:
+        self.args, self.path = args, Path(args.output)
+        self.values: dict[str, Any] = {"rows": []}
+        if self.path.exists():
+            self.values = json.loads(self.path.read_text())
+        self.values |= {
+            "command": shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+
+    def has(self, system: str, rho: float) -> bool:
+        """Whether it was measured."""
+        return any(row["system"] == system and row["rho"] == rho for row in self.values["rows"])
+
+    def write(self) -> None:
+        """Beside, and renamed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.values, indent=1) + "\n")
+        beside.replace(self.path)
+
+
+def run(hosts: Hosts, system: str, args: PeerArguments, steps: int) -> dict[str, Any]:
+    """One system's figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        flags = {"system": system, "output": output, "sync_every": args.sync_every, "timed_rounds": args.timed_rounds, "steps": steps}
+        flags |= {"width": args.width, "batch_size": args.batch_size}
+        hosts.launch(JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200)
+        figures: dict[str, Any] = json.loads(output.read_text())
+    return figures
+
+
+def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: dict[str, Any]) -> dict[str, Any]:
+    """A row of the record."""
+    seconds = statistics.median(figures["round_seconds_per_step"])
+    compute = figures["compute_seconds_per_step"]
+    return {
+        "system": system,
+        "version": figures["version"],
+        "rho": rho,
+        "hosts": args.hosts,
+        "mtu": args.mtu,
+        "link_mbit_per_s": link,
+        "allreduce_over_compute": figures["allreduce_seconds"] / compute,
+        "sync_every": args.sync_every,
+        "parameters": figures["parameters"],
+        "compute_seconds_per_step": compute,
+        "allreduce_seconds": figures["allreduce_seconds"],
+        "seconds_per_step": seconds,
+        "round_seconds_per_step": figures["round_seconds_per_step"],
+        "utilisation": compute / seconds,
+        "bytes_per_worker_per_step": figures["interface_bytes_per_step"],
+        "theory_bytes": payload_bytes(system, figures["parameters"], args.hosts, args.sync_every),
+        "seconds_to_target": None,
+        "final_validation_loss": figures.get("final_validation_loss"),
+        "curve": figures.get("curve", []),
+        "runs": len(figures["round_seconds_per_step"]),
+    }
+
+
+def set_targets(rows: list[dict[str, Any]]) -> None:
+    """Seconds until the validation loss was first at most `TARGET` times DDP's final one, by link; None where it never was."""
+    finals = {row["rho"]: row["final_validation_loss"] for row in rows if row["system"] == "ddp" and row["curve"]}
+    for row in rows:
+        reached = [look["seconds"] for look in row["curve"] if look["validation_loss"] <= TARGET * finals.get(row["rho"], 0.0)]
+        row["seconds_to_target"] = min(reached, default=None)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line per system and link."""
+    lines = ["| ρ | system | step, ms | utilisation | bytes / theory | times DDP | seconds to target | final loss |", "|---" * 8 + "|"]
+    for row in sorted(rows, key=lambda row: row["rho"]):
+        if "not_run" in row:
+            lines.append(f"| {row['rho']:g} | {row['system']} | not run: {row['not_run']} | | | | | |")
+            continue
+        base = next((other["seconds_per_step"] for other in rows if other["system"] == "ddp" and other["rho"] == row["rho"]), None)
+        faster = f"{base / row['seconds_per_step']:.2f}" if base else ""
+        target, loss = row["seconds_to_target"], row["final_validation_loss"]
+        cells = [f"{row['rho']:g}", row["system"], f"{1e3 * row['seconds_per_step']:.1f}", f"{100 * row['utilisation']:.1f} %"]
+        cells += [f"{row['bytes_per_worker_per_step'] / row['theory_bytes']:.3f}", faster]
+        cells += ["" if target is None else f"{target:.1f}", "" if loss is None else f"{loss:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss over seconds of training, a panel per link."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    links = sorted({row["rho"] for row in rows})
+    figure, axes = plt.subplots(1, len(links), figsize=(7 * len(links), 5), layout="constrained", squeeze=False)
+    for axis, rho in zip(axes[0], links, strict=True):
+        for row in (row for row in rows if row["rho"] == rho and row.get("curve")):
+            style = "-" if row["system"].startswith("slowmo_hf") else "--"
+            seconds, losses = ([look[name] for look in row["curve"]] for name in ("seconds", "validation_loss"))
+            axis.plot(seconds, losses, style, label=row["system"])
+        axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="validation loss", title=f"a / c = {rho:g}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure what the record does not have yet."""
+    (args,) = HfArgumentParser(PeerArguments).parse_args_into_dataclasses()
+    refusal = why_not()
+    if refusal:
+        sys.exit(f"peers.py: {refusal}")
+    record = Record(args)
+    with Hosts(args.hosts, mtu=args.mtu) as hosts:
+        for rho in args.rho:
+            left = [system for system in args.systems if not record.has(system, rho)]
+            if not left:
+                continue
+            hosts.throttle(None)
+            figures = run(hosts, "ddp", args, steps=0)
+            payload = payload_bytes("ddp", figures["parameters"], args.hosts, args.sync_every)
+            link = 8 * payload / (rho * figures["compute_seconds_per_step"]) / 1e6
+            hosts.throttle(link)
+            for system in left:
+                reason = missing(system)
+                row = {"system": system, "rho": rho, "not_run": reason} if reason else None
+                record.values["rows"].append(row or row_of(system, rho, link, args, run(hosts, system, args, args.steps)))
+                record.write()
+                print(table(record.values["rows"][-1:]).splitlines()[-1], flush=True)
+    rows = record.values["rows"]
+    set_targets([row for row in rows if "not_run" not in row])
+    record.write()
+    print(table(rows))
+    if args.plot:
+        plot(rows, record.path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
