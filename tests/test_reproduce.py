@@ -115,15 +115,15 @@ def test_tuning_chooses_when_all_its_runs_are_there():
 
 
 def test_tuning_takes_the_smaller_nll_of_translation():
-    """Rates 0.001, 0.002, 0.004 give 2.2, 2.1, 2.3; there momenta 0.3, 0.5, 0.7 give 2.0, 2.1, 2.2."""
+    """Rates 0.002, 0.004, 0.008 give 2.2, 2.1, 2.3; there momenta 0.3, 0.5, 0.7 give 2.0, 2.1, 2.2."""
 
     def told(lr, momentum, nll):
         record = tuning_record("sgp", lr, momentum, 0.0)
         return {**record, "metrics": {"validation_nll": nll}}
 
-    rates = [told(lr, 0.0, nll) for lr, nll in ((0.001, 2.2), (0.002, 2.1), (0.004, 2.3))]
-    momenta = [told(0.002, beta, nll) for beta, nll in ((0.3, 2.0), (0.5, 2.1), (0.7, 2.2))]
-    assert studies.choose([*rates, *momenta], "translation")["sgp"] == studies.Tuned(0.002, 0.3)
+    rates = [told(lr, 0.0, nll) for lr, nll in ((0.002, 2.2), (0.004, 2.1), (0.008, 2.3))]
+    momenta = [told(0.004, beta, nll) for beta, nll in ((0.3, 2.0), (0.5, 2.1), (0.7, 2.2))]
+    assert studies.choose([*rates, *momenta], "translation")["sgp"] == studies.Tuned(0.004, 0.3)
 
 
 def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
