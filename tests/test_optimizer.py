@@ -887,8 +887,8 @@ def check_every_save_state(folder):
     check_save_state(folder, MOMENTUM, SAVED)
 
 
-def check_compressed_save_state(folder):
-    check_save_state(folder, MOMENTUM[:1], [tau(2, compression="int8")])
+def check_wire_save_state(folder):
+    check_save_state(folder, MOMENTUM[:1], [tau(2, compression="int8"), tau(3, overlap_steps=2)])
 
 
 def check_save_state_missing_lines(folder):
@@ -929,7 +929,7 @@ def test_save_state_goes_on_bit_for_bit(tmp_path):
 
 
 def test_save_state_of_compressed_rounds_goes_on_bit_for_bit(tmp_path):
-    run_workers(check_compressed_save_state, 2, str(tmp_path))
+    run_workers(check_wire_save_state, 2, str(tmp_path))
 
 
 def test_save_state_without_a_line_says_which(tmp_path):

@@ -377,6 +377,13 @@ class OuterLoop:
             departed.arrivals = None
             self._refuse_non_finite(departed.norms.drift_square, all_are_here=False)
 
+    def forget_departed(self) -> None:
+        """Another state is taken up: what is under way belongs to the run that is left, and is waited for."""
+        self.settle()
+        self.departed = None
+        if isinstance(self.base, TrainingOn):
+            self.base.away = False
+
     def _take_in(self) -> RoundReport | None:
         """Step k + n: every worker goes on from the new anchor, with the progress it has made meanwhile."""
         if self.departed is None:
@@ -585,8 +592,10 @@ class OuterLoop:
         self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))  # the leader's part, or its refusal
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
         self.attempted_steps, self.rounds, self.local_steps = state_dict["attempted_steps"], state_dict["rounds"], 0
+        self.departed = None
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
+        self.forget_departed()
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
             sizes, expected = [t.numel() for t in state_dict[name]], [t.numel() for t in own]
             if sizes != expected:
@@ -601,9 +610,6 @@ class OuterLoop:
         self.averager.drop_residuals()  # each worker's own, which this state does not hold
         self.base.settle()
         self.base.end_average()  # messages in flight belong to the run that is left
-        if isinstance(self.base, TrainingOn):
-            self.settle()
-            self.base.away, self.departed = False, None
         if state_dict["attempted_steps"] % self.config.sync_every == 0:  # with all_reduce the parameters may have moved on
             for piece in self._pieces():
                 self.base.hand_back_(piece)

@@ -191,6 +191,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
             outer_loop.workers.count,
             shared.settings["workers"],
         )
+    outer_loop.forget_departed()
     outer_loop.run_id = shared.settings["run"]
     outer_loop.attempted_steps, outer_loop.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
     if outer_loop.workers.leads:
