@@ -82,11 +82,11 @@ def ddp(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, 
 
 
 def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-    """The same with torch's hook that sends gradients in bf16."""
+    """The same with torch's hook that sends gradients in bf16: behind another name, for DDP refuses it on gloo, which can."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
     wrapped = DistributedDataParallel(model)
-    wrapped.register_comm_hook(None, bf16_compress_hook)
+    wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     return Job(wrapped, _stepping(sgd), _backward)
 
 

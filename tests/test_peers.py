@@ -1,0 +1,113 @@
+"""The comparison with peers: its arithmetic by hand, and every system trains, on two processes in place of hosts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_workers
+from tiny import equal, values
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import peer_job
+import peers
+from peer_job import SYSTEMS, Settings
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [  # 1,000 parameters, 4 hosts, 12 steps a round: a ring is 6,000 bytes, a round of it 500 per step, a message 4,000
+        ("ddp", 6000),
+        ("ddp bf16", 3000),
+        ("slowmo_hf all_reduce, slowmo", 6000),
+        ("accelerate LocalSGD", 500),
+        ("slowmo_hf local_sgd, slowmo, overlapped", 500),
+        ("slowmo_hf local_sgd, slowmo, bf16", 250),
+        ("slowmo_hf local_sgd, slowmo, int8", 125),
+        ("slowmo_hf local_sgd, double averaging", 1000),
+        ("slowmo_hf sgp", 4000),
+        ("slowmo_hf osgp, slowmo", (11 * 4000 + 6000) / 12),
+        ("slowmo_hf sgp, slowmo, no average", 4000),
+    ],
+)
+def test_bytes_of_theory(system, expected):
+    assert peers.payload_bytes(system, 1000, 4, 12) == pytest.approx(expected)
+    assert system in SYSTEMS
+
+
+def figures(seconds, losses=()):
+    curve = [{"step": 48 * (n + 1), "seconds": 2.0 * (n + 1), "validation_loss": loss} for n, loss in enumerate(losses)]
+    looked = {"curve": curve, "final_validation_loss": losses[-1]} if losses else {}
+    return {
+        **{"version": "1", "parameters": 1000, "compute_seconds_per_step": 0.01, "allreduce_seconds": 0.031},
+        **{"round_seconds_per_step": seconds, "interface_bytes_per_step": 6300.0},
+        **looked,
+    }
+
+
+def test_rows_targets_and_table_by_hand():
+    """The median of 5 rounds; the target is 1.01 times DDP's last loss, 0.505, which the other reaches at its second look."""
+    args = peers.PeerArguments()
+    rows = [
+        peers.row_of("ddp", 3.1, 100.0, args, figures([0.05, 0.04, 0.045, 0.03, 0.06], [0.7, 0.6, 0.5])),
+        peers.row_of("slowmo_hf local_sgd", 3.1, 100.0, args, figures([0.0125] * 5, [0.6, 0.505, 0.51])),
+    ]
+    assert [row["seconds_per_step"] for row in rows] == [0.045, 0.0125]
+    assert [row["utilisation"] for row in rows] == pytest.approx([0.01 / 0.045, 0.8])
+    assert rows[0]["allreduce_over_compute"] == pytest.approx(3.1)
+    peers.set_targets(rows)
+    assert [row["seconds_to_target"] for row in rows] == [6.0, 4.0]
+    lines = peers.table([*rows, {"system": "fairscale SlowMo", "rho": 3.1, "not_run": "fairscale is not installed"}]).splitlines()
+    assert lines[2] == "| 3.1 | ddp | 45.0 | 22.2 % | 1.050 | 1.00 | 6.0 | 0.5000 |"
+    assert lines[3] == "| 3.1 | slowmo_hf local_sgd | 12.5 | 80.0 % | 12.600 | 3.60 | 4.0 | 0.5100 |"
+    assert "not run: fairscale is not installed" in lines[4]
+
+
+def test_unknown_systems_and_few_rounds_are_refused():
+    with pytest.raises(ValueError, match=r"systems must be of \['ddp', .*got \['dpp'\]"):
+        peers.PeerArguments(systems=["dpp"])
+    with pytest.raises(ValueError, match="timed_rounds must be >= 5, for a median, got 4"):
+        peers.PeerArguments(timed_rounds=4)
+
+
+class Few:
+    """Batches of four rows that need no images."""
+
+    def __init__(self, rank):
+        generator = torch.Generator().manual_seed(rank)
+        self.images = torch.randn(400, 784, generator=generator)
+        self.labels = (self.images[:, 0] > 0).long()
+
+    def __call__(self, step):
+        rows = slice(16 * (step % 25), 16 * (step % 25) + 16)
+        return self.images[rows], self.labels[rows]
+
+
+def _train_each(names):
+    import torch.distributed as dist
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    accelerator, few = Accelerator(cpu=True), Few(dist.get_rank())
+    out = {}
+    for name in names:
+        job, model = peer_job.make_job(Settings(system=name, sync_every=8, width=16), accelerator)
+        with job.around:
+            peer_job.train(job, few, 0, 24)
+            with job.look(), torch.no_grad():
+                loss = float(torch.nn.functional.cross_entropy(model(few.images), few.labels))
+                out[name] = values(model), loss
+    return out
+
+
+@pytest.mark.slow
+def test_every_system_that_is_installed_trains_and_its_workers_agree_at_a_look():
+    names = [name for name in SYSTEMS if peers.missing(name) is None]
+    assert len(names) >= 18
+    first, second = run_workers(_train_each, 2, names, time_limit_seconds=120)
+    for name in names:
+        assert equal(first[name][0], second[name][0]), name
+        assert first[name][1] < 0.6, f"{name}: {first[name][1]}, ln 2 is 0.693"
