@@ -218,8 +218,8 @@ class NewDraws(TrainerCallback):
         self.train = train
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The pass that begins, or goes on."""
-        self.train.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))  # a fraction of batches: may be a hair below a whole number
+        """The pass that begins or goes on, counted as Trainer does."""
+        self.train.set_epoch(state.global_step // math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
 
 
 def make_sgd(model: torch.nn.Module, momentum: float, args: TrainingArguments) -> torch.optim.SGD:

@@ -359,7 +359,7 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def _draws(self, index: int) -> tuple[int, int, int] | None:
-        return None if self.seed is None else (self.seed, int(self._epoch), index)
+        return None if self.seed is None else (self.seed % 2**64, int(self._epoch), index)
 
 
 class SmallImages(_Images):
@@ -398,7 +398,7 @@ class LargeImages(_Images):
         return {"image": torch.from_numpy(pixels).permute(2, 0, 1), "label": torch.tensor(row[self.sets.label_column]), "draws": draws}
 
 
-def generator_of(draws: tuple[int, int, int]) -> torch.Generator:
+def generator_of(draws: tuple[int, ...]) -> torch.Generator:
     """
     Random numbers of one seed, pass and row. They leave the global generator alone and depend on nothing else, so that a batch that is
     made again, ahead of time or elsewhere is the same batch: without that a run resumed inside a pass sees other crops.
@@ -442,7 +442,7 @@ class Batch:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = torch.stack([row["image"] for row in rows])
         if rows[0]["draws"]:
-            generator = generator_of(rows[0]["draws"])
+            generator = generator_of((*rows[0]["draws"], len(rows)))  # others than the row's own
             images = random_flip(images, generator) if self.flip else images
             images = random_crop(images, self.crop_padding, generator) if self.crop_padding else images
         return {"pixel_values": normalised(images, self.mean, self.std), "labels": torch.stack([row["label"] for row in rows])}

@@ -364,6 +364,60 @@ def test_a_rank_that_ended_between_rounds_is_told_before_trainer_gathers(tmp_pat
 BATCHES = {0: 6, 1: 4}  # 6 batches here, 4 there
 
 
+def _stop_at(folder, step, strategies):
+    """Rank 1 is told to stop at a step where Trainer gathers. Steps at which losses were logged and evaluated, and the end."""
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(folder, num_train_epochs=2, learning_rate=0.05, **strategies),
+        train_dataset=Rows(80, torch.float32),  # 10 steps to the epoch
+        eval_dataset=Rows(8, torch.float32),
+        callbacks=[Uneven(1, step), SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20))],
+    )
+    trainer.train()
+    told = [{key: [entry["step"] for entry in trainer.state.log_history if key in entry]} for key in ("loss", "eval_loss")]
+    return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step, told
+
+
+@pytest.mark.parametrize(
+    ("step", "strategies", "end", "logged", "evaluated"),
+    [
+        (8, {"logging_strategy": "steps", "logging_steps": 4}, 12, [4, 8], []),
+        (6, {"logging_strategy": "steps", "logging_steps": 3}, 8, [3, 6], []),
+        (8, {"save_strategy": "steps", "save_steps": 8, "eval_strategy": "epoch"}, 10, [], [10]),
+    ],
+    ids=["at a log", "at a log between rounds", "at a save, evaluated by epochs"],
+)
+def test_a_rank_that_is_told_to_stop_where_trainer_gathers_gathers_first(tmp_path, step, strategies, end, logged, evaluated):
+    """The others learn it where all next meet, a round or, at step 10, the epoch's end, which all then evaluate at together."""
+    (first, first_step, (losses, evals)), (second, second_step, _) = run_workers(_stop_at, 2, tmp_path, step, strategies)
+    assert first_step == second_step == end
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses["loss"] == logged
+    assert evals["eval_loss"] == evaluated
+
+
+def _epochs(folder, ours):
+    epoch = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "epoch")
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(folder, num_train_epochs=2, learning_rate=0.05, **epoch),
+        train_dataset=Rows(40, torch.float32),
+        eval_dataset=Rows(8, torch.float32),
+        callbacks=[SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20))] if ours else [],
+    )
+    trainer.train()
+    told = {key: [entry["step"] for entry in trainer.state.log_history if key in entry] for key in ("loss", "eval_loss")}
+    return told, sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_last_epochs_log_evaluation_and_save_are_there(tmp_path, world_size):
+    ours, stock = (run_workers(_epochs, world_size, tmp_path / str(ours), ours) for ours in (True, False))
+    assert ours == stock
+    steps = [10, 20] if world_size == 1 else [5, 10]
+    assert ours[0] == ({"loss": steps, "eval_loss": steps}, sorted(f"checkpoint-{step}" for step in steps))
+
+
 class OnePass(IterableDataset):
     """A stream sharded by hand that cannot be read twice. Accelerate takes every second batch of four rows of it."""
 

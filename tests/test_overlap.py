@@ -320,6 +320,72 @@ def test_nan_on_one_rank_is_told_at_the_next_meeting():
     assert "rank 0" not in words
 
 
+def _loads_after_nan(folder):
+    config = SlowMoConfig.local_sgd(3, overlap_steps=1, timeout_seconds=20)
+    accelerator = Accelerator(cpu=True)
+    bare, rows = Regression(), Rows(STEPS * 16)
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(two_groups(bare, "sgd", LR), config))
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+
+    def step(number, spoil=False):
+        batch = _batch(number, dist.get_rank())
+        accelerator.backward(model(rows.x[batch], rows.y[batch])["loss"])
+        if spoil and dist.get_rank() == 1:
+            bare.head.weight.grad.fill_(float("nan"))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    step(1)
+    accelerator.save_state(folder)
+    for number in range(2, 8):
+        step(number)
+    good = values(bare)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(folder)
+    step(2, spoil=True)
+    step(3)
+    accelerator.load_state(folder)
+    for number in range(2, 8):
+        step(number)
+    return equal(values(bare), good)
+
+
+def test_a_good_checkpoint_is_gone_on_with_after_nan(tmp_path):
+    assert run_workers(_loads_after_nan, 2, str(tmp_path / "saved")) == [True, True]
+
+
+def _leaves_before_the_due_step(config):
+    """Pass by pass: rank 1 leaves the second block at step 5, before what set out at 4 is due at 6; rank 0 at 7."""
+    rank = dist.get_rank()
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 8.0)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    with slowmo_hf.join(optimizer):
+        for _ in range((7, 5)[rank]):
+            ((model(torch.ones(1, 1).double()) - rank) ** 2 / 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.weight.item(), optimizer.outer_loop.departed is None
+
+
+def test_a_worker_that_left_before_takes_in_what_the_others_have():
+    x = [8.0, 8.0]
+    then = []
+    for step in range(1, 8):
+        for rank in (0, 1):
+            if step <= (7, 5)[rank]:
+                x[rank] -= 0.1 * (x[rank] - rank)
+        if step == 4:
+            then, anchor = list(x), sum(x) / 2
+        if step == 6:
+            x[0] = anchor + (x[0] - then[0])
+    x[1] = anchor + (x[1] - then[1])
+    results = run_workers(_leaves_before_the_due_step, 2, SlowMoConfig.local_sgd(4, overlap_steps=2, timeout_seconds=20))
+    assert [taken for _, taken in results] == [True, True]
+    assert [weight for weight, _ in results] == pytest.approx(x, abs=1e-12)
+
+
 # ---- settings ----
 
 

@@ -620,11 +620,15 @@ def test_a_batch_that_is_made_again_is_the_same_and_draws_from_no_global_generat
     assert not torch.equal(passes[0], passes[1])
 
 
-@pytest.mark.parametrize(("epoch", "told"), [(None, 0), (0.0, 0), (0.5, 0), (29 * (1 / 29) + 0.0, 1), (2.9999999999999996, 3), (2.96, 2)])
-def test_the_pass_is_counted_from_the_trainers_epoch(epoch, told):
-    rows = SimpleNamespace(set_epoch=lambda number: seen.append(number))
+@pytest.mark.parametrize(
+    ("step", "accumulation", "told"), [(0, 1, 0), (28, 1, 0), (29, 1, 1), (57, 1, 1), (14, 2, 0), (15, 2, 1), (30, 2, 2)]
+)
+def test_the_pass_is_counted_from_the_steps(step, accumulation, told):
+    """29 batches: a pass is 29 steps, or 15 of two batches, of which the last has one."""
     seen: list[int] = []
-    recipe.NewDraws(rows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+    rows = SimpleNamespace(set_epoch=seen.append)
+    args, state = SimpleNamespace(gradient_accumulation_steps=accumulation), SimpleNamespace(global_step=step)
+    recipe.NewDraws(rows).on_epoch_begin(args, state, None, train_dataloader=range(29))
     assert seen == [told]
 
 
@@ -637,6 +641,7 @@ def test_large_images_have_boxes_of_their_own():
     rows = image_data.make_dataset(train, sets, seed=0)
     first = rows[0]["image"]
     assert torch.equal(rows[0]["image"], first)
+    assert torch.equal(image_data.make_dataset(train, sets, seed=-(2**64))[0]["image"], first), "a negative seed is one too"
     rows.set_epoch(1)
     assert not torch.equal(rows[0]["image"], first)
 

@@ -201,39 +201,45 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
         if self.outer_loop is not None and not self.outer_loop.local_steps:  # a round has just been done
-            self._stop_with_others(state, control)
+            self._stop_with_others(state, control, self.outer_loop.somebody_ended)
+        if not self._all_gather(control):
+            self._stop_with_others(state, control, True)
         self._look_if_due(args, state, control, kwargs)
         if control.should_log or control.should_training_stop:
             self._log(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """As at a step's end."""
+        """As at a step's end; a rank that stops ends with the others first, and then all do what an epoch's end asks for."""
+        if not control.should_training_stop and not self._all_gather(control):
+            control.should_training_stop = True
+        if control.should_training_stop:
+            self._end(state)
         self._look_if_due(args, state, control, kwargs)
 
-    def _stop_with_others(self, state: TrainerState, control: TrainerControl) -> None:
+    def _all_gather(self, control: TrainerControl) -> bool:
+        """Meet before Trainer gathers: False where a rank has ended, and will not come."""
+        gathers = control.should_log or control.should_evaluate or control.should_save
+        return not gathers or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
+
+    def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
-        assert self.outer_loop is not None
-        if self.outer_loop.somebody_ended:
+        if somebody_ended:
             logger.warning(
-                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, without a last evaluation or "
-                "save",
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and nothing is evaluated or "
+                "saved there",
                 state.global_step,
             )
             control.should_training_stop = True
             control.should_log = control.should_evaluate = control.should_save = False  # they gather, and that rank will not come
-        elif self.outer_loop.stop_agreed:
+        elif self.outer_loop is not None and self.outer_loop.stop_agreed:
             control.should_save = control.should_training_stop = self._stopped = True
 
     def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
         if self.outer_loop is None:
             return
-        if control.should_log or control.should_evaluate or control.should_save:
-            self.outer_loop.meet_before_gathering()
-            if self.outer_loop.somebody_ended:
-                self._stop_with_others(state, control)
         if control.should_evaluate or control.should_save:
             self.outer_loop.show_average()
-        elif control.should_training_stop:
+        elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._end(state)
         if self._checkpoints and control.should_evaluate:
             self._folder(args, state)  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save

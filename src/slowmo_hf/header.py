@@ -40,6 +40,7 @@ class Agreement:
     Args:
         purpose (`Purpose`): That of the ranks that train on, where there are any.
         attempted_steps (`int`): The clock: the furthest one's, for ranks that have ended may be behind.
+        same_step (`bool`): Whether all ranks' clocks agree.
         local_steps (`list[int]`): Every rank's steps since the last round.
         inner_lrs (`list[float]`): The largest, by parameter group.
         changed_buffers (`list[str]`): All that have changed anywhere.
@@ -49,6 +50,7 @@ class Agreement:
 
     purpose: Purpose
     attempted_steps: int
+    same_step: bool
     local_steps: list[int]
     inner_lrs: list[float]
     changed_buffers: list[str]
@@ -102,6 +104,7 @@ class Header:
         return Agreement(
             purpose=next((purpose for purpose in purposes if purpose is not Purpose.END), Purpose.END),
             attempted_steps=max(steps),
+            same_step=len(set(steps)) == 1,
             local_steps=[int(count) for count in rows[:, 2]],
             inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
             changed_buffers=changed,

@@ -188,7 +188,7 @@ class OuterLoop:
         round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
         if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
             self._exchange()
-        report = self._take_in() if self.departed and self.departed.due_step == self.attempted_steps else None
+        report = self._take_in_if_due()
         if not round_is_due:
             return report
         start = time.perf_counter()
@@ -271,13 +271,13 @@ class OuterLoop:
         """False where ranks go in step anyway, by their gradients."""
         return self.config.has_rounds and self.config.base != "all_reduce"
 
-    def meet_before_gathering(self) -> None:
+    def meet_before_gathering(self) -> bool:
         """
-        Collective: call it before a collective of others, which knows nothing of ranks that went elsewhere. Then `somebody_ended` says
-        whether a rank has ended its training and will not come.
+        Whether all ranks go into a collective of others together: False where one has ended its training, and will not come. Collective.
         """
         if self._meets_others and self.workers.world.world_size > 1:
-            self._meet(Purpose.GATHER)
+            return not self._meet(Purpose.GATHER).somebody_ended
+        return True
 
     @torch.no_grad()
     def end(self) -> None:
@@ -295,8 +295,11 @@ class OuterLoop:
                 self.attempted_steps = agreement.attempted_steps
                 self._round(agreement, start)
             start = time.perf_counter()
+        if not agreement.same_step:  # an average that is shown is an old one
+            self.show_local(give_back_random_state=False)
         self.attempted_steps = agreement.attempted_steps
         if not self.showing_average:
+            self._take_in_if_due()  # the others may have gone on to where it is
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
 
     # ---- the round ----
@@ -380,9 +383,12 @@ class OuterLoop:
     def forget_departed(self) -> None:
         """Another state is taken up: what is under way belongs to the run that is left, and is waited for."""
         self.settle()
-        self.departed = None
+        self.departed, self._lost_finiteness = None, ""
         if isinstance(self.base, TrainingOn):
             self.base.away = False
+
+    def _take_in_if_due(self) -> RoundReport | None:
+        return self._take_in() if self.departed is not None and self.departed.due_step <= self.attempted_steps else None
 
     def _take_in(self) -> RoundReport | None:
         """Step k + n: every worker goes on from the new anchor, with the progress it has made meanwhile."""

@@ -201,8 +201,11 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     _put_residuals(own, same_number, outer_loop)
     if same_number:
         _put_worker_state(own, outer_loop)
-    elif isinstance(outer_loop.base, GossipBase):
-        outer_loop.base.start_from_parameters()
+    else:
+        if "departed" in own.settings:
+            outer_loop.inner_state.reset()  # all start from an average that has taken it in
+        if isinstance(outer_loop.base, GossipBase):
+            outer_loop.base.start_from_parameters()
     return own.objects
 
 

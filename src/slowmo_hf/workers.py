@@ -64,7 +64,8 @@ class Workers:
         self.inside = next(communicator for communicator in inside if communicator.member)
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
-        self.between = Communicator(timeout, self.device, leaders, witness=witness)
+        purpose = "behind" if self.config.overlap_steps else "rounds"  # a header must not queue behind messages that travel for long
+        self.between = Communicator(timeout, self.device, leaders, purpose=purpose, witness=witness)
         if self.config.base in GOSSIP_BASES:
             self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
             if self.gossip.member:
