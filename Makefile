@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests wait more than they compute: two files at a time need two cores.
+TEST_PROCESSES ?= 2
 
 .PHONY: train test
 
@@ -12,7 +14,7 @@ train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real image
 
 test: $(VENV)/.test  ## Lint, types and all tests. ARGS="-m 'not slow'" leaves the slow ones out.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

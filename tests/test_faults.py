@@ -592,3 +592,22 @@ def test_passes_of_other_lengths_that_end_in_evaluations_are_told_on_both():
     assert first == second
     assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
     assert seconds < TIMEOUT_SECONDS + 13
+
+
+def _gossip_that_ends_between_rounds(rank):
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(tempfile.mkdtemp(), max_steps=12, learning_rate=0.05),
+        train_dataset=Rows(200, torch.float32),
+        callbacks=[Uneven(1, 5), SlowMoCallback(SlowMoConfig(base="sgp", sync_every=4, timeout_seconds=TIMEOUT_SECONDS))],
+    )
+    trainer.train()
+
+
+def test_a_gossip_rank_that_ended_between_rounds_is_named_in_time():
+    """Rank 1 waits at its end, step 5; rank 0 misses it in the exchange of step 6."""
+    (first, second), seconds = _run_apart(_gossip_that_ends_between_rounds, survivors=(0, 1))
+    named = rf"rank 1 {WHERE} (gave up at step 5, the end of its training|did not come to step 6, the exchange, .*the end of its training)"
+    assert re.match(f"RuntimeError: optimizer step 6: {named}", first), first
+    assert "rank 0 on" in second.splitlines()[0], second
+    assert seconds < TIMEOUT_SECONDS + 13
