@@ -214,3 +214,43 @@ def test_the_clusters_commands_are_the_papers_rows():
     assert images[1].endswith("recipes/image_classification.py --preset cifar10 --base local_sgd")
     assert images[2].endswith("--preset cifar10 --base sgp --outer_momentum 0")
     assert len(translations) == 3 * 2
+
+
+# ---- the committed records ----
+
+COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.glob("*.json"))]
+FIELDS = {
+    *("study", "task", "dataset", "model", "base", "slowmo", "workers", "sync_every", "outer_lr", "outer_momentum", "inner_lr"),
+    *("inner_state", "seed", "metrics", "curve", "bytes_sent_per_worker", "seconds", "command", "versions", "commit", "hardware"),
+}
+
+
+@pytest.mark.parametrize("record", COMMITTED, ids=lambda record: record["name"])
+def test_a_committed_record_is_whole(record):
+    run = studies.Run(**record["run"])
+    assert record["name"] == run.name
+    assert run.matches(record)
+    assert set(record) >= FIELDS
+    assert record["workers"] >= 8
+    assert record["steps"] // record["sync_every"] >= 150
+    assert {"test_accuracy", "best_validation_accuracy", "training_loss", "validation_nll"} <= set(record["metrics"])
+    assert record["metrics"]["best_validation_accuracy"] == max(look["validation_accuracy"] for look in record["curve"])
+    assert len(record["curve"]) == run.epochs
+    if record["base"] == "local_sgd":  # 260 ring all-reduces of parameters and averaged buffers, fp32, and headers
+        assert 2 * 7 / 8 * 4 * 19_890 * 260 <= record["bytes_sent_per_worker"] <= 1.05 * 2 * 7 / 8 * 4 * 19_890 * 260
+
+
+@pytest.mark.parametrize("study", ["table1", "tuning"])
+def test_the_tables_of_the_results_page_are_those_of_the_records(study):
+    own = [record for record in COMMITTED if (record["study"], record["task"]) == (study, "image_classification")]
+    page = (Path(__file__).parents[1] / "docs/results.md").read_text()
+    for line in reproduce.table(own, "image_classification").splitlines()[2:]:
+        assert line in page
+
+
+def test_the_figures_of_the_readme_are_those_of_the_records():
+    own = [record for record in COMMITTED if record["study"] == "table1" and record["base"] == "local_sgd"]
+    rows = [line.split(" | ") for line in reproduce.table(own, "image_classification").splitlines()[2:]]
+    cells = [rows[0][4], rows[1][4], rows[1][5].rstrip(" |")]
+    line = f"| {' | '.join(cell.rpartition(' (')[0] for cell in cells)} |"
+    assert line in (Path(__file__).parents[1] / "README.md").read_text()
