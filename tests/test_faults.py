@@ -147,7 +147,12 @@ def _live(rank, world_size, port, folder, check, args):
     """As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a file."""
     torch.set_num_threads(1)
     os.environ.update(
-        ACCELERATE_USE_CPU="true", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
     )
     warnings_are_errors()
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
