@@ -36,8 +36,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 # Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and parameter then
 # stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch, and whole tensors are better.
 CACHED_ELEMENTS = {"cpu": 2**18}
-
-
 _OWN_SLOTS = 2  # buffers from here on belong to one message each
 
 
@@ -144,6 +142,21 @@ def flat_anchors(groups: Iterable[list[torch.Tensor]]) -> list[FlatAnchor]:
     return list(found.values())
 
 
+# What one bucket's message brings: its weighted sum over workers, in a reused buffer, and the mean of the displacements' squared norm.
+Sum = tuple[Bucket, torch.Tensor, float]
+
+
+def one_ahead(messages: Iterable[Callable[[], Sum]]) -> Iterator[Sum]:
+    """Start the next message before the last one is waited for: it is packed while that travels."""
+    under_way: Callable[[], Sum] | None = None
+    for started in messages:
+        if under_way:
+            yield under_way()
+        under_way = started
+    if under_way:
+        yield under_way()
+
+
 class Base:
     """
     What a worker brings to an average, x_i, and takes from it. As it stands it is Local SGD: x_i is the parameters.
@@ -231,35 +244,31 @@ class ExactAverager:
     def drop_residuals(self) -> None:
         """Forget what a round holds back for the next: here nothing."""
 
-    def sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+    def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """What a round takes."""
         return self.exact_sums(buckets, base)
 
-    def exact_sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+    def exact_sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """
         Every bucket with the weighted sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element
         of the same message. The next bucket is packed while one travels.
 
         Returns:
-            `Iterator[tuple[Bucket, torch.Tensor, float]]`: The tensor lies in a reused buffer: use it before the next one.
+            `Iterator[Sum]`: The tensor lies in a reused buffer: use it before the next one.
         """
-        under_way: Callable[[], tuple[Bucket, torch.Tensor, float]] | None = None
-        self._own_squares = []
-        for number, bucket in enumerate(buckets):
-            started = self._start_sum(bucket, base, self._message(bucket, number))
-            if under_way:
-                yield under_way()
-            under_way = started
-        if under_way:
-            yield under_way()
+        return one_ahead(self._start_sums(buckets, base))
 
-    def sums_at_once(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+    def sums_at_once(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """The same with all messages started before this returns, in buffers of their own: they travel until the iterator is read."""
-        self._own_squares = []
-        started = [self._start_sum(bucket, base, self._message(bucket, number)) for number, bucket in enumerate(buckets)]
+        started = list(self._start_sums(buckets, base))
         return (arrive() for arrive in started)
 
-    def _start_sum(self, bucket: Bucket, base: Base, message: torch.Tensor) -> Callable[[], tuple[Bucket, torch.Tensor, float]]:
+    def _start_sums(self, buckets: list[Bucket], base: Base) -> Iterator[Callable[[], Sum]]:
+        self._own_squares = []
+        for number, bucket in enumerate(buckets):
+            yield self._start_sum(bucket, base, self._message(bucket, number))
+
+    def _start_sum(self, bucket: Bucket, base: Base, message: torch.Tensor) -> Callable[[], Sum]:
         squares = []
         for piece, run in bucket.runs(message):
             base.displacement_(piece, run)
@@ -270,13 +279,13 @@ class ExactAverager:
         message[-1] = self.weight * self._own_squares[-1]
         wait, total_weight = self.communicator.start_sum_(message), self.total_weight
 
-        def arrive() -> tuple[Bucket, torch.Tensor, float]:
+        def arrive() -> Sum:
             wait()
             return bucket, message[:-1], float(message[-1]) / total_weight
 
         return arrive
 
-    def own_displacements(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+    def own_displacements(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """The same for a round without an average: every bucket with this worker's own pseudo-gradient. Nothing is sent."""
         for bucket in buckets:
             message = self._buffer(bucket.elements, bucket.item.flat.dtype, bucket.item.flat.device)

@@ -26,7 +26,7 @@ from itertools import repeat
 
 import torch
 
-from .averager import CACHED_ELEMENTS, Base, Bucket, ExactAverager, FlatAnchor
+from .averager import CACHED_ELEMENTS, Base, Bucket, ExactAverager, FlatAnchor, Sum, one_ahead
 from .communicator import Communicator
 from .config import SlowMoConfig
 from .round_report import squared_norm
@@ -127,15 +127,6 @@ class Residuals:
     owned: torch.Tensor
 
 
-@dataclass(eq=False)
-class _UnderWay:
-    bucket: Bucket
-    outgoing: torch.Tensor
-    incoming: torch.Tensor
-    weighted_square: torch.Tensor
-    wait: Callable[[], None]
-
-
 class CompressedAverager(ExactAverager):
     """
     An average whose rounds travel quantised. Looks, buffers and inner states are averaged as ever, and leave the residuals alone.
@@ -166,17 +157,14 @@ class CompressedAverager(ExactAverager):
             self._buffer(self.workers * shard, flat.dtype, flat.device)
             self._messages(bucket, number)
 
-    def sums(self, buckets: list[Bucket], base: Base) -> Iterator[tuple[Bucket, torch.Tensor, float]]:
+    def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the mean squared norm is exact."""
-        under_way: _UnderWay | None = None
+        return one_ahead(self._send_all(buckets, base))
+
+    def _send_all(self, buckets: list[Bucket], base: Base) -> Iterator[Callable[[], Sum]]:
         self._own_squares = []
         for number, bucket in enumerate(buckets):
-            sent = self._send(bucket, base, number)
-            if under_way:
-                yield self._receive(under_way)
-            under_way = sent
-        if under_way:
-            yield self._receive(under_way)
+            yield self._send(bucket, base, number)
 
     @property
     def _unit(self) -> float:
@@ -190,8 +178,8 @@ class CompressedAverager(ExactAverager):
         outgoing, incoming = (self._buffer(self.workers * row, torch.uint8, flat.device, 2 * (number % 2) + side) for side in (0, 1))
         return outgoing, incoming
 
-    def _send(self, bucket: Bucket, base: Base, number: int) -> _UnderWay:
-        """Add the displacement to the residual, quantise, and send every owner its shard."""
+    def _send(self, bucket: Bucket, base: Base, number: int) -> Callable[[], Sum]:
+        """Add the displacement to the residual, quantise, and send every owner its shard; the result waits for the sum."""
         message = self._residuals[bucket.item, bucket.offset].own
         scratch = self._buffer(bucket.elements, message.dtype, message.device)
         _scale_(message, self._unit)
@@ -206,20 +194,24 @@ class CompressedAverager(ExactAverager):
         for shard, row in zip(message.view(self.workers, -1), shards.view(self.workers, -1), strict=True):
             encode_(shard, row, self.code)
         _scale_(message, 1 / self._unit)
+        weighted_square = self.weight * self._own_squares[-1]
         wait = self.communicator.start_all_to_all(shards, into)
-        return _UnderWay(bucket, outgoing, incoming, self.weight * self._own_squares[-1], wait)
 
-    def _receive(self, under_way: _UnderWay) -> tuple[Bucket, torch.Tensor, float]:
+        def arrive() -> Sum:
+            wait()
+            return self._share_sum(bucket, outgoing.view(self.workers, -1), incoming, weighted_square)
+
+        return arrive
+
+    def _share_sum(self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, weighted_square: torch.Tensor) -> Sum:
         """Sum the shard that this worker owns, quantise it, and share it; behind each sum its owner's squared norm."""
-        bucket, gathered, incoming = under_way.bucket, under_way.outgoing.view(self.workers, -1), under_way.incoming
-        under_way.wait()
         owned = self._residuals[bucket.item, bucket.offset].owned
         _scale_(owned, self._unit)
         for row in incoming[: -self.workers * _SQUARE_BYTES].view(self.workers, -1):
             decode_(row, owned, self.code, add=True)
         mine = incoming[: gathered.shape[1]]  # what came in has been read, and what went out has gone: their memory is free
         encode_(owned, mine[:-_SQUARE_BYTES], self.code)
-        mine[-_SQUARE_BYTES:].view(torch.float64).copy_(under_way.weighted_square)
+        mine[-_SQUARE_BYTES:].view(torch.float64).copy_(weighted_square)
         _scale_(owned, 1 / self._unit)
         self.communicator.start_all_gather(gathered, mine)()
         total = self._buffer(self.workers * owned.numel(), owned.dtype, owned.device)

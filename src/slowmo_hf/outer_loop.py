@@ -48,7 +48,7 @@ from typing import Any
 
 import torch
 
-from .averager import Base, Bucket, ExactAverager, Piece, flat_anchors, views_like
+from .averager import Base, ExactAverager, Piece, Sum, flat_anchors, views_like
 from .communicator import host_name
 from .compression import make_averager
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
@@ -65,7 +65,6 @@ from .start_check import check_same_everywhere, log_start
 from .workers import Workers
 
 STATE_VERSION = 1
-Displacements = Iterator[tuple[Bucket, torch.Tensor, float]]
 
 
 class OuterLoop:
@@ -433,7 +432,7 @@ class OuterLoop:
         state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
         self.inside.broadcast_([*params, *floating, *integer, *state])
 
-    def _outer_step(self, displacements: Displacements, inner_lrs: list[float], summands: float) -> Norms:
+    def _outer_step(self, displacements: Iterator[Sum], inner_lrs: list[float], summands: float) -> Norms:
         """Lines 6 to 8, and every worker's new start."""
         if not isinstance(self.outer_optimizer, SlowMomentum):
             return self._outer_step_at_once(displacements, summands)
@@ -451,7 +450,7 @@ class OuterLoop:
         self.outer_optimizer.end_round()
         return norms
 
-    def _displacements(self) -> Displacements:
+    def _displacements(self) -> Iterator[Sum]:
         """Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and the mean of its squared norm."""
         self.base.settle()
         return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(self._buckets, self.base)
@@ -460,7 +459,7 @@ class OuterLoop:
     def _summands(self) -> float:
         return self.averager.total_weight if self.config.exact_average else 1.0
 
-    def _outer_step_at_once(self, displacements: Displacements, summands: float) -> Norms:
+    def _outer_step_at_once(self, displacements: Iterator[Sum], summands: float) -> Norms:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
         norms = Norms()
         pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
@@ -595,13 +594,12 @@ class OuterLoop:
             raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
         self.show_local()  # the state replaces what a look would give back
+        self.forget_departed()
         self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))  # the leader's part, or its refusal
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
         self.attempted_steps, self.rounds, self.local_steps = state_dict["attempted_steps"], state_dict["rounds"], 0
-        self.departed = None
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
-        self.forget_departed()
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
             sizes, expected = [t.numel() for t in state_dict[name]], [t.numel() for t in own]
             if sizes != expected:

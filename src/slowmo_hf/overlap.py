@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .averager import Base, Bucket, FlatAnchor, Piece, rounded
+from .averager import Base, FlatAnchor, Piece, Sum, rounded
 from .round_report import Norms
 
 
@@ -72,5 +72,5 @@ class Departed:
     due_step: int
     inner_lrs: list[float]
     summands: float
-    arrivals: Iterator[tuple[Bucket, torch.Tensor, float]] | None = None
+    arrivals: Iterator[Sum] | None = None
     norms: Norms | None = None
