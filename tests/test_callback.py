@@ -6,15 +6,18 @@ the saved files and the end of training hold.
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import re
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import run_workers
@@ -570,3 +573,48 @@ def test_attach_adds_the_callback_once(tmp_path):
     assert trainer.callback_handler.callbacks.count(ours) == 1
     assert ours._find_trainer() is trainer
     assert ours.last_round is None
+
+
+# ---- the Hub ----
+
+
+class Uploads:
+    """Stands for the Hub: what each upload holds at that moment."""
+
+    def __init__(self):
+        self.weights = []
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{name}", url="")
+
+    def upload_folder(self, folder_path, **kwargs):
+        uploaded = load_file(Path(folder_path) / "model.safetensors")
+        self.weights.append({name: value.clone() for name, value in uploaded.items()})  # the file is written again, and is mapped
+        return concurrent.futures.Future()
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def check_push(folder):
+    hub = Uploads()
+    transformers.trainer.hf_api = lambda: hub
+    recorder = Recorder()
+    args = arguments(
+        folder, max_steps=6, save_strategy="steps", save_steps=3, push_to_hub=True, hub_strategy="every_save", hub_always_push=True
+    )
+    model = bert(dropout=0.0)
+    trainer = Trainer(model=model, args=args, train_dataset=sentences(48), callbacks=[recorder, SlowMoCallback(SlowMoConfig.local_sgd(4))])
+    trainer._finish_current_push = lambda: None  # it would wait for uploads that never end
+    trainer.train()
+    return recorded(trainer, recorder), hub.weights
+
+
+def test_what_is_pushed_to_the_hub_is_the_average(tmp_path):
+    """At step 3, inside a round, at step 6, and at the end: the mean of the workers' own weights of that step."""
+    (first, pushed), (second, none) = run_workers(check_push, 2, str(tmp_path))
+    assert none == []
+    assert len(pushed) >= 2
+    for weights, step in zip(pushed[:2], (3, 6), strict=True):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, (first["after"][step - 1][name] + second["after"][step - 1][name]) / 2)
