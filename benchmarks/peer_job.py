@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ class Settings:
     steps: int = field(default=0, metadata={"help": "Steps of training with looks; 0: none."})
     look_every: int = field(default=48, metadata={"help": "Steps between looks, a multiple of sync_every."})
     width: int = field(default=512, metadata={"help": "Of the hidden layers."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step and host."})
+    layers: int = field(default=5, metadata={"help": "Hidden layers."})
+    device_ms: float = field(default=25.0, metadata={"help": "A step's wait for a device that is not there; 0: none."})
+    batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
     learning_rate: float = field(default=0.05, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
     seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
 
@@ -193,11 +196,44 @@ class Batches:
         return self.images[rows], self.labels[rows]
 
 
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        time.sleep(2 * ctx.seconds)
+        return grads[0], None
+
+
+class Device(nn.Module):
+    """
+    A layer's computation on an accelerator, as the host sees it: it waits, twice as long on the way back, and its cores are free for the
+    network. Four hosts that compute on two cores would measure the cores.
+
+    Args:
+        seconds (`float`): Forward.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, later."""
+        return _Wait.apply(x, self.seconds) if torch.is_grad_enabled() else x
+
+
 def make_model(settings: Settings) -> nn.Module:
-    """Three layers; the same weights everywhere."""
+    """Layers of one width, a device's wait behind each; the same weights everywhere."""
     torch.manual_seed(settings.seed)
-    width = settings.width
-    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    widths = [784, *[settings.width] * settings.layers]
+    device = Device(settings.device_ms / 1000 / 3 / settings.layers)
+    layers = [[nn.Linear(before, after), nn.ReLU(), device] for before, after in pairwise(widths)]
+    return nn.Sequential(*[module for layer in layers for module in layer], nn.Linear(settings.width, 10))
 
 
 def train(job: Job, batches: Batches, first: int, steps: int) -> None:

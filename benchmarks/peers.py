@@ -192,7 +192,7 @@ def main() -> None:
     if refusal:
         sys.exit(f"peers.py: {refusal}")
     record = Record(args)
-    with Hosts(args.hosts, mtu=args.mtu) as hosts:
+    with Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
         for rho in args.rho:
             left = [system for system in args.systems if not record.has(system, rho)]
             if not left:

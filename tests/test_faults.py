@@ -53,6 +53,11 @@ def is_slow(step):
         time.sleep(TIMEOUT_SECONDS + 30)
 
 
+def freezes(step):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def stops_early(step):
     if step == 6:
         raise StopIteration
@@ -95,6 +100,7 @@ TABLE = {
     "exits": (exits, "local_sgd", rf"rank 1 {WHERE} left at step 5: its process ended\. It was missed at step 8"),
     "is killed": (is_killed, "local_sgd", rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step 8"),
     "is slow": (is_slow, "local_sgd", rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}"),
+    "freezes": (freezes, "local_sgd", rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}"),
     "stops early": (
         stops_early,
         "local_sgd",
@@ -143,7 +149,7 @@ def _train(rank, fault, base):
         optimizer.zero_grad()
 
 
-def _live(rank, world_size, port, folder, check, args):
+def _live(rank, world_size, port, store_lives_with, folder, check, args):
     """As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a file."""
     torch.set_num_threads(1)
     os.environ.update(
@@ -155,7 +161,8 @@ def _live(rank, world_size, port, folder, check, args):
         LOCAL_WORLD_SIZE=str(world_size),
     )
     warnings_are_errors()
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
+    sys.excepthook = lambda kind, error, trace: Path(folder, f"{rank}.told").write_text(f"{kind.__name__}: {error}") and None
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == store_lives_with, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         check(rank, *args)
@@ -163,8 +170,7 @@ def _live(rank, world_size, port, folder, check, args):
         time.sleep(TIMEOUT_SECONDS + 30)  # its training is over, and its process goes on to something else
     except SystemExit:
         pass
-    except BaseException as error:
-        Path(folder, f"{rank}.told").write_text(f"{type(error).__name__}: {error}")
+    except BaseException:
         sys.excepthook(*sys.exc_info())
     from slowmo_hf.roll_call import _at_exit  # multiprocessing's children skip atexit
 
@@ -172,12 +178,17 @@ def _live(rank, world_size, port, folder, check, args):
     os._exit(0)
 
 
-def _run_apart(check, *args, world_size=2, survivors=(0,)):
-    """What every survivor said, and the seconds until the last of them had ended."""
+def _run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None):
+    """What every survivor said, and the seconds until the last of them had ended. The store is here, as in a launcher, or a rank's."""
     store = launcher_store(world_size)
+    port = store.port
+    if store_lives_with is not None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            fork_server().Process(target=_live, args=(rank, world_size, store.port, folder, check, args), daemon=True)
+            fork_server().Process(target=_live, args=(rank, world_size, port, store_lives_with, folder, check, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -201,6 +212,47 @@ def test_a_fault_on_one_rank_is_an_error_on_the_other(case):
     (told,), seconds = _run_apart(_train, fault, base)
     assert re.match(f"RuntimeError: (optimizer step \\d+: )?{words}", told), told
     assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"  # 3: processes start
+
+
+def _freezes_with_the_store(rank, base):
+    """Rank 0, whose process keeps the store: nobody can be asked any more."""
+    _train(1 - rank, freezes, base)  # the table's faults meet rank 1
+
+
+@pytest.mark.parametrize("base", ["local_sgd", "sgp"])
+def test_a_rank_that_freezes_with_the_store_is_an_error_on_the_others(base):
+    told, seconds = _run_apart(_freezes_with_the_store, base, world_size=3, survivors=(1, 2), store_lives_with=0)
+    for words in told:
+        first = words.splitlines()[0]
+        assert "rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word" in first, words
+    assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"
+
+
+class Freezes(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if dist.get_rank() == 1 and state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _freezes_inside_a_worker(rank):
+    trainer = Trainer(
+        model=Regression(torch.float32),
+        args=arguments(tempfile.mkdtemp(), max_steps=12, learning_rate=0.05),
+        train_dataset=Rows(200, torch.float32),
+        callbacks=[SlowMoCallback(SlowMoConfig(sync_every=8, processes_per_worker=2, timeout_seconds=TIMEOUT_SECONDS)), Freezes()],
+    )
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_others():
+    """Ranks 0 and 1 are one worker: rank 0 waits for 1 in DDP, whose own error names nobody."""
+    told, seconds = _run_apart(_freezes_inside_a_worker, world_size=4, survivors=(0, 2, 3))
+    assert re.match(rf"RuntimeError: rank 1 {WHERE} did not come to step 5, training, within timeout_seconds=5", told[0]), told[0]
+    assert "(" in told[0]
+    for words in told[1:]:
+        assert f"rank 1 on {HOST}" in words.splitlines()[0], words
+    assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ LAYERS = [
     ["averager", "outer_optimizer"],
     ["workers"],
     ["roll_call"],
-    ["checkpoint", "communicator", "topology", "round_report", "stop_signals"],
+    ["checkpoint", "communicator", "job_store", "topology", "round_report", "stop_signals"],
     ["in_process"],
     ["random_state"],
     ["config", "log"],

@@ -97,7 +97,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
         if self.config.base != "all_reduce":
-            self._isolation = Isolation(wrappers, outer_loop.workers.inside.group)
+            self._isolation = Isolation(wrappers, outer_loop.workers.gradients.group)
             self._isolate_tokens(args)
             _advise(args, self.config)
         self._take_up_checkpoints(outer_loop, args, state, kwargs)

@@ -66,8 +66,8 @@ def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> An
 class Witness(Protocol):
     """Who knows of the other ranks when a collective fails."""
 
-    def somebody_failed(self) -> bool:
-        """Whether a rank has given up."""
+    def somebody_is_gone(self) -> bool:
+        """Whether a rank has given up or left, so that a collective waits in vain."""
 
     def explain(self, error: Exception | None, ranks: Iterable[int]) -> RuntimeError:
         """The failure in the words of the rank that caused it."""
@@ -154,7 +154,7 @@ class Communicator:
             except RuntimeError:
                 if work.is_completed():
                     raise
-                if self.witness.somebody_failed():
+                if self.witness.somebody_is_gone():
                     raise RuntimeError("another rank has given up") from None
         work.wait()
 
@@ -316,6 +316,11 @@ class Communicator:
                     raise RuntimeError(f"{transfer.words} failed: {first_line(error)}") from error
         transfer.done = True
         _known().under_way[id(self.group)].remove(transfer)
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether it was raised by a collective of anybody's: torch's own types (NCCL), or gloo's words."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def first_line(error: BaseException) -> str:

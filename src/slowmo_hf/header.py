@@ -10,8 +10,6 @@ from .log import logger
 from .model_tensors import hash48
 from .roll_call import RollCall
 
-_PATIENCE_SECONDS = 3.0  # on gloo, where the gather itself fails cleanly, and at once if a process is gone
-
 
 class Purpose(IntEnum):
     """What a rank comes to a meeting for."""
@@ -89,7 +87,8 @@ class Header:
             ValueError: A rank has a problem.
             RuntimeError: Ranks met at different steps or places, or one is missing. Each is the same on every rank.
         """
-        roll_call.enter(self.attempted_steps, self.purpose.words, _PATIENCE_SECONDS if world.backend == "gloo" else None)
+        # On gloo the gather itself fails cleanly, and at once if a process is gone; NCCL must not be entered in vain.
+        (roll_call.come if world.backend == "gloo" else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine = [self.purpose, self.attempted_steps, self.local_steps, bool(self.problem), self.stop, hash48(self.changed_buffers)]
         rows = world.gather_header([*map(float, mine), *self.inner_lrs])
         purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]

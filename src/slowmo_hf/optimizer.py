@@ -225,7 +225,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             self._stop_listening = _listen_for_the_first_forward(self)
             raise
         if self.config.base != "all_reduce":
-            self.isolation = Isolation(wrappers, outer_loop.workers.inside.group)
+            self.isolation = Isolation(wrappers, outer_loop.workers.gradients.group)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None

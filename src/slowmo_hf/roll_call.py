@@ -7,17 +7,18 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from .communicator import first_line, host_name, job_store, leave_job, processes_in_job, rank_in_job
+from .communicator import first_line, host_name, is_collective_failure, job_store, leave_job, processes_in_job, rank_in_job
+from .job_store import JobStore, StoreError
 
 _ANY = "any"
 _SLICE_SECONDS = 0.5  # between looks for a last word while a rank is missed
-_ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live
+_ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _going: set[RollCall] = set()  # held until a last word is left: at a process's end its objects may be gone already
 
@@ -37,84 +38,103 @@ class RollCall:
         self.timeout_seconds = timeout_seconds
         self.rank = rank_in_job()
         self.world_size = processes_in_job()
-        self.store: Any = job_store() if self.world_size > 1 else None
+        store = job_store() if self.world_size > 1 else None
+        self.store = JobStore(store, timeout_seconds) if store is not None else None
         self.step = 0
         self.place = "the start"
         self._run = f"slowmo/{next(_runs)}" if self.store is not None else ""
+        self.coupled: Sequence[int] = ()  # ranks that meet in collectives which are not ours
+        self.has_explained = False
         self._meeting = 0
         self._host = host_name()
         if self.store is not None:
             _listen()
             _going.add(self)
 
-    def enter(self, step: int, place: str, patience_seconds: float | None = None) -> None:
+    def come(self, step: int, place: str) -> None:
         """
-        Wait until every rank has come to this meeting.
+        Leave word that this rank has come to the next meeting, and do not wait.
 
         Args:
             step (`int`): This rank's optimizer step.
             place (`str`): What it comes for, such as "the round".
-            patience_seconds (`float`, *optional*): Return after this long even so; `timeout_seconds` and an error where it is None.
 
         Raises:
-            RuntimeError: A rank has left, has failed, or does not come in time; its first line names rank, host, step and cause.
+            RuntimeError: The store does not answer.
         """
         self.at(step, place)
         if self.store is None:
             return
         self._meeting += 1
-        keys = [self._key(self._meeting, rank) for rank in range(self.world_size)]
-        start = time.monotonic()
-        limit = self.timeout_seconds if patience_seconds is None else min(patience_seconds, self.timeout_seconds)
         try:
-            self._say(keys[self.rank])
+            self._say(self.store, self._key(self._meeting, self.rank))
             if self._meeting > 2:
-                with suppress(NotImplementedError):  # all have passed the meeting after it; some stores keep every key
-                    self.store.delete_key(self._key(self._meeting - 2, self.rank))
-            while not self._came(keys, max(0.01, min(_SLICE_SECONDS, start + limit - time.monotonic()))):
-                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                if any(self.store.check([self._key("left", rank)]) for rank in missing):
-                    break
-                if time.monotonic() - start >= limit:
-                    if patience_seconds is not None and patience_seconds < self.timeout_seconds:
-                        return
-                    break
-            else:
-                if not self.somebody_failed():
-                    return
-        except RuntimeError as error:
+                self.store.delete_key(self._key(self._meeting - 2, self.rank))  # all have passed the meeting after it
+        except StoreError as error:
             raise self._lost(error) from error
-        raise self.explain(None, range(self.world_size))
+
+    def enter(self, step: int, place: str) -> None:
+        """
+        The same, and wait until every rank has come.
+
+        Raises:
+            RuntimeError: A rank has left, has failed, or does not come in time; its first line names rank, host, step and cause.
+        """
+        self.come(step, place)
+        if self.store is None:
+            return
+        everybody = range(self.world_size)
+        until = time.monotonic() + self.timeout_seconds
+        try:
+            while not self._all_come(self.store, min(_SLICE_SECONDS, max(0.01, until - time.monotonic()))):
+                if time.monotonic() >= until or self.somebody_is_gone():
+                    raise self.explain(None, everybody)
+        except StoreError as error:
+            raise self._lost(error) from error
+        if self._has("failed", _ANY):
+            raise self.explain(None, everybody)
 
     def at(self, step: int, place: str) -> None:
         """Note where this rank is, for its last word and for what it says of others; nothing is sent."""
         self.step, self.place = step, place
 
-    def _came(self, keys: list[str], seconds: float) -> bool:
+    def _all_come(self, store: JobStore, seconds: float) -> bool:
+        keys = [self._key(self._meeting, rank) for rank in range(self.world_size)]
         until, pause = time.monotonic() + seconds, 0.001
-        while not self.store.check(keys):  # its own wait would print two warnings whenever it is in vain
+        while not store.check(keys):  # its own wait would print two warnings whenever it is in vain
             if time.monotonic() >= until:
                 return False
             time.sleep(pause)
             pause = min(0.01, 1.5 * pause)
         return True
 
+    def somebody_is_gone(self) -> bool:
+        """Whether a rank has given up, or has left and will not come to this meeting; or the store is silent, and nobody can tell."""
+        if self.store is None:
+            return False
+        missing = [rank for rank in range(self.world_size) if not self._has(self._meeting, rank)]
+        return self.store.silent or self._has("failed", _ANY) or any(self._has("left", rank) for rank in missing)
+
     def leave(self, cause: str) -> None:
         """Leave a last word for ranks that will miss this one; never raises."""
         if self in _going:
             _going.remove(self)
+            if self.store is not None:
+                self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
             self._try_to_say(self._key("left", self.rank), cause)
 
-    def explain(self, error: Exception | None, ranks: Iterable[int]) -> RuntimeError:
+    def explain(self, error: BaseException | None, ranks: Iterable[int]) -> RuntimeError:
         """
         A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` at most: the others' words may be on their way.
 
         Args:
-            error (`Exception`, *optional*): What a collective raised here; None where somebody was missed.
+            error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
             ranks (`Iterable[int]`): Who took part.
         """
         if self.store is None:
             return RuntimeError(str(error))
+        self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
+        self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
         too_late = error is None or "timed out" in str(error).lower()
         for whose in (self.rank, _ANY):
@@ -122,6 +142,8 @@ class RollCall:
         until = time.monotonic() + _ROLL_SECONDS
         while time.monotonic() < until and not all(self._has("failed", rank) or self._has("left", rank) for rank in others):
             time.sleep(0.05)
+        if self.store.silent:
+            return self._lost(error or StoreError("no answer"))
         causes = [self._words(rank, too_late) for rank in others if not self._has("failed", rank)]
         here = f"It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}"
         if not causes:
@@ -147,49 +169,51 @@ class RollCall:
             )
         return f"rank {rank} on {seen['host']} left without a word after step {seen['step']}; {last}"
 
-    def somebody_failed(self) -> bool:
-        """Whether a rank has given up."""
-        return self.store is not None and self._has("failed", _ANY)
-
     # ---- the store ----
 
     def _key(self, what: str | int, rank: int | str) -> str:
         return f"{self._run}/{what}/{rank}"
 
-    def _say(self, key: str, cause: str = "") -> None:
-        self.store.set(key, json.dumps({"host": self._host, "step": self.step, "place": self.place, "cause": cause}))
+    def _say(self, store: JobStore, key: str, cause: str = "") -> None:
+        store.set(key, json.dumps({"host": self._host, "step": self.step, "place": self.place, "cause": cause}))
 
     def _try_to_say(self, key: str, cause: str = "") -> None:
-        with suppress(RuntimeError, OSError):  # the store may have gone with its rank
-            self._say(key, cause)
+        if self.store is not None:
+            with suppress(StoreError):  # the store may have gone with its rank
+                self._say(self.store, key, cause)
 
-    def _has(self, what: str, rank: int | str) -> bool:
+    def _has(self, what: str | int, rank: int | str) -> bool:
         try:
-            return bool(self.store.check([self._key(what, rank)]))
-        except (RuntimeError, OSError):
+            return self.store is not None and self.store.check([self._key(what, rank)])
+        except StoreError:
             return False
 
     def _get(self, what: str | int, rank: int) -> dict[str, Any] | None:
         try:
-            key = self._key(what, rank)
-            return json.loads(self.store.get(key)) if self.store.check([key]) else None
-        except (RuntimeError, OSError):
+            return json.loads(self.store.get(self._key(what, rank))) if self.store and self._has(what, rank) else None
+        except StoreError:
             return None
 
-    def _lost(self, error: RuntimeError) -> RuntimeError:
+    def _lost(self, error: BaseException) -> RuntimeError:
         return RuntimeError(
-            f"rank 0, or the launcher that keeps the job's key-value store, left without a word: the store does not answer "
+            f"rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word: the store does not answer "
             f"({first_line(error)}). It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}."
         )
 
 
 @lru_cache
 def _listen() -> None:
-    """Once per process: an exception that nobody catches, and the process's end, are told to the others."""
+    """
+    Once per process: an exception that nobody catches, and the process's end, are told to the others. Where the exception is that of a
+    collective that is not ours, DDP's among a worker's processes, it is told here too in the words of the rank that caused it.
+    """
     earlier = sys.excepthook
 
     def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         for roll_call in list(_going):
+            if len(roll_call.coupled) > 1 and is_collective_failure(error) and not roll_call.has_explained:
+                named = roll_call.explain(error, roll_call.coupled)
+                named.__cause__, kind, error = error, type(named), named
             roll_call.leave(f"{kind.__name__}: {first_line(error)}")
         earlier(kind, error, trace)
 

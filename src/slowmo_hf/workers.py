@@ -25,8 +25,8 @@ class Workers:
     """
     The processes of the job, cut into workers of neighbouring ranks.
 
-    `world` is every process. `inside` is this worker's own; its first process, the leader, is the only one that holds anchors and
-    talks to other workers (`between`, and `gossip` for exchanges behind the computation); what it learns travels on inside. With
+    `world` is every process. `inside` is this worker's own, and `gradients` the same for DDP; its first process, the leader, is the only
+    one that holds anchors and talks to other workers (`between`, and `gossip`); what it learns travels on inside. With
     `base="all_reduce"` gradients keep all workers equal, so each does the outer update for itself and talks to nobody.
 
     Args:
@@ -60,8 +60,9 @@ class Workers:
         cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
         # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
         witness = self.roll_call
-        inside = [Communicator(2 * timeout + 10, self.device, ranks, purpose="inside", witness=witness) for ranks in cut]
-        self.inside = next(communicator for communicator in inside if communicator.member)
+        self.inside = _mine([Communicator(2 * timeout + 10, self.device, ranks, purpose="inside", witness=witness) for ranks in cut])
+        self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])  # DDP's
+        self.roll_call.coupled = self.gradients.ranks
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
         purpose = "behind" if self.config.overlap_steps else "rounds"  # a header must not queue behind messages that travel for long
@@ -75,3 +76,7 @@ class Workers:
     def bytes_sent(self) -> int:
         """Payload that this worker has sent to others, since the groups were made; headers of meetings included."""
         return self.world.bytes_sent + self.between.bytes_sent + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)
+
+
+def _mine(communicators: list[Communicator]) -> Communicator:
+    return next(communicator for communicator in communicators if communicator.member)
