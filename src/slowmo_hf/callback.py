@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -44,6 +45,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._isolation: Isolation | None = None
         self._training = False
         self._ended = self._stopped = False
+        self._planned_end: int | None = None  # max_steps, where it is the same on all ranks
         self._stop_signals: StopSignals | None = None
         self._stock_token_average: bool | None = None
         self._unlogged: list[RoundReport] = []
@@ -104,6 +106,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop = outer_loop
         self._training, self._ended, self._stopped = True, False, False
         self._unlogged = []
+        plans = outer_loop.workers.world.gather_objects(state.max_steps)
+        self._planned_end = plans[0] if all(plan == plans[0] for plan in plans) else None
         if self.config.has_rounds:
             self._stop_signals = StopSignals(self._on_signal)
         if args.eval_on_start:
@@ -173,7 +177,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop is None:
             return
         if self.outer_loop.showing_average or not args.load_best_model_at_end:
-            self._end(state)
+            self._end(args, state)
             self.outer_loop.keep_average()
         self._log(control)
         self._restore(args)
@@ -213,7 +217,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if not control.should_training_stop and not self._all_gather(control):
             control.should_training_stop = True
         if control.should_training_stop:
-            self._end(state)
+            self._end(args, state)
         self._look_if_due(args, state, control, kwargs)
 
     def _all_gather(self, control: TrainerControl) -> bool:
@@ -240,17 +244,18 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if control.should_evaluate or control.should_save:
             self.outer_loop.show_average()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
-            self._end(state)
+            self._end(args, state)
         if self._checkpoints and control.should_evaluate:
             self._folder(args, state)  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
         if self._checkpoints and control.should_save:
             self._checkpoints.write(self._folder(args, state), self._states(events))
 
-    def _end(self, state: TrainerState) -> None:
+    def _end(self, args: TrainingArguments, state: TrainerState) -> None:
         """Once: all ranks end together, on the average."""
         if self.outer_loop is not None and not self._ended:
             self._ended = True
-            self.outer_loop.end()
+            all_end_here = state.global_step == self._planned_end or self._stopped or self.outer_loop.somebody_ended
+            self.outer_loop.end(all_end_here=all_end_here, others_meet_at=lambda step: _meets_at(step, args, state, self._planned_end))
             if self.config.has_rounds:
                 state.global_step = self.outer_loop.attempted_steps
                 # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would abort in gloo.
@@ -324,6 +329,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             trainer = holders[-1]
             self._trainer = weakref.ref(trainer)
         return trainer
+
+
+def _meets_at(step: int, args: TrainingArguments, state: TrainerState, planned_end: int | None) -> bool:
+    """Whether Trainer's own settings make the ranks that train log, evaluate, save or end at a step."""
+    there, control = copy.copy(state), TrainerControl()
+    there.global_step, there.max_steps = step, planned_end or step + 1
+    DefaultFlowCallback().on_step_end(args, there, control)
+    return any((control.should_log, control.should_evaluate, control.should_save, control.should_training_stop))
 
 
 def _raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -38,6 +38,7 @@ class Agreement:
     Args:
         purpose (`Purpose`): That of the ranks that train on, where there are any.
         attempted_steps (`int`): The clock: the furthest one's, for ranks that have ended may be behind.
+        trained_steps (`int`): The same without the steps of ranks that have ended and only pass messages on.
         same_step (`bool`): Whether all ranks' clocks agree.
         local_steps (`list[int]`): Every rank's steps since the last round.
         inner_lrs (`list[float]`): The largest, by parameter group.
@@ -48,6 +49,7 @@ class Agreement:
 
     purpose: Purpose
     attempted_steps: int
+    trained_steps: int
     same_step: bool
     local_steps: list[int]
     inner_lrs: list[float]
@@ -59,11 +61,12 @@ class Agreement:
 @dataclass(frozen=True)
 class Header:
     """
-    What a rank says, in fp64: [purpose, step, local steps, problem?, stop?, changed buffers, *inner_lrs].
+    What a rank says, in fp64: [purpose, step, trained steps, local steps, 1 for a problem + 2 for a stop, changed buffers, *inner_lrs].
 
     Args:
         purpose (`Purpose`): What it comes for.
         attempted_steps (`int`): Its clock.
+        trained_steps (`int`): The same without steps that only passed messages on.
         local_steps (`int`): Its steps since the last round.
         inner_lrs (`list[float]`): The learning rate in force at its last inner step, per parameter group.
         changed_buffers (`list[str]`): Names of the buffers that have changed here since the start.
@@ -73,6 +76,7 @@ class Header:
 
     purpose: Purpose
     attempted_steps: int
+    trained_steps: int
     local_steps: int
     inner_lrs: list[float]
     changed_buffers: list[str]
@@ -89,11 +93,12 @@ class Header:
         """
         # On gloo the gather itself fails cleanly, and at once if a process is gone; NCCL must not be entered in vain.
         (roll_call.come if world.backend == "gloo" else roll_call.enter)(self.attempted_steps, self.purpose.words)
-        mine = [self.purpose, self.attempted_steps, self.local_steps, bool(self.problem), self.stop, hash48(self.changed_buffers)]
-        rows = world.gather_header([*map(float, mine), *self.inner_lrs])
+        mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
+        mine += [bool(self.problem) + 2 * self.stop, hash48(self.changed_buffers)]
+        rows = world.gather_header([*mine, *self.inner_lrs])
         purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]
         steps = [int(step) for step in rows[:, 1]]
-        if rows[:, 3].any():
+        if (rows[:, 4] % 2).any():
             self._tell_problems(world, steps)
         rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
         self._compare_places(world, purposes, steps)
@@ -103,12 +108,13 @@ class Header:
         return Agreement(
             purpose=next((purpose for purpose in purposes if purpose is not Purpose.END), Purpose.END),
             attempted_steps=max(steps),
+            trained_steps=int(rows[:, 2].max()),
             same_step=len(set(steps)) == 1,
-            local_steps=[int(count) for count in rows[:, 2]],
+            local_steps=[int(count) for count in rows[:, 3]],
             inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
             changed_buffers=changed,
             somebody_ended=Purpose.END in purposes,
-            stop=bool(rows[:, 4].any()),
+            stop=bool((rows[:, 4] >= 2).any()),
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:

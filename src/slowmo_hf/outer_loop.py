@@ -84,6 +84,7 @@ class OuterLoop:
         self.inner_state = InnerState(config, self.tensors)
         self.attempted_steps = 0
         self.local_steps = 0  # since the last round
+        self._idle_steps = 0  # after this worker's end, in the others' exchanges
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self.departed: Departed | None = None  # a round that travels, or is due
@@ -184,9 +185,7 @@ class OuterLoop:
         self.attempted_steps += 1
         self.local_steps += 1
         self.workers.roll_call.at(self.attempted_steps, "training")
-        round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
-        if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
-            self._exchange()
+        round_is_due = self._exchange_if_due()
         report = self._take_in_if_due()
         if not round_is_due:
             return report
@@ -230,6 +229,13 @@ class OuterLoop:
             return True
         return self.config.exact_average and not self.config.overlap_steps and self.attempted_steps % self.config.sync_every == 0
 
+    def _exchange_if_due(self) -> bool:
+        """Mix, with a gossip base, but at an exact round; whether a round is due."""
+        round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
+        if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
+            self._exchange()
+        return round_is_due
+
     def _exchange(self) -> None:
         """One gossip exchange. Its number counts those before it: with exact rounds, all steps but the rounds'."""
         start = time.perf_counter()
@@ -254,7 +260,8 @@ class OuterLoop:
         count = len(self.tensors.groups)  # another number of groups is a problem, and must not change the message's length
         lrs = ((inner_lrs or []) + [0.0] * count)[:count]
         problem = self.tensors.problem() or self._lost_finiteness
-        header = Header(purpose, self.attempted_steps, self.local_steps, lrs, self.tensors.changed_buffers(), problem, self.stop_asked)
+        trained, changed = self.attempted_steps - self._idle_steps, self.tensors.changed_buffers()
+        header = Header(purpose, self.attempted_steps, trained, self.local_steps, lrs, changed, problem, self.stop_asked)
         before = self.workers.bytes_sent
         agreement = header.agree(self.workers.world, self.workers.roll_call)
         if purpose is not Purpose.ROUND:  # a look, which no report counts
@@ -279,15 +286,22 @@ class OuterLoop:
         return True
 
     @torch.no_grad()
-    def end(self) -> None:
+    def end(self, *, all_end_here: bool = True, others_meet_at: Callable[[int], bool] = lambda step: False) -> None:
         """
         End training together, with the average shown. Collective: a rank that ends first takes part in the others' rounds until all
         have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step anyway.
+
+        Args:
+            all_end_here (`bool`, *optional*, defaults to `True`): False where others may train on: with a gossip base this rank then takes
+                part in their exchanges until all next meet.
+            others_meet_at (`Callable`, *optional*): Whether they meet at a step that is no round.
         """
         if not self._meets_others:
             self.show_average()
             return
         start = self._look_start = time.perf_counter()
+        if self.config.base in GOSSIP_BASES and not all_end_here:
+            self._pass_on(others_meet_at)
         while (agreement := self._meet(Purpose.END)).purpose is not Purpose.END:
             if agreement.purpose is Purpose.ROUND:
                 self.show_local(give_back_random_state=False)
@@ -296,10 +310,20 @@ class OuterLoop:
             start = time.perf_counter()
         if not agreement.same_step:  # an average that is shown is an old one
             self.show_local(give_back_random_state=False)
-        self.attempted_steps = agreement.attempted_steps
+        self.attempted_steps, self._idle_steps = agreement.trained_steps, 0
         if not self.showing_average:
             self._take_in_if_due()  # the others may have gone on to where it is
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
+
+    def _pass_on(self, others_meet_at: Callable[[int], bool]) -> None:
+        """Out of data: exchange without training, until the others hear of it where all meet. The average does not change."""
+        self.show_local(give_back_random_state=False)
+        meet = False
+        while not meet:
+            self.attempted_steps += 1
+            self._idle_steps += 1
+            round_is_due = self._exchange_if_due()
+            meet = round_is_due or others_meet_at(self.attempted_steps)
 
     # ---- the round ----
 
