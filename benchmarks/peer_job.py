@@ -43,10 +43,10 @@ class Settings:
     sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
     steps: int = field(default=0, metadata={"help": "Steps of training with looks; 0: none."})
-    look_every: int = field(default=48, metadata={"help": "Steps between looks, a multiple of sync_every."})
-    width: int = field(default=512, metadata={"help": "Of the hidden layers."})
-    layers: int = field(default=5, metadata={"help": "Hidden layers."})
-    device_ms: float = field(default=25.0, metadata={"help": "A step's wait for a device that is not there; 0: none."})
+    look_every: int = field(default=24, metadata={"help": "Steps between looks, a multiple of sync_every."})
+    width: int = field(default=256, metadata={"help": "Of the hidden layers."})
+    layers: int = field(default=8, metadata={"help": "Hidden layers."})
+    device_ms: float = field(default=50.0, metadata={"help": "A step's wait for a device that is not there; 0: none."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
     learning_rate: float = field(default=0.05, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
     seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
@@ -65,6 +65,8 @@ class Job:
 
 # ---- systems ----
 
+BUCKET_MB = 0.2  # DDP's buckets, of 25 MB by default: a small model's gradients would all travel at the end of the backward pass
+
 
 def _backward(loss: torch.Tensor) -> None:
     loss.backward()
@@ -80,15 +82,15 @@ def _stepping(optimizer: torch.optim.Optimizer, then: Callable[[], Any] = lambda
 
 
 def ddp(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-    """torch's DistributedDataParallel."""
-    return Job(DistributedDataParallel(model), _stepping(sgd), _backward)
+    """torch's DistributedDataParallel, with a bucket per layer, so that gradients travel while earlier layers compute."""
+    return Job(DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB), _stepping(sgd), _backward)
 
 
 def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
     """The same with torch's hook that sends gradients in bf16: behind another name, for DDP refuses it on gloo, which can."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB)
     wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     return Job(wrapped, _stepping(sgd), _backward)
 
@@ -196,44 +198,61 @@ class Batches:
         return self.images[rows], self.labels[rows]
 
 
-class _Wait(torch.autograd.Function):
+class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
+    def forward(ctx: Any, x: torch.Tensor, device: Device) -> torch.Tensor:
+        ctx.device = device
+        device.launch(device.layer_seconds)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        time.sleep(2 * ctx.seconds)
+        ctx.device.wait(2 * ctx.device.layer_seconds)
         return grads[0], None
 
 
 class Device(nn.Module):
     """
-    A layer's computation on an accelerator, as the host sees it: it waits, twice as long on the way back, and its cores are free for the
-    network. Four hosts that compute on two cores would measure the cores.
+    An accelerator's time, as its host sees it; put one behind every layer. Within a step the host runs ahead, and the device is never idle:
+    forward the layers queue up, backward the host waits until a layer's gradients are there (twice a layer's forward), as a
+    hook of DDP would. Meanwhile the cores are free for the network: four hosts that compute on two cores would measure the cores.
 
     Args:
-        seconds (`float`): Forward.
+        layer_seconds (`float`): Of a layer, forward.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, layer_seconds: float) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.layer_seconds = layer_seconds
+        self._busy_until = 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x, later."""
-        return _Wait.apply(x, self.seconds) if torch.is_grad_enabled() else x
+        """x itself."""
+        return _Layer.apply(x, self) if torch.is_grad_enabled() else x
+
+    def start_step(self) -> None:
+        """The host has waited for all that came before."""
+        self._busy_until = max(self._busy_until, time.perf_counter())
+
+    def launch(self, seconds: float) -> None:
+        """Queue work."""
+        self._busy_until += seconds
+
+    def wait(self, seconds: float) -> None:
+        """Queue work, and wait for it."""
+        self.launch(seconds)
+        time.sleep(max(0.0, self._busy_until - time.perf_counter()))
 
 
 def make_model(settings: Settings) -> nn.Module:
-    """Layers of one width, a device's wait behind each; the same weights everywhere."""
+    """Layers of one width, the device behind each; the same weights everywhere."""
     torch.manual_seed(settings.seed)
     widths = [784, *[settings.width] * settings.layers]
     device = Device(settings.device_ms / 1000 / 3 / settings.layers)
     layers = [[nn.Linear(before, after), nn.ReLU(), device] for before, after in pairwise(widths)]
-    return nn.Sequential(*[module for layer in layers for module in layer], nn.Linear(settings.width, 10))
+    model = nn.Sequential(*[module for layer in layers for module in layer], nn.Linear(settings.width, 10))
+    model.register_forward_pre_hook(lambda module, inputs: device.start_step())
+    return model
 
 
 def train(job: Job, batches: Batches, first: int, steps: int) -> None:
