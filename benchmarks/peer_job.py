@@ -48,7 +48,7 @@ class Settings:
     layers: int = field(default=8, metadata={"help": "Hidden layers."})
     device_ms: float = field(default=50.0, metadata={"help": "A step's wait for a device that is not there; 0: none."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
-    learning_rate: float = field(default=0.05, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
+    learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
     seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
 
 
@@ -251,6 +251,9 @@ def make_model(settings: Settings) -> nn.Module:
     device = Device(settings.device_ms / 1000 / 3 / settings.layers)
     layers = [[nn.Linear(before, after), nn.ReLU(), device] for before, after in pairwise(widths)]
     model = nn.Sequential(*[module for layer in layers for module in layer], nn.Linear(settings.width, 10))
+    for linear in (module for module in model if isinstance(module, nn.Linear)):
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
     model.register_forward_pre_hook(lambda module, inputs: device.start_step())
     return model
 
