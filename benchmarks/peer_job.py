@@ -96,10 +96,13 @@ def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelera
 
 
 def ddp_powersgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-    """The same with torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes."""
+    """
+    torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes. In one bucket: with several, its collectives start from
+    callbacks of gloo's threads, in another order on each rank, and fail.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=25)
     wrapped.register_comm_hook(PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook)
     return Job(wrapped, _stepping(sgd), _backward)
 
