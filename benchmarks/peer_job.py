@@ -97,8 +97,8 @@ def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelera
 
 def ddp_powersgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
     """
-    torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes. In one bucket: with several, its collectives start from
-    callbacks of gloo's threads, in another order on each rank, and fail.
+    torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes. In one bucket: with several, its collectives start
+    from callbacks of gloo's threads, in another order on each rank, and fail.
     """
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 

@@ -135,7 +135,8 @@ def run_study(arguments: Arguments, folder: Path) -> None:
     records = [record for run in study_runs(arguments, folder) if (record := find_record(run, folder))]
     print(table(records, arguments.task))
     if arguments.plot and records:
-        plot(records, arguments.task, folder / f"{arguments.study}_{arguments.task}.png")
+        draw = plot_sweep if arguments.study == "sweep" else plot
+        draw(records, arguments.task, folder / f"{arguments.study}_{arguments.task}.png")
 
 
 def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
@@ -288,6 +289,43 @@ def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:
         axis.set_ylabel(name.replace("_", " "))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def swept(records: list[dict[str, Any]], field_name: str, metric: str) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
+    """(value of one setting, metric), ascending, of runs that differ in it alone; two at least, by the words of what they share."""
+    lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for record in records:
+        rest = _setting({**record["run"], field_name: 0})
+        lines.setdefault(rest, []).append((record["run"][field_name], record["metrics"][metric]))
+    return {key: sorted(line) for key, line in lines.items() if len(line) > 1}
+
+
+def plot_sweep(records: list[dict[str, Any]], task: str, path: Path) -> None:
+    """The task's final metric over τ, over β, and for every inner state and average at the middle setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric = SHOWN[task].gain
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    for axis, name, words in zip(axes, ("sync_every", "outer_momentum"), ("τ, steps per round", "β"), strict=False):
+        for key, line in swept(records, name, metric).items():
+            momentum = f"β {key[1]:g}" if name == "sync_every" else f"τ {key[3]}"
+            axis.plot(*zip(*line, strict=True), "o-", label=f"{key[0]}, {momentum}")
+        axis.set(xlabel=words, ylabel=metric.replace("_", " "))
+        axis.legend(fontsize="small")
+    axes[0].set_xscale("log", base=2)
+    middle = [(_words(_setting(r["run"])), r["metrics"][metric]) for r in records if r["run"]["sync_every"] == 12]
+    states = [(words, value) for words, value in middle if "state" in words or not words.startswith("local_sgd")]
+    axes[2].barh([words for words, _ in states], [value for _, value in states])
+    if states:
+        axes[2].set_xlim(left=min(value for _, value in states) - 0.01)
+    axes[2].set(xlabel=metric.replace("_", " "))
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -156,6 +156,20 @@ def test_the_paired_gain_by_hand():
     assert rows[3].endswith("| +0.2000 [-0.0484, +0.4484] (3) |")
 
 
+def test_a_sweep_is_drawn_over_what_varies_alone(tmp_path):
+    """Over tau at beta 0.5 three runs; beta 0 has one, which is no line. The file is a picture."""
+    runs = [replace(RUN, outer_momentum=beta, sync_every=tau) for beta, tau in ((0.5, 24), (0.5, 3), (0.5, 12), (0.0, 6))]
+    runs.append(replace(RUN, outer_momentum=0.5, inner_state="average"))
+    records = [
+        {"run": asdict(run), "slowmo": run.slowmo, "seed": 1, "metrics": {"test_accuracy": 0.8 + run.sync_every / 100}} for run in runs
+    ]
+    (line,) = reproduce.swept(records, "sync_every", "test_accuracy").values()
+    assert [x for x, _ in line] == [3, 12, 24]
+    assert [y for _, y in line] == pytest.approx([0.83, 0.92, 1.04])
+    reproduce.plot_sweep(records, "image_classification", tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.fixture(scope="module")
 def images():
     return small_images.load(str(RECIPES / "data" / "fashion_mnist"))
