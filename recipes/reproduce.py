@@ -312,11 +312,13 @@ def plot_sweep(records: list[dict[str, Any]], task: str, path: Path) -> None:
     metric = SHOWN[task].gain
     figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     for axis, name, words in zip(axes, ("sync_every", "outer_momentum"), ("τ, steps per round", "β"), strict=False):
-        for key, line in swept(records, name, metric).items():
+        lines = swept(records, name, metric)
+        for key, line in lines.items():
             momentum = f"β {key[1]:g}" if name == "sync_every" else f"τ {key[3]}"
             axis.plot(*zip(*line, strict=True), "o-", label=f"{key[0]}, {momentum}")
         axis.set(xlabel=words, ylabel=metric.replace("_", " "))
-        axis.legend(fontsize="small")
+        if lines:
+            axis.legend(fontsize="small")
     axes[0].set_xscale("log", base=2)
     middle = [(_words(_setting(r["run"])), r["metrics"][metric]) for r in records if r["run"]["sync_every"] == 12]
     states = [(words, value) for words, value in middle if "state" in words or not words.startswith("local_sgd")]
