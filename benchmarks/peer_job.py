@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
@@ -291,7 +291,8 @@ def main() -> None:
     """Measure, train, and write down what rank 0 saw."""
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    buckets: Any = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB)  # typed int
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[buckets])
     batches = Batches(settings)
     alone = make_model(settings)
     plain = Job(alone, _stepping(torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9, nesterov=True)), _backward)
