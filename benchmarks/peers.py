@@ -41,8 +41,10 @@ class PeerArguments:
     sync_every: int = field(default=12, metadata={"help": "Steps per round."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds timed per system; at least 5."})
     steps: int = field(default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."})
-    width: int = field(default=512, metadata={"help": "Of the model's hidden layers."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step and host."})
+    width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
+    batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
+    device_ms: float = field(default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (peer_job.Device)."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the model and the batches; a row for each."})
     output: str = field(default="benchmarks/records/peers.json", metadata={"help": "The record."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG beside the record."})
 
@@ -88,9 +90,9 @@ class Record:
             "versions": versions(),
         }
 
-    def has(self, system: str, rho: float) -> bool:
+    def has(self, system: str, rho: float, seed: int) -> bool:
         """Whether it was measured."""
-        return any(row["system"] == system and row["rho"] == rho for row in self.values["rows"])
+        return any((row["system"], row["rho"], row.get("seed", 0)) == (system, rho, seed) for row in self.values["rows"])
 
     def write(self) -> None:
         """Beside, and renamed."""
@@ -100,18 +102,18 @@ class Record:
         beside.replace(self.path)
 
 
-def run(hosts: Hosts, system: str, args: PeerArguments, steps: int) -> dict[str, Any]:
+def run(hosts: Hosts, system: str, args: PeerArguments, steps: int, seed: int = 0) -> dict[str, Any]:
     """One system's figures."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
         flags = {"system": system, "output": output, "sync_every": args.sync_every, "timed_rounds": args.timed_rounds, "steps": steps}
-        flags |= {"width": args.width, "batch_size": args.batch_size}
+        flags |= {"width": args.width, "batch_size": args.batch_size, "device_ms": args.device_ms, "seed": seed}
         hosts.launch(JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200)
         figures: dict[str, Any] = json.loads(output.read_text())
     return figures
 
 
-def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: dict[str, Any]) -> dict[str, Any]:
+def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """A row of the record."""
     seconds = statistics.median(figures["round_seconds_per_step"])
     compute = figures["compute_seconds_per_step"]
@@ -119,6 +121,7 @@ def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: d
         "system": system,
         "version": figures["version"],
         "rho": rho,
+        "seed": seed,
         "hosts": args.hosts,
         "mtu": args.mtu,
         "link_mbit_per_s": link,
@@ -194,7 +197,7 @@ def main() -> None:
     record = Record(args)
     with Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
         for rho in args.rho:
-            left = [system for system in args.systems if not record.has(system, rho)]
+            left = [(seed, system) for seed in args.seeds for system in args.systems if not record.has(system, rho, seed)]
             if not left:
                 continue
             hosts.throttle(None)
@@ -202,10 +205,12 @@ def main() -> None:
             payload = payload_bytes("ddp", figures["parameters"], args.hosts, args.sync_every)
             link = 8 * payload / (rho * figures["compute_seconds_per_step"]) / 1e6
             hosts.throttle(link)
-            for system in left:
+            for seed, system in left:
                 reason = missing(system)
-                row = {"system": system, "rho": rho, "not_run": reason} if reason else None
-                record.values["rows"].append(row or row_of(system, rho, link, args, run(hosts, system, args, args.steps)))
+                row: dict[str, Any] = {"system": system, "rho": rho, "seed": seed, "not_run": reason}
+                if reason is None:
+                    row = row_of(system, rho, link, args, run(hosts, system, args, args.steps, seed), seed)
+                record.values["rows"].append(row)
                 record.write()
                 print(table(record.values["rows"][-1:]).splitlines()[-1], flush=True)
     rows = record.values["rows"]
