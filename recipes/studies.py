@@ -198,5 +198,6 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     runs += [replace(middle, outer_momentum=0.0, inner_state="average")]  # double averaging
     lr, momentum = tuned["sgp"].inner_lr, tuned["sgp"].outer_momentum
     if lr is not None and momentum is not None:
-        runs += [make_run("sweep", task, "sgp", momentum, lr, seed=1, exact_average=exact) for exact in (True, False)]
+        gossip = make_run("sweep", task, "sgp", momentum, lr, seed=1)
+        runs += [gossip, replace(gossip, exact_average=False), replace(gossip, inner_state="maintain")]
     return list(dict.fromkeys(runs))
