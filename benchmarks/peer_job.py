@@ -315,6 +315,7 @@ def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, 
     seconds = []
     with job.around:
         train(job, batches, 0, settings.sync_every)
+        time.sleep(1 + 2 * allreduce_seconds)  # its messages have gone
         dist.barrier()
         sent = _bytes_sent()
         for number in range(1, settings.timed_rounds + 1):
