@@ -167,6 +167,46 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+TABLE2 = {  # the rows of the paper's Table 2: without and with slow momentum
+    "all-reduce": ("slowmo_hf all_reduce", "slowmo_hf all_reduce, slowmo"),
+    "Local SGD": ("slowmo_hf local_sgd", "slowmo_hf local_sgd, slowmo"),
+    "SGP": ("slowmo_hf sgp", "slowmo_hf sgp, slowmo"),
+    "SGP, no average": ("slowmo_hf sgp", "slowmo_hf sgp, slowmo, no average"),
+    "OSGP": ("slowmo_hf osgp", "slowmo_hf osgp, slowmo"),
+    "double averaging": ("slowmo_hf local_sgd, double averaging", None),
+}
+
+
+def table2(rows: list[dict[str, Any]], ratios: tuple[float, ...] = (0.5, 3.1)) -> str:
+    """The paper's Table 2 at the ratios that it implies for ImageNet (0.5) and WMT (3.1): ms per step, and what slow momentum adds."""
+    found = {(row["rho"], row["system"]): 1e3 * row["seconds_per_step"] for row in rows if "not_run" not in row}
+    lines = ["| base | " + " | ".join(f"ρ {rho:g}: without, with, more" for rho in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+    for words, (plain, slow) in TABLE2.items():
+        cells = []
+        for rho in ratios:
+            without, with_it = found.get((rho, plain)), found.get((rho, slow or ""))
+            more = f"{100 * (with_it / without - 1):+.1f} %" if without and with_it else ""
+            cells.append(", ".join([*(f"{ms:.1f}" for ms in (without, with_it) if ms), *([more] if more else [])]))
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(rows: list[dict[str, Any]]) -> str:
+    """A line per system: the final validation loss over seeds, and the paired difference to the first system."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault(row["system"], {})[row["seed"]] = row["final_validation_loss"]
+    first = next(iter(losses.values()))
+    lines = ["| system | final validation loss (seeds) | minus the first's |", "|---|---|---|"]
+    for system, own in losses.items():
+        gaps = [loss - first[seed] for seed, loss in own.items() if seed in first]
+        mean, gap = f"{statistics.mean(own.values()):.4f} ± {statistics.stdev(own.values()):.4f}", ""
+        if own is not first:
+            gap = f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}"
+        lines.append(f"| {system} | {mean} ({len(own)}) | {gap} |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Validation loss over seconds of training, a panel per link."""
     import matplotlib

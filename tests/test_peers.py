@@ -66,6 +66,17 @@ def test_rows_targets_and_table_by_hand():
     assert "not run: fairscale is not installed" in lines[4]
 
 
+def test_table2_and_spread_by_hand():
+    """10 and 10.2 ms are 2.0 % more; losses 0.4, 0.6 and 0.5, 0.9 have sd 0.1414 and 0.2828, their difference 0.2 ± 0.1414."""
+    args = peers.PeerArguments()
+    systems = {"slowmo_hf local_sgd": 0.01, "slowmo_hf local_sgd, slowmo": 0.0102}
+    rows = [peers.row_of(system, 0.5, 100.0, args, figures([seconds] * 5)) for system, seconds in systems.items()]
+    assert "| Local SGD | 10.0, 10.2, +2.0 % |  |" in peers.table2(rows).splitlines()
+    seeds = [("exact", 0, 0.4), ("exact", 1, 0.6), ("int8", 0, 0.5), ("int8", 1, 0.9)]
+    lines = peers.spread([{"system": name, "seed": seed, "final_validation_loss": loss} for name, seed, loss in seeds]).splitlines()
+    assert lines[2:] == ["| exact | 0.5000 ± 0.1414 (2) |  |", "| int8 | 0.7000 ± 0.2828 (2) | +0.2000 ± 0.1414 |"]
+
+
 def test_unknown_systems_and_few_rounds_are_refused():
     with pytest.raises(ValueError, match=r"systems must be of \['ddp', .*got \['dpp'\]"):
         peers.PeerArguments(systems=["dpp"])
