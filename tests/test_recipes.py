@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -707,9 +708,31 @@ def test_launch_configs(name, machines, cpu):
     assert (config.main_process_ip is not None) == (machines > 1)
 
 
-def test_slurm_script_is_bash():
-    for script in (RECIPES / "slurm").iterdir():
-        subprocess.run(["bash", "-n", str(script)], check=True)
+# srun runs until its tasks are signalled, as they are by scancel; sent TERM itself it would kill them (seen with SLURM 22.05).
+SLURM = {
+    "srun": 'echo $$ > "$HERE/srun"; trap "echo srun ends >> $HERE/log; exit 75" USR2; while true; do sleep 0.1; done',
+    "scancel": 'echo "scancel $*" >> "$HERE/log"; kill -USR2 "$(cat "$HERE/srun")"',
+    "scontrol": 'echo "scontrol $*" >> "$HERE/log"; echo node-a',
+}
+
+
+@pytest.mark.parametrize("name", ["image_classification", "translation"])
+def test_slurm_script_signals_its_tasks_waits_for_them_and_asks_for_a_requeue(tmp_path, name):
+    """Five minutes before the end SLURM sends the script TERM: the tasks are told, save and end, and only then the job is requeued."""
+    for program, script in SLURM.items():
+        (tmp_path / program).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / program).chmod(0o755)
+    environment = {**os.environ, "HERE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[a-d]", "SLURM_NNODES": "4"}
+    job = subprocess.Popen(["bash", str(RECIPES / "slurm" / f"{name}.sbatch")], env=environment)
+    for _ in range(100):
+        if (tmp_path / "srun").exists() and (tmp_path / "srun").read_text():
+            break
+        time.sleep(0.1)
+    time.sleep(0.2)  # srun's trap is set
+    job.terminate()
+    assert job.wait(timeout=20) == 0
+    assert (tmp_path / "log").read_text().splitlines()[1:] == ["scancel --signal=TERM 7.0", "srun ends", "scontrol requeue 7"]
 
 
 @pytest.mark.slow
