@@ -46,7 +46,7 @@ def _run(folder, case, resume=None, **settings):
     trainer = Trainer(model=bert(dropout=0.1), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     state = trainer.optimizer.optimizer.state_dict()["state"]
-    return {**recorded(trainer, recorder), "inner": state}
+    return {**recorded(trainer, recorder), "inner": state, "step": trainer.state.global_step}
 
 
 def _same_end(first, resumed):
@@ -93,3 +93,20 @@ def test_resume_at_every_step_is_bit_for_bit(tmp_path, case):
         case,
         time_limit_seconds=170,
     )
+
+
+def _resume_at_the_end(folder, case):
+    """A checkpoint of the last step, in the middle of a pass: Trainer itself would take a tenth step."""
+    constant = {"lr_scheduler_type": "constant"}
+    whole = _run(folder, case, save_steps=STEPS, **constant)
+    before = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    resumed = _run(folder, case, resume=True, save_steps=STEPS, **constant)
+    assert sorted(path.name for path in folder.iterdir()) == before == [f"checkpoint-{STEPS}"]
+    assert equal(whole["final"], resumed["final"])
+    return resumed["step"]
+
+
+@pytest.mark.parametrize("case", ["local sgd", "osgp", "overlapped", "sgp, no average"])
+def test_a_run_that_is_resumed_at_its_end_ends(tmp_path, case):
+    assert run_workers(_resume_at_the_end, 2, tmp_path, case) == [STEPS, STEPS]

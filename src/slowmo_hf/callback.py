@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,35 @@ from .outer_loop import OuterLoop
 from .round_report import RoundReport
 from .stop_signals import REQUEUE_EXIT_CODE, StopSignals
 from .trainer_checkpoints import TrainerCheckpoints, set_aside_unfinished
+
+
+@dataclass
+class _Beyond:
+    """
+    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more and stops then.
+
+    Args:
+        kept (`list`): Parameters and buffers with copies of their values.
+        step (`int`), epoch (`float`): Trainer's clock.
+    """
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]]
+    step: int
+    epoch: float
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, state: TrainerState) -> _Beyond:
+        """Keep them."""
+        return cls([(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch)
+
+    @torch.no_grad()
+    def undo(self, state: TrainerState, control: TrainerControl) -> None:
+        """As if it had not been taken; training ends, and what its last step asked for has been done by the run that took it."""
+        for tensor, value in self.kept:
+            tensor.copy_(value)
+        state.global_step, state.epoch = self.step, self.epoch
+        control.should_training_stop = True
+        control.should_log = control.should_evaluate = control.should_save = False
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -49,6 +79,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._stop_signals: StopSignals | None = None
         self._stock_token_average: bool | None = None
         self._unlogged: list[RoundReport] = []
+        self._beyond: _Beyond | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
@@ -191,6 +222,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped yet."""
         assert self.outer_loop is not None
+        if self._beyond is not None:
+            return
         report = self.outer_loop.step(inner_lrs(_raw_optimizer(kwargs["optimizer"])))
         if report is not None:
             self._unlogged.append(report)
@@ -201,9 +234,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """Give the local weights back. The generators went back after the look: the next batches have been drawn since."""
         if self.outer_loop is not None:
             self.outer_loop.show_local(give_back_random_state=False)
+            if state.global_step >= state.max_steps and self._beyond is None:
+                self._beyond = _Beyond.of(kwargs["model"], state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
+        if self._beyond is not None:
+            self._beyond.undo(state, control)
+            self._beyond = None
         if self.outer_loop is not None and not self.outer_loop.local_steps:  # a round has just been done
             self._stop_with_others(state, control, self.outer_loop.somebody_ended)
         if not self._all_gather(control):
@@ -235,7 +273,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             )
             control.should_training_stop = True
             control.should_log = control.should_evaluate = control.should_save = False  # they gather, and that rank will not come
-        elif self.outer_loop is not None and self.outer_loop.stop_agreed:
+        elif self.outer_loop is not None and self.outer_loop.stop_agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self._stopped = True
 
     def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
