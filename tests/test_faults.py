@@ -678,7 +678,8 @@ def _gossip_that_ends(ends, settings, flags):
         trainer = Trainer(
             model=Slope(),
             args=arguments(folder, max_steps=12, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, **flags),
-            train_dataset=Rows(400, torch.float32),
+            train_dataset=Rows(rows := 24 * len(ends), torch.float32),  # 6 steps a pass
+            eval_dataset=Rows(rows, torch.float32),
             callbacks=[Ends(ends), SlowMoCallback(SlowMoConfig(sync_every=8, outer_momentum=0.0, timeout_seconds=20, **settings))],
         )
         trainer.train()
@@ -690,6 +691,9 @@ ENDS = {
     "one rank": ((None, 5), 8, {}),
     "one rank, before a log": ((None, 5), 6, {"logging_strategy": "steps", "logging_steps": 6}),
     "one rank, at a round": ((None, 8), 12, {}),
+    "one rank, at the end of a pass": ((None, 6), 6, {"eval_strategy": "epoch"}),
+    "one rank, before the end of a pass": ((None, 5), 6, {"logging_strategy": "epoch"}),
+    "all at a round": ((8, 8), 8, {}),
     "all at one step": ((5, 5), 5, {}),
     "all at steps of their own": ((6, 5), 6, {}),
     "two of three": ((None, 5, 6), 8, {}),

@@ -208,7 +208,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop is None:
             return
         if self.outer_loop.showing_average or not args.load_best_model_at_end:
-            self._end(args, state)
+            self._end(args, state, kwargs, pass_end_is_ahead=False)
             self.outer_loop.keep_average()
         self._log(control)
         self._restore(args)
@@ -255,7 +255,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if not control.should_training_stop and not self._all_gather(control):
             control.should_training_stop = True
         if control.should_training_stop:
-            self._end(args, state)
+            self._end(args, state, kwargs)
         self._look_if_due(args, state, control, kwargs)
 
     def _all_gather(self, control: TrainerControl) -> bool:
@@ -282,18 +282,20 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if control.should_evaluate or control.should_save:
             self.outer_loop.show_average()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
-            self._end(args, state)
+            self._end(args, state, events)
         if self._checkpoints and control.should_evaluate:
             self._folder(args, state)  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
         if self._checkpoints and control.should_save:
             self._checkpoints.write(self._folder(args, state), self._states(events))
 
-    def _end(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _end(self, args: TrainingArguments, state: TrainerState, events: dict[str, Any], *, pass_end_is_ahead: bool = True) -> None:
         """Once: all ranks end together, on the average."""
         if self.outer_loop is not None and not self._ended:
             self._ended = True
-            all_end_here = state.global_step == self._planned_end or self._stopped or self.outer_loop.somebody_ended
-            self.outer_loop.end(all_end_here=all_end_here, others_meet_at=lambda step: _meets_at(step, args, state, self._planned_end))
+            meetings = _Meetings(args, state, self._planned_end, _steps_per_pass(args, events.get("train_dataloader")))
+            all_stop = state.global_step == self._planned_end or self._stopped or self.outer_loop.somebody_ended
+            all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
+            self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
             if self.config.has_rounds:
                 state.global_step = self.outer_loop.attempted_steps
                 # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would abort in gloo.
@@ -369,12 +371,52 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         return trainer
 
 
-def _meets_at(step: int, args: TrainingArguments, state: TrainerState, planned_end: int | None) -> bool:
-    """Whether Trainer's own settings make the ranks that train log, evaluate, save or end at a step."""
-    there, control = copy.copy(state), TrainerControl()
-    there.global_step, there.max_steps = step, planned_end or step + 1
-    DefaultFlowCallback().on_step_end(args, there, control)
-    return any((control.should_log, control.should_evaluate, control.should_save, control.should_training_stop))
+@dataclass
+class _Meetings:
+    """
+    Where Trainer's own settings make the ranks that train on log, evaluate, save or end.
+
+    Args:
+        planned_end (`int`, *optional*): `max_steps`, where it is the same on all ranks.
+        steps_per_pass (`int`, *optional*): Of the data, where they have a length.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    planned_end: int | None
+    steps_per_pass: int | None
+
+    def at(self, step: int) -> bool:
+        """After a step, or where its pass over the data ends with it."""
+        there, control = self._there(step), TrainerControl()
+        DefaultFlowCallback().on_step_end(self.args, there, control)
+        return self._gathers(control) or control.should_training_stop or self.at_pass_end(step)
+
+    def at_pass_end(self, step: int) -> bool:
+        """Where a pass ends with this step, and "epoch" strategies ask for something."""
+        if not self.steps_per_pass or step % self.steps_per_pass:
+            return False
+        there, control = self._there(step), TrainerControl()
+        there.epoch = step / self.steps_per_pass
+        DefaultFlowCallback().on_epoch_end(self.args, there, control)
+        return self._gathers(control)
+
+    def _there(self, step: int) -> TrainerState:
+        there = copy.copy(self.state)
+        there.global_step, there.max_steps = step, self.planned_end or step + 1
+        return there
+
+    @staticmethod
+    def _gathers(control: TrainerControl) -> bool:
+        return control.should_log or control.should_evaluate or control.should_save
+
+
+def _steps_per_pass(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Optimizer steps of a pass over the data, as Trainer counts them; None where they have no length."""
+    try:
+        return max(1, -(-len(dataloader) // args.gradient_accumulation_steps))
+    except TypeError:
+        return None
 
 
 def _raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:

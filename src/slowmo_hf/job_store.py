@@ -10,6 +10,8 @@ from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 from typing import Any
 
+_Calls = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+
 
 class StoreError(RuntimeError):
     """The store has not answered, or its connection is lost."""
@@ -31,7 +33,7 @@ class JobStore:
         self._store = store
         self.limit_seconds = limit_seconds
         self.silent = False
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._calls: _Calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def set(self, key: str, value: str) -> None:
@@ -52,6 +54,12 @@ class JobStore:
         with suppress(NotImplementedError):
             self._ask(self._store.delete_key, key)
 
+    def close(self) -> None:
+        """End the thread, which a later call would start again."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread, self._calls = None, queue.SimpleQueue()
+
     def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
         if self.silent:
             raise StoreError("it has not answered before")
@@ -71,10 +79,11 @@ class JobStore:
             raise StoreError(str(error)) from error
 
 
-def _answer(calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]) -> None:
-    while True:
-        answer, call, args = calls.get()
+def _answer(calls: _Calls) -> None:
+    while (asked := calls.get()) is not None:
+        answer, call, args = asked
         try:
             answer.set_result(call(*args))
         except BaseException as error:
             answer.set_exception(error)
+        del asked, answer, call, args  # they hold the store

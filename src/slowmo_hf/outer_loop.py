@@ -268,6 +268,8 @@ class OuterLoop:
             self._bytes_counted += self.workers.bytes_sent - before
         self.stop_agreed = self.stop_agreed or agreement.stop
         self.somebody_ended = agreement.somebody_ended
+        if purpose in (Purpose.LOOK, Purpose.GATHER):
+            self.workers.all_may_meet()
         if self.config.base not in GOSSIP_BASES and self.workers.leads:
             self.averager.weigh([agreement.local_steps[rank] for rank in self.workers.between.ranks])
         return agreement
@@ -286,21 +288,23 @@ class OuterLoop:
         return True
 
     @torch.no_grad()
-    def end(self, *, all_end_here: bool = True, others_meet_at: Callable[[int], bool] = lambda step: False) -> None:
+    def end(self, *, all_meet_here: bool = True, others_meet_at: Callable[[int], bool] = lambda step: False) -> None:
         """
         End training together, with the average shown. Collective: a rank that ends first takes part in the others' rounds until all
         have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step anyway.
 
         Args:
-            all_end_here (`bool`, *optional*, defaults to `True`): False where others may train on: with a gossip base this rank then takes
-                part in their exchanges until all next meet.
-            others_meet_at (`Callable`, *optional*): Whether they meet at a step that is no round.
+            all_meet_here (`bool`, *optional*, defaults to `True`): False where others may train on from this step: with a gossip base this
+                rank then takes part in their exchanges until all next meet.
+            others_meet_at (`Callable`, *optional*): Whether they meet at a later step that is no round. A meeting that it does not know of
+                is missed, and told after `timeout_seconds`.
         """
         if not self._meets_others:
             self.show_average()
             return
         start = self._look_start = time.perf_counter()
-        if self.config.base in GOSSIP_BASES and not all_end_here:
+        passes_on = self.config.base in GOSSIP_BASES and not all_meet_here
+        if passes_on:
             self._pass_on(others_meet_at)
         while (agreement := self._meet(Purpose.END)).purpose is not Purpose.END:
             if agreement.purpose is Purpose.ROUND:
@@ -311,9 +315,18 @@ class OuterLoop:
         if not agreement.same_step:  # an average that is shown is an old one
             self.show_local(give_back_random_state=False)
         self.attempted_steps, self._idle_steps = agreement.trained_steps, 0
+        if passes_on and self.workers_agree:  # nobody has trained since a round: its anchor is the average, and what was mixed since is not
+            self.workers.inside.broadcast_outcome(self._back_to_anchors)
+            self.inside.broadcast_(self.tensors.trainable)
         if not self.showing_average:
             self._take_in_if_due()  # the others may have gone on to where it is
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
+
+    def _back_to_anchors(self) -> None:
+        self.base.settle()
+        self.base.end_average()
+        for piece in self._pieces():
+            self.base.hand_back_(piece)
 
     def _pass_on(self, others_meet_at: Callable[[int], bool]) -> None:
         """Out of data: exchange without training, until the others hear of it where all meet. The average does not change."""
@@ -552,6 +565,7 @@ class OuterLoop:
     @torch.no_grad()
     def show_local(self, *, give_back_random_state: bool = True) -> None:
         """End a look: local weights and buffers return, bit for bit, and the random generators if they have not yet."""
+        self.workers.only_gradients_meet()
         if self._stash is None:
             return
         copy_tensors_(self._shown, self._stash)

@@ -42,8 +42,9 @@ class RollCall:
         self.store = JobStore(store, timeout_seconds) if store is not None else None
         self.step = 0
         self.place = "the start"
-        self._run = f"slowmo/{next(_runs)}" if self.store is not None else ""
-        self.coupled: Sequence[int] = ()  # ranks that meet in collectives which are not ours
+        self._number = next(_runs) if self.store is not None else -1
+        self._run = f"slowmo/{self._number}"
+        self.coupled: Sequence[int] = ()  # ranks that now meet in collectives which are not ours
         self.has_explained = False
         self._meeting = 0
         self._host = host_name()
@@ -99,9 +100,8 @@ class RollCall:
         self.step, self.place = step, place
 
     def _all_come(self, store: JobStore, seconds: float) -> bool:
-        keys = [self._key(self._meeting, rank) for rank in range(self.world_size)]
         until, pause = time.monotonic() + seconds, 0.001
-        while not store.check(keys):  # its own wait would print two warnings whenever it is in vain
+        while not store.check(self._keys()):  # its own wait would print two warnings whenever it is in vain
             if time.monotonic() >= until:
                 return False
             time.sleep(pause)
@@ -112,8 +112,14 @@ class RollCall:
         """Whether a rank has given up, or has left and will not come to this meeting; or the store is silent, and nobody can tell."""
         if self.store is None:
             return False
-        missing = [rank for rank in range(self.world_size) if not self._has(self._meeting, rank)]
-        return self.store.silent or self._has("failed", _ANY) or any(self._has("left", rank) for rank in missing)
+        if self._has("failed", _ANY) or self.store.silent:
+            return True
+        try:
+            if self.store.check(self._keys()):
+                return False
+        except StoreError:
+            return True
+        return any(self._has("left", rank) and not self._has(self._meeting, rank) for rank in range(self.world_size))
 
     def leave(self, cause: str) -> None:
         """Leave a last word for ranks that will miss this one; never raises."""
@@ -122,6 +128,8 @@ class RollCall:
             if self.store is not None:
                 self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
             self._try_to_say(self._key("left", self.rank), cause)
+            if self.store is not None:
+                self.store.close()
 
     def explain(self, error: BaseException | None, ranks: Iterable[int]) -> RuntimeError:
         """
@@ -174,6 +182,10 @@ class RollCall:
     def _key(self, what: str | int, rank: int | str) -> str:
         return f"{self._run}/{what}/{rank}"
 
+    def _keys(self) -> list[str]:
+        """Of this meeting, all ranks'."""
+        return [self._key(self._meeting, rank) for rank in range(self.world_size)]
+
     def _say(self, store: JobStore, key: str, cause: str = "") -> None:
         store.set(key, json.dumps({"host": self._host, "step": self.step, "place": self.place, "cause": cause}))
 
@@ -210,10 +222,11 @@ def _listen() -> None:
     earlier = sys.excepthook
 
     def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        newest = max(_going, key=lambda roll_call: roll_call._number, default=None)
+        if newest and len(newest.coupled) > 1 and is_collective_failure(error) and not newest.has_explained:
+            named = newest.explain(error, newest.coupled)
+            named.__cause__, kind, error = error, type(named), named
         for roll_call in list(_going):
-            if len(roll_call.coupled) > 1 and is_collective_failure(error) and not roll_call.has_explained:
-                named = roll_call.explain(error, roll_call.coupled)
-                named.__cause__, kind, error = error, type(named), named
             roll_call.leave(f"{kind.__name__}: {first_line(error)}")
         earlier(kind, error, trace)
 

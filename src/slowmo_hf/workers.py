@@ -62,7 +62,7 @@ class Workers:
         witness = self.roll_call
         self.inside = _mine([Communicator(2 * timeout + 10, self.device, ranks, purpose="inside", witness=witness) for ranks in cut])
         self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])  # DDP's
-        self.roll_call.coupled = self.gradients.ranks
+        self.only_gradients_meet()
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
         purpose = "behind" if self.config.overlap_steps else "rounds"  # a header must not queue behind messages that travel for long
@@ -71,6 +71,14 @@ class Workers:
             self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
             if self.gossip.member:
                 self.gossip.gather_header([0.0])  # NCCL wants every rank in a group's first call; in an exchange some may idle
+
+    def only_gradients_meet(self) -> None:
+        """Training goes on: only a worker's own processes meet in collectives that are not ours."""
+        self.roll_call.coupled = self.gradients.ranks
+
+    def all_may_meet(self) -> None:
+        """After a meeting for a log, an evaluation or a save: Trainer gathers over the whole job."""
+        self.roll_call.coupled = self.world.ranks
 
     @property
     def bytes_sent(self) -> int:
