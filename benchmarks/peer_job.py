@@ -163,6 +163,7 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf all_reduce": ours(base="all_reduce", outer_momentum=0.0),
     "slowmo_hf all_reduce, slowmo": ours(base="all_reduce"),
     "slowmo_hf local_sgd": ours(outer_momentum=0.0),
+    "slowmo_hf local_sgd, maintained": ours(outer_momentum=0.0, inner_state="maintain"),
     "slowmo_hf local_sgd, slowmo": ours(),
     "slowmo_hf local_sgd, slowmo, overlapped": ours(overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, bf16": ours(compression="bf16"),

@@ -188,8 +188,8 @@ def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list
 
 def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     """
-    One setting at a time, around the Local SGD row: the inner state (first, and with more seeds, for the table's Local SGD rows both reset it,
-    and other packages' Local SGD maintains it), the period, slow momentum, the averages.
+    One setting at a time, around the Local SGD row: the inner state (first, and with more seeds, for the table's Local SGD rows both reset
+    it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
     """
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
     if lr is None or momentum is None:

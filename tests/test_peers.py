@@ -107,7 +107,7 @@ def _train_each(names):
     for name in names:
         job, model = peer_job.make_job(Settings(system=name, sync_every=8, width=16, layers=2, device_ms=0.0), accelerator)
         with job.around:
-            peer_job.train(job, few, 0, 24)
+            peer_job.train(job, few, 0, 40)
             with job.look(), torch.no_grad():
                 loss = float(torch.nn.functional.cross_entropy(model(few.images), few.labels))
                 out[name] = values(model), loss
@@ -119,6 +119,10 @@ def test_every_system_that_is_installed_trains_and_its_workers_agree_at_a_look()
     names = [name for name in SYSTEMS if peers.missing(name) is None]
     assert len(names) >= 18
     first, second = run_workers(_train_each, 2, names, time_limit_seconds=120)
+    ours = first["slowmo_hf local_sgd, maintained"][0]  # the same algorithm, three times
+    for name in ("accelerate LocalSGD", "torch PeriodicModelAverager"):
+        for key, value in first[name][0].items():
+            torch.testing.assert_close(value, ours[key.removeprefix("module.")], rtol=1e-5, atol=1e-6)
     for name in names:
         assert equal(first[name][0], second[name][0]), name
         assert first[name][1] < 0.6, f"{name}: {first[name][1]}, ln 2 is 0.693"
