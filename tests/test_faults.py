@@ -255,6 +255,27 @@ def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_ot
     assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"
 
 
+def _leader_freezes_in_the_round(rank):
+    if rank == 0:
+        Communicator.start_sum_ = lambda self, flat: os.kill(os.getpid(), signal.SIGSTOP)
+    model, rows = Regression(torch.float32), Rows(4, torch.float32)
+    config = SlowMoConfig(sync_every=4, processes_per_worker=2, timeout_seconds=TIMEOUT_SECONDS)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(4):
+        model(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too():
+    """Rank 2 leads the other worker and misses it in the sum; rank 1 waits for its leader's word, and sees that another has given up."""
+    told, seconds = _run_apart(_leader_freezes_in_the_round, world_size=4, survivors=(1, 2, 3))
+    for words in told:
+        assert f"rank 0 on {HOST}" in words.splitlines()[0], words
+    assert seconds < TIMEOUT_SECONDS + 10 + 10, f"{seconds:.1f} s"  # 10: four processes start
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
 def test_every_survivor_of_four_names_the_dead_rank(base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -82,6 +83,33 @@ def test_unknown_systems_and_few_rounds_are_refused():
         peers.PeerArguments(systems=["dpp"])
     with pytest.raises(ValueError, match="timed_rounds must be >= 5, for a median, got 4"):
         peers.PeerArguments(timed_rounds=4)
+
+
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
+FIELDS = (
+    *("system", "version", "hosts", "link_mbit_per_s", "allreduce_over_compute", "sync_every", "seconds_per_step"),
+    *("compute_seconds_per_step", "utilisation", "bytes_per_worker_per_step", "theory_bytes", "seconds_to_target"),
+    *("final_validation_loss", "runs"),
+)
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("peers*.json")), ids=lambda path: path.stem)
+def test_records_are_whole(path):
+    """Utilisation is c over the step, theory's bytes are this program's."""
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["system"] in SYSTEMS
+        if "not_run" not in row:
+            assert set(FIELDS) <= set(row)
+            assert row["utilisation"] == pytest.approx(row["compute_seconds_per_step"] / row["seconds_per_step"])
+            assert row["theory_bytes"] == peers.payload_bytes(row["system"], row["parameters"], row["hosts"], row["sync_every"])
+
+
+def test_the_tables_of_the_page_are_those_of_the_records():
+    page = (RECORDS.parent / "README.md").read_text()
+    rows = json.loads((RECORDS / "peers.json").read_text())["rows"]
+    seeds = json.loads((RECORDS / "peers_compression.json").read_text())["rows"]
+    for line in (peers.table(rows) + "\n" + peers.table2(rows) + "\n" + peers.spread(seeds)).splitlines():
+        assert line in page
 
 
 class Few:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,6 +99,8 @@ class Communicator:
         ranks (`Sequence[int]`, *optional*): Ranks in the job, ascending; all where it is None.
         purpose (`str`, *optional*): Communicators of different purposes have process groups, and so wires, of their own.
         witness (`Witness`, *optional*): Says which rank a failure comes from; without one it is torch's own error.
+        patience_seconds (`float`, *optional*, defaults to `0`): How long a collective still waits where somebody is known to be gone: for
+            the word of a rank that knows more.
     """
 
     def __init__(
@@ -108,8 +111,10 @@ class Communicator:
         *,
         purpose: str = "rounds",
         witness: Witness | None = None,
+        patience_seconds: float = 0.0,
     ) -> None:
         self.witness = witness
+        self.patience_seconds = patience_seconds
         self.bytes_sent = 0
         self.seconds = 0.0
         self.timeout_seconds = timeout_seconds
@@ -148,13 +153,16 @@ class Communicator:
         if self.backend != "gloo" or self.witness is None:
             work.wait()
             return
+        gone_since: float | None = None
         while not work.is_completed():
             try:
                 work.wait(timedelta(seconds=_SLICE_SECONDS))
             except RuntimeError:
                 if work.is_completed():
                     raise
-                if self.witness.somebody_is_gone():
+                if gone_since is None and self.witness.somebody_is_gone():
+                    gone_since = time.monotonic()
+                if gone_since is not None and time.monotonic() - gone_since >= self.patience_seconds:
                     raise RuntimeError("another rank has given up") from None
         work.wait()
 
@@ -249,20 +257,30 @@ class Communicator:
         """Run `act` on the first rank alone; its result, or its error, is everybody's. Objects are pickled."""
         if self.world_size == 1:
             return act()
-        outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                outcome[0] = act()
+                result = act()
             except Exception as failure:
                 kind = type(failure) if type(failure) in (ValueError, RuntimeError) else RuntimeError
                 with suppress(RuntimeError):  # the failure in hand says more
-                    _wire().broadcast_object_list([None, kind(str(failure))], src=self.ranks[0], group=self.group)
+                    self._broadcast_object((None, kind(str(failure))))
                 raise
+            self._broadcast_object((result, None))
+            return result
+        result, error = self._broadcast_object(None)
+        if error is not None:
+            raise error
+        return result
+
+    def _broadcast_object(self, value: Any) -> Any:
+        """torch's `broadcast_object_list`, but for the wait: on gloo no longer than until another rank gives up."""
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        length = torch.tensor([len(data)], device=self._small_device)
         with self._counted():
-            _wire().broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]  # type: ignore[no-any-return]
+            self._wait(_wire().broadcast(length, src=self.ranks[0], group=self.group, async_op=True))
+            told = data.to(self._small_device) if self.rank == 0 else length.new_empty(int(length), dtype=torch.uint8)
+            self._wait(_wire().broadcast(told, src=self.ranks[0], group=self.group, async_op=True))
+        return value if self.rank == 0 else pickle.loads(told.cpu().numpy().tobytes())
 
     def _ring_bytes(self, flat: torch.Tensor) -> float:
         return 2 * (self.world_size - 1) / self.world_size * flat.nbytes
@@ -320,7 +338,8 @@ class Communicator:
 
 def is_collective_failure(error: BaseException) -> bool:
     """Whether it was raised by a collective of anybody's: torch's own types (NCCL), or gloo's words."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+    words = str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in words or "pair closure" in words)
 
 
 def first_line(error: BaseException) -> str:

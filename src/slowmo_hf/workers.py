@@ -8,6 +8,8 @@ from .communicator import Communicator, is_in_process, machines_in_job, processe
 from .config import GOSSIP_BASES, SlowMoConfig
 from .roll_call import RollCall
 
+_WORD_SECONDS = 4.0  # for a leader that has failed to find the cause and tell its worker's processes
+
 
 def worker_size(config: SlowMoConfig) -> int:
     """
@@ -59,8 +61,8 @@ class Workers:
         timeout, world = self.config.timeout_seconds, range(self.world.world_size)
         cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
         # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
-        witness = self.roll_call
-        self.inside = _mine([Communicator(2 * timeout + 10, self.device, ranks, purpose="inside", witness=witness) for ranks in cut])
+        witness, patient = self.roll_call, {"timeout_seconds": 2 * timeout + 10, "patience_seconds": _WORD_SECONDS}
+        self.inside = _mine([Communicator(device=self.device, ranks=r, purpose="inside", witness=witness, **patient) for r in cut])
         self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])  # DDP's
         self.only_gradients_meet()
         self.leads = self.inside.rank == 0
