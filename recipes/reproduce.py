@@ -253,6 +253,10 @@ def _words(key: tuple[Any, ...]) -> str:
     return words + ("" if inner_state == "auto" else f", state {inner_state}") + ("" if exact else ", no average")
 
 
+def _mean(own: list[dict[str, Any]], metric: str) -> float:
+    return statistics.mean(record["metrics"][metric] for record in own)
+
+
 def _mean_sd(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
@@ -294,11 +298,11 @@ def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:
 
 
 def swept(records: list[dict[str, Any]], field_name: str, metric: str) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
-    """(value of one setting, metric), ascending, of runs that differ in it alone; two at least, by the words of what they share."""
+    """(value of one setting, mean over seeds of the metric), ascending, of runs that differ in it alone; two at least, by the rest."""
     lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    for record in records:
-        rest = _setting({**record["run"], field_name: 0})
-        lines.setdefault(rest, []).append((record["run"][field_name], record["metrics"][metric]))
+    for own in _by_setting(records).values():
+        run = own[0]["run"]
+        lines.setdefault(_setting({**run, field_name: 0}), []).append((run[field_name], _mean(own, metric)))
     return {key: sorted(line) for key, line in lines.items() if len(line) > 1}
 
 
@@ -320,7 +324,7 @@ def plot_sweep(records: list[dict[str, Any]], task: str, path: Path) -> None:
         if lines:
             axis.legend(fontsize="small")
     axes[0].set_xscale("log", base=2)
-    middle = [(_words(_setting(r["run"])), r["metrics"][metric]) for r in records if r["run"]["sync_every"] == 12]
+    middle = [(_words(key), _mean(own, metric)) for key, own in _by_setting(records).items() if own[0]["run"]["sync_every"] == 12]
     states = [(words, value) for words, value in middle if "state" in words or not words.startswith("local_sgd")]
     axes[2].barh([words for words, _ in states], [value for _, value in states])
     if states:

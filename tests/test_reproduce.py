@@ -166,6 +166,9 @@ def test_a_sweep_is_drawn_over_what_varies_alone(tmp_path):
     (line,) = reproduce.swept(records, "sync_every", "test_accuracy").values()
     assert [x for x, _ in line] == [3, 12, 24]
     assert [y for _, y in line] == pytest.approx([0.83, 0.92, 1.04])
+    other_seed = {**records[0], "run": {**records[0]["run"], "seed": 2}, "seed": 2, "metrics": {"test_accuracy": 1.10}}
+    (line,) = reproduce.swept([*records, other_seed], "sync_every", "test_accuracy").values()
+    assert line[2] == (24, pytest.approx(1.07)), "one point, the mean over seeds"
     reproduce.plot_sweep(records, "image_classification", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
