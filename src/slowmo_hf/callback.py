@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .communicator import processes_in_job
-from .config import SlowMoConfig
+from .config import GOSSIP_BASES, SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .log import logger, make_heard
 from .model_tensors import inner_lrs
@@ -23,35 +23,6 @@ from .outer_loop import OuterLoop
 from .round_report import RoundReport
 from .stop_signals import REQUEUE_EXIT_CODE, StopSignals
 from .trainer_checkpoints import TrainerCheckpoints, set_aside_unfinished
-
-
-@dataclass
-class _Beyond:
-    """
-    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more and stops then.
-
-    Args:
-        kept (`list`): Parameters and buffers with copies of their values.
-        step (`int`), epoch (`float`): Trainer's clock.
-    """
-
-    kept: list[tuple[torch.Tensor, torch.Tensor]]
-    step: int
-    epoch: float
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, state: TrainerState) -> _Beyond:
-        """Keep them."""
-        return cls([(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch)
-
-    @torch.no_grad()
-    def undo(self, state: TrainerState, control: TrainerControl) -> None:
-        """As if it had not been taken; training ends, and what its last step asked for has been done by the run that took it."""
-        for tensor, value in self.kept:
-            tensor.copy_(value)
-        state.global_step, state.epoch = self.step, self.epoch
-        control.should_training_stop = True
-        control.should_log = control.should_evaluate = control.should_save = False
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -137,8 +108,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop = outer_loop
         self._training, self._ended, self._stopped = True, False, False
         self._unlogged = []
-        plans = outer_loop.workers.world.gather_objects(state.max_steps)
-        self._planned_end = plans[0] if all(plan == plans[0] for plan in plans) else None
+        if self.config.base in GOSSIP_BASES:
+            plans = set(outer_loop.workers.world.gather_objects(state.max_steps))
+            self._planned_end = plans.pop() if len(plans) == 1 else None
         if self.config.has_rounds:
             self._stop_signals = StopSignals(self._on_signal)
         if args.eval_on_start:
@@ -260,8 +232,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def _all_gather(self, control: TrainerControl) -> bool:
         """Meet before Trainer gathers: False where a rank has ended, and will not come."""
-        gathers = control.should_log or control.should_evaluate or control.should_save
-        return not gathers or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
+        return not _gathers(control) or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
@@ -271,8 +242,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
                 "saved there",
                 state.global_step,
             )
-            control.should_training_stop = True
-            control.should_log = control.should_evaluate = control.should_save = False  # they gather, and that rank will not come
+            _stop_at_once(control)  # the rest gathers, and that rank will not come
         elif self.outer_loop is not None and self.outer_loop.stop_agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self._stopped = True
 
@@ -390,7 +360,7 @@ class _Meetings:
         """After a step, or where its pass over the data ends with it."""
         there, control = self._there(step), TrainerControl()
         DefaultFlowCallback().on_step_end(self.args, there, control)
-        return self._gathers(control) or control.should_training_stop or self.at_pass_end(step)
+        return _gathers(control) or control.should_training_stop or self.at_pass_end(step)
 
     def at_pass_end(self, step: int) -> bool:
         """Where a pass ends with this step, and "epoch" strategies ask for something."""
@@ -399,16 +369,51 @@ class _Meetings:
         there, control = self._there(step), TrainerControl()
         there.epoch = step / self.steps_per_pass
         DefaultFlowCallback().on_epoch_end(self.args, there, control)
-        return self._gathers(control)
+        return _gathers(control)
 
     def _there(self, step: int) -> TrainerState:
         there = copy.copy(self.state)
         there.global_step, there.max_steps = step, self.planned_end or step + 1
         return there
 
-    @staticmethod
-    def _gathers(control: TrainerControl) -> bool:
-        return control.should_log or control.should_evaluate or control.should_save
+
+@dataclass
+class _Beyond:
+    """
+    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more and stops then.
+
+    Args:
+        kept (`list`): Parameters and buffers with copies of their values.
+        step (`int`), epoch (`float`): Trainer's clock.
+    """
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]]
+    step: int
+    epoch: float
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, state: TrainerState) -> _Beyond:
+        """Keep them."""
+        return cls([(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch)
+
+    @torch.no_grad()
+    def undo(self, state: TrainerState, control: TrainerControl) -> None:
+        """As if it had not been taken; training ends, and what its last step asked for has been done by the run that took it."""
+        for tensor, value in self.kept:
+            tensor.copy_(value)
+        state.global_step, state.epoch = self.step, self.epoch
+        _stop_at_once(control)
+
+
+def _gathers(control: TrainerControl) -> bool:
+    """Whether Trainer is about to meet all ranks in collectives of its own."""
+    return control.should_log or control.should_evaluate or control.should_save
+
+
+def _stop_at_once(control: TrainerControl) -> None:
+    """Training ends, and nothing is logged, evaluated or saved."""
+    control.should_training_stop = True
+    control.should_log = control.should_evaluate = control.should_save = False
 
 
 def _steps_per_pass(args: TrainingArguments, dataloader: Any) -> int | None:

@@ -276,10 +276,9 @@ class Communicator:
         """torch's `broadcast_object_list`, but for the wait: on gloo no longer than until another rank gives up."""
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         length = torch.tensor([len(data)], device=self._small_device)
-        with self._counted():
-            self._wait(_wire().broadcast(length, src=self.ranks[0], group=self.group, async_op=True))
-            told = data.to(self._small_device) if self.rank == 0 else length.new_empty(int(length), dtype=torch.uint8)
-            self._wait(_wire().broadcast(told, src=self.ranks[0], group=self.group, async_op=True))
+        self.broadcast_(length)
+        told = data.to(self._small_device) if self.rank == 0 else length.new_empty(int(length), dtype=torch.uint8)
+        self.broadcast_(told)
         return value if self.rank == 0 else pickle.loads(told.cpu().numpy().tobytes())
 
     def _ring_bytes(self, flat: torch.Tensor) -> float:

@@ -323,6 +323,7 @@ class OuterLoop:
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
 
     def _back_to_anchors(self) -> None:
+        """On the leader: start from the anchors, as after a round; messages in flight are waited for, and belong to what is left."""
         self.base.settle()
         self.base.end_average()
         for piece in self._pieces():
@@ -650,11 +651,8 @@ class OuterLoop:
         else:
             self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
         self.averager.drop_residuals()  # each worker's own, which this state does not hold
-        self.base.settle()
-        self.base.end_average()  # messages in flight belong to the run that is left
-        if state_dict["attempted_steps"] % self.config.sync_every == 0:  # with all_reduce the parameters may have moved on
-            for piece in self._pieces():
-                self.base.hand_back_(piece)
+        if state_dict["attempted_steps"] % self.config.sync_every == 0:  # inside a round there is all_reduce alone, whose parameters stay
+            self._back_to_anchors()
 
     def _refuse_inside_round(self, attempted_steps: int, verb: str) -> None:
         if attempted_steps and not self.config.exact_average:

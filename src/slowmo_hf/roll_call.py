@@ -20,7 +20,7 @@ _ANY = "any"
 _SLICE_SECONDS = 0.5  # between looks for a last word while a rank is missed
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
-_going: set[RollCall] = set()  # held until a last word is left: at a process's end its objects may be gone already
+_going: list[RollCall] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
 
 
 class RollCall:
@@ -42,15 +42,14 @@ class RollCall:
         self.store = JobStore(store, timeout_seconds) if store is not None else None
         self.step = 0
         self.place = "the start"
-        self._number = next(_runs) if self.store is not None else -1
-        self._run = f"slowmo/{self._number}"
+        self._run = f"slowmo/{next(_runs)}" if self.store is not None else ""
         self.coupled: Sequence[int] = ()  # ranks that now meet in collectives which are not ours
         self.has_explained = False
         self._meeting = 0
         self._host = host_name()
         if self.store is not None:
             _listen()
-            _going.add(self)
+            _going.append(self)
 
     def come(self, step: int, place: str) -> None:
         """
@@ -222,7 +221,7 @@ def _listen() -> None:
     earlier = sys.excepthook
 
     def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        newest = max(_going, key=lambda roll_call: roll_call._number, default=None)
+        newest = _going[-1] if _going else None
         if newest and len(newest.coupled) > 1 and is_collective_failure(error) and not newest.has_explained:
             named = newest.explain(error, newest.coupled)
             named.__cause__, kind, error = error, type(named), named

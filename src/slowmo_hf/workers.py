@@ -61,8 +61,10 @@ class Workers:
         timeout, world = self.config.timeout_seconds, range(self.world.world_size)
         cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
         # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
-        witness, patient = self.roll_call, {"timeout_seconds": 2 * timeout + 10, "patience_seconds": _WORD_SECONDS}
-        self.inside = _mine([Communicator(device=self.device, ranks=r, purpose="inside", witness=witness, **patient) for r in cut])
+        witness, longer, word = self.roll_call, 2 * timeout + 10, _WORD_SECONDS
+        self.inside = _mine(
+            [Communicator(longer, self.device, ranks, purpose="inside", witness=witness, patience_seconds=word) for ranks in cut]
+        )
         self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])  # DDP's
         self.only_gradients_meet()
         self.leads = self.inside.rank == 0
