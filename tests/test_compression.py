@@ -12,7 +12,7 @@ from tiny import Heard, Regression, Rows, two_groups, values
 
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.averager import Base, ExactAverager, flat_anchors
+from slowmo_hf.averager import Base, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.compression import (
     BLOCK,
@@ -21,7 +21,6 @@ from slowmo_hf.compression import (
     decode_,
     dequantise,
     encode_,
-    make_averager,
     message_bytes,
     quantise,
     shard_elements,
@@ -133,8 +132,8 @@ ROUNDS, WEIGHTS = 12, [[4, 4, 4], [4, 1, 3], [2, 0, 5]]  # steps of three worker
 def telescope(rank, name, elements, bucket_bytes):
     """Rounds of random displacements in float64: what was applied, what is held back, and what was true."""
     param = torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
-    anchors = flat_anchors([[param]])
-    averager = make_averager(Communicator(20.0, CPU), SlowMoConfig(compression=name, bucket_bytes=bucket_bytes))
+    anchors = flat_anchors(flat_layouts([[param]]))
+    averager = CompressedAverager(Communicator(20.0, CPU), bucket_bytes, CODES[name])
     buckets = [bucket for item in anchors for bucket in averager.buckets(item)]
     averager.reserve(buckets)
     draw = torch.Generator().manual_seed(rank)
@@ -299,8 +298,6 @@ def test_bytes_against_the_uncompressed_ring(workers, name, most):
 
 
 def test_without_compression_nothing_is_new():
-    for config in (SlowMoConfig(), SlowMoConfig(compression="int8")):  # alone, a worker quantises nothing either
-        assert type(make_averager(Communicator(20.0, CPU), config)) is ExactAverager
     alone = [train(SlowMoConfig(sync_every=3, compression=name), 0)[0][-1] for name in ("none", "int8")]
     assert all(torch.equal(alone[0][key], alone[1][key]) for key in alone[0])
 

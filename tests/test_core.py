@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
-from slowmo_hf.averager import flat_anchors
+from slowmo_hf.averager import flat_anchors, flat_layouts
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
 from slowmo_hf.round_report import squared_norm
@@ -177,7 +177,7 @@ def test_rounding_to_bf16_never_enters_the_velocity():
 )
 def test_buckets_hold_every_element_once(shapes, bucket_elements, dtypes):
     params = [torch.rand(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
-    for item in flat_anchors([params[::2], params[1::2]]):
+    for item in flat_anchors(flat_layouts([params[::2], params[1::2]])):
         counts = {id(p): torch.zeros(p.numel()) for p in item.params}
         end = 0
         for bucket in item.buckets(bucket_elements * item.flat.element_size()):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round, run_in_process
-from slowmo_hf.averager import flat_anchors
+from slowmo_hf.averager import flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.gossip import GossipBase, make_topology
 from slowmo_hf.topology import Topology
@@ -38,7 +38,7 @@ class Mixed:
 
 
 def _base(config, params):
-    return GossipBase(config, Communicator(20, torch.device("cpu"), purpose="gossip"), flat_anchors([params]))
+    return GossipBase(config, Communicator(20, torch.device("cpu"), purpose="gossip"), flat_anchors(flat_layouts([params])))
 
 
 def _start(rank, dtype=torch.float64):

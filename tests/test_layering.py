@@ -26,7 +26,7 @@ LAYERS = [
     ["snapshot"],
     ["isolation", "outer_loop"],
     ["header", "inner_state", "start_check"],
-    ["compression", "gossip", "model_tensors", "overlap"],
+    ["compression", "gossip", "model_tensors", "overlap", "sharding"],
     ["averager", "outer_optimizer"],
     ["workers"],
     ["roll_call"],

@@ -18,6 +18,7 @@ CASES = {
     "state averaged": (SlowMoConfig.local_sgd(3, inner_state="average"), "sgd"),
     "diloco": (SlowMoConfig.diloco(sync_every=4), "adamw_torch"),
     "int8": (SlowMoConfig(sync_every=4, outer_momentum=0.6, compression="int8"), "sgd"),
+    "sharded": (SlowMoConfig(sync_every=4, outer_momentum=0.6, shard_slow_state=True), "sgd"),
     "sgp": (SlowMoConfig(base="sgp", sync_every=4), "adamw_torch"),
     "sgp, no average": (SlowMoConfig(base="sgp", sync_every=4, exact_average=False), "sgd"),
     "osgp": (SlowMoConfig(base="osgp", sync_every=5, staleness=2), "adamw_torch"),

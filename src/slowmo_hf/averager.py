@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from .communicator import Communicator
-from .round_report import squared_norm
+from .round_report import Norms, squared_norm
+
+T = TypeVar("T")
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,29 +129,38 @@ def views_like(flat: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Te
     return views
 
 
-def flat_anchors(groups: Iterable[list[torch.Tensor]]) -> list[FlatAnchor]:
-    """Copy parameters into fresh flat anchors: one per (device, wide dtype), group after group."""
+def flat_layouts(groups: Iterable[list[torch.Tensor]]) -> list[FlatAnchor]:
+    """Where parameters lie in flat anchors, one per (device, wide dtype), group after group; `flat` has no memory yet ("meta")."""
     found: dict[tuple[torch.device, torch.dtype], FlatAnchor] = {}
     for group, params in enumerate(groups):
         for param in params:
             dtype = wide_dtype(param.dtype)
-            anchor = found.setdefault((param.device, dtype), FlatAnchor(torch.empty(0, dtype=dtype, device=param.device), [], []))
-            anchor.params.append(param)
-            anchor.groups.append(group)
-    for anchor in found.values():
-        anchor.flat = anchor.flat.new_empty(sum(p.numel() for p in anchor.params))
+            layout = found.setdefault((param.device, dtype), FlatAnchor(torch.empty(0, dtype=dtype, device="meta"), [], []))
+            layout.params.append(param)
+            layout.groups.append(group)
+    for layout in found.values():
+        layout.flat = layout.flat.new_empty(sum(p.numel() for p in layout.params))
+    return list(found.values())
+
+
+def flat_anchors(layouts: Iterable[FlatAnchor]) -> list[FlatAnchor]:
+    """Copy parameters into fresh memory of these layouts."""
+    anchors = []
+    for layout in layouts:
+        anchor = FlatAnchor(torch.empty_like(layout.flat, device=layout.params[0].device), layout.params, layout.groups)
         for view, param in zip(anchor.anchors(), anchor.params, strict=True):
             view.copy_(param.detach())
-    return list(found.values())
+        anchors.append(anchor)
+    return anchors
 
 
 # What one bucket's message brings: its weighted sum over workers, in a reused buffer, and the mean of the displacements' squared norm.
 Sum = tuple[Bucket, torch.Tensor, float]
 
 
-def one_ahead(messages: Iterable[Callable[[], Sum]]) -> Iterator[Sum]:
+def one_ahead(messages: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Start the next message before the last one is waited for: it is packed while that travels."""
-    under_way: Callable[[], Sum] | None = None
+    under_way: Callable[[], T] | None = None
     for started in messages:
         if under_way:
             yield under_way()
@@ -203,7 +215,7 @@ class ExactAverager:
     def __init__(self, communicator: Communicator, bucket_bytes: int) -> None:
         self.communicator = communicator
         self.bucket_bytes = bucket_bytes
-        self.weight, self.total_weight = 1.0, float(communicator.world_size)
+        self.weights, self.total_weight = [1.0] * communicator.world_size, float(communicator.world_size)
         self._buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
         self._own_squares: list[torch.Tensor] = []
         self._at_once = False
@@ -211,13 +223,23 @@ class ExactAverager:
     def weigh(self, weights: list[int]) -> None:
         """From now on worker i counts for weights[i] of their sum; equal ones, and all 0, are the plain mean."""
         even = len(set(weights)) == 1
-        self.weight = 1.0 if even else float(weights[self.communicator.rank])
-        self.total_weight = float(len(weights) if even else sum(weights))
+        self.weights = [1.0 if even else float(weight) for weight in weights]
+        self.total_weight = sum(self.weights)
+
+    @property
+    def weight(self) -> float:
+        """This worker's."""
+        return self.weights[self.communicator.rank]
 
     @property
     def own_is_finite(self) -> bool:
         """Whether this worker's own part of the last sums had neither NaN nor infinity."""
         return all(bool(torch.isfinite(square)) for square in self._own_squares)
+
+    def take_anchors(self, layouts: list[FlatAnchor]) -> tuple[list[FlatAnchor], list[Bucket]]:
+        """This worker's anchors, which begin with the parameters' values, and the buckets that cut them."""
+        anchors = flat_anchors(layouts)
+        return anchors, [bucket for item in anchors for bucket in self.buckets(item)]
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
         """One bucket where `bucket_bytes` has room for all, else many of half the size: one is packed while another travels."""
@@ -243,6 +265,19 @@ class ExactAverager:
 
     def drop_residuals(self) -> None:
         """Forget what a round holds back for the next: here nothing."""
+
+    def whole(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
+        """Slow state laid out like this worker's anchors (they, velocities) as it is over all workers. `keep`: see `ShardedAverager`."""
+        return states
+
+    def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
+        """The inverse: into slow state laid out like this worker's anchors goes what is its own of the whole."""
+        for state, whole in zip(states, wholes, strict=True):
+            state.copy_(whole)
+
+    def over_workers(self, norms: Norms) -> Norms:
+        """Of a round's whole pseudo-gradient and velocity, from those of the pieces that this worker has updated: here all."""
+        return norms
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """What a round takes."""

@@ -28,7 +28,6 @@ import torch
 
 from .averager import CACHED_ELEMENTS, Base, Bucket, ExactAverager, FlatAnchor, Sum, one_ahead
 from .communicator import Communicator
-from .config import SlowMoConfig
 from .round_report import squared_norm
 
 # Elements with one scale. An outlier makes its own block coarse, so a small one is finer; a scale in 256 costs 1.6 % of an int8 message.
@@ -260,10 +259,3 @@ class CompressedAverager(ExactAverager):
 def _scale_(residual: torch.Tensor, factor: float) -> None:
     if factor != 1:  # workers that count alike, as a rule
         residual.mul_(factor)
-
-
-def make_averager(communicator: Communicator, config: SlowMoConfig) -> ExactAverager:
-    """The averager that `config` asks for; alone, a worker sends nothing and quantises nothing."""
-    if config.compression == "none" or communicator.world_size == 1:
-        return ExactAverager(communicator, config.bucket_bytes)
-    return CompressedAverager(communicator, config.bucket_bytes, CODES[config.compression])

@@ -16,6 +16,7 @@ _CHOICES = {
     "inner_state": ("auto", "reset", "maintain", "average"),
     "model_buffers": ("average", "local"),
     "topology": ("auto", "exponential", "bipartite_exponential", "ring", "complete"),
+    "slow_state_device": ("same", "cpu"),
     "stash_device": ("same", "cpu"),
     "compression": ("none", "bf16", "int8"),
 }
@@ -79,6 +80,11 @@ class SlowMoConfig:
             of that for scales. What rounding holds back is added to the next round's message (error feedback). Memory: 4 bytes per
             trainable parameter more and 4/m with m workers (8 for fp64), and 2 (int8) or 4 (bf16) for messages. Looks, buffers and
             inner states travel as ever.
+        shard_slow_state (`bool`, *optional*, defaults to `False`):
+            Each of m workers keeps 1/m of the anchors and the velocity and does the outer update there; the result and the bytes of a round
+            are the same (docs/wire.md). For `base="local_sgd"` with `"slow_momentum"`.
+        slow_state_device (`str`, *optional*, defaults to `"same"`):
+            Where that shard lies and is updated: the parameters' device (`"same"`) or `"cpu"`; with `shard_slow_state` only.
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB):
@@ -105,6 +111,8 @@ class SlowMoConfig:
     staleness: int = _help("Optimizer steps that a message is in flight; base osgp only.", 1)
     overlap_steps: int = _help("Steps of training while the average of a round travels; base local_sgd.", 0)
     compression: str = _help("What a round's average travels in: none, bf16 or int8, with error feedback; base local_sgd only.", "none")
+    shard_slow_state: bool = _help("Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.", False)
+    slow_state_device: str = _help("Where a sharded slow state lies: same or cpu.", "same")
     stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
     bucket_bytes: int = _help("Size of the communication buffer in bytes.", 256 * 2**20)
     timeout_seconds: float = _help("How long a round waits for a worker, in seconds.", 1800.0)
@@ -133,8 +141,9 @@ class SlowMoConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}.")
             object.__setattr__(self, name, float(value))
-        if not isinstance(self.exact_average, bool):
-            raise ValueError(f"exact_average must be True or False, got {self.exact_average!r}.")
+        for name in ("exact_average", "shard_slow_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
 
     def _check_ranges(self) -> None:
         if self.sync_every < 1:
@@ -183,6 +192,7 @@ class SlowMoConfig:
         if self.base != "local_sgd":
             self._refuse_options(("overlap_steps",), "is for base='local_sgd' (osgp's own messages travel behind the computation)")
             self._refuse_options(("compression",), "is for the rounds of base='local_sgd', whose average alone can travel compressed")
+            self._refuse_options(("shard_slow_state",), "is for base='local_sgd', whose anchors alone are needed at rounds only")
         if self.overlap_steps and self.compression != "none":
             raise ValueError(
                 f"compression={self.compression!r} has two stages, and the second cannot start behind the computation, got "
@@ -193,6 +203,7 @@ class SlowMoConfig:
                 f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds that do not wait. Use "
                 "inner_state='maintain' or 'reset', or overlap_steps=0."
             )
+        self._check_sharding()
         if self.base == "all_reduce":
             self._refuse_options(
                 ("processes_per_worker",), "is for workers that train alone; all_reduce averages gradients over all processes"
@@ -208,6 +219,21 @@ class SlowMoConfig:
                 f"{self.base!r}, exact_average={self.exact_average}, outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr}, where "
                 "it does not. Use inner_state='auto'."
             )
+
+    def _check_sharding(self) -> None:
+        if not self.shard_slow_state:
+            if self.slow_state_device != "same":
+                raise ValueError(
+                    f"slow_state_device={self.slow_state_device!r} is for a slow state that is sharded, got shard_slow_state=False. Set "
+                    "shard_slow_state=True or leave slow_state_device at 'same'."
+                )
+            return
+        for name, alone in (("outer_optimizer", SLOW_MOMENTUM), ("compression", "none"), ("overlap_steps", 0)):
+            if getattr(self, name) != alone:
+                raise ValueError(
+                    f"shard_slow_state=True needs {name}={alone!r}, got {getattr(self, name)!r}. Set {name}={alone!r} or "
+                    "shard_slow_state=False."
+                )
 
     def _refuse_options(self, names: tuple[str, ...], rule: str) -> None:
         for name in names:

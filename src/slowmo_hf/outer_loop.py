@@ -35,6 +35,8 @@ Decisions taken once:
 (l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
 (m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly.
+(n) With `shard_slow_state` the averager hands this worker the sums of its own shard; lines 7 and 8 are done there alone, and the new
+    anchors are handed out to all behind them. A checkpoint holds the whole slow state: the two kinds of run resume each other.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ from typing import Any
 
 import torch
 
-from .averager import Base, ExactAverager, Piece, Sum, flat_anchors, views_like
+from .averager import Base, ExactAverager, Piece, Sum, flat_layouts, views_like
 from .communicator import host_name
-from .compression import make_averager
+from .compression import CODES, CompressedAverager
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
 from .gossip import GossipBase, make_topology
 from .header import Agreement, Header, Purpose
@@ -61,6 +63,7 @@ from .outer_optimizer import SlowMomentum, make_outer_optimizer
 from .overlap import Departed, TrainingOn
 from .random_state import RandomState
 from .round_report import Norms, RoundReport, log_costs
+from .sharding import ShardedAverager
 from .start_check import check_same_everywhere, log_start
 from .workers import Workers
 
@@ -118,19 +121,27 @@ class OuterLoop:
         ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
         self.workers.form()
         self.run_id: str = self.workers.world.gather_objects(uuid.uuid4().hex)[0]
-        self.averager = make_averager(self.workers.between, self.config)
+        self.averager = self._make_averager()
         self.inside = ExactAverager(self.workers.inside, self.config.bucket_bytes)
         self.tensors.remember_buffers()
         self.attempted_steps = attempted_steps
         # Only a leader holds slow state: elsewhere these lists are empty, and so are the loops over them.
-        self.anchors = flat_anchors(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
-        self._buckets = [bucket for item in self.anchors for bucket in self.averager.buckets(item)]
+        self.layouts = flat_layouts(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
+        self.anchors, self._buckets = self.averager.take_anchors(self.layouts)
         self.base = self._make_base()
         self.averager.reserve(self._buckets, at_once=bool(self.config.overlap_steps))
         self._make_outer_optimizer()
         log_start(self.workers, self.config, self.inner_state.policy)
         self._bytes_counted = self.workers.bytes_sent
         self._clock_start = time.perf_counter()
+
+    def _make_averager(self) -> ExactAverager:
+        communicator, config = self.workers.between, self.config
+        if config.shard_slow_state:
+            return ShardedAverager(communicator, config.bucket_bytes, config.slow_state_device)
+        if config.compression == "none" or communicator.world_size == 1:  # alone, a worker sends nothing and quantises nothing
+            return ExactAverager(communicator, config.bucket_bytes)
+        return CompressedAverager(communicator, config.bucket_bytes, CODES[config.compression])
 
     def _make_base(self) -> Base:
         if self.config.base in GOSSIP_BASES and self.workers.leads:
@@ -486,7 +497,7 @@ class OuterLoop:
                 if self.config.has_outer_update:
                     self.base.hand_back_(piece)
         self.outer_optimizer.end_round()
-        return norms
+        return self.averager.over_workers(norms)
 
     def _displacements(self) -> Iterator[Sum]:
         """Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and the mean of its squared norm."""
@@ -603,9 +614,14 @@ class OuterLoop:
         Clock, anchors and outer optimizer: all that is equal on every worker at a round's end.
 
         Raises:
-            RuntimeError: Inside a round, where workers differ and one state cannot speak for all.
+            RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker has but a shard.
         """
         self._refuse_inside_round(self.attempted_steps, "saved")
+        if self.config.shard_slow_state and self.workers.count > 1:
+            raise RuntimeError(
+                "slow state cannot be saved by one worker with shard_slow_state=True: each has a shard of it. Use accelerator.save_state "
+                "with register_for_checkpointing, which brings them together, or shard_slow_state=False."
+            )
         return {
             "version": STATE_VERSION,
             "sync_every": self.config.sync_every,
@@ -615,6 +631,19 @@ class OuterLoop:
             "velocities": self.velocities,
             "outer_optimizer": self._outer_state(),
         }
+
+    def whole_slow_state(self, *, keep: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        Anchors and velocities over all workers, for a checkpoint. Collective over leaders with `shard_slow_state`; no report counts it.
+
+        Args:
+            keep (`bool`): False where this process does not write them: what it gets is of no use.
+        """
+        before = self.workers.bytes_sent
+        anchors = self.averager.whole([item.flat for item in self.anchors], keep=keep)
+        velocities = self.averager.whole(self.velocities, keep=keep)
+        self._bytes_counted += self.workers.bytes_sent - before
+        return anchors, velocities
 
     def _outer_state(self) -> dict[str, Any]:
         if isinstance(self.outer_optimizer, SlowMomentum):
@@ -640,10 +669,10 @@ class OuterLoop:
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
-            sizes, expected = [t.numel() for t in state_dict[name]], [t.numel() for t in own]
+            sizes, expected = [t.numel() for t in state_dict[name]], [layout.flat.numel() for layout in self.layouts[: len(own)]]
             if sizes != expected:
                 raise ValueError(f"slow state does not fit: {name} have sizes {sizes}, this run has {expected}.")
-            copy_tensors_(own, state_dict[name])
+            self.averager.take_own_(own, state_dict[name])
         if isinstance(self.outer_optimizer, SlowMomentum):
             lrs = state_dict["outer_optimizer"]["previous_inner_lr"]
             for group, previous in zip(self.outer_optimizer.param_groups, lrs, strict=True):
@@ -652,6 +681,8 @@ class OuterLoop:
             self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
         self.averager.drop_residuals()  # each worker's own, which this state does not hold
         if state_dict["attempted_steps"] % self.config.sync_every == 0:  # inside a round there is all_reduce alone, whose parameters stay
+            for layout, whole in zip(self.layouts, state_dict["anchors"], strict=True):
+                copy_tensors_(layout.params, views_like(whole, layout.params))
             self._back_to_anchors()
 
     def _refuse_inside_round(self, attempted_steps: int, verb: str) -> None:

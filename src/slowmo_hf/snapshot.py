@@ -82,7 +82,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
     """
     workers = outer_loop.workers
     outer_loop.settle()
-    slow = _slow_state(outer_loop)
+    slow = _slow_state(outer_loop, keep=shared or not outer_loop.config.exact_average)  # first: workers may meet for it
     clock = {
         "run": outer_loop.run_id,
         "attempted_steps": outer_loop.attempted_steps,
@@ -106,13 +106,11 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         write_part(folder, f"worker_{workers.index}", own)
 
 
-def _slow_state(outer_loop: OuterLoop) -> Contents:
-    outer = outer_loop.outer_optimizer
-    state = Contents()
-    for index, item in enumerate(outer_loop.anchors):
-        state.tensors[f"anchor.{index}"] = item.flat
-    for index, velocity in enumerate(outer_loop.velocities):
-        state.tensors[f"velocity.{index}"] = velocity
+def _slow_state(outer_loop: OuterLoop, *, keep: bool) -> Contents:
+    outer, state = outer_loop.outer_optimizer, Contents()
+    anchors, velocities = outer_loop.whole_slow_state(keep=keep)
+    state.tensors.update({f"anchor.{index}": anchor for index, anchor in enumerate(anchors)})
+    state.tensors.update({f"velocity.{index}": velocity for index, velocity in enumerate(velocities)})
     if isinstance(outer, SlowMomentum):
         state.settings["previous_inner_lrs"] = [group["previous_inner_lr"] for group in outer.param_groups]
     else:
@@ -227,18 +225,20 @@ def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
             f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ. Train the same parameters to resume; or "
             "load its model and begin a new run."
         )
-    for index, item in enumerate(outer_loop.anchors if outer_loop.config.exact_average else []):
+    for index, layout in enumerate(outer_loop.layouts if outer_loop.config.exact_average else []):
         tensor = shared.tensors.get(f"anchor.{index}")
-        if tensor is None or tensor.shape != item.flat.shape or tensor.dtype != item.flat.dtype:
+        if tensor is None or tensor.shape != layout.flat.shape or tensor.dtype != layout.flat.dtype:
             raise CheckpointError(f"{folder}: anchor {index} does not fit: {None if tensor is None else tuple(tensor.shape)}.")
 
 
 def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
-    for index, item in enumerate(outer_loop.anchors):
-        item.flat.copy_(state.tensors[f"anchor.{index}"])
-    for index, velocity in enumerate(outer_loop.velocities):
-        # A run that had no momentum has no velocity: it starts at 0.
-        velocity.copy_(state.tensors.get(f"velocity.{index}", torch.zeros(())))
+    averager, anchors, velocities = outer_loop.averager, outer_loop.anchors, outer_loop.velocities
+    averager.take_own_([item.flat for item in anchors], [state.tensors[f"anchor.{index}"] for index in range(len(anchors))])
+    # A run that had no momentum has no velocity: it starts at 0.
+    saved = [
+        state.tensors.get(f"velocity.{index}", torch.zeros(()).expand(layout.flat.shape)) for index, layout in enumerate(outer_loop.layouts)
+    ]
+    averager.take_own_(velocities, saved[: len(velocities)])
     if isinstance(outer_loop.outer_optimizer, SlowMomentum):
         for group, previous in zip(outer_loop.outer_optimizer.param_groups, state.settings["previous_inner_lrs"], strict=True):
             group["previous_inner_lr"] = previous
