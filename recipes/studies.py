@@ -188,14 +188,15 @@ def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list
 
 def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     """
-    One setting at a time, around the Local SGD row: the inner state (first, and with more seeds, for the table's Local SGD rows both reset
-    it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
+    One setting at a time, around the Local SGD row: the inner state (first, and with the pair's seeds, for the table's Local SGD rows both
+    reset it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
     """
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
     if lr is None or momentum is None:
         return []
     middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
-    runs = [replace(middle, inner_state="maintain", outer_momentum=beta, seed=seed) for seed in (1, 2, 3) for beta in (0.0, momentum)]
+    seeds = range(1, 1 + TASKS[task].pair_seeds)
+    runs = [replace(middle, inner_state="maintain", outer_momentum=beta, seed=seed) for seed in seeds for beta in (0.0, momentum)]
     runs += [replace(middle, sync_every=tau, outer_momentum=beta) for beta in (momentum, 0.0) for tau in (3, 6, 12, 24, 48)]
     runs += [replace(middle, outer_momentum=beta) for beta in (0.0, 0.2, 0.4, 0.6, 0.8)]
     runs += [replace(middle, inner_state=state) for state in ("reset", "maintain", "average")]
