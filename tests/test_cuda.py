@@ -205,3 +205,31 @@ def test_gossip_of_two_gloo_ranks_on_one_gpu_is_that_on_the_cpu():
     for mine, right in zip(on_gpu, run_workers(check_gossip, 2, "cpu"), strict=True):
         for base, weight in right.items():
             torch.testing.assert_close(mine[base], weight, rtol=1e-5, atol=1e-6)
+
+
+def check_sharded(device):
+    """Six steps, with a look inside a round: the plain run, the sharded one, and the one whose slow state lies in main memory."""
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    results, places = {}, {}
+    for name, settings in SHARDED.items():
+        weight = nn.Parameter(torch.arange(501.0, device=device))
+        config = SlowMoConfig(sync_every=4, outer_momentum=0.5, bucket_bytes=1024, timeout_seconds=60, **settings)
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+        for step in range(6):
+            weight.grad = weight.detach() - (rank() + 1) * (step + 1)
+            optimizer.step()
+        with consensus(optimizer):
+            results[name] = weight.detach().cpu().clone()
+        places[name] = {item.flat.device.type for item in optimizer.outer_loop.anchors}
+    return results, places
+
+
+SHARDED = {"plain": {}, "sharded": {"shard_slow_state": True}, "on the cpu": {"shard_slow_state": True, "slow_state_device": "cpu"}}
+
+
+def test_sharded_slow_state_of_two_gloo_ranks_on_one_gpu_is_the_plain_one():
+    for results, places in run_workers(check_sharded, 2, "cuda", backend="cpu:gloo,cuda:gloo"):
+        for name in ("sharded", "on the cpu"):
+            torch.testing.assert_close(results[name], results["plain"], rtol=1e-6, atol=1e-6)
+        assert places == {"plain": {"cuda"}, "sharded": {"cuda"}, "on the cpu": {"cpu"}}

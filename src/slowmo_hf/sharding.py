@@ -70,19 +70,26 @@ class ShardedAverager(ExactAverager):
 
     def take_anchors(self, layouts: list[FlatAnchor]) -> tuple[list[FlatAnchor], list[Bucket]]:
         """This worker's shards, one flat tensor per layout, and the buckets that cut them."""
-        self._shards = [self._cut(layout) for layout in layouts]
-        return [shards[0].own.item for shards in self._shards], [shard.own for shards in self._shards for shard in shards]
+        items = [self._own_memory(layout) for layout in layouts]
+        self._shards = [self._cut(layout, item) for layout, item in zip(layouts, items, strict=True)]
+        return items, [shard.own for shard in self._all_shards()]
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
         """Two messages of one bucket, or four of a bucket and the next, are there at once."""
         return item.buckets(self.bucket_bytes // (2 if 2 * item.flat.nbytes <= self.bucket_bytes else 4))
 
-    def _cut(self, layout: FlatAnchor) -> list[Shard]:
-        wholes = self.buckets(layout)
-        lengths = [-(-whole.elements // self.workers) for whole in wholes]
-        flat = torch.zeros(sum(lengths), dtype=layout.flat.dtype, device=self._state_device or layout.params[0].device)
-        item, shards, offset = FlatAnchor(flat, [], []), [], 0
-        for whole, length in zip(wholes, lengths, strict=True):
+    def _own_memory(self, layout: FlatAnchor) -> FlatAnchor:
+        elements = sum(self._length(whole) for whole in self.buckets(layout))
+        flat = torch.zeros(elements, dtype=layout.flat.dtype, device=self._state_device or layout.params[0].device)
+        return FlatAnchor(flat, [], [])
+
+    def _length(self, whole: Bucket) -> int:
+        return -(-whole.elements // self.workers)
+
+    def _cut(self, layout: FlatAnchor, item: FlatAnchor) -> list[Shard]:
+        shards, offset = [], 0
+        for whole in self.buckets(layout):
+            length = self._length(whole)
             own = Bucket(item, offset, length, [])
             first = whole.offset + self.communicator.rank * length
             for piece in whole.pieces:
