@@ -168,6 +168,7 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf local_sgd, slowmo, overlapped": ours(overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, bf16": ours(compression="bf16"),
     "slowmo_hf local_sgd, slowmo, int8": ours(compression="int8"),
+    "slowmo_hf local_sgd, slowmo, sharded": ours(shard_slow_state=True),
     "slowmo_hf local_sgd, slowmo, maintained": ours(inner_state="maintain"),
     "slowmo_hf local_sgd, slowmo, maintained, overlapped": ours(inner_state="maintain", overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, maintained, int8": ours(inner_state="maintain", compression="int8"),
