@@ -49,11 +49,9 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
         keeper = keeps_files(outer_loop, folder, accelerator.local_process_index)
         with consensus(bare):
             _let_go(weights)
-            together(
-                outer_loop,
-                f"checkpoint {folder} cannot be written",
-                lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=_own_objects(accelerator)),
-            )
+            words, objects = f"checkpoint {folder} cannot be written", dict[str, Any]()
+            together(outer_loop, words, lambda: objects.update(_own_objects(accelerator)))
+            together(outer_loop, words, lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=objects))
 
         def finish() -> None:
             if keeper:

@@ -266,9 +266,9 @@ class ExactAverager:
     def drop_residuals(self) -> None:
         """Forget what a round holds back for the next: here nothing."""
 
-    def whole(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
-        """Slow state laid out like this worker's anchors (they, velocities) as it is over all workers. `keep`: see `ShardedAverager`."""
-        return states
+    def gather_states(self, kinds: list[list[torch.Tensor]], *, keep: bool) -> list[list[torch.Tensor]]:
+        """Slow states laid out like this worker's anchors (they, velocities) as they are over all workers: see `ShardedAverager`."""
+        return kinds
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         """The inverse: into slow state laid out like this worker's anchors goes what is its own of the whole."""
@@ -338,6 +338,11 @@ class ExactAverager:
                 piece.values().copy_(torch.sub(base.shown_from(piece), run, out=run))
         return square
 
+    @property
+    def _longest_message(self) -> int:
+        """Bytes of one of the buffers that share `bucket_bytes`."""
+        return self.bucket_bytes // 2
+
     def mean_(self, tensors: list[torch.Tensor]) -> None:
         """Replace floating-point tensors by their mean over workers, in place, every element exactly once."""
         self._each_bucket(tensors, wide_dtype, self._mean_)
@@ -369,7 +374,7 @@ class ExactAverager:
             queues.setdefault((tensor.device, wire_dtype(tensor.dtype)), []).append(tensor)
         for (device, dtype), queue in queues.items():
             shape_only = torch.empty(sum(t.numel() for t in queue), dtype=dtype, device="meta")
-            for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self.bucket_bytes // 2):
+            for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self._longest_message):
                 flat = self._buffer(bucket.elements, dtype, device)
                 for piece, run in bucket.runs(flat):
                     run.copy_(piece.values())

@@ -193,6 +193,7 @@ class SlowMoConfig:
             self._refuse_options(("overlap_steps",), "is for base='local_sgd' (osgp's own messages travel behind the computation)")
             self._refuse_options(("compression",), "is for the rounds of base='local_sgd', whose average alone can travel compressed")
             self._refuse_options(("shard_slow_state",), "is for base='local_sgd', whose anchors alone are needed at rounds only")
+        self._check_sharding()
         if self.overlap_steps and self.compression != "none":
             raise ValueError(
                 f"compression={self.compression!r} has two stages, and the second cannot start behind the computation, got "
@@ -203,7 +204,6 @@ class SlowMoConfig:
                 f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds that do not wait. Use "
                 "inner_state='maintain' or 'reset', or overlap_steps=0."
             )
-        self._check_sharding()
         if self.base == "all_reduce":
             self._refuse_options(
                 ("processes_per_worker",), "is for workers that train alone; all_reduce averages gradients over all processes"

@@ -640,8 +640,7 @@ class OuterLoop:
             keep (`bool`): False where this process does not write them: what it gets is of no use.
         """
         before = self.workers.bytes_sent
-        anchors = self.averager.whole([item.flat for item in self.anchors], keep=keep)
-        velocities = self.averager.whole(self.velocities, keep=keep)
+        anchors, velocities = self.averager.gather_states([[item.flat for item in self.anchors], self.velocities], keep=keep)
         self._bytes_counted += self.workers.bytes_sent - before
         return anchors, velocities
 

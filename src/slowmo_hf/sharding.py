@@ -22,6 +22,8 @@ from .averager import CACHED_ELEMENTS, Base, Bucket, ExactAverager, FlatAnchor, 
 from .communicator import Communicator
 from .round_report import Norms, squared_norm
 
+_LEAST_MESSAGE_BYTES = 2**16  # of a small model: each message is filled up to a multiple of m elements
+
 
 @dataclass(eq=False)
 class Shard:
@@ -52,7 +54,7 @@ class ShardedAverager(ExactAverager):
     An average whose sums reach each worker for its own shard alone; what becomes of them there goes to all. Buffers and inner states
     are averaged as ever.
 
-    Memory: two messages to and from all under way, together no more than `bucket_bytes`.
+    Memory: messages to and from all, of one bucket and the next.
 
     Args:
         communicator (`Communicator`): The workers.
@@ -75,8 +77,15 @@ class ShardedAverager(ExactAverager):
         return items, [shard.own for shard in self._all_shards()]
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
-        """Two messages of one bucket, or four of a bucket and the next, are there at once."""
-        return item.buckets(self.bucket_bytes // (2 if 2 * item.flat.nbytes <= self.bucket_bytes else 4))
+        """
+        Four messages, of a bucket and the next, are there at once, and a fifth while gloo gathers: together no more than `bucket_bytes`,
+        nor than the parameters need.
+        """
+        return item.buckets(min(self._longest_message, max(item.flat.nbytes // 5, _LEAST_MESSAGE_BYTES)))
+
+    @property
+    def _longest_message(self) -> int:
+        return self.bucket_bytes // 5
 
     def _own_memory(self, layout: FlatAnchor) -> FlatAnchor:
         elements = sum(self._length(whole) for whole in self.buckets(layout))
@@ -192,23 +201,32 @@ class ShardedAverager(ExactAverager):
 
     # ---- state ----
 
-    def whole(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
+    def gather_states(self, kinds: list[list[torch.Tensor]], *, keep: bool) -> list[list[torch.Tensor]]:
         """
-        Slow state laid out like this worker's shards, brought together in main memory. Collective over workers.
+        Slow states laid out like this worker's shards, brought together in main memory. Collective over workers: one that has no room for
+        them takes part to the end, and raises then.
 
         Args:
-            states (`list[torch.Tensor]`): All anchors, or all velocities.
+            kinds (`list[list[torch.Tensor]]`): All anchors, and all velocities.
             keep (`bool`): False where this worker only sends its own: the tensors that it gets are empty.
         """
-        found = []
-        for state, shards in zip(states, self._shards, strict=False):  # without momentum there are no velocities
-            whole = torch.empty(sum(shard.whole.elements for shard in shards) if keep else 0, dtype=state.dtype)
-            for number, shard in enumerate(shards):
-                outgoing, _ = self._messages(shard, number)
-                rows = self._gather(outgoing, shard.own.of(state).to(outgoing.device)).view(-1)
-                if keep:
-                    shard.whole.of(whole).copy_(rows[: shard.whole.elements])
-            found.append(whole)
+        found: list[list[torch.Tensor]] = []
+        failure: Exception | None = None
+        try:
+            for states in kinds:
+                sizes = [sum(shard.whole.elements for shard in shards) if keep else 0 for shards in self._shards]
+                found.append([torch.empty(size, dtype=state.dtype) for state, size in zip(states, sizes, strict=False)])
+        except (RuntimeError, MemoryError) as error:
+            failure, keep = error, False
+        for kind, states in enumerate(kinds):
+            for item, (state, shards) in enumerate(zip(states, self._shards, strict=False)):  # without momentum there are no velocities
+                for number, shard in enumerate(shards):
+                    outgoing, _ = self._messages(shard, number)
+                    rows = self._gather(outgoing, shard.own.of(state).to(outgoing.device)).view(-1)
+                    if keep:
+                        shard.whole.of(found[kind][item]).copy_(rows[: shard.whole.elements])
+        if failure is not None:
+            raise failure
         return found
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:

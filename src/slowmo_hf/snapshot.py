@@ -72,7 +72,8 @@ def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]
 
 def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:
     """
-    Write this process's part of a checkpoint; every process calls it at the same step.
+    Write this process's part of a checkpoint; every process calls it at the same step. Nothing that may fail on one alone comes first:
+    with `shard_slow_state` workers meet at its beginning, and bring the slow state together.
 
     Args:
         folder (`str`): The checkpoint's.
@@ -82,7 +83,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
     """
     workers = outer_loop.workers
     outer_loop.settle()
-    slow = _slow_state(outer_loop, keep=shared or not outer_loop.config.exact_average)  # first: workers may meet for it
+    slow = _slow_state(outer_loop, keep=shared or not outer_loop.config.exact_average)
     clock = {
         "run": outer_loop.run_id,
         "attempted_steps": outer_loop.attempted_steps,
