@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_workers
-from tiny import Heard, Regression, Rows, two_groups, values
+from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.averager import Base, flat_anchors, flat_layouts
+from slowmo_hf.averager import Base, ExactAverager, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.compression import (
     BLOCK,
@@ -298,6 +298,10 @@ def test_bytes_against_the_uncompressed_ring(workers, name, most):
 
 
 def test_without_compression_nothing_is_new():
+    for config in (SlowMoConfig(), SlowMoConfig(compression="int8")):  # alone, a worker quantises nothing either
+        _, optimizer, step_once = begin(config, 0)
+        step_once(0)
+        assert type(optimizer.outer_loop.averager) is ExactAverager
     alone = [train(SlowMoConfig(sync_every=3, compression=name), 0)[0][-1] for name in ("none", "int8")]
     assert all(torch.equal(alone[0][key], alone[1][key]) for key in alone[0])
 
@@ -387,17 +391,8 @@ def test_nan_and_infinity_are_named(name, bad):
 
 def leaders_alone():
     """Two workers of two processes."""
-    from accelerate import Accelerator
-
-    accelerator, bare, rows = Accelerator(cpu=True), Regression(), Rows(64)
-    config = SlowMoConfig(sync_every=2, processes_per_worker=2, compression="int8", timeout_seconds=30)
-    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config))
-    for step in range(4):
-        start = 16 * step + 4 * dist.get_rank()
-        accelerator.backward(model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
-    return values(bare), held_back(optimizer.optimizer)
+    model, optimizer = train_node_workers(compression="int8")
+    return values(model), held_back(optimizer)
 
 
 def test_a_workers_leader_alone_holds_residuals():

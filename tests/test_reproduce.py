@@ -254,7 +254,7 @@ def test_a_committed_record_is_whole(record):
     assert set(record) >= FIELDS
     assert record["workers"] >= 8
     rounds = record["steps"] // record["sync_every"]
-    assert rounds >= 150 or record["study"] == "sweep"  # one of the period has fewer
+    assert rounds >= 150 or (record["study"] == "sweep" and record["sync_every"] > 12)  # of the period
     metric, best, test = BEST[record["task"]]
     assert {test, f"best_{metric}", "training_loss", "validation_nll"} <= set(record["metrics"])
     assert record["metrics"][f"best_{metric}"] == best(look[metric] for look in record["curve"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_workers
-from tiny import Heard, Regression, Rows, two_groups, values
+from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
@@ -203,17 +203,8 @@ def test_nan_is_named(at_a_look):
 
 def leaders_alone():
     """Two workers of two processes."""
-    from accelerate import Accelerator
-
-    accelerator, bare, rows = Accelerator(cpu=True), Regression(), Rows(64)
-    config = SlowMoConfig(sync_every=2, processes_per_worker=2, shard_slow_state=True, timeout_seconds=30)
-    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config))
-    for step in range(4):
-        start = 16 * step + 4 * dist.get_rank()
-        accelerator.backward(model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
-    return values(bare), [item.flat.numel() for item in optimizer.optimizer.outer_loop.anchors]
+    model, optimizer = train_node_workers(shard_slow_state=True)
+    return values(model), [item.flat.numel() for item in optimizer.outer_loop.anchors]
 
 
 def test_a_workers_leader_alone_holds_its_shard():

@@ -86,6 +86,23 @@ def sentences(rows: int = 64) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": (row[0] % 2)} for row in ids]
 
 
+def train_node_workers(**settings: Any) -> tuple[Regression, Any]:
+    """Four steps of workers of two processes under Accelerate, two rounds; the model, and the `SlowMoOptimizer` under its wrapper."""
+    from accelerate import Accelerator
+
+    from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+
+    accelerator, bare, rows = Accelerator(cpu=True), Regression(), Rows(64)
+    config = SlowMoConfig(sync_every=2, processes_per_worker=2, timeout_seconds=30, **settings)
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config))
+    for step in range(4):
+        start = 16 * step + 4 * torch.distributed.get_rank()
+        accelerator.backward(model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+    return bare, optimizer.optimizer
+
+
 class SmallNorm(nn.Module):
     """A linear layer, BatchNorm and a constant buffer that overflows when it is averaged."""
 

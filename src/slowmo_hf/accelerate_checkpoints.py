@@ -49,7 +49,8 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
         keeper = keeps_files(outer_loop, folder, accelerator.local_process_index)
         with consensus(bare):
             _let_go(weights)
-            words, objects = f"checkpoint {folder} cannot be written", dict[str, Any]()
+            words = f"checkpoint {folder} cannot be written"
+            objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
             together(outer_loop, words, lambda: objects.update(_own_objects(accelerator)))
             together(outer_loop, words, lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=objects))
 

@@ -266,9 +266,9 @@ class ExactAverager:
     def drop_residuals(self) -> None:
         """Forget what a round holds back for the next: here nothing."""
 
-    def gather_states(self, kinds: list[list[torch.Tensor]], *, keep: bool) -> list[list[torch.Tensor]]:
+    def gather_states(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
         """Slow states laid out like this worker's anchors (they, velocities) as they are over all workers: see `ShardedAverager`."""
-        return kinds
+        return states
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         """The inverse: into slow state laid out like this worker's anchors goes what is its own of the whole."""

@@ -640,9 +640,9 @@ class OuterLoop:
             keep (`bool`): False where this process does not write them: what it gets is of no use.
         """
         before = self.workers.bytes_sent
-        anchors, velocities = self.averager.gather_states([[item.flat for item in self.anchors], self.velocities], keep=keep)
+        whole = self.averager.gather_states([*(item.flat for item in self.anchors), *self.velocities], keep=keep)
         self._bytes_counted += self.workers.bytes_sent - before
-        return anchors, velocities
+        return whole[: len(self.anchors)], whole[len(self.anchors) :]
 
     def _outer_state(self) -> dict[str, Any]:
         if isinstance(self.outer_optimizer, SlowMomentum):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
@@ -72,9 +73,9 @@ class ShardedAverager(ExactAverager):
 
     def take_anchors(self, layouts: list[FlatAnchor]) -> tuple[list[FlatAnchor], list[Bucket]]:
         """This worker's shards, one flat tensor per layout, and the buckets that cut them."""
-        items = [self._own_memory(layout) for layout in layouts]
-        self._shards = [self._cut(layout, item) for layout, item in zip(layouts, items, strict=True)]
-        return items, [shard.own for shard in self._all_shards()]
+        cuts = [self._cut(layout) for layout in layouts]
+        self._shards = [shards for _, shards in cuts]
+        return [item for item, _ in cuts], [shard.own for shard in self._all_shards()]
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
         """
@@ -87,25 +88,19 @@ class ShardedAverager(ExactAverager):
     def _longest_message(self) -> int:
         return self.bucket_bytes // 5
 
-    def _own_memory(self, layout: FlatAnchor) -> FlatAnchor:
-        elements = sum(self._length(whole) for whole in self.buckets(layout))
-        flat = torch.zeros(elements, dtype=layout.flat.dtype, device=self._state_device or layout.params[0].device)
-        return FlatAnchor(flat, [], [])
-
-    def _length(self, whole: Bucket) -> int:
-        return -(-whole.elements // self.workers)
-
-    def _cut(self, layout: FlatAnchor, item: FlatAnchor) -> list[Shard]:
-        shards, offset = [], 0
-        for whole in self.buckets(layout):
-            length = self._length(whole)
+    def _cut(self, layout: FlatAnchor) -> tuple[FlatAnchor, list[Shard]]:
+        wholes = self.buckets(layout)
+        lengths = [-(-whole.elements // self.workers) for whole in wholes]
+        flat = torch.zeros(sum(lengths), dtype=layout.flat.dtype, device=self._state_device or layout.params[0].device)
+        item, shards, offset = FlatAnchor(flat, [], []), [], 0
+        for whole, length in zip(wholes, lengths, strict=True):
             own = Bucket(item, offset, length, [])
             first = whole.offset + self.communicator.rank * length
             for piece in whole.pieces:
                 own.pieces += _part(piece, first, own)
             shards.append(Shard(whole, own))
             offset += length
-        return shards
+        return item, shards
 
     def reserve(self, buckets: list[Bucket], *, at_once: bool = False) -> None:
         """Make the buffers."""
@@ -201,40 +196,39 @@ class ShardedAverager(ExactAverager):
 
     # ---- state ----
 
-    def gather_states(self, kinds: list[list[torch.Tensor]], *, keep: bool) -> list[list[torch.Tensor]]:
+    def gather_states(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
         """
         Slow states laid out like this worker's shards, brought together in main memory. Collective over workers: one that has no room for
         them takes part to the end, and raises then.
 
         Args:
-            kinds (`list[list[torch.Tensor]]`): All anchors, and all velocities.
+            states (`list[torch.Tensor]`): All anchors, then perhaps all velocities.
             keep (`bool`): False where this worker only sends its own: the tensors that it gets are empty.
         """
-        found: list[list[torch.Tensor]] = []
+        cuts = list(zip(states, cycle(self._shards), strict=False))
+        found: list[torch.Tensor] = []
         failure: Exception | None = None
         try:
-            for states in kinds:
-                sizes = [sum(shard.whole.elements for shard in shards) if keep else 0 for shards in self._shards]
-                found.append([torch.empty(size, dtype=state.dtype) for state, size in zip(states, sizes, strict=False)])
+            for state, shards in cuts:
+                found.append(torch.empty(sum(shard.whole.elements for shard in shards) if keep else 0, dtype=state.dtype))
         except (RuntimeError, MemoryError) as error:
             failure, keep = error, False
-        for kind, states in enumerate(kinds):
-            for item, (state, shards) in enumerate(zip(states, self._shards, strict=False)):  # without momentum there are no velocities
-                for number, shard in enumerate(shards):
-                    outgoing, _ = self._messages(shard, number)
-                    rows = self._gather(outgoing, shard.own.of(state).to(outgoing.device)).view(-1)
-                    if keep:
-                        shard.whole.of(found[kind][item]).copy_(rows[: shard.whole.elements])
+        for index, (state, shards) in enumerate(cuts):
+            for number, shard in enumerate(shards):
+                outgoing, _ = self._messages(shard, number)
+                rows = self._gather(outgoing, shard.own.of(state).to(outgoing.device)).view(-1)
+                if keep:
+                    shard.whole.of(found[index]).copy_(rows[: shard.whole.elements])
         if failure is not None:
             raise failure
         return found
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         """The inverse, without a message."""
-        for state, whole, shards in zip(states, wholes, self._shards, strict=False):
+        for state, whole, shards in zip(states, wholes, self._shards, strict=False):  # without momentum there are no velocities
             for shard in shards:
-                first = shard.whole.offset + self.communicator.rank * shard.own.elements
-                part = shard.whole.of(whole)[first - shard.whole.offset :][: shard.own.elements]
+                first = self.communicator.rank * shard.own.elements
+                part = shard.whole.of(whole)[first : first + shard.own.elements]
                 shard.own.of(state)[: part.numel()].copy_(part)
 
 
