@@ -383,13 +383,15 @@ class MemoryGauge:
         return figures
 
 
-def measure_memory_at(args: BenchmarkArguments, bucket_bytes: int, stash_device: str, dtype: torch.dtype) -> dict[str, Any]:
+def measure_memory_at(
+    args: BenchmarkArguments, bucket_bytes: int, stash_device: str, dtype: torch.dtype, sharded: bool = False
+) -> dict[str, Any]:
     """Bytes of one process over those of the same model without us."""
     model = round_model(args, dtype)
     forward(model)
     params = sum(p.numel() for p in model.parameters())
     gauge = MemoryGauge()
-    optimizer = local_training(model, sync_every=2, bucket_bytes=bucket_bytes, stash_device=stash_device)
+    optimizer = local_training(model, sync_every=2, bucket_bytes=bucket_bytes, stash_device=stash_device, shard_slow_state=sharded)
     optimizer.step()
     gauge.read()
     optimizer.step()
@@ -399,11 +401,12 @@ def measure_memory_at(args: BenchmarkArguments, bucket_bytes: int, stash_device:
     with consensus(optimizer):
         look = gauge.read()
     stash_bytes = params * dtype.itemsize
-    wanted = 2 * 4 * params + bucket_bytes
+    wanted = 2 * 4 * params // (args.processes if sharded else 1) + bucket_bytes
     return {
         "bucket_bytes": bucket_bytes,
         "stash_device": stash_device,
         "dtype": str(dtype).removeprefix("torch."),
+        "shard_slow_state": sharded,
         "parameters": params,
         "between rounds": between,
         "while the average is looked at": look,
@@ -418,12 +421,13 @@ def measure_memory_at(args: BenchmarkArguments, bucket_bytes: int, stash_device:
 
 
 def measure_memory(args: BenchmarkArguments) -> list[dict[str, Any]]:
-    """Both points of bucket_bytes, both places for the stash, and bf16 parameters."""
+    """Both points of bucket_bytes, both places for the stash, bf16 parameters, and slow state sharded over the processes."""
     default = SlowMoConfig().bucket_bytes
     measure_memory_at(args, default, "same", torch.float32)  # what is allocated once per process
     cases = [(b, s, torch.float32) for b in (default, args.lean_bucket_bytes) for s in ("same", "cpu")]
     cases += [(b, "same", torch.bfloat16) for b in (default, args.lean_bucket_bytes)]
-    return [measure_memory_at(args, *case) for case in cases]
+    sharded = [measure_memory_at(args, b, "same", torch.float32, sharded=True) for b in (default, args.lean_bucket_bytes)]
+    return [measure_memory_at(args, *case) for case in cases] + sharded
 
 
 # ---- the run ----

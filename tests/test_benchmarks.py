@@ -65,8 +65,9 @@ def test_a_round_sends_the_payload_and_little_more(figures):
 
 def test_memory_is_counted_to_the_byte(figures):
     """Two fp32 copies, a buffer with one element more, 16 KiB for what is small; during a look one copy of the parameters more."""
-    assert len(figures["memory"]) == 6
-    for case in figures["memory"]:
+    plain = [case for case in figures["memory"] if not case["shard_slow_state"]]
+    assert len(plain) == 6
+    for case in plain:
         copies = 2 * 4 * case["parameters"]
         buffer = min(4 * case["parameters"], case["bucket_bytes"]) + 4
         local = case["parameters"] * (2 if case["dtype"] == "bfloat16" else 4)
@@ -76,6 +77,15 @@ def test_memory_is_counted_to_the_byte(figures):
         assert between + local <= look <= between + local + round_cost.SMALL_BYTES
         assert case["after the look"]["tensors"] <= between + round_cost.SMALL_BYTES
         assert case["bytes_per_parameter"]["between rounds"] == pytest.approx(between / case["parameters"], abs=0.005)
+
+
+def test_sharded_slow_state_takes_its_share_of_memory(figures):
+    """Two processes: half of two fp32 copies, four messages of a fifth of the bucket or of the parameters, 16 KiB for what is small."""
+    sharded = [case for case in figures["memory"] if case["shard_slow_state"]]
+    assert len(sharded) == 2
+    for case in sharded:
+        halves, messages = 4 * case["parameters"], 4 * min(4 * case["parameters"], case["bucket_bytes"]) // 5
+        assert halves + 0.9 * messages <= case["between rounds"]["tensors"] <= halves + messages + round_cost.SMALL_BYTES
 
 
 def test_three_forms_of_the_arithmetic_are_one():
