@@ -1,5 +1,6 @@
 """Checkpoints are whole or refused: damage, other settings, other numbers of workers, kills, rotation, failing or separate disks."""
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -8,10 +9,12 @@ import resource
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from harness import run_workers
 from safetensors.torch import load_file
 from tiny import Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
@@ -91,7 +94,7 @@ def train(folder, *arguments_of_make, resume=None, stop=None, watchers=(), **set
         except KeyboardInterrupt:
             assert stop
     inner = trainer.optimizer.optimizer.state_dict()["state"]
-    kept = {name: getattr(trainer.args, name) for name in ("save_total_limit", "save_on_each_node")}
+    kept = {name: getattr(trainer.args, name) for name in ("save_total_limit", "save_on_each_node", "hub_strategy")}
     best = trainer.state.best_global_step
     return {**recorded(trainer, recorder), "inner": inner, "said": said, "args": kept, "best": best}
 
@@ -515,7 +518,7 @@ def _check_rotation(folder):
                 run = train(output, watchers=[guard], save_total_limit=limit, **settings)
             dist.barrier()
             assert guard.saves == STEPS
-            assert run["args"] == {"save_total_limit": limit, "save_on_each_node": False}
+            assert run["args"] == {"save_total_limit": limit, "save_on_each_node": False, "hub_strategy": "every_save"}
             kept = {STEPS, STEPS - 1} if limit == 2 else {STEPS}
             if settings:
                 assert run["best"] < STEPS - 1
@@ -604,6 +607,47 @@ def test_a_checkpoint_is_found_where_it_is(saved, tmp_path):
         assert "TrainingArguments(resume_from_checkpoint=...)" in words[name], words[name]
 
 
+# ---- the Hub ----
+
+
+class Hub:
+    """Stands for the Hub: keeps each version of what is uploaded as a checkpoint, as it is at that moment."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{name}", url="")
+
+    def upload_folder(self, folder_path, path_in_repo=None, **kwargs):
+        if path_in_repo:
+            shutil.copytree(folder_path, self.folder / f"{len(list(self.folder.glob('*')))}" / path_in_repo)
+        done = concurrent.futures.Future()
+        done.set_result(None)
+        return done
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def _check_hub(folder, strategy, name):
+    transformers.trainer.hf_api = lambda: Hub(folder / "hub")
+    push = {"push_to_hub": True, "hub_strategy": strategy, "hub_always_push": True}
+    first = train(folder / "run", save_steps=MIDDLE, **push)
+    assert first["args"]["hub_strategy"] == strategy
+    dist.barrier()
+    pushed = folder / "hub" / "0" / name
+    verify_checkpoint(pushed)
+    resumed = train(folder / "again", resume=str(pushed), resume_from_checkpoint=str(pushed), save_strategy="no")
+    same_end(first, resumed, STEPS - MIDDLE)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", f"checkpoint-{MIDDLE}")])
+def test_a_checkpoint_from_the_hub_goes_on(tmp_path, strategy, name):
+    """Trainer would push it before the manifest is there, and a resume would refuse it."""
+    run_workers(_check_hub, 2, tmp_path, strategy, name)
+
+
 # ---- machines that do not share files ----
 
 
@@ -613,7 +657,7 @@ def _check_own_disks(folder):
     config = SlowMoConfig(sync_every=4, processes_per_worker=1, timeout_seconds=30)
     mine = folder / f"machine-{rank}"
     first = train(mine / "run", config, save_total_limit=5)
-    assert first["args"] == {"save_total_limit": 5, "save_on_each_node": False}
+    assert first["args"] == {"save_total_limit": 5, "save_on_each_node": False, "hub_strategy": "every_save"}
     assert any("save_on_each_node is set until training ends" in line for line in first["said"])
     assert checkpoints(mine / "run") == whole(mine / "run") == {f"checkpoint-{step}" for step in range(5, STEPS + 1)}
     names = set(contents(mine / "run" / "checkpoint-5"))

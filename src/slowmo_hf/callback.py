@@ -295,7 +295,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """As after an evaluation; then the checkpoint is whole."""
         self._after_look("saved")
         if self._checkpoints:
-            self._checkpoints.finish(self._folder(args, state), self._states(kwargs), state)
+            folder = self._folder(args, state)
+            self._checkpoints.finish(folder, self._states(kwargs), state)
+            self._checkpoints.push(self._find_trainer(), folder)
 
     def _after_look(self, verb: str) -> None:
         if self.outer_loop is None or not self._training:

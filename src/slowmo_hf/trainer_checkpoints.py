@@ -1,4 +1,4 @@
-"""A Trainer run's checkpoints: our part of each is written before Trainer's own, sealed after it, and found again on resume."""
+"""A Trainer run's checkpoints: our part of each is written before Trainer's own, sealed after it, pushed, and found again on resume."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import PartialState
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .checkpoint import FOLDER, CheckpointError, is_whole, run_of, seal, verify_checkpoint
 from .log import logger
@@ -25,7 +25,8 @@ class TrainerCheckpoints:
 
     Args:
         args (`TrainingArguments`): The run's. While it lasts, `save_total_limit` is hidden from Trainer, which would delete the last whole
-            checkpoint before the new one is finished, and kept here; without a shared file system `save_on_each_node` is set.
+            checkpoint before the new one is finished, and kept here; so is `hub_strategy`, for Trainer would push a checkpoint before it is
+            whole. Without a shared file system `save_on_each_node` is set.
         outer_loop (`OuterLoop`): Started.
     """
 
@@ -42,10 +43,12 @@ class TrainerCheckpoints:
             logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
             args.save_on_each_node = True
         args.save_total_limit = None
+        self._hub_strategy = args.hub_strategy
+        args.hub_strategy = HubStrategy.END
 
     def end(self) -> None:
         """Give the arguments back as they were."""
-        self.args.save_total_limit = self._limit
+        self.args.save_total_limit, self.args.hub_strategy = self._limit, self._hub_strategy
         if self._set_on_each_node:
             self.args.save_on_each_node = False
 
@@ -76,6 +79,15 @@ class TrainerCheckpoints:
 
         finish_together(self.outer_loop, folder, keep)
         self._written = None
+
+    def push(self, trainer: Trainer, folder: Path) -> None:
+        """What Trainer would have pushed to the Hub before the checkpoint was whole."""
+        if self.args.push_to_hub:
+            self.args.hub_strategy = self._hub_strategy
+            try:
+                trainer._push_from_checkpoint(str(folder))
+            finally:
+                self.args.hub_strategy = HubStrategy.END
 
     def _rotate(self, newest: Path, best: str | None) -> None:
         if not self._limit or self._limit < 0:
