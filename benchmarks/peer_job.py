@@ -164,6 +164,8 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf all_reduce, slowmo": ours(base="all_reduce"),
     "slowmo_hf local_sgd": ours(outer_momentum=0.0),
     "slowmo_hf local_sgd, maintained": ours(outer_momentum=0.0, inner_state="maintain"),
+    "slowmo_hf local_sgd, maintained, overlapped": ours(outer_momentum=0.0, inner_state="maintain", overlap_steps=6),
+    "slowmo_hf local_sgd, maintained, int8": ours(outer_momentum=0.0, inner_state="maintain", compression="int8"),
     "slowmo_hf local_sgd, slowmo": ours(),
     "slowmo_hf local_sgd, slowmo, overlapped": ours(overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, bf16": ours(compression="bf16"),

@@ -41,6 +41,7 @@ class PeerArguments:
     sync_every: int = field(default=12, metadata={"help": "Steps per round."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds timed per system; at least 5."})
     steps: int = field(default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."})
+    look_every: int = field(default=24, metadata={"help": "Steps between looks at it, a multiple of sync_every."})
     width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
     device_ms: float = field(default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (peer_job.Device)."})
@@ -106,8 +107,8 @@ def run(hosts: Hosts, system: str, args: PeerArguments, steps: int, seed: int = 
     """One system's figures."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        flags = {"system": system, "output": output, "sync_every": args.sync_every, "timed_rounds": args.timed_rounds, "steps": steps}
-        flags |= {"width": args.width, "batch_size": args.batch_size, "device_ms": args.device_ms, "seed": seed}
+        flags = {"system": system, "output": output, "steps": steps, "seed": seed}
+        flags |= {name: getattr(args, name) for name in ("sync_every", "timed_rounds", "look_every", "width", "batch_size", "device_ms")}
         hosts.launch(JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200)
         figures: dict[str, Any] = json.loads(output.read_text())
     return figures
@@ -143,10 +144,11 @@ def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: d
 
 
 def set_targets(rows: list[dict[str, Any]]) -> None:
-    """Seconds until the validation loss was first at most `TARGET` times DDP's final one, by link; None where it never was."""
-    finals = {row["rho"]: row["final_validation_loss"] for row in rows if row["system"] == "ddp" and row["curve"]}
+    """Seconds until the validation loss was first at most `TARGET` times DDP's final one, by link and seed; None where it never was."""
+    finals = {(row["rho"], row.get("seed", 0)): row["final_validation_loss"] for row in rows if row["system"] == "ddp" and row["curve"]}
     for row in rows:
-        reached = [look["seconds"] for look in row["curve"] if look["validation_loss"] <= TARGET * finals.get(row["rho"], 0.0)]
+        target = TARGET * finals.get((row["rho"], row.get("seed", 0)), 0.0)
+        reached = [look["seconds"] for look in row["curve"] if look["validation_loss"] <= target]
         row["seconds_to_target"] = min(reached, default=None)
 
 
@@ -191,20 +193,22 @@ def table2(rows: list[dict[str, Any]], ratios: tuple[float, ...] = (0.5, 3.1)) -
     return "\n".join(lines)
 
 
-def spread(rows: list[dict[str, Any]]) -> str:
-    """A line per system: the final validation loss over seeds, and the paired difference to the first system."""
-    losses: dict[str, dict[int, float]] = {}
+def spread(rows: list[dict[str, Any]], metric: str = "final_validation_loss", than: str | None = None) -> str:
+    """A line per system: a metric over seeds, and the paired difference to one system, the first by default. None is left out."""
+    found: dict[str, dict[int, float]] = {}
     for row in rows:
-        losses.setdefault(row["system"], {})[row["seed"]] = row["final_validation_loss"]
-    first = next(iter(losses.values()))
-    lines = ["| system | final validation loss (seeds) | minus the first's |", "|---|---|---|"]
-    for system, own in losses.items():
-        gaps = [loss - first[seed] for seed, loss in own.items() if seed in first]
-        mean, gap = f"{statistics.mean(own.values()):.4f} ± {statistics.stdev(own.values()):.4f}", ""
-        if own is not first:
-            gap = f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}"
-        lines.append(f"| {system} | {mean} ({len(own)}) | {gap} |")
+        if row[metric] is not None:
+            found.setdefault(row["system"], {})[row["seed"]] = row[metric]
+    than = than or next(iter(found))
+    lines = [f"| system | {metric.replace('_', ' ')} (seeds) | minus that of {than} |", "|---|---|---|"]
+    for system, own in found.items():
+        gaps = [value - found[than][seed] for seed, value in own.items() if seed in found[than]]
+        lines.append(f"| {system} | {_mean_sd(list(own.values()), '')} ({len(own)}) | {'' if system == than else _mean_sd(gaps, '+')} |")
     return "\n".join(lines)
+
+
+def _mean_sd(values: list[float], sign: str) -> str:
+    return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

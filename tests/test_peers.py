@@ -76,6 +76,19 @@ def test_table2_and_spread_by_hand():
     seeds = [("exact", 0, 0.4), ("exact", 1, 0.6), ("int8", 0, 0.5), ("int8", 1, 0.9)]
     lines = peers.spread([{"system": name, "seed": seed, "final_validation_loss": loss} for name, seed, loss in seeds]).splitlines()
     assert lines[2:] == ["| exact | 0.5000 ± 0.1414 (2) |  |", "| int8 | 0.7000 ± 0.2828 (2) | +0.2000 ± 0.1414 |"]
+    seconds = [("a", 0, 6.0), ("a", 1, None), ("b", 0, 4.0), ("b", 1, 7.0)]
+    lines = peers.spread([{"system": name, "seed": seed, "x_y": value} for name, seed, value in seconds], "x_y", than="b").splitlines()
+    assert lines[0] == "| system | x y (seeds) | minus that of b |"
+    assert lines[2:] == ["| a | 6.0000 (1) | +2.0000 |", "| b | 5.5000 ± 2.1213 (2) |  |"]
+
+
+def test_targets_are_each_seed_s_own():
+    """DDP ends at 0.5 and 0.6: the other's looks at 0.7, 0.6, 0.5 reach 0.505 at the third and 0.606 at the second."""
+    args = peers.PeerArguments()
+    rows = [peers.row_of("ddp", 3.1, 100.0, args, figures([0.05] * 5, [loss]), seed) for seed, loss in enumerate((0.5, 0.6))]
+    rows += [peers.row_of("slowmo_hf local_sgd", 3.1, 100.0, args, figures([0.05] * 5, [0.7, 0.6, 0.5]), seed) for seed in (0, 1)]
+    peers.set_targets(rows)
+    assert [row["seconds_to_target"] for row in rows] == [2.0, 2.0, 6.0, 4.0]
 
 
 def test_unknown_systems_and_few_rounds_are_refused():
