@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
-from slowmo_hf.averager import flat_anchors, flat_layouts
+from slowmo_hf.averager import ExactAverager, flat_anchors, flat_layouts
+from slowmo_hf.communicator import Communicator
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
 from slowmo_hf.round_report import squared_norm
@@ -193,6 +194,27 @@ def test_buckets_hold_every_element_once(shapes, bucket_elements, dtypes):
                 assert torch.equal(run, piece.values().to(run.dtype))
         assert all((count == 1).all() for count in counts.values())
         assert all(torch.equal(a, p.to(a.dtype)) for a, p in zip(item.anchors(), item.params, strict=True))
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket_bytes", "at_once", "expected"),
+    [
+        (10 * MIB, 256 * MIB, False, [10 * MIB]),
+        (40 * MIB, 256 * MIB, False, [16 * MIB, 16 * MIB, 8 * MIB]),
+        (1024 * MIB, 256 * MIB, False, 16 * [64 * MIB]),
+        (8192 * MIB, 256 * MIB, False, 64 * [128 * MIB]),
+        (40 * MIB, 8 * MIB, False, 10 * [4 * MIB]),
+        (1024 * MIB, 256 * MIB, True, 4 * [256 * MIB]),
+    ],
+)
+def test_messages_that_are_waited_for_are_many(size, bucket_bytes, at_once, expected):
+    """A sixteenth of what travels each, 16 MiB at least, half of `bucket_bytes` at most; behind the computation `bucket_bytes`."""
+    [layout] = flat_layouts([[torch.nn.Parameter(torch.empty(size // 4, device="meta"))]])
+    averager = ExactAverager(Communicator(20.0, torch.device("cpu")), bucket_bytes, at_once=at_once)
+    assert [4 * bucket.elements for bucket in averager.buckets(layout)] == expected
 
 
 def _mixed_average():

@@ -39,6 +39,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 # Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and parameter then
 # stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch, and whole tensors are better.
 CACHED_ELEMENTS = {"cpu": 2**18}
+# Messages that are waited for: while one travels the next is packed and the last one taken in, so on a slow link a round costs little more
+# than its bytes. Each is a sixteenth of what travels, for every one waits for the link's latency too, but this many bytes at least.
+MESSAGE_BYTES = 16 * 2**20
+_MOST_MESSAGES = 16
 _OWN_SLOTS = 2  # buffers from here on belong to one message each
 
 
@@ -206,19 +210,25 @@ class Base:
 
 class ExactAverager:
     """
-    The exact average (line 6) by all-reduce, in reused buffers of `bucket_bytes` in all.
+    The exact average (line 6) by all-reduce, in two buffers that take turns.
 
     What travels is the displacement anchor - x_i, not x_i: the mean is the pseudo-gradient itself, free of the cancellation
     that anchor - mean(x_i) has, and the consensus distance follows from its norms without a message.
+
+    Args:
+        communicator (`Communicator`): The workers.
+        bucket_bytes (`int`): Both buffers have no more.
+        at_once (`bool`, *optional*, defaults to `False`): For `sums_at_once`: every message has a buffer of its own, of `bucket_bytes` at
+            most.
     """
 
-    def __init__(self, communicator: Communicator, bucket_bytes: int) -> None:
+    def __init__(self, communicator: Communicator, bucket_bytes: int, *, at_once: bool = False) -> None:
         self.communicator = communicator
         self.bucket_bytes = bucket_bytes
+        self._at_once = at_once
         self.weights, self.total_weight = [1.0] * communicator.world_size, float(communicator.world_size)
         self._buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
         self._own_squares: list[torch.Tensor] = []
-        self._at_once = False
 
     def weigh(self, weights: list[int]) -> None:
         """From now on worker i counts for weights[i] of their sum; equal ones, and all 0, are the plain mean."""
@@ -242,13 +252,14 @@ class ExactAverager:
         return anchors, [bucket for item in anchors for bucket in self.buckets(item)]
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
-        """One bucket where `bucket_bytes` has room for all, else many of half the size: one is packed while another travels."""
-        return item.buckets(self.bucket_bytes if item.flat.nbytes <= self.bucket_bytes else self.bucket_bytes // 2)
+        """What each message carries. Those behind the computation have time enough, and starting one costs some: few and large."""
+        if self._at_once:
+            return item.buckets(self.bucket_bytes)
+        return item.buckets(min(self._longest_message, max(MESSAGE_BYTES, -(-item.flat.nbytes // _MOST_MESSAGES))))
 
-    def reserve(self, buckets: list[Bucket], *, at_once: bool = False) -> None:
+    def reserve(self, buckets: list[Bucket]) -> None:
         """Make the buffers of `sums` (`sums_at_once`) now, so that a round allocates nothing; those of the start's broadcast go."""
         self._buffers.clear()
-        self._at_once = at_once
         for number, bucket in enumerate(buckets):
             self._message(bucket, number)
 

@@ -131,7 +131,7 @@ class CompressedAverager(ExactAverager):
     An average whose rounds travel quantised. Looks, buffers and inner states are averaged as ever, and leave the residuals alone.
 
     Memory beyond `ExactAverager`'s, per trainable element: 4 bytes of worker's residual and 4/m of shard owner's (8 for fp64), and messages
-    to and from all of one bucket: 2 bytes with int8, 4 with bf16, for as much of the model as `bucket_bytes` holds.
+    to and from all for a bucket and the next, together: 2 bytes with int8, 4 with bf16, per element of both.
 
     Args:
         communicator (`Communicator`): At least two workers.
@@ -145,9 +145,9 @@ class CompressedAverager(ExactAverager):
         self.workers = communicator.world_size
         self._residuals: dict[tuple[FlatAnchor, int], Residuals] = {}
 
-    def reserve(self, buckets: list[Bucket], *, at_once: bool = False) -> None:
+    def reserve(self, buckets: list[Bucket]) -> None:
         """Make the buffers and the residuals, which are 0."""
-        super().reserve(buckets, at_once=at_once)
+        super().reserve(buckets)
         self._residuals.clear()
         for number, bucket in enumerate(buckets):
             shard = shard_elements(bucket.elements, self.workers)

@@ -88,7 +88,8 @@ class SlowMoConfig:
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB):
-            Size of the communication buffer, in bytes. One large buffer is fastest; a small one saves memory.
+            What the messages of a round take in memory, in bytes, at most. Two take turns, each a sixteenth of what travels and 16 MiB at
+            least; less memory makes more of them. Messages behind the computation (`overlap_steps`, `osgp`) have this size each.
         timeout_seconds (`float`, *optional*, defaults to `1800.0`):
             How long a round waits for a worker before it fails.
 
@@ -114,7 +115,7 @@ class SlowMoConfig:
     shard_slow_state: bool = _help("Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.", False)
     slow_state_device: str = _help("Where a sharded slow state lies: same or cpu.", "same")
     stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
-    bucket_bytes: int = _help("Size of the communication buffer in bytes.", 256 * 2**20)
+    bucket_bytes: int = _help("Bytes that the messages of a round take, at most.", 256 * 2**20)
     timeout_seconds: float = _help("How long a round waits for a worker, in seconds.", 1800.0)
 
     def __post_init__(self) -> None:

@@ -23,14 +23,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .averager import Base, Bucket, FlatAnchor, Piece, rounded
+from .averager import MESSAGE_BYTES, Base, Bucket, FlatAnchor, Piece, rounded
 from .communicator import Communicator, Transfer
 from .config import SlowMoConfig
 from .topology import Topology
-
-# Bytes of a message that is waited for: the first ones travel while later ones are packed, and are taken in while later ones travel. A
-# message behind the computation has time enough, and starting it costs this thread some: fewer are better.
-_MESSAGE_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -72,7 +68,8 @@ class GossipBase(Base):
         self.weight = self._mass = 1.0
         self.in_flight: deque[Exchange] = deque()
         self.numerators = {item: item.flat.clone() for item in anchors}
-        message_bytes = config.bucket_bytes if self.staleness else min(_MESSAGE_BYTES, config.bucket_bytes)
+        # Behind the computation few large ones are better (`ExactAverager.buckets`).
+        message_bytes = config.bucket_bytes if self.staleness else min(MESSAGE_BYTES, config.bucket_bytes)
         self._buckets = [bucket for item in anchors for bucket in item.buckets(message_bytes)]
         self._degree = max(len(self.topology.sources(communicator.rank, k)) for k in range(self.topology.cycle_length))
         self._free: list[Exchange] = []

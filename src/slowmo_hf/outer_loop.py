@@ -129,7 +129,7 @@ class OuterLoop:
         self.layouts = flat_layouts(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
         self.anchors, self._buckets = self.averager.take_anchors(self.layouts)
         self.base = self._make_base()
-        self.averager.reserve(self._buckets, at_once=bool(self.config.overlap_steps))
+        self.averager.reserve(self._buckets)
         self._make_outer_optimizer()
         log_start(self.workers, self.config, self.inner_state.policy)
         self._bytes_counted = self.workers.bytes_sent
@@ -140,7 +140,7 @@ class OuterLoop:
         if config.shard_slow_state:
             return ShardedAverager(communicator, config.bucket_bytes, config.slow_state_device)
         if config.compression == "none" or communicator.world_size == 1:  # alone, a worker sends nothing and quantises nothing
-            return ExactAverager(communicator, config.bucket_bytes)
+            return ExactAverager(communicator, config.bucket_bytes, at_once=bool(config.overlap_steps))
         return CompressedAverager(communicator, config.bucket_bytes, CODES[config.compression])
 
     def _make_base(self) -> Base:

@@ -102,7 +102,7 @@ class ShardedAverager(ExactAverager):
             offset += length
         return item, shards
 
-    def reserve(self, buckets: list[Bucket], *, at_once: bool = False) -> None:
+    def reserve(self, buckets: list[Bucket]) -> None:
         """Make the buffers."""
         self._buffers.clear()
         for number, shard in enumerate(self._all_shards()):
