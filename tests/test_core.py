@@ -204,14 +204,14 @@ MIB = 2**20
     [
         (10 * MIB, 256 * MIB, False, [10 * MIB]),
         (40 * MIB, 256 * MIB, False, [16 * MIB, 16 * MIB, 8 * MIB]),
-        (1024 * MIB, 256 * MIB, False, 16 * [64 * MIB]),
+        (512 * MIB, 256 * MIB, False, 8 * [64 * MIB]),
         (8192 * MIB, 256 * MIB, False, 64 * [128 * MIB]),
         (40 * MIB, 8 * MIB, False, 10 * [4 * MIB]),
         (1024 * MIB, 256 * MIB, True, 4 * [256 * MIB]),
     ],
 )
 def test_messages_that_are_waited_for_are_many(size, bucket_bytes, at_once, expected):
-    """A sixteenth of what travels each, 16 MiB at least, half of `bucket_bytes` at most; behind the computation `bucket_bytes`."""
+    """An eighth of what travels each, 16 MiB at least, half of `bucket_bytes` at most; behind the computation `bucket_bytes`."""
     [layout] = flat_layouts([[torch.nn.Parameter(torch.empty(size // 4, device="meta"))]])
     averager = ExactAverager(Communicator(20.0, torch.device("cpu")), bucket_bytes, at_once=at_once)
     assert [4 * bucket.elements for bucket in averager.buckets(layout)] == expected

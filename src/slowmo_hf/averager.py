@@ -40,9 +40,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 # stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch, and whole tensors are better.
 CACHED_ELEMENTS = {"cpu": 2**18}
 # Messages that are waited for: while one travels the next is packed and the last one taken in, so on a slow link a round costs little more
-# than its bytes. Each is a sixteenth of what travels, for every one waits for the link's latency too, but this many bytes at least.
+# than its bytes. Each is an eighth of what travels, for every one waits for the link's latency too, but this many bytes at least.
 MESSAGE_BYTES = 16 * 2**20
-_MOST_MESSAGES = 16
+_MOST_MESSAGES = 8
 _OWN_SLOTS = 2  # buffers from here on belong to one message each
 
 

@@ -88,7 +88,7 @@ class SlowMoConfig:
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB):
-            What the messages of a round take in memory, in bytes, at most. Two take turns, each a sixteenth of what travels and 16 MiB at
+            What the messages of a round take in memory, in bytes, at most. Two take turns, each an eighth of what travels and 16 MiB at
             least; less memory makes more of them. Messages behind the computation (`overlap_steps`, `osgp`) have this size each.
         timeout_seconds (`float`, *optional*, defaults to `1800.0`):
             How long a round waits for a worker before it fails.
