@@ -1,4 +1,4 @@
-"""The only file that talks to other processes: sums in flat buffers, headers, objects, messages; bytes and seconds counted."""
+"""The only file that talks to other processes: sums in flat buffers, headers, objects, messages; bytes counted."""
 
 from __future__ import annotations
 
@@ -116,7 +116,6 @@ class Communicator:
         self.witness = witness
         self.patience_seconds = patience_seconds
         self.bytes_sent = 0
-        self.seconds = 0.0
         self.timeout_seconds = timeout_seconds
         self.group: Any = None
         self.ranks = list(range(processes_in_job())) if ranks is None else list(ranks)
@@ -138,14 +137,12 @@ class Communicator:
 
     @contextmanager
     def _counted(self, payload_bytes: float = 0, peers: Sequence[int] | None = None) -> Iterator[None]:
-        start = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
             if self.witness is None:
                 raise
             raise self.witness.explain(error, self.ranks if peers is None else peers) from error
-        self.seconds += time.perf_counter() - start
         self.bytes_sent += round(payload_bytes)
 
     def _wait(self, work: Any) -> None:
