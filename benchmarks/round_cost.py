@@ -424,10 +424,10 @@ def measure_memory(args: BenchmarkArguments) -> list[dict[str, Any]]:
     """Both points of bucket_bytes, both places for the stash, bf16 parameters, and slow state sharded over the processes."""
     default = SlowMoConfig().bucket_bytes
     measure_memory_at(args, default, "same", torch.float32)  # what is allocated once per process
-    cases = [(b, s, torch.float32) for b in (default, args.lean_bucket_bytes) for s in ("same", "cpu")]
+    cases: list[tuple[Any, ...]] = [(b, s, torch.float32) for b in (default, args.lean_bucket_bytes) for s in ("same", "cpu")]
     cases += [(b, "same", torch.bfloat16) for b in (default, args.lean_bucket_bytes)]
-    sharded = [measure_memory_at(args, b, "same", torch.float32, sharded=True) for b in (default, args.lean_bucket_bytes)]
-    return [measure_memory_at(args, *case) for case in cases] + sharded
+    cases += [(b, "same", torch.float32, True) for b in (default, args.lean_bucket_bytes)]
+    return [measure_memory_at(args, *case) for case in cases]
 
 
 # ---- the run ----

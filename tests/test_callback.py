@@ -6,13 +6,11 @@ the saved files and the end of training hold.
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 import re
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import run_workers
 from safetensors.torch import load_file
-from tiny import Heard, Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
+from tiny import Heard, Hub, Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -578,36 +576,22 @@ def test_attach_adds_the_callback_once(tmp_path):
 # ---- the Hub ----
 
 
-class Uploads:
-    """Stands for the Hub: what each upload holds at that moment."""
-
-    def __init__(self):
-        self.weights = []
-
-    def create_repo(self, name, **kwargs):
-        return SimpleNamespace(repo_id=f"me/{name}", url="")
-
-    def upload_folder(self, folder_path, **kwargs):
-        uploaded = load_file(Path(folder_path) / "model.safetensors")
-        self.weights.append({name: value.clone() for name, value in uploaded.items()})  # the file is written again, and is mapped
-        return concurrent.futures.Future()
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
 def check_push(folder):
-    hub = Uploads()
-    transformers.trainer.hf_api = lambda: hub
+    pushed = []
+
+    def keep(uploaded, place):
+        weights = load_file(uploaded / "model.safetensors")
+        pushed.append({name: value.clone() for name, value in weights.items()})  # the file is written again, and is mapped
+
+    transformers.trainer.hf_api = lambda: Hub(keep)
     recorder = Recorder()
     args = arguments(
         folder, max_steps=6, save_strategy="steps", save_steps=3, push_to_hub=True, hub_strategy="every_save", hub_always_push=True
     )
     model = bert(dropout=0.0)
     trainer = Trainer(model=model, args=args, train_dataset=sentences(48), callbacks=[recorder, SlowMoCallback(SlowMoConfig.local_sgd(4))])
-    trainer._finish_current_push = lambda: None  # it would wait for uploads that never end
     trainer.train()
-    return recorded(trainer, recorder), hub.weights
+    return recorded(trainer, recorder), pushed
 
 
 def test_what_is_pushed_to_the_hub_is_the_average(tmp_path):

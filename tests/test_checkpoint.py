@@ -1,6 +1,5 @@
 """Checkpoints are whole or refused: damage, other settings, other numbers of workers, kills, rotation, failing or separate disks."""
 
-import concurrent.futures
 import json
 import logging
 import os
@@ -9,7 +8,6 @@ import resource
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from harness import run_workers
 from safetensors.torch import load_file
-from tiny import Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
+from tiny import Hub, Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf.snapshot
@@ -610,33 +608,20 @@ def test_a_checkpoint_is_found_where_it_is(saved, tmp_path):
 # ---- the Hub ----
 
 
-class Hub:
-    """Stands for the Hub: keeps each version of what is uploaded as a checkpoint, as it is at that moment."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def create_repo(self, name, **kwargs):
-        return SimpleNamespace(repo_id=f"me/{name}", url="")
-
-    def upload_folder(self, folder_path, path_in_repo=None, **kwargs):
-        if path_in_repo:
-            shutil.copytree(folder_path, self.folder / f"{len(list(self.folder.glob('*')))}" / path_in_repo)
-        done = concurrent.futures.Future()
-        done.set_result(None)
-        return done
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
 def _check_hub(folder, strategy, name):
-    transformers.trainer.hf_api = lambda: Hub(folder / "hub")
+    hub = folder / "hub"
+
+    def keep(uploaded, place):
+        """Each version of a checkpoint, as it is when it is pushed."""
+        if place:
+            shutil.copytree(uploaded, hub / f"{len(list(hub.glob('*')))}" / place)
+
+    transformers.trainer.hf_api = lambda: Hub(keep)
     push = {"push_to_hub": True, "hub_strategy": strategy, "hub_always_push": True}
     first = train(folder / "run", save_steps=MIDDLE, **push)
     assert first["args"]["hub_strategy"] == strategy
     dist.barrier()
-    pushed = folder / "hub" / "0" / name
+    pushed = hub / "0" / name
     verify_checkpoint(pushed)
     resumed = train(folder / "again", resume=str(pushed), resume_from_checkpoint=str(pushed), save_strategy="no")
     same_end(first, resumed, STEPS - MIDDLE)

@@ -34,23 +34,19 @@ class TrainerCheckpoints:
         self.args = args
         self.outer_loop = outer_loop
         self.world = outer_loop.workers.world
-        self._limit: int | None = args.save_total_limit
+        self._given = {name: getattr(args, name) for name in ("save_total_limit", "hub_strategy", "save_on_each_node")}
         self._written: Path | None = None
         self.keeper = keeps_files(outer_loop, Path(str(args.output_dir)), args.local_process_index)
         keepers = sum(self.world.gather_objects(self.keeper))
-        self._set_on_each_node = keepers > 1 and not args.save_on_each_node
-        if self._set_on_each_node:
+        if keepers > 1 and not args.save_on_each_node:
             logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
             args.save_on_each_node = True
-        args.save_total_limit = None
-        self._hub_strategy = args.hub_strategy
-        args.hub_strategy = HubStrategy.END
+        args.save_total_limit, args.hub_strategy = None, HubStrategy.END
 
     def end(self) -> None:
         """Give the arguments back as they were."""
-        self.args.save_total_limit, self.args.hub_strategy = self._limit, self._hub_strategy
-        if self._set_on_each_node:
-            self.args.save_on_each_node = False
+        for name, value in self._given.items():
+            setattr(self.args, name, value)
 
     # ---- saving ----
 
@@ -83,20 +79,21 @@ class TrainerCheckpoints:
     def push(self, trainer: Trainer, folder: Path) -> None:
         """What Trainer would have pushed to the Hub before the checkpoint was whole."""
         if self.args.push_to_hub:
-            self.args.hub_strategy = self._hub_strategy
+            self.args.hub_strategy = self._given["hub_strategy"]
             try:
                 trainer._push_from_checkpoint(str(folder))
             finally:
                 self.args.hub_strategy = HubStrategy.END
 
     def _rotate(self, newest: Path, best: str | None) -> None:
-        if not self._limit or self._limit < 0:
+        limit = self._given["save_total_limit"]
+        if not limit or limit < 0:
             return
         keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
         found = sorted(_checkpoints(newest.parent), key=lambda path: path.stat().st_mtime)  # as Trainer does
-        over = max(0, len(found) - max(self._limit, len(keep)))
+        over = max(0, len(found) - max(limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:
-            logger.info("deleting %s: save_total_limit=%d", path, self._limit)
+            logger.info("deleting %s: save_total_limit=%d", path, limit)
             shutil.rmtree(_set_aside(path), ignore_errors=True)  # under another name: a half-deleted folder is no checkpoint
 
     # ---- resuming ----
