@@ -63,7 +63,8 @@ def load_images(
             `dataset_dict.json` (written by `DatasetDict.save_to_disk`), Parquet files, or images as `<split>/<class>/<file>`, whose
             classes are named after their folders. None: the shipped set.
         image_column (`str`, *optional*), label_column (`str`, *optional*): `image` and `label`, or what the known set calls them.
-        train_split (`str`, *optional*, defaults to `"train"`): Name of the split or its folder, or the start of the Parquet files' names.
+        train_split (`str`, *optional*, defaults to `"train"`): Name of the split or its folder. Of Parquet files, `<split>.parquet` and
+            `<split>-*.parquet`; where there are none, those whose names start with it.
         test_split (`str`, *optional*): As `train_split`. None: what the known set calls it, or `test`, or, where there is none,
             `validation` or `val`, whichever there is. Never `train_split`.
         max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows; where rows are sorted by
@@ -141,12 +142,12 @@ def _pick(sets: datasets.DatasetDict, train_split: str, test_split: str | None) 
 
 
 def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loaded:
-    """Files whose names start with the splits' names. Read apart, so that each split keeps its own label names."""
+    """Files named after the splits, as `_files_of` says. Read apart, so that each split keeps its own label names."""
     names = [path.name for path in folder.glob("*.parquet")]
     words = {match.group() for match in (re.match("[A-Za-z]+", name) for name in names) if match}
     found = words | {"test" for word in words if word.startswith("test")}
     test_split = _test_split(test_split, train_split, sorted(found))
-    files = {split: sorted(name for name in names if name.startswith(split)) for split in (train_split, test_split)}
+    files = {split: _files_of(split, names) for split in (train_split, test_split)}
     for split, paths in files.items():
         if not paths:
             raise DataError(
@@ -165,6 +166,15 @@ def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loa
         for split in (train_split, test_split)
     )
     return train, test, test_split
+
+
+def _files_of(split: str, names: list[str]) -> list[str]:
+    """
+    `<split>.parquet` and its shards `<split>-*`, as on the Hub; where there are none, whatever starts with the split's name. So a
+    `train_small.parquet` beside `train.parquet` is not trained on as well.
+    """
+    own = [name for name in names if re.split("[.-]", name)[0] == split]
+    return sorted(own or [name for name in names if name.startswith(split)])
 
 
 def _load_class_folders(folder: Path, train_split: str, test_split: str | None) -> Loaded:

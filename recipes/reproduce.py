@@ -180,8 +180,9 @@ def _one_thread() -> None:
 
 def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
     """One run and its record."""
-    module = SHOWN[run.task].module
-    told = module.train(run, _load(run.task, dataset_name))
+    module, data = SHOWN[run.task].module, _load(run.task, dataset_name)
+    _check_same_data(data, run.task, dataset_name, Path(folder))
+    told = module.train(run, data)
     config = run.config
     record = {
         "name": run.name,
@@ -205,6 +206,21 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
     }
     write_record(record, Path(folder) / f"{run.name}.json")
     return record
+
+
+def _check_same_data(data: Any, task: str, dataset_name: str | None, folder: Path) -> None:
+    """Runs on other data than the records beside them would be compared as if they were of the same."""
+    for path in sorted(folder.glob(f"*_{task}_*.json")):
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:  # half written: it is run again
+            continue
+        if record["dataset_sha256"] != data.sha256:
+            raise SettingError(
+                f"dataset_name must be what the records in {str(folder)!r} are of, {record['dataset']!r} with SHA-256 "
+                f"{record['dataset_sha256'][:12]} as in {path.name}, got {dataset_name!r}, which is {data.name!r} with {data.sha256[:12]}. "
+                "Set --dataset_name, or --records to another folder."
+            )
 
 
 @functools.cache

@@ -506,6 +506,23 @@ def test_parquet_splits(tmp_path):
         load_images(str(tmp_path))
 
 
+def test_a_smaller_set_beside_the_whole_one_is_left_alone(tmp_path):
+    """train.parquet and train_small.parquet: the rows of the first; the second is a split of its own, and stands in where it is alone."""
+    for name, labels in (("train", [0, 1, 1]), ("train_small", [0, 1]), ("test", [1, 0, 0, 0]), ("test_small", [0])):
+        dictionary({"train": labels})["train"].to_parquet(tmp_path / f"{name}.parquet")
+    dictionary({"train": [1, 1]})["train"].to_parquet(tmp_path / "train-00001-of-00002.parquet")
+
+    def rows(**splits):
+        sets = load_images(str(tmp_path), **splits)
+        return len(sets.train), len(sets.test)
+
+    assert rows() == (5, 4), "one file and a shard"
+    assert rows(train_split="train_small", test_split="test_small") == (2, 1)
+    for path in tmp_path.glob("*train[.-]*"):
+        path.unlink()
+    assert rows() == (2, 4)
+
+
 def test_never_tested_on_training_rows(tmp_path):
     folder = write_set(tmp_path / "parquet", {"train": [0, 1], "validation": [1]})
     with pytest.raises(DataError, match=r"test_split must not be train_split, got 'train' for both. Set --test_split"):

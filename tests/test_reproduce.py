@@ -17,6 +17,7 @@ sys.path.insert(0, str(RECIPES))
 import reproduce  # noqa: E402
 import small_images  # noqa: E402
 import studies  # noqa: E402
+import translation_data  # noqa: E402
 from studies import Run  # noqa: E402
 
 RUN = Run("table1", "image_classification", "local_sgd", 0.5, 0.1, seed=3, workers=4, batch_size=5)
@@ -208,6 +209,26 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
     assert again["metrics"] == found["metrics"], "the same run, bit for bit"
 
 
+def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, images):
+    """Nothing is trained and nothing written; a damaged record says nothing, one of another task neither."""
+    told = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}
+    for task, (name, digest) in told.items():
+        (tmp_path / f"tuning_{task}_sgp_seed-0.json").write_text(json.dumps({"dataset": name, "dataset_sha256": digest}))
+    (tmp_path / "sweep_image_classification_sgp_seed-0.json").write_text("{")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: images)
+    monkeypatch.setattr(small_images, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(
+        reproduce.SettingError, match=r"^dataset_name must be .* 'other' with SHA-256 c0ffeec0ffee as in tuning_.*got 'mine'.* Set --"
+    ):
+        reproduce.run_one(RUN, "mine", str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+    same = {"dataset": images.name, "dataset_sha256": images.sha256}
+    (tmp_path / "tuning_image_classification_sgp_seed-0.json").write_text(json.dumps(same))
+    monkeypatch.setattr(small_images, "train", lambda *_: same)
+    assert reproduce.run_one(RUN, "mine", str(tmp_path))["dataset"] == images.name
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -244,6 +265,9 @@ FIELDS = {
 
 BEST = {"image_classification": ("validation_accuracy", max, "test_accuracy"), "translation": ("validation_nll", min, "test_bleu")}
 PARAMETERS = {"image_classification": 19_890, "translation": 180_736}
+# 8 passes over 50,000 rows, 128 a step; and over the help text. Digests of the training rows, and of all sentences.
+STEPS = {"image_classification": 8 * (50_000 // 128), "translation": 7_436}
+DATA = {"image_classification": ("zalando-datasets/fashion_mnist", "1f243a60"), "translation": (translation_data.SHIPPED_NAME, "79fe11f3")}
 
 
 @pytest.mark.parametrize("record", COMMITTED, ids=lambda record: record["name"])
@@ -253,6 +277,8 @@ def test_a_committed_record_is_whole(record):
     assert run.matches(record)
     assert set(record) >= FIELDS
     assert record["workers"] >= 8
+    assert record["steps"] == STEPS[record["task"]]
+    assert (record["dataset"], record["dataset_sha256"][:8]) == DATA[record["task"]], "runs on other data are not compared"
     rounds = record["steps"] // record["sync_every"]
     assert rounds >= 150 or (record["study"] == "sweep" and record["sync_every"] > 12)  # of the period
     metric, best, test = BEST[record["task"]]
