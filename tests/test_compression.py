@@ -144,9 +144,9 @@ def telescope(rank, name, elements, bucket_bytes):
         param.data = torch.randn(elements, generator=draw, dtype=torch.float64) * 10.0 ** (number % 5 - 2)  # the anchor is 0
         true -= param.data * averager.weight / averager.total_weight
         square = 0.0
-        for bucket, total, drift_square in averager.sums(buckets, Base()):
+        for bucket, total, square_sum in averager.sums(buckets, Base()):
             bucket.of(applied).add_(total / averager.total_weight)
-            square += drift_square
+            square += square_sum / averager.total_weight
         squares.append((square, averager.weight / averager.total_weight * float(param.data.square().sum())))
     owned = {bucket.offset: averager._residuals[bucket.item, bucket.offset].owned for bucket in buckets}
     return applied, true, squares, averager.residuals()[1]["residual.0"], owned, [(b.offset, b.elements) for b in buckets]

@@ -127,6 +127,27 @@ TABLE = {
         "osgp",
         rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step [67], the exchange",
     ),
+    # Two steps later: the round of step 8 goes ahead, and is heard of at 10.
+    "raises, overlapped": (
+        raises,
+        "overlapped",
+        rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 8, the round",
+    ),
+    "is killed, overlapped": (
+        is_killed,
+        "overlapped",
+        rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step (8, the round|6, the round of step 4)",
+    ),
+    "is slow, overlapped": (
+        is_slow,
+        "overlapped",
+        rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}",
+    ),
+    "is killed in the round, overlapped": (
+        is_killed_in_the_round,
+        "overlapped",
+        rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
+    ),
     "never starts": (never_starts, "local_sgd", r"rank 1 \(its host is unknown\) has not come to the start within timeout_seconds=5"),
 }
 
@@ -134,7 +155,7 @@ TABLE = {
 def _train(rank, fault, base):
     """A custom loop of 12 steps, rounds every 4; the fault meets rank 1 before its inner step."""
     model = Regression(torch.float32)
-    settings = {"compression": "int8"} if base == "int8" else {"base": base}
+    settings = {"int8": {"compression": "int8"}, "overlapped": {"overlap_steps": 2}}.get(base, {"base": base})
     config = SlowMoConfig(**settings, sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     rows = Rows(4, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 import torch
@@ -203,6 +204,110 @@ def test_many_buckets_travel_together():
     assert (one[0][1], many[0][1]) == (1, 7)
     for (mine, _), (other, _) in zip(one, many, strict=True):
         _close(mine, other)
+
+
+# ---- the meeting travels too ----
+
+AHEAD = SlowMoConfig(sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=20)  # rounds at 6, 12 and 18; from 12 on ahead
+
+
+class Still(torch.nn.Module):
+    """One weight, and a buffer that is changed from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), 8.0, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, target):
+        return (self.weight - target).square().sum() / 2
+
+
+def _ahead(config, steps, events):
+    """Events by (rank, step) happen before the inner step. (seconds, weight, buffer, stop requested) of every step, or the error's."""
+    model = Still()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    accelerator = Accelerator(cpu=True)
+    called, prepared = accelerator.prepare(model, optimizer)
+    rank, told = dist.get_rank(), []
+    for step in range(1, steps + 1):
+        try:
+            events.get((rank, step), lambda model, optimizer: None)(model, optimizer)
+            accelerator.backward(called(torch.tensor(float(rank))))
+            start = time.monotonic()
+            prepared.step()
+        except (ValueError, RuntimeError) as error:
+            return step, str(error)
+        prepared.zero_grad()
+        buffers = (model.seen.item(), model.count.item())
+        told.append((time.monotonic() - start, model.weight[0].item(), buffers, slowmo_hf.stop_requested(optimizer)))
+    return told
+
+
+def sleeps(model, optimizer):
+    time.sleep(1)
+
+
+def test_nobody_waits_for_a_worker_that_is_less_than_n_steps_behind():
+    """Rank 1 is a second late for step 12. Rank 0 waits at 15, where the round is taken in; without overlap at 12. Values do not change."""
+    late = {(1, 12): sleeps}
+    for config, waits_at in ((AHEAD, 15), (SlowMoConfig(sync_every=6, outer_momentum=0.5), 12)):
+        first, second = run_workers(_ahead, 2, config, 19, late)
+        for rank, told in enumerate(run_workers(_ahead, 2, config, 19, {})):
+            assert [values for _, *values in told] == [values for _, *values in (first, second)[rank]]
+        assert [step for step, (seconds, *_) in enumerate(first, start=1) if seconds > 0.5] == [waits_at]
+
+
+def changes_buffers(model, optimizer):
+    model.seen += 1 + 2 * dist.get_rank()
+    model.count += 5 + dist.get_rank()
+
+
+def test_a_buffer_that_changes_behind_the_meeting_is_averaged_when_it_is_heard_of():
+    """At step 10 on both: round 12 has gone ahead, and is heard of at 15. From then on all meet at the round, and average there."""
+    events = {(rank, step): changes_buffers for rank in (0, 1) for step in (10, 17)}
+    for rank, told in enumerate(run_workers(_ahead, 2, AHEAD, 19, events)):
+        buffers = [values[1] for _, *values in told]
+        own = (1.0 + 2 * rank, 5 + rank)
+        assert buffers == [(0.0, 0)] * 9 + [own] * 5 + [(2.0, 6)] * 2 + [(2.0 + own[0], 6 + own[1])] + [(4.0, 12)] * 2
+
+
+def test_a_buffer_that_changes_on_one_rank_alone():
+    events = {(1, 10): changes_buffers}
+    for rank, told in enumerate(run_workers(_ahead, 2, AHEAD, 16, events)):
+        buffers = [values[1] for _, *values in told]
+        assert buffers == [(0.0, 0)] * 9 + [(3.0, 6) if rank else (0.0, 0)] * 5 + [(1.5, 6)] * 2
+
+
+def adds_a_parameter(model, optimizer):
+    optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(3)))
+
+
+def looks(model, optimizer):
+    with slowmo_hf.consensus(optimizer):
+        pass
+
+
+def asks_for_a_stop(model, optimizer):
+    optimizer.outer_loop.stop_asked = True
+
+
+def test_what_differs_is_told_on_all_when_it_is_heard_of():
+    """Another parameter set on rank 1: there at once, on rank 0 when it takes in. A look where the other has a round: alike."""
+    (first, words), (second, same) = run_workers(_ahead, 2, AHEAD, 19, {(1, 11): adds_a_parameter})
+    assert (first, second) == (15, 15)
+    assert words == same
+    assert re.match(r"rank 1 on \S+, step 12: the parameter set changed after the start", words)
+    (first, words), (second, same) = run_workers(_ahead, 2, AHEAD, 19, {(1, 12): looks})
+    assert (first, second) == (15, 12)
+    assert words == same
+    assert re.match(r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words)
+
+
+def test_all_hear_of_a_stop_at_the_same_step():
+    for told in run_workers(_ahead, 2, AHEAD, 19, {(1, 11): asks_for_a_stop}):
+        assert [stop for *_, stop in told] == [False] * 14 + [True] * 5
 
 
 # ---- buffers, bf16, the end ----

@@ -158,7 +158,7 @@ def flat_anchors(layouts: Iterable[FlatAnchor]) -> list[FlatAnchor]:
     return anchors
 
 
-# What one bucket's message brings: its weighted sum over workers, in a reused buffer, and the mean of the displacements' squared norm.
+# What one bucket's message brings: the weighted sums over workers of the displacements, in a reused buffer, and of their squared norms.
 Sum = tuple[Bucket, torch.Tensor, float]
 
 
@@ -296,38 +296,41 @@ class ExactAverager:
 
     def exact_sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """
-        Every bucket with the weighted sum over workers of origin - x_i, and the mean of its squared norm, which rides in the last element
-        of the same message. The next bucket is packed while one travels.
+        Every bucket with the weighted sums over workers of origin - x_i, and of its squared norm, which rides in the last element of the
+        same message. The next bucket is packed while one travels.
 
         Returns:
             `Iterator[Sum]`: The tensor lies in a reused buffer: use it before the next one.
         """
-        return one_ahead(self._start_sums(buckets, base))
+        return one_ahead(self._start_sums(buckets, base, self.weight))
 
-    def sums_at_once(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
-        """The same with all messages started before this returns, in buffers of their own: they travel until the iterator is read."""
-        started = list(self._start_sums(buckets, base))
+    def sums_at_once(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Sum]:
+        """
+        The same with all messages started before this returns, in buffers of their own: they travel until the iterator is read. `weight`
+        is this worker's: the others' may not be known yet.
+        """
+        started = list(self._start_sums(buckets, base, weight))
         return (arrive() for arrive in started)
 
-    def _start_sums(self, buckets: list[Bucket], base: Base) -> Iterator[Callable[[], Sum]]:
+    def _start_sums(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Callable[[], Sum]]:
         self._own_squares = []
         for number, bucket in enumerate(buckets):
-            yield self._start_sum(bucket, base, self._message(bucket, number))
+            yield self._start_sum(bucket, base, weight, self._message(bucket, number))
 
-    def _start_sum(self, bucket: Bucket, base: Base, message: torch.Tensor) -> Callable[[], Sum]:
+    def _start_sum(self, bucket: Bucket, base: Base, weight: float, message: torch.Tensor) -> Callable[[], Sum]:
         squares = []
         for piece, run in bucket.runs(message):
             base.displacement_(piece, run)
             squares.append(squared_norm(run))
-            if self.weight != 1:
-                run.mul_(self.weight)
+            if weight != 1:
+                run.mul_(weight)
         self._own_squares.append(torch.stack(squares).sum())
-        message[-1] = self.weight * self._own_squares[-1]
-        wait, total_weight = self.communicator.start_sum_(message), self.total_weight
+        message[-1] = weight * self._own_squares[-1]
+        wait = self.communicator.start_sum_(message)
 
         def arrive() -> Sum:
             wait()
-            return bucket, message[:-1], float(message[-1]) / total_weight
+            return bucket, message[:-1], float(message[-1])
 
         return arrive
 
@@ -341,13 +344,13 @@ class ExactAverager:
 
     def show_mean_(self, buckets: list[Bucket], base: Base) -> float:
         """Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared norm."""
-        square = 0.0
-        for bucket, total, drift_square in self.exact_sums(buckets, base):
-            square += drift_square
+        square_sum = 0.0
+        for bucket, total, drift_square_sum in self.exact_sums(buckets, base):
+            square_sum += drift_square_sum
             for piece, run in bucket.runs(total):
                 run.div_(self.total_weight)
                 piece.values().copy_(torch.sub(base.shown_from(piece), run, out=run))
-        return square
+        return square_sum / self.total_weight
 
     @property
     def _longest_message(self) -> int:

@@ -50,6 +50,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._stop_signals: StopSignals | None = None
         self._stock_token_average: bool | None = None
         self._unlogged: list[RoundReport] = []
+        self._round_ended = False  # at this step
         self._beyond: _Beyond | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
@@ -197,6 +198,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self._beyond is not None:
             return
         report = self.outer_loop.step(inner_lrs(_raw_optimizer(kwargs["optimizer"])))
+        self._round_ended = report is not None
         if report is not None:
             self._unlogged.append(report)
 
@@ -214,7 +216,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self._beyond is not None:
             self._beyond.undo(state, control)
             self._beyond = None
-        if self.outer_loop is not None and not self.outer_loop.local_steps:  # a round has just been done
+        if self.outer_loop is not None and self._round_ended:
             self._stop_with_others(state, control, self.outer_loop.somebody_ended)
         if not self._all_gather(control):
             self._stop_with_others(state, control, True)

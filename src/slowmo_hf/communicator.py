@@ -135,6 +135,11 @@ class Communicator:
         for transfer in list(_known().under_way.get(id(self.group), [])):
             self.finish(transfer)
 
+    @property
+    def fails_cleanly(self) -> bool:
+        """Whether a collective that a rank misses raises, and at once where its process is gone; NCCL must not be entered in vain."""
+        return self.backend in ("gloo", in_process.BACKEND)
+
     @contextmanager
     def _counted(self, payload_bytes: float = 0, peers: Sequence[int] | None = None) -> Iterator[None]:
         try:
@@ -227,13 +232,23 @@ class Communicator:
 
     def gather_header(self, header: list[float]) -> torch.Tensor:
         """Every worker's header: float64, shape (world_size, len(header)), on the CPU."""
+        return self.start_gather_header(header)()
+
+    def start_gather_header(self, header: list[float]) -> Callable[[], torch.Tensor]:
+        """Start to send `header` to all; the result waits for theirs, and returns what `gather_header` does."""
         mine = torch.tensor(header, dtype=torch.float64, device=self._small_device)
         if self.world_size == 1:
-            return mine[None].cpu()
+            return lambda: mine[None].cpu()
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
         with self._counted((self.world_size - 1) * mine.nbytes):
-            self._wait(_wire().all_gather(rows, mine, group=self.group, async_op=True))
-        return torch.stack(rows).cpu()
+            work = _wire().all_gather(rows, mine, group=self.group, async_op=True)
+
+        def wait() -> torch.Tensor:
+            with self._counted():
+                self._wait(work)
+            return torch.stack(rows).cpu()
+
+        return wait
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every worker's `value`, by rank. For the start and for errors: objects are pickled."""

@@ -157,7 +157,7 @@ class CompressedAverager(ExactAverager):
             self._messages(bucket, number)
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
-        """As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the mean squared norm is exact."""
+        """As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the squared norms are exact."""
         return one_ahead(self._send_all(buckets, base))
 
     def _send_all(self, buckets: list[Bucket], base: Base) -> Iterator[Callable[[], Sum]]:
@@ -217,7 +217,7 @@ class CompressedAverager(ExactAverager):
         for shard, row in zip(total.view(self.workers, -1), gathered, strict=True):
             decode_(row[:-_SQUARE_BYTES], shard, self.code)
         squares = gathered[:, -_SQUARE_BYTES:].contiguous().view(torch.float64)
-        return bucket, total[: bucket.elements], sum(squares.flatten().tolist()) / self.total_weight
+        return bucket, total[: bucket.elements], sum(squares.flatten().tolist())
 
     # ---- state ----
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+
+import torch
 
 from .communicator import Communicator, host_name
 from .log import logger
@@ -45,6 +48,7 @@ class Agreement:
         changed_buffers (`list[str]`): All that have changed anywhere.
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
+        ahead (`bool`): Whether the round's messages have set out before this was heard.
     """
 
     purpose: Purpose
@@ -56,12 +60,14 @@ class Agreement:
     changed_buffers: list[str]
     somebody_ended: bool
     stop: bool
+    ahead: bool
 
 
 @dataclass(frozen=True)
 class Header:
     """
-    What a rank says, in fp64: [purpose, step, trained steps, local steps, 1 for a problem + 2 for a stop, changed buffers, *inner_lrs].
+    What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *inner_lrs]. The flags are 1 for a
+    problem, 2 for a stop and 4 for messages that are ahead.
 
     Args:
         purpose (`Purpose`): What it comes for.
@@ -72,6 +78,7 @@ class Header:
         changed_buffers (`list[str]`): Names of the buffers that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can.
         stop (`bool`): Whether this process was asked to save and stop.
+        ahead (`bool`): Whether the round's messages set out with it.
     """
 
     purpose: Purpose
@@ -82,23 +89,32 @@ class Header:
     changed_buffers: list[str]
     problem: str
     stop: bool
+    ahead: bool = False
 
-    def agree(self, world: Communicator, roll_call: RollCall) -> Agreement:
+    def say(self, world: Communicator, roll_call: RollCall) -> Callable[[], Agreement]:
         """
-        Exchange headers. Collective over the job.
+        Start to exchange headers; the result waits for all, and says what all go on with. Collective over the job.
 
         Raises:
             ValueError: A rank has a problem.
             RuntimeError: Ranks met at different steps or places, or one is missing. Each is the same on every rank.
         """
-        # On gloo the gather itself fails cleanly, and at once if a process is gone; NCCL must not be entered in vain.
-        (roll_call.come if world.backend == "gloo" else roll_call.enter)(self.attempted_steps, self.purpose.words)
+        (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
-        mine += [bool(self.problem) + 2 * self.stop, hash48(self.changed_buffers)]
-        rows = world.gather_header([*mine, *self.inner_lrs])
+        mine += [bool(self.problem) + 2 * self.stop + 4 * self.ahead, hash48(self.changed_buffers)]
+        arrive = world.start_gather_header([*mine, *self.inner_lrs])
+
+        def hear() -> Agreement:
+            roll_call.at(self.attempted_steps, self.purpose.words)
+            return self._agree(arrive(), world)
+
+        return hear
+
+    def _agree(self, rows: torch.Tensor, world: Communicator) -> Agreement:
         purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]
         steps = [int(step) for step in rows[:, 1]]
-        if (rows[:, 4] % 2).any():
+        flags = [int(flag) for flag in rows[:, 4]]
+        if any(flag & 1 for flag in flags):
             self._tell_problems(world, steps)
         rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
         self._compare_places(world, purposes, steps)
@@ -114,7 +130,8 @@ class Header:
             inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
             changed_buffers=changed,
             somebody_ended=Purpose.END in purposes,
-            stop=bool((rows[:, 4] >= 2).any()),
+            stop=any(flag & 2 for flag in flags),
+            ahead=any(flag & 4 for flag in flags),
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:

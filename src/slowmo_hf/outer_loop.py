@@ -31,7 +31,10 @@ Decisions taken once:
     rank that ends first takes part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their
     mass).
 (k) With `overlap_steps=n` a round of step k begins there (line 6 sets out, buffers are averaged) and is taken in at step k + n. Lines 7
-    and 8 are the same whenever they are done: a look in between does them, and leaves the rest due when it was.
+    and 8 are the same whenever they are done: a look in between does them, and leaves the rest due when it was. The meeting of step k
+    travels too, where nothing but the parameters is averaged: what all have said is heard when the round is taken in, or at the
+    next meeting, so nobody waits for a worker that is up to n steps behind. A worker counts by its share of sync_every steps, which
+    it knows without the others.
 (l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
 (m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly.
@@ -60,7 +63,7 @@ from .inner_state import InnerState
 from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
-from .overlap import Departed, TrainingOn
+from .overlap import Departed, Nothing, TrainingOn
 from .random_state import RandomState
 from .round_report import Norms, RoundReport, log_costs
 from .sharding import ShardedAverager
@@ -91,6 +94,7 @@ class OuterLoop:
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self.departed: Departed | None = None  # a round that travels, or is due
+        self._parameters_alone = False  # what all have found at the last meeting: nothing else is averaged, and nothing was lost
         self._stash: list[torch.Tensor] | None = None
         self._shown: list[torch.Tensor] = []
         self._random_state: RandomState | None = None
@@ -201,6 +205,10 @@ class OuterLoop:
         if not round_is_due:
             return report
         start = time.perf_counter()
+        if self._goes_ahead:
+            hear = self._say(Purpose.ROUND, inner_lrs, ahead=True)
+            self._set_out(start).hear = hear
+            return None
         return self._round(self._meet(Purpose.ROUND, inner_lrs), start)
 
     @torch.no_grad()
@@ -268,17 +276,26 @@ class OuterLoop:
 
     def _meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job."""
+        self._hear_of_departed()
+        return self._say(purpose, inner_lrs)()
+
+    def _say(self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False) -> Callable[[], Agreement]:
+        """Tell all ranks where this one is; the result waits for theirs, and compares."""
         count = len(self.tensors.groups)  # another number of groups is a problem, and must not change the message's length
         lrs = ((inner_lrs or []) + [0.0] * count)[:count]
         problem = self.tensors.problem() or self._lost_finiteness
         trained, changed = self.attempted_steps - self._idle_steps, self.tensors.changed_buffers()
-        header = Header(purpose, self.attempted_steps, trained, self.local_steps, lrs, changed, problem, self.stop_asked)
+        header = Header(purpose, self.attempted_steps, trained, self.local_steps, lrs, changed, problem, self.stop_asked, ahead)
         before = self.workers.bytes_sent
-        agreement = header.agree(self.workers.world, self.workers.roll_call)
+        hear = header.say(self.workers.world, self.workers.roll_call)
         if purpose is not Purpose.ROUND:  # a look, which no report counts
             self._bytes_counted += self.workers.bytes_sent - before
+        return lambda: self._heard(hear(), purpose)
+
+    def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
         self.stop_agreed = self.stop_agreed or agreement.stop
         self.somebody_ended = agreement.somebody_ended
+        self._parameters_alone = not agreement.changed_buffers
         if purpose in (Purpose.LOOK, Purpose.GATHER):
             self.workers.all_may_meet()
         if self.config.base not in GOSSIP_BASES and self.workers.leads:
@@ -404,26 +421,68 @@ class OuterLoop:
 
     # ---- the round, overlapped ----
 
+    @property
+    def _goes_ahead(self) -> bool:
+        """Whether a round's messages set out before anybody has heard of the others; the same on all."""
+        return bool(self.config.overlap_steps) and self._parameters_alone and self.workers.world.fails_cleanly
+
     def _depart(self, agreement: Agreement, start: float) -> None:
-        """Step k: displacements set out; buffers, which are small, are averaged at once."""
+        """Step k, where all have met: buffers, which are small, are averaged at once, and displacements set out."""
         self._take_in()  # on a rank that has ended the clock jumps from round to round
-        self.departed = Departed(self.attempted_steps + self.config.overlap_steps, agreement.inner_lrs, self._summands)
-        self.workers.inside.broadcast_outcome(lambda: self._lead_departure(agreement))
-        self._share([], agreement.changed_buffers)
+        if not agreement.ahead:
+            self._average_beside(agreement)  # first: on one connection messages queue
+        departed = self._set_out(start)
+        self._note(departed, agreement)
+        if agreement.ahead:
+            self._average_beside(agreement)
+
+    def _set_out(self, start: float) -> Departed:
+        """Displacements set out."""
+        self.departed = departed = Departed(self.attempted_steps + self.config.overlap_steps)
+        self.workers.inside.broadcast_outcome(lambda: self._lead_departure(departed))
         self.rounds, self.local_steps = self.rounds + 1, 0
         self._exchange_seconds += time.perf_counter() - start
+        return departed
 
-    def _lead_departure(self, agreement: Agreement) -> None:
+    def _lead_departure(self, departed: Departed) -> None:
         assert isinstance(self.base, TrainingOn)
-        assert self.departed is not None
-        self._average_others(agreement)  # first: on one connection messages queue
-        self.departed.arrivals = self.averager.sums_at_once(self._buckets, self.base)
+        weight = self.local_steps / self.config.sync_every
+        if self.tensors.problem():  # which is said at the meeting
+            departed.arrivals = self.averager.sums_at_once(self._buckets, Nothing(), weight)
+            return
+        departed.arrivals = self.averager.sums_at_once(self._buckets, self.base, weight)
         self.base.depart_(self._pieces())
 
+    def _hear_of_departed(self) -> None:
+        """What all have said of a round that went ahead, if that is not known yet. Collective over the job."""
+        departed = self.departed
+        if departed is None or departed.hear is None:
+            return
+        hear, departed.hear = departed.hear, None
+        try:
+            agreement = hear()
+        except BaseException:
+            self.departed = None  # it never was one
+            raise
+        self._note(departed, agreement)
+        self._average_beside(agreement)
+
+    def _note(self, departed: Departed, agreement: Agreement) -> None:
+        departed.inner_lrs = agreement.inner_lrs
+        departed.summands = sum(agreement.local_steps[rank] for rank in self.workers.between.ranks) / self.config.sync_every
+
+    def _average_beside(self, agreement: Agreement) -> None:
+        """What an overlapped round averages beside the parameters."""
+        if agreement.changed_buffers:
+            self.workers.inside.broadcast_outcome(lambda: self._average_others(agreement))
+            self._share([], agreement.changed_buffers)
+
     def settle(self) -> None:
-        """On the leader: wait for an overlapped round's messages, and do its outer update. It stays due when it was."""
+        """Wait for an overlapped round's messages, and do its outer update on the leader. It stays due when it was."""
+        self._hear_of_departed()
         departed = self.departed
         if departed is not None and departed.arrivals is not None:
+            self.workers.roll_call.at(self.attempted_steps, f"the round of step {departed.due_step - self.config.overlap_steps}")
             departed.norms = self._outer_step(departed.arrivals, departed.inner_lrs, departed.summands)
             departed.arrivals = None
             self._refuse_non_finite(departed.norms.drift_square, all_are_here=False)
@@ -431,7 +490,7 @@ class OuterLoop:
     def forget_departed(self) -> None:
         """Another state is taken up: what is under way belongs to the run that is left, and is waited for."""
         self.settle()
-        self.departed, self._lost_finiteness = None, ""
+        self.departed, self._lost_finiteness, self._parameters_alone = None, "", False
         if isinstance(self.base, TrainingOn):
             self.base.away = False
 
@@ -443,8 +502,10 @@ class OuterLoop:
         if self.departed is None:
             return None
         start = time.perf_counter()
+        self._hear_of_departed()
         report = self.workers.inside.broadcast_outcome(lambda: self._lead_taking_in(start))
         self.departed = None
+        self._parameters_alone &= math.isfinite(report.pseudo_grad_norm)  # else the next meeting says whose are not, before all else
         self.inner_state.reset()
         self._share(self.tensors.trainable, [])
         return self._reported(report)
@@ -488,8 +549,8 @@ class OuterLoop:
         for group, inner_lr in zip(self.outer_optimizer.param_groups, inner_lrs, strict=True):
             group["inner_lr"] = inner_lr
         norms = Norms()
-        for bucket, total, drift_square in displacements:  # line 6
-            norms.drift_square += drift_square
+        for bucket, total, square_sum in displacements:  # line 6
+            norms.drift_square += square_sum / summands
             for piece, pseudo_grad in bucket.runs(total):
                 pseudo_grad.div_(summands)
                 velocity = self.outer_optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
@@ -500,7 +561,7 @@ class OuterLoop:
         return self.averager.over_workers(norms)
 
     def _displacements(self) -> Iterator[Sum]:
-        """Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and the mean of its squared norm."""
+        """Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and that of its squared norm."""
         self.base.settle()
         return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(self._buckets, self.base)
 
@@ -512,8 +573,8 @@ class OuterLoop:
         """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
         norms = Norms()
         pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
-        for bucket, total, drift_square in displacements:
-            norms.drift_square += drift_square
+        for bucket, total, square_sum in displacements:
+            norms.drift_square += square_sum / summands
             for piece, run in bucket.runs(total):
                 norms.add(torch.div(run, summands, out=piece.of(pseudo_grads[piece.item])), None)
         gradients: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]

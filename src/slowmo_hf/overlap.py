@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from .averager import Base, FlatAnchor, Piece, Sum, rounded
+from .header import Agreement
 from .round_report import Norms
 
 
@@ -56,6 +57,14 @@ class TrainingOn(Base):
         self.away = False
 
 
+class Nothing(Base):
+    """What a worker brings that cannot take part, and says so: its message is waited for."""
+
+    def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
+        """Write 0."""
+        out.zero_()
+
+
 @dataclass
 class Departed:
     """
@@ -63,6 +72,7 @@ class Departed:
 
     Args:
         due_step (`int`): When it is.
+        hear (`Callable`, *optional*): Waits for what all have said of it, where its messages went ahead and that is not known yet.
         inner_lrs (`list[float]`): Of its step, per parameter group.
         summands (`float`): Total weight of the workers' displacements.
         arrivals (`Iterator`, *optional*): The leader's messages, until the outer update is done.
@@ -70,7 +80,8 @@ class Departed:
     """
 
     due_step: int
-    inner_lrs: list[float]
-    summands: float
+    hear: Callable[[], Agreement] | None = None
+    inner_lrs: list[float] = field(default_factory=list)
+    summands: float = 1.0
     arrivals: Iterator[Sum] | None = None
     norms: Norms | None = None

@@ -46,7 +46,7 @@ class Reduced:
 
     shard: Shard
     total: torch.Tensor
-    drift_square: float
+    drift_square_sum: float
     rows: torch.Tensor  # for what is handed out
 
 
@@ -121,24 +121,24 @@ class ShardedAverager(ExactAverager):
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """
-        Every bucket of this worker's with the weighted sum over workers of origin - x_i, and the mean of its squared norm. Its anchors go
-        to all when the next one is asked for: they have been updated by then.
+        Every bucket of this worker's with the weighted sums over workers of origin - x_i, and of its squared norm. Its anchors go to all
+        when the next one is asked for: they have been updated by then.
         """
         for reduced in one_ahead(self._send_all(base)):
             own = reduced.shard.own
-            yield own, reduced.total.to(own.item.flat.device), reduced.drift_square
+            yield own, reduced.total.to(own.item.flat.device), reduced.drift_square_sum
             self._hand_out(reduced, own.of(own.item.flat))
 
     def show_mean_(self, buckets: list[Bucket], base: Base) -> float:
         """Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared norm."""
-        square = 0.0
+        square_sum = 0.0
         for reduced in one_ahead(self._send_all(base)):
-            square += reduced.drift_square
+            square_sum += reduced.drift_square_sum
             for piece, run in reduced.shard.own.runs(reduced.total):
                 run.div_(self.total_weight)
                 torch.sub(base.shown_from(piece).to(run.device), run, out=run)
             self._hand_out(reduced, reduced.total)
-        return self._summed([square])[0]
+        return self._summed([square_sum / self.total_weight])[0]
 
     def over_workers(self, norms: Norms) -> Norms:
         """Each worker has counted its own shards."""
@@ -165,7 +165,7 @@ class ShardedAverager(ExactAverager):
 
         def arrive() -> Reduced:
             wait()
-            return Reduced(shard, incoming[0], self._sum_rows(shard.own, incoming, base) / self.total_weight, outgoing)
+            return Reduced(shard, incoming[0], self._sum_rows(shard.own, incoming, base), outgoing)
 
         return arrive
 

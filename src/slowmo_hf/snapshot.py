@@ -275,7 +275,7 @@ def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
     base = outer_loop.base
     if isinstance(base, TrainingOn) and "departed" in own.settings:
         due_step, squares = own.settings["departed"]["due_step"], own.settings["departed"]["norms"]
-        outer_loop.departed = Departed(due_step, [], 1.0, None, Norms.of(squares))
+        outer_loop.departed = Departed(due_step, norms=Norms.of(squares))
         for index, item in enumerate(outer_loop.anchors):
             base.departed[item].copy_(own.tensors[f"departed.{index}"])
         base.away = True
