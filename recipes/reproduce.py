@@ -291,12 +291,7 @@ def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metri
 
 def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:
     """The task's curves of the average over epochs, a line per setting, the mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, axes = _panels(2, (12, 5))
     for axis, name in zip(axes, SHOWN[task].curves, strict=True):
         for key, own in _by_setting(records).items():
             curves = [[look[name] for look in record["curve"]] for record in own]
@@ -305,51 +300,57 @@ def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:
                 [statistics.mean(values) for values in zip(*curves, strict=True)],
                 label=_words(key),
             )
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(name.replace("_", " "))
-        axis.grid(alpha=0.3)
+        axis.set(xlabel="epoch", ylabel=name.replace("_", " "))
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def swept(records: list[dict[str, Any]], field_name: str, metric: str) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
-    """(value of one setting, mean over seeds of the metric), ascending, of runs that differ in it alone; two at least, by the rest."""
+    """(value of one setting, mean over seeds of the metric), ascending, of runs that differ in it alone; three at least, by the rest."""
     lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for own in _by_setting(records).values():
         run = own[0]["run"]
         lines.setdefault(_setting({**run, field_name: 0}), []).append((run[field_name], _mean(own, metric)))
-    return {key: sorted(line) for key, line in lines.items() if len(line) > 1}
+    return {key: sorted(line) for key, line in lines.items() if len(line) > 2}
 
 
 def plot_sweep(records: list[dict[str, Any]], task: str, path: Path) -> None:
     """The task's final metric over τ, over β, and for every inner state and average at the middle setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     metric = SHOWN[task].gain
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure, axes = _panels(3, (16, 5))
     for axis, name, words in zip(axes, ("sync_every", "outer_momentum"), ("τ, steps per round", "β"), strict=False):
         lines = swept(records, name, metric)
         for key, line in lines.items():
-            momentum = f"β {key[1]:g}" if name == "sync_every" else f"τ {key[3]}"
-            axis.plot(*zip(*line, strict=True), "o-", label=f"{key[0]}, {momentum}")
+            base, momentum, _, sync_every, _, inner_state, *_ = key
+            label = f"{base}, {f'β {momentum:g}' if name == 'sync_every' else f'τ {sync_every}'}"
+            axis.plot(*zip(*line, strict=True), "o-", label=label + ("" if inner_state == "auto" else f", state {inner_state}"))
         axis.set(xlabel=words, ylabel=metric.replace("_", " "))
         if lines:
             axis.legend(fontsize="small")
-    axes[0].set_xscale("log", base=2)
-    middle = [(_words(key), _mean(own, metric)) for key, own in _by_setting(records).items() if own[0]["run"]["sync_every"] == 12]
+    axes[0].set_xscale("log")
+    periods = sorted({record["sync_every"] for record in records})
+    axes[0].set_xticks(periods, periods, minor=False)
+    axes[0].minorticks_off()
+    middle = [
+        (f"{_words(key)} ({len(own)})", _mean(own, metric))
+        for key, own in _by_setting(records).items()
+        if own[0]["run"]["sync_every"] == 12
+    ]
     states = [(words, value) for words, value in middle if "state" in words or not words.startswith("local_sgd")]
-    axes[2].barh([words for words, _ in states], [value for _, value in states])
-    if states:
-        axes[2].set_xlim(left=min(value for _, value in states) - 0.01)
+    axes[2].plot([value for _, value in states], [words for words, _ in states], "o")
     axes[2].set(xlabel=metric.replace("_", " "))
+    figure.savefig(path, dpi=120)
+
+
+def _panels(count: int, size: tuple[int, int]) -> tuple[Any, Any]:
+    """A figure that no window shows, and its panels, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, count)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure, axes
 
 
 # ---- the paper's size ----
