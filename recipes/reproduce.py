@@ -328,7 +328,7 @@ def plot_sweep(records: list[dict[str, Any]], task: str, path: Path) -> None:
         if lines:
             axis.legend(fontsize="small")
     axes[0].set_xscale("log")
-    periods = sorted({record["sync_every"] for record in records})
+    periods = sorted({record["run"]["sync_every"] for record in records})
     axes[0].set_xticks(periods, periods, minor=False)
     axes[0].minorticks_off()
     middle = [
