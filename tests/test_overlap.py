@@ -305,6 +305,58 @@ def test_what_differs_is_told_on_all_when_it_is_heard_of():
     assert re.match(r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words)
 
 
+def _mends(config):
+    """Rank 1 has another parameter set from step 11 on, which is told at 15, and then the old one again. A look, and their mean."""
+    model, rank = Still(), dist.get_rank()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    for step in range(1, 19):
+        if (rank, step) == (1, 11):
+            adds_a_parameter(model, optimizer)
+        model.weight.grad = model.weight.detach() - rank
+        try:
+            optimizer.step()
+        except ValueError:
+            assert step == 15
+            if rank == 1:
+                del optimizer.param_groups[0]["params"][-1]
+            mean = model.weight.detach().clone()
+            dist.all_reduce(mean)
+            with slowmo_hf.consensus(optimizer):
+                shown = model.weight.detach().clone()
+            told = (shown.tolist(), (mean / 2).tolist(), optimizer.outer_loop.rounds, optimizer.outer_loop.local_steps)
+    return told, slowmo_hf.last_round(optimizer).round, optimizer.outer_loop.rounds
+
+
+def test_a_round_that_was_refused_never_was():
+    """Rounds at 6 and 18 are left; the look behind the error is the mean of what the workers have."""
+    for (shown, mean, rounds, local_steps), last, rounds_at_18 in run_workers(_mends, 2, AHEAD):
+        assert shown == pytest.approx(mean, abs=1e-12)
+        assert (rounds, local_steps) == (1, 9)
+        assert (last, rounds_at_18) == (1, 2)
+
+
+def _logs(config):
+    """Rank 1 is late for step 12, where all then gather for a log. (seconds, utilisation) of the round of step 12."""
+    model, rank = Still(), dist.get_rank()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    for step in range(1, 16):
+        if (rank, step) == (1, 12):
+            time.sleep(1)
+        model.weight.grad = model.weight.detach() - rank
+        optimizer.step()
+        if step == 12:
+            optimizer.outer_loop.meet_before_gathering()
+    report = slowmo_hf.last_round(optimizer)
+    return report.round, report.seconds, report.utilisation
+
+
+def test_a_wait_for_a_round_at_a_log_is_in_its_report():
+    (number, seconds, utilisation), _ = run_workers(_logs, 2, AHEAD)
+    assert number == 2
+    assert seconds > 0.9
+    assert utilisation < 0.2
+
+
 def test_all_hear_of_a_stop_at_the_same_step():
     for told in run_workers(_ahead, 2, AHEAD, 19, {(1, 11): asks_for_a_stop}):
         assert [stop for *_, stop in told] == [False] * 14 + [True] * 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,8 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
             raise CheckpointError(f"{folder} has no state of local training, and this run has begun: load it before the first step.")
         logger.warning("%s has no state of local training: weights and optimizer are taken, slow momentum starts fresh", folder)
         return
+    with suppress(ValueError):
+        outer_loop.hear_of_departed()  # here, where no rank has failed yet; what was wrong there belongs to the run that is left
     objects: dict[str, Any] = {}
 
     def take_up() -> None:

@@ -108,7 +108,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
         self._training, self._ended, self._stopped = True, False, False
-        self._unlogged = []
+        self._unlogged, self._round_ended = [], False
         if self.config.base in GOSSIP_BASES:
             plans = set(outer_loop.workers.world.gather_objects(state.max_steps))
             self._planned_end = plans.pop() if len(plans) == 1 else None
@@ -154,7 +154,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _on_signal(self, name: str) -> None:
         if self.outer_loop is not None:
             self.outer_loop.stop_asked = True
-        logger.warning("%s: all ranks save at the end of this round, and exit with code %d", name, REQUEUE_EXIT_CODE)
+        logger.warning("%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE)
 
     def _restore(self, args: TrainingArguments) -> None:
         self._training = False
@@ -245,6 +245,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
                 state.global_step,
             )
             _stop_at_once(control)  # the rest gathers, and that rank will not come
+            self._stopped = False  # nothing is saved, and nobody need come back
         elif self.outer_loop is not None and self.outer_loop.stop_agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self._stopped = True
 
@@ -441,7 +442,9 @@ def _advise(args: TrainingArguments, config: SlowMoConfig) -> None:
     """What couples the ranks because the user asked for it is left alone, and said."""
     if args.world_size == 1:
         return
-    if args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
+    if args.logging_strategy == "steps" and config.overlap_steps:
+        logger.info("logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", args.logging_steps)
+    elif args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
         logger.info(
             "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for nobody",
             args.logging_steps,

@@ -253,7 +253,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             self._stop_signals = StopSignals(self._on_signal)
 
     def _on_signal(self, name: str) -> None:
-        logger.warning("%s: stop_requested is True on all ranks after this round", name)
+        logger.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
         self._stop_asked = True
         if self.outer_loop is not None:
             self.outer_loop.stop_asked = True
@@ -442,7 +442,8 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
     """
-    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same round on. Call it after every step, from the first one on:
+    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same step on, where a round is taken in. Call it after every
+    step, from the first one on:
 
         if slowmo_hf.stop_requested(optimizer):
             accelerator.save_state(folder)

@@ -33,8 +33,8 @@ Decisions taken once:
 (k) With `overlap_steps=n` a round of step k begins there (line 6 sets out, buffers are averaged) and is taken in at step k + n. Lines 7
     and 8 are the same whenever they are done: a look in between does them, and leaves the rest due when it was. The meeting of step k
     travels too, where nothing but the parameters is averaged: what all have said is heard when the round is taken in, or at the
-    next meeting, so nobody waits for a worker that is up to n steps behind. A worker counts by its share of sync_every steps, which
-    it knows without the others.
+    next meeting, so nobody waits for a worker that is less than n steps behind. A worker counts by its share of sync_every steps,
+    which it knows without the others.
 (l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
 (m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly.
@@ -49,6 +49,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class OuterLoop:
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self.departed: Departed | None = None  # a round that travels, or is due
-        self._parameters_alone = False  # what all have found at the last meeting: nothing else is averaged, and nothing was lost
+        self.parameters_alone = False  # what all have found at the last meeting: nothing else is averaged, and nothing was lost
         self._stash: list[torch.Tensor] | None = None
         self._shown: list[torch.Tensor] = []
         self._random_state: RandomState | None = None
@@ -276,7 +277,7 @@ class OuterLoop:
 
     def _meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job."""
-        self._hear_of_departed()
+        self.hear_of_departed()
         return self._say(purpose, inner_lrs)()
 
     def _say(self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False) -> Callable[[], Agreement]:
@@ -295,7 +296,7 @@ class OuterLoop:
     def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
         self.stop_agreed = self.stop_agreed or agreement.stop
         self.somebody_ended = agreement.somebody_ended
-        self._parameters_alone = not agreement.changed_buffers
+        self.parameters_alone = not agreement.changed_buffers
         if purpose in (Purpose.LOOK, Purpose.GATHER):
             self.workers.all_may_meet()
         if self.config.base not in GOSSIP_BASES and self.workers.leads:
@@ -312,6 +313,9 @@ class OuterLoop:
         Whether all ranks go into a collective of others together: False where one has ended its training, and will not come. Collective.
         """
         if self._meets_others and self.workers.world.world_size > 1:
+            start = time.perf_counter()
+            self.hear_of_departed()  # of a round, whose report counts the wait
+            self._exchange_seconds += time.perf_counter() - start
             return not self._meet(Purpose.GATHER).somebody_ended
         return True
 
@@ -424,7 +428,7 @@ class OuterLoop:
     @property
     def _goes_ahead(self) -> bool:
         """Whether a round's messages set out before anybody has heard of the others; the same on all."""
-        return bool(self.config.overlap_steps) and self._parameters_alone and self.workers.world.fails_cleanly
+        return bool(self.config.overlap_steps) and self.parameters_alone and self.workers.world.fails_cleanly
 
     def _depart(self, agreement: Agreement, start: float) -> None:
         """Step k, where all have met: buffers, which are small, are averaged at once, and displacements set out."""
@@ -438,7 +442,7 @@ class OuterLoop:
 
     def _set_out(self, start: float) -> Departed:
         """Displacements set out."""
-        self.departed = departed = Departed(self.attempted_steps + self.config.overlap_steps)
+        self.departed = departed = Departed(self.attempted_steps + self.config.overlap_steps, self.local_steps)
         self.workers.inside.broadcast_outcome(lambda: self._lead_departure(departed))
         self.rounds, self.local_steps = self.rounds + 1, 0
         self._exchange_seconds += time.perf_counter() - start
@@ -446,26 +450,40 @@ class OuterLoop:
 
     def _lead_departure(self, departed: Departed) -> None:
         assert isinstance(self.base, TrainingOn)
-        weight = self.local_steps / self.config.sync_every
+        weight = departed.local_steps / self.config.sync_every
         if self.tensors.problem():  # which is said at the meeting
             departed.arrivals = self.averager.sums_at_once(self._buckets, Nothing(), weight)
             return
         departed.arrivals = self.averager.sums_at_once(self._buckets, self.base, weight)
         self.base.depart_(self._pieces())
 
-    def _hear_of_departed(self) -> None:
-        """What all have said of a round that went ahead, if that is not known yet. Collective over the job."""
+    def hear_of_departed(self) -> None:
+        """
+        What all have said of a round that went ahead, if that is not known yet. Collective over the job.
+
+        Raises:
+            ValueError, RuntimeError: As at a meeting (`Header.say`); there was no round then.
+        """
         departed = self.departed
         if departed is None or departed.hear is None:
             return
-        hear, departed.hear = departed.hear, None
         try:
-            agreement = hear()
-        except BaseException:
-            self.departed = None  # it never was one
+            agreement = departed.hear()
+        except Exception as error:
+            if isinstance(error, ValueError):  # all were there, and have sent
+                departed.drain()
+            self.departed = None
+            self.rounds, self.local_steps = self.rounds - 1, self.local_steps + departed.local_steps
+            self._stay()
             raise
+        departed.hear = None
+        self.workers.roll_call.at(self.attempted_steps, "training")
         self._note(departed, agreement)
         self._average_beside(agreement)
+
+    def _stay(self) -> None:
+        if isinstance(self.base, TrainingOn):
+            self.base.away = False
 
     def _note(self, departed: Departed, agreement: Agreement) -> None:
         departed.inner_lrs = agreement.inner_lrs
@@ -479,7 +497,7 @@ class OuterLoop:
 
     def settle(self) -> None:
         """Wait for an overlapped round's messages, and do its outer update on the leader. It stays due when it was."""
-        self._hear_of_departed()
+        self.hear_of_departed()
         departed = self.departed
         if departed is not None and departed.arrivals is not None:
             self.workers.roll_call.at(self.attempted_steps, f"the round of step {departed.due_step - self.config.overlap_steps}")
@@ -488,11 +506,13 @@ class OuterLoop:
             self._refuse_non_finite(departed.norms.drift_square, all_are_here=False)
 
     def forget_departed(self) -> None:
-        """Another state is taken up: what is under way belongs to the run that is left, and is waited for."""
-        self.settle()
-        self.departed, self._lost_finiteness, self._parameters_alone = None, "", False
-        if isinstance(self.base, TrainingOn):
-            self.base.away = False
+        """Another state is taken up: what is under way belongs to the run that is left, with what was wrong there, and is waited for."""
+        with suppress(ValueError):
+            self.hear_of_departed()
+        if self.departed is not None:
+            self.departed.drain()
+        self.departed, self._lost_finiteness, self.parameters_alone = None, "", False
+        self._stay()
 
     def _take_in_if_due(self) -> RoundReport | None:
         return self._take_in() if self.departed is not None and self.departed.due_step <= self.attempted_steps else None
@@ -502,10 +522,10 @@ class OuterLoop:
         if self.departed is None:
             return None
         start = time.perf_counter()
-        self._hear_of_departed()
+        self.hear_of_departed()
         report = self.workers.inside.broadcast_outcome(lambda: self._lead_taking_in(start))
         self.departed = None
-        self._parameters_alone &= math.isfinite(report.pseudo_grad_norm)  # else the next meeting says whose are not, before all else
+        self.parameters_alone &= math.isfinite(report.pseudo_grad_norm)  # else the next meeting says whose are not, before all else
         self.inner_state.reset()
         self._share(self.tensors.trainable, [])
         return self._reported(report)

@@ -72,6 +72,7 @@ class Departed:
 
     Args:
         due_step (`int`): When it is.
+        local_steps (`int`): This worker's before it, since the last round.
         hear (`Callable`, *optional*): Waits for what all have said of it, where its messages went ahead and that is not known yet.
         inner_lrs (`list[float]`): Of its step, per parameter group.
         summands (`float`): Total weight of the workers' displacements.
@@ -80,8 +81,15 @@ class Departed:
     """
 
     due_step: int
+    local_steps: int = 0
     hear: Callable[[], Agreement] | None = None
     inner_lrs: list[float] = field(default_factory=list)
     summands: float = 1.0
     arrivals: Iterator[Sum] | None = None
     norms: Norms | None = None
+
+    def drain(self) -> None:
+        """Wait for the messages, and leave what they bring."""
+        for _ in self.arrivals or ():
+            pass
+        self.arrivals = None

@@ -88,6 +88,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         "run": outer_loop.run_id,
         "attempted_steps": outer_loop.attempted_steps,
         "rounds": outer_loop.rounds,
+        "parameters_alone": outer_loop.parameters_alone,
         "workers": workers.count,
         "processes": workers.world.world_size,
         "config": outer_loop.config.to_dict(),
@@ -193,6 +194,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     outer_loop.forget_departed()
     outer_loop.run_id = shared.settings["run"]
     outer_loop.attempted_steps, outer_loop.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
+    outer_loop.parameters_alone = shared.settings.get("parameters_alone", False)
     if outer_loop.workers.leads:
         _put_slow_state(shared if outer_loop.config.exact_average else own, outer_loop)
     outer_loop.inner_optimizer.load_state_dict(own.objects.pop("inner_optimizer"))
