@@ -211,11 +211,8 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
 def _check_same_data(data: Any, task: str, dataset_name: str | None, folder: Path) -> None:
     """Runs on other data than the records beside them would be compared as if they were of the same."""
     for path in sorted(folder.glob(f"*_{task}_*.json")):
-        try:
-            record = json.loads(path.read_text())
-        except ValueError:  # half written: it is run again
-            continue
-        if record["dataset_sha256"] != data.sha256:
+        record = _read(path)
+        if record and record["dataset_sha256"] != data.sha256:
             raise SettingError(
                 f"dataset_name must be what the records in {str(folder)!r} are of, {record['dataset']!r} with SHA-256 "
                 f"{record['dataset_sha256'][:12]} as in {path.name}, got {dataset_name!r}, which is {data.name!r} with {data.sha256[:12]}. "
@@ -230,11 +227,17 @@ def _load(task: str, dataset_name: str | None) -> Any:
 
 def find_record(run: Run, folder: Path) -> dict[str, Any] | None:
     """The record of this very run; None where there is none, or where it is of other settings or cannot be read."""
+    record = _read(folder / f"{run.name}.json")
+    return record if record and run.matches(record) else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where it is not there, or half written: it is run again."""
     try:
-        record: dict[str, Any] = json.loads((folder / f"{run.name}.json").read_text())
+        record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return record if run.matches(record) else None
+    return record
 
 
 # ---- showing ----
@@ -266,7 +269,11 @@ def _setting(run: dict[str, Any]) -> tuple[Any, ...]:
 def _words(key: tuple[Any, ...]) -> str:
     base, momentum, lr, sync_every, _, inner_state, exact, *_ = key
     words = f"{base}, γ {lr:g}, τ {sync_every}" + (f", β {momentum:g}" if momentum else "")
-    return words + ("" if inner_state == "auto" else f", state {inner_state}") + ("" if exact else ", no average")
+    return words + _state_words(inner_state) + ("" if exact else ", no average")
+
+
+def _state_words(inner_state: str) -> str:
+    return "" if inner_state == "auto" else f", state {inner_state}"
 
 
 def _mean(own: list[dict[str, Any]], metric: str) -> float:
@@ -322,14 +329,14 @@ def plot_sweep(records: list[dict[str, Any]], task: str, path: Path) -> None:
         lines = swept(records, name, metric)
         for key, line in lines.items():
             base, momentum, _, sync_every, _, inner_state, *_ = key
-            label = f"{base}, {f'β {momentum:g}' if name == 'sync_every' else f'τ {sync_every}'}"
-            axis.plot(*zip(*line, strict=True), "o-", label=label + ("" if inner_state == "auto" else f", state {inner_state}"))
+            held = f"β {momentum:g}" if name == "sync_every" else f"τ {sync_every}"
+            axis.plot(*zip(*line, strict=True), "o-", label=f"{base}, {held}{_state_words(inner_state)}")
         axis.set(xlabel=words, ylabel=metric.replace("_", " "))
         if lines:
             axis.legend(fontsize="small")
     axes[0].set_xscale("log")
     periods = sorted({record["run"]["sync_every"] for record in records})
-    axes[0].set_xticks(periods, periods, minor=False)
+    axes[0].set_xticks(periods, periods)
     axes[0].minorticks_off()
     middle = [
         (f"{_words(key)} ({len(own)})", _mean(own, metric))
