@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 import slowmo_hf
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.communicator import Communicator
+from slowmo_hf.roll_call import RollCall
 
 TIMEOUT_SECONDS = 5
 HOST = socket.gethostname()
@@ -274,6 +276,27 @@ def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_ot
     for words in told[1:]:
         assert f"rank 1 on {HOST}" in words.splitlines()[0], words
     assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"
+
+
+def _meets_a_closed_connection(rank):
+    """As DDP with several buckets: one collective times out and closes the connection, and the error that is raised is another's."""
+    flat = torch.zeros(8)
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    roll_call = RollCall(TIMEOUT_SECONDS)
+    roll_call.enter(4, "the round")
+    roll_call.at(6, "training")
+    roll_call.coupled = (0, 1)
+    freezes(6 * rank)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat, group=group)
+
+
+def test_a_collective_after_one_that_timed_out_is_told_as_late_too():
+    (told,), _ = _run_apart(_meets_a_closed_connection)
+    late = rf"RuntimeError: rank 1 {WHERE} did not come to step 6, training, within timeout_seconds=5: .*{LAST_SEEN}"
+    assert re.match(late, told), told
+    assert "(Application timeout caused pair closure)" in told
 
 
 def _leader_freezes_in_the_round(rank):

@@ -353,6 +353,15 @@ def is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in words or "pair closure" in words)
 
 
+def is_timeout(error: BaseException) -> bool:
+    """
+    Whether a collective was given up for its time. Only the first that waits on a connection of gloo's says that it "timed out"; the
+    connection is closed with it, and those after it say "Application timeout caused pair closure".
+    """
+    words = str(error).lower()
+    return "timed out" in words or "timeout" in words
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without its stack; its type where it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

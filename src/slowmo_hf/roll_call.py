@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from .communicator import first_line, host_name, is_collective_failure, job_store, leave_job, processes_in_job, rank_in_job
+from .communicator import first_line, host_name, is_collective_failure, is_timeout, job_store, leave_job, processes_in_job, rank_in_job
 from .job_store import JobStore, StoreError
 
 _ANY = "any"
@@ -143,7 +143,7 @@ class RollCall:
         self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
-        too_late = error is None or "timed out" in str(error).lower()
+        too_late = error is None or is_timeout(error)
         for whose in (self.rank, _ANY):
             self._try_to_say(self._key("failed", whose))
         until = time.monotonic() + _ROLL_SECONDS
