@@ -22,13 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from image_data import load_images, make_dataset, normalised
+from image_data import normalised
 
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
@@ -39,28 +40,35 @@ class Settings:
     """What the driver asks for."""
 
     system: str = field(default="ddp", metadata={"help": "A name of SYSTEMS."})
+    images: str = field(default="", metadata={"help": "What peers.py has written (decoded, safetensors)."})
     output: str = field(default="", metadata={"help": "Rank 0's figures go here."})
     sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
     steps: int = field(default=0, metadata={"help": "Steps of training with looks; 0: none."})
+    seconds: float = field(default=0.0, metadata={"help": "In their place: as many steps as fit, by the step time just measured."})
     look_every: int = field(default=24, metadata={"help": "Steps between looks, a multiple of sync_every."})
     width: int = field(default=256, metadata={"help": "Of the hidden layers."})
     layers: int = field(default=8, metadata={"help": "Hidden layers."})
     device_ms: float = field(default=50.0, metadata={"help": "A step's wait for a device that is not there; 0: none."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
     learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps with looks."})
     seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
 
 
 @dataclass
 class Job:
-    """How a system trains: what is called on images, what follows a backward pass, and how its average is looked at."""
+    """
+    How a system trains: what is called on images, what follows a backward pass, how its average is looked at, and how many steps after a
+    round nothing is under way: a look there hides no message.
+    """
 
     called: nn.Module
     after_backward: Callable[[], None]
     backward: Callable[[torch.Tensor], None]
     look: Callable[[], AbstractContextManager[Any]] = nullcontext
     around: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    look_after: int = 0
 
 
 # ---- systems ----
@@ -147,7 +155,13 @@ def ours(**config: Any) -> Callable[..., Job]:
     def make(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
         optimizer = SlowMoOptimizer(sgd, SlowMoConfig(sync_every=settings.sync_every, timeout_seconds=300, **config))
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        return Job(prepared, _stepping(optimizer), accelerator.backward, look=lambda: slowmo_hf.consensus(optimizer))
+        return Job(
+            prepared,
+            _stepping(optimizer),
+            accelerator.backward,
+            look=lambda: slowmo_hf.consensus(optimizer),
+            look_after=config.get("overlap_steps", 0),
+        )
 
     return make
 
@@ -194,18 +208,21 @@ def version(system: str) -> str:
 
 
 class Batches:
-    """Images of the shipped training split, the same for every system: worker, step and seed say which."""
+    """Images of the training split, the same for every system: worker, step and seed say which."""
 
     def __init__(self, settings: Settings) -> None:
-        sets = load_images(None)
-        train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
-        self.settings, self.labels, self.test_labels = settings, train.labels, test.labels
-        self.images, self.test_images = (normalised(part.images, 0.286, 0.353).flatten(1) for part in (train, test))
+        self.settings, self.tensors = settings, load_file(settings.images)
+        self.test_images, self.test_labels = _pixels(self.tensors["test_images"]), self.tensors["test_labels"]
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self.tensors["train_images"], self.tensors["train_labels"]
         generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + 1009 * step + dist.get_rank())
-        rows = torch.randint(len(self.labels), (self.settings.batch_size,), generator=generator)
-        return self.images[rows], self.labels[rows]
+        rows = torch.randint(len(labels), (self.settings.batch_size,), generator=generator)
+        return _pixels(images[rows]), labels[rows]
+
+
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    return normalised(images, 0.286, 0.353).flatten(1)  # Fashion-MNIST's
 
 
 class _Layer(torch.autograd.Function):
@@ -268,12 +285,13 @@ def make_model(settings: Settings) -> nn.Module:
     return model
 
 
-def train(job: Job, batches: Batches, first: int, steps: int) -> None:
+def train(job: Job, batches: Batches, first: int, steps: int, after_step: Callable[[], Any] = lambda: None) -> None:
     """Steps without a look."""
     for step in range(first, first + steps):
         images, labels = batches(step)
         job.backward(nn.functional.cross_entropy(job.called(images), labels))
         job.after_backward()
+        after_step()
 
 
 def timed(act: Callable[[], Any], times: int) -> float:
@@ -287,11 +305,11 @@ def timed(act: Callable[[], Any], times: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def make_job(settings: Settings, accelerator: Accelerator) -> tuple[Job, nn.Module]:
-    """A fresh model under the system."""
+def make_job(settings: Settings, accelerator: Accelerator) -> tuple[Job, nn.Module, torch.optim.Optimizer]:
+    """A fresh model under the system, and its SGD."""
     model = make_model(settings)
     sgd = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9, nesterov=True)
-    return SYSTEMS[settings.system](model, sgd, accelerator, settings), model
+    return SYSTEMS[settings.system](model, sgd, accelerator, settings), model, sgd
 
 
 def main() -> None:
@@ -309,8 +327,9 @@ def main() -> None:
     figures["compute_seconds_per_step"] = timed(lambda: train(plain, batches, 0, settings.sync_every), 5) / settings.sync_every
     figures["allreduce_seconds"] = timed(lambda: dist.all_reduce(flat), 5)
     figures |= _time_steps(settings, accelerator, batches, figures["allreduce_seconds"])
-    if settings.steps:
-        figures |= _train_to_the_end(settings, accelerator, batches)
+    steps = settings.steps or _steps_in(settings, statistics.median(figures["round_seconds_per_step"]))
+    if steps:
+        figures |= _train_to_the_end(settings, steps, accelerator, batches)
     if dist.get_rank() == 0 and settings.output:
         Path(settings.output).write_text(json.dumps(figures))
     dist.barrier()
@@ -318,7 +337,7 @@ def main() -> None:
 
 def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, allreduce_seconds: float) -> dict[str, Any]:
     """Rounds one after the other, nothing between them; the first is left out, and so are its bytes."""
-    job, _ = make_job(settings, accelerator)
+    job, _, _ = make_job(settings, accelerator)
     seconds = []
     with job.around:
         train(job, batches, 0, settings.sync_every)
@@ -342,20 +361,45 @@ def _bytes_sent() -> int:
     return int(counter.read_text()) if counter.exists() else 0
 
 
-def _train_to_the_end(settings: Settings, accelerator: Accelerator, batches: Batches) -> dict[str, Any]:
-    """Validation loss of the average over the seconds of training; looks do not count."""
-    job, model = make_job(settings, accelerator)
-    curve, clock = [], 0.0
+def _steps_in(settings: Settings, seconds_per_step: float) -> int:
+    """Whole looks that fit into `settings.seconds`, at least one; the same on all hosts."""
+    looks = torch.tensor(settings.seconds / (seconds_per_step * settings.look_every))
+    dist.broadcast(looks, src=0)
+    return max(1, int(looks)) * settings.look_every if settings.seconds else 0
+
+
+def look_steps(steps: int, look_every: int, look_after: int) -> list[int]:
+    """At how many steps looks are taken: `look_after` steps behind every multiple of `look_every`, and at the end."""
+    return [*range(look_every + look_after, steps, look_every), steps]
+
+
+def _train_to_the_end(settings: Settings, steps: int, accelerator: Accelerator, batches: Batches) -> dict[str, Any]:
+    """
+    Validation loss of the average over the seconds of training. A look on the way does not count, and takes a copy alone: the losses
+    are computed at the end, so that no link stands idle while they are. The last one counts: training ends with the average.
+    """
+    job, model, sgd = make_job(settings, accelerator)
+    scheduler = get_scheduler(settings.lr_scheduler_type, sgd, num_warmup_steps=0, num_training_steps=steps)
+    looks: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+    done, clock = 0, 0.0
     with job.around:
-        for first in range(0, settings.steps, settings.look_every):
+        for step in look_steps(steps, settings.look_every, job.look_after):
             dist.barrier()
             start = time.perf_counter()
-            train(job, batches, first, settings.look_every)
-            clock += time.perf_counter() - start
-            with job.look(), torch.no_grad():
-                loss = float(nn.functional.cross_entropy(model(batches.test_images), batches.test_labels))
-            curve.append({"step": first + settings.look_every, "seconds": clock, "validation_loss": loss})
-    return {"curve": curve, "final_validation_loss": curve[-1]["validation_loss"]}
+            train(job, batches, done, step - done, scheduler.step)
+            seconds = time.perf_counter() - start
+            with job.look():
+                seconds = time.perf_counter() - start if step == steps else seconds
+                done, clock = step, clock + seconds
+                if dist.get_rank() == 0:
+                    looks.append((step, clock, {name: p.detach().clone() for name, p in model.named_parameters()}))
+    curve = [{"step": step, "seconds": seconds, "validation_loss": _loss(model, values, batches)} for step, seconds, values in looks]
+    return {"curve": curve, "final_validation_loss": curve[-1]["validation_loss"] if curve else None}
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, values: dict[str, torch.Tensor], batches: Batches) -> float:
+    return float(nn.functional.cross_entropy(torch.func.functional_call(model, values, (batches.test_images,)), batches.test_labels))
 
 
 if __name__ == "__main__":

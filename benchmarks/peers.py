@@ -21,12 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
 from hosts import Hosts, why_not
+from image_data import SmallImages, load_images, make_dataset
 from peer_job import PACKAGES, SYSTEMS
 from round_cost import hardware, versions
+from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
+PASSED_ON = ("sync_every", "timed_rounds", "look_every", "width", "batch_size", "device_ms", "learning_rate", "lr_scheduler_type")
 TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is measured to
 
 
@@ -41,11 +46,15 @@ class PeerArguments:
     sync_every: int = field(default=12, metadata={"help": "Steps per round."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds timed per system; at least 5."})
     steps: int = field(default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."})
+    same_seconds: bool = field(default=False, metadata={"help": "--steps are DDP's; others train for as many seconds, to the same target."})
     look_every: int = field(default=24, metadata={"help": "Steps between looks at it, a multiple of sync_every."})
     width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
     device_ms: float = field(default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (peer_job.Device)."})
+    learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the model and the batches; a row for each."})
+    dataset: str | None = field(default=None, metadata={"help": "A folder, or a name on the Hub; none: the shipped images."})
     output: str = field(default="benchmarks/records/peers.json", metadata={"help": "The record."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG beside the record."})
 
@@ -53,6 +62,11 @@ class PeerArguments:
         unknown = sorted(set(self.systems) - set(SYSTEMS))
         if unknown:
             raise ValueError(f"systems must be of {list(SYSTEMS)}, got {unknown}.")
+        if self.look_every % self.sync_every or self.steps % self.look_every:
+            raise ValueError(
+                f"look_every must be a multiple of sync_every, and steps one of look_every, got {self.look_every} with sync_every="
+                f"{self.sync_every} and steps={self.steps}."
+            )
         if self.timed_rounds < 5:
             raise ValueError(f"timed_rounds must be >= 5, for a median, got {self.timed_rounds}.")
 
@@ -95,6 +109,20 @@ class Record:
         """Whether it was measured."""
         return any((row["system"], row["rho"], row.get("seed", 0)) == (system, rho, seed) for row in self.values["rows"])
 
+    def budget(self, system: str, rho: float, seed: int) -> tuple[int, float]:
+        """
+        Steps and seconds that a system trains for; one of them is 0.
+
+        Raises:
+            ValueError: Seconds are to be DDP's, which has not been measured.
+        """
+        if not self.args.same_seconds or system == "ddp" or not self.args.steps:
+            return self.args.steps, 0.0
+        if not self.has("ddp", rho, seed):
+            raise ValueError(f"same_seconds needs 'ddp' before the others, got systems={self.args.systems}. Put ddp first.")
+        ddp = next(row for row in self.values["rows"] if (row["system"], row["rho"], row["seed"]) == ("ddp", rho, seed))
+        return 0, self.args.steps * ddp["seconds_per_step"]
+
     def write(self) -> None:
         """Beside, and renamed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +131,23 @@ class Record:
         beside.replace(self.path)
 
 
-def run(hosts: Hosts, system: str, args: PeerArguments, steps: int, seed: int = 0) -> dict[str, Any]:
-    """One system's figures."""
+def decode(dataset: str | None, path: Path) -> None:
+    """Write the images once for all jobs: uint8 of shape (rows, 1, 28, 28), labels int64 (safetensors)."""
+    sets = load_images(dataset)
+    tensors = {}
+    for name, rows in (("train", sets.train), ("test", sets.test)):
+        images = make_dataset(rows, sets)
+        assert isinstance(images, SmallImages)
+        tensors |= {f"{name}_images": images.images, f"{name}_labels": images.labels}
+    save_file(tensors, path)
+
+
+def run(hosts: Hosts, images: Path, system: str, args: PeerArguments, steps: int, seed: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+    """One system's figures; training for `steps`, or where there are none for `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        flags = {"system": system, "output": output, "steps": steps, "seed": seed}
-        flags |= {name: getattr(args, name) for name in ("sync_every", "timed_rounds", "look_every", "width", "batch_size", "device_ms")}
+        flags = {"system": system, "images": images, "output": output, "steps": steps, "seconds": seconds, "seed": seed}
+        flags |= {name: getattr(args, name) for name in PASSED_ON}
         hosts.launch(JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200)
         figures: dict[str, Any] = json.loads(output.read_text())
     return figures
@@ -239,13 +278,15 @@ def main() -> None:
     if refusal:
         sys.exit(f"peers.py: {refusal}")
     record = Record(args)
-    with Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
+    with tempfile.TemporaryDirectory() as folder, Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
+        images = Path(folder) / "images.safetensors"
+        decode(args.dataset, images)
         for rho in args.rho:
             left = [(seed, system) for seed in args.seeds for system in args.systems if not record.has(system, rho, seed)]
             if not left:
                 continue
             hosts.throttle(None)
-            figures = run(hosts, "ddp", args, steps=0)
+            figures = run(hosts, images, "ddp", args, steps=0)
             payload = payload_bytes("ddp", figures["parameters"], args.hosts, args.sync_every)
             link = 8 * payload / (rho * figures["compute_seconds_per_step"]) / 1e6
             hosts.throttle(link)
@@ -253,7 +294,8 @@ def main() -> None:
                 reason = missing(system)
                 row: dict[str, Any] = {"system": system, "rho": rho, "seed": seed, "not_run": reason}
                 if reason is None:
-                    row = row_of(system, rho, link, args, run(hosts, system, args, args.steps, seed), seed)
+                    steps, seconds = record.budget(system, rho, seed)
+                    row = row_of(system, rho, link, args, run(hosts, images, system, args, steps, seed, seconds), seed)
                 record.values["rows"].append(row)
                 record.write()
                 print(table(record.values["rows"][-1:]).splitlines()[-1], flush=True)

@@ -146,7 +146,7 @@ def _train_each(names):
     accelerator, few = Accelerator(cpu=True), Few(dist.get_rank())
     out = {}
     for name in names:
-        job, model = peer_job.make_job(Settings(system=name, sync_every=8, width=16, layers=2, device_ms=0.0), accelerator)
+        job, model, _ = peer_job.make_job(Settings(system=name, sync_every=8, width=16, layers=2, device_ms=0.0), accelerator)
         with job.around:
             peer_job.train(job, few, 0, 40)
             with job.look(), torch.no_grad():
