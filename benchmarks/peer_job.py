@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -149,6 +153,78 @@ def fairscale_slowmo(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: 
     return Job(wrapped, _stepping(sgd, lambda: wrapped.perform_slowmo(sgd)), _backward)
 
 
+def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 0.0) -> Callable[..., Job]:
+    """
+    torchft's DiLoCo with the outer optimizer of its paper, each host a replica of one process; rank 0 keeps its lighthouse. With a delay
+    the round travels behind as many steps, and workers go on from a mixture that differs: they are averaged for a look.
+    """
+
+    def make(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+        from torchft.local_sgd import DiLoCo
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+            delay = {"fragment_sync_delay": fragment_sync_delay, "fragment_update_alpha": fragment_update_alpha}
+            with _torchft_manager() as manager, DiLoCo(manager, [model], sgd, outer, settings.sync_every, **delay):
+                yield
+
+        return Job(
+            model, _stepping(sgd), _backward, look=(lambda: _averaged(model)) if fragment_update_alpha else nullcontext, around=around()
+        )
+
+    return make
+
+
+@contextmanager
+def _torchft_manager() -> Iterator[Any]:
+    from torchft import Manager, ProcessGroupGloo
+    from torchft.coordination import LighthouseServer
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
+        towards.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing, and tells by which address others see this host
+        here = towards.getsockname()[0]
+    lighthouse = LighthouseServer(bind="[::]:0", min_replicas=dist.get_world_size()) if dist.get_rank() == 0 else None
+    port = [urlsplit(lighthouse.address()).port if lighthouse else None]
+    dist.broadcast_object_list(port)
+    store = dist.TCPStore(here, 0, is_master=True, wait_for_workers=False)
+    manager = Manager(
+        ProcessGroupGloo(timeout=timedelta(seconds=300)),
+        None,
+        None,
+        min_replica_size=dist.get_world_size(),
+        use_async_quorum=False,
+        rank=0,
+        world_size=1,
+        store_addr=here,
+        store_port=store.port,
+        lighthouse_addr=f"http://{os.environ['MASTER_ADDR']}:{port[0]}",
+        replica_id=f"host_{dist.get_rank()}",
+        hostname=here,
+        init_sync=False,
+    )
+    try:
+        yield manager
+    finally:
+        dist.barrier()
+        manager.shutdown()
+        if lighthouse:
+            lighthouse.shutdown()
+
+
+@contextmanager
+def _averaged(model: nn.Module) -> Iterator[None]:
+    """The mean over hosts in the parameters, and then their own again."""
+    own = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            dist.all_reduce(p)
+            p.div_(dist.get_world_size())
+        yield
+        for p, value in zip(model.parameters(), own, strict=True):
+            p.copy_(value)
+
+
 def ours(**config: Any) -> Callable[..., Job]:
     """slowmo_hf with these settings, through Accelerate as in the README."""
 
@@ -174,6 +250,8 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "accelerate LocalSGD": accelerate_local_sgd,
     "torch PeriodicModelAverager": torch_averager,
     "fairscale SlowMo": fairscale_slowmo,
+    "torchft DiLoCo": torchft_diloco(),
+    "torchft DiLoCo, delayed": torchft_diloco(fragment_sync_delay=6, fragment_update_alpha=0.5),
     "slowmo_hf all_reduce": ours(base="all_reduce", outer_momentum=0.0),
     "slowmo_hf all_reduce, slowmo": ours(base="all_reduce"),
     "slowmo_hf local_sgd": ours(outer_momentum=0.0),
@@ -195,7 +273,12 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf osgp": ours(base="osgp", **GOSSIP_ALONE),
     "slowmo_hf osgp, slowmo": ours(base="osgp"),
 }
-PACKAGES = {"accelerate LocalSGD": "accelerate", "fairscale SlowMo": "fairscale"}
+PACKAGES = {
+    "accelerate LocalSGD": "accelerate",
+    "fairscale SlowMo": "fairscale",
+    "torchft DiLoCo": "torchft",
+    "torchft DiLoCo, delayed": "torchft",
+}
 
 
 def version(system: str) -> str:
