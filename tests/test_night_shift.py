@@ -42,8 +42,8 @@ def _train(folder, base, callbacks, resume=None, **settings):
     return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step
 
 
-def _signalled(folder, base, number, settings):
-    """(exit code, the checkpoint's step, the end after a resume, the end without a signal) on this rank."""
+def _signalled(folder, base, number, settings, step):
+    """(exit code, whether the end after a resume is that without a signal) on this rank; saved is at `step` alone."""
     whole, _ = _train(folder / "whole", base, [], **settings)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped, Heard() as heard:
@@ -51,24 +51,25 @@ def _signalled(folder, base, number, settings):
     assert signal.getsignal(number) is before
     assert len(heard.about(signal.Signals(number).name)) == (dist.get_rank() == 1)
     assert len(heard.about("asks for a requeue")) == 1
-    assert sorted(path.name for path in (folder / "cut").iterdir()) == ["checkpoint-8"]
-    slowmo_hf.verify_checkpoint(folder / "cut" / "checkpoint-8")
+    assert sorted(path.name for path in (folder / "cut").iterdir()) == [f"checkpoint-{step}"]
+    slowmo_hf.verify_checkpoint(folder / "cut" / f"checkpoint-{step}")
     resumed, steps = _train(folder / "cut", base, [], resume=True, **settings)
     assert steps == STEPS
     return stopped.value.code, [torch.equal(whole[name], resumed[name]) for name in whole]
 
 
 @pytest.mark.parametrize(
-    ("base", "number", "settings"),
+    ("base", "number", "settings", "step"),
     [
-        ("local_sgd", signal.SIGTERM, {}),
-        ("osgp", signal.SIGUSR1, {}),
-        ("all_reduce", signal.SIGTERM, {}),
-        ("sgp", signal.SIGTERM, {"exact_average": False}),
+        ("local_sgd", signal.SIGTERM, {}, 8),
+        ("osgp", signal.SIGUSR1, {}, 8),
+        ("all_reduce", signal.SIGTERM, {}, 8),
+        ("sgp", signal.SIGTERM, {"exact_average": False}, 8),
+        ("local_sgd", signal.SIGTERM, {"overlap_steps": 2}, 10),  # the round of 8 goes ahead, and is heard of where it is taken in
     ],
 )
-def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number, settings):
-    for code, same in run_workers(_signalled, 2, tmp_path, base, number, settings):
+def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number, settings, step):
+    for code, same in run_workers(_signalled, 2, tmp_path, base, number, settings, step):
         assert code == REQUEUE_EXIT_CODE == 75
         assert all(same)
 

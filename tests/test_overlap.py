@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 
@@ -305,31 +306,38 @@ def test_what_differs_is_told_on_all_when_it_is_heard_of():
     assert re.match(r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words)
 
 
-def _mends(config):
-    """Rank 1 has another parameter set from step 11 on, which is told at 15, and then the old one again. A look, and their mean."""
-    model, rank = Still(), dist.get_rank()
+def _mends(config, processes):
+    """The last rank has another parameter set from step 11 on, which is told at 15, and then the old one again. A look, and their mean."""
+    model, rank, ranks = Still(), dist.get_rank(), dist.get_world_size()
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    called = torch.nn.parallel.DistributedDataParallel(model)
     for step in range(1, 19):
-        if (rank, step) == (1, 11):
+        if (rank, step) == (ranks - 1, 11):
             adds_a_parameter(model, optimizer)
-        model.weight.grad = model.weight.detach() - rank
+        optimizer.zero_grad()
+        called(torch.tensor(float(rank // processes))).backward()
         try:
             optimizer.step()
         except ValueError:
             assert step == 15
-            if rank == 1:
+            if rank == ranks - 1:
                 del optimizer.param_groups[0]["params"][-1]
             mean = model.weight.detach().clone()
             dist.all_reduce(mean)
             with slowmo_hf.consensus(optimizer):
                 shown = model.weight.detach().clone()
-            told = (shown.tolist(), (mean / 2).tolist(), optimizer.outer_loop.rounds, optimizer.outer_loop.local_steps)
+            told = (shown.tolist(), (mean / ranks).tolist(), optimizer.outer_loop.rounds, optimizer.outer_loop.local_steps)
     return told, slowmo_hf.last_round(optimizer).round, optimizer.outer_loop.rounds
 
 
-def test_a_round_that_was_refused_never_was():
-    """Rounds at 6 and 18 are left; the look behind the error is the mean of what the workers have."""
-    for (shown, mean, rounds, local_steps), last, rounds_at_18 in run_workers(_mends, 2, AHEAD):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_round_that_was_refused_never_was(processes):
+    """
+    Rounds at 6 and 18 are left; the look behind the error is the mean of what the workers have. With two processes a worker it is one that
+    does not lead, whose leader has sent its part.
+    """
+    config = dataclasses.replace(AHEAD, processes_per_worker=processes)
+    for (shown, mean, rounds, local_steps), last, rounds_at_18 in run_workers(_mends, 2 * processes, config, processes):
         assert shown == pytest.approx(mean, abs=1e-12)
         assert (rounds, local_steps) == (1, 9)
         assert (last, rounds_at_18) == (1, 2)
