@@ -15,9 +15,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes" / "configs" / "cpu_two_processes.yaml"
@@ -61,6 +64,8 @@ class Hosts:
         self._rt_limit_before = RT_LIMIT.read_text() if real_time and RT_LIMIT.exists() else None
         self._prefix = f"slowmo-{os.getpid()}"
         self._processes: list[subprocess.Popen[str]] = []
+        self._files = ExitStack()
+        self._printed: dict[subprocess.Popen[str], IO[str]] = {}  # files: a pipe that nobody reads would stop the program that fills it
 
     def __enter__(self) -> Hosts:
         refusal = why_not()
@@ -146,8 +151,7 @@ class Hosts:
             RT_LIMIT.write_text(self._rt_limit_before)
         for process in self._processes:
             process.wait()
-            if process.stdout:
-                process.stdout.close()
+        self._files.close()
 
     # ---- programs ----
 
@@ -155,9 +159,17 @@ class Hosts:
         """Run a program on one host."""
         variables = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", **environment}
         whole = [*self._scheduler, "ip", "netns", "exec", self._name(host), *command]
-        process = subprocess.Popen(whole, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        printed = self._files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+        process = subprocess.Popen(whole, env=variables, stdout=printed, stderr=subprocess.STDOUT, text=True)
         self._processes.append(process)
+        self._printed[process] = printed
         return process
+
+    def printed(self, process: subprocess.Popen[str]) -> str:
+        """What a program has printed so far."""
+        file = self._printed[process]
+        file.seek(0)
+        return file.read()
 
     def launch(self, *script: str, timeout_seconds: float = 600, **environment: str) -> list[str]:
         """
@@ -180,12 +192,12 @@ class Hosts:
         printed = []
         for host, process in enumerate(started):
             try:
-                out, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+                process.wait(timeout=max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired as error:
                 raise RuntimeError(f"host {host} still runs after {timeout_seconds:g} s.") from error
+            printed.append(self.printed(process))
             if process.returncode:
-                raise RuntimeError(f"host {host} ended with code {process.returncode}:\n{out[-4000:]}")
-            printed.append(out)
+                raise RuntimeError(f"host {host} ended with code {process.returncode}:\n{printed[-1][-4000:]}")
         return printed
 
 

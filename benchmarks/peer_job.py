@@ -181,8 +181,9 @@ def _torchft_manager() -> Iterator[Any]:
     from torchft import Manager, ProcessGroupGloo
     from torchft.coordination import LighthouseServer
 
+    first_host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
-        towards.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing, and tells by which address others see this host
+        towards.connect((first_host, 9))  # sends nothing, and tells by which address others see this host
         here = towards.getsockname()[0]
     lighthouse = LighthouseServer(bind="[::]:0", min_replicas=dist.get_world_size()) if dist.get_rank() == 0 else None
     port = [urlsplit(lighthouse.address()).port if lighthouse else None]
@@ -198,18 +199,16 @@ def _torchft_manager() -> Iterator[Any]:
         world_size=1,
         store_addr=here,
         store_port=store.port,
-        lighthouse_addr=f"http://{os.environ['MASTER_ADDR']}:{port[0]}",
+        lighthouse_addr=f"http://{first_host}:{port[0]}",
         replica_id=f"host_{dist.get_rank()}",
         hostname=here,
         init_sync=False,
     )
-    try:
-        yield manager
-    finally:
-        dist.barrier()
-        manager.shutdown()
-        if lighthouse:
-            lighthouse.shutdown()
+    yield manager
+    dist.barrier()
+    manager.shutdown()
+    if lighthouse:
+        lighthouse.shutdown()
 
 
 @contextmanager

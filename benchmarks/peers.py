@@ -250,20 +250,49 @@ def _mean_sd(values: list[float], sign: str) -> str:
     return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
+def same_seconds_table(rows: list[dict[str, Any]]) -> str:
+    """
+    A line per link and system that trained for DDP's seconds: means over seeds, and the seconds to the target over those of whichever
+    system that is not ours was there first with the same seed (range).
+    """
+    lines = ["| ρ | system | steps | seconds to target | over the first peer's | final loss | seeds |", "|---" * 7 + "|"]
+    peers: dict[tuple[float, int], float] = {}
+    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["rho"], row["system"]), []).append(row)
+        if not row["system"].startswith("slowmo_hf") and row["seconds_to_target"] is not None:
+            link = (row["rho"], row["seed"])
+            peers[link] = min(peers.get(link, row["seconds_to_target"]), row["seconds_to_target"])
+    for (rho, system), own in sorted(found.items(), key=lambda entry: entry[0][0]):
+        cells = [f"{rho:g}", system, f"{statistics.mean(row['curve'][-1]['step'] for row in own):.0f}"]
+        if any(row["seconds_to_target"] is None for row in own):
+            cells += ["not reached", ""]
+        else:
+            ratios = [row["seconds_to_target"] / peers[rho, row["seed"]] for row in own]
+            cells += [f"{statistics.mean(row['seconds_to_target'] for row in own):.1f}"]
+            cells += [f"{statistics.mean(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(own) > 1 else "")]
+        cells += [_mean_sd([row["final_validation_loss"] for row in own], ""), str(len(own))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss over seconds of training, a panel per link."""
+    """Validation loss over seconds of training, a panel per link; seeds of a system in one colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    links = sorted({row["rho"] for row in rows})
+    links, systems = sorted({row["rho"] for row in rows}), list(dict.fromkeys(row["system"] for row in rows))
     figure, axes = plt.subplots(1, len(links), figsize=(7 * len(links), 5), layout="constrained", squeeze=False)
     for axis, rho in zip(axes[0], links, strict=True):
+        labelled = set()
         for row in (row for row in rows if row["rho"] == rho and row.get("curve")):
             style = "-" if row["system"].startswith("slowmo_hf") else "--"
             seconds, losses = ([look[name] for look in row["curve"]] for name in ("seconds", "validation_loss"))
-            axis.plot(seconds, losses, style, label=row["system"])
+            label = None if row["system"] in labelled else row["system"]
+            axis.plot(seconds, losses, style, color=plt.get_cmap("tab20")(systems.index(row["system"])), label=label)
+            labelled.add(row["system"])
         axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="validation loss", title=f"a / c = {rho:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize="x-small")
@@ -303,6 +332,8 @@ def main() -> None:
     set_targets([row for row in rows if "not_run" not in row])
     record.write()
     print(table(rows))
+    if args.same_seconds:
+        print(same_seconds_table([row for row in rows if "not_run" not in row]))
     if args.plot:
         plot(rows, record.path.with_suffix(".png"))
 

@@ -69,6 +69,14 @@ def test_hosts_go_after_an_error():
     assert sleeper.returncode
 
 
+@needs_hosts
+def test_a_host_that_prints_much_is_not_stopped_by_it():
+    with Hosts(1) as hosts:
+        counting = hosts.start(0, "seq", "200000")
+        assert counting.wait(timeout=20) == 0
+        assert hosts.printed(counting).splitlines() == [str(number) for number in range(1, 200_001)]
+
+
 def test_without_root_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", "/nowhere")

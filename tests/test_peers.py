@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,39 @@ def test_targets_are_each_seed_s_own():
     assert [row["seconds_to_target"] for row in rows] == [2.0, 2.0, 6.0, 4.0]
 
 
+def test_same_seconds_by_hand(tmp_path):
+    """Seconds 6 and 8, 4 and 5, 3 and 4: ours needs 0.75 and 0.8 of the first peer's with the same seed. One never gets there."""
+    rows = []
+    for seed, looks in enumerate((((6.0, 0.5), (4.0, 0.4), (3.0, 0.3)), ((8.0, 0.5), (5.0, 0.6), (4.0, 0.4)))):
+        for system, (seconds, loss) in zip(("ddp", "accelerate LocalSGD", "slowmo_hf local_sgd, slowmo"), looks, strict=True):
+            row = {"rho": 3.1, "system": system, "seed": seed, "seconds_to_target": seconds, "final_validation_loss": loss}
+            rows.append(row | {"curve": [{"step": 48, "seconds": seconds, "validation_loss": loss}]})
+    rows.append(rows[-1] | {"system": "ddp powersgd", "seconds_to_target": None})
+    assert peers.same_seconds_table(rows).splitlines()[2:] == [
+        "| 3.1 | ddp | 48 | 7.0 | 1.55 (1.50 to 1.60) | 0.5000 ± 0.0000 | 2 |",
+        "| 3.1 | accelerate LocalSGD | 48 | 4.5 | 1.00 (1.00 to 1.00) | 0.5000 ± 0.1414 | 2 |",
+        "| 3.1 | slowmo_hf local_sgd, slowmo | 48 | 3.5 | 0.78 (0.75 to 0.80) | 0.3500 ± 0.0707 | 2 |",
+        "| 3.1 | ddp powersgd | 48 | not reached |  | 0.4000 | 1 |",
+    ]
+    peers.plot(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_steps_and_looks_of_a_budget():
+    """DDP's steps take 240 x 0.2 s; others have those seconds. Looks are where nothing is under way, and at the end."""
+    args = peers.PeerArguments(steps=240, look_every=24, same_seconds=True, output="never written")
+    record = peers.Record(args)
+    assert record.budget("ddp", 3.1, 0) == (240, 0.0)
+    with pytest.raises(ValueError, match="same_seconds needs 'ddp' before the others"):
+        record.budget("slowmo_hf sgp", 3.1, 0)
+    record.values["rows"].append({"system": "ddp", "rho": 3.1, "seed": 0, "seconds_per_step": 0.2})
+    assert record.budget("slowmo_hf sgp", 3.1, 0) == (0, 48.0)
+    assert peer_job.look_steps(72, 24, 0) == [24, 48, 72]
+    assert peer_job.look_steps(72, 24, 6) == [30, 54, 72]
+    with pytest.raises(ValueError, match="look_every must be a multiple of sync_every, and steps one of look_every, got 30"):
+        peers.PeerArguments(look_every=30)
+
+
 def test_unknown_systems_and_few_rounds_are_refused():
     with pytest.raises(ValueError, match=r"systems must be of \['ddp', .*got \['dpp'\]"):
         peers.PeerArguments(systems=["dpp"])
@@ -142,6 +176,7 @@ def _train_each(names):
     import torch.distributed as dist
     from accelerate import Accelerator
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # fairscale's
     torch.manual_seed(0)
     accelerator, few = Accelerator(cpu=True), Few(dist.get_rank())
     out = {}
