@@ -266,6 +266,12 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf local_sgd, slowmo, maintained, overlapped": ours(inner_state="maintain", overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, maintained, int8": ours(inner_state="maintain", compression="int8"),
     "slowmo_hf local_sgd, double averaging": ours(outer_momentum=0.0, inner_state="average"),
+    "slowmo_hf diloco": ours(
+        outer_optimizer="torch.optim.SGD",
+        outer_optimizer_kwargs='{"momentum": 0.9, "nesterov": true}',
+        outer_lr=0.7,
+        inner_state="maintain",
+    ),
     "slowmo_hf sgp": ours(base="sgp", **GOSSIP_ALONE),
     "slowmo_hf sgp, slowmo": ours(base="sgp"),
     "slowmo_hf sgp, slowmo, no average": ours(base="sgp", exact_average=False),

@@ -183,12 +183,22 @@ def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: d
 
 
 def set_targets(rows: list[dict[str, Any]]) -> None:
-    """Seconds until the validation loss was first at most `TARGET` times DDP's final one, by link and seed; None where it never was."""
-    finals = {(row["rho"], row.get("seed", 0)): row["final_validation_loss"] for row in rows if row["system"] == "ddp" and row["curve"]}
+    """
+    Seconds until the validation loss was first at most `TARGET` times DDP's final one, and until it was first at most the lowest final one
+    of any system that is not ours, by link and seed; None where it never was.
+    """
+    finals: dict[tuple[float, int], dict[str, float]] = {}
     for row in rows:
-        target = TARGET * finals.get((row["rho"], row.get("seed", 0)), 0.0)
-        reached = [look["seconds"] for look in row["curve"] if look["validation_loss"] <= target]
-        row["seconds_to_target"] = min(reached, default=None)
+        if row["curve"] and not row["system"].startswith("slowmo_hf"):
+            finals.setdefault((row["rho"], row.get("seed", 0)), {})[row["system"]] = row["final_validation_loss"]
+    for row in rows:
+        peers = finals.get((row["rho"], row.get("seed", 0)), {})
+        row["seconds_to_target"] = _seconds_to(TARGET * peers.get("ddp", 0.0), row["curve"])
+        row["seconds_to_best_peer"] = _seconds_to(min(peers.values(), default=0.0), row["curve"])
+
+
+def _seconds_to(loss: float, curve: list[dict[str, float]]) -> float | None:
+    return min((look["seconds"] for look in curve if look["validation_loss"] <= loss), default=None)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -252,28 +262,35 @@ def _mean_sd(values: list[float], sign: str) -> str:
 
 def same_seconds_table(rows: list[dict[str, Any]]) -> str:
     """
-    A line per link and system that trained for DDP's seconds: means over seeds, and the seconds to the target over those of whichever
-    system that is not ours was there first with the same seed (range).
+    A line per link and system that trained for DDP's seconds, means over seeds: seconds to 1.01 times DDP's final loss, and to the lowest
+    final loss of a system that is not ours; each also over those of whichever of these was there first with the same seed (range).
     """
-    lines = ["| ρ | system | steps | seconds to target | over the first peer's | final loss | seeds |", "|---" * 7 + "|"]
-    peers: dict[tuple[float, int], float] = {}
+    lines = [
+        "| ρ | system | steps | seconds to DDP's loss | over the first peer's | to the best peer's | over its own | final loss | seeds |",
+        "|---" * 9 + "|",
+    ]
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["rho"], row["system"]), []).append(row)
-        if not row["system"].startswith("slowmo_hf") and row["seconds_to_target"] is not None:
-            link = (row["rho"], row["seed"])
-            peers[link] = min(peers.get(link, row["seconds_to_target"]), row["seconds_to_target"])
     for (rho, system), own in sorted(found.items(), key=lambda entry: entry[0][0]):
         cells = [f"{rho:g}", system, f"{statistics.mean(row['curve'][-1]['step'] for row in own):.0f}"]
-        if any(row["seconds_to_target"] is None for row in own):
-            cells += ["not reached", ""]
-        else:
-            ratios = [row["seconds_to_target"] / peers[rho, row["seed"]] for row in own]
-            cells += [f"{statistics.mean(row['seconds_to_target'] for row in own):.1f}"]
-            cells += [f"{statistics.mean(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(own) > 1 else "")]
+        for name in ("seconds_to_target", "seconds_to_best_peer"):
+            cells += _seconds_and_ratio(own, rows, name)
         cells += [_mean_sd([row["final_validation_loss"] for row in own], ""), str(len(own))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], name: str) -> list[str]:
+    reached = [row for row in own if row[name] is not None]
+    if len(reached) < len(own):
+        return [f"{len(reached)} of {len(own)} seeds" if reached else "not reached", ""]
+    ratios = []
+    for row in own:
+        there = (other for other in rows if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and other[name] is not None)
+        ratios.append(row[name] / min(other[name] for other in there if not other["system"].startswith("slowmo_hf")))
+    spread_words = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(own) > 1 else ""
+    return [f"{statistics.mean(row[name] for row in own):.1f}", f"{statistics.mean(ratios):.2f}{spread_words}"]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
