@@ -40,23 +40,29 @@ from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 
 @dataclass
-class Settings:
+class Training:
+    """What the driver takes and passes on."""
+
+    sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
+    timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
+    look_every: int = field(default=24, metadata={"help": "Steps between looks at the validation loss, a multiple of sync_every."})
+    width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
+    batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
+    device_ms: float = field(default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (Device); 0: none."})
+    learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps with looks."})
+
+
+@dataclass
+class Settings(Training):
     """What the driver asks for."""
 
     system: str = field(default="ddp", metadata={"help": "A name of SYSTEMS."})
     images: str = field(default="", metadata={"help": "What peers.py has written (decoded, safetensors)."})
     output: str = field(default="", metadata={"help": "Rank 0's figures go here."})
-    sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
-    timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
     steps: int = field(default=0, metadata={"help": "Steps of training with looks; 0: none."})
     seconds: float = field(default=0.0, metadata={"help": "In their place: as many steps as fit, by the step time just measured."})
-    look_every: int = field(default=24, metadata={"help": "Steps between looks, a multiple of sync_every."})
-    width: int = field(default=256, metadata={"help": "Of the hidden layers."})
     layers: int = field(default=8, metadata={"help": "Hidden layers."})
-    device_ms: float = field(default=50.0, metadata={"help": "A step's wait for a device that is not there; 0: none."})
-    batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
-    learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps with looks."})
     seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
 
 

@@ -25,34 +25,25 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from hosts import Hosts, why_not
 from image_data import SmallImages, load_images, make_dataset
-from peer_job import PACKAGES, SYSTEMS
+from peer_job import PACKAGES, SYSTEMS, Training
 from round_cost import hardware, versions
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
-PASSED_ON = ("sync_every", "timed_rounds", "look_every", "width", "batch_size", "device_ms", "learning_rate", "lr_scheduler_type")
 TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is measured to
 
 
 @dataclass
-class PeerArguments:
+class PeerArguments(Training):
     """What is compared, on which link."""
 
     rho: list[float] = field(default_factory=lambda: [0.5, 1.5, 3.1, 10.0], metadata={"help": "All-reduce over computation."})
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Names of peer_job.SYSTEMS."})
     hosts: int = field(default=4, metadata={"help": "Machines."})
     mtu: int = field(default=1500, metadata={"help": "Bytes of a packet."})
-    sync_every: int = field(default=12, metadata={"help": "Steps per round."})
-    timed_rounds: int = field(default=8, metadata={"help": "Rounds timed per system; at least 5."})
     steps: int = field(default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."})
     same_seconds: bool = field(default=False, metadata={"help": "--steps are DDP's; others train for as many seconds, to the same target."})
-    look_every: int = field(default=24, metadata={"help": "Steps between looks at it, a multiple of sync_every."})
-    width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
-    batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
-    device_ms: float = field(default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (peer_job.Device)."})
-    learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the model and the batches; a row for each."})
     dataset: str | None = field(default=None, metadata={"help": "A folder, or a name on the Hub; none: the shipped images."})
     output: str = field(default="benchmarks/records/peers.json", metadata={"help": "The record."})
@@ -147,7 +138,7 @@ def run(hosts: Hosts, images: Path, system: str, args: PeerArguments, steps: int
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
         flags = {"system": system, "images": images, "output": output, "steps": steps, "seconds": seconds, "seed": seed}
-        flags |= {name: getattr(args, name) for name in PASSED_ON}
+        flags |= {name: getattr(args, name) for name in Training.__dataclass_fields__}
         hosts.launch(JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200)
         figures: dict[str, Any] = json.loads(output.read_text())
     return figures

@@ -20,7 +20,7 @@ from . import in_process
 T = TypeVar("T")
 
 _LET_GO_SECONDS = 0.1  # at a process's end
-_SLICE_SECONDS = 0.5  # between looks whether another rank has given up
+SLICE_SECONDS = 0.5  # between looks whether another rank has given up or left
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Communicator:
         gone_since: float | None = None
         while not work.is_completed():
             try:
-                work.wait(timedelta(seconds=_SLICE_SECONDS))
+                work.wait(timedelta(seconds=SLICE_SECONDS))
             except RuntimeError:
                 if work.is_completed():
                     raise

@@ -13,11 +13,20 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from .communicator import first_line, host_name, is_collective_failure, is_timeout, job_store, leave_job, processes_in_job, rank_in_job
+from .communicator import (
+    SLICE_SECONDS,
+    first_line,
+    host_name,
+    is_collective_failure,
+    is_timeout,
+    job_store,
+    leave_job,
+    processes_in_job,
+    rank_in_job,
+)
 from .job_store import JobStore, StoreError
 
 _ANY = "any"
-_SLICE_SECONDS = 0.5  # between looks for a last word while a rank is missed
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _going: list[RollCall] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
@@ -86,7 +95,7 @@ class RollCall:
         everybody = range(self.world_size)
         until = time.monotonic() + self.timeout_seconds
         try:
-            while not self._all_come(self.store, min(_SLICE_SECONDS, max(0.01, until - time.monotonic()))):
+            while not self._all_come(self.store, min(SLICE_SECONDS, max(0.01, until - time.monotonic()))):
                 if time.monotonic() >= until or self.somebody_is_gone():
                     raise self.explain(None, everybody)
         except StoreError as error:
@@ -124,8 +133,7 @@ class RollCall:
         """Leave a last word for ranks that will miss this one; never raises."""
         if self in _going:
             _going.remove(self)
-            if self.store is not None:
-                self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
+            self._hurry()
             self._try_to_say(self._key("left", self.rank), cause)
             if self.store is not None:
                 self.store.close()
@@ -140,7 +148,7 @@ class RollCall:
         """
         if self.store is None:
             return RuntimeError(str(error))
-        self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
+        self._hurry()
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
         too_late = error is None or is_timeout(error)
@@ -177,6 +185,11 @@ class RollCall:
         return f"rank {rank} on {seen['host']} left without a word after step {seen['step']}; {last}"
 
     # ---- the store ----
+
+    def _hurry(self) -> None:
+        """From now on the store must answer soon: there is but a last word to say, or to hear."""
+        if self.store is not None:
+            self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
 
     def _key(self, what: str | int, rank: int | str) -> str:
         return f"{self._run}/{what}/{rank}"
