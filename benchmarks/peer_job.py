@@ -283,6 +283,8 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf sgp, slowmo, no average": ours(base="sgp", exact_average=False),
     "slowmo_hf osgp": ours(base="osgp", **GOSSIP_ALONE),
     "slowmo_hf osgp, slowmo": ours(base="osgp"),
+    "slowmo_hf dpsgd": ours(base="dpsgd", **GOSSIP_ALONE),
+    "slowmo_hf dpsgd, slowmo": ours(base="dpsgd"),
 }
 PACKAGES = {
     "accelerate LocalSGD": "accelerate",

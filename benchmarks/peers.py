@@ -65,7 +65,7 @@ class PeerArguments(Training):
 def payload_bytes(system: str, parameters: int, hosts: int, sync_every: int) -> float:
     """Of fp32 parameters or gradients per step and host, by theory; compressed ones without their scales."""
     ring = 2 * (hosts - 1) / hosts * 4 * parameters
-    if "sgp" in system:
+    if any(base in system for base in ("sgp", "dpsgd")):
         alone = "no average" in system or "slowmo" not in system.partition(" ")[2]
         return 4 * parameters if alone else (4 * parameters * (sync_every - 1) + ring) / sync_every
     if system.startswith(("ddp", "slowmo_hf all_reduce")):
@@ -193,18 +193,16 @@ def _seconds_to(loss: float, curve: list[dict[str, float]]) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per system and link."""
-    lines = ["| ρ | system | step, ms | utilisation | bytes / theory | times DDP | seconds to target | final loss |", "|---" * 8 + "|"]
+    """What a step takes and sends: a line per system and link."""
+    lines = ["| ρ | system | step, ms | utilisation | bytes / theory | times DDP |", "|---" * 6 + "|"]
     for row in sorted(rows, key=lambda row: row["rho"]):
         if "not_run" in row:
-            lines.append(f"| {row['rho']:g} | {row['system']} | not run: {row['not_run']} | | | | | |")
+            lines.append(f"| {row['rho']:g} | {row['system']} | not run: {row['not_run']} | | | |")
             continue
         base = next((other["seconds_per_step"] for other in rows if other["system"] == "ddp" and other["rho"] == row["rho"]), None)
         faster = f"{base / row['seconds_per_step']:.2f}" if base else ""
-        target, loss = row["seconds_to_target"], row["final_validation_loss"]
         cells = [f"{row['rho']:g}", row["system"], f"{1e3 * row['seconds_per_step']:.1f}", f"{100 * row['utilisation']:.1f} %"]
         cells += [f"{row['bytes_per_worker_per_step'] / row['theory_bytes']:.3f}", faster]
-        cells += ["" if target is None else f"{target:.1f}", "" if loss is None else f"{loss:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
