@@ -1,11 +1,13 @@
 """
 slowmo_hf beside what else there is, on hosts of one's own (`benchmarks/hosts.py`) whose link is throttled. Needs root and iproute2.
 
-    python benchmarks/peers.py --rho 3.1 --steps 480
+    python benchmarks/peers.py --rho 3.1
+    python benchmarks/peers.py --rho 3.1 --steps 240 --same_seconds --dataset zalando-datasets/fashion_mnist
 
 rho is a / c: a stand-alone all-reduce of the parameters' bytes over a step's computation alone. First c is measured, then the link is
 set to 2 (m-1)/m 4 P / (rho c) bytes per second. Every system runs the same script (`benchmarks/peer_job.py`) under `accelerate launch` as
-one machine of m. The record is written after every system, and the same command goes on where it was stopped.
+one machine of m: steps are timed, and with `--steps` a model is trained to a validation loss. The record is written after every system,
+and the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -123,12 +125,18 @@ class Record:
 
 
 def decode(dataset: str | None, path: Path) -> None:
-    """Write the images once for all jobs: uint8 of shape (rows, 1, 28, 28), labels int64 (safetensors)."""
+    """
+    Write the images once for all jobs: uint8 of shape (rows, 1, 28, 28), labels int64 (safetensors).
+
+    Raises:
+        ValueError: Images are others than Fashion-MNIST's kind, which the model is made for.
+    """
     sets = load_images(dataset)
     tensors = {}
     for name, rows in (("train", sets.train), ("test", sets.test)):
         images = make_dataset(rows, sets)
-        assert isinstance(images, SmallImages)
+        if not isinstance(images, SmallImages) or images.images.shape[1:] != (1, 28, 28):
+            raise ValueError(f"dataset must hold grey images of 28 x 28 pixels, got {dataset!r} with others. Use Fashion-MNIST or MNIST.")
         tensors |= {f"{name}_images": images.images, f"{name}_labels": images.labels}
     save_file(tensors, path)
 
@@ -306,34 +314,41 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def measure(hosts: Hosts, images: Path, record: Record) -> None:
+    """What the record does not have yet, link by link."""
+    args = record.args
+    for rho in args.rho:
+        left = [(seed, system) for seed in args.seeds for system in args.systems if not record.has(system, rho, seed)]
+        if not left:
+            continue
+        hosts.throttle(None)
+        figures = run(hosts, images, "ddp", args, steps=0)
+        payload = payload_bytes("ddp", figures["parameters"], args.hosts, args.sync_every)
+        link = 8 * payload / (rho * figures["compute_seconds_per_step"]) / 1e6
+        hosts.throttle(link)
+        for seed, system in left:
+            reason = missing(system)
+            row: dict[str, Any] = {"system": system, "rho": rho, "seed": seed, "not_run": reason}
+            if reason is None:
+                steps, seconds = record.budget(system, rho, seed)
+                row = row_of(system, rho, link, args, run(hosts, images, system, args, steps, seed, seconds), seed)
+            record.values["rows"].append(row)
+            record.write()
+            print(table(record.values["rows"][-1:]).splitlines()[-1], flush=True)
+
+
 def main() -> None:
-    """Measure what the record does not have yet."""
+    """Measure, and print the tables."""
     (args,) = HfArgumentParser(PeerArguments).parse_args_into_dataclasses()
     refusal = why_not()
     if refusal:
         sys.exit(f"peers.py: {refusal}")
     record = Record(args)
-    with tempfile.TemporaryDirectory() as folder, Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
+    with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.safetensors"
         decode(args.dataset, images)
-        for rho in args.rho:
-            left = [(seed, system) for seed in args.seeds for system in args.systems if not record.has(system, rho, seed)]
-            if not left:
-                continue
-            hosts.throttle(None)
-            figures = run(hosts, images, "ddp", args, steps=0)
-            payload = payload_bytes("ddp", figures["parameters"], args.hosts, args.sync_every)
-            link = 8 * payload / (rho * figures["compute_seconds_per_step"]) / 1e6
-            hosts.throttle(link)
-            for seed, system in left:
-                reason = missing(system)
-                row: dict[str, Any] = {"system": system, "rho": rho, "seed": seed, "not_run": reason}
-                if reason is None:
-                    steps, seconds = record.budget(system, rho, seed)
-                    row = row_of(system, rho, link, args, run(hosts, images, system, args, steps, seed, seconds), seed)
-                record.values["rows"].append(row)
-                record.write()
-                print(table(record.values["rows"][-1:]).splitlines()[-1], flush=True)
+        with Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
+            measure(hosts, images, record)
     rows = record.values["rows"]
     set_targets([row for row in rows if "not_run" not in row])
     record.write()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_workers
+from PIL import Image
+from safetensors.torch import load_file
 from tiny import equal, values
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -134,6 +136,24 @@ def test_steps_and_looks_of_a_budget():
     assert peer_job.look_steps(72, 24, 6) == [30, 54, 72]
     with pytest.raises(ValueError, match="look_every must be a multiple of sync_every, and steps one of look_every, got 30"):
         peers.PeerArguments(look_every=30)
+
+
+@pytest.mark.parametrize(("size", "mode", "refused"), [(28, "L", False), (32, "RGB", True)])
+def test_images_are_decoded_once_or_refused(tmp_path, size, mode, refused):
+    for split, shade in (("train", 10), ("test", 20)):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new(mode, (size, size), shade if mode == "L" else (shade,) * 3).save(tmp_path / split / label / "0.png")
+    path = tmp_path / "images.safetensors"
+    if refused:
+        with pytest.raises(ValueError, match=r"dataset must hold grey images of 28 x 28 pixels, got .* Use Fashion-MNIST or MNIST"):
+            peers.decode(str(tmp_path), path)
+        return
+    peers.decode(str(tmp_path), path)
+    found = load_file(path)
+    assert found["train_images"].tolist() == [[[[10] * 28] * 28]] * 2
+    assert found["test_images"].tolist() == [[[[20] * 28] * 28]] * 2
+    assert found["train_labels"].tolist() == found["test_labels"].tolist() == [0, 1]
 
 
 def test_unknown_systems_and_few_rounds_are_refused():
