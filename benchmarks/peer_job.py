@@ -271,6 +271,8 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf local_sgd, slowmo, maintained": ours(inner_state="maintain"),
     "slowmo_hf local_sgd, slowmo, maintained, overlapped": ours(inner_state="maintain", overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, maintained, int8": ours(inner_state="maintain", compression="int8"),
+    "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8": ours(inner_state="maintain", overlap_steps=2, compression="int8"),
+    "slowmo_hf local_sgd, slowmo, maintained, overlapped by 4, int8": ours(inner_state="maintain", overlap_steps=4, compression="int8"),
     "slowmo_hf local_sgd, double averaging": ours(outer_momentum=0.0, inner_state="average"),
     "slowmo_hf diloco": ours(
         outer_optimizer="torch.optim.SGD",

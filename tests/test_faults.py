@@ -87,6 +87,11 @@ def is_killed_in_a_compressed_round(step):
         Communicator.start_all_gather = die
 
 
+def is_killed_between_two_stages(step):
+    if step == 8:
+        Communicator.start_all_gather = lambda self, rows, mine: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def never_starts(step):
     time.sleep(TIMEOUT_SECONDS + 30)
 
@@ -116,6 +121,11 @@ TABLE = {
     "is killed in a compressed round": (
         is_killed_in_a_compressed_round,
         "int8",
+        rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
+    ),
+    "is killed between the stages of a round that travels": (
+        is_killed_between_two_stages,
+        "int8, overlapped",
         rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
     ),
     "raises, sgp": (raises, "sgp", rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 6, the exchange"),
@@ -157,7 +167,8 @@ TABLE = {
 def _train(rank, fault, base):
     """A custom loop of 12 steps, rounds every 4; the fault meets rank 1 before its inner step."""
     model = Regression(torch.float32)
-    settings = {"int8": {"compression": "int8"}, "overlapped": {"overlap_steps": 2}}.get(base, {"base": base})
+    int8, overlapped = {"compression": "int8"}, {"overlap_steps": 2}
+    settings = {"int8": int8, "overlapped": overlapped, "int8, overlapped": int8 | overlapped}.get(base, {"base": base})
     config = SlowMoConfig(**settings, sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     rows = Rows(4, torch.float32)

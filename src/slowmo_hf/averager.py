@@ -43,7 +43,7 @@ CACHED_ELEMENTS = {"cpu": 2**18}
 # than its bytes. Each is an eighth of what travels, for every one waits for the link's latency too, but this many bytes at least.
 MESSAGE_BYTES = 16 * 2**20
 _MOST_MESSAGES = 8
-_OWN_SLOTS = 2  # buffers from here on belong to one message each
+OWN_SLOTS = 2  # buffers from here on belong to one message each
 
 
 @dataclass(eq=False)
@@ -265,7 +265,7 @@ class ExactAverager:
 
     def _message(self, bucket: Bucket, number: int) -> torch.Tensor:
         """Memory for a bucket's message: two take turns, or each has its own, apart from what other averages use meanwhile."""
-        slot = _OWN_SLOTS + number if self._at_once else number % 2
+        slot = OWN_SLOTS + number if self._at_once else number % 2
         return self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, slot)
 
     def _buffer(self, elements: int, dtype: torch.dtype, device: torch.device, slot: int = 0) -> torch.Tensor:
@@ -311,6 +311,14 @@ class ExactAverager:
         """
         started = list(self._start_sums(buckets, base, weight))
         return (arrive() for arrive in started)
+
+    def start_second_stages(self, *, wait: bool) -> None:
+        """
+        Of messages that travel, where an average takes two stages: here one is all.
+
+        Args:
+            wait (`bool`): For first stages that are still under way; else those stay as they are.
+        """
 
     def _start_sums(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Callable[[], Sum]]:
         self._own_squares = []

@@ -75,6 +75,18 @@ class Witness(Protocol):
 
 
 @dataclass(eq=False)
+class Arrival:
+    """A collective under way: `is_here` tells whether there is nothing to wait for."""
+
+    wait: Callable[[], None]
+    is_here: Callable[[], bool]
+
+    def __call__(self) -> None:
+        """Wait."""
+        self.wait()
+
+
+@dataclass(eq=False)
 class Transfer:
     """Messages under way: a send to every target and a receipt from every source."""
 
@@ -183,7 +195,7 @@ class Communicator:
             work = _wire().all_reduce(flat, group=self.group, async_op=True)
         return self._arrival(work, flat)
 
-    def start_all_to_all(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
+    def start_all_to_all(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> Arrival:
         """
         Start to send part i of `outgoing` to worker i, its own to itself, and to put what worker i sends into part i of `incoming`; the
         result waits for it. Counts (m-1)/m of the bytes.
@@ -194,7 +206,7 @@ class Communicator:
         assert outgoing.numel() % self.world_size == 0
         if self.world_size == 1:
             incoming.copy_(outgoing)
-            return lambda: None
+            return Arrival(lambda: None, lambda: True)
         with self._counted((self.world_size - 1) / self.world_size * outgoing.nbytes):
             work = _wire().all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
         return self._arrival(work, incoming)
@@ -214,14 +226,15 @@ class Communicator:
             work = _wire().all_gather(list(rows), mine, group=self.group, async_op=True)
         return self._arrival(work, rows)
 
-    def _arrival(self, work: Any, into: torch.Tensor) -> Callable[[], None]:
+    def _arrival(self, work: Any, into: torch.Tensor) -> Arrival:
         def wait() -> None:
             with self._counted():
                 self._wait(work)
                 if into.is_cuda:
                     torch.cuda.synchronize(into.device)
 
-        return wait
+        # NCCL wants one order over all its communicators: there nothing may depend on what has arrived on this rank already.
+        return Arrival(wait, work.is_completed if self.fails_cleanly else lambda: False)
 
     def max_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by its maximum over workers, in place."""

@@ -20,14 +20,15 @@ et al. 2019, DoubleSqueeze (https://huggingface.co/papers/1905.05957).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 
 import torch
 
-from .averager import CACHED_ELEMENTS, Base, Bucket, ExactAverager, FlatAnchor, Sum, one_ahead
-from .communicator import Communicator
+from .averager import CACHED_ELEMENTS, OWN_SLOTS, Base, Bucket, ExactAverager, FlatAnchor, Sum, one_ahead
+from .communicator import Arrival, Communicator
 from .round_report import squared_norm
 
 # Elements with one scale. An outlier makes its own block coarse, so a small one is finer; a scale in 256 costs 1.6 % of an int8 message.
@@ -110,6 +111,37 @@ def _parts(values: torch.Tensor, message: torch.Tensor, code: torch.dtype) -> It
 # ---- the round ----
 
 
+class Exchange:
+    """
+    One bucket's two stages: shards under way to their owners, then sums under way to all. The second is started by whoever comes first,
+    `start_second_stages` between steps or the one who wants the result. A failure is the result's: between steps a leader would fail alone.
+    """
+
+    def __init__(self, to_owners: Arrival, share: Callable[[], Callable[[], Sum]]) -> None:
+        self.to_owners = to_owners
+        self._share = share
+        self._to_all: Callable[[], Sum] | None = None
+        self._failure: RuntimeError | None = None
+
+    def start_second_stage(self) -> None:
+        """Wait for the first, and start it; once."""
+        if self._to_all is not None or self._failure is not None:
+            return
+        try:
+            self.to_owners()
+            self._to_all = self._share()
+        except RuntimeError as failure:
+            self._failure = failure
+
+    def result(self) -> Sum:
+        """Wait for both."""
+        self.start_second_stage()
+        if self._failure is not None:
+            raise self._failure
+        assert self._to_all is not None
+        return self._to_all()
+
+
 @dataclass(eq=False)
 class Residuals:
     """
@@ -131,17 +163,21 @@ class CompressedAverager(ExactAverager):
     An average whose rounds travel quantised. Looks, buffers and inner states are averaged as ever, and leave the residuals alone.
 
     Memory beyond `ExactAverager`'s, per trainable element: 4 bytes of worker's residual and 4/m of shard owner's (8 for fp64), and messages
-    to and from all for a bucket and the next, together: 2 bytes with int8, 4 with bf16, per element of both.
+    to and from all for a bucket and the next (`at_once`: for all), together: 2 bytes with int8, 4 with bf16, per element.
+
+    Behind the computation a worker knows its own weight w_i alone, of order 1, and 1 stands for W/m.
 
     Args:
         communicator (`Communicator`): At least two workers.
         bucket_bytes (`int`): Of the uncompressed message.
         code (`torch.dtype`): `torch.int8` or `torch.bfloat16`.
+        at_once (`bool`, *optional*, defaults to `False`): For `sums_at_once`: messages of their own for every bucket.
     """
 
-    def __init__(self, communicator: Communicator, bucket_bytes: int, code: torch.dtype) -> None:
-        super().__init__(communicator, bucket_bytes)
+    def __init__(self, communicator: Communicator, bucket_bytes: int, code: torch.dtype, *, at_once: bool = False) -> None:
+        super().__init__(communicator, bucket_bytes, at_once=at_once)
         self.code = code
+        self._first_stages: deque[Exchange] = deque()
         self.workers = communicator.world_size
         self._residuals: dict[tuple[FlatAnchor, int], Residuals] = {}
 
@@ -158,66 +194,85 @@ class CompressedAverager(ExactAverager):
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the squared norms are exact."""
-        return one_ahead(self._send_all(buckets, base))
+        unit = self.total_weight / self.workers  # W/m: what 1 in a residual is in a message
+        return one_ahead(exchange.result for exchange in self._send_all(buckets, base, self.weight, unit))
 
-    def _send_all(self, buckets: list[Bucket], base: Base) -> Iterator[Callable[[], Sum]]:
+    def sums_at_once(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Sum]:
+        """As `ExactAverager.sums_at_once`; second stages set out when first ones have come, at the latest when the iterator is read."""
+        exchanges = list(self._send_all(buckets, base, weight, 1.0))
+        self._first_stages = deque(exchanges)
+        return self._results(exchanges)
+
+    def _results(self, exchanges: list[Exchange]) -> Iterator[Sum]:
+        self.start_second_stages(wait=True)
+        for exchange in exchanges:
+            yield exchange.result()
+
+    def start_second_stages(self, *, wait: bool) -> None:
+        """In the buckets' order, the same on all workers."""
+        while self._first_stages and (wait or self._first_stages[0].to_owners.is_here()):
+            self._first_stages.popleft().start_second_stage()
+
+    def _send_all(self, buckets: list[Bucket], base: Base, weight: float, unit: float) -> Iterator[Exchange]:
         self._own_squares = []
         for number, bucket in enumerate(buckets):
-            yield self._send(bucket, base, number)
+            yield self._send(bucket, base, number, weight, unit)
 
-    @property
-    def _unit(self) -> float:
-        """W/m: what 1 in a residual is in a message."""
-        return self.total_weight / self.workers
+    def _message(self, bucket: Bucket, number: int) -> torch.Tensor:
+        """Of an exact average: none travels while another does."""
+        return self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
 
     def _messages(self, bucket: Bucket, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory of the messages to all and from all: a row per worker, with room for a squared norm each."""
         flat = bucket.item.flat
         row = _SQUARE_BYTES + message_bytes(shard_elements(bucket.elements, self.workers), self.code, flat.dtype)
-        outgoing, incoming = (self._buffer(self.workers * row, torch.uint8, flat.device, 2 * (number % 2) + side) for side in (0, 1))
+        slot = OWN_SLOTS + 2 * number if self._at_once else 2 * (number % 2)
+        outgoing, incoming = (self._buffer(self.workers * row, torch.uint8, flat.device, slot + side) for side in (0, 1))
         return outgoing, incoming
 
-    def _send(self, bucket: Bucket, base: Base, number: int) -> Callable[[], Sum]:
-        """Add the displacement to the residual, quantise, and send every owner its shard; the result waits for the sum."""
+    def _send(self, bucket: Bucket, base: Base, number: int, weight: float, unit: float) -> Exchange:
+        """Add the displacement to the residual, quantise, and send every owner its shard."""
         message = self._residuals[bucket.item, bucket.offset].own
         scratch = self._buffer(bucket.elements, message.dtype, message.device)
-        _scale_(message, self._unit)
+        _scale_(message, unit)
         squares = []
         for (piece, run), (_, held) in zip(bucket.runs(scratch), bucket.runs(message), strict=True):
             base.displacement_(piece, run)
             squares.append(squared_norm(run))
-            held.add_(run, alpha=self.weight)
+            held.add_(run, alpha=weight)
         self._own_squares.append(torch.stack(squares).sum())
         outgoing, incoming = self._messages(bucket, number)
         shards, into = outgoing[: -self.workers * _SQUARE_BYTES], incoming[: -self.workers * _SQUARE_BYTES]
         for shard, row in zip(message.view(self.workers, -1), shards.view(self.workers, -1), strict=True):
             encode_(shard, row, self.code)
-        _scale_(message, 1 / self._unit)
-        weighted_square = self.weight * self._own_squares[-1]
-        wait = self.communicator.start_all_to_all(shards, into)
+        _scale_(message, 1 / unit)
+        square = weight * self._own_squares[-1]
+        to_owners = self.communicator.start_all_to_all(shards, into)
+        return Exchange(to_owners, lambda: self._share(bucket, outgoing.view(self.workers, -1), incoming, square, unit))
 
-        def arrive() -> Sum:
-            wait()
-            return self._share_sum(bucket, outgoing.view(self.workers, -1), incoming, weighted_square)
-
-        return arrive
-
-    def _share_sum(self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, weighted_square: torch.Tensor) -> Sum:
-        """Sum the shard that this worker owns, quantise it, and share it; behind each sum its owner's squared norm."""
+    def _share(
+        self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, square: torch.Tensor, unit: float
+    ) -> Callable[[], Sum]:
+        """Sum the shard that this worker owns, quantise it, and send it to all; behind each sum its owner's squared norm."""
         owned = self._residuals[bucket.item, bucket.offset].owned
-        _scale_(owned, self._unit)
+        _scale_(owned, unit)
         for row in incoming[: -self.workers * _SQUARE_BYTES].view(self.workers, -1):
             decode_(row, owned, self.code, add=True)
         mine = incoming[: gathered.shape[1]]  # what came in has been read, and what went out has gone: their memory is free
         encode_(owned, mine[:-_SQUARE_BYTES], self.code)
-        mine[-_SQUARE_BYTES:].view(torch.float64).copy_(weighted_square)
-        _scale_(owned, 1 / self._unit)
-        self.communicator.start_all_gather(gathered, mine)()
-        total = self._buffer(self.workers * owned.numel(), owned.dtype, owned.device)
-        for shard, row in zip(total.view(self.workers, -1), gathered, strict=True):
-            decode_(row[:-_SQUARE_BYTES], shard, self.code)
-        squares = gathered[:, -_SQUARE_BYTES:].contiguous().view(torch.float64)
-        return bucket, total[: bucket.elements], sum(squares.flatten().tolist())
+        mine[-_SQUARE_BYTES:].view(torch.float64).copy_(square)
+        _scale_(owned, 1 / unit)
+        wait = self.communicator.start_all_gather(gathered, mine)
+
+        def arrive() -> Sum:
+            wait()
+            total = self._buffer(self.workers * owned.numel(), owned.dtype, owned.device)
+            for shard, row in zip(total.view(self.workers, -1), gathered, strict=True):
+                decode_(row[:-_SQUARE_BYTES], shard, self.code)
+            squares = gathered[:, -_SQUARE_BYTES:].contiguous().view(torch.float64)
+            return bucket, total[: bucket.elements], sum(squares.flatten().tolist())
+
+        return arrive
 
     # ---- state ----
 

@@ -195,11 +195,6 @@ class SlowMoConfig:
             self._refuse_options(("compression",), "is for the rounds of base='local_sgd', whose average alone can travel compressed")
             self._refuse_options(("shard_slow_state",), "is for base='local_sgd', whose anchors alone are needed at rounds only")
         self._check_sharding()
-        if self.overlap_steps and self.compression != "none":
-            raise ValueError(
-                f"compression={self.compression!r} has two stages, and the second cannot start behind the computation, got "
-                f"overlap_steps={self.overlap_steps}. Use compression='none' or overlap_steps=0."
-            )
         if self.overlap_steps and self.inner_state == "average":
             raise ValueError(
                 f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds that do not wait. Use "

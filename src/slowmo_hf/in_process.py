@@ -178,6 +178,10 @@ class Work:
             wait, self._wait = self._wait, None
             wait()
 
+    def is_completed(self) -> bool:
+        """Whether it was waited for: workers take turns, and nothing arrives meanwhile."""
+        return self._wait is None
+
 
 class Wire:
     """One worker's view, with the names of `torch.distributed`."""

@@ -37,7 +37,8 @@ Decisions taken once:
     which it knows without the others.
 (l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
     worker's other processes at once.
-(m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly.
+(m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly. It takes two stages: behind
+    the computation the second is started at the step that finds the first one here, and at the latest where the round is taken in.
 (n) With `shard_slow_state` the averager hands this worker the sums of its own shard; lines 7 and 8 are done there alone, and the new
     anchors are handed out to all behind them. A checkpoint holds the whole slow state: the two kinds of run resume each other.
 """
@@ -146,7 +147,7 @@ class OuterLoop:
             return ShardedAverager(communicator, config.bucket_bytes, config.slow_state_device)
         if config.compression == "none" or communicator.world_size == 1:  # alone, a worker sends nothing and quantises nothing
             return ExactAverager(communicator, config.bucket_bytes, at_once=bool(config.overlap_steps))
-        return CompressedAverager(communicator, config.bucket_bytes, CODES[config.compression])
+        return CompressedAverager(communicator, config.bucket_bytes, CODES[config.compression], at_once=bool(config.overlap_steps))
 
     def _make_base(self) -> Base:
         if self.config.base in GOSSIP_BASES and self.workers.leads:
@@ -203,6 +204,7 @@ class OuterLoop:
         self.workers.roll_call.at(self.attempted_steps, "training")
         round_is_due = self._exchange_if_due()
         report = self._take_in_if_due()
+        self.averager.start_second_stages(wait=False)
         if not round_is_due:
             return report
         start = time.perf_counter()
@@ -338,7 +340,7 @@ class OuterLoop:
         passes_on = self.config.base in GOSSIP_BASES and not all_meet_here
         if passes_on:
             self._pass_on(others_meet_at)
-        while (agreement := self._meet(Purpose.END)).purpose is not Purpose.END:
+        while (agreement := self._meet_at_end()).purpose is not Purpose.END:
             if agreement.purpose is Purpose.ROUND:
                 self.show_local(give_back_random_state=False)
                 self.attempted_steps = agreement.attempted_steps
@@ -353,6 +355,10 @@ class OuterLoop:
         if not self.showing_average:
             self._take_in_if_due()  # the others may have gone on to where it is
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
+
+    def _meet_at_end(self) -> Agreement:
+        self.averager.start_second_stages(wait=True)  # others may wait for them, and here comes no later step to start them at
+        return self._meet(Purpose.END)
 
     def _back_to_anchors(self) -> None:
         """On the leader: start from the anchors, as after a round; messages in flight are waited for, and belong to what is left."""
@@ -396,6 +402,7 @@ class OuterLoop:
     def _average_others(self, agreement: Agreement) -> None:
         """What else a round makes equal: buffers, and the inner state where it is to be averaged."""
         floating, integer = self.tensors.buffers_named(agreement.changed_buffers)
+        self.averager.start_second_stages(wait=True)  # first: all workers' collectives have one order
         if self.config.model_buffers == "average":
             self.averager.mean_(floating)
         self.averager.max_(integer)
@@ -472,6 +479,7 @@ class OuterLoop:
         except Exception as error:
             if isinstance(error, ValueError):  # all were there, and have sent
                 departed.drain()
+                self.averager.drop_residuals()  # what they held back has gone with it
             self.departed = None
             self.rounds, self.local_steps = self.rounds - 1, self.local_steps + departed.local_steps
             self._stay()
@@ -646,10 +654,11 @@ class OuterLoop:
             raise
 
     def _lead_look(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        before = self.workers.bytes_sent
         if params:
             self.settle()
             self.base.settle()
+        before = self.workers.bytes_sent
+        if params:
             self._refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
         self.averager.mean_(floating)
         self.averager.max_(integer)
