@@ -74,7 +74,8 @@ class SlowMoConfig:
             Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
         overlap_steps (`int`, *optional*, defaults to `0`):
             Steps that workers train on while the average of a round travels: fewer than `sync_every`; `base="local_sgd"` only. It is
-            then taken in with the progress made meanwhile (docs/wire.md). A copy of the parameters more, and messages for all of them.
+            then taken in with the progress made meanwhile (docs/wire.md). A copy of the parameters more, and messages for all of them. With
+            `compression` a round has two stages, the second of which sets out at the step that finds the first one here: 2 hide both.
         compression (`str`, *optional*, defaults to `"none"`):
             What a round's average travels in; `base="local_sgd"` only. `"bf16"`: half the bytes of fp32. `"int8"`: a quarter, and 1.6 %
             of that for scales. What rounding holds back is added to the next round's message (error feedback). Memory: 4 bytes per
