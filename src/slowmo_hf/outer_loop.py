@@ -204,10 +204,12 @@ class OuterLoop:
         self.workers.roll_call.at(self.attempted_steps, "training")
         round_is_due = self._exchange_if_due()
         report = self._take_in_if_due()
-        self.averager.start_second_stages(wait=False)
+        start = time.perf_counter()
+        if self.departed is not None:
+            self.averager.start_second_stages(wait=False)
+            self._exchange_seconds += time.perf_counter() - start
         if not round_is_due:
             return report
-        start = time.perf_counter()
         if self._goes_ahead:
             hear = self._say(Purpose.ROUND, inner_lrs, ahead=True)
             self._set_out(start).hear = hear
