@@ -176,8 +176,8 @@ def test_processes_do_the_same(case):
             _close(look, shown[step])
         assert [r and r.round for r in reports] == [r and r.round for r in told] == [None] * 7 + [1] * 5 + [2] * 2
         payload = 8 * (31 + 1)  # the consensus distance rides along
-        if config.compression == "int8":  # twice a block of 256 with its scale, and a norm
-            payload = 2 * (256 + 8) + 8
+        if config.compression == "int8":  # twice a block of 256, its scale and a weight or norm
+            payload = 2 * (256 + 8 + 8)
         header = 8 * (6 + 2)
         assert [r.bytes_sent for r in reports if r] == [payload + header] * 7
         for r, t in zip(reports[7:], told[7:], strict=True):
@@ -375,6 +375,29 @@ def test_what_differs_is_told_on_all_when_it_is_heard_of():
     assert re.match(r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words)
 
 
+def _refused_after_an_end(config):
+    """Rank 1 has ended after step 10; the parameter set of rank 0 changes at 11."""
+    model, rank = Still(), dist.get_rank()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    try:
+        with slowmo_hf.join(optimizer):
+            for step in range(1, (18, 10)[rank] + 1):
+                if step == 11:
+                    adds_a_parameter(model, optimizer)
+                model.weight.grad = model.weight.detach() - rank
+                optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_a_refusal_keeps_its_cause_where_a_rank_has_ended(compression):
+    config = dataclasses.replace(AHEAD, compression=compression, timeout_seconds=6)
+    for words in run_workers(_refused_after_an_end, 2, config):
+        assert re.match(r"rank 0 on \S+, step 12: the parameter set changed after the start", words), words
+
+
 def _mends(config, processes):
     """The last rank has another parameter set from step 11 on, which is told at 15, and then the old one again. A look, and their mean."""
     model, rank, ranks = Still(), dist.get_rank(), dist.get_world_size()
@@ -529,6 +552,55 @@ def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels
     for end, rounds in run_workers(_leaves_early, 2, config, (6, 3)):
         assert end == pytest.approx(anchor, abs=1e-12)
         assert rounds == 3
+
+
+def _ends_before_a_buffer_changes(config):
+    """Rank 0 has 6 batches, rank 1 12. Its buffer changes at step 9, the round of 12 goes ahead, and at the end all compare buffers."""
+    rank = dist.get_rank()
+    model = Still()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    called, prepared = Accelerator(cpu=True).prepare(model, optimizer)
+    with slowmo_hf.join(optimizer):
+        for step in range(1, (6, 12)[rank] + 1):
+            if step == 9:
+                model.seen += 3
+            called(torch.tensor(float(rank))).backward()
+            prepared.step()
+            prepared.zero_grad()
+    with slowmo_hf.consensus(optimizer):
+        return model.weight[0].item(), model.seen.item()
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_an_end_hears_of_a_round_before_it_waits_for_its_messages(compression):
+    """At 6 both count, and it is taken in at 7; from there on rank 1 alone trains, and alone counts: its 3 in the buffer is all's."""
+    config = SlowMoConfig.local_sgd(6, overlap_steps=1, compression=compression, timeout_seconds=20)
+    at_6 = 1 + 7 * 0.9**6
+    at_7 = (8 * 0.9**6 + at_6) / 2 + (1 + 7 * 0.9**7 - at_6)
+    for end, seen in run_workers(_ends_before_a_buffer_changes, 2, config):
+        assert end == pytest.approx(1 + (at_7 - 1) * 0.9**5, abs=1e-12)
+        assert seen == 3
+
+
+def _drops_a_run_in_flight(config):
+    """Three runs in turn, left while a round travels, one rank slower: whether its second stage has set out by then differs by rank."""
+    ends = []
+    for _ in range(3):
+        model = Still()
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+        for _ in range(9):
+            time.sleep(0.03 * (1 - dist.get_rank()))
+            model.weight.grad = model.weight.detach() - dist.get_rank()
+            optimizer.step()
+        ends.append(model.weight[0].item())
+    return ends
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_runs_in_turn_are_the_same_whatever_is_left_in_flight(compression):
+    config = SlowMoConfig.local_sgd(4, overlap_steps=3, compression=compression, timeout_seconds=20)
+    for ends in run_workers(_drops_a_run_in_flight, 2, config):
+        assert ends == [ends[0]] * 3
 
 
 def _meets_nan(config):

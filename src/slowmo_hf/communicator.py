@@ -33,10 +33,12 @@ class _Known:
         under_way (`dict`): Messages that nobody has waited for yet, by group. A run may be dropped with some in flight; to let go of a
             posted receipt would leave its sender stuck, and with it every later message between the two. The next run in the group
             finishes them first.
+        owed (`dict`): Likewise collectives that this rank has yet to start, and others of the group may have started, by group.
     """
 
     groups: dict[tuple[int, tuple[int, ...], str, float], Any] = field(default_factory=dict)
     under_way: dict[int, list[Transfer]] = field(default_factory=dict)
+    owed: dict[int, Callable[[], None]] = field(default_factory=dict)
 
 
 _of_process = _Known()
@@ -146,6 +148,19 @@ class Communicator:
                 self.wire_device = device
         for transfer in list(_known().under_way.get(id(self.group), [])):
             self.finish(transfer)
+        start_owed = _known().owed.pop(id(self.group), None)
+        if start_owed is not None:
+            start_owed()
+
+    def owe(self, start: Callable[[], None] | None) -> None:
+        """
+        What the next run in this group does first, if this one is dropped before it does: to start collectives that others have started.
+        None: nothing any more.
+        """
+        if start is None:
+            _known().owed.pop(id(self.group), None)
+        else:
+            _known().owed[id(self.group)] = start
 
     @property
     def fails_cleanly(self) -> bool:
@@ -233,8 +248,7 @@ class Communicator:
                 if into.is_cuda:
                     torch.cuda.synchronize(into.device)
 
-        # NCCL wants one order over all its communicators: there nothing may depend on what has arrived on this rank already.
-        return Arrival(wait, work.is_completed if self.fails_cleanly else lambda: False)
+        return Arrival(wait, work.is_completed)
 
     def max_(self, flat: torch.Tensor) -> None:
         """Replace `flat` by its maximum over workers, in place."""

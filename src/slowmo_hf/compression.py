@@ -5,7 +5,7 @@ A bucket is cut into m shards, one per worker, its owner. Q is quantise and dequ
 
     p_i     = w_i (anchor - x_i) + (W/m) e_i          worker i
     e_i    <- (m/W) (p_i - Q(p_i))                    its residual
-    shard r of Q(p_1) ... Q(p_m) goes to worker r     all-to-all
+    shard r of Q(p_1) ... Q(p_m) goes to worker r     all-to-all, and the weights
     s_r     = sum_i Q(p_i)[r] + (W/m) E_r             worker r, in fp32 at least
     E_r    <- (m/W) (s_r - Q(s_r))                    the shard owner's residual
     Q(s_1) ... Q(s_m) go to all                       all-gather
@@ -34,7 +34,7 @@ from .round_report import squared_norm
 # Elements with one scale. An outlier makes its own block coarse, so a small one is finer; a scale in 256 costs 1.6 % of an int8 message.
 BLOCK = 256
 CODES = {"bf16": torch.bfloat16, "int8": torch.int8}
-_SQUARE_BYTES = 8  # a worker's squared norm, fp64
+_RIDER_BYTES = 8  # one fp64 behind each shard: its sender's weight, then its owner's squared norm
 _MOST_TEMPORARY = 2**24  # elements that quantisation works on at a time where memory has no cache to fit
 
 
@@ -165,7 +165,8 @@ class CompressedAverager(ExactAverager):
     Memory beyond `ExactAverager`'s, per trainable element: 4 bytes of worker's residual and 4/m of shard owner's (8 for fp64), and messages
     to and from all for a bucket and the next (`at_once`: for all), together: 2 bytes with int8, 4 with bf16, per element.
 
-    Behind the computation a worker knows its own weight w_i alone, of order 1, and 1 stands for W/m.
+    Behind the computation a worker knows its own weight alone, of order 1, and w_i stands for W/m in its own residual: one that has not
+    trained since the last round keeps what it holds back.
 
     Args:
         communicator (`Communicator`): At least two workers.
@@ -199,8 +200,11 @@ class CompressedAverager(ExactAverager):
 
     def sums_at_once(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Sum]:
         """As `ExactAverager.sums_at_once`; second stages set out when first ones have come, at the latest when the iterator is read."""
-        exchanges = list(self._send_all(buckets, base, weight, 1.0))
+        exchanges = list(self._send_all(buckets, base, weight, unit=weight))
         self._first_stages = deque(exchanges)
+        self.communicator.owe(lambda: self.start_second_stages(wait=True))
+        if not self.communicator.fails_cleanly:  # NCCL wants one order over all its communicators: not one that depends on what is here
+            self.start_second_stages(wait=True)
         return self._results(exchanges)
 
     def _results(self, exchanges: list[Exchange]) -> Iterator[Sum]:
@@ -212,6 +216,8 @@ class CompressedAverager(ExactAverager):
         """In the buckets' order, the same on all workers."""
         while self._first_stages and (wait or self._first_stages[0].to_owners.is_here()):
             self._first_stages.popleft().start_second_stage()
+            if not self._first_stages:
+                self.communicator.owe(None)
 
     def _send_all(self, buckets: list[Bucket], base: Base, weight: float, unit: float) -> Iterator[Exchange]:
         self._own_squares = []
@@ -223,44 +229,46 @@ class CompressedAverager(ExactAverager):
         return self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, number % 2)
 
     def _messages(self, bucket: Bucket, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory of the messages to all and from all: a row per worker, with room for a squared norm each."""
+        """Memory of the messages to all and from all, shape (workers, bytes): a shard and its rider in a row."""
         flat = bucket.item.flat
-        row = _SQUARE_BYTES + message_bytes(shard_elements(bucket.elements, self.workers), self.code, flat.dtype)
+        row = message_bytes(shard_elements(bucket.elements, self.workers), self.code, flat.dtype) + _RIDER_BYTES
         slot = OWN_SLOTS + 2 * number if self._at_once else 2 * (number % 2)
         outgoing, incoming = (self._buffer(self.workers * row, torch.uint8, flat.device, slot + side) for side in (0, 1))
-        return outgoing, incoming
+        return outgoing.view(self.workers, row), incoming.view(self.workers, row)
 
     def _send(self, bucket: Bucket, base: Base, number: int, weight: float, unit: float) -> Exchange:
-        """Add the displacement to the residual, quantise, and send every owner its shard."""
+        """Add the displacement to the residual, quantise, and send every owner its shard, and this worker's weight."""
         message = self._residuals[bucket.item, bucket.offset].own
         scratch = self._buffer(bucket.elements, message.dtype, message.device)
-        _scale_(message, unit)
+        outgoing, incoming = self._messages(bucket, number)
         squares = []
+        _scale_(message, unit or 1.0)
         for (piece, run), (_, held) in zip(bucket.runs(scratch), bucket.runs(message), strict=True):
             base.displacement_(piece, run)
             squares.append(squared_norm(run))
             held.add_(run, alpha=weight)
         self._own_squares.append(torch.stack(squares).sum())
-        outgoing, incoming = self._messages(bucket, number)
-        shards, into = outgoing[: -self.workers * _SQUARE_BYTES], incoming[: -self.workers * _SQUARE_BYTES]
-        for shard, row in zip(message.view(self.workers, -1), shards.view(self.workers, -1), strict=True):
-            encode_(shard, row, self.code)
-        _scale_(message, 1 / unit)
+        for shard, row in zip(message.view(self.workers, -1), outgoing, strict=True):
+            if unit:
+                encode_(shard, row[:-_RIDER_BYTES], self.code)
+            else:
+                row.zero_()  # which says 0, and leaves the residual
+        _riders(outgoing).fill_(weight)
+        _scale_(message, 1 / (unit or 1.0))
         square = weight * self._own_squares[-1]
-        to_owners = self.communicator.start_all_to_all(shards, into)
-        return Exchange(to_owners, lambda: self._share(bucket, outgoing.view(self.workers, -1), incoming, square, unit))
+        to_owners = self.communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
+        return Exchange(to_owners, lambda: self._share(bucket, outgoing, incoming, square))
 
-    def _share(
-        self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, square: torch.Tensor, unit: float
-    ) -> Callable[[], Sum]:
+    def _share(self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, square: torch.Tensor) -> Callable[[], Sum]:
         """Sum the shard that this worker owns, quantise it, and send it to all; behind each sum its owner's squared norm."""
         owned = self._residuals[bucket.item, bucket.offset].owned
+        unit = float(_riders(incoming).sum()) / self.workers
         _scale_(owned, unit)
-        for row in incoming[: -self.workers * _SQUARE_BYTES].view(self.workers, -1):
-            decode_(row, owned, self.code, add=True)
-        mine = incoming[: gathered.shape[1]]  # what came in has been read, and what went out has gone: their memory is free
-        encode_(owned, mine[:-_SQUARE_BYTES], self.code)
-        mine[-_SQUARE_BYTES:].view(torch.float64).copy_(square)
+        for row in incoming:
+            decode_(row[:-_RIDER_BYTES], owned, self.code, add=True)
+        mine = incoming[0]  # what came in has been read, and what went out has gone: their memory is free
+        encode_(owned, mine[:-_RIDER_BYTES], self.code)
+        mine[-_RIDER_BYTES:].view(torch.float64).copy_(square)
         _scale_(owned, 1 / unit)
         wait = self.communicator.start_all_gather(gathered, mine)
 
@@ -268,9 +276,8 @@ class CompressedAverager(ExactAverager):
             wait()
             total = self._buffer(self.workers * owned.numel(), owned.dtype, owned.device)
             for shard, row in zip(total.view(self.workers, -1), gathered, strict=True):
-                decode_(row[:-_SQUARE_BYTES], shard, self.code)
-            squares = gathered[:, -_SQUARE_BYTES:].contiguous().view(torch.float64)
-            return bucket, total[: bucket.elements], sum(squares.flatten().tolist())
+                decode_(row[:-_RIDER_BYTES], shard, self.code)
+            return bucket, total[: bucket.elements], sum(_riders(gathered).flatten().tolist())
 
         return arrive
 
@@ -305,10 +312,16 @@ class CompressedAverager(ExactAverager):
         return True
 
     def drop_residuals(self) -> None:
-        """Begin with nothing held back."""
+        """Begin with nothing held back, and nothing under way."""
+        self._first_stages.clear()
+        self.communicator.owe(None)
         for held in self._residuals.values():
             held.own.zero_()
             held.owned.zero_()
+
+
+def _riders(rows: torch.Tensor) -> torch.Tensor:
+    return rows[:, -_RIDER_BYTES:].view(torch.float64)
 
 
 def _scale_(residual: torch.Tensor, factor: float) -> None:

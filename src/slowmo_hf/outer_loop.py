@@ -359,6 +359,7 @@ class OuterLoop:
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
 
     def _meet_at_end(self) -> Agreement:
+        self.hear_of_departed()  # first: an error is told in collectives that come before the others' messages
         self.averager.start_second_stages(wait=True)  # others may wait for them, and here comes no later step to start them at
         return self._meet(Purpose.END)
 
@@ -479,9 +480,10 @@ class OuterLoop:
         try:
             agreement = departed.hear()
         except Exception as error:
-            if isinstance(error, ValueError):  # all were there, and have sent
-                departed.drain()
-                self.averager.drop_residuals()  # what they held back has gone with it
+            if isinstance(error, ValueError):  # all were there, and have sent; or one has ended, which ends it for all
+                with suppress(RuntimeError):
+                    departed.drain()
+            self.averager.drop_residuals()  # what they held back has gone with it
             self.departed = None
             self.rounds, self.local_steps = self.rounds - 1, self.local_steps + departed.local_steps
             self._stay()
