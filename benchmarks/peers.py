@@ -298,18 +298,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     links, systems = sorted({row["rho"] for row in rows}), list(dict.fromkeys(row["system"] for row in rows))
-    figure, axes = plt.subplots(1, len(links), figsize=(7 * len(links), 5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(links), figsize=(7 * len(links), 6), layout="constrained", squeeze=False)
+    lines = {}
     for axis, rho in zip(axes[0], links, strict=True):
-        labelled = set()
         for row in (row for row in rows if row["rho"] == rho and row.get("curve")):
             style = "-" if row["system"].startswith("slowmo_hf") else "--"
             seconds, losses = ([look[name] for look in row["curve"]] for name in ("seconds", "validation_loss"))
-            label = None if row["system"] in labelled else row["system"]
-            axis.plot(seconds, losses, style, color=plt.get_cmap("tab20")(systems.index(row["system"])), label=label)
-            labelled.add(row["system"])
+            colour = plt.get_cmap("tab20")(systems.index(row["system"]))
+            lines[row["system"]] = axis.plot(seconds, losses, style, color=colour, linewidth=1)[0]
         axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="validation loss", title=f"a / c = {rho:g}")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize="x-small")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
