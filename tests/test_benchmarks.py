@@ -10,8 +10,10 @@ import pytest
 import torch
 from harness import run_workers
 
-from benchmarks import round_cost
-from benchmarks.round_cost import BenchmarkArguments, Textbook, outer_step_of, ratio
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as a folder: fairscale installs a package of this name
+
+import round_cost
+from round_cost import BenchmarkArguments, Textbook, outer_step_of, ratio
 
 ROOT = Path(__file__).parent.parent
 TINY = BenchmarkArguments(
