@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -63,8 +62,6 @@ class Hosts:
         self._scheduler = ["chrt", "--rr", "10"] if real_time else []
         self._rt_limit_before = RT_LIMIT.read_text() if real_time and RT_LIMIT.exists() else None
         self._prefix = f"slowmo-{os.getpid()}"
-        self._processes: list[subprocess.Popen[str]] = []
-        self._files = ExitStack()
         self._printed: dict[subprocess.Popen[str], IO[str]] = {}  # files: a pipe that nobody reads would stop the program that fills it
 
     def __enter__(self) -> Hosts:
@@ -149,9 +146,9 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)  # its links and queues go with it
         if self._rt_limit_before is not None:
             RT_LIMIT.write_text(self._rt_limit_before)
-        for process in self._processes:
+        for process, printed in self._printed.items():
             process.wait()
-        self._files.close()
+            printed.close()
 
     # ---- programs ----
 
@@ -159,9 +156,8 @@ class Hosts:
         """Run a program on one host."""
         variables = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", **environment}
         whole = [*self._scheduler, "ip", "netns", "exec", self._name(host), *command]
-        printed = self._files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+        printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
         process = subprocess.Popen(whole, env=variables, stdout=printed, stderr=subprocess.STDOUT, text=True)
-        self._processes.append(process)
         self._printed[process] = printed
         return process
 

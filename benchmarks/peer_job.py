@@ -288,18 +288,12 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf dpsgd": ours(base="dpsgd", **GOSSIP_ALONE),
     "slowmo_hf dpsgd, slowmo": ours(base="dpsgd"),
 }
-PACKAGES = {
-    "accelerate LocalSGD": "accelerate",
-    "fairscale SlowMo": "fairscale",
-    "torchft DiLoCo": "torchft",
-    "torchft DiLoCo, delayed": "torchft",
-}
 
 
-def version(system: str) -> str:
-    """Of the package that a system comes from."""
-    package = "slowmo_hf" if system.startswith("slowmo_hf") else PACKAGES.get(system, "torch")
-    return importlib.metadata.version(package)
+def package(system: str) -> str:
+    """That a system comes from: its first word, and torch's DDP."""
+    first = system.split()[0]
+    return {"ddp": "torch"}.get(first, first)
 
 
 # ---- the job ----
@@ -421,7 +415,7 @@ def main() -> None:
     plain = Job(alone, _stepping(torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9, nesterov=True)), _backward)
     parameters = sum(p.numel() for p in alone.parameters())
     flat = torch.zeros(parameters)
-    figures: dict[str, Any] = {"version": version(settings.system), "parameters": parameters}
+    figures: dict[str, Any] = {"version": importlib.metadata.version(package(settings.system)), "parameters": parameters}
     figures["compute_seconds_per_step"] = timed(lambda: train(plain, batches, 0, settings.sync_every), 5) / settings.sync_every
     figures["allreduce_seconds"] = timed(lambda: dist.all_reduce(flat), 5)
     figures |= _time_steps(settings, accelerator, batches, figures["allreduce_seconds"])

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from hosts import Hosts, why_not
 from image_data import SmallImages, load_images, make_dataset
-from peer_job import PACKAGES, SYSTEMS, Training
+from peer_job import SYSTEMS, Training, package
 from round_cost import hardware, versions
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
@@ -67,7 +67,7 @@ class PeerArguments(Training):
 def payload_bytes(system: str, parameters: int, hosts: int, sync_every: int) -> float:
     """Of fp32 parameters or gradients per step and host, by theory; compressed ones without their scales."""
     ring = 2 * (hosts - 1) / hosts * 4 * parameters
-    if any(base in system for base in ("sgp", "dpsgd")):
+    if "sgp" in system or "dpsgd" in system:
         alone = "no average" in system or "slowmo" not in system.partition(" ")[2]
         return 4 * parameters if alone else (4 * parameters * (sync_every - 1) + ring) / sync_every
     if system.startswith(("ddp", "slowmo_hf all_reduce")):
@@ -79,8 +79,13 @@ def payload_bytes(system: str, parameters: int, hosts: int, sync_every: int) -> 
 
 def missing(system: str) -> str | None:
     """Why a system cannot run here."""
-    package = PACKAGES.get(system)
-    return f"{package} is not installed" if package and importlib.util.find_spec(package) is None else None
+    name = package(system)
+    return f"{name} is not installed" if importlib.util.find_spec(name) is None else None
+
+
+def is_ours(system: str) -> bool:
+    """Whether it is not a peer."""
+    return package(system) == "slowmo_hf"
 
 
 class Record:
@@ -98,9 +103,10 @@ class Record:
             "versions": versions(),
         }
 
-    def has(self, system: str, rho: float, seed: int) -> bool:
-        """Whether it was measured."""
-        return any((row["system"], row["rho"], row.get("seed", 0)) == (system, rho, seed) for row in self.values["rows"])
+    def row(self, system: str, rho: float, seed: int) -> dict[str, Any] | None:
+        """A system's, where it was measured."""
+        found = (row for row in self.values["rows"] if (row["system"], row["rho"], row.get("seed", 0)) == (system, rho, seed))
+        return next(found, None)
 
     def budget(self, system: str, rho: float, seed: int) -> tuple[int, float]:
         """
@@ -111,9 +117,9 @@ class Record:
         """
         if not self.args.same_seconds or system == "ddp" or not self.args.steps:
             return self.args.steps, 0.0
-        if not self.has("ddp", rho, seed):
+        ddp = self.row("ddp", rho, seed)
+        if ddp is None:
             raise ValueError(f"same_seconds needs 'ddp' before the others, got systems={self.args.systems}. Put ddp first.")
-        ddp = next(row for row in self.values["rows"] if (row["system"], row["rho"], row["seed"]) == ("ddp", rho, seed))
         return 0, self.args.steps * ddp["seconds_per_step"]
 
     def write(self) -> None:
@@ -188,7 +194,7 @@ def set_targets(rows: list[dict[str, Any]]) -> None:
     """
     finals: dict[tuple[float, int], dict[str, float]] = {}
     for row in rows:
-        if row["curve"] and not row["system"].startswith("slowmo_hf"):
+        if row["curve"] and not is_ours(row["system"]):
             finals.setdefault((row["rho"], row.get("seed", 0)), {})[row["system"]] = row["final_validation_loss"]
     for row in rows:
         peers = finals.get((row["rho"], row.get("seed", 0)), {})
@@ -285,7 +291,7 @@ def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], na
     ratios = []
     for row in own:
         there = (other for other in rows if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and other[name] is not None)
-        ratios.append(row[name] / min(other[name] for other in there if not other["system"].startswith("slowmo_hf")))
+        ratios.append(row[name] / min(other[name] for other in there if not is_ours(other["system"])))
     spread_words = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(own) > 1 else ""
     return [f"{statistics.mean(row[name] for row in own):.1f}", f"{statistics.mean(ratios):.2f}{spread_words}"]
 
@@ -302,7 +308,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     lines = {}
     for axis, rho in zip(axes[0], links, strict=True):
         for row in (row for row in rows if row["rho"] == rho and row.get("curve")):
-            style = "-" if row["system"].startswith("slowmo_hf") else "--"
+            style = "-" if is_ours(row["system"]) else "--"
             seconds, losses = ([look[name] for look in row["curve"]] for name in ("seconds", "validation_loss"))
             colour = plt.get_cmap("tab20")(systems.index(row["system"]))
             lines[row["system"]] = axis.plot(seconds, losses, style, color=colour, linewidth=1)[0]
@@ -317,7 +323,7 @@ def measure(hosts: Hosts, images: Path, record: Record) -> None:
     """What the record does not have yet, link by link."""
     args = record.args
     for rho in args.rho:
-        left = [(seed, system) for seed in args.seeds for system in args.systems if not record.has(system, rho, seed)]
+        left = [(seed, system) for seed in args.seeds for system in args.systems if record.row(system, rho, seed) is None]
         if not left:
             continue
         hosts.throttle(None)

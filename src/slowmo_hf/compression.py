@@ -111,7 +111,7 @@ def _parts(values: torch.Tensor, message: torch.Tensor, code: torch.dtype) -> It
 # ---- the round ----
 
 
-class Exchange:
+class TwoStages:
     """
     One bucket's two stages: shards under way to their owners, then sums under way to all. The second is started by whoever comes first,
     `start_second_stages` between steps or the one who wants the result. A failure is the result's: between steps a leader would fail alone.
@@ -178,7 +178,7 @@ class CompressedAverager(ExactAverager):
     def __init__(self, communicator: Communicator, bucket_bytes: int, code: torch.dtype, *, at_once: bool = False) -> None:
         super().__init__(communicator, bucket_bytes, at_once=at_once)
         self.code = code
-        self._first_stages: deque[Exchange] = deque()
+        self._first_stages: deque[TwoStages] = deque()
         self.workers = communicator.world_size
         self._residuals: dict[tuple[FlatAnchor, int], Residuals] = {}
 
@@ -196,21 +196,21 @@ class CompressedAverager(ExactAverager):
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the squared norms are exact."""
         unit = self.total_weight / self.workers  # W/m: what 1 in a residual is in a message
-        return one_ahead(exchange.result for exchange in self._send_all(buckets, base, self.weight, unit))
+        return one_ahead(message.result for message in self._send_all(buckets, base, self.weight, unit))
 
     def sums_at_once(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Sum]:
         """As `ExactAverager.sums_at_once`; second stages set out when first ones have come, at the latest when the iterator is read."""
-        exchanges = list(self._send_all(buckets, base, weight, unit=weight))
-        self._first_stages = deque(exchanges)
+        messages = list(self._send_all(buckets, base, weight, unit=weight))
+        self._first_stages = deque(messages)
         self.communicator.owe(lambda: self.start_second_stages(wait=True))
         if not self.communicator.fails_cleanly:  # NCCL wants one order over all its communicators: not one that depends on what is here
             self.start_second_stages(wait=True)
-        return self._results(exchanges)
+        return self._results(messages)
 
-    def _results(self, exchanges: list[Exchange]) -> Iterator[Sum]:
+    def _results(self, messages: list[TwoStages]) -> Iterator[Sum]:
         self.start_second_stages(wait=True)
-        for exchange in exchanges:
-            yield exchange.result()
+        for message in messages:
+            yield message.result()
 
     def start_second_stages(self, *, wait: bool) -> None:
         """In the buckets' order, the same on all workers."""
@@ -219,7 +219,7 @@ class CompressedAverager(ExactAverager):
             if not self._first_stages:
                 self.communicator.owe(None)
 
-    def _send_all(self, buckets: list[Bucket], base: Base, weight: float, unit: float) -> Iterator[Exchange]:
+    def _send_all(self, buckets: list[Bucket], base: Base, weight: float, unit: float) -> Iterator[TwoStages]:
         self._own_squares = []
         for number, bucket in enumerate(buckets):
             yield self._send(bucket, base, number, weight, unit)
@@ -236,7 +236,7 @@ class CompressedAverager(ExactAverager):
         outgoing, incoming = (self._buffer(self.workers * row, torch.uint8, flat.device, slot + side) for side in (0, 1))
         return outgoing.view(self.workers, row), incoming.view(self.workers, row)
 
-    def _send(self, bucket: Bucket, base: Base, number: int, weight: float, unit: float) -> Exchange:
+    def _send(self, bucket: Bucket, base: Base, number: int, weight: float, unit: float) -> TwoStages:
         """Add the displacement to the residual, quantise, and send every owner its shard, and this worker's weight."""
         message = self._residuals[bucket.item, bucket.offset].own
         scratch = self._buffer(bucket.elements, message.dtype, message.device)
@@ -257,7 +257,7 @@ class CompressedAverager(ExactAverager):
         _scale_(message, 1 / (unit or 1.0))
         square = weight * self._own_squares[-1]
         to_owners = self.communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
-        return Exchange(to_owners, lambda: self._share(bucket, outgoing, incoming, square))
+        return TwoStages(to_owners, lambda: self._share(bucket, outgoing, incoming, square))
 
     def _share(self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, square: torch.Tensor) -> Callable[[], Sum]:
         """Sum the shard that this worker owns, quantise it, and send it to all; behind each sum its owner's squared norm."""
