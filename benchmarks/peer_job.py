@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import socket
 import statistics
 import sys
@@ -159,7 +160,7 @@ def fairscale_slowmo(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: 
     return Job(wrapped, _stepping(sgd, lambda: wrapped.perform_slowmo(sgd)), _backward)
 
 
-def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 0.0) -> Callable[..., Job]:
+def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 0.0, sync_every: int | None = None) -> Callable[..., Job]:
     """
     torchft's DiLoCo with the outer optimizer of its paper, each host a replica of one process; rank 0 keeps its lighthouse. With a delay
     the round travels behind as many steps, and workers go on from a mixture that differs: they are averaged for a look.
@@ -172,7 +173,7 @@ def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 
         def around() -> Iterator[None]:
             outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
             delay = {"fragment_sync_delay": fragment_sync_delay, "fragment_update_alpha": fragment_update_alpha}
-            with _torchft_manager() as manager, DiLoCo(manager, [model], sgd, outer, settings.sync_every, **delay):
+            with _torchft_manager() as manager, DiLoCo(manager, [model], sgd, outer, sync_every or settings.sync_every, **delay):
                 yield
 
         return Job(
@@ -234,7 +235,7 @@ def ours(**config: Any) -> Callable[..., Job]:
     """slowmo_hf with these settings, through Accelerate as in the README."""
 
     def make(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-        optimizer = SlowMoOptimizer(sgd, SlowMoConfig(sync_every=settings.sync_every, timeout_seconds=300, **config))
+        optimizer = SlowMoOptimizer(sgd, SlowMoConfig(**{"sync_every": settings.sync_every, "timeout_seconds": 300, **config}))
         prepared, optimizer = accelerator.prepare(model, optimizer)
         return Job(
             prepared,
@@ -257,6 +258,7 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "fairscale SlowMo": fairscale_slowmo,
     "torchft DiLoCo": torchft_diloco(),
     "torchft DiLoCo, delayed": torchft_diloco(fragment_sync_delay=6, fragment_update_alpha=0.5),
+    "torchft DiLoCo, every 6, delayed": torchft_diloco(fragment_sync_delay=4, fragment_update_alpha=0.5, sync_every=6),
     "slowmo_hf all_reduce": ours(base="all_reduce", outer_momentum=0.0),
     "slowmo_hf all_reduce, slowmo": ours(base="all_reduce"),
     "slowmo_hf local_sgd": ours(outer_momentum=0.0),
@@ -273,6 +275,12 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf local_sgd, slowmo, maintained, int8": ours(inner_state="maintain", compression="int8"),
     "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8": ours(inner_state="maintain", overlap_steps=2, compression="int8"),
     "slowmo_hf local_sgd, slowmo, maintained, overlapped by 4, int8": ours(inner_state="maintain", overlap_steps=4, compression="int8"),
+    "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 2, int8": ours(
+        sync_every=6, outer_momentum=0.3, inner_state="maintain", overlap_steps=2, compression="int8"
+    ),
+    "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 4, int8": ours(
+        sync_every=6, outer_momentum=0.3, inner_state="maintain", overlap_steps=4, compression="int8"
+    ),
     "slowmo_hf local_sgd, double averaging": ours(outer_momentum=0.0, inner_state="average"),
     "slowmo_hf diloco": ours(
         outer_optimizer="torch.optim.SGD",
@@ -288,6 +296,12 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf dpsgd": ours(base="dpsgd", **GOSSIP_ALONE),
     "slowmo_hf dpsgd, slowmo": ours(base="dpsgd"),
 }
+
+
+def period(system: str, sync_every: int) -> int:
+    """Steps per round of a system: what its name says, else `sync_every`."""
+    said = re.search(r"every (\d+)", system)
+    return int(said[1]) if said else sync_every
 
 
 def package(system: str) -> str:
@@ -432,7 +446,7 @@ def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, 
     job, _, _ = make_job(settings, accelerator)
     seconds = []
     with job.around:
-        train(job, batches, 0, settings.sync_every)
+        train(job, batches, 0, settings.sync_every)  # what a system does at its first step is none of them
         time.sleep(1 + 2 * allreduce_seconds)  # its messages have gone
         dist.barrier()
         sent = _bytes_sent()
@@ -467,14 +481,18 @@ def look_steps(steps: int, look_every: int, look_after: int) -> list[int]:
 
 def _train_to_the_end(settings: Settings, steps: int, accelerator: Accelerator, batches: Batches) -> dict[str, Any]:
     """
-    Validation loss of the average over the seconds of training. A look on the way does not count, and takes a copy alone: the losses
-    are computed at the end, so that no link stands idle while they are. The last one counts: training ends with the average.
+    Validation loss of the average over the seconds of training. What sets a system up does not count: DDP's constructor and torchft's first
+    quorum send before there is a clock, slowmo_hf compares and broadcasts at the first call. A look on the way does not count, and takes
+    a copy alone: the losses are computed at the end, so that no link stands idle while they are. The last one counts: training ends
+    with the average.
     """
     job, model, sgd = make_job(settings, accelerator)
     scheduler = get_scheduler(settings.lr_scheduler_type, sgd, num_warmup_steps=0, num_training_steps=steps)
     looks: list[tuple[int, float, dict[str, torch.Tensor]]] = []
     done, clock = 0, 0.0
     with job.around:
+        with torch.no_grad():
+            job.called(batches(0)[0])
         for step in look_steps(steps, settings.look_every, job.look_after):
             dist.barrier()
             start = time.perf_counter()

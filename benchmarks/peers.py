@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from hosts import Hosts, why_not
 from image_data import SmallImages, load_images, make_dataset
-from peer_job import SYSTEMS, Training, package
+from peer_job import SYSTEMS, Training, package, period
 from round_cost import hardware, versions
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
@@ -160,6 +160,7 @@ def run(hosts: Hosts, images: Path, system: str, args: PeerArguments, steps: int
 
 def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """A row of the record."""
+    sync_every = period(system, args.sync_every)
     seconds = statistics.median(figures["round_seconds_per_step"])
     compute = figures["compute_seconds_per_step"]
     return {
@@ -171,7 +172,7 @@ def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: d
         "mtu": args.mtu,
         "link_mbit_per_s": link,
         "allreduce_over_compute": figures["allreduce_seconds"] / compute,
-        "sync_every": args.sync_every,
+        "sync_every": sync_every,
         "parameters": figures["parameters"],
         "compute_seconds_per_step": compute,
         "allreduce_seconds": figures["allreduce_seconds"],
@@ -179,7 +180,7 @@ def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: d
         "round_seconds_per_step": figures["round_seconds_per_step"],
         "utilisation": compute / seconds,
         "bytes_per_worker_per_step": figures["interface_bytes_per_step"],
-        "theory_bytes": payload_bytes(system, figures["parameters"], args.hosts, args.sync_every),
+        "theory_bytes": payload_bytes(system, figures["parameters"], args.hosts, sync_every),
         "seconds_to_target": None,
         "final_validation_loss": figures.get("final_validation_loss"),
         "curve": figures.get("curve", []),

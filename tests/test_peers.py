@@ -44,6 +44,14 @@ def test_bytes_of_theory(system, expected):
     assert system in SYSTEMS
 
 
+def test_a_system_s_own_period_counts():
+    """A quarter of 6,000 bytes every 6 steps, though others go 12."""
+    system = "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 2, int8"
+    row = peers.row_of(system, 3.1, 100.0, peers.PeerArguments(), figures([0.0125] * 5))
+    assert (row["sync_every"], row["theory_bytes"]) == (6, 250)
+    assert peer_job.period("slowmo_hf local_sgd, slowmo, overlapped by 4, int8", 12) == 12
+
+
 def figures(seconds, losses=()):
     curve = [{"step": 48 * (n + 1), "seconds": 2.0 * (n + 1), "validation_loss": loss} for n, loss in enumerate(losses)]
     looked = {"curve": curve, "final_validation_loss": losses[-1]} if losses else {}
