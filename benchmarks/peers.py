@@ -19,6 +19,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,26 +299,55 @@ def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], na
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss over seconds of training, a panel per link; seeds of a system in one colour."""
+    """Validation loss over seconds where systems were trained, else what a step takes and sends."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     links, systems = sorted({row["rho"] for row in rows}), list(dict.fromkeys(row["system"] for row in rows))
+    draw = _draw_curves if any(row["curve"] for row in rows) else _draw_steps
+    figure = draw(plt, rows, links, systems)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_curves(plt: Any, rows: list[dict[str, Any]], links: list[float], systems: list[str]) -> Any:
+    """A panel per link, a line per system: the mean over its seeds, look by look."""
     figure, axes = plt.subplots(1, len(links), figsize=(7 * len(links), 6), layout="constrained", squeeze=False)
     lines = {}
     for axis, rho in zip(axes[0], links, strict=True):
-        for row in (row for row in rows if row["rho"] == rho and row.get("curve")):
-            style = "-" if is_ours(row["system"]) else "--"
-            seconds, losses = ([look[name] for look in row["curve"]] for name in ("seconds", "validation_loss"))
-            colour = plt.get_cmap("tab20")(systems.index(row["system"]))
-            lines[row["system"]] = axis.plot(seconds, losses, style, color=colour, linewidth=1)[0]
+        for system in systems:
+            looks = list(zip(*[row["curve"] for row in rows if (row["rho"], row["system"]) == (rho, system)], strict=False))
+            if looks:
+                seconds, losses = (
+                    [statistics.mean(seed[name] for seed in look) for look in looks] for name in ("seconds", "validation_loss")
+                )
+                style = {"linestyle": "-", "linewidth": 1.6} if is_ours(system) else {"linestyle": "--", "linewidth": 1}
+                lines[system] = axis.plot(seconds, losses, color=plt.get_cmap("tab20")(systems.index(system)), **style)[0]
         axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="validation loss", title=f"a / c = {rho:g}")
         axis.grid(alpha=0.3, which="both")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def _draw_steps(plt: Any, rows: list[dict[str, Any]], links: list[float], systems: list[str]) -> Any:
+    """A line per system, a colour per link: step over computation, utilisation, bytes of a step."""
+    panels: dict[str, Callable[[dict[str, Any]], float]] = {
+        "step / its computation": lambda row: row["seconds_per_step"] / row["compute_seconds_per_step"],
+        "utilisation, %": lambda row: 100 * row["utilisation"],
+        "bytes sent per parameter and step": lambda row: row["bytes_per_worker_per_step"] / row["parameters"],
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(15, 1 + 0.25 * len(systems)), layout="constrained", sharey=True)
+    for axis, (words, value) in zip(axes, panels.items(), strict=True):
+        for rho in links:
+            there = [row for row in rows if row["rho"] == rho]
+            axis.plot([value(row) for row in there], [systems.index(row["system"]) for row in there], "o", label=f"a / c = {rho:g}")
+        axis.set(xlabel=words, xscale="linear" if "%" in words else "log", yticks=range(len(systems)), yticklabels=systems)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower right", fontsize="small")
+    return figure
 
 
 def measure(hosts: Hosts, images: Path, record: Record) -> None:
@@ -362,7 +392,7 @@ def main() -> None:
     if args.same_seconds:
         print(same_seconds_table([row for row in rows if "not_run" not in row]))
     if args.plot:
-        plot(rows, record.path.with_suffix(".png"))
+        plot([row for row in rows if "not_run" not in row], record.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

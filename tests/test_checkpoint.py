@@ -666,6 +666,24 @@ def test_machines_without_a_shared_file_system(tmp_path):
     assert "worker_1.safetensors is missing" in words
 
 
+def _check_a_worker_over_own_disks(folder):
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    config = SlowMoConfig(sync_every=4, processes_per_worker=2, timeout_seconds=30)
+    mine = folder / f"machine-{dist.get_rank()}"
+    with pytest.raises(CheckpointError) as error:
+        train(mine, config)
+    assert not whole(mine)
+    return str(error.value)
+
+
+def test_a_worker_over_machines_without_a_shared_file_system_is_refused(tmp_path):
+    """The second machine would have a folder without anchors, which nobody can resume from."""
+    words, others = run_workers(_check_a_worker_over_own_disks, 2, tmp_path)
+    assert words.replace("machine-0", "machine-1", 1) == others  # each rank's own folder, and then the same
+    assert "rank 1 on " in words
+    assert "processes_per_worker must be at most a machine's processes" in words
+
+
 # ---- models and repeated training ----
 
 

@@ -131,6 +131,24 @@ def test_same_seconds_by_hand(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_both_pictures_by_hand():
+    """Curves are means over seeds, as far as all have looks; without curves, a dot per system and link."""
+    import matplotlib.pyplot as plt
+
+    curves = [[(2.0, 0.6), (4.0, 0.4)], [(4.0, 0.4), (8.0, 0.2), (9.0, 0.1)]]
+    rows = [
+        {"rho": 3.1, "system": "ddp", "curve": [{"seconds": seconds, "validation_loss": loss} for seconds, loss in looks]}
+        for looks in curves
+    ]
+    (axis,) = peers._draw_curves(plt, rows, [3.1], ["ddp"]).axes
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[3.0, 0.5], [6.0, pytest.approx(0.3)]]]
+    args, system = peers.PeerArguments(), "slowmo_hf local_sgd"
+    rows = [peers.row_of(name, 3.1, 100.0, args, figures([step] * 5)) for name, step in (("ddp", 0.05), (system, 0.0125))]
+    shown = [axis.lines[0].get_xydata().tolist() for axis in peers._draw_steps(plt, rows, [3.1], ["ddp", system]).axes]
+    assert shown == [[[5.0, 0.0], [1.25, 1.0]], [[20.0, 0.0], [80.0, 1.0]], [[6.3, 0.0], [6.3, 1.0]]]
+    plt.close("all")
+
+
 def test_steps_and_looks_of_a_budget():
     """DDP's steps take 240 x 0.2 s; others have those seconds. Looks are where nothing is under way, and at the end."""
     args = peers.PeerArguments(steps=240, look_every=24, same_seconds=True, output="never written")

@@ -80,6 +80,9 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         outer_loop (`OuterLoop`): The average may be shown: the local weights are taken from where they are put by.
         shared (`bool`): Whether this process also writes what all workers share: one on every file system.
         objects (`dict`): State dictionaries of each worker's own: scheduler, scaler.
+
+    Raises:
+        CheckpointError: A worker spans machines that do not share the folder.
     """
     workers = outer_loop.workers
     outer_loop.settle()
@@ -94,6 +97,12 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         "config": outer_loop.config.to_dict(),
         "parameters": outer_loop.tensors.fingerprint(),
     }
+    if shared and not workers.leads:
+        raise CheckpointError(
+            f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got {workers.size}: "
+            f"worker {workers.index} spans machines, and its state would be on another one's disk than this process reads. Put the folder "
+            "on a shared file system, or set processes_per_worker='node'."
+        )
     if shared:
         common = slow if outer_loop.config.exact_average else Contents()
         write_part(folder, SHARED, Contents({**clock, **common.settings}, common.tensors, common.objects))
