@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from hosts import Hosts, why_not
 from image_data import SmallImages, load_images, make_dataset
 from peer_job import SYSTEMS, Training, package, period
+from records import mean_with_interval
 from round_cost import hardware, versions
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
@@ -268,12 +269,11 @@ def _mean_sd(values: list[float], sign: str) -> str:
 def same_seconds_table(rows: list[dict[str, Any]]) -> str:
     """
     A line per link and system that trained for DDP's seconds, means over seeds: seconds to 1.01 times DDP's final loss, and to the lowest
-    final loss of a system that is not ours; each also over those of whichever of these was there first with the same seed (range).
+    final loss of a system that is not ours; each also over those of whichever of these was there first with the same seed (range). Of ours
+    the final loss minus that lowest one too.
     """
-    lines = [
-        "| ρ | system | steps | seconds to DDP's loss | over the first peer's | to the best peer's | over its own | final loss | seeds |",
-        "|---" * 9 + "|",
-    ]
+    columns = ["ρ", "system", "steps", "seconds to DDP's loss", "over the first peer's", "to the best peer's", "over its own"]
+    lines = [f"| {' | '.join([*columns, 'final loss (seeds)', 'minus the best peer of the seed'])} |", "|---" * 9 + "|"]
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["rho"], row["system"]), []).append(row)
@@ -281,9 +281,16 @@ def same_seconds_table(rows: list[dict[str, Any]]) -> str:
         cells = [f"{rho:g}", system, f"{statistics.mean(row['curve'][-1]['step'] for row in own):.0f}"]
         for name in ("seconds_to_target", "seconds_to_best_peer"):
             cells += _seconds_and_ratio(own, rows, name)
-        cells += [_mean_sd([row["final_validation_loss"] for row in own], ""), str(len(own))]
+        cells += [f"{_mean_sd([row['final_validation_loss'] for row in own], '')} ({len(own)})"]
+        cells += [mean_with_interval([row["final_validation_loss"] - _best_peer(row, rows) for row in own]) if is_ours(system) else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _best_peer(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """The lowest final loss of a system that is not ours, on the row's link and seed."""
+    there = [other for other in rows if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and not is_ours(other["system"])]
+    return min(other["final_validation_loss"] for other in there)
 
 
 def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], name: str) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import slowmo_hf
 from slowmo_hf import SlowMoCallback, SlowMoConfig
+
+# Two-sided 95 % points of Student's t by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
 
 
 class SettingError(ValueError):
@@ -145,3 +150,12 @@ def plot(history: list[dict[str, float]], path: Path, curves: dict[str, str]) ->
     axes[-1].set_xlabel("optimizer steps")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def mean_with_interval(differences: list[float]) -> str:
+    """Of paired differences, with Student's 95 % interval and their number; empty where there are none."""
+    if len(differences) < 2:
+        return f"{differences[0]:+.4f} (1)" if differences else ""
+    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = statistics.mean(differences)
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] ({len(differences)})"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import platform
 import statistics
@@ -28,7 +27,7 @@ import small_images
 import small_translation
 import torch
 import translation_data
-from records import SettingError, end_program, environment, write_record
+from records import SettingError, end_program, environment, mean_with_interval, write_record
 from studies import TASKS, Run, Tuned, choose, sweeps, table1, tuning, without_slowmo
 from transformers import HfArgumentParser
 
@@ -66,8 +65,6 @@ SHOWN = {
     ),
 }
 RECORDS = Path(__file__).parent / "records"
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
 
 
 @dataclass
@@ -286,14 +283,10 @@ def _mean_sd(values: list[float]) -> str:
 
 
 def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metric: str) -> str:
-    """Mean difference over the seeds that both have, with the 95 % interval of Student's t."""
+    """Mean difference over the seeds that both have, with its 95 % interval."""
     theirs = {record["seed"]: record["metrics"][metric] for record in partners}
     differences = [record["metrics"][metric] - theirs[record["seed"]] for record in own if record["seed"] in theirs]
-    if len(differences) < 2:
-        return f"{differences[0]:+.4f} (1)" if differences else ""
-    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
-    mean = statistics.mean(differences)
-    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] ({len(differences)})"
+    return mean_with_interval(differences)
 
 
 def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:

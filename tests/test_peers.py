@@ -107,7 +107,8 @@ def test_targets_are_each_seed_s_own():
 def test_same_seconds_by_hand(tmp_path):
     """
     DDP ends at 0.5 after 6 and 8 s. accelerate, the best peer, is there after 4 and 5 s and ends at 0.4 after 6 and 8; ours after 3 and 4,
-    0.75 and 0.8 of that, and at 0.4 after 5 and 6, 0.83 and 0.75 of that. One never gets there.
+    0.75 and 0.8 of that, and at 0.4 after 5 and 6, 0.83 and 0.75 of that, and ends 0.1 and 0 below it: t(1) = 12.706, and the interval is
+    0.05 ± 12.706 * 0.0707 / sqrt(2) = 0.635. One never gets there.
     """
     systems = {
         "ddp": [[(6.0, 0.5)], [(8.0, 0.5)]],
@@ -122,10 +123,11 @@ def test_same_seconds_by_hand(tmp_path):
             rows.append({"rho": 3.1, "system": system, "seed": seed, "final_validation_loss": looks[-1][1], "curve": curve})
     peers.set_targets(rows)
     assert peers.same_seconds_table(rows).splitlines()[2:] == [
-        "| 3.1 | ddp | 24 | 7.0 | 1.55 (1.50 to 1.60) | not reached |  | 0.5000 ± 0.0000 | 2 |",
-        "| 3.1 | accelerate LocalSGD | 48 | 4.5 | 1.00 (1.00 to 1.00) | 7.0 | 1.00 (1.00 to 1.00) | 0.4000 ± 0.0000 | 2 |",
-        "| 3.1 | slowmo_hf local_sgd, slowmo | 48 | 3.5 | 0.78 (0.75 to 0.80) | 5.5 | 0.79 (0.75 to 0.83) | 0.3500 ± 0.0707 | 2 |",
-        "| 3.1 | ddp powersgd | 24 | not reached |  | not reached |  | 0.6000 | 1 |",
+        "| 3.1 | ddp | 24 | 7.0 | 1.55 (1.50 to 1.60) | not reached |  | 0.5000 ± 0.0000 (2) |  |",
+        "| 3.1 | accelerate LocalSGD | 48 | 4.5 | 1.00 (1.00 to 1.00) | 7.0 | 1.00 (1.00 to 1.00) | 0.4000 ± 0.0000 (2) |  |",
+        "| 3.1 | slowmo_hf local_sgd, slowmo | 48 | 3.5 | 0.78 (0.75 to 0.80) | 5.5 | 0.79 (0.75 to 0.83)"
+        " | 0.3500 ± 0.0707 (2) | -0.0500 [-0.6853, +0.5853] (2) |",
+        "| 3.1 | ddp powersgd | 24 | not reached |  | not reached |  | 0.6000 (1) |  |",
     ]
     peers.plot(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
