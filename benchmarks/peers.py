@@ -306,17 +306,19 @@ def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], na
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss over seconds where systems were trained, else what a step takes and sends."""
+    """Write what a step takes and sends to NAME_steps.png, and where systems were trained validation loss over seconds to NAME.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     links, systems = sorted({row["rho"] for row in rows}), list(dict.fromkeys(row["system"] for row in rows))
-    draw = _draw_curves if any(row["curve"] for row in rows) else _draw_steps
-    figure = draw(plt, rows, links, systems)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    trained = any(row["curve"] for row in rows)
+    pictures = {f"{path.stem}_steps": _draw_steps} | ({path.stem: _draw_curves} if trained else {})
+    for name, draw in pictures.items():
+        figure = draw(plt, rows, links, systems)
+        figure.savefig(path.with_name(f"{name}.png"), dpi=120)
+        plt.close(figure)
 
 
 def _draw_curves(plt: Any, rows: list[dict[str, Any]], links: list[float], systems: list[str]) -> Any:

@@ -104,7 +104,7 @@ def test_targets_are_each_seed_s_own():
     assert [row["seconds_to_target"] for row in rows] == [2.0, 2.0, 6.0, 4.0]
 
 
-def test_same_seconds_by_hand(tmp_path):
+def test_same_seconds_by_hand():
     """
     DDP ends at 0.5 after 6 and 8 s. accelerate, the best peer, is there after 4 and 5 s and ends at 0.4 after 6 and 8; ours after 3 and 4,
     0.75 and 0.8 of that, and at 0.4 after 5 and 6, 0.83 and 0.75 of that, and ends 0.1 and 0 below it: t(1) = 12.706, and the interval is
@@ -129,12 +129,10 @@ def test_same_seconds_by_hand(tmp_path):
         " | 0.3500 ± 0.0707 (2) | -0.0500 [-0.6853, +0.5853] (2) |",
         "| 3.1 | ddp powersgd | 24 | not reached |  | not reached |  | 0.6000 (1) |  |",
     ]
-    peers.plot(rows, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_both_pictures_by_hand():
-    """Curves are means over seeds, as far as all have looks; without curves, a dot per system and link."""
+def test_both_pictures_by_hand(tmp_path):
+    """Curves are means over seeds, as far as all have looks; of steps there is a dot per system and link."""
     import matplotlib.pyplot as plt
 
     curves = [[(2.0, 0.6), (4.0, 0.4)], [(4.0, 0.4), (8.0, 0.2), (9.0, 0.1)]]
@@ -149,6 +147,12 @@ def test_both_pictures_by_hand():
     shown = [axis.lines[0].get_xydata().tolist() for axis in peers._draw_steps(plt, rows, [3.1], ["ddp", system]).axes]
     assert shown == [[[5.0, 0.0], [1.25, 1.0]], [[20.0, 0.0], [80.0, 1.0]], [[6.3, 0.0], [6.3, 1.0]]]
     plt.close("all")
+    peers.plot(rows, tmp_path / "none.png")
+    rows[0]["curve"] = [{"seconds": 1.0, "validation_loss": 0.5}]
+    peers.plot(rows, tmp_path / "some.png")
+    pictures = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert pictures.keys() == {"none_steps.png", "some_steps.png", "some.png"}
+    assert min(pictures.values()) > 10_000
 
 
 def test_steps_and_looks_of_a_budget():
