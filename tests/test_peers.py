@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -222,6 +223,24 @@ def test_the_tables_of_the_page_are_those_of_the_records():
     tables = peers.table(rows), peers.table2(rows), peers.spread(seeds), peers.same_seconds_table(raced)
     for line in "\n".join(tables).splitlines():
         assert line in page
+
+
+def test_the_table_of_the_readme_is_that_of_the_record():
+    """At rho 3.1, mean utilisation and mean final loss over seeds."""
+    page = (RECORDS.parents[1] / "README.md").read_text()
+    raced = [row for row in json.loads((RECORDS / "peers_same_seconds.json").read_text())["rows"] if row["rho"] == 3.1]
+    settings = '`SlowMoConfig(compression="int8", overlap_steps=2, inner_state="maintain")`'
+    shown = {
+        "DDP": "ddp",
+        "accelerate's `LocalSGD`": "accelerate LocalSGD",
+        "torchft's DiLoCo with a delay": "torchft DiLoCo, delayed",
+        settings: "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8",
+    }
+    for words, system in shown.items():
+        used, loss = (
+            statistics.mean(row[name] for row in raced if row["system"] == system) for name in ("utilisation", "final_validation_loss")
+        )
+        assert f"| {words} | {100 * used:.0f} % | {loss:.3f} |" in page
 
 
 class Few:
