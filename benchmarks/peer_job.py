@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -160,7 +160,7 @@ def fairscale_slowmo(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: 
     return Job(wrapped, _stepping(sgd, lambda: wrapped.perform_slowmo(sgd)), _backward)
 
 
-def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 0.0, sync_every: int | None = None) -> Callable[..., Job]:
+def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 0.0) -> Callable[..., Job]:
     """
     torchft's DiLoCo with the outer optimizer of its paper, each host a replica of one process; rank 0 keeps its lighthouse. With a delay
     the round travels behind as many steps, and workers go on from a mixture that differs: they are averaged for a look.
@@ -173,7 +173,7 @@ def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 
         def around() -> Iterator[None]:
             outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
             delay = {"fragment_sync_delay": fragment_sync_delay, "fragment_update_alpha": fragment_update_alpha}
-            with _torchft_manager() as manager, DiLoCo(manager, [model], sgd, outer, sync_every or settings.sync_every, **delay):
+            with _torchft_manager() as manager, DiLoCo(manager, [model], sgd, outer, settings.sync_every, **delay):
                 yield
 
         return Job(
@@ -235,7 +235,7 @@ def ours(**config: Any) -> Callable[..., Job]:
     """slowmo_hf with these settings, through Accelerate as in the README."""
 
     def make(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-        optimizer = SlowMoOptimizer(sgd, SlowMoConfig(**{"sync_every": settings.sync_every, "timeout_seconds": 300, **config}))
+        optimizer = SlowMoOptimizer(sgd, SlowMoConfig(sync_every=settings.sync_every, timeout_seconds=300, **config))
         prepared, optimizer = accelerator.prepare(model, optimizer)
         return Job(
             prepared,
@@ -258,7 +258,7 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "fairscale SlowMo": fairscale_slowmo,
     "torchft DiLoCo": torchft_diloco(),
     "torchft DiLoCo, delayed": torchft_diloco(fragment_sync_delay=6, fragment_update_alpha=0.5),
-    "torchft DiLoCo, every 6, delayed": torchft_diloco(fragment_sync_delay=4, fragment_update_alpha=0.5, sync_every=6),
+    "torchft DiLoCo, every 6, delayed": torchft_diloco(fragment_sync_delay=4, fragment_update_alpha=0.5),
     "slowmo_hf all_reduce": ours(base="all_reduce", outer_momentum=0.0),
     "slowmo_hf all_reduce, slowmo": ours(base="all_reduce"),
     "slowmo_hf local_sgd": ours(outer_momentum=0.0),
@@ -276,10 +276,10 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8": ours(inner_state="maintain", overlap_steps=2, compression="int8"),
     "slowmo_hf local_sgd, slowmo, maintained, overlapped by 4, int8": ours(inner_state="maintain", overlap_steps=4, compression="int8"),
     "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 2, int8": ours(
-        sync_every=6, outer_momentum=0.3, inner_state="maintain", overlap_steps=2, compression="int8"
+        outer_momentum=0.3, inner_state="maintain", overlap_steps=2, compression="int8"
     ),
     "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 4, int8": ours(
-        sync_every=6, outer_momentum=0.3, inner_state="maintain", overlap_steps=4, compression="int8"
+        outer_momentum=0.3, inner_state="maintain", overlap_steps=4, compression="int8"
     ),
     "slowmo_hf local_sgd, double averaging": ours(outer_momentum=0.0, inner_state="average"),
     "slowmo_hf diloco": ours(
@@ -413,6 +413,7 @@ def timed(act: Callable[[], Any], times: int) -> float:
 
 def make_job(settings: Settings, accelerator: Accelerator) -> tuple[Job, nn.Module, torch.optim.Optimizer]:
     """A fresh model under the system, and its SGD."""
+    settings = replace(settings, sync_every=period(settings.system, settings.sync_every))
     model = make_model(settings)
     sgd = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9, nesterov=True)
     return SYSTEMS[settings.system](model, sgd, accelerator, settings), model, sgd
@@ -446,7 +447,7 @@ def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, 
     job, _, _ = make_job(settings, accelerator)
     seconds = []
     with job.around:
-        train(job, batches, 0, settings.sync_every)  # what a system does at its first step is none of them
+        train(job, batches, 0, settings.sync_every)  # the first is left out: a system sets itself up there
         time.sleep(1 + 2 * allreduce_seconds)  # its messages have gone
         dist.barrier()
         sent = _bytes_sent()

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from hosts import Hosts, why_not
 from image_data import SmallImages, load_images, make_dataset
 from peer_job import SYSTEMS, Training, package, period
-from records import mean_with_interval
+from records import mean_sd, mean_with_interval
 from round_cost import hardware, versions
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
@@ -195,14 +195,16 @@ def set_targets(rows: list[dict[str, Any]]) -> None:
     Seconds until the validation loss was first at most `TARGET` times DDP's final one, and until it was first at most the lowest final one
     of any system that is not ours, by link and seed; None where it never was.
     """
-    finals: dict[tuple[float, int], dict[str, float]] = {}
     for row in rows:
-        if row["curve"] and not is_ours(row["system"]):
-            finals.setdefault((row["rho"], row.get("seed", 0)), {})[row["system"]] = row["final_validation_loss"]
-    for row in rows:
-        peers = finals.get((row["rho"], row.get("seed", 0)), {})
+        peers = _finals_of_peers(row, rows)
         row["seconds_to_target"] = _seconds_to(TARGET * peers.get("ddp", 0.0), row["curve"])
         row["seconds_to_best_peer"] = _seconds_to(min(peers.values(), default=0.0), row["curve"])
+
+
+def _finals_of_peers(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Final losses of the systems that are not ours, on a row's link and seed."""
+    there = (other for other in rows if (other["rho"], other.get("seed", 0)) == (row["rho"], row.get("seed", 0)) and other["curve"])
+    return {other["system"]: other["final_validation_loss"] for other in there if not is_ours(other["system"])}
 
 
 def _seconds_to(loss: float, curve: list[dict[str, float]]) -> float | None:
@@ -258,12 +260,8 @@ def spread(rows: list[dict[str, Any]], metric: str = "final_validation_loss", th
     lines = [f"| system | {metric.replace('_', ' ')} (seeds) | minus that of {than} |", "|---|---|---|"]
     for system, own in found.items():
         gaps = [value - found[than][seed] for seed, value in own.items() if seed in found[than]]
-        lines.append(f"| {system} | {_mean_sd(list(own.values()), '')} ({len(own)}) | {'' if system == than else _mean_sd(gaps, '+')} |")
+        lines.append(f"| {system} | {mean_sd(list(own.values()))} ({len(own)}) | {'' if system == than else mean_sd(gaps, '+')} |")
     return "\n".join(lines)
-
-
-def _mean_sd(values: list[float], sign: str) -> str:
-    return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def same_seconds_table(rows: list[dict[str, Any]]) -> str:
@@ -281,16 +279,11 @@ def same_seconds_table(rows: list[dict[str, Any]]) -> str:
         cells = [f"{rho:g}", system, f"{statistics.mean(row['curve'][-1]['step'] for row in own):.0f}"]
         for name in ("seconds_to_target", "seconds_to_best_peer"):
             cells += _seconds_and_ratio(own, rows, name)
-        cells += [f"{_mean_sd([row['final_validation_loss'] for row in own], '')} ({len(own)})"]
-        cells += [mean_with_interval([row["final_validation_loss"] - _best_peer(row, rows) for row in own]) if is_ours(system) else ""]
+        finals = [row["final_validation_loss"] for row in own]
+        margins = [row["final_validation_loss"] - min(_finals_of_peers(row, rows).values()) for row in own] if is_ours(system) else []
+        cells += [f"{mean_sd(finals)} ({len(own)})", mean_with_interval(margins)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _best_peer(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """The lowest final loss of a system that is not ours, on the row's link and seed."""
-    there = [other for other in rows if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and not is_ours(other["system"])]
-    return min(other["final_validation_loss"] for other in there)
 
 
 def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], name: str) -> list[str]:

@@ -152,6 +152,11 @@ def plot(history: list[dict[str, float]], path: Path, curves: dict[str, str]) ->
     plt.close(figure)
 
 
+def mean_sd(values: list[float], sign: str = "") -> str:
+    """Mean and, of more than one, standard deviation; with `sign` "+" the mean has one."""
+    return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
 def mean_with_interval(differences: list[float]) -> str:
     """Of paired differences, with Student's 95 % interval and their number; empty where there are none."""
     if len(differences) < 2:

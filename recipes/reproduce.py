@@ -27,7 +27,7 @@ import small_images
 import small_translation
 import torch
 import translation_data
-from records import SettingError, end_program, environment, mean_with_interval, write_record
+from records import SettingError, end_program, environment, mean_sd, mean_with_interval, write_record
 from studies import TASKS, Run, Tuned, choose, sweeps, table1, tuning, without_slowmo
 from transformers import HfArgumentParser
 
@@ -245,7 +245,7 @@ def table(records: list[dict[str, Any]], task: str) -> str:
     settings, columns, gain = _by_setting(records), SHOWN[task].columns, SHOWN[task].gain
     lines = [f"| setting | {' | '.join(columns)} | gain in {gain.replace('_', ' ')} |", "|---|" + "---|" * (len(columns) + 1)]
     for key, own in settings.items():
-        cells = [_mean_sd([record["metrics"][name] for record in own]) for name in columns]
+        cells = [f"{mean_sd([record['metrics'][name] for record in own])} ({len(own)})" for name in columns]
         partners = settings.get(_setting(without_slowmo(own[0]["run"])), [])
         lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners, gain) if own[0]['slowmo'] else ''} |")
     return "\n".join(lines)
@@ -275,11 +275,6 @@ def _state_words(inner_state: str) -> str:
 
 def _mean(own: list[dict[str, Any]], metric: str) -> float:
     return statistics.mean(record["metrics"][metric] for record in own)
-
-
-def _mean_sd(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
 
 
 def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metric: str) -> str:
