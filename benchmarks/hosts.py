@@ -1,5 +1,6 @@
 """
-Hosts of one's own on one machine: network namespaces joined by a bridge, each behind a token bucket. Needs root and iproute2.
+Hosts of one's own on one machine: network namespaces joined by a bridge, each behind a token bucket. Needs root and
+iproute2.
 
     with Hosts(4, mbit_per_s=100) as hosts:
         hosts.launch("recipes/image_classification.py", "--max_steps", "24")
@@ -37,7 +38,10 @@ def why_not() -> str | None:
         return "network namespaces need root: run this as root, for example with sudo."
     tried = subprocess.run(["ip", "netns", "add", f"slowmo-{os.getpid()}-try"], capture_output=True, text=True)
     if tried.returncode:
-        return f"network namespaces cannot be made here ({tried.stderr.strip()}): a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN."
+        return (
+            f"network namespaces cannot be made here ({tried.stderr.strip()}): a container needs CAP_SYS_ADMIN "
+            "and CAP_NET_ADMIN."
+        )
     _run("ip", "netns", "delete", f"slowmo-{os.getpid()}-try")
     return None
 
@@ -48,10 +52,11 @@ class Hosts:
         count (`int`): Hosts, with addresses 10.77.0.1, 10.77.0.2, ...
         mbit_per_s (`float`, *optional*): What each may send, and receive; None is as fast as the machine.
         mtu (`int`, *optional*, defaults to `1500`): Bytes of a packet.
-        real_time (`bool`, *optional*, defaults to `False`): Programs run at once when they can (SCHED_RR). Hosts share cores here, and
-            Linux's fair scheduler lets a thread that a message wakes wait for a slice of 3 ms: with it a gather of 64 bytes takes 3.4 ms
-            between two idle processes, without it 0.2 ms. Hosts with cores of their own have no such wait. Meanwhile the kernel's limit
-            on such programs is lifted: after a second of full load it would stop all for 50 ms.
+        real_time (`bool`, *optional*, defaults to `False`): Programs run at once when they can (SCHED_RR). Hosts share
+            cores here, and Linux's fair scheduler lets a thread that a message wakes wait for a slice of 3 ms: with it
+            a gather of 64 bytes takes 3.4 ms between two idle processes, without it 0.2 ms. Hosts with cores of their
+            own have no such wait. Meanwhile the kernel's limit on such programs is lifted: after a second of full load
+            it would stop all for 50 ms.
 
     Raises:
         RuntimeError: There is no root, no iproute2, or the kernel refuses.
@@ -62,7 +67,9 @@ class Hosts:
         self._scheduler = ["chrt", "--rr", "10"] if real_time else []
         self._rt_limit_before = RT_LIMIT.read_text() if real_time and RT_LIMIT.exists() else None
         self._prefix = f"slowmo-{os.getpid()}"
-        self._printed: dict[subprocess.Popen[str], IO[str]] = {}  # files: a pipe that nobody reads would stop the program that fills it
+        self._printed: dict[
+            subprocess.Popen[str], IO[str]
+        ] = {}  # files: a pipe that nobody reads would stop the program that fills it
 
     def __enter__(self) -> Hosts:
         refusal = why_not()
@@ -78,7 +85,9 @@ class Hosts:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._remove()
 
     # ---- the network ----
@@ -91,7 +100,23 @@ class Hosts:
         for host in range(self.count):
             name, port = self._name(host), f"port{host}"
             _run("ip", "netns", "add", name)
-            _run("ip", "-n", switch, "link", "add", port, "mtu", str(self.mtu), "type", "veth", "peer", "name", "eth0", "netns", name)
+            _run(
+                "ip",
+                "-n",
+                switch,
+                "link",
+                "add",
+                port,
+                "mtu",
+                str(self.mtu),
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                name,
+            )
             _run("ip", "-n", name, "link", "set", "eth0", "mtu", str(self.mtu))
             _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
             _run("ip", "-n", name, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
@@ -107,7 +132,9 @@ class Hosts:
                 subprocess.run(["tc", "-n", name, "qdisc", "delete", "dev", link, "root"], capture_output=True)
                 if mbit_per_s is not None:
                     rate = f"{round(1000 * mbit_per_s)}kbit"
-                    burst = str(max(65536, round(mbit_per_s * 1e6 / 8 / 250)))  # what the rate gives in 4 ms, the kernel's tick
+                    burst = str(
+                        max(65536, round(mbit_per_s * 1e6 / 8 / 250))
+                    )  # what the rate gives in 4 ms, the kernel's tick
                     _run(
                         "tc",
                         "-n",

@@ -1,13 +1,14 @@
 """
-Kills runs with SIGKILL at random moments, lets the launcher start them again, and compares every rank's weights, bit for bit, with a run
-that was never killed.
+Kills runs with SIGKILL at random moments, lets the launcher start them again, and compares every rank's weights, bit
+for bit, with a run that was never killed.
 
     python benchmarks/kill.py --points 200 --seed 0
 
-A point is one launch of a real job, `recipes/image_classification.py` (Trainer) or `benchmarks/kill_accelerate.py` (a custom loop), under
-`accelerate launch --max_restarts`, with one kill, or two where the second meets the resume. Moments are drawn from the list of those that
-the uninterrupted run of the same job passed through (`benchmarks/kill_switch.py`). The record is written after every point, and the same
-command goes on where it was stopped.
+A point is one launch of a real job, `recipes/image_classification.py` (Trainer) or `benchmarks/kill_accelerate.py` (a
+custom loop), under `accelerate launch --max_restarts`, with one kill, or two where the second meets the resume.
+Moments are drawn from the list of those that the uninterrupted run of the same job passed through
+(`benchmarks/kill_switch.py`). The record is written after every point, and the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from transformers import HfArgumentParser
 # ---- jobs ----
 
 RECIPE = (
-    "recipes/image_classification.py --resume_from_checkpoint true --width 4 --max_train_samples 64 --max_eval_samples 32 "
-    "--per_device_train_batch_size 4 --per_device_eval_batch_size 16 --num_train_epochs 2 --logging_steps 3 --disable_tqdm 1 "
-    f"--save_strategy steps --save_steps {SAVE_STEPS} --eval_strategy steps --eval_steps 4 --sync_every 3 --timeout_seconds 60"
+    "recipes/image_classification.py --resume_from_checkpoint true --width 4 --max_train_samples 64 "
+    "--max_eval_samples 32 --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --num_train_epochs 2 "
+    f"--logging_steps 3 --disable_tqdm 1 --save_strategy steps --save_steps {SAVE_STEPS} --eval_strategy steps "
+    "--eval_steps 4 --sync_every 3 --timeout_seconds 60"
 )
 LOOP = f"benchmarks/kill_accelerate.py --save_steps {SAVE_STEPS} --eval_steps 4 --sync_every 3 --timeout_seconds 60"
 BASES = {
@@ -46,8 +48,14 @@ BASES = {
     "no average": "--base sgp --exact_average false",
 }
 JOBS = {
-    **{f"Trainer, {base}": Job(f"{RECIPE} --save_total_limit {1 + n % 2} {flags}") for n, (base, flags) in enumerate(BASES.items())},
-    **{f"Accelerate, {base}": Job(f"{LOOP} --save_total_limit {1 + n % 2} {flags}") for n, (base, flags) in enumerate(BASES.items())},
+    **{
+        f"Trainer, {base}": Job(f"{RECIPE} --save_total_limit {1 + n % 2} {flags}")
+        for n, (base, flags) in enumerate(BASES.items())
+    },
+    **{
+        f"Accelerate, {base}": Job(f"{LOOP} --save_total_limit {1 + n % 2} {flags}")
+        for n, (base, flags) in enumerate(BASES.items())
+    },
     "Trainer, osgp, 3 processes": Job(f"{RECIPE} --save_total_limit 2 {BASES['osgp']}", 3),
     "Accelerate, local_sgd, 3 processes": Job(f"{LOOP} --save_total_limit 1", 3),
 }
@@ -71,7 +79,15 @@ STRATA = {
     "any instant": (*STEP_KINDS, "message", "our file", "their file", "seal", "rotation", "evaluation"),
     "the resume": (*STEP_KINDS, "message", "our file", "their file", "seal"),
 }
-MIDWAY = ("in a step", "in a message", "our files", "the library's files", "the seal", "evaluation", "any instant")  # in any four steps
+MIDWAY = (
+    "in a step",
+    "in a message",
+    "our files",
+    "the library's files",
+    "the seal",
+    "evaluation",
+    "any instant",
+)  # in any four steps
 MAX_DELAY_MS = 30.0
 
 
@@ -87,16 +103,24 @@ def moments(run: Run, rank: int) -> list[tuple[str, int]]:
 
 
 def draw(stratum: str, reference: Run, resume_moments: list[int], chance: random.Random) -> tuple[Kill, ...]:
-    """One point's kills; where the resume is to be killed too, an attempt that got beyond the first save comes before."""
+    """
+    One point's kills; where the resume is to be killed too, an attempt that got beyond the first save comes before.
+    """
     first = _draw_one(0, stratum, {rank: moments(reference, rank) for rank in reference.ranks}, chance)
     return (first, _draw_resume(1, resume_moments, chance)) if stratum == "the resume" else (first,)
 
 
-def draw_many(strata: Iterable[str], reference: Run, resume_moments: list[int], chance: random.Random) -> tuple[Kill, ...]:
+def draw_many(
+    strata: Iterable[str], reference: Run, resume_moments: list[int], chance: random.Random
+) -> tuple[Kill, ...]:
     """A kill in every attempt, within its first four steps or in its resume."""
-    early = {rank: found[: found.index(("forward", 4))] for rank in reference.ranks if (found := moments(reference, rank))}
+    early = {
+        rank: found[: found.index(("forward", 4))] for rank in reference.ranks if (found := moments(reference, rank))
+    }
     return tuple(
-        _draw_resume(attempt, resume_moments, chance) if stratum == "the resume" else _draw_one(attempt, stratum, early, chance)
+        _draw_resume(attempt, resume_moments, chance)
+        if stratum == "the resume"
+        else _draw_one(attempt, stratum, early, chance)
         for attempt, stratum in enumerate(strata)
     )
 
@@ -104,8 +128,13 @@ def draw_many(strata: Iterable[str], reference: Run, resume_moments: list[int], 
 def _draw_one(attempt: int, stratum: str, found: dict[int, list[tuple[str, int]]], chance: random.Random) -> Kill:
     """At one of these moments, by rank, that are of the stratum."""
     if stratum == "before the first save":
-        found = {rank: list(itertools.takewhile(lambda moment: "file" not in moment[0], all_of_it)) for rank, all_of_it in found.items()}
-    candidates = {rank: [moment for moment in all_of_it if moment[0] in STRATA[stratum]] for rank, all_of_it in found.items()}
+        found = {
+            rank: list(itertools.takewhile(lambda moment: "file" not in moment[0], all_of_it))
+            for rank, all_of_it in found.items()
+        }
+    candidates = {
+        rank: [moment for moment in all_of_it if moment[0] in STRATA[stratum]] for rank, all_of_it in found.items()
+    }
     rank = chance.choice([rank for rank, left in candidates.items() if left])
     delay_ms = round(chance.uniform(0, MAX_DELAY_MS), 1) if stratum == "any instant" else None
     return Kill(attempt, rank, *chance.choice(candidates[rank]), delay_ms=delay_ms)
@@ -132,8 +161,12 @@ class KillArguments:
     points: int = field(default=200, metadata={"help": "Points, each a launch with one random kill, or two."})
     ten_kills: int = field(default=4, metadata={"help": "Launches with ten random kills each."})
     seed: int = field(default=0, metadata={"help": "Of the moments."})
-    output: str = field(default="benchmarks/records/kills.json", metadata={"help": "The record; one of the same seed is gone on with."})
-    folder: str = field(default="outputs/kills", metadata={"help": "Runs are made here; those that differ are left here."})
+    output: str = field(
+        default="benchmarks/records/kills.json", metadata={"help": "The record; one of the same seed is gone on with."}
+    )
+    folder: str = field(
+        default="outputs/kills", metadata={"help": "Runs are made here; those that differ are left here."}
+    )
 
 
 class Record:
@@ -151,7 +184,10 @@ class Record:
         if self.path.exists():
             self.values = json.loads(self.path.read_text())
         if self.values["seed"] != args.seed:
-            raise ValueError(f"seed must be {self.values['seed']}, that of {self.path}, got {args.seed}. Set --seed, or another --output.")
+            raise ValueError(
+                f"seed must be {self.values['seed']}, that of {self.path}, got {args.seed}. Set --seed, or another "
+                "--output."
+            )
         self.values |= {
             "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -180,8 +216,8 @@ class Record:
 
     def add(self, part: str, name: str, job: Job, kills: tuple[Kill, ...], **words: str) -> bool:
         """
-        Launch, compare, write down, say in one line. False where a kill's moment never came and nothing differs: it is no point, and
-        only counted (two processes that make one folder do not always both do).
+        Launch, compare, write down, say in one line. False where a kill's moment never came and nothing differs: it is
+        no point, and only counted (two processes that make one folder do not always both do).
         """
         reference = self.reference(name, job)
         folder = Path(self.args.folder).resolve() / f"{part}_{len(self.values[part])}"
@@ -210,12 +246,19 @@ class Record:
         beside.write_text(json.dumps(self.values, indent=1) + "\n")
         beside.replace(self.path)
         where = [met(run, kill) for kill in kills]
-        print(f"{part} {len(self.values[part])}: {name}, {words or ''} {where}: {told or 'the same'}, {run.seconds:.0f} s", flush=True)
+        print(
+            f"{part} {len(self.values[part])}: {name}, {words or ''} {where}: {told or 'the same'}, "
+            f"{run.seconds:.0f} s",
+            flush=True,
+        )
         return True
 
 
 def plan(points: int, seed: int) -> list[tuple[str, str]]:
-    """Job and stratum of every point: all pairs in a random order, and again. Resumes last: a job's other points tell how long its is."""
+    """
+    Job and stratum of every point: all pairs in a random order, and again. Resumes last: a job's other points tell how
+    long its is.
+    """
     pairs = list(itertools.product(JOBS, STRATA))
     random.Random(seed).shuffle(pairs)
     return sorted(itertools.islice(itertools.cycle(pairs), points), key=lambda pair: pair[1] == "the resume")
@@ -223,7 +266,9 @@ def plan(points: int, seed: int) -> list[tuple[str, str]]:
 
 def table(values: dict[str, Any]) -> str:
     """Points by stratum, and how many of them ended with the weights of the run never killed."""
-    rows = [(point["stratum"], point) for point in values["points"]] + [("ten kills in one job", point) for point in values["ten_kills"]]
+    rows = [(point["stratum"], point) for point in values["points"]] + [
+        ("ten kills in one job", point) for point in values["ten_kills"]
+    ]
     points = Counter(stratum for stratum, _ in rows)
     same = Counter(stratum for stratum, point in rows if not point["differences"])
     lines = [f"{stratum:<32}{number:>8}{same[stratum]:>8}" for stratum, number in points.items()]
@@ -239,7 +284,9 @@ def main() -> None:
             chance = random.Random(f"{args.seed} {index}")
             resumes = record.resume_moments(name) if stratum == "the resume" else []
             reference = record.reference(name, JOBS[name])
-            while not record.add("points", name, JOBS[name], draw(stratum, reference, resumes, chance), stratum=stratum):
+            while not record.add(
+                "points", name, JOBS[name], draw(stratum, reference, resumes, chance), stratum=stratum
+            ):
                 pass
     for index in range(len(record.values["ten_kills"]), args.ten_kills):
         name = list(JOBS)[len(BASES) * (index % 2) + index // 2]  # Trainer and Accelerate in turn, base by base
@@ -247,7 +294,9 @@ def main() -> None:
         reference = record.reference(f"{name}, longer", longer)
         chance = random.Random(f"{args.seed} ten kills {index}")
         strata = [chance.choice(MIDWAY), *chance.choices((*MIDWAY, "the resume"), k=9)]
-        while not record.add("ten_kills", f"{name}, longer", longer, draw_many(strata, reference, record.resume_moments(name), chance)):
+        while not record.add(
+            "ten_kills", f"{name}, longer", longer, draw_many(strata, reference, record.resume_moments(name), chance)
+        ):
             pass
     print(table(record.values))
     sys.exit(any(point["differences"] for part in ("points", "ten_kills") for point in record.values[part]))

@@ -1,9 +1,12 @@
 """
-A custom loop under Accelerate that goes on by itself where a killed run of the same command stopped; `benchmarks/kill.py` kills it.
+A custom loop under Accelerate that goes on by itself where a killed run of the same command stopped;
+`benchmarks/kill.py` kills it.
 
-    accelerate launch --config_file recipes/configs/cpu_two_processes.yaml benchmarks/kill_accelerate.py --output_dir outputs/killed
+    accelerate launch --config_file recipes/configs/cpu_two_processes.yaml benchmarks/kill_accelerate.py --output_dir
+    outputs/killed
 
-A small network on random images, with noise drawn at every step, BatchNorm, Nesterov momentum and a schedule: all that a resume can lose.
+A small network on random images, with noise drawn at every step, BatchNorm, Nesterov momentum and a schedule: all that
+a resume can lose.
 """
 
 from __future__ import annotations
@@ -41,7 +44,13 @@ class SmallNet(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        layers = (torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Dropout(0.1))
+        layers = (
+            torch.nn.Conv2d(1, 4, 3),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Dropout(0.1),
+        )
         self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(144, CLASSES))
         self.post_init()
 
@@ -54,16 +63,21 @@ class Training:
     """Everything that one process trains with."""
 
     def __init__(self, config: SlowMoConfig, args: LoopArguments) -> None:
-        order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=42)  # an epoch's order depends on its number alone
+        order = DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=42
+        )  # an epoch's order depends on its number alone
         self.args, self.accelerator, self.step = args, Accelerator(dataloader_config=order), 0
         set_seed(42)
         model = SmallNet(PretrainedConfig())
         rows = TensorDataset(torch.randn(ROWS, 1, 8, 8), torch.randint(CLASSES, (ROWS,)))
         optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True), config)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps * self.accelerator.num_processes)
-        # A generator of its own: every iterator draws a seed, from the global one by default, and a resume makes one iterator more.
+        # A generator of its own: every iterator draws a seed, from the global one by default, and a resume makes one
+        # iterator more.
         loader = DataLoader(rows, batch_size=4, shuffle=True, generator=torch.Generator())
-        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(model, optimizer, loader, scheduler)
+        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
+            model, optimizer, loader, scheduler
+        )
         register_for_checkpointing(self.accelerator, self.optimizer)
         set_seed(42, device_specific=True)  # from here on every process draws its own noise
 

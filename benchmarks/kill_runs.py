@@ -1,5 +1,6 @@
 """
-One launch of a job that is killed on its way and started again, and its comparison, bit for bit, with a launch that was never killed.
+One launch of a job that is killed on its way and started again, and its comparison, bit for bit, with a launch that
+was never killed.
 
 `benchmarks/kill_switch.py` runs in the script's place: it kills, and notes what every process passes through.
 """
@@ -77,7 +78,9 @@ class Run:
 
     def weights(self, attempt: int) -> list[list[str]]:
         """Every rank's digests as its training steps began."""
-        return [[note[1] for note in self.notes.get((attempt, rank), []) if note[0] == "weights"] for rank in self.ranks]
+        return [
+            [note[1] for note in self.notes.get((attempt, rank), []) if note[0] == "weights"] for rank in self.ranks
+        ]
 
     def checkpoints(self) -> list[Path]:
         """The oldest first."""
@@ -94,7 +97,12 @@ def launch(job: Job, folder: Path, kills: tuple[Kill, ...] = ()) -> Run:
     start = time.perf_counter()
     with (folder / "said").open("w") as said:
         process = subprocess.Popen(
-            _command(job, folder, len(kills)), cwd=ROOT, env=_environment(folder, kills), stdout=said, stderr=said, start_new_session=True
+            _command(job, folder, len(kills)),
+            cwd=ROOT,
+            env=_environment(folder, kills),
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
         )
         try:
             exit_code = process.wait(ATTEMPT_SECONDS * (len(kills) + 1))
@@ -102,14 +110,20 @@ def launch(job: Job, folder: Path, kills: tuple[Kill, ...] = ()) -> Run:
             exit_code = -1
         finally:
             _end(process)
-    return Run(folder, exit_code, time.perf_counter() - start, (folder / "said").read_text(), _read_notes(folder / "notes"))
+    return Run(
+        folder, exit_code, time.perf_counter() - start, (folder / "said").read_text(), _read_notes(folder / "notes")
+    )
 
 
 def _command(job: Job, folder: Path, restarts: int) -> list[str]:
     script, *flags = job.command.split()
-    launcher = f"-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml --num_processes {job.processes}"
-    # c10d and the variable below: with torch 2.13 a launcher's own store keeps the dead attempt's addresses, which the next one's ranks
-    # take for each other's, and hang (https://github.com/pytorch/pytorch/issues/135712). A store in a file needs no port.
+    launcher = (
+        "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml --num_processes "
+        f"{job.processes}"
+    )
+    # c10d and the variable below: with torch 2.13 a launcher's own store keeps the dead attempt's addresses, which the
+    # next one's ranks take for each other's, and hang (https://github.com/pytorch/pytorch/issues/135712). A store in a
+    # file needs no port.
     restarting = f"--rdzv_backend c10d --rdzv_conf store_type=file --max_restarts {restarts}"
     switch = ["benchmarks/kill_switch.py", script, "--output_dir", str(folder / "out")]
     return [sys.executable, *launcher.split(), *restarting.split(), *switch, *flags]
@@ -118,7 +132,12 @@ def _command(job: Job, folder: Path, restarts: int) -> list[str]:
 def _environment(folder: Path, kills: tuple[Kill, ...]) -> dict[str, str]:
     plan = json.dumps([asdict(kill) for kill in kills])
     ours = {"KILL_NOTES": str(folder / "notes"), "KILL_WATCHED": str(folder / "out"), "KILL_PLAN": plan}
-    libraries = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    libraries = {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
     return {**os.environ, **ours, **libraries, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
@@ -151,7 +170,9 @@ def differences(reference: Run, run: Run, kills: tuple[Kill, ...]) -> list[str]:
     told = [f"{kill} was never reached" for kill in kills if met(run, kill) is None]
     told += _different_weights(reference, run)
     expected, found = end_state(reference), end_state(run)
-    told += [f"{name} differs at the end" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+    told += [
+        f"{name} differs at the end" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)
+    ]
     told += _different_checkpoints(reference, run)
     return told + [str(error) for path in run.checkpoints() for error in _not_whole(path)]
 
@@ -162,7 +183,10 @@ def met(run: Run, kill: Kill) -> str | None:
 
 
 def _different_weights(reference: Run, run: Run) -> list[str]:
-    """Every attempt's steps are steps of the reference on all ranks, and no more than what followed the last save is lost."""
+    """
+    Every attempt's steps are steps of the reference on all ranks, and no more than what followed the last save is
+    lost.
+    """
     whole, told, reached = reference.weights(0), [], -1
     for attempt, starts in enumerate(first_steps(reference, run)):
         weights = run.weights(attempt)
@@ -175,11 +199,16 @@ def _different_weights(reference: Run, run: Run) -> list[str]:
         if len(begun) > 1 or not -1 <= reached - min(begun) < SAVE_STEPS:
             told.append(f"attempt {attempt} begins at step {sorted(begun)}, step {reached} had been reached")
         reached = max(start + len(mine) - 1 for mine, start in zip(weights, starts, strict=True) if start is not None)
-    return told if reached == len(whole[0]) - 1 else [*told, f"the last step begun is {reached} of {len(whole[0]) - 1}"]
+    return (
+        told if reached == len(whole[0]) - 1 else [*told, f"the last step begun is {reached} of {len(whole[0]) - 1}"]
+    )
 
 
 def _different_checkpoints(reference: Run, run: Run) -> list[str]:
-    """The same; or older ones too where the kill came before their deletion and the last attempt had nothing left to do or to save."""
+    """
+    The same; or older ones too where the kill came before their deletion and the last attempt had nothing left to do
+    or to save.
+    """
     expected, found = ([path.name for path in one.checkpoints()] for one in (reference, run))
     had_steps = any(run.weights(run.attempts - 1))
     is_same = found == expected or (not had_steps and found[-len(expected) :] == expected)
@@ -187,18 +216,28 @@ def _different_checkpoints(reference: Run, run: Run) -> list[str]:
 
 
 def first_steps(reference: Run, run: Run) -> list[list[int | None]]:
-    """By attempt and rank, the steps behind the first one; None where none began, UNKNOWN where the reference has no such weights."""
+    """
+    By attempt and rank, the steps behind the first one; None where none began, UNKNOWN where the reference has no such
+    weights.
+    """
     places = [{digest: step for step, digest in enumerate(digests)} for digests in reference.weights(0)]
     weights = [run.weights(attempt) for attempt in range(run.attempts)]
-    return [[places[rank].get(mine[0], UNKNOWN) if mine else None for rank, mine in enumerate(attempt)] for attempt in weights]
+    return [
+        [places[rank].get(mine[0], UNKNOWN) if mine else None for rank, mine in enumerate(attempt)]
+        for attempt in weights
+    ]
 
 
 def end_state(run: Run) -> dict[str, str]:
-    """SHA-256 of what the files of the last checkpoint and the final model hold: every rank's own state is among them."""
+    """
+    SHA-256 of what the files of the last checkpoint and the final model hold: every rank's own state is among them.
+    """
     newest, out = run.checkpoints()[-1], run.folder / "out"
     files = [path for path in (*newest.rglob("*"), *out.glob("*.safetensors")) if path.name != "training_args.bin"]
     loaders = {".safetensors": load_file, **dict.fromkeys((".pt", ".pth", ".bin", ".pkl"), _load)}
-    return {str(path.relative_to(out)): _digest(loaders[path.suffix](path)) for path in files if path.suffix in loaders}
+    return {
+        str(path.relative_to(out)): _digest(loaders[path.suffix](path)) for path in files if path.suffix in loaders
+    }
 
 
 def _load(path: Path) -> Any:

@@ -1,17 +1,20 @@
 """
-Runs a script unchanged, notes the moments that each process passes through, and kills the process (SIGKILL) at chosen ones.
+Runs a script unchanged, notes the moments that each process passes through, and kills the process (SIGKILL) at chosen
+ones.
 
     accelerate launch ... benchmarks/kill_switch.py recipes/image_classification.py --output_dir ...
 
-The launcher runs it in the script's place; `benchmarks/kill.py` and `tests/test_kill.py` do so. It reads three environment variables:
+The launcher runs it in the script's place; `benchmarks/kill.py` and `tests/test_kill.py` do so. It reads three
+environment variables:
 
     KILL_NOTES    a folder: every process of every attempt appends JSON lines to a file of its own there
     KILL_WATCHED  the run's output folder: what happens to files in it is a moment
     KILL_PLAN     a JSON list of kills: {"attempt": 0, "rank": 1, "kind": "our file", "nth": 3, "delay_ms": null}
 
-A note is `["weights", sha256]`, the local parameters and buffers as a training step begins with them, `["moment", kind, words]`, or
-`["kill", kind, words]`, the last one of a process that is killed there. With `delay_ms` a process outside sends the signal so much later,
-wherever this one is then, be it in the middle of a write, of arithmetic or of a message.
+A note is `["weights", sha256]`, the local parameters and buffers as a training step begins with them, `["moment",
+kind, words]`, or `["kill", kind, words]`, the last one of a process that is killed there. With `delay_ms` a process
+outside sends the signal so much later, wherever this one is then, be it in the middle of a write, of arithmetic or of
+a message.
 """
 
 from __future__ import annotations
@@ -39,7 +42,16 @@ MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END = (
 )
 KINDS = (START, RESUME, FORWARD, BACKWARD, INNER_STEP, MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END)
 _MESSAGES = (
-    *("start_sum_", "start_all_to_all", "start_all_gather", "max_", "gather_header", "gather_objects", "broadcast_", "broadcast_outcome"),
+    *(
+        "start_sum_",
+        "start_all_to_all",
+        "start_all_gather",
+        "max_",
+        "gather_header",
+        "gather_objects",
+        "broadcast_",
+        "broadcast_outcome",
+    ),
     *("exchange", "finish"),
 )
 
@@ -62,7 +74,8 @@ class Switch:
 
     def moment(self, kind: str, words: str, torn: Path | None = None) -> None:
         """
-        Note a moment, and die if it is the planned one. Before the first training step all are the start's, or a resume's.
+        Note a moment, and die if it is the planned one. Before the first training step all are the start's, or a
+        resume's.
 
         Args:
             torn (`Path`, *optional*): A file that has just been written; who dies here leaves the first half of it.
@@ -83,7 +96,10 @@ class Switch:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def before_step(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Note the local weights that a training step begins with: within the wrapper's forward, when all its hooks have run."""
+        """
+        Note the local weights that a training step begins with: within the wrapper's forward, when all its hooks have
+        run.
+        """
 
         def watched_forward(wrapper: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
@@ -111,7 +127,9 @@ class Switch:
     def _kind_of(self, path: Path, event: str = "", args: tuple[Any, ...] = ()) -> str:
         parts = path.relative_to(self.watched).parts
         is_folder = len(parts) == 1 and not path.suffix
-        if event in ("shutil.rmtree", "os.rmdir") or (event == "os.remove" and args[1] != -1):  # rmtree works from descriptors
+        if event in ("shutil.rmtree", "os.rmdir") or (
+            event == "os.remove" and args[1] != -1
+        ):  # rmtree works from descriptors
             return ROTATION
         if is_folder and event in ("open", "os.rename"):  # a checkpoint on its way out
             return ROTATION
@@ -122,7 +140,9 @@ class Switch:
         return OUR_FILE if "slowmo" in parts else THEIR_FILE
 
     def around_write(self, write: Callable[..., Any]) -> Callable[..., Any]:
-        """`write(what, path)`: moments before, half-way and after. C++ and Rust open files unseen by the audit hook."""
+        """
+        `write(what, path)`: moments before, half-way and after. C++ and Rust open files unseen by the audit hook.
+        """
 
         def watched_write(what: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
             target = Path(path).resolve() if isinstance(path, str | os.PathLike) else None

@@ -1,8 +1,9 @@
 """
-One system's training on one host of `benchmarks/peers.py`: the same model, images, batches and seeds whatever the system.
+One system's training on one host of `benchmarks/peers.py`: the same model, images, batches and seeds whatever the
+system.
 
-Every system is a function from (model, SGD, accelerator, settings) to a `Job`. First the computation alone and one all-reduce alone are
-measured, then steps without a look, then training to a validation loss.
+Every system is a function from (model, SGD, accelerator, settings) to a `Job`. First the computation alone and one
+all-reduce alone are measured, then steps without a look, then training to a validation loss.
 """
 
 from __future__ import annotations
@@ -46,12 +47,18 @@ class Training:
 
     sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
-    look_every: int = field(default=24, metadata={"help": "Steps between looks at the validation loss, a multiple of sync_every."})
+    look_every: int = field(
+        default=24, metadata={"help": "Steps between looks at the validation loss, a multiple of sync_every."}
+    )
     width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})
-    device_ms: float = field(default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (Device); 0: none."})
+    device_ms: float = field(
+        default=50.0, metadata={"help": "Of a step on an accelerator that is waited for (Device); 0: none."}
+    )
     learning_rate: float = field(default=0.02, metadata={"help": "Of SGD with Nesterov momentum 0.9."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps with looks."})
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "Of transformers' get_scheduler, over the steps with looks."}
+    )
 
 
 @dataclass
@@ -62,7 +69,9 @@ class Settings(Training):
     images: str = field(default="", metadata={"help": "What peers.py has written (decoded, safetensors)."})
     output: str = field(default="", metadata={"help": "Rank 0's figures go here."})
     steps: int = field(default=0, metadata={"help": "Steps of training with looks; 0: none."})
-    seconds: float = field(default=0.0, metadata={"help": "In their place: as many steps as fit, by the step time just measured."})
+    seconds: float = field(
+        default=0.0, metadata={"help": "In their place: as many steps as fit, by the step time just measured."}
+    )
     layers: int = field(default=8, metadata={"help": "Hidden layers."})
     seed: int = field(default=0, metadata={"help": "Of the model and the batches."})
 
@@ -70,8 +79,8 @@ class Settings(Training):
 @dataclass
 class Job:
     """
-    How a system trains: what is called on images, what follows a backward pass, how its average is looked at, and how many steps after a
-    round nothing is under way: a look there hides no message.
+    How a system trains: what is called on images, what follows a backward pass, how its average is looked at, and how
+    many steps after a round nothing is under way: a look there hides no message.
     """
 
     called: nn.Module
@@ -84,7 +93,8 @@ class Job:
 
 # ---- systems ----
 
-BUCKET_MB = 0.2  # DDP's buckets, of 25 MB by default: a small model's gradients would all travel at the end of the backward pass
+# DDP's buckets, of 25 MB by default: a small model's gradients would all travel at the end of the backward pass.
+BUCKET_MB = 0.2
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -101,12 +111,17 @@ def _stepping(optimizer: torch.optim.Optimizer, then: Callable[[], Any] = lambda
 
 
 def ddp(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-    """torch's DistributedDataParallel, with a bucket per layer, so that gradients travel while earlier layers compute."""
+    """
+    torch's DistributedDataParallel, with a bucket per layer, so that gradients travel while earlier layers compute.
+    """
     return Job(DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB), _stepping(sgd), _backward)
 
 
 def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-    """The same with torch's hook that sends gradients in bf16: behind another name, for DDP refuses it on gloo, which can."""
+    """
+    The same with torch's hook that sends gradients in bf16: behind another name, for DDP refuses it on gloo, which
+    can.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
     wrapped = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB)
@@ -116,8 +131,8 @@ def ddp_bf16(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelera
 
 def ddp_powersgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
     """
-    torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes. In one bucket: with several, its collectives start
-    from callbacks of gloo's threads, in another order on each rank, and fail.
+    torch's PowerSGD of rank 1, error feedback and warm start on, as its page proposes. In one bucket: with several,
+    its collectives start from callbacks of gloo's threads, in another order on each rank, and fail.
     """
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
@@ -126,7 +141,9 @@ def ddp_powersgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Acce
     return Job(wrapped, _stepping(sgd), _backward)
 
 
-def accelerate_local_sgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+def accelerate_local_sgd(
+    model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings
+) -> Job:
     """accelerate's LocalSGD."""
     from accelerate.local_sgd import LocalSGD
 
@@ -136,7 +153,10 @@ def accelerate_local_sgd(model: nn.Module, sgd: torch.optim.Optimizer, accelerat
 
 
 def torch_averager(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
-    """torch's PeriodicModelAverager. Its rounds follow steps 1, 1 + period, ...: the first is left out, so that looks are at rounds."""
+    """
+    torch's PeriodicModelAverager. Its rounds follow steps 1, 1 + period, ...: the first is left out, so that looks are
+    at rounds.
+    """
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
     averager = PeriodicModelAverager(period=settings.sync_every, warmup_steps=settings.sync_every)
@@ -144,7 +164,9 @@ def torch_averager(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Ac
     return Job(model, _stepping(sgd, lambda: averager.average_parameters(model.parameters())), _backward)
 
 
-def fairscale_slowmo(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
+def fairscale_slowmo(
+    model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings
+) -> Job:
     """fairscale's SlowMoDistributedDataParallel over Local SGD; its call of CUDA does nothing here."""
     from fairscale.experimental.nn.data_parallel import SlowMoBaseAlgorithm, SlowMoDistributedDataParallel
 
@@ -162,8 +184,9 @@ def fairscale_slowmo(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: 
 
 def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 0.0) -> Callable[..., Job]:
     """
-    torchft's DiLoCo with the outer optimizer of its paper, each host a replica of one process; rank 0 keeps its lighthouse. With a delay
-    the round travels behind as many steps, and workers go on from a mixture that differs: they are averaged for a look.
+    torchft's DiLoCo with the outer optimizer of its paper, each host a replica of one process; rank 0 keeps its
+    lighthouse. With a delay the round travels behind as many steps, and workers go on from a mixture that differs:
+    they are averaged for a look.
     """
 
     def make(model: nn.Module, sgd: torch.optim.Optimizer, accelerator: Accelerator, settings: Settings) -> Job:
@@ -177,7 +200,11 @@ def torchft_diloco(fragment_sync_delay: int = 0, fragment_update_alpha: float = 
                 yield
 
         return Job(
-            model, _stepping(sgd), _backward, look=(lambda: _averaged(model)) if fragment_update_alpha else nullcontext, around=around()
+            model,
+            _stepping(sgd),
+            _backward,
+            look=(lambda: _averaged(model)) if fragment_update_alpha else nullcontext,
+            around=around(),
         )
 
     return make
@@ -273,8 +300,12 @@ SYSTEMS: dict[str, Callable[..., Job]] = {
     "slowmo_hf local_sgd, slowmo, maintained": ours(inner_state="maintain"),
     "slowmo_hf local_sgd, slowmo, maintained, overlapped": ours(inner_state="maintain", overlap_steps=6),
     "slowmo_hf local_sgd, slowmo, maintained, int8": ours(inner_state="maintain", compression="int8"),
-    "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8": ours(inner_state="maintain", overlap_steps=2, compression="int8"),
-    "slowmo_hf local_sgd, slowmo, maintained, overlapped by 4, int8": ours(inner_state="maintain", overlap_steps=4, compression="int8"),
+    "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8": ours(
+        inner_state="maintain", overlap_steps=2, compression="int8"
+    ),
+    "slowmo_hf local_sgd, slowmo, maintained, overlapped by 4, int8": ours(
+        inner_state="maintain", overlap_steps=4, compression="int8"
+    ),
     "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 2, int8": ours(
         outer_momentum=0.3, inner_state="maintain", overlap_steps=2, compression="int8"
     ),
@@ -346,9 +377,10 @@ class _Layer(torch.autograd.Function):
 
 class Device(nn.Module):
     """
-    An accelerator's time, as its host sees it; put one behind every layer. Within a step the host runs ahead, and the device is never idle:
-    forward the layers queue up, backward the host waits until a layer's gradients are there (twice a layer's forward), as a
-    hook of DDP would. Meanwhile the cores are free for the network: four hosts that compute on two cores would measure the cores.
+    An accelerator's time, as its host sees it; put one behind every layer. Within a step the host runs ahead, and the
+    device is never idle: forward the layers queue up, backward the host waits until a layer's gradients are there
+    (twice a layer's forward), as a hook of DDP would. Meanwhile the cores are free for the network: four hosts that
+    compute on two cores would measure the cores.
 
     Args:
         layer_seconds (`float`): Of a layer, forward.
@@ -430,8 +462,13 @@ def main() -> None:
     plain = Job(alone, _stepping(torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9, nesterov=True)), _backward)
     parameters = sum(p.numel() for p in alone.parameters())
     flat = torch.zeros(parameters)
-    figures: dict[str, Any] = {"version": importlib.metadata.version(package(settings.system)), "parameters": parameters}
-    figures["compute_seconds_per_step"] = timed(lambda: train(plain, batches, 0, settings.sync_every), 5) / settings.sync_every
+    figures: dict[str, Any] = {
+        "version": importlib.metadata.version(package(settings.system)),
+        "parameters": parameters,
+    }
+    figures["compute_seconds_per_step"] = (
+        timed(lambda: train(plain, batches, 0, settings.sync_every), 5) / settings.sync_every
+    )
     figures["allreduce_seconds"] = timed(lambda: dist.all_reduce(flat), 5)
     figures |= _time_steps(settings, accelerator, batches, figures["allreduce_seconds"])
     steps = settings.steps or _steps_in(settings, statistics.median(figures["round_seconds_per_step"]))
@@ -442,7 +479,9 @@ def main() -> None:
     dist.barrier()
 
 
-def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, allreduce_seconds: float) -> dict[str, Any]:
+def _time_steps(
+    settings: Settings, accelerator: Accelerator, batches: Batches, allreduce_seconds: float
+) -> dict[str, Any]:
     """Rounds one after the other, nothing between them; the first is left out, and so are its bytes."""
     job, _, _ = make_job(settings, accelerator)
     seconds = []
@@ -459,7 +498,10 @@ def _time_steps(settings: Settings, accelerator: Accelerator, batches: Batches, 
         sent = _bytes_sent() - sent
         with job.look():  # nothing is under way where the next job begins
             pass
-    return {"round_seconds_per_step": seconds, "interface_bytes_per_step": sent / (settings.timed_rounds * settings.sync_every)}
+    return {
+        "round_seconds_per_step": seconds,
+        "interface_bytes_per_step": sent / (settings.timed_rounds * settings.sync_every),
+    }
 
 
 def _bytes_sent() -> int:
@@ -482,10 +524,10 @@ def look_steps(steps: int, look_every: int, look_after: int) -> list[int]:
 
 def _train_to_the_end(settings: Settings, steps: int, accelerator: Accelerator, batches: Batches) -> dict[str, Any]:
     """
-    Validation loss of the average over the seconds of training. What sets a system up does not count: DDP's constructor and torchft's first
-    quorum send before there is a clock, slowmo_hf compares and broadcasts at the first call. A look on the way does not count, and takes
-    a copy alone: the losses are computed at the end, so that no link stands idle while they are. The last one counts: training ends
-    with the average.
+    Validation loss of the average over the seconds of training. What sets a system up does not count: DDP's
+    constructor and torchft's first quorum send before there is a clock, slowmo_hf compares and broadcasts at the first
+    call. A look on the way does not count, and takes a copy alone: the losses are computed at the end, so that no link
+    stands idle while they are. The last one counts: training ends with the average.
     """
     job, model, sgd = make_job(settings, accelerator)
     scheduler = get_scheduler(settings.lr_scheduler_type, sgd, num_warmup_steps=0, num_training_steps=steps)
@@ -504,13 +546,20 @@ def _train_to_the_end(settings: Settings, steps: int, accelerator: Accelerator, 
                 done, clock = step, clock + seconds
                 if dist.get_rank() == 0:
                     looks.append((step, clock, {name: p.detach().clone() for name, p in model.named_parameters()}))
-    curve = [{"step": step, "seconds": seconds, "validation_loss": _loss(model, values, batches)} for step, seconds, values in looks]
+    curve = [
+        {"step": step, "seconds": seconds, "validation_loss": _loss(model, values, batches)}
+        for step, seconds, values in looks
+    ]
     return {"curve": curve, "final_validation_loss": curve[-1]["validation_loss"] if curve else None}
 
 
 @torch.no_grad()
 def _loss(model: nn.Module, values: dict[str, torch.Tensor], batches: Batches) -> float:
-    return float(nn.functional.cross_entropy(torch.func.functional_call(model, values, (batches.test_images,)), batches.test_labels))
+    return float(
+        nn.functional.cross_entropy(
+            torch.func.functional_call(model, values, (batches.test_images,)), batches.test_labels
+        )
+    )
 
 
 if __name__ == "__main__":

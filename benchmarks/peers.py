@@ -1,13 +1,15 @@
 """
-slowmo_hf beside what else there is, on hosts of one's own (`benchmarks/hosts.py`) whose link is throttled. Needs root and iproute2.
+slowmo_hf beside what else there is, on hosts of one's own (`benchmarks/hosts.py`) whose link is throttled. Needs root
+and iproute2.
 
     python benchmarks/peers.py --rho 3.1
     python benchmarks/peers.py --rho 3.1 --steps 240 --same_seconds --dataset zalando-datasets/fashion_mnist
 
-rho is a / c: a stand-alone all-reduce of the parameters' bytes over a step's computation alone. First c is measured, then the link is
-set to 2 (m-1)/m 4 P / (rho c) bytes per second. Every system runs the same script (`benchmarks/peer_job.py`) under `accelerate launch` as
-one machine of m: steps are timed, and with `--steps` a model is trained to a validation loss. The record is written after every system,
-and the same command goes on where it was stopped.
+rho is a / c: a stand-alone all-reduce of the parameters' bytes over a step's computation alone. First c is measured,
+then the link is set to 2 (m-1)/m 4 P / (rho c) bytes per second. Every system runs the same script
+(`benchmarks/peer_job.py`) under `accelerate launch` as one machine of m: steps are timed, and with `--steps` a model
+is trained to a validation loss. The record is written after every system, and the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -42,14 +44,24 @@ TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is 
 class PeerArguments(Training):
     """What is compared, on which link."""
 
-    rho: list[float] = field(default_factory=lambda: [0.5, 1.5, 3.1, 10.0], metadata={"help": "All-reduce over computation."})
+    rho: list[float] = field(
+        default_factory=lambda: [0.5, 1.5, 3.1, 10.0], metadata={"help": "All-reduce over computation."}
+    )
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Names of peer_job.SYSTEMS."})
     hosts: int = field(default=4, metadata={"help": "Machines."})
     mtu: int = field(default=1500, metadata={"help": "Bytes of a packet."})
-    steps: int = field(default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."})
-    same_seconds: bool = field(default=False, metadata={"help": "--steps are DDP's; others train for as many seconds, to the same target."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the model and the batches; a row for each."})
-    dataset: str | None = field(default=None, metadata={"help": "A folder, or a name on the Hub; none: the shipped images."})
+    steps: int = field(
+        default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."}
+    )
+    same_seconds: bool = field(
+        default=False, metadata={"help": "--steps are DDP's; others train for as many seconds, to the same target."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of the model and the batches; a row for each."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "A folder, or a name on the Hub; none: the shipped images."}
+    )
     output: str = field(default="benchmarks/records/peers.json", metadata={"help": "The record."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG beside the record."})
 
@@ -59,8 +71,8 @@ class PeerArguments(Training):
             raise ValueError(f"systems must be of {list(SYSTEMS)}, got {unknown}.")
         if self.look_every % self.sync_every or self.steps % self.look_every:
             raise ValueError(
-                f"look_every must be a multiple of sync_every, and steps one of look_every, got {self.look_every} with sync_every="
-                f"{self.sync_every} and steps={self.steps}."
+                f"look_every must be a multiple of sync_every, and steps one of look_every, got {self.look_every} "
+                f"with sync_every={self.sync_every} and steps={self.steps}."
             )
         if self.timed_rounds < 5:
             raise ValueError(f"timed_rounds must be >= 5, for a median, got {self.timed_rounds}.")
@@ -107,7 +119,11 @@ class Record:
 
     def row(self, system: str, rho: float, seed: int) -> dict[str, Any] | None:
         """A system's, where it was measured."""
-        found = (row for row in self.values["rows"] if (row["system"], row["rho"], row.get("seed", 0)) == (system, rho, seed))
+        found = (
+            row
+            for row in self.values["rows"]
+            if (row["system"], row["rho"], row.get("seed", 0)) == (system, rho, seed)
+        )
         return next(found, None)
 
     def budget(self, system: str, rho: float, seed: int) -> tuple[int, float]:
@@ -121,7 +137,9 @@ class Record:
             return self.args.steps, 0.0
         ddp = self.row("ddp", rho, seed)
         if ddp is None:
-            raise ValueError(f"same_seconds needs 'ddp' before the others, got systems={self.args.systems}. Put ddp first.")
+            raise ValueError(
+                f"same_seconds needs 'ddp' before the others, got systems={self.args.systems}. Put ddp first."
+            )
         return 0, self.args.steps * ddp["seconds_per_step"]
 
     def write(self) -> None:
@@ -144,23 +162,39 @@ def decode(dataset: str | None, path: Path) -> None:
     for name, rows in (("train", sets.train), ("test", sets.test)):
         images = make_dataset(rows, sets)
         if not isinstance(images, SmallImages) or images.images.shape[1:] != (1, 28, 28):
-            raise ValueError(f"dataset must hold grey images of 28 x 28 pixels, got {dataset!r} with others. Use Fashion-MNIST or MNIST.")
+            raise ValueError(
+                f"dataset must hold grey images of 28 x 28 pixels, got {dataset!r} with others. Use Fashion-MNIST or "
+                "MNIST."
+            )
         tensors |= {f"{name}_images": images.images, f"{name}_labels": images.labels}
     save_file(tensors, path)
 
 
-def run(hosts: Hosts, images: Path, system: str, args: PeerArguments, steps: int, seed: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+def run(
+    hosts: Hosts, images: Path, system: str, args: PeerArguments, steps: int, seed: int = 0, seconds: float = 0.0
+) -> dict[str, Any]:
     """One system's figures; training for `steps`, or where there are none for `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        flags = {"system": system, "images": images, "output": output, "steps": steps, "seconds": seconds, "seed": seed}
+        flags = {
+            "system": system,
+            "images": images,
+            "output": output,
+            "steps": steps,
+            "seconds": seconds,
+            "seed": seed,
+        }
         flags |= {name: getattr(args, name) for name in Training.__dataclass_fields__}
-        hosts.launch(JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200)
+        hosts.launch(
+            JOB, *[word for name, value in flags.items() for word in (f"--{name}", str(value))], timeout_seconds=1200
+        )
         figures: dict[str, Any] = json.loads(output.read_text())
     return figures
 
 
-def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+def row_of(
+    system: str, rho: float, link: float, args: PeerArguments, figures: dict[str, Any], seed: int = 0
+) -> dict[str, Any]:
     """A row of the record."""
     sync_every = period(system, args.sync_every)
     seconds = statistics.median(figures["round_seconds_per_step"])
@@ -192,8 +226,8 @@ def row_of(system: str, rho: float, link: float, args: PeerArguments, figures: d
 
 def set_targets(rows: list[dict[str, Any]]) -> None:
     """
-    Seconds until the validation loss was first at most `TARGET` times DDP's final one, and until it was first at most the lowest final one
-    of any system that is not ours, by link and seed; None where it never was.
+    Seconds until the validation loss was first at most `TARGET` times DDP's final one, and until it was first at most
+    the lowest final one of any system that is not ours, by link and seed; None where it never was.
     """
     for row in rows:
         peers = _finals_of_peers(row, rows)
@@ -203,7 +237,11 @@ def set_targets(rows: list[dict[str, Any]]) -> None:
 
 def _finals_of_peers(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
     """Final losses of the systems that are not ours, on a row's link and seed."""
-    there = (other for other in rows if (other["rho"], other.get("seed", 0)) == (row["rho"], row.get("seed", 0)) and other["curve"])
+    there = (
+        other
+        for other in rows
+        if (other["rho"], other.get("seed", 0)) == (row["rho"], row.get("seed", 0)) and other["curve"]
+    )
     return {other["system"]: other["final_validation_loss"] for other in there if not is_ours(other["system"])}
 
 
@@ -218,9 +256,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "not_run" in row:
             lines.append(f"| {row['rho']:g} | {row['system']} | not run: {row['not_run']} | | | |")
             continue
-        base = next((other["seconds_per_step"] for other in rows if other["system"] == "ddp" and other["rho"] == row["rho"]), None)
+        base = next(
+            (other["seconds_per_step"] for other in rows if other["system"] == "ddp" and other["rho"] == row["rho"]),
+            None,
+        )
         faster = f"{base / row['seconds_per_step']:.2f}" if base else ""
-        cells = [f"{row['rho']:g}", row["system"], f"{1e3 * row['seconds_per_step']:.1f}", f"{100 * row['utilisation']:.1f} %"]
+        cells = [
+            f"{row['rho']:g}",
+            row["system"],
+            f"{1e3 * row['seconds_per_step']:.1f}",
+            f"{100 * row['utilisation']:.1f} %",
+        ]
         cells += [f"{row['bytes_per_worker_per_step'] / row['theory_bytes']:.3f}", faster]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -237,9 +283,15 @@ TABLE2 = {  # the rows of the paper's Table 2: without and with slow momentum
 
 
 def table2(rows: list[dict[str, Any]], ratios: tuple[float, ...] = (0.5, 3.1)) -> str:
-    """The paper's Table 2 at the ratios that it implies for ImageNet (0.5) and WMT (3.1): ms per step, and what slow momentum adds."""
+    """
+    The paper's Table 2 at the ratios that it implies for ImageNet (0.5) and WMT (3.1): ms per step, and what slow
+    momentum adds.
+    """
     found = {(row["rho"], row["system"]): 1e3 * row["seconds_per_step"] for row in rows if "not_run" not in row}
-    lines = ["| base | " + " | ".join(f"ρ {rho:g}: without, with, more" for rho in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+    lines = [
+        "| base | " + " | ".join(f"ρ {rho:g}: without, with, more" for rho in ratios) + " |",
+        "|---" * (1 + len(ratios)) + "|",
+    ]
     for words, (plain, slow) in TABLE2.items():
         cells = []
         for rho in ratios:
@@ -251,7 +303,10 @@ def table2(rows: list[dict[str, Any]], ratios: tuple[float, ...] = (0.5, 3.1)) -
 
 
 def spread(rows: list[dict[str, Any]], metric: str = "final_validation_loss", than: str | None = None) -> str:
-    """A line per system: a metric over seeds, and the paired difference to one system, the first by default. None is left out."""
+    """
+    A line per system: a metric over seeds, and the paired difference to one system, the first by default. None is left
+    out.
+    """
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if row[metric] is not None:
@@ -260,18 +315,32 @@ def spread(rows: list[dict[str, Any]], metric: str = "final_validation_loss", th
     lines = [f"| system | {metric.replace('_', ' ')} (seeds) | minus that of {than} |", "|---|---|---|"]
     for system, own in found.items():
         gaps = [value - found[than][seed] for seed, value in own.items() if seed in found[than]]
-        lines.append(f"| {system} | {mean_sd(list(own.values()))} ({len(own)}) | {'' if system == than else mean_sd(gaps, '+')} |")
+        lines.append(
+            f"| {system} | {mean_sd(list(own.values()))} ({len(own)}) | "
+            f"{'' if system == than else mean_sd(gaps, '+')} |"
+        )
     return "\n".join(lines)
 
 
 def same_seconds_table(rows: list[dict[str, Any]]) -> str:
     """
-    A line per link and system that trained for DDP's seconds, means over seeds: seconds to 1.01 times DDP's final loss, and to the lowest
-    final loss of a system that is not ours; each also over those of whichever of these was there first with the same seed (range). Of ours
-    the final loss minus that lowest one too.
+    A line per link and system that trained for DDP's seconds, means over seeds: seconds to 1.01 times DDP's final
+    loss, and to the lowest final loss of a system that is not ours; each also over those of whichever of these was
+    there first with the same seed (range). Of ours the final loss minus that lowest one too.
     """
-    columns = ["ρ", "system", "steps", "seconds to DDP's loss", "over the first peer's", "to the best peer's", "over its own"]
-    lines = [f"| {' | '.join([*columns, 'final loss (seeds)', 'minus the best peer of the seed'])} |", "|---" * 9 + "|"]
+    columns = [
+        "ρ",
+        "system",
+        "steps",
+        "seconds to DDP's loss",
+        "over the first peer's",
+        "to the best peer's",
+        "over its own",
+    ]
+    lines = [
+        f"| {' | '.join([*columns, 'final loss (seeds)', 'minus the best peer of the seed'])} |",
+        "|---" * 9 + "|",
+    ]
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["rho"], row["system"]), []).append(row)
@@ -280,7 +349,11 @@ def same_seconds_table(rows: list[dict[str, Any]]) -> str:
         for name in ("seconds_to_target", "seconds_to_best_peer"):
             cells += _seconds_and_ratio(own, rows, name)
         finals = [row["final_validation_loss"] for row in own]
-        margins = [row["final_validation_loss"] - min(_finals_of_peers(row, rows).values()) for row in own] if is_ours(system) else []
+        margins = (
+            [row["final_validation_loss"] - min(_finals_of_peers(row, rows).values()) for row in own]
+            if is_ours(system)
+            else []
+        )
         cells += [f"{mean_sd(finals)} ({len(own)})", mean_with_interval(margins)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -292,14 +365,21 @@ def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], na
         return [f"{len(reached)} of {len(own)} seeds" if reached else "not reached", ""]
     ratios = []
     for row in own:
-        there = (other for other in rows if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and other[name] is not None)
+        there = (
+            other
+            for other in rows
+            if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and other[name] is not None
+        )
         ratios.append(row[name] / min(other[name] for other in there if not is_ours(other["system"])))
     spread_words = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(own) > 1 else ""
     return [f"{statistics.mean(row[name] for row in own):.1f}", f"{statistics.mean(ratios):.2f}{spread_words}"]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write what a step takes and sends to NAME_steps.png, and where systems were trained validation loss over seconds to NAME.png."""
+    """
+    Write what a step takes and sends to NAME_steps.png, and where systems were trained validation loss over seconds to
+    NAME.png.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -320,14 +400,27 @@ def _draw_curves(plt: Any, rows: list[dict[str, Any]], links: list[float], syste
     lines = {}
     for axis, rho in zip(axes[0], links, strict=True):
         for system in systems:
-            looks = list(zip(*[row["curve"] for row in rows if (row["rho"], row["system"]) == (rho, system)], strict=False))
+            looks = list(
+                zip(*[row["curve"] for row in rows if (row["rho"], row["system"]) == (rho, system)], strict=False)
+            )
             if looks:
                 seconds, losses = (
-                    [statistics.mean(seed[name] for seed in look) for look in looks] for name in ("seconds", "validation_loss")
+                    [statistics.mean(seed[name] for seed in look) for look in looks]
+                    for name in ("seconds", "validation_loss")
                 )
-                style = {"linestyle": "-", "linewidth": 1.6} if is_ours(system) else {"linestyle": "--", "linewidth": 1}
-                lines[system] = axis.plot(seconds, losses, color=plt.get_cmap("tab20")(systems.index(system)), **style)[0]
-        axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="validation loss", title=f"a / c = {rho:g}")
+                style = (
+                    {"linestyle": "-", "linewidth": 1.6} if is_ours(system) else {"linestyle": "--", "linewidth": 1}
+                )
+                lines[system] = axis.plot(
+                    seconds, losses, color=plt.get_cmap("tab20")(systems.index(system)), **style
+                )[0]
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="seconds of training",
+            ylabel="validation loss",
+            title=f"a / c = {rho:g}",
+        )
         axis.grid(alpha=0.3, which="both")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize="small")
     return figure
@@ -344,8 +437,15 @@ def _draw_steps(plt: Any, rows: list[dict[str, Any]], links: list[float], system
     for axis, (words, value) in zip(axes, panels.items(), strict=True):
         for rho in links:
             there = [row for row in rows if row["rho"] == rho]
-            axis.plot([value(row) for row in there], [systems.index(row["system"]) for row in there], "o", label=f"a / c = {rho:g}")
-        axis.set(xlabel=words, xscale="linear" if "%" in words else "log", yticks=range(len(systems)), yticklabels=systems)
+            axis.plot(
+                [value(row) for row in there],
+                [systems.index(row["system"]) for row in there],
+                "o",
+                label=f"a / c = {rho:g}",
+            )
+        axis.set(
+            xlabel=words, xscale="linear" if "%" in words else "log", yticks=range(len(systems)), yticklabels=systems
+        )
         axis.grid(alpha=0.3, which="both")
     axes[0].invert_yaxis()
     axes[0].legend(loc="lower right", fontsize="small")
@@ -356,7 +456,9 @@ def measure(hosts: Hosts, images: Path, record: Record) -> None:
     """What the record does not have yet, link by link."""
     args = record.args
     for rho in args.rho:
-        left = [(seed, system) for seed in args.seeds for system in args.systems if record.row(system, rho, seed) is None]
+        left = [
+            (seed, system) for seed in args.seeds for system in args.systems if record.row(system, rho, seed) is None
+        ]
         if not left:
             continue
         hosts.throttle(None)

@@ -1,12 +1,13 @@
 """
-What local training costs: a local step, a round, its arithmetic, a gossip exchange, memory. Two gloo processes on this machine, one
-thread each.
+What local training costs: a local step, a round, its arithmetic, a gossip exchange, memory. Two gloo processes on this
+machine, one thread each.
 
     python benchmarks/round_cost.py
 
-Everything that is compared is measured in one run, interleaved, in an order that changes from repetition to repetition (the same on all
-ranks). A timing is the mean over the ranks, which start it together; figures are medians with the 10th and 90th percentile. The last
-result is `benchmarks/records/round_cost.json`; benchmarks/README.md says what each figure means.
+Everything that is compared is measured in one run, interleaved, in an order that changes from repetition to repetition
+(the same on all ranks). A timing is the mean over the ranks, which start it together; figures are medians with the
+10th and 90th percentile. The last result is `benchmarks/records/round_cost.json`; benchmarks/README.md says what each
+figure means.
 """
 
 from __future__ import annotations
@@ -40,13 +41,17 @@ from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round
 
 BETA = 0.5
 MIB = 2**20
-# Allowed beside the large tensors: the message's last element, norms, and in a look the state of the random generators.
+# Allowed beside the large tensors: the message's last element, norms, and in a look the state of the random
+# generators.
 SMALL_BYTES = 16384
 
 
 @dataclass
 class BenchmarkArguments:
-    """Sizes and repetitions. The defaults are T5-small for rounds (60.5 M parameters, 131 tensors) and a small GPT-2 for steps."""
+    """
+    Sizes and repetitions. The defaults are T5-small for rounds (60.5 M parameters, 131 tensors) and a small GPT-2 for
+    steps.
+    """
 
     repeats: int = field(default=25, metadata={"help": "Repetitions of every part of a round."})
     step_repeats: int = field(default=200, metadata={"help": "Repetitions of the local step."})
@@ -57,14 +62,21 @@ class BenchmarkArguments:
     step_width: int = field(default=256, metadata={"help": "Width of the GPT-2 that the local step is measured on."})
     step_tokens: int = field(default=192, metadata={"help": "Tokens per local step."})
     compute_seconds: float = field(
-        default=2.0, metadata={"help": "Wait that stands in for a step's computation behind OSGP's exchange; 1 Gbit/s sends the T5 in it."}
+        default=2.0,
+        metadata={
+            "help": "Wait that stands in for a step's computation behind OSGP's exchange; 1 Gbit/s sends the T5 in it."
+        },
     )
-    lean_bucket_bytes: int = field(default=25 * MIB, metadata={"help": "The small bucket, in bytes; the large one is the default."})
+    lean_bucket_bytes: int = field(
+        default=25 * MIB, metadata={"help": "The small bucket, in bytes; the large one is the default."}
+    )
     parts: list[str] = field(
         default_factory=lambda: ["step", "round", "exchange", "memory"],
         metadata={"help": "What to measure: step, round, exchange, memory."},
     )
-    link: str = field(default="loopback", metadata={"help": "What the processes are joined by, in words, for the record."})
+    link: str = field(
+        default="loopback", metadata={"help": "What the processes are joined by, in words, for the record."}
+    )
     output: str = field(default="benchmarks/records/round_cost.json", metadata={"help": "The record."})
 
 
@@ -74,7 +86,11 @@ class BenchmarkArguments:
 def round_model(args: BenchmarkArguments, dtype: torch.dtype = torch.float32) -> T5ForConditionalGeneration:
     """A T5 with random weights."""
     config = T5Config(
-        d_model=args.d_model, d_ff=4 * args.d_model, num_layers=args.layers, vocab_size=args.vocab_size, decoder_start_token_id=0
+        d_model=args.d_model,
+        d_ff=4 * args.d_model,
+        num_layers=args.layers,
+        vocab_size=args.vocab_size,
+        decoder_start_token_id=0,
     )
     return T5ForConditionalGeneration(config).to(dtype)
 
@@ -87,7 +103,9 @@ def forward(model: torch.nn.Module) -> None:
 
 def local_training(model: torch.nn.Module, **settings: Any) -> SlowMoOptimizer:
     """Local training of `model`, started; its inner step does nothing, for there are no gradients."""
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(outer_momentum=BETA, **settings))
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(outer_momentum=BETA, **settings)
+    )
     forward(model)
     return optimizer
 
@@ -100,7 +118,9 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, before: Callable[[], None] | None = None) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, before: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
     """Seconds of every call in every repetition, mean over ranks. The first two repetitions are not counted."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -129,7 +149,9 @@ def milliseconds(seconds: list[float]) -> dict[str, float]:
     return {"n": len(seconds), **{name: round(1e3 * quantile(seconds, q), 3) for name, q in figures.items()}}
 
 
-def ratio(above: list[float], below: list[float], *, at_most: float | None = None, at_least: float | None = None) -> dict[str, Any]:
+def ratio(
+    above: list[float], below: list[float], *, at_most: float | None = None, at_least: float | None = None
+) -> dict[str, Any]:
     """The ratio of two medians against its target, and the spread of the repetitions' own ratios."""
     own = [a / b for a, b in zip(above, below, strict=True)]
     value = quantile(above, 0.5) / quantile(below, 0.5)
@@ -281,7 +303,10 @@ def measure_round(args: BenchmarkArguments) -> dict[str, Any]:
         torch._foreach_add_(both, 1e-4 * (dist.get_rank() + 1))
 
     seconds = interleaved(calls, args.repeats, before=drift_apart)
-    parts = [sum(each) for each in zip(*(seconds[name] for name in ("copy_in", "all_reduce", "arithmetic", "copy_out")), strict=True)]
+    parts = [
+        sum(each)
+        for each in zip(*(seconds[name] for name in ("copy_in", "all_reduce", "arithmetic", "copy_out")), strict=True)
+    ]
     report = last_round(optimizer)
     assert report is not None
     return {
@@ -293,7 +318,9 @@ def measure_round(args: BenchmarkArguments) -> dict[str, Any]:
         "sum of parts": milliseconds(parts),
         "round / parts, default": ratio(seconds["round, default bucket_bytes"], parts, at_most=1.25),
         "round / parts, lean": ratio(seconds["round, lean bucket_bytes"], parts, at_most=1.25),
-        "textbook with temporaries / outer step": ratio(seconds["textbook with temporaries"], seconds["outer step"], at_least=2.5),
+        "textbook with temporaries / outer step": ratio(
+            seconds["textbook with temporaries"], seconds["outer step"], at_least=2.5
+        ),
         "textbook in place / outer step": ratio(seconds["textbook in place"], seconds["outer step"]),
     }
 
@@ -302,7 +329,9 @@ def measure_round(args: BenchmarkArguments) -> dict[str, Any]:
 
 
 class PlainExchange:
-    """The same bytes as one exchange, sent and received in one flat message by two processes, with nothing around it."""
+    """
+    The same bytes as one exchange, sent and received in one flat message by two processes, with nothing around it.
+    """
 
     def __init__(self, params: list[torch.Tensor]) -> None:
         self.out = torch.cat([p.detach().view(-1) for p in params])
@@ -378,7 +407,11 @@ class MemoryGauge:
     def read(self) -> dict[str, int]:
         peak = process_bytes("VmHWM") - self.resident
         settle()
-        figures = {"tensors": tensor_bytes() - self.tensors, "resident": process_bytes("VmRSS") - self.resident, "resident_peak": peak}
+        figures = {
+            "tensors": tensor_bytes() - self.tensors,
+            "resident": process_bytes("VmRSS") - self.resident,
+            "resident_peak": peak,
+        }
         self._reset_peak()
         return figures
 
@@ -391,7 +424,9 @@ def measure_memory_at(
     forward(model)
     params = sum(p.numel() for p in model.parameters())
     gauge = MemoryGauge()
-    optimizer = local_training(model, sync_every=2, bucket_bytes=bucket_bytes, stash_device=stash_device, shard_slow_state=sharded)
+    optimizer = local_training(
+        model, sync_every=2, bucket_bytes=bucket_bytes, stash_device=stash_device, shard_slow_state=sharded
+    )
     optimizer.step()
     gauge.read()
     optimizer.step()
@@ -421,10 +456,14 @@ def measure_memory_at(
 
 
 def measure_memory(args: BenchmarkArguments) -> list[dict[str, Any]]:
-    """Both points of bucket_bytes, both places for the stash, bf16 parameters, and slow state sharded over the processes."""
+    """
+    Both points of bucket_bytes, both places for the stash, bf16 parameters, and slow state sharded over the processes.
+    """
     default = SlowMoConfig().bucket_bytes
     measure_memory_at(args, default, "same", torch.float32)  # what is allocated once per process
-    cases: list[tuple[Any, ...]] = [(b, s, torch.float32) for b in (default, args.lean_bucket_bytes) for s in ("same", "cpu")]
+    cases: list[tuple[Any, ...]] = [
+        (b, s, torch.float32) for b in (default, args.lean_bucket_bytes) for s in ("same", "cpu")
+    ]
     cases += [(b, "same", torch.bfloat16) for b in (default, args.lean_bucket_bytes)]
     cases += [(b, "same", torch.float32, True) for b in (default, args.lean_bucket_bytes)]
     return [measure_memory_at(args, *case) for case in cases]
@@ -448,7 +487,9 @@ def measure(args: BenchmarkArguments) -> dict[str, Any]:
 
 def _worker(rank: int, args: BenchmarkArguments, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(args.processes), LOCAL_WORLD_SIZE=str(args.processes), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(args.processes), LOCAL_WORLD_SIZE=str(args.processes), OMP_NUM_THREADS="1"
+    )
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.processes)
     figures = measure(args)
     if rank == 0:
@@ -459,9 +500,17 @@ def _worker(rank: int, args: BenchmarkArguments, folder: str) -> None:
 
 def hardware() -> dict[str, Any]:
     """What ran it."""
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu[0] if cpu else platform.processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """
 BLEU as `evaluate.Metric` classes over sacrebleu; `evaluate.load` would fetch its own from the Hub.
 
-`SacreBleu` is the figure to report: detokenised text, and a signature that says how it was scored. `CompoundSplitBleu` is the older habit
-of splitting German compounds at their hyphens (Vaswani et al., Ott et al.), which scores higher: compare it with nothing else.
+`SacreBleu` is the figure to report: detokenised text, and a signature that says how it was scored. `CompoundSplitBleu`
+is the older habit of splitting German compounds at their hyphens (Vaswani et al., Ott et al.), which scores higher:
+compare it with nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class _TextMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description=self.__doc__ or "", citation="https://aclanthology.org/W18-6319", features=features)
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "", citation="https://aclanthology.org/W18-6319", features=features
+        )
 
 
 class SacreBleu(_TextMetric):
@@ -43,15 +46,17 @@ class SacreBleu(_TextMetric):
 
 class CompoundSplitBleu(_TextMetric):
     """
-    Corpus BLEU in percent on Moses tokens with hyphenated compounds split, unsmoothed: fairseq's compound_split_bleu.sh, with both sides
-    tokenised here.
+    Corpus BLEU in percent on Moses tokens with hyphenated compounds split, unsmoothed: fairseq's
+    compound_split_bleu.sh, with both sides tokenised here.
 
     `compute(predictions=[...], references=[...], language="de")` returns `{"score": float}`.
     """
 
     def _compute(self, predictions: list[str], references: list[str], language: str = "de") -> dict[str, Any]:
         hypotheses, truths = (split_compounds(sentences, language) for sentences in (predictions, references))
-        return {"score": BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(hypotheses, [truths]).score}
+        return {
+            "score": BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(hypotheses, [truths]).score
+        }
 
 
 def split_compounds(sentences: Sequence[str], language: str) -> list[str]:
@@ -68,4 +73,6 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any
 
 def compound_split_bleu(predictions: Sequence[str], references: Sequence[str], language: str = "de") -> float:
     """`CompoundSplitBleu` in one call, in percent."""
-    return CompoundSplitBleu().compute(predictions=list(predictions), references=list(references), language=language)["score"]
+    return CompoundSplitBleu().compute(predictions=list(predictions), references=list(references), language=language)[
+        "score"
+    ]

@@ -3,8 +3,9 @@ Image classification by workers that meet every few steps: a stock `Trainer` and
 
     accelerate launch --config_file recipes/configs/cpu_two_processes.yaml recipes/image_classification.py
 
-With no flags: two processes, the Fashion-MNIST subset beside this file, a small ResNet, slow momentum on. Every field of `SlowMoConfig` and
-of `TrainingArguments` is a flag. At the end: a table, a JSON record in `--output_dir` and, with `--plot`, a picture.
+With no flags: two processes, the Fashion-MNIST subset beside this file, a small ResNet, slow momentum on. Every field
+of `SlowMoConfig` and of `TrainingArguments` is a flag. At the end: a table, a JSON record in `--output_dir` and, with
+`--plot`, a picture.
 """
 
 from __future__ import annotations
@@ -20,12 +21,30 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from image_data import Batch, DataError, ImageSets, LargeImages, SmallImages, crop_padding, load_images, make_dataset, mean_and_std
+from image_data import (
+    Batch,
+    DataError,
+    ImageSets,
+    LargeImages,
+    SmallImages,
+    crop_padding,
+    load_images,
+    make_dataset,
+    mean_and_std,
+)
 from image_presets import PRESETS, step_decay, zero_last_norms
 from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
 from small_resnet import ARCHITECTURES, make_model
-from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 
@@ -44,34 +63,49 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Name on the Hub, or a folder: images as train/<class>/* and test/<class>/*, train*.parquet and test*.parquet, or what "
-            "DatasetDict.save_to_disk wrote. The shipped images by default."
+            "help": "Name on the Hub, or a folder: images as train/<class>/* and test/<class>/*, train*.parquet and "
+            "test*.parquet, or what DatasetDict.save_to_disk wrote. The shipped images by default."
         },
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column with the images; image, or what the known set calls it."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images; image, or what the known set calls it."}
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "Column with the class labels; label, or what the known set calls it."}
     )
     train_split: str = field(
-        default="train", metadata={"help": "Split to train on: its name, or its folder's, or how its Parquet files' names start."}
+        default="train",
+        metadata={"help": "Split to train on: its name, or its folder's, or how its Parquet files' names start."},
     )
     test_split: str | None = field(
-        default=None, metadata={"help": "Split to test on; by default test or, where there is none, validation or val."}
+        default=None,
+        metadata={"help": "Split to test on; by default test or, where there is none, validation or val."},
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first rows (evenly spread ones where rows are sorted by class), for a dry run."}
+        default=None,
+        metadata={
+            "help": "Use only the first rows (evenly spread ones where rows are sorted by class), for a dry run."
+        },
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for test rows."})
     architecture: str = field(
         default="auto",
-        metadata={"help": "auto: the small ResNet for images up to 64 pixels, else resnet50.", "choices": ["auto", *ARCHITECTURES]},
+        metadata={
+            "help": "auto: the small ResNet for images up to 64 pixels, else resnet50.",
+            "choices": ["auto", *ARCHITECTURES],
+        },
     )
     width: int = field(default=32, metadata={"help": "Channels of the small ResNet's stem and first stage."})
-    zero_init_residual: bool = field(default=False, metadata={"help": "Start with the last BatchNorm of every residual branch at 0."})
+    zero_init_residual: bool = field(
+        default=False, metadata={"help": "Start with the last BatchNorm of every residual branch at 0."}
+    )
     warmup_epochs: float = field(default=0.0, metadata={"help": "Linear warm-up, with --decay_epochs."})
     decay_epochs: list[int] = field(
         default_factory=list,
-        metadata={"help": "The learning rate falls to a tenth at each of these, in place of --lr_scheduler_type and --warmup_steps."},
+        metadata={
+            "help": "The learning rate falls to a tenth at each of these, in place of --lr_scheduler_type and "
+            "--warmup_steps."
+        },
     )
     inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD, --optim sgd."})
     plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
@@ -80,39 +114,54 @@ class ScriptArguments:
         if self.width < 1:
             raise ValueError(f"width must be >= 1 channel, got {self.width}. Set --width.")
         if self.warmup_epochs and not self.decay_epochs:
-            raise ValueError(f"warmup_epochs is for --decay_epochs, got {self.warmup_epochs} without. Set --warmup_steps.")
+            raise ValueError(
+                f"warmup_epochs is for --decay_epochs, got {self.warmup_epochs} without. Set --warmup_steps."
+            )
 
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
     """TrainingArguments with this recipe's defaults."""
 
-    output_dir: str | None = field(default="outputs/image_classification", metadata={"help": "Model, record and plot go here."})
+    output_dir: str | None = field(
+        default="outputs/image_classification", metadata={"help": "Model, record and plot go here."}
+    )
     num_train_epochs: float = field(default=8, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch per process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."})
+    learning_rate: float = field(
+        default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."}
+    )
     optim: str = field(
         default="sgd",
         metadata={
-            "help": "sgd: SGD with Nesterov momentum (--inner_momentum) and weight decay on every parameter, as is usual for ResNets. Any "
-            "other of Trainer's optimizers is made by Trainer, from its own flags (--adam_beta1, --optim_args, ...), without weight decay "
-            "on biases; set --learning_rate for it."
+            "help": "sgd: SGD with Nesterov momentum (--inner_momentum) and weight decay on every parameter, as is "
+            "usual for ResNets. Any other of Trainer's optimizers is made by Trainer, from its own flags "
+            "(--adam_beta1, --optim_args, ...), without weight decay on biases; set --learning_rate for it."
         },
     )
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the inner optimizer; which parameters: see --optim."})
+    weight_decay: float = field(
+        default=5e-4, metadata={"help": "Weight decay of the inner optimizer; which parameters: see --optim."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a fraction of all steps."})
-    logging_steps: float = field(default=60, metadata={"help": "A multiple of sync_every, so that logging waits for nobody."})
+    logging_steps: float = field(
+        default=60, metadata={"help": "A multiple of sync_every, so that logging waits for nobody."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to test the average."})
     save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, ..."})
-    use_cpu: bool = field(default=not torch.cuda.is_available(), metadata={"help": "On by default where there is no GPU."})
+    use_cpu: bool = field(
+        default=not torch.cuda.is_available(), metadata={"help": "On by default where there is no GPU."}
+    )
     average_tokens_across_devices: bool = field(
-        default=False, metadata={"help": "Off: the ResNets' loss is a mean over images already, and would be scaled by the world."}
+        default=False,
+        metadata={"help": "Off: the ResNets' loss is a mean over images already, and would be scaled by the world."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Page-locked batches, for GPUs."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Page-locked batches, for GPUs."}
+    )
 
 
 def main() -> None:
@@ -170,14 +219,17 @@ def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> 
     """No flag is ignored in silence."""
     if args.optim == "sgd" and args.optim_args:
         raise SettingError(
-            f"optim_args is for other optimizers than sgd, got {args.optim_args!r}. Use --inner_momentum and --weight_decay."
+            f"optim_args is for other optimizers than sgd, got {args.optim_args!r}. Use --inner_momentum and "
+            "--weight_decay."
         )
     if args.optim_args and any(part.count("=") != 1 for part in args.optim_args.split(",")):
-        raise SettingError(f"optim_args must be name=value, several of them with commas between, got {args.optim_args!r}.")
+        raise SettingError(
+            f"optim_args must be name=value, several of them with commas between, got {args.optim_args!r}."
+        )
     if args.optim != "sgd" and script.inner_momentum != ScriptArguments.inner_momentum:
         raise SettingError(
-            f"inner_momentum is for --optim sgd, got {script.inner_momentum} with --optim {args.optim.value}. Leave it out, or use this "
-            "optimizer's own flags, such as --adam_beta1 or --optim_args."
+            f"inner_momentum is for --optim sgd, got {script.inner_momentum} with --optim {args.optim.value}. Leave "
+            "it out, or use this optimizer's own flags, such as --adam_beta1 or --optim_args."
         )
 
 
@@ -204,8 +256,11 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
         )
         if script.decay_epochs:
             steps = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
-            trainer.lr_scheduler = step_decay(trainer.create_optimizer(), steps, script.warmup_epochs, script.decay_epochs)
-        trainer.create_optimizer()  # now, not in train(): a wrong setting or a package that is not installed is the user's to mend
+            trainer.lr_scheduler = step_decay(
+                trainer.create_optimizer(), steps, script.warmup_epochs, script.decay_epochs
+            )
+        # Now, not in train(): a wrong setting or a package that is not installed is the user's to mend.
+        trainer.create_optimizer()
     except (ImportError, RuntimeError, ValueError) as error:
         raise SettingError(error) from error
     return trainer
@@ -217,15 +272,26 @@ class NewDraws(TrainerCallback):
     def __init__(self, train: SmallImages | LargeImages) -> None:
         self.train = train
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The pass that begins or goes on, counted as Trainer does."""
-        self.train.set_epoch(state.global_step // math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
+        self.train.set_epoch(
+            state.global_step // math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+        )
 
 
 def make_sgd(model: torch.nn.Module, momentum: float, args: TrainingArguments) -> torch.optim.SGD:
-    """With Nesterov momentum, and weight decay on every parameter; Trainer's own sgd has no momentum, and leaves biases alone."""
+    """
+    With Nesterov momentum, and weight decay on every parameter; Trainer's own sgd has no momentum, and leaves biases
+    alone.
+    """
     return torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=momentum, nesterov=momentum > 0, weight_decay=args.weight_decay
+        model.parameters(),
+        lr=args.learning_rate,
+        momentum=momentum,
+        nesterov=momentum > 0,
+        weight_decay=args.weight_decay,
     )
 
 
@@ -234,7 +300,10 @@ def print_choices(script: ScriptArguments, args: TrainingArguments, sets: ImageS
     if script.test_split is None and sets.test_split != "test":
         print(f"test_split was not given: the test images are those of {sets.test_split!r}", flush=True)
     if args.optim != "sgd" and args.learning_rate == RecipeTrainingArguments.learning_rate:
-        print(f"learning_rate={args.learning_rate} was chosen for sgd, not for {args.optim.value}: set --learning_rate", flush=True)
+        print(
+            f"learning_rate={args.learning_rate} was chosen for sgd, not for {args.optim.value}: set --learning_rate",
+            flush=True,
+        )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -243,7 +312,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
 
 
-def make_record(config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+def make_record(
+    config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
     """Everything that a reader needs to judge the run, and to run it again."""
     tests = {entry["step"]: entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
     return {

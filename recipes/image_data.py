@@ -1,4 +1,6 @@
-"""Images for `image_classification.py`: loading from the Hub or local files, and batches with the usual augmentation."""
+"""
+Images for `image_classification.py`: loading from the Hub or local files, and batches with the usual augmentation.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ _KNOWN_COLUMNS: dict[str, tuple[str, str, str | None]] = {
     "zalando-datasets/fashion_mnist": ("image", "label", "test"),
 }
 SMALL_IMAGE = 64  # pixels; larger images are cropped to 224, the ImageNet way
-LOCAL_FOLDER = "a folder that holds train*.parquet and test*.parquet, images as train/<class>/* and test/<class>/*, or a saved DatasetDict"
+LOCAL_FOLDER = (
+    "a folder that holds train*.parquet and test*.parquet, images as train/<class>/* and test/<class>/*, "
+    "or a saved DatasetDict"
+)
 
 
 class DataError(ValueError):
@@ -59,16 +64,17 @@ def load_images(
     Load a labelled image set.
 
     Args:
-        dataset_name (`str`, *optional*): A name on the Hub, or a folder of one of three kinds, told apart by what it holds:
-            `dataset_dict.json` (written by `DatasetDict.save_to_disk`), Parquet files, or images as `<split>/<class>/<file>`, whose
-            classes are named after their folders. None: the shipped set.
-        image_column (`str`, *optional*), label_column (`str`, *optional*): `image` and `label`, or what the known set calls them.
-        train_split (`str`, *optional*, defaults to `"train"`): Name of the split or its folder. Of Parquet files, `<split>.parquet` and
-            `<split>-*.parquet`; where there are none, those whose names start with it.
-        test_split (`str`, *optional*): As `train_split`. None: what the known set calls it, or `test`, or, where there is none,
-            `validation` or `val`, whichever there is. Never `train_split`.
-        max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows; where rows are sorted by
-            class, as in class folders, evenly spread ones.
+        dataset_name (`str`, *optional*): A name on the Hub, or a folder of one of three kinds, told apart by what it
+            holds: `dataset_dict.json` (written by `DatasetDict.save_to_disk`), Parquet files, or images as
+            `<split>/<class>/<file>`, whose classes are named after their folders. None: the shipped set.
+        image_column (`str`, *optional*), label_column (`str`, *optional*): `image` and `label`, or what the known set
+            calls them.
+        train_split (`str`, *optional*, defaults to `"train"`): Name of the split or its folder. Of Parquet files,
+            `<split>.parquet` and `<split>-*.parquet`; where there are none, those whose names start with it.
+        test_split (`str`, *optional*): As `train_split`. None: what the known set calls it, or `test`, or, where there
+            is none, `validation` or `val`, whichever there is. Never `train_split`.
+        max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows; where rows
+            are sorted by class, as in class folders, evenly spread ones.
 
     Raises:
         DataError: No such set, no Hub, terms not accepted, or a folder, column, split or label that is not there.
@@ -101,7 +107,9 @@ def load_images(
     )
 
 
-Loaded = tuple[datasets.Dataset, datasets.Dataset, str]  # rows to train on, rows to test on, the name of the split these are
+Loaded = tuple[
+    datasets.Dataset, datasets.Dataset, str
+]  # rows to train on, rows to test on, the name of the split these are
 
 
 def _load(dataset_name: str | None, train_split: str, test_split: str | None) -> Loaded:
@@ -110,11 +118,14 @@ def _load(dataset_name: str | None, train_split: str, test_split: str | None) ->
         return _load_folder(folder, train_split, test_split)
     if folder.is_file() or folder.is_absolute() or str(dataset_name).startswith("."):
         raise DataError(
-            f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. Set --dataset_name."
+            f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. "
+            "Set --dataset_name."
         )
     try:
         sets = datasets.load_dataset(str(dataset_name))
-    except Exception as error:  # datasets lets through errors of many libraries; each ends here with a word on what to do
+    except (
+        Exception
+    ) as error:  # datasets lets through errors of many libraries; each ends here with a word on what to do
         raise DataError(_hub_message(str(dataset_name), error)) from error
     return _pick(sets, train_split, test_split)
 
@@ -157,12 +168,15 @@ def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loa
     both = set(files[train_split]).intersection(files[test_split])
     if both:
         raise DataError(
-            f"train_split and test_split must name different files, got {train_split!r} and {test_split!r}, and both mean {sorted(both)}. "
-            "Set --train_split and --test_split."
+            f"train_split and test_split must name different files, got {train_split!r} and {test_split!r}, and both "
+            f"mean {sorted(both)}. Set --train_split and --test_split."
         )
     paths = {split: [glob.escape(str(folder / name)) for name in names] for split, names in files.items()}
     train, test = (
-        _read(folder, lambda split=split: datasets.load_dataset("parquet", data_files={"train": paths[split]}, split="train"))
+        _read(
+            folder,
+            lambda split=split: datasets.load_dataset("parquet", data_files={"train": paths[split]}, split="train"),
+        )
         for split in (train_split, test_split)
     )
     return train, test, test_split
@@ -170,8 +184,8 @@ def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loa
 
 def _files_of(split: str, names: list[str]) -> list[str]:
     """
-    `<split>.parquet` and its shards `<split>-*`, as on the Hub; where there are none, whatever starts with the split's name. So a
-    `train_small.parquet` beside `train.parquet` is not trained on as well.
+    `<split>.parquet` and its shards `<split>-*`, as on the Hub; where there are none, whatever starts with the split's
+    name. So a `train_small.parquet` beside `train.parquet` is not trained on as well.
     """
     own = [name for name in names if re.split("[.-]", name)[0] == split]
     return sorted(own or [name for name in names if name.startswith(split)])
@@ -185,19 +199,25 @@ def _load_class_folders(folder: Path, train_split: str, test_split: str | None) 
     for split, flag in ((train_split, "train_split"), (test_split, "test_split")):
         if split not in found:
             raise DataError(
-                f"{flag} must be one of the folders {found[:10]} in {str(folder)!r}, which should hold <class>/<image>, got {split!r}. "
-                f"Set --{flag} or --dataset_name."
+                f"{flag} must be one of the folders {found[:10]} in {str(folder)!r}, which should hold "
+                f"<class>/<image>, got {split!r}. Set --{flag} or --dataset_name."
             )
         classes[split] = _class_folders(folder / split, flag)
     unknown = sorted(set(classes[test_split]).difference(classes[train_split]))
     if unknown:
         raise DataError(
-            f"test_split must have no class that training lacks, got {test_split!r} with {len(unknown)} class folder(s) that are not in "
-            f"{train_split!r}, such as {unknown[:5]}. Set --test_split, or mend the folders."
+            f"test_split must have no class that training lacks, got {test_split!r} with {len(unknown)} class "
+            f"folder(s) that are not in {train_split!r}, such as {unknown[:5]}. Set --test_split, or mend the folders."
         )
-    # The splits are train and test here whatever their folders are called: datasets allows fewer names than a file system.
-    files = {name: f"{glob.escape(str(folder / split))}/*/*" for name, split in (("train", train_split), ("test", test_split))}
-    sets = _read(folder, lambda: datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, drop_metadata=True))
+    # The splits are train and test here whatever their folders are called: datasets allows fewer names than a file
+    # system.
+    files = {
+        name: f"{glob.escape(str(folder / split))}/*/*"
+        for name, split in (("train", train_split), ("test", test_split))
+    }
+    sets = _read(
+        folder, lambda: datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, drop_metadata=True)
+    )
     for name, split in (("train", train_split), ("test", test_split)):
         _check_class_folders(sets[name], folder / split, classes[split])
     return sets["train"], sets["test"], test_split
@@ -213,15 +233,15 @@ def _class_folders(split_folder: Path, flag: str) -> list[str]:
     classes = _folders_in(split_folder)
     if not classes:
         raise DataError(
-            f"{flag} must hold class folders with images, got {str(split_folder)!r}, which has no folders. Sort its images by class, "
-            f"or set --{flag} to a split with labels."
+            f"{flag} must hold class folders with images, got {str(split_folder)!r}, which has no folders. Sort its "
+            f"images by class, or set --{flag} to a split with labels."
         )
     for name in classes:
         nested = _folders_in(split_folder / name)
         if nested:
             raise DataError(
-                f"images must lie in <split>/<class>/, got {str(split_folder / name)!r} with the folder {nested[0]!r} inside. "
-                f"Mend the folders, or set --{flag} or --dataset_name."
+                f"images must lie in <split>/<class>/, got {str(split_folder / name)!r} with the folder {nested[0]!r} "
+                f"inside. Mend the folders, or set --{flag} or --dataset_name."
             )
     return classes
 
@@ -237,8 +257,8 @@ def _check_class_folders(rows: datasets.Dataset, split_folder: Path, classes: li
     empty = sorted(set(classes).difference(names[label] for label in rows.unique("label")))
     if empty:
         raise DataError(
-            f"every class folder must hold images, got {str(split_folder)!r} with {len(empty)} that hold none, such as {empty[:5]} (links "
-            "to folders are not followed). Fill or remove them, or set --dataset_name."
+            f"every class folder must hold images, got {str(split_folder)!r} with {len(empty)} that hold none, such "
+            f"as {empty[:5]} (links to folders are not followed). Fill or remove them, or set --dataset_name."
         )
 
 
@@ -246,15 +266,21 @@ def _test_split(asked: str | None, train_split: str, found: Collection[str]) -> 
     """What the user names; otherwise test, or validation or val where exactly one of them stands in for it."""
     if asked is not None:
         if asked == train_split:
-            raise DataError(f"test_split must not be train_split, got {asked!r} for both. Set --test_split or --train_split.")
+            raise DataError(
+                f"test_split must not be train_split, got {asked!r} for both. Set --test_split or --train_split."
+            )
         return asked
     stand_ins = [split for split in ("test", "validation", "val") if split in found and split != train_split]
     if "test" in stand_ins or len(stand_ins) == 1:
         return stand_ins[0]
     if stand_ins:
-        raise DataError(f"test_split must be named: there is no split test, but both of {stand_ins}. Set --test_split.")
+        raise DataError(
+            f"test_split must be named: there is no split test, but both of {stand_ins}. Set --test_split."
+        )
     if train_split == "test":
-        raise DataError("test_split must be named: train_split is 'test', and there is no validation or val. Set --test_split.")
+        raise DataError(
+            "test_split must be named: train_split is 'test', and there is no validation or val. Set --test_split."
+        )
     return "test"  # which is not there, and the caller says so
 
 
@@ -264,7 +290,8 @@ def _read(folder: Path, load: Callable[[], Any]) -> Any:
     except Exception as error:  # as from the Hub: errors of many libraries, and what went wrong is often in the cause
         cause = error.__cause__ or error
         raise DataError(
-            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set --dataset_name."
+            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set "
+            "--dataset_name."
         ) from error
 
 
@@ -274,13 +301,19 @@ def _hub_message(name: str, error: Exception) -> str:
     causes = [error, error.__cause__, error.__context__]
     if "gated" in str(error):
         page = f"https://huggingface.co/datasets/{name}"
-        return f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or leave --dataset_name out."
+        return (
+            f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or leave "
+            "--dataset_name out."
+        )
     if any(isinstance(cause, ConnectionError | TimeoutError) for cause in causes):
         return (
-            f"{what}the Hub is not reachable ({type(error).__name__}: {error}). Leave --dataset_name out for the shipped images, "
-            f"or set --dataset_name to {LOCAL_FOLDER}."
+            f"{what}the Hub is not reachable ({type(error).__name__}: {error}). Leave --dataset_name out for the "
+            f"shipped images, or set --dataset_name to {LOCAL_FOLDER}."
         )
-    return f"{what}{type(error).__name__}: {error} Set --dataset_name to a set on the Hub, such as uoft-cs/cifar10, or to {LOCAL_FOLDER}."
+    return (
+        f"{what}{type(error).__name__}: {error} Set --dataset_name to a set on the Hub, such as uoft-cs/cifar10, "
+        f"or to {LOCAL_FOLDER}."
+    )
 
 
 def _fewer_rows(rows: datasets.Dataset, label_column: str, limit: int | None, flag: str) -> datasets.Dataset:
@@ -297,7 +330,9 @@ def _fewer_rows(rows: datasets.Dataset, label_column: str, limit: int | None, fl
 
 
 def _side_and_modes(rows: datasets.Dataset, image_column: str) -> tuple[int, set[str]]:
-    """The longest side in pixels and the colour modes: of all images if they are small, of the first large one otherwise."""
+    """
+    The longest side in pixels and the colour modes: of all images if they are small, of the first large one otherwise.
+    """
     side, modes = 0, set()
     for row in rows.select_columns(image_column):
         side, modes = max(side, *row[image_column].size), modes | {row[image_column].mode}
@@ -322,7 +357,9 @@ def _label_names(rows: datasets.Dataset, label_column: str) -> list[str]:
         return list(kind.names)
     if isinstance(kind, datasets.Value) and "int" in kind.dtype:
         return [str(number) for number in range(_labels(rows, label_column).max() + 1)]
-    raise DataError(f"label_column must hold class labels or integers, got {label_column!r} of type {kind}. Set --label_column.")
+    raise DataError(
+        f"label_column must hold class labels or integers, got {label_column!r} of type {kind}. Set --label_column."
+    )
 
 
 def _labels(rows: datasets.Dataset, label_column: str) -> np.ndarray:
@@ -334,11 +371,17 @@ def _check_same_names(train: datasets.Dataset, test: datasets.Dataset, test_spli
     """Label 3 must mean the same class in both."""
     _label_names(test, label_column)  # its type is checked
     ours, theirs = train.features[label_column], test.features[label_column]
-    if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel) and ours.names != theirs.names:
-        at, pair = next((at, pair) for at, pair in enumerate(zip_longest(ours.names, theirs.names)) if pair[0] != pair[1])
+    if (
+        isinstance(ours, datasets.ClassLabel)
+        and isinstance(theirs, datasets.ClassLabel)
+        and ours.names != theirs.names
+    ):
+        at, pair = next(
+            (at, pair) for at, pair in enumerate(zip_longest(ours.names, theirs.names)) if pair[0] != pair[1]
+        )
         raise DataError(
-            f"label names of test_split must be training's, got {test_split!r}, where label {at} is {pair[1]!r} and not {pair[0]!r}. "
-            "Set --test_split, or give both splits the same ClassLabel."
+            f"label names of test_split must be training's, got {test_split!r}, where label {at} is {pair[1]!r} and "
+            f"not {pair[0]!r}. Set --test_split, or give both splits the same ClassLabel."
         )
 
 
@@ -347,14 +390,15 @@ def _check_labels(rows: datasets.Dataset, split: str, flag: str, label_column: s
     lowest, highest = labels.min(), labels.max()
     if lowest < 0 or highest >= classes:
         raise DataError(
-            f"labels of {flag} must be in 0..{classes - 1}, got {lowest}..{highest} in {split!r} (-1 marks hidden labels). "
-            f"Set --{flag} to a split with labels."
+            f"labels of {flag} must be in 0..{classes - 1}, got {lowest}..{highest} in {split!r} (-1 marks hidden "
+            f"labels). Set --{flag} to a split with labels."
         )
 
 
 class _Images(torch.utils.data.Dataset[dict[str, Any]]):
     """
-    Rows as `{"image", "label", "draws"}`: `draws` names the row's random numbers (seed, pass, row), None where it is not augmented.
+    Rows as `{"image", "label", "draws"}`: `draws` names the row's random numbers (seed, pass, row), None where it is
+    not augmented.
 
     Args:
         seed (`int`, *optional*): Of crops and flips. None: no row is augmented.
@@ -362,7 +406,9 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, seed: int | None) -> None:
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # also seen by DataLoader workers that outlive a pass
+        self._epoch = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # also seen by DataLoader workers that outlive a pass
 
     def set_epoch(self, epoch: int) -> None:
         """From now on rows are of this pass, counted from 0: each has other crops and flips in it."""
@@ -391,7 +437,10 @@ class SmallImages(_Images):
 
 
 class LargeImages(_Images):
-    """Large images, decoded when asked for: a random resized crop in training, the centre of the image resized to 256 otherwise."""
+    """
+    Large images, decoded when asked for: a random resized crop in training, the centre of the image resized to 256
+    otherwise.
+    """
 
     def __init__(self, rows: datasets.Dataset, sets: ImageSets, seed: int | None) -> None:
         super().__init__(seed)
@@ -405,18 +454,25 @@ class LargeImages(_Images):
         image = row[self.sets.image_column].convert("RGB")
         box = random_resized_box(*image.size, generator_of(draws)) if draws else centre_box(*image.size)
         pixels = np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR, box=box)).copy()
-        return {"image": torch.from_numpy(pixels).permute(2, 0, 1), "label": torch.tensor(row[self.sets.label_column]), "draws": draws}
+        return {
+            "image": torch.from_numpy(pixels).permute(2, 0, 1),
+            "label": torch.tensor(row[self.sets.label_column]),
+            "draws": draws,
+        }
 
 
 def generator_of(draws: tuple[int, ...]) -> torch.Generator:
     """
-    Random numbers of one seed, pass and row. They leave the global generator alone and depend on nothing else, so that a batch that is
-    made again, ahead of time or elsewhere is the same batch: without that a run resumed inside a pass sees other crops.
+    Random numbers of one seed, pass and row. They leave the global generator alone and depend on nothing else, so that
+    a batch that is made again, ahead of time or elsewhere is the same batch: without that a run resumed inside a pass
+    sees other crops.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(draws).generate_state(1, np.uint64)[0]))
 
 
-def random_resized_box(width: int, height: int, generator: torch.Generator | None = None) -> tuple[float, float, float, float]:
+def random_resized_box(
+    width: int, height: int, generator: torch.Generator | None = None
+) -> tuple[float, float, float, float]:
     """A box of 8 % to 100 % of the image's area and an aspect ratio of 3/4 to 4/3 (as far as it fits), in pixels."""
     a, r, x, y = torch.rand(4, generator=generator).tolist()
     area, ratio = (0.08 + 0.92 * a) * width * height, (3 / 4) ** (1 - 2 * r)
@@ -435,13 +491,15 @@ def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
 @dataclass
 class Batch:
     """
-    Collates rows into `pixel_values` (float32, shape (batch, channels, size, size), zero mean and unit deviation) and `labels`.
-    Rows with `draws` are cropped and flipped at random, a batch by those of its first row.
+    Collates rows into `pixel_values` (float32, shape (batch, channels, size, size), zero mean and unit deviation) and
+    `labels`. Rows with `draws` are cropped and flipped at random, a batch by those of its first row.
 
     Args:
         mean (`float`), std (`float`): Of the training pixels, as fractions of full scale.
-        crop_padding (`int`, *optional*, defaults to `0`): Augmented images are padded by this many black pixels, then cropped back.
-        flip (`bool`, *optional*, defaults to `False`): Augmented images are mirrored left to right, every second one on average.
+        crop_padding (`int`, *optional*, defaults to `0`): Augmented images are padded by this many black pixels, then
+            cropped back.
+        flip (`bool`, *optional*, defaults to `False`): Augmented images are mirrored left to right, every second one
+            on average.
     """
 
     mean: float
@@ -455,7 +513,10 @@ class Batch:
             generator = generator_of((*rows[0]["draws"], len(rows)))  # others than the row's own
             images = random_flip(images, generator) if self.flip else images
             images = random_crop(images, self.crop_padding, generator) if self.crop_padding else images
-        return {"pixel_values": normalised(images, self.mean, self.std), "labels": torch.stack([row["label"] for row in rows])}
+        return {
+            "pixel_values": normalised(images, self.mean, self.std),
+            "labels": torch.stack([row["label"] for row in rows]),
+        }
 
 
 def normalised(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -464,7 +525,10 @@ def normalised(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 
 
 def crop_padding(image_size: int) -> int:
-    """Pixels of black around small images before a crop: 4 as usual for the 32 of CIFAR, 2 below; none around large images."""
+    """
+    Pixels of black around small images before a crop: 4 as usual for the 32 of CIFAR, 2 below; none around large
+    images.
+    """
     return 0 if image_size > SMALL_IMAGE else 4 if image_size >= 32 else 2
 
 

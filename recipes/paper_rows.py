@@ -9,10 +9,12 @@ from transformers import HfArgumentParser
 from slowmo_hf import SlowMoConfig
 
 
-def set_preset(parser: HfArgumentParser, flags: list[str], presets: dict[str, dict[str, Any]], paper_task: str | None = None) -> None:
+def set_preset(
+    parser: HfArgumentParser, flags: list[str], presets: dict[str, dict[str, Any]], paper_task: str | None = None
+) -> None:
     """
-    Make `--preset` the defaults of a parser, which other flags override. Period, inner state and exact average follow the base, as in the
-    paper, where gossip without slow momentum never averages exactly.
+    Make `--preset` the defaults of a parser, which other flags override. Period, inner state and exact average follow
+    the base, as in the paper, where gossip without slow momentum never averages exactly.
 
     Args:
         presets (`dict`): Defaults by the preset's name.
@@ -33,4 +35,6 @@ def set_preset(parser: HfArgumentParser, flags: list[str], presets: dict[str, di
         exact_average=not gossip_alone,
     )
     if asked.base == "all_reduce":
-        parser.set_defaults(processes_per_worker=SlowMoConfig.processes_per_worker)  # has no workers of several processes
+        parser.set_defaults(
+            processes_per_worker=SlowMoConfig.processes_per_worker
+        )  # has no workers of several processes

@@ -24,7 +24,20 @@ import slowmo_hf
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 
 # Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
+T95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    12: 2.179,
+}
 
 
 class SettingError(ValueError):
@@ -38,8 +51,8 @@ def end_program(script: str, error: object) -> NoReturn:
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """
-    `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none, so that a job that
-    is requeued runs the same command again. Anything else is a path.
+    `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none,
+    so that a job that is requeued runs the same command again. Anything else is a path.
     """
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() not in ("true", "false"):
@@ -47,13 +60,17 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return get_last_checkpoint(args.output_dir) if asked.lower() == "true" and os.path.isdir(args.output_dir) else None
 
 
-def describe_run(config: SlowMoConfig, trainer: Trainer, seconds: float, libraries: list[ModuleType]) -> dict[str, Any]:
+def describe_run(
+    config: SlowMoConfig, trainer: Trainer, seconds: float, libraries: list[ModuleType]
+) -> dict[str, Any]:
     """
-    The part of a record that is the same for every task: settings, rounds, bytes, time, and what is needed to run it again.
+    The part of a record that is the same for every task: settings, rounds, bytes, time, and what is needed to run it
+    again.
 
     Args:
         seconds (`float`): Of `trainer.train()`.
-        libraries (`list[ModuleType]`): Whose versions matter beside Python's, torch's, transformers', accelerate's and ours.
+        libraries (`list[ModuleType]`): Whose versions matter beside Python's, torch's, transformers', accelerate's and
+            ours.
     """
     rounds = [entry for entry in trainer.state.log_history if "slowmo/round" in entry]
     counted = config.base != "all_reduce"  # what DDP sends is its own
@@ -97,7 +114,9 @@ def environment(libraries: list[ModuleType]) -> dict[str, Any]:
 def _commit() -> str | None:
     """Of the recipe's own repository, or None outside one."""
     try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
@@ -116,7 +135,9 @@ def print_table(record: dict[str, Any], results: dict[str, str]) -> None:
     rows = {
         **results,
         "workers": record["workers"],
-        "rounds": record["rounds"] or "none: gradients averaged at every step" if record["base"] == "all_reduce" else record["rounds"],
+        "rounds": record["rounds"] or "none: gradients averaged at every step"
+        if record["base"] == "all_reduce"
+        else record["rounds"],
         "bytes sent per worker": _or_not_counted(record["bytes_sent_per_worker"], ",.0f"),
         "seconds communicating": _or_not_counted(record["seconds_communicating"], ".1f"),
         "seconds in all": f"{record['seconds']:.1f}",

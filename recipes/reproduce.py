@@ -1,11 +1,12 @@
 """
-The paper's tables: runs a study of settings x seeds, one record per run, and prints and plots the table of what there is.
+The paper's tables: runs a study of settings x seeds, one record per run, and prints and plots the table of what there
+is.
 
     python recipes/reproduce.py --study table1 --dataset_name FOLDER_OF_FASHION_MNIST
     python recipes/reproduce.py --study table1 --task translation
 
-An interrupted study goes on where it stopped: a run whose record is there is not run again. `--scale paper` runs nothing: it prints the
-cluster command of every row at the paper's size.
+An interrupted study goes on where it stopped: a run whose record is there is not run again. `--scale paper` runs
+nothing: it prints the cluster command of every row at the paper's size.
 """
 
 from __future__ import annotations
@@ -73,17 +74,23 @@ class Arguments:
 
     study: str = field(default="table1", metadata={"help": "What to run.", "choices": ["tuning", "table1", "sweep"]})
     task: str = field(default="image_classification", metadata={"help": "On what.", "choices": list(SHOWN)})
-    scale: str = field(default="small", metadata={"help": "small runs here; paper prints cluster commands.", "choices": ["small", "paper"]})
+    scale: str = field(
+        default="small",
+        metadata={"help": "small runs here; paper prints cluster commands.", "choices": ["small", "paper"]},
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": f"{small_images.HUB_NAME} by default, or a folder with its train.parquet and test.parquet; for translation the "
-            "shipped help text by default, or what translation.py takes."
+            "help": f"{small_images.HUB_NAME} by default, or a folder with its train.parquet and test.parquet; for "
+            "translation the shipped help text by default, or what translation.py takes."
         },
     )
     seeds: int | None = field(
         default=None,
-        metadata={"help": "Seeds per row of table1; 5 by default, 3 of translation. On images the Local SGD pair has 8 at least."},
+        metadata={
+            "help": "Seeds per row of table1; 5 by default, 3 of translation. On images the Local SGD pair has 8 at "
+            "least."
+        },
     )
     bases: list[str] | None = field(default=None, metadata={"help": "Only these."})
     epochs: int | None = field(default=None, metadata={"help": "Instead of the study's, for a dry run."})
@@ -99,7 +106,9 @@ class Arguments:
                 raise SettingError(f"{name} must be >= {least}, got {value}. Set --{name}.")
         for base in self.bases or ():
             if base not in TASKS[self.task].bases:
-                raise SettingError(f"bases must be some of {', '.join(TASKS[self.task].bases)}, got {base!r}. Set --bases.")
+                raise SettingError(
+                    f"bases must be some of {', '.join(TASKS[self.task].bases)}, got {base!r}. Set --bases."
+                )
 
 
 def main() -> None:
@@ -137,11 +146,20 @@ def run_study(arguments: Arguments, folder: Path) -> None:
 
 
 def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
-    """The runs of a study, in the order in which they are done; those of the table and the sweeps wait for what tuning chooses."""
+    """
+    The runs of a study, in the order in which they are done; those of the table and the sweeps wait for what tuning
+    chooses.
+    """
     undecided = dict.fromkeys(TASKS[arguments.task].bases, Tuned())
-    tried = [record for run in _asked(arguments, tuning(arguments.task, undecided)) if (record := find_record(run, folder))]
+    tried = [
+        record for run in _asked(arguments, tuning(arguments.task, undecided)) if (record := find_record(run, folder))
+    ]
     chosen = choose(tried, arguments.task)
-    tried += [record for run in _asked(arguments, tuning(arguments.task, chosen)) if run.slowmo and (record := find_record(run, folder))]
+    tried += [
+        record
+        for run in _asked(arguments, tuning(arguments.task, chosen))
+        if run.slowmo and (record := find_record(run, folder))
+    ]
     chosen = choose(tried, arguments.task)
     if arguments.study == "table1":
         return _asked(arguments, table1(arguments.task, chosen, arguments.seeds))
@@ -212,8 +230,8 @@ def _check_same_data(data: Any, task: str, dataset_name: str | None, folder: Pat
         if record and record["dataset_sha256"] != data.sha256:
             raise SettingError(
                 f"dataset_name must be what the records in {str(folder)!r} are of, {record['dataset']!r} with SHA-256 "
-                f"{record['dataset_sha256'][:12]} as in {path.name}, got {dataset_name!r}, which is {data.name!r} with {data.sha256[:12]}. "
-                "Set --dataset_name, or --records to another folder."
+                f"{record['dataset_sha256'][:12]} as in {path.name}, got {dataset_name!r}, which is {data.name!r} "
+                f"with {data.sha256[:12]}. Set --dataset_name, or --records to another folder."
             )
 
 
@@ -241,13 +259,21 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def table(records: list[dict[str, Any]], task: str) -> str:
-    """A row per setting: mean ± standard deviation (n) of every metric, and the paired gain of slow momentum with its 95 % interval."""
+    """
+    A row per setting: mean ± standard deviation (n) of every metric, and the paired gain of slow momentum with its 95
+    % interval.
+    """
     settings, columns, gain = _by_setting(records), SHOWN[task].columns, SHOWN[task].gain
-    lines = [f"| setting | {' | '.join(columns)} | gain in {gain.replace('_', ' ')} |", "|---|" + "---|" * (len(columns) + 1)]
+    lines = [
+        f"| setting | {' | '.join(columns)} | gain in {gain.replace('_', ' ')} |",
+        "|---|" + "---|" * (len(columns) + 1),
+    ]
     for key, own in settings.items():
         cells = [f"{mean_sd([record['metrics'][name] for record in own])} ({len(own)})" for name in columns]
         partners = settings.get(_setting(without_slowmo(own[0]["run"])), [])
-        lines.append(f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners, gain) if own[0]['slowmo'] else ''} |")
+        lines.append(
+            f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners, gain) if own[0]['slowmo'] else ''} |"
+        )
     return "\n".join(lines)
 
 
@@ -300,8 +326,13 @@ def plot(records: list[dict[str, Any]], task: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def swept(records: list[dict[str, Any]], field_name: str, metric: str) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
-    """(value of one setting, mean over seeds of the metric), ascending, of runs that differ in it alone; three at least, by the rest."""
+def swept(
+    records: list[dict[str, Any]], field_name: str, metric: str
+) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
+    """
+    (value of one setting, mean over seeds of the metric), ascending, of runs that differ in it alone; three at least,
+    by the rest.
+    """
     lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for own in _by_setting(records).values():
         run = own[0]["run"]
@@ -359,10 +390,17 @@ PAPER_ROWS = {
 
 
 def paper_commands(task: str) -> list[str]:
-    """One `accelerate launch` command per row, with and without slow momentum, for the machines of the paper (docs/launch.md)."""
+    """
+    One `accelerate launch` command per row, with and without slow momentum, for the machines of the paper
+    (docs/launch.md).
+    """
     launch = f"accelerate launch --config_file recipes/configs/several_machines.yaml recipes/{task}.py"
     rows = [(preset, base) for preset, bases in PAPER_ROWS[task].items() for base in bases]
-    return [f"{launch} --preset {preset} --base {base}{end}" for preset, base in rows for end in (" --outer_momentum 0", "")]
+    return [
+        f"{launch} --preset {preset} --base {base}{end}"
+        for preset, base in rows
+        for end in (" --outer_momentum 0", "")
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""One run of `reproduce.py` on images: several workers in this process, a small ResNet, the paper's schedule in small."""
+"""
+One run of `reproduce.py` on images: several workers in this process, a small ResNet, the paper's schedule in small.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ from typing import Any
 
 import datasets
 import torch
-from image_data import SmallImages, crop_padding, load_images, make_dataset, mean_and_std, normalised, random_crop, random_flip
+from image_data import (
+    SmallImages,
+    crop_padding,
+    load_images,
+    make_dataset,
+    mean_and_std,
+    normalised,
+    random_crop,
+    random_flip,
+)
 from image_presets import decay_factor
 from small_resnet import make_model
 from small_runs import Job, train_workers
@@ -27,7 +38,10 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of the inner Nesterov SGD
 
 @dataclass
 class Part:
-    """Images of one split: float32 (rows, 1, size, size), zero mean and unit deviation for evaluation; uint8 for training."""
+    """
+    Images of one split: float32 (rows, 1, size, size), zero mean and unit deviation for evaluation; uint8 for
+    training.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -86,7 +100,10 @@ def steps_per_epoch(run: Run, rows: int) -> int:
 
 
 def rows_of(epoch: int, rank: int, run: Run, rows: int) -> torch.Tensor:
-    """This worker's rows of an epoch, shape (steps, batch_size): every row once over all workers, the rest of a last step left out."""
+    """
+    This worker's rows of an epoch, shape (steps, batch_size): every row once over all workers, the rest of a last step
+    left out.
+    """
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(10_000 * run.seed + epoch))
     steps = steps_per_epoch(run, rows)
     return order[: steps * run.workers * run.batch_size].view(steps, run.workers, run.batch_size)[:, rank]
@@ -106,11 +123,16 @@ def _make_job(run: Run, data: Images, rank: int) -> Job:
     steps = run.epochs * steps_per_epoch(run, rows)
     return Job(
         model=model,
-        inner=torch.optim.SGD(model.parameters(), lr=run.inner_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY),
+        inner=torch.optim.SGD(
+            model.parameters(), lr=run.inner_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+        ),
         learning_rate_factor=lambda step: learning_rate_factor(step, steps),
         batches=lambda epoch: rows_of(epoch, rank, run, rows),
         loss=lambda batch: _loss(model, data, batch),
-        look=lambda last: {**_look(model, data), **({"test_accuracy": _evaluate(model, data.test)[0]} if last else {})},
+        look=lambda last: {
+            **_look(model, data),
+            **({"test_accuracy": _evaluate(model, data.test)[0]} if last else {}),
+        },
     )
 
 
@@ -125,7 +147,9 @@ def _evaluate(model: torch.nn.Module, part: Part) -> tuple[float, float]:
     model.eval()
     logits = torch.cat([model(pixel_values=images).logits for images in part.images.split(500)])
     model.train()
-    return float((logits.argmax(1) == part.labels).float().mean()), float(torch.nn.functional.cross_entropy(logits, part.labels))
+    return float((logits.argmax(1) == part.labels).float().mean()), float(
+        torch.nn.functional.cross_entropy(logits, part.labels)
+    )
 
 
 def _look(model: torch.nn.Module, data: Images) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""The part of a small run that every task has: its workers in one process, their training loop, and what they know of it."""
+"""
+The part of a small run that every task has: its workers in one process, their training loop, and what they know of it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Job:
         learning_rate_factor (`Callable`): Of the peak, by optimizer steps from 0.
         batches (`Callable`): This worker's batches of an epoch, which counts from 0; equally many on every worker.
         loss (`Callable`): Of one batch.
-        look (`Callable`): Figures of the model as it is, which is then the workers' average; told whether training has ended.
+        look (`Callable`): Figures of the model as it is, which is then the workers' average; told whether training has
+            ended.
     """
 
     model: torch.nn.Module
@@ -35,7 +38,9 @@ class Job:
 
 
 def train_workers(run: Run, make_job: Callable[[int], Job]) -> dict[str, Any]:
-    """All workers of one run, `make_job(rank)` each; the first one's part of the record, with a look after every epoch."""
+    """
+    All workers of one run, `make_job(rank)` each; the first one's part of the record, with a look after every epoch.
+    """
     start = time.perf_counter()
     told = slowmo_hf.run_in_process(lambda rank: _work(run, make_job(rank), rank), run.workers)[0]
     return {**told, "seconds": time.perf_counter() - start}

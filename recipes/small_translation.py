@@ -1,4 +1,7 @@
-"""One run of `reproduce.py` on translation: several workers in this process, a small Transformer, batches of tokens, BLEU at the end."""
+"""
+One run of `reproduce.py` on translation: several workers in this process, a small Transformer, batches of tokens, BLEU
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +69,15 @@ def load(dataset_name: str | None) -> Translations:
             raise DataError(f"validation and test must hold pairs of at most {MAX_LENGTH} tokens a side, got none.")
     except DataError as error:
         said = re.split(r" (?:Set|Mend|Leave) ", str(error))[0]  # flags of translation.py
-        raise DataError(f"{said} Set --dataset_name to other English-German pairs, or leave it out for the shipped help text.") from error
+        raise DataError(
+            f"{said} Set --dataset_name to other English-German pairs, or leave it out for the shipped help text."
+        ) from error
     told = slice(0, None, -(-len(train.rows) // TOLD_ROWS))
     return Translations(
         name=corpus.name if dataset_name is None or not Path(dataset_name).is_dir() else Path(dataset_name).name,
-        sha256=hashlib.sha256("\n".join(s for part in (train, validation, test) for s in part.sources + part.targets).encode()).hexdigest(),
+        sha256=hashlib.sha256(
+            "\n".join(s for part in (train, validation, test) for s in part.sources + part.targets).encode()
+        ).hexdigest(),
         tokenizer=tokenizer,
         train=train,
         lengths=token_counts(sets.train),

@@ -1,4 +1,6 @@
-"""What `reproduce.py` runs: the rows of the paper's Table 1, the grids they were tuned on, and the sweeps, as plain data."""
+"""
+What `reproduce.py` runs: the rows of the paper's Table 1, the grids they were tuned on, and the sweeps, as plain data.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ class Run:
         """Of its record: every setting that is not the default."""
         words = [self.study, self.task, self.base]
         words += [
-            f"{key}-{value}" for key, value in asdict(self).items() if key not in ("study", "task", "base", "seed") and self._told(key)
+            f"{key}-{value}"
+            for key, value in asdict(self).items()
+            if key not in ("study", "task", "base", "seed") and self._told(key)
         ]
         return "_".join([*words, f"seed-{self.seed}"])
 
@@ -131,8 +135,12 @@ class Run:
         return json.loads(json.dumps(asdict(self))) == record.get("run")
 
 
-def make_run(study: str, task: str, base: str, outer_momentum: float, inner_lr: float, seed: int, **others: Any) -> Run:
-    """A run of the task's own size and period. Gossip without slow momentum never averages exactly, as in the paper."""
+def make_run(
+    study: str, task: str, base: str, outer_momentum: float, inner_lr: float, seed: int, **others: Any
+) -> Run:
+    """
+    A run of the task's own size and period. Gossip without slow momentum never averages exactly, as in the paper.
+    """
     sizes = {**TASKS[task].sizes, "exact_average": outer_momentum > 0 or base not in ("sgp", "osgp")}
     if base in TASKS[task].sync_every:
         sizes["sync_every"] = TASKS[task].sync_every[base]
@@ -162,15 +170,19 @@ def choose(records: list[dict[str, Any]], task: str) -> dict[str, Tuned]:
         own = [record for record in records if record["study"] == "tuning" and record["base"] == base]
         plain = {record["inner_lr"]: record["metrics"][grid.metric] for record in own if not record["slowmo"]}
         lr = grid.best(plain) if set(plain) >= set(grid.learning_rates) else None
-        slow = {record["outer_momentum"]: record["metrics"][grid.metric] for record in own if record["slowmo"] and record["inner_lr"] == lr}
+        slow = {
+            record["outer_momentum"]: record["metrics"][grid.metric]
+            for record in own
+            if record["slowmo"] and record["inner_lr"] == lr
+        }
         chosen[base] = Tuned(lr, grid.best(slow) if set(slow) >= set(grid.momenta) else None)
     return chosen
 
 
 def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list[Run]:
     """
-    Every base with and without slow momentum; the seeds of a pair side by side, so that an interrupted table has pairs. `seeds` instead of
-    the task's own, but the Local SGD pair has the task's at least.
+    Every base with and without slow momentum; the seeds of a pair side by side, so that an interrupted table has
+    pairs. `seeds` instead of the task's own, but the Local SGD pair has the task's at least.
     """
     runs, least = [], TASKS[task].pair_seeds
     seeds = TASKS[task].seeds if seeds is None else seeds
@@ -188,16 +200,22 @@ def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list
 
 def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     """
-    One setting at a time, around the Local SGD row: the inner state (first, and with the pair's seeds, for the table's Local SGD rows both
-    reset it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
+    One setting at a time, around the Local SGD row: the inner state (first, and with the pair's seeds, for the table's
+    Local SGD rows both reset it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
     """
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
     if lr is None or momentum is None:
         return []
     middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
     seeds = range(1, 1 + TASKS[task].pair_seeds)
-    runs = [replace(middle, inner_state="maintain", outer_momentum=beta, seed=seed) for seed in seeds for beta in (0.0, momentum)]
-    runs += [replace(middle, sync_every=tau, outer_momentum=beta) for beta in (momentum, 0.0) for tau in (3, 6, 12, 24, 48)]
+    runs = [
+        replace(middle, inner_state="maintain", outer_momentum=beta, seed=seed)
+        for seed in seeds
+        for beta in (0.0, momentum)
+    ]
+    runs += [
+        replace(middle, sync_every=tau, outer_momentum=beta) for beta in (momentum, 0.0) for tau in (3, 6, 12, 24, 48)
+    ]
     runs += [replace(middle, outer_momentum=beta) for beta in (0.0, 0.2, 0.4, 0.6, 0.8)]
     runs += [replace(middle, inner_state=state) for state in ("reset", "maintain", "average")]
     runs += [replace(middle, outer_momentum=0.0, inner_state="average")]  # double averaging

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 SHIPPED = Path(__file__).parent / "data" / "en_de_help"
 SHIPPED_NAME = "en_de_help (shipped; BLEU on it is not comparable with WMT's)"
 WMT = ("wmt/wmt14", "wmt/wmt16")
-# WMT's English-German test sets on the Hub: set, split, rows. sacrebleu calls 2014's `wmt14/full`; its `wmt14` has 2,737 rows.
+# WMT's English-German test sets on the Hub: set, split, rows. sacrebleu calls 2014's `wmt14/full`; its `wmt14` has
+# 2,737 rows.
 NEWSTESTS = {
     "newstest2013": ("wmt/wmt14", "validation", 3000),
     "newstest2014": ("wmt/wmt14", "test", 3003),
@@ -23,8 +24,8 @@ NEWSTESTS = {
     "newstest2016": ("wmt/wmt16", "test", 2999),
 }
 LOCAL_FOLDER = (
-    "a folder that holds a saved DatasetDict, or train*, validation* and test* as .parquet or .jsonl, or text files such as train.en and "
-    "train.de"
+    "a folder that holds a saved DatasetDict, or train*, validation* and test* as .parquet or .jsonl, or text files "
+    "such as train.en and train.de"
 )
 
 
@@ -78,22 +79,29 @@ def load_corpus(
     Load sentence pairs to train on, to validate and to test with.
 
     Args:
-        dataset_name (`str`, *optional*): A name on the Hub, or a folder: a saved DatasetDict; Parquet or JSON-lines files whose names start
-            with their split's; or one text file per language, `<split>.<language>`, line by line. None: the shipped help text.
+        dataset_name (`str`, *optional*): A name on the Hub, or a folder: a saved DatasetDict; Parquet or JSON-lines
+            files whose names start with their split's; or one text file per language, `<split>.<language>`, line by
+            line. None: the shipped help text.
         dataset_config (`str`, *optional*): Configuration on the Hub, such as `de-en`; for `wmt/*` the pair's own.
-        source_lang (`str`), target_lang (`str`): Keys in the translation column, or columns, or ends of the text files' names.
-        translation_column (`str`, *optional*, defaults to `"translation"`): Column of `{language: sentence}`; where there is none,
-            columns named after the languages are taken.
+        source_lang (`str`), target_lang (`str`): Keys in the translation column, or columns, or ends of the text
+            files' names.
+        translation_column (`str`, *optional*, defaults to `"translation"`): Column of `{language: sentence}`; where
+            there is none, columns named after the languages are taken.
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
-        validation_set (`str`, *optional*), test_set (`str`, *optional*): A split of the same set, or one of `NEWSTESTS`. None:
-            newstest2013 and newstest2014 for English-German from `wmt/*` (Ott et al., 2018), else the splits validation and test.
+        validation_set (`str`, *optional*), test_set (`str`, *optional*): A split of the same set, or one of
+            `NEWSTESTS`. None: newstest2013 and newstest2014 for English-German from `wmt/*` (Ott et al., 2018), else
+            the splits validation and test.
         max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows.
 
     Raises:
-        DataError: No such set, no Hub, terms not accepted, or a split, column or language that is not there, or lines that are empty.
+        DataError: No such set, no Hub, terms not accepted, or a split, column or language that is not there, or lines
+            that are empty.
     """
     if source_lang == target_lang:
-        raise DataError(f"source_lang and target_lang must differ, got {source_lang!r} for both. Set --source_lang or --target_lang.")
+        raise DataError(
+            f"source_lang and target_lang must differ, got {source_lang!r} for both. Set --source_lang or "
+            "--target_lang."
+        )
     languages = Languages(source_lang, target_lang, translation_column)
     protocol = dataset_name in WMT and {source_lang, target_lang} == {"en", "de"}
     validation_set = validation_set or ("newstest2013" if protocol else "validation")
@@ -116,17 +124,24 @@ def load_corpus(
 # ---- the three sets ----
 
 
-def _train_rows(rows: datasets.Dataset, languages: Languages, split: str, limit: int | None) -> tuple[datasets.Dataset, int]:
+def _train_rows(
+    rows: datasets.Dataset, languages: Languages, split: str, limit: int | None
+) -> tuple[datasets.Dataset, int]:
     """Pairs without an empty side, and how many had one."""
     rows = _first(_pairs(rows, languages, "train_split"), limit, "max_train_samples")
     empty = _empty(rows)
     if empty.all():
-        raise DataError(f"train_split must hold sentence pairs, got {split!r}, whose {len(rows)} rows are all empty. Set --train_split.")
+        raise DataError(
+            f"train_split must hold sentence pairs, got {split!r}, whose {len(rows)} rows are all empty. Set "
+            "--train_split."
+        )
     _check_languages(rows, languages)
     return (rows.select(np.flatnonzero(~empty)) if empty.any() else rows), int(empty.sum())
 
 
-def _eval_rows(splits: Mapping[str, Any], name: str, flag: str, languages: Languages, limit: int | None) -> datasets.Dataset:
+def _eval_rows(
+    splits: Mapping[str, Any], name: str, flag: str, languages: Languages, limit: int | None
+) -> datasets.Dataset:
     """A split of the training set, or a test set of WMT; every row counts in BLEU, so none is left out."""
     if name in splits or name not in NEWSTESTS:
         rows, expected = _pick(splits, name, flag), None
@@ -134,7 +149,9 @@ def _eval_rows(splits: Mapping[str, Any], name: str, flag: str, languages: Langu
         rows, expected = _load_newstest(name, flag, languages)
     rows = _pairs(rows, languages, flag)
     if expected not in (None, len(rows)):
-        raise DataError(f"{flag} {name} must have {expected} rows, got {len(rows)}: BLEU would not be comparable. Set --{flag}.")
+        raise DataError(
+            f"{flag} {name} must have {expected} rows, got {len(rows)}: BLEU would not be comparable. Set --{flag}."
+        )
     rows = _first(rows, limit, "max_eval_samples")
     empty = np.flatnonzero(_empty(rows))
     if len(empty) or not len(rows):
@@ -146,7 +163,8 @@ def _eval_rows(splits: Mapping[str, Any], name: str, flag: str, languages: Langu
 def _load_newstest(name: str, flag: str, languages: Languages) -> tuple[datasets.Dataset, int]:
     if {languages.source, languages.target} != {"en", "de"}:
         raise DataError(
-            f"{flag}={name} is English and German, got {languages.source} and {languages.target}. Set --{flag} to a split of your data."
+            f"{flag}={name} is English and German, got {languages.source} and {languages.target}. Set --{flag} to a "
+            "split of your data."
         )
     hub_name, split, expected = NEWSTESTS[name]
     return _from_hub(hub_name, "de-en", flag, split=split), expected
@@ -174,15 +192,19 @@ def _pairs(rows: datasets.Dataset, languages: Languages, flag: str) -> datasets.
     prefix = f"{languages.column}." if languages.column in rows.column_names else ""
     if not prefix and not {languages.source, languages.target} <= set(rows.column_names):
         raise DataError(
-            f"translation_column must be one of the columns {rows.column_names} of --{flag}, got {languages.column!r}, and there are no "
-            f"columns {languages.source!r} and {languages.target!r} either. Set --translation_column, or --source_lang and --target_lang."
+            f"translation_column must be one of the columns {rows.column_names} of --{flag}, got "
+            f"{languages.column!r}, and there are no columns {languages.source!r} and {languages.target!r} either. "
+            "Set --translation_column, or --source_lang and --target_lang."
         )
     kind = rows.features[languages.column] if prefix else None
     if prefix and not isinstance(kind, dict | datasets.Translation):
         raise DataError(f"translation_column must hold {{language: sentence}}, got {kind}. Set --translation_column.")
     rows = rows.flatten()
     there = sorted(name.removeprefix(prefix) for name in rows.column_names if name.startswith(prefix))
-    for setting, language, column in (("source_lang", languages.source, "source"), ("target_lang", languages.target, "target")):
+    for setting, language, column in (
+        ("source_lang", languages.source, "source"),
+        ("target_lang", languages.target, "target"),
+    ):
         if language not in there:
             raise DataError(f"{setting} must be one of the languages {there}, got {language!r}. Set --{setting}.")
         kind = rows.features[prefix + language]
@@ -205,8 +227,8 @@ def _check_languages(rows: datasets.Dataset, languages: Languages) -> None:
     same = int(pc.sum(pc.fill_null(pc.equal(table["source"], table["target"]), False)).as_py())
     if same > len(rows) / 2:
         raise DataError(
-            f"{languages.source} and {languages.target} must be different languages, got the same sentence on both sides in {same} of "
-            f"{len(rows)} training rows. Set --source_lang and --target_lang, or mend the data."
+            f"{languages.source} and {languages.target} must be different languages, got the same sentence on both "
+            f"sides in {same} of {len(rows)} training rows. Set --source_lang and --target_lang, or mend the data."
         )
 
 
@@ -220,7 +242,8 @@ def _load_splits(dataset_name: str | None, config: str | None, languages: Langua
         return _load_folder(folder, languages)
     if folder.exists() or folder.is_absolute() or str(dataset_name).startswith("."):
         raise DataError(
-            f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. Set --dataset_name."
+            f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. "
+            "Set --dataset_name."
         )
     if config is None and dataset_name in WMT:
         config = "-".join([language for language in (languages.source, languages.target) if language != "en"] + ["en"])
@@ -239,10 +262,13 @@ def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
     ends = (languages.source, languages.target)
     names = sorted(path.stem for path in folder.glob(f"*.{ends[0]}") if path.with_suffix(f".{ends[1]}").is_file())
     if names:
-        return {name: lambda name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends) for name in names}
+        return {
+            name: lambda name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends)
+            for name in names
+        }
     raise DataError(
-        f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which holds none of these for {ends[0]} and {ends[1]}. "
-        "Set --dataset_name, or --source_lang and --target_lang."
+        f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which holds none of these for {ends[0]} and "
+        f"{ends[1]}. Set --dataset_name, or --source_lang and --target_lang."
     )
 
 
@@ -253,15 +279,24 @@ def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[], dataset
 
 def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str]) -> datasets.Dataset:
     """Two text files, read line by line into columns named after the languages."""
-    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)  # a file that changed is not taken from the cache
-    settings = {"paths": tuple(map(str, paths)), "languages": languages, "stamps": stamps}  # datasets would divide lists into shards
+    stamps = tuple(
+        (path.stat().st_size, path.stat().st_mtime_ns) for path in paths
+    )  # a file that changed is not taken from the cache
+    settings = {
+        "paths": tuple(map(str, paths)),
+        "languages": languages,
+        "stamps": stamps,
+    }  # datasets would divide lists into shards
     features = datasets.Features({language: datasets.Value("string") for language in languages})
     return _read(folder, lambda: datasets.Dataset.from_generator(_lines, gen_kwargs=settings, features=features))
 
 
 def _lines(paths: tuple[str, str], languages: tuple[str, str], stamps: tuple[Any, ...]) -> Iterator[dict[str, str]]:
     """Only `\\n` ends a line: other marks occur inside sentences, in one language and not in the other."""
-    with open(paths[0], encoding="utf-8", newline="\n") as source, open(paths[1], encoding="utf-8", newline="\n") as target:
+    with (
+        open(paths[0], encoding="utf-8", newline="\n") as source,
+        open(paths[1], encoding="utf-8", newline="\n") as target,
+    ):
         try:
             for pair in zip(source, target, strict=True):
                 yield {language: line.rstrip("\r\n") for language, line in zip(languages, pair, strict=True)}
@@ -275,7 +310,8 @@ def _read(folder: Path, load: Callable[[], Any]) -> Any:
     except Exception as error:  # datasets lets through errors of many libraries; what went wrong is often in the cause
         cause = error.__cause__ or error
         raise DataError(
-            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set --dataset_name."
+            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set "
+            "--dataset_name."
         ) from error
 
 
@@ -291,10 +327,14 @@ def _hub_message(name: str, config: str | None, flag: str, error: Exception) -> 
     what = f"{flag} needs {name!r}{f' ({config})' if config else ''}, which cannot be loaded: "
     if "gated" in str(error):
         page = f"https://huggingface.co/datasets/{name}"
-        return f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or set --{flag}."
+        return (
+            f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or set "
+            f"--{flag}."
+        )
     if any(isinstance(cause, ConnectionError | TimeoutError) for cause in (error, error.__cause__, error.__context__)):
         way_out = {
-            "dataset_name": f"Leave --dataset_name and --preset out for the shipped help text, or set it to {LOCAL_FOLDER}.",
+            "dataset_name": "Leave --dataset_name and --preset out for the shipped help text, or set it to "
+            f"{LOCAL_FOLDER}.",
         }.get(flag, f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}.")
         return f"{what}the Hub is not reachable ({type(error).__name__}: {error}). {way_out}"
     return f"{what}{type(error).__name__}: {error} Set --{flag}, or --dataset_config (such as de-en)."

@@ -1,4 +1,7 @@
-"""The Transformer of Vaswani et al. for `translation.py`: its shape, its loss, its translations. Nothing here needs a Trainer."""
+"""
+The Transformer of Vaswani et al. for `translation.py`: its shape, its loss, its translations. Nothing here needs a
+Trainer.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ MODEL_SIZES = {
 
 def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -> MarianMTModel:
     """
-    The Transformer of Vaswani et al. (2017) as Marian's: sinusoidal positions, layer norm after each residual sum, ReLU, and one matrix for
-    both embeddings and the output. Weights are drawn with variance 1 / d_model, embeddings then scaled by its root.
+    The Transformer of Vaswani et al. (2017) as Marian's: sinusoidal positions, layer norm after each residual sum,
+    ReLU, and one matrix for both embeddings and the output. Weights are drawn with variance 1 / d_model, embeddings
+    then scaled by its root.
 
     Args:
         size (`str`): One of `MODEL_SIZES`.
@@ -53,13 +57,19 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
     return model
 
 
-def smoothed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, label_smoothing: float) -> torch.Tensor:
+def smoothed_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, label_smoothing: float
+) -> torch.Tensor:
     """
-    Cross-entropy in nats with label smoothing, a sum over `num_items_in_batch`: Trainer's count of labels in all micro-batches of a step;
-    where it is None, of these labels.
+    Cross-entropy in nats with label smoothing, a sum over `num_items_in_batch`: Trainer's count of labels in all
+    micro-batches of a step; where it is None, of these labels.
     """
     total = torch.nn.functional.cross_entropy(
-        outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_LABEL, label_smoothing=label_smoothing, reduction="sum"
+        outputs.logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=NO_LABEL,
+        label_smoothing=label_smoothing,
+        reduction="sum",
     )
     return total / (labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -69,13 +79,16 @@ def sentence_nll(model: MarianMTModel, batch: dict[str, torch.Tensor]) -> torch.
     """Negative log-likelihood of each sentence's labels, in nats, shape (rows,)."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs).logits.float()
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], ignore_index=NO_LABEL, reduction="none").sum(dim=1)
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch["labels"], ignore_index=NO_LABEL, reduction="none"
+    ).sum(dim=1)
 
 
 def beam_settings(num_beams: int = 4, length_penalty: float = 0.6) -> dict[str, Any]:
     """
-    For `generate` and generation configs. Sums of log-probabilities are divided by length ** `length_penalty`, as in fairseq, and the
-    search stops with `num_beams` finished translations. With one beam it is greedy, and neither has a meaning.
+    For `generate` and generation configs. Sums of log-probabilities are divided by length ** `length_penalty`, as in
+    fairseq, and the search stops with `num_beams` finished translations. With one beam it is greedy, and neither has a
+    meaning.
     """
     search = num_beams > 1
     return {"num_beams": num_beams, "length_penalty": length_penalty if search else 1.0, "early_stopping": search}
@@ -83,18 +96,30 @@ def beam_settings(num_beams: int = 4, length_penalty: float = 0.6) -> dict[str, 
 
 @torch.no_grad()
 def generate(
-    model: MarianMTModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_beams: int = 4, length_penalty: float = 0.6
+    model: MarianMTModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_beams: int = 4,
+    length_penalty: float = 0.6,
 ) -> torch.Tensor:
     """
-    Beam search, tokens of shape (rows, longest). Sums of log-probabilities are divided by length ** `length_penalty`, as in fairseq; it
-    stops with `num_beams` finished translations, or `EXTRA_TOKENS` after the length of the longest source.
+    Beam search, tokens of shape (rows, longest). Sums of log-probabilities are divided by length ** `length_penalty`,
+    as in fairseq; it stops with `num_beams` finished translations, or `EXTRA_TOKENS` after the length of the longest
+    source.
     """
     beams = (
-        {"length_penalty": length_penalty, "early_stopping": True} if num_beams > 1 else {"length_penalty": 1.0, "early_stopping": False}
+        {"length_penalty": length_penalty, "early_stopping": True}
+        if num_beams > 1
+        else {"length_penalty": 1.0, "early_stopping": False}
     )
     longest = min(input_ids.shape[1] + EXTRA_TOKENS, POSITIONS)
     return model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, num_beams=num_beams, max_length=longest, do_sample=False, **beams
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        num_beams=num_beams,
+        max_length=longest,
+        do_sample=False,
+        **beams,
     )
 
 

@@ -1,4 +1,7 @@
-"""Tokens for `translation.py`: one BPE for both languages, and batches of equal numbers of tokens. Nothing here needs a Trainer."""
+"""
+Tokens for `translation.py`: one BPE for both languages, and batches of equal numbers of tokens. Nothing here needs a
+Trainer.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,12 @@ POSITIONS = 1024  # longest sentence in tokens
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    One byte-level BPE for both languages (Sennrich et al., 2016): no unknown tokens, and decoding gives the text back. The same sentences
-    give the same tokenizer, whatever the machine and the number of its threads.
+    One byte-level BPE for both languages (Sennrich et al., 2016): no unknown tokens, and decoding gives the text back.
+    The same sentences give the same tokenizer, whatever the machine and the number of its threads.
 
     Args:
-        vocab_size (`int`): Tokens, with `<pad>`, `</s>` and 256 bytes; fewer where the text has no more pairs to merge.
+        vocab_size (`int`): Tokens, with `<pad>`, `</s>` and 256 bytes; fewer where the text has no more pairs to
+            merge.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -86,12 +90,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Training it is deterministic, so machines without a shared disk agree; data or versions may differ, and nobody would notice."""
+    """
+    Training it is deterministic, so machines without a shared disk agree; data or versions may differ, and nobody
+    would notice.
+    """
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     if len(set(gather_object([digest]))) > 1:
         raise SettingError(
-            f"tokenizer_dir must hold the same tokenizer on all machines, got different ones in {str(folder)!r}. Copy rank 0's there, or "
-            "set --tokenizer_dir to a folder that all share."
+            f"tokenizer_dir must hold the same tokenizer on all machines, got different ones in {str(folder)!r}. Copy "
+            "rank 0's there, or set --tokenizer_dir to a folder that all share."
         )
 
 
@@ -110,22 +117,33 @@ class TokenSets:
 
 
 def encode_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> TokenSets:
-    """Leaves training pairs out whose source or target is longer than `max_length` tokens; raises `DataError` where all are."""
+    """
+    Leaves training pairs out whose source or target is longer than `max_length` tokens; raises `DataError` where all
+    are.
+    """
     train, validation, test = (encode(rows, tokenizer) for rows in (corpus.train, corpus.validation, corpus.test))
     fits = np.flatnonzero((token_counts(train) <= max_length).all(axis=1))
     if not len(fits):
-        raise DataError(f"max_length must leave training pairs, got {max_length} tokens, and all are longer. Set --max_length.")
+        raise DataError(
+            f"max_length must leave training pairs, got {max_length} tokens, and all are longer. Set --max_length."
+        )
     train = train.select(fits) if len(fits) < len(train) else train
     return TokenSets(corpus, tokenizer, train, sort_by_length(validation), sort_by_length(test))
 
 
 def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerFast) -> datasets.Dataset:
-    """Adds `input_ids` and `labels`, each ending with `</s>` and cut at `POSITIONS`, and `row`, the place in the set."""
+    """
+    Adds `input_ids` and `labels`, each ending with `</s>` and cut at `POSITIONS`, and `row`, the place in the set.
+    """
     return rows.map(_encode, batched=True, with_indices=True, fn_kwargs={"tokenizer": tokenizer})
 
 
-def _encode(batch: dict[str, list[str]], places: list[int], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Any]]:
-    source, target = (tokenizer(batch[side], truncation=True, max_length=POSITIONS)["input_ids"] for side in ("source", "target"))
+def _encode(
+    batch: dict[str, list[str]], places: list[int], tokenizer: PreTrainedTokenizerFast
+) -> dict[str, list[Any]]:
+    source, target = (
+        tokenizer(batch[side], truncation=True, max_length=POSITIONS)["input_ids"] for side in ("source", "target")
+    )
     return {"input_ids": source, "labels": target, "row": places}
 
 
@@ -145,11 +163,11 @@ def token_counts(rows: datasets.Dataset) -> np.ndarray:
 
 def make_batches(lengths: np.ndarray, max_tokens: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
     """
-    Rows of similar length together, in batches of at most `max_tokens` tokens, in random order. Tokens are counted as fairseq counts them:
-    rows times the longest source or target, padding included.
+    Rows of similar length together, in batches of at most `max_tokens` tokens, in random order. Tokens are counted as
+    fairseq counts them: rows times the longest source or target, padding included.
 
-    Rows are sorted by target and source length, equal ones in the epoch's own order; so every epoch has equally many batches, of the
-    same sizes, with other rows in them.
+    Rows are sorted by target and source length, equal ones in the epoch's own order; so every epoch has equally many
+    batches, of the same sizes, with other rows in them.
 
     Args:
         lengths (`np.ndarray`): Tokens of source and target, shape (rows, 2).
@@ -172,14 +190,16 @@ def make_batches(lengths: np.ndarray, max_tokens: int, seed: int = 0, epoch: int
 
 class TokenBatches(torch.utils.data.Sampler[list[int]]):
     """
-    A batch sampler over `make_batches` for one of several ranks: rank r takes batches r, r + world_size, ... All ranks have equally many;
-    where the last ones lack some, these are the epoch's first.
+    A batch sampler over `make_batches` for one of several ranks: rank r takes batches r, r + world_size, ... All ranks
+    have equally many; where the last ones lack some, these are the epoch's first.
 
-    It does the sharding itself, so `accelerator.prepare` must not: Accelerate's `BatchSamplerShard` hides `set_epoch` from a loader that
-    skips batches after a resume, which would skip in another epoch's order.
+    It does the sharding itself, so `accelerator.prepare` must not: Accelerate's `BatchSamplerShard` hides `set_epoch`
+    from a loader that skips batches after a resume, which would skip in another epoch's order.
     """
 
-    def __init__(self, lengths: np.ndarray, max_tokens: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, lengths: np.ndarray, max_tokens: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.lengths, self.max_tokens, self.seed = lengths, max_tokens, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -206,8 +226,8 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    Encoded rows as padded int64 tensors of shape (rows, longest): `input_ids`, `attention_mask`, `labels`, and `decoder_input_ids`, which
-    are the labels one place later.
+    Encoded rows as padded int64 tensors of shape (rows, longest): `input_ids`, `attention_mask`, `labels`, and
+    `decoder_input_ids`, which are the labels one place later.
     """
     input_ids = padded([row["input_ids"] for row in rows], PAD)
     labels = padded([row["labels"] for row in rows], NO_LABEL)

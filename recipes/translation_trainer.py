@@ -18,8 +18,8 @@ from translation_tokens import NO_LABEL, TokenBatches, collate, token_counts
 
 class TranslationTrainer(Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` for encoded rows (`translation_tokens.encode`), with batches of tokens; its evaluation gives BLEU against the raw
-    references and the exact NLL per token.
+    `Seq2SeqTrainer` for encoded rows (`translation_tokens.encode`), with batches of tokens; its evaluation gives BLEU
+    against the raw references and the exact NLL per token.
 
     Args:
         max_tokens (`int`): Tokens of a batch, see `make_batches`.
@@ -36,7 +36,9 @@ class TranslationTrainer(Seq2SeqTrainer):
         self.references: list[str] = []
         seed = args.seed if args.data_seed is None else args.data_seed
         lengths = token_counts(self.train_dataset)
-        self.token_batches = TokenBatches(lengths, max_tokens, seed=seed, rank=args.process_index, world_size=args.world_size)
+        self.token_batches = TokenBatches(
+            lengths, max_tokens, seed=seed, rank=args.process_index, world_size=args.world_size
+        )
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         """This rank's batches; told that there is one process, Accelerate does not divide them again."""
@@ -54,20 +56,27 @@ class TranslationTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, dataloader: torch.utils.data.DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """
-        Trainer's own, which gathers in the rows' order. Seq2SeqTrainer has just asked for all that the ranks have: then the rows that fill
-        up the last batches would be scored twice.
+        Trainer's own, which gathers in the rows' order. Seq2SeqTrainer has just asked for all that the ranks have:
+        then the rows that fill up the last batches would be scored twice.
         """
         self.gather_function = self.accelerator.gather_for_metrics
         self.references = dataloader.dataset["target"][:]
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None, **kwargs: Any) -> Any:
-        """Tokens of the translations, and each sentence's NLL; no loss, which Trainer would average over batches of unequal weight."""
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None, **kwargs: Any
+    ) -> Any:
+        """
+        Tokens of the translations, and each sentence's NLL; no loss, which Trainer would average over batches of
+        unequal weight.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             nll = sentence_nll(self.model, inputs)
             num_beams = self._gen_kwargs.get("num_beams") or 1
-            tokens = generate(self.model, inputs["input_ids"], inputs["attention_mask"], num_beams, self.length_penalty)
+            tokens = generate(
+                self.model, inputs["input_ids"], inputs["attention_mask"], num_beams, self.length_penalty
+            )
         return None, (tokens, nll), inputs["labels"]
 
     def scores(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -83,8 +92,8 @@ class TranslationTrainer(Seq2SeqTrainer):
 
 def average_last(trainer: TranslationTrainer, count: int) -> int:
     """
-    Put the mean of the last `count` checkpoints into the model, on every rank; rank 0 reads them, for only its machine is sure to have
-    them. Returns how many there were, on rank 0; 1 leaves the model as it is.
+    Put the mean of the last `count` checkpoints into the model, on every rank; rank 0 reads them, for only its machine
+    is sure to have them. Returns how many there were, on rank 0; 1 leaves the model as it is.
     """
     if count == 1:
         return 1

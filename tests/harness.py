@@ -1,4 +1,6 @@
-"""Several processes in a test cost one line: `run_workers(check, world_size=3)`; a fork server has the imports done."""
+"""
+Several processes in a test cost one line: `run_workers(check, world_size=3)`; a fork server has the imports done.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ ALLOWED_WARNINGS = [
     ("ignore", ".*destroy_process_group.*", UserWarning),
     # torch.jit deprecations on import of optional parts of torch.
     ("ignore", ".*torch.jit.*", DeprecationWarning),
-    # transformers 5.23 renames gradient checkpointing; peft still asks by the old name, and so do we, for transformers 4.57.
+    # transformers 5.23 renames gradient checkpointing; peft still asks by the old name, and so do we, for transformers
+    # 4.57.
     ("ignore", ".*gradient_checkpointing.*", FutureWarning),
 ]
 
@@ -37,7 +40,9 @@ def warnings_are_errors() -> None:
 def fork_server() -> Any:
     """One fork server for the test session: a worker starts in tens of milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "accelerate", "slowmo_hf", "transformers.trainer", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["torch", "transformers", "accelerate", "slowmo_hf", "transformers.trainer", "torch._dynamo"]
+    )
     return context
 
 
@@ -46,11 +51,15 @@ def launcher_store(world_size: int) -> torch.distributed.TCPStore:
     return torch.distributed.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
 
 
-def _worker(rank: int, world_size: int, port: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, world_size: int, port: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(ACCELERATE_USE_CPU="true" if backend == "gloo" else "false", OMP_NUM_THREADS="1")
     if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        )
     warnings_are_errors()
     try:
         if world_size > 1:
@@ -66,7 +75,9 @@ def _worker(rank: int, world_size: int, port: int, folder: str, backend: str, ch
         os._exit(1)
 
 
-def run_workers(check: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", time_limit_seconds: float = 90) -> list[Any]:
+def run_workers(
+    check: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", time_limit_seconds: float = 90
+) -> list[Any]:
     """
     Run `check(*args)` in `world_size` processes, one thread each, under the environment that torchrun sets.
 
@@ -84,7 +95,9 @@ def run_workers(check: Callable[..., Any], world_size: int, *args: Any, backend:
         context = fork_server()
         store = launcher_store(world_size)
         workers = [
-            context.Process(target=_worker, args=(rank, world_size, store.port, folder, backend, check, args), daemon=True)
+            context.Process(
+                target=_worker, args=(rank, world_size, store.port, folder, backend, check, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for worker in workers:
@@ -102,7 +115,9 @@ def _wait(workers: list[Any], folder: str, time_limit_seconds: float) -> None:
                 for worker in workers:
                     worker.join(timeout=5)  # a rank that failed too leaves its own word
                 break
-            assert time.monotonic() < deadline, f"ranks {[r for r, w in enumerate(workers) if w.is_alive()]} still run: time limit"
+            assert time.monotonic() < deadline, (
+                f"ranks {[r for r, w in enumerate(workers) if w.is_alive()]} still run: time limit"
+            )
             time.sleep(0.01)
     finally:
         for worker in workers:

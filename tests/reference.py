@@ -1,6 +1,6 @@
 """
-The paper's Algorithm 1 in its u-form, over Local SGD and over gossip: all workers in one process, float64, plain lists of tensors.
-Written from the paper alone; it shares no line with the package.
+The paper's Algorithm 1 in its u-form, over Local SGD and over gossip: all workers in one process, float64, plain lists
+of tensors. Written from the paper alone; it shares no line with the package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 
 
 def slowmo_reference(
-    make_worker: Callable[[int], tuple[list[torch.Tensor], torch.optim.Optimizer, Callable[[int], None], Callable[[], None]]],
+    make_worker: Callable[
+        [int], tuple[list[torch.Tensor], torch.optim.Optimizer, Callable[[int], None], Callable[[], None]]
+    ],
     workers: int,
     steps: int,
     tau: int,
@@ -23,9 +25,9 @@ def slowmo_reference(
     """
     Run `steps` inner steps on `workers` workers and return each worker's parameters.
 
-    `make_worker(i)` gives (parameters, base optimizer, backward(k), schedule()): `backward(k)` leaves the gradient of step k in the
-    parameters, `schedule()` moves the learning rate on. One learning rate per parameter group; line 7 divides by it, so it must not
-    be 0 at a round's last step unless nothing has moved.
+    `make_worker(i)` gives (parameters, base optimizer, backward(k), schedule()): `backward(k)` leaves the gradient of
+    step k in the parameters, `schedule()` moves the learning rate on. One learning rate per parameter group; line 7
+    divides by it, so it must not be 0 at a round's last step unless nothing has moved.
     """
     crew = [make_worker(i) for i in range(workers)]
     start = [p.detach().clone() for p in crew[0][0]]
@@ -80,8 +82,8 @@ class GossipWorker:
     """
     One worker as a run of `gossip_reference` leaves it.
 
-    `z` is what its parameters hold, x / w; `x` the numerator; `w` the push-sum weight; `arriving` the (x, w) still on their way to it;
-    `average` everybody's sum of x over sum of w, messages in flight included.
+    `z` is what its parameters hold, x / w; `x` the numerator; `w` the push-sum weight; `arriving` the (x, w) still on
+    their way to it; `average` everybody's sum of x over sum of w, messages in flight included.
     """
 
     z: list[torch.Tensor]
@@ -92,7 +94,9 @@ class GossipWorker:
 
 
 def gossip_reference(
-    make_worker: Callable[[int], tuple[list[torch.Tensor], torch.optim.Optimizer, Callable[[int], None], Callable[[], None]]],
+    make_worker: Callable[
+        [int], tuple[list[torch.Tensor], torch.optim.Optimizer, Callable[[int], None], Callable[[], None]]
+    ],
     workers: int,
     steps: int,
     tau: int,
@@ -105,19 +109,22 @@ def gossip_reference(
     exact_average: bool = True,
 ) -> list[GossipWorker]:
     """
-    SGP (`staleness=0`) and OSGP under slow momentum; `make_worker` as in `slowmo_reference`. A `tau` beyond `steps` is gossip alone.
+    SGP (`staleness=0`) and OSGP under slow momentum; `make_worker` as in `slowmo_reference`. A `tau` beyond `steps` is
+    gossip alone.
 
         z' = base step from z = x / w, its gradient taken at z        x_i <- x_i + (z' - z)
         exchange e, after every step k but those of an exact average, P = mixing(e):
             x_i, w_i <- P[i][i] (x_i, w_i)                            and P[i][j] (x_j, w_j) goes out from j to i,
             then what was sent after step k - staleness is added      (staleness 0: at once)
         round, after every tau steps:
-            exact_average: no exchange; messages in flight are taken in; a = sum x / sum w. Otherwise: the exchange; a_i = z_i
+            exact_average: no exchange; messages in flight are taken in; a = sum x / sum w.
+            Otherwise: the exchange; a_i = z_i
             u <- beta u + (x_{t,0} - a) / gamma;  x_{t+1,0} = x_{t,0} - alpha gamma u
-            exact_average: x_i = x_{t+1,0}, w_i = 1. Otherwise: z_i = x_{t+1,0}, x_i = w_i z_i; what is in flight stays there
+            exact_average: x_i = x_{t+1,0}, w_i = 1.
+            Otherwise: z_i = x_{t+1,0}, x_i = w_i z_i; what is in flight stays there
 
-    `mixing(e)[i][j]` is the share of j's mass that i gets, `[j][j]` what j keeps: every column sums to 1. Without the exact average
-    nothing is averaged, so `buffers="average"` has no meaning there.
+    `mixing(e)[i][j]` is the share of j's mass that i gets, `[j][j]` what j keeps: every column sums to 1. Without the
+    exact average nothing is averaged, so `buffers="average"` has no meaning there.
     """
     assert exact_average or buffers != "average", "who leaves line 6 out averages nothing"
     members = [make_worker(i) for i in range(workers)]
@@ -141,7 +148,10 @@ def gossip_reference(
         for own in crew:
             own.schedule()
     average = _average_with_flight(crew)
-    return [GossipWorker([p.detach().clone() for p in own.z], own.x, own.w, [m[1:] for m in own.arriving], average) for own in crew]
+    return [
+        GossipWorker([p.detach().clone() for p in own.z], own.x, own.w, [m[1:] for m in own.arriving], average)
+        for own in crew
+    ]
 
 
 class _PushSum:
@@ -174,7 +184,9 @@ class _PushSum:
         following = []
         for j, gamma in enumerate(_gamma_per_parameter(self.z, self.optimizer)):
             if gamma == 0:
-                assert torch.allclose(reached[j], self.x0[j], rtol=0, atol=1e-12), "line 7 divides by the learning rate"
+                assert torch.allclose(reached[j], self.x0[j], rtol=0, atol=1e-12), (
+                    "line 7 divides by the learning rate"
+                )
                 self.u[j] = beta * self.u[j]
             else:
                 self.u[j] = beta * self.u[j] + (self.x0[j] - reached[j]) / gamma

@@ -1,4 +1,7 @@
-"""base="all_reduce", the baseline through the same surface: stock training bit for bit, or one worker under slow momentum."""
+"""
+base="all_reduce", the baseline through the same surface: stock training bit for bit, or one worker under slow
+momentum.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,20 @@ from accelerate import Accelerator
 from harness import run_workers
 from reference import slowmo_reference
 from safetensors.torch import load_file
-from tiny import Recorder, Regression, Rows, SmallNorm, arguments, bert, equal, recorded, sentences, two_groups, values, warmup_and_decay
+from tiny import (
+    Recorder,
+    Regression,
+    Rows,
+    SmallNorm,
+    arguments,
+    bert,
+    equal,
+    recorded,
+    sentences,
+    two_groups,
+    values,
+    warmup_and_decay,
+)
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -29,7 +45,9 @@ SLOW = SlowMoConfig(base="all_reduce", outer_momentum=0.5, sync_every=4, timeout
 def same(left, right):
     """Equal in every leaf, bit for bit."""
     if isinstance(left, dict):
-        return isinstance(right, dict) and list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+        return (
+            isinstance(right, dict) and list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+        )
     if isinstance(left, (list, tuple)):
         return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, torch.Tensor):
@@ -38,7 +56,10 @@ def same(left, right):
 
 
 def frozen(check, *args):
-    """Every Trainer run collects garbage and searches the objects alive; what the imports have made needs neither, each time."""
+    """
+    Every Trainer run collects garbage and searches the objects alive; what the imports have made needs neither, each
+    time.
+    """
     gc.freeze()
     return check(*args)
 
@@ -47,7 +68,9 @@ def frozen(check, *args):
 
 
 class Tokens(nn.Module):
-    """Next tokens with a loss that divides by the number of labels it is told, as language models do. Keeps that number."""
+    """
+    Next tokens with a loss that divides by the number of labels it is told, as language models do. Keeps that number.
+    """
 
     def __init__(self):
         super().__init__()
@@ -70,7 +93,10 @@ def texts(rows=160):
     """Rows with 1 to 6 labels that count, so that no two processes have as many."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 32, (rows, 6), generator=generator)
-    return [{"input_ids": row, "labels": torch.where(torch.arange(6) <= index * 7 % 6, row, -100)} for index, row in enumerate(ids)]
+    return [
+        {"input_ids": row, "labels": torch.where(torch.arange(6) <= index * 7 % 6, row, -100)}
+        for index, row in enumerate(ids)
+    ]
 
 
 class Untouched(TrainerCallback):
@@ -144,7 +170,12 @@ def check_trainer(folder):
     def adamw(wrap):
         return lambda model: wrap(torch.optim.AdamW(model.parameters(), lr=3e-2))
 
-    bert_settings = {"save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True, "lr_scheduler_type": "cosine"}
+    bert_settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "load_best_model_at_end": True,
+        "lr_scheduler_type": "cosine",
+    }
     cases = {
         "bert": (lambda: bert(dropout=0.1), sentences(), bert_settings),
         "tokens": (Tokens, texts(), {"warmup_steps": 2}),
@@ -152,14 +183,20 @@ def check_trainer(folder):
     }
     out = {}
     for name, (model, data, settings) in cases.items():
-        pair = [(f"{folder}/{name} {kind}", callbacks) for kind, callbacks in (("stock", []), ("ours", [SlowMoCallback(PLAIN)]))]
+        pair = [
+            (f"{folder}/{name} {kind}", callbacks)
+            for kind, callbacks in (("stock", []), ("ours", [SlowMoCallback(PLAIN)]))
+        ]
         out[name] = [trained(where, model(), data, callbacks, **settings) for where, callbacks in pair]
         if name == "bert":
             out["resumed"] = [
-                trained(where, model(), data, callbacks, resume=f"{where}/checkpoint-6", **settings) for where, callbacks in pair
+                trained(where, model(), data, callbacks, resume=f"{where}/checkpoint-6", **settings)
+                for where, callbacks in pair
             ]
     wraps = (lambda inner: inner, lambda inner: SlowMoOptimizer(inner, PLAIN))
-    out["wrapped"] = [trained(f"{folder}/wrapped", bert(dropout=0.1), sentences(), [], optimizer=adamw(wrap)) for wrap in wraps]
+    out["wrapped"] = [
+        trained(f"{folder}/wrapped", bert(dropout=0.1), sentences(), [], optimizer=adamw(wrap)) for wrap in wraps
+    ]
     return out
 
 
@@ -170,7 +207,9 @@ def test_trainer_is_stock_bit_for_bit(tmp_path):
             assert len(stock["after"]) == (4 if name == "resumed" else STEPS)
             for part, value in stock.items():
                 assert same(ours[part], value), (name, part)
-            assert {(backward, hooks, world, tokens) for backward, _, hooks, world, tokens in ours["untouched"]} == {(True, 0, 2, True)}
+            assert {(backward, hooks, world, tokens) for backward, _, hooks, world, tokens in ours["untouched"]} == {
+                (True, 0, 2, True)
+            }
             entries = ours["history"]
             assert not [key for entry in entries for key in entry if key.startswith("slowmo/")]
             for word in ("loss", "grad_norm", "eval_loss"):
@@ -186,7 +225,9 @@ def test_trainer_is_stock_bit_for_bit(tmp_path):
     assert told[0] == told[1], "labels are counted over all ranks"
     assert len(set(told[0])) > 1
     for step in (3, 6, 9):
-        stock, ours = [load_file(f"{tmp_path}/bert {kind}/checkpoint-{step}/model.safetensors") for kind in ("stock", "ours")]
+        stock, ours = [
+            load_file(f"{tmp_path}/bert {kind}/checkpoint-{step}/model.safetensors") for kind in ("stock", "ours")
+        ]
         assert equal(stock, ours)
 
 
@@ -201,7 +242,10 @@ class Dropped(Regression):
 
 
 def looped(wrap):
-    """A custom loop with accumulation, clipping, AcceleratedScheduler, two groups, dropout, and an evaluation after every other step."""
+    """
+    A custom loop with accumulation, clipping, AcceleratedScheduler, two groups, dropout, and an evaluation after every
+    other step.
+    """
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     bare, rows = Dropped(), Rows(200, torch.float32)
     optimizer = wrap(two_groups(bare, "adamw", 0.05))
@@ -261,7 +305,9 @@ def test_every_step_has_the_collectives_of_stock_training():
             assert len(stock) == STEPS
             assert all(calls for calls, _ in stock), "the counter must see something"
             assert plain[1:] == stock[1:], name
-            for step, ((calls, elements), (stock_calls, stock_elements)) in enumerate(zip(slow, stock, strict=True), start=1):
+            for step, ((calls, elements), (stock_calls, stock_elements)) in enumerate(
+                zip(slow, stock, strict=True), start=1
+            ):
                 if step > 1:
                     header = {"gloo:all_gather": 1} if step % SLOW.sync_every == 0 else {}
                     assert Counter(calls) == Counter(stock_calls) + Counter(header), (name, step)
@@ -367,7 +413,9 @@ def _expected(case, seen):
         return list(model.parameters()), optimizer, backward, scheduler.step
 
     policy = {"auto": "reset" if name == "sgd" else "maintain"}.get(config.inner_state, config.inner_state)
-    return slowmo_reference(make_worker, 1, STEPS, config.sync_every, config.outer_lr, config.outer_momentum, policy)[0]
+    return slowmo_reference(make_worker, 1, STEPS, config.sync_every, config.outer_lr, config.outer_momentum, policy)[
+        0
+    ]
 
 
 def both_surfaces():
@@ -418,11 +466,15 @@ def test_buffers_are_never_averaged():
     ranks = run_workers(frozen, 2, check_statistics)
     for first, second in zip(*ranks, strict=True):
         for step in range(6):
-            assert not torch.equal(first["stepped"][step]["norm.running_mean"], second["stepped"][step]["norm.running_mean"])
+            assert not torch.equal(
+                first["stepped"][step]["norm.running_mean"], second["stepped"][step]["norm.running_mean"]
+            )
             for run in (first, second):
                 for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
                     assert torch.equal(run["after"][step][name], run["stepped"][step][name])
-                assert all(torch.equal(run["evaluated"][step + 1][name], run["after"][step][name]) for name in run["trained"])
+                assert all(
+                    torch.equal(run["evaluated"][step + 1][name], run["after"][step][name]) for name in run["trained"]
+                )
 
 
 # ---- saving anywhere: all ranks are equal at every step ----
@@ -467,11 +519,23 @@ def test_a_state_saved_inside_a_round_continues_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"processes_per_worker": 2}, r"processes_per_worker is for workers that train alone; .*='2' with base='all_reduce'"),
-        ({"processes_per_worker": "node"}, r"processes_per_worker is for workers that train alone; .*='node' with base='all_reduce'"),
-        ({"topology": "ring"}, r"topology is for gossip bases \(sgp, osgp, dpsgd\), got topology='ring' with base='all_reduce'"),
+        (
+            {"processes_per_worker": 2},
+            r"processes_per_worker is for workers that train alone; .*='2' with base='all_reduce'",
+        ),
+        (
+            {"processes_per_worker": "node"},
+            r"processes_per_worker is for workers that train alone; .*='node' with base='all_reduce'",
+        ),
+        (
+            {"topology": "ring"},
+            r"topology is for gossip bases \(sgp, osgp, dpsgd\), got topology='ring' with base='all_reduce'",
+        ),
         ({"peers": 2}, r"peers is for gossip bases .*Leave peers at 1\."),
-        ({"staleness": 0}, r"staleness is for base='osgp', .*got staleness=0 with base='all_reduce'.*Leave staleness at 1\."),
+        (
+            {"staleness": 0},
+            r"staleness is for base='osgp', .*got staleness=0 with base='all_reduce'.*Leave staleness at 1\.",
+        ),
         ({"exact_average": False}, r"exact_average is for gossip bases .*Leave exact_average at True\."),
         ({"inner_state": "average"}, r"inner_state='average' acts where a round .* averages them"),
         ({"inner_state": "reset", "outer_momentum": 0}, r"inner_state='reset' acts where a round changes parameters"),

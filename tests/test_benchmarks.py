@@ -1,4 +1,7 @@
-"""The benchmark at a tiny size: its own forms agree with the package, its counts are right, its record says what it measured."""
+"""
+The benchmark at a tiny size: its own forms agree with the package, its counts are right, its record says what it
+measured.
+"""
 
 import json
 import math
@@ -10,7 +13,9 @@ import pytest
 import torch
 from harness import run_workers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as a folder: fairscale installs a package of this name
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "benchmarks")
+)  # as a folder: fairscale installs a package of this name
 
 import round_cost
 from round_cost import BenchmarkArguments, Textbook, outer_step_of, ratio
@@ -48,7 +53,9 @@ def test_ratios_are_those_of_the_medians_beside_them(figures):
     for section, name, above, below, n in pairs:
         assert section[name]["n"] == section[above]["n"] == n
         # medians are written in thousandths of a millisecond
-        assert section[name]["ratio"] == pytest.approx(section[above]["median_ms"] / section[below]["median_ms"], rel=0.05), name
+        assert section[name]["ratio"] == pytest.approx(
+            section[above]["median_ms"] / section[below]["median_ms"], rel=0.05
+        ), name
 
 
 def test_ratio_by_hand():
@@ -60,13 +67,18 @@ def test_ratio_by_hand():
 
 
 def test_a_round_sends_the_payload_and_little_more(figures):
-    """Two processes in a ring: 2 (m-1)/m = 1 times the payload, 4 bytes for the consensus distance, a header under 1 KiB."""
+    """
+    Two processes in a ring: 2 (m-1)/m = 1 times the payload, 4 bytes for the consensus distance, a header under 1 KiB.
+    """
     payload = 4 * figures["round"]["parameters"]
     assert payload < figures["round"]["bytes_sent_per_round_and_process"] <= payload + 4 + 1024
 
 
 def test_memory_is_counted_to_the_byte(figures):
-    """Two fp32 copies, two messages with one element more each, 16 KiB for what is small; during a look one copy of the parameters more."""
+    """
+    Two fp32 copies, two messages with one element more each, 16 KiB for what is small; during a look one copy of the
+    parameters more.
+    """
     plain = [case for case in figures["memory"] if not case["shard_slow_state"]]
     assert len(plain) == 6
     for case in plain:
@@ -82,12 +94,17 @@ def test_memory_is_counted_to_the_byte(figures):
 
 
 def test_sharded_slow_state_takes_its_share_of_memory(figures):
-    """Two processes: half of two fp32 copies, four messages of a fifth of the bucket or of the parameters, 16 KiB for what is small."""
+    """
+    Two processes: half of two fp32 copies, four messages of a fifth of the bucket or of the parameters, 16 KiB for
+    what is small.
+    """
     sharded = [case for case in figures["memory"] if case["shard_slow_state"]]
     assert len(sharded) == 2
     for case in sharded:
         halves, messages = 4 * case["parameters"], 4 * min(4 * case["parameters"], case["bucket_bytes"]) // 5
-        assert halves + 0.9 * messages <= case["between rounds"]["tensors"] <= halves + messages + round_cost.SMALL_BYTES
+        assert (
+            halves + 0.9 * messages <= case["between rounds"]["tensors"] <= halves + messages + round_cost.SMALL_BYTES
+        )
 
 
 def test_three_forms_of_the_arithmetic_are_one():
@@ -112,14 +129,18 @@ def test_three_forms_of_the_arithmetic_are_one():
 
 def local_training_of_linear(model):
     optimizer = round_cost.SlowMoOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), round_cost.SlowMoConfig(outer_momentum=round_cost.BETA, sync_every=1)
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        round_cost.SlowMoConfig(outer_momentum=round_cost.BETA, sync_every=1),
     )
     model(torch.zeros(1, 5))
     return optimizer
 
 
 def test_a_round_of_parts_is_a_round():
-    """copy_in puts the parameters side by side, arithmetic gives v = p and anchor = p - p = 0 from v = 0, copy_out hands p back."""
+    """
+    copy_in puts the parameters side by side, arithmetic gives v = p and anchor = p - p = 0 from v = 0, copy_out hands
+    p back.
+    """
     params = [torch.arange(6.0).view(2, 3), torch.tensor([7.0])]
     parts = round_cost.Parts(params)
     parts.flat.zero_()
@@ -134,7 +155,16 @@ def test_a_round_of_parts_is_a_round():
 @pytest.mark.slow
 def test_the_command_writes_a_record(tmp_path):
     output = tmp_path / "record.json"
-    command = [sys.executable, "benchmarks/round_cost.py", "--parts", "step", "--step_repeats", "2", "--step_width", "16"]
+    command = [
+        sys.executable,
+        "benchmarks/round_cost.py",
+        "--parts",
+        "step",
+        "--step_repeats",
+        "2",
+        "--step_width",
+        "16",
+    ]
     subprocess.run([*command, "--output", str(output)], cwd=ROOT, check=True, capture_output=True, timeout=150)
     record = json.loads(output.read_text())
     assert record["command"].startswith("python benchmarks/round_cost.py --parts step")
@@ -144,7 +174,9 @@ def test_the_command_writes_a_record(tmp_path):
 
 def test_the_committed_record_is_whole():
     record = json.loads((ROOT / "benchmarks/records/round_cost.json").read_text())
-    assert {"command", "date", "hardware", "versions", "arguments", "step", "round", "exchange", "memory"} <= set(record)
+    assert {"command", "date", "hardware", "versions", "arguments", "step", "round", "exchange", "memory"} <= set(
+        record
+    )
     assert record["round"]["parameters"] == 60506624
     assert record["round"]["tensors"] == 131
     assert record["step"]["bare"]["median_ms"] >= 50
@@ -160,4 +192,6 @@ def test_the_record_of_a_slow_link_is_whole():
     assert "2 Gbit/s for both directions" in record["backend"]
     assert record["exchange"]["plain exchange"]["n"] >= 20
     needed_ms = 1e3 * 2 * 8 * 4 * record["exchange"]["parameters"] / 2e9
-    assert record["exchange"]["plain exchange"]["median_ms"] == pytest.approx(needed_ms, rel=0.02), "the link was what the record says"
+    assert record["exchange"]["plain exchange"]["median_ms"] == pytest.approx(needed_ms, rel=0.02), (
+        "the link was what the record says"
+    )

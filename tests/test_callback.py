@@ -1,7 +1,8 @@
-"""SlowMoCallback in a stock Trainer: looks, logs, the end, what is restored, what is refused.
+"""
+SlowMoCallback in a stock Trainer: looks, logs, the end, what is restored, what is refused.
 
-`Recorder` stands before SlowMoCallback and keeps each worker's own weights; the tests average them and compare with what evaluation,
-the saved files and the end of training hold.
+`Recorder` stands before SlowMoCallback and keeps each worker's own weights; the tests average them and compare with
+what evaluation, the saved files and the end of training hold.
 """
 
 from __future__ import annotations
@@ -20,7 +21,21 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import run_workers
 from safetensors.torch import load_file
-from tiny import Heard, Hub, Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
+from tiny import (
+    Heard,
+    Hub,
+    Recorder,
+    Regression,
+    Rows,
+    arguments,
+    bert,
+    equal,
+    follow,
+    mean,
+    recorded,
+    sentences,
+    values,
+)
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -50,7 +65,11 @@ def run(folder, config=CONFIG, before=(), after=(), **settings):
     recorder = Recorder()
     trainer = bert_trainer(folder, config, [recorder, *before], after, **settings)
     trainer.train()
-    return {**recorded(trainer, recorder), "log_history": trainer.state.log_history, "global_step": trainer.state.global_step}
+    return {
+        **recorded(trainer, recorder),
+        "log_history": trainer.state.log_history,
+        "global_step": trainer.state.global_step,
+    }
 
 
 def error_of(call, *args, **kwargs):
@@ -78,9 +97,13 @@ def check_looks(folder):
         "alone": run(f"{folder}/alone"),
         "watched": run(f"{folder}/watched", eval_strategy="steps", eval_steps=1),
         "saved": run(f"{folder}/saved", eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3),
-        "epochs": run(f"{folder}/epochs", max_steps=-1, num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch"),
+        "epochs": run(
+            f"{folder}/epochs", max_steps=-1, num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch"
+        ),
         "epochs alone": run(f"{folder}/epochs_alone", max_steps=-1, num_train_epochs=2),
-        "cpu stash": run(f"{folder}/stash", SlowMoConfig(sync_every=TAU, stash_device="cpu"), eval_strategy="steps", eval_steps=1),
+        "cpu stash": run(
+            f"{folder}/stash", SlowMoConfig(sync_every=TAU, stash_device="cpu"), eval_strategy="steps", eval_steps=1
+        ),
     }
     return runs
 
@@ -121,7 +144,10 @@ def test_looks_see_the_average_and_leave_no_trace(tmp_path):
 
 
 def check_eval_on_start(folder):
-    return [run(f"{folder}/{first}", max_steps=2, eval_strategy="steps", eval_steps=2, eval_on_start=first) for first in (False, True)]
+    return [
+        run(f"{folder}/{first}", max_steps=2, eval_strategy="steps", eval_steps=2, eval_on_start=first)
+        for first in (False, True)
+    ]
 
 
 def test_eval_on_start_leaves_no_trace(tmp_path):
@@ -167,7 +193,8 @@ def check_early_stop(folder):
         eval_strategy="steps",
         eval_steps=3,
         metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the loss falls, so the second evaluation is no better: stop at step 6, inside a round
+        # The loss falls, so the second evaluation is no better: stop at step 6, inside a round.
+        greater_is_better=True,
     )
 
 
@@ -187,8 +214,16 @@ def check_restored(folder):
         runs.append(recorded(trainer, recorder))
         ddp = trainer.model_wrapped
         assert isinstance(ddp, DistributedDataParallel)
-        flags.append((ddp.require_backward_grad_sync, ddp.require_forward_param_sync, trainer.args.average_tokens_across_devices))
-        rounds.append(next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback)).last_round.round)
+        flags.append(
+            (
+                ddp.require_backward_grad_sync,
+                ddp.require_forward_param_sync,
+                trainer.args.average_tokens_across_devices,
+            )
+        )
+        rounds.append(
+            next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback)).last_round.round
+        )
     before = values(trainer.model)
     first, second = trainer.evaluate()["eval_loss"], trainer.predict(sentences(8)).metrics["test_loss"]
     assert first == second
@@ -319,7 +354,10 @@ def test_refusals_are_the_same_on_every_rank(tmp_path):
             else:
                 assert error.startswith("ValueError: ranks differ"), (name, error)
                 assert name in error
-        assert result["both"][0] == "ValueError: the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both."
+        assert (
+            result["both"][0]
+            == "ValueError: the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both."
+        )
 
 
 # ---- logs ----
@@ -396,7 +434,9 @@ def _check_history(ranks):
         for entry, steps in zip(slow, [(2, 4, 6), (8, 10, 12), (14,)], strict=True):
             reports = [result["reports"][step] for step in steps]
             header, payload = 8 * (6 + 2), 4 * (result["elements"] + 1)
-            assert entry["slowmo/bytes_sent"] == len(steps) * (header + payload)  # a ring of two sends each message once
+            assert entry["slowmo/bytes_sent"] == len(steps) * (
+                header + payload
+            )  # a ring of two sends each message once
             assert entry["slowmo/seconds"] == pytest.approx(sum(r.seconds for r in reports))
             assert entry["slowmo/utilisation"] == pytest.approx(sum(r.utilisation for r in reports) / len(reports))
             assert 0 < entry["slowmo/utilisation"] < 1
@@ -427,7 +467,15 @@ def _check_event_file(result, folder):
         events.Reload()
         for tag in events.Tags()["scalars"]:
             scalars.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
-    for name in ("round", "bytes_sent", "seconds", "utilisation", "consensus_distance", "pseudo_grad_norm", "velocity_norm"):
+    for name in (
+        "round",
+        "bytes_sent",
+        "seconds",
+        "utilisation",
+        "consensus_distance",
+        "pseudo_grad_norm",
+        "velocity_norm",
+    ):
         expected = [(e["step"], e[f"slowmo/{name}"]) for e in result["history"] if "slowmo/round" in e]
         found = scalars[f"train/slowmo/{name}"]
         assert [step for step, _ in found] == [step for step, _ in expected]
@@ -490,7 +538,13 @@ def check_one_callback_two_trainers(folder):
     ours = SlowMoCallback(CONFIG)
     trainers = []
     for name, steps in (("a", TAU), ("b", 2 * TAU)):
-        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps, "logging_strategy": "steps", "logging_steps": TAU}
+        settings = {
+            "max_steps": steps,
+            "save_strategy": "steps",
+            "save_steps": steps,
+            "logging_strategy": "steps",
+            "logging_steps": TAU,
+        }
         args = arguments(f"{folder}/{name}", **settings)
         trainers.append(Trainer(model=bert(), args=args, train_dataset=sentences(), callbacks=[ours]))
         trainers[-1].train()
@@ -541,7 +595,9 @@ def check_unsupported(folder):
 
         class Pretend(TrainerCallback):
             def on_train_begin(self, args, state, control, kind=kind, **kwargs):
-                AcceleratorState._shared_state["distributed_type"] = PartialState._shared_state["distributed_type"] = kind
+                AcceleratorState._shared_state["distributed_type"] = PartialState._shared_state["distributed_type"] = (
+                    kind
+                )
 
         model = Regression()
         trainer = Trainer(
@@ -581,15 +637,28 @@ def check_push(folder):
 
     def keep(uploaded, place):
         weights = load_file(uploaded / "model.safetensors")
-        pushed.append({name: value.clone() for name, value in weights.items()})  # the file is written again, and is mapped
+        pushed.append(
+            {name: value.clone() for name, value in weights.items()}
+        )  # the file is written again, and is mapped
 
     transformers.trainer.hf_api = lambda: Hub(keep)
     recorder = Recorder()
     args = arguments(
-        folder, max_steps=6, save_strategy="steps", save_steps=3, push_to_hub=True, hub_strategy="every_save", hub_always_push=True
+        folder,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        push_to_hub=True,
+        hub_strategy="every_save",
+        hub_always_push=True,
     )
     model = bert(dropout=0.0)
-    trainer = Trainer(model=model, args=args, train_dataset=sentences(48), callbacks=[recorder, SlowMoCallback(SlowMoConfig.local_sgd(4))])
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=sentences(48),
+        callbacks=[recorder, SlowMoCallback(SlowMoConfig.local_sgd(4))],
+    )
     trainer.train()
     return recorded(trainer, recorder), pushed
 

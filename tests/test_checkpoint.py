@@ -1,4 +1,7 @@
-"""Checkpoints are whole or refused: damage, other settings, other numbers of workers, kills, rotation, failing or separate disks."""
+"""
+Checkpoints are whole or refused: damage, other settings, other numbers of workers, kills, rotation, failing or
+separate disks.
+"""
 
 import json
 import logging
@@ -67,10 +70,18 @@ def heard():
 
 
 def make(folder, config=CONFIG, model=None, data=None, watchers=(), **settings):
-    """(recorder, trainer), with a checkpoint after every step unless `settings` say otherwise; config None is stock training."""
+    """
+    (recorder, trainer), with a checkpoint after every step unless `settings` say otherwise; config None is stock
+    training.
+    """
     recorder = Recorder()
     last = [watcher for watcher in watchers if isinstance(watcher, Stop)]  # when the save is finished
-    callbacks = [recorder, *(w for w in watchers if w not in last), *([SlowMoCallback(config)] if config else []), *last]
+    callbacks = [
+        recorder,
+        *(w for w in watchers if w not in last),
+        *([SlowMoCallback(config)] if config else []),
+        *last,
+    ]
     defaults = {"max_steps": STEPS, "learning_rate": 0.02, "save_strategy": "steps", "save_steps": 1, "seed": 5}
     rows = data or Rows(24, torch.float32)
     trainer = Trainer(
@@ -84,9 +95,14 @@ def make(folder, config=CONFIG, model=None, data=None, watchers=(), **settings):
 
 
 def train(folder, *arguments_of_make, resume=None, stop=None, watchers=(), **settings):
-    """Train; returns the recording, with the inner optimizer's state, what was said, and the trainer's arguments as they are left."""
+    """
+    Train; returns the recording, with the inner optimizer's state, what was said, and the trainer's arguments as they
+    are left.
+    """
     with heard() as said:
-        recorder, trainer = make(folder, *arguments_of_make, watchers=[*watchers, *([Stop(stop)] if stop else [])], **settings)
+        recorder, trainer = make(
+            folder, *arguments_of_make, watchers=[*watchers, *([Stop(stop)] if stop else [])], **settings
+        )
         try:
             trainer.train(resume_from_checkpoint=resume)
         except KeyboardInterrupt:
@@ -98,7 +114,10 @@ def train(folder, *arguments_of_make, resume=None, stop=None, watchers=(), **set
 
 
 def same_end(first, resumed, steps=None):
-    """Weights and buffers after every step that both have taken, the final ones, and the inner optimizer's state: bit for bit."""
+    """
+    Weights and buffers after every step that both have taken, the final ones, and the inner optimizer's state: bit for
+    bit.
+    """
     count = len(resumed["after"])
     assert 0 < count == (steps or count)
     for mine, other in zip(first["after"][-count:], resumed["after"], strict=True):
@@ -130,7 +149,9 @@ def copy(checkpoint, output, change=lambda folder: None):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
 
 
 def checkpoints(folder):
@@ -162,7 +183,10 @@ def flip(path, offset, bit=0):
 
 
 def _save(folder):
-    """The runs that all tests below copy from. Their folder is moved afterwards: what a checkpoint recorded of its place is stale."""
+    """
+    The runs that all tests below copy from. Their folder is moved afterwards: what a checkpoint recorded of its place
+    is stale.
+    """
     first = train(folder / "there" / "run")
     for name, config in {"plain": PLAIN, **GOSSIP}.items():
         train(folder / "there" / name, config, stop=MIDDLE, save_steps=MIDDLE)
@@ -182,7 +206,15 @@ def saved(tmp_path_factory):
 WRITTEN = {
     *(f"slowmo/{part}" for part in ("shared.json", "shared.safetensors")),
     *(f"slowmo/worker_{i}.{end}" for i in (0, 1) for end in ("json", "safetensors", "pt")),
-    *("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", "rng_state_0.pth", "rng_state_1.pth"),
+    *(
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "training_args.bin",
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ),
 }
 
 
@@ -224,7 +256,16 @@ def test_damage_of_the_manifest_is_refused(saved, tmp_path):
         flips.append(bytes(flipped))
     one_less = json.loads(good)
     del one_less["files"]["optimizer.pt"]
-    for damage in (None, b"", b"[]", b"{}", b'{"files": {}}', json.dumps(one_less).encode(), good[: len(good) // 2], *flips):
+    for damage in (
+        None,
+        b"",
+        b"[]",
+        b"{}",
+        b'{"files": {}}',
+        json.dumps(one_less).encode(),
+        good[: len(good) // 2],
+        *flips,
+    ):
         manifest.unlink() if damage is None else manifest.write_bytes(damage)
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             verify_checkpoint(target)
@@ -284,7 +325,12 @@ def _check_refusals(here, folder):
         "all of other step": (five, resealed(_swap, four, "*.*"), CONFIG, None),
         "other run": (five, resealed(lambda t: _edit(t / "slowmo" / "worker_1.json", run="another")), CONFIG, None),
         "version": (five, resealed(lambda t: _edit(t / "slowmo" / "worker_1.json", version=7)), CONFIG, None),
-        "nameless": (five, resealed(lambda t: (t / "slowmo" / "worker_1.json").write_text('{"version": 1}')), CONFIG, None),
+        "nameless": (
+            five,
+            resealed(lambda t: (t / "slowmo" / "worker_1.json").write_text('{"version": 1}')),
+            CONFIG,
+            None,
+        ),
         "emptied tensors": (five, resealed(_swap_tensors), CONFIG, None),
         "sync_every": (five, lambda t: None, SlowMoConfig(sync_every=3, timeout_seconds=30), None),
         "base": (five, lambda t: None, GOSSIP["sgp"], None),
@@ -347,7 +393,10 @@ def _check_free_settings(here, folder):
     copy(here / "run" / "checkpoint-5", folder / "free")
     free = train(folder / "free", SlowMoConfig(sync_every=4, outer_momentum=0.25, timeout_seconds=40), resume=True)
     copy(here / "plain" / "checkpoint-5", folder / "plain")
-    assert not any(name.startswith("velocity") for name in load_file(folder / "plain" / "checkpoint-5" / "slowmo" / "shared.safetensors"))
+    assert not any(
+        name.startswith("velocity")
+        for name in load_file(folder / "plain" / "checkpoint-5" / "slowmo" / "shared.safetensors")
+    )
     momentum = train(folder / "plain", CONFIG, resume=True)
     return free["said"], momentum["said"], len(free["after"]), len(momentum["after"])
 
@@ -436,7 +485,9 @@ def _check_other_number(here, folder):
         assert (attempted_steps, rounds) == (MIDDLE, 1)
         assert len(recorder.after) == STEPS - MIDDLE
         assert any("in place of 2: all start from the average" in line for line in said)
-    with pytest.raises(CheckpointError, match=r"saved by 2 workers with exact_average=False.*Start as many, or begin a new run"):
+    with pytest.raises(
+        CheckpointError, match=r"saved by 2 workers with exact_average=False.*Start as many, or begin a new run"
+    ):
         train(folder / "own anchors", GOSSIP["own anchors"], resume=True)
     return True
 
@@ -560,7 +611,10 @@ def _check_save_strategies(folder, cases):
                 continue
             copy(folder / name / checkpoint, folder / f"{name}-{step}")
             resumed = train(folder / f"{name}-{step}", resume=True, watchers=watchers, **settings)
-            assert any("with every worker's own state" in line for line in resumed["said"]), (checkpoint, resumed["said"])
+            assert any("with every worker's own state" in line for line in resumed["said"]), (
+                checkpoint,
+                resumed["said"],
+            )
             same_end(first, resumed, STEPS - step)
     return True
 
@@ -627,7 +681,9 @@ def _check_hub(folder, strategy, name):
     same_end(first, resumed, STEPS - MIDDLE)
 
 
-@pytest.mark.parametrize(("strategy", "name"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", f"checkpoint-{MIDDLE}")])
+@pytest.mark.parametrize(
+    ("strategy", "name"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", f"checkpoint-{MIDDLE}")]
+)
 def test_a_checkpoint_from_the_hub_goes_on(tmp_path, strategy, name):
     """Trainer would push it before the manifest is there, and a resume would refuse it."""
     run_workers(_check_hub, 2, tmp_path, strategy, name)
@@ -690,7 +746,11 @@ def test_a_worker_over_machines_without_a_shared_file_system_is_refused(tmp_path
 def _check_models(folder):
     cases = {
         "buffers averaged": (CONFIG, SmallNorm, torch.float32),
-        "buffers local": (SlowMoConfig(sync_every=4, model_buffers="local", timeout_seconds=30), SmallNorm, torch.float32),
+        "buffers local": (
+            SlowMoConfig(sync_every=4, model_buffers="local", timeout_seconds=30),
+            SmallNorm,
+            torch.float32,
+        ),
         "bfloat16": (CONFIG, lambda: Regression(torch.bfloat16), torch.bfloat16),
     }
     for name, (config, model, dtype) in cases.items():

@@ -45,8 +45,8 @@ def check_three():
 
 def test_values_and_bytes_of_three_workers():
     """
-    Bytes by hand, m = 3: a ring moves 2·(m-1)/m = 4/3 of a message; a header goes to two others, and so do 5 bytes; of 6 bytes in three
-    parts two parts go.
+    Bytes by hand, m = 3: a ring moves 2·(m-1)/m = 4/3 of a message; a header goes to two others, and so do 5 bytes; of
+    6 bytes in three parts two parts go.
     """
     for rank, (found, sent, place) in enumerate(run_workers(check_three, 3)):
         for dtype in (torch.float32, torch.float64):
@@ -92,7 +92,9 @@ def test_broadcast_of_every_dtype_and_objects():
     for tensors, objects in run_workers(check_broadcast_and_objects, 3):
         for found, expected in zip(tensors, broadcast_values(0), strict=True):
             assert found.dtype == expected.dtype
-            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), found.dtype  # bit for bit, NaN and -0 too
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), (
+                found.dtype
+            )  # bit for bit, NaN and -0 too
         assert objects == [{"rank": r, "words": ["a"] * r} for r in range(3)]
 
 
@@ -110,7 +112,11 @@ def check_world_of_one():
     wire = Communicator(20.0, CPU)
     flat, whole = torch.tensor([1.5, -2.0]), torch.tensor([3, -4])
     wire.start_sum_(flat)(), wire.max_(whole), wire.broadcast_(flat)
-    sent, into, rows = torch.tensor([1, 2], dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.uint8)
+    sent, into, rows = (
+        torch.tensor([1, 2], dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.uint8),
+        torch.zeros(1, 2, dtype=torch.uint8),
+    )
     wire.start_all_to_all(sent, into)(), wire.start_all_gather(rows, sent)()
     assert (into.tolist(), rows.tolist()) == ([1, 2], [[1, 2]])
     assert flat.tolist() == [1.5, -2.0]

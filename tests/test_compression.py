@@ -1,4 +1,7 @@
-"""Compressed rounds: numbers by hand, nothing lost over rounds, all workers equal bit for bit, bytes as stated, resume, refusals."""
+"""
+Compressed rounds: numbers by hand, nothing lost over rounds, all workers equal bit for bit, bytes as stated, resume,
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,13 @@ def block(*first, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", WIDE)
 def test_int8_by_hand(dtype):
-    """max |x| = 127, so the scale is 1 and codes are the values to the nearest, ties to even. The second block has a scale of its own."""
-    codes, scales = quantise(torch.cat([block(127, 2.5, 3.5, -2.5, 0.4, -127, dtype=dtype), block(-254, 3, 1, dtype=dtype)]), torch.int8)
+    """
+    max |x| = 127, so the scale is 1 and codes are the values to the nearest, ties to even. The second block has a
+    scale of its own.
+    """
+    codes, scales = quantise(
+        torch.cat([block(127, 2.5, 3.5, -2.5, 0.4, -127, dtype=dtype), block(-254, 3, 1, dtype=dtype)]), torch.int8
+    )
     assert codes[:7].tolist() == [127, 2, 4, -2, 0, -127, 0]
     assert codes[BLOCK : BLOCK + 4].tolist() == [-127, 2, 0, 0]  # -127, 1.5 and 0.5 steps of 2
     assert scales.tolist() == [1, 2]
@@ -93,7 +101,11 @@ def test_what_a_message_says_and_what_stays_are_the_value(dtype, code):
     """Longer than a processor's cache, so in several runs; bit for bit the quantisation of the whole."""
     torch.manual_seed(0)
     given = torch.randn(2**18 + 3 * BLOCK, dtype=dtype)
-    message, left, read = torch.empty(message_bytes(len(given), code, dtype), dtype=torch.uint8), given.clone(), torch.empty_like(given)
+    message, left, read = (
+        torch.empty(message_bytes(len(given), code, dtype), dtype=torch.uint8),
+        given.clone(),
+        torch.empty_like(given),
+    )
     encode_(left, message, code)
     decode_(message, read, code)
     assert torch.equal(read, dequantise(*quantise(given, code)))
@@ -103,7 +115,10 @@ def test_what_a_message_says_and_what_stays_are_the_value(dtype, code):
 
 
 def test_sizes_by_hand():
-    """int8: 256 codes of a byte and a scale of 4 or 8; 3 blocks have 12 bytes of scales, 780 in all, and 784 is a multiple of 8."""
+    """
+    int8: 256 codes of a byte and a scale of 4 or 8; 3 blocks have 12 bytes of scales, 780 in all, and 784 is a
+    multiple of 8.
+    """
     assert message_bytes(512, torch.int8, torch.float32) == 512 + 8
     assert message_bytes(768, torch.int8, torch.float32) == 784
     assert message_bytes(256, torch.int8, torch.float64) == 264
@@ -141,7 +156,9 @@ def telescope(rank, name, elements, bucket_bytes):
     for number in range(ROUNDS):
         weights = WEIGHTS[number % len(WEIGHTS)]
         averager.weigh(weights)
-        param.data = torch.randn(elements, generator=draw, dtype=torch.float64) * 10.0 ** (number % 5 - 2)  # the anchor is 0
+        param.data = torch.randn(elements, generator=draw, dtype=torch.float64) * 10.0 ** (
+            number % 5 - 2
+        )  # the anchor is 0
         true -= param.data * averager.weight / averager.total_weight
         square = 0.0
         for bucket, total, square_sum in averager.sums(buckets, Base()):
@@ -149,20 +166,32 @@ def telescope(rank, name, elements, bucket_bytes):
             square += square_sum / averager.total_weight
         squares.append((square, averager.weight / averager.total_weight * float(param.data.square().sum())))
     owned = {bucket.offset: averager._residuals[bucket.item, bucket.offset].owned for bucket in buckets}
-    return applied, true, squares, averager.residuals()[1]["residual.0"], owned, [(b.offset, b.elements) for b in buckets]
+    return (
+        applied,
+        true,
+        squares,
+        averager.residuals()[1]["residual.0"],
+        owned,
+        [(b.offset, b.elements) for b in buckets],
+    )
 
 
 @pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize(("elements", "bucket_bytes"), [(2, 2**20), (1000, 2**20), (5000, 2**14), (1023, 1024)])
 def test_what_is_applied_and_what_is_held_back_is_what_was_true(name, elements, bucket_bytes):
-    """sum over rounds of the pseudo-gradients + (e_1 + ... + e_m + E) / m = sum over rounds of the weighted mean displacements."""
+    """
+    sum over rounds of the pseudo-gradients + (e_1 + ... + e_m + E) / m = sum over rounds of the weighted mean
+    displacements.
+    """
     workers = run_in_process(lambda rank: telescope(rank, name, elements, bucket_bytes), 3)
     right = sum(true for _, true, *_ in workers)
     held = sum(own for _, _, _, own, _, _ in workers)
     for rank, (_, _, _, _, owned, buckets) in enumerate(workers):
         for offset, size in buckets:
             first = rank * len(owned[offset])
-            mine = max(0, min(size - first, len(owned[offset])))  # the rest of the last shards is filling, and holds nothing
+            mine = max(
+                0, min(size - first, len(owned[offset]))
+            )  # the rest of the last shards is filling, and holds nothing
             held[offset + first : offset + first + mine] += owned[offset][:mine]
             assert not owned[offset][mine:].any()
     assert held.abs().max() > 0
@@ -175,7 +204,9 @@ def test_what_is_applied_and_what_is_held_back_is_what_was_true(name, elements, 
 
 
 def ends_alone(rank, compression, overlap_steps):
-    """Fifteen of sixteen workers end after the first round; the other's later displacements are twenty times smaller."""
+    """
+    Fifteen of sixteen workers end after the first round; the other's later displacements are twenty times smaller.
+    """
     param = torch.nn.Parameter(torch.zeros(4096))
     config = SlowMoConfig.local_sgd(4, overlap_steps=overlap_steps, compression=compression)
     optimizer = SlowMoOptimizer(torch.optim.SGD([param], lr=1.0), config)
@@ -187,13 +218,18 @@ def ends_alone(rank, compression, overlap_steps):
     return param.detach().clone()
 
 
-@pytest.mark.parametrize(("name", "overlap_steps", "most"), [("int8", 0, 0.003), ("bf16", 0, 0.001), ("int8", 2, 0.04), ("bf16", 2, 0.01)])
+@pytest.mark.parametrize(
+    ("name", "overlap_steps", "most"), [("int8", 0, 0.003), ("bf16", 0, 0.001), ("int8", 2, 0.04), ("bf16", 2, 0.01)]
+)
 def test_what_is_held_back_is_not_applied_many_times_where_one_worker_is_left(name, overlap_steps, most):
     """
-    The end's distance to the uncompressed run's, over its length. W is 1 of m = 16: all residuals times m / W would come to 0.14 and 0.034.
-    Behind the computation the one that is left applies its own so, which rounding of its first message alone would do (0.038, 0.009).
+    The end's distance to the uncompressed run's, over its length. W is 1 of m = 16: all residuals times m / W would
+    come to 0.14 and 0.034. Behind the computation the one that is left applies its own so, which rounding of its first
+    message alone would do (0.038, 0.009).
     """
-    exact, found = (run_in_process(lambda rank, c=c: ends_alone(rank, c, overlap_steps), 16)[0] for c in ("none", name))
+    exact, found = (
+        run_in_process(lambda rank, c=c: ends_alone(rank, c, overlap_steps), 16)[0] for c in ("none", name)
+    )
     assert 0 < (found - exact).norm() / exact.norm() < most
 
 
@@ -204,14 +240,18 @@ STEPS = 9
 CONFIGS = {
     "int8": SlowMoConfig(sync_every=3, compression="int8", outer_momentum=0.6, timeout_seconds=30),
     "int8, buckets": SlowMoConfig(sync_every=3, compression="int8", bucket_bytes=1024, timeout_seconds=30),
-    "int8, buckets, overlapped": SlowMoConfig(sync_every=4, overlap_steps=2, compression="int8", bucket_bytes=1024, timeout_seconds=30),
+    "int8, buckets, overlapped": SlowMoConfig(
+        sync_every=4, overlap_steps=2, compression="int8", bucket_bytes=1024, timeout_seconds=30
+    ),
     "bf16, diloco": SlowMoConfig.diloco(sync_every=4, compression="bf16", timeout_seconds=30),
     "bf16, state averaged": SlowMoConfig.local_sgd(3, compression="bf16", inner_state="average", timeout_seconds=30),
 }
 
 
 class Wide(Regression):
-    """With a layer of 400 elements more in fp32, so that there are two anchors and, with small buckets, several buckets."""
+    """
+    With a layer of 400 elements more in fp32, so that there are two anchors and, with small buckets, several buckets.
+    """
 
     def __init__(self):
         super().__init__()
@@ -270,8 +310,8 @@ def expected_bytes(elements_of_buckets, workers, code):
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_processes_and_threads_agree_bit_for_bit(workers):
     """
-    All workers among themselves at a round's end; gloo and one process with one another throughout, where no exact average of three or
-    more comes in, whose order of summation is another. Bytes by the formula.
+    All workers among themselves at a round's end; gloo and one process with one another throughout, where no exact
+    average of three or more comes in, whose order of summation is another. Bytes by the formula.
     """
     processes = run_workers(every_config, workers)
     for name, config in CONFIGS.items():
@@ -280,10 +320,18 @@ def test_processes_and_threads_agree_bit_for_bit(workers):
             right, right_sent, right_held = found[name]
             alike = workers == 2 or config.inner_state != "average"
             for step in range(STEPS):
-                assert not alike or all(torch.equal(after[step][key], right[step][key]) for key in after[step]), (name, step)
+                assert not alike or all(torch.equal(after[step][key], right[step][key]) for key in after[step]), (
+                    name,
+                    step,
+                )
                 if (step + 1) % config.sync_every == 0 and not config.overlap_steps:
-                    assert all(torch.equal(after[step][key], threads[0][0][step][key]) for key in after[step]), (name, step)
-                    assert all(torch.equal(right[step][key], processes[0][name][0][step][key]) for key in right[step]), (name, step)
+                    assert all(torch.equal(after[step][key], threads[0][0][step][key]) for key in after[step]), (
+                        name,
+                        step,
+                    )
+                    assert all(
+                        torch.equal(right[step][key], processes[0][name][0][step][key]) for key in right[step]
+                    ), (name, step)
             assert held.keys() == right_held.keys() != set()
             assert not alike or all(torch.equal(held[key], right_held[key]) for key in held)
             assert sent == right_sent
@@ -321,7 +369,9 @@ def test_bytes_against_the_uncompressed_ring(workers, name, most):
         assert report.bytes_sent <= most * ring
         assert exact_report.bytes_sent >= ring
         assert torch.equal(param, runs[0][1])
-        assert (param - exact_param).abs().max() < 0.05  # the largest of 100,000 normal numbers is 4.5, and 4.5/127 = 0.035
+        assert (
+            param - exact_param
+        ).abs().max() < 0.05  # the largest of 100,000 normal numbers is 4.5, and 4.5/127 = 0.035
         assert report.consensus_distance == pytest.approx(exact_report.consensus_distance, rel=1e-2)
 
 
@@ -341,8 +391,9 @@ PULL = 1000.0
 
 def convex(rank, name, feedback):
     """
-    Worker i pulls element 0 to +-PULL, where the workers' forces cancel, and all others to 1. A round's displacement of element 0 makes the
-    scale 8 times the largest displacement of the others, whose codes are 0: without feedback they never move.
+    Worker i pulls element 0 to +-PULL, where the workers' forces cancel, and all others to 1. A round's displacement
+    of element 0 makes the scale 8 times the largest displacement of the others, whose codes are 0: without feedback
+    they never move.
     """
     target = torch.ones(64, dtype=torch.float64)
     target[0] = PULL if rank == 0 else -PULL
@@ -402,7 +453,9 @@ def test_a_look_is_exact_and_leaves_the_residuals(name):
 def test_nan_and_infinity_are_named(name, bad):
     def work(rank):
         param = torch.nn.Parameter(torch.zeros(2000))
-        optimizer = SlowMoOptimizer(torch.optim.SGD([param], lr=0.1), SlowMoConfig(sync_every=2, compression=name, bucket_bytes=4096))
+        optimizer = SlowMoOptimizer(
+            torch.optim.SGD([param], lr=0.1), SlowMoConfig(sync_every=2, compression=name, bucket_bytes=4096)
+        )
         for step in range(4):
             param.grad = torch.ones(2000)
             if (rank, step) == (1, 2):
@@ -439,12 +492,20 @@ def other(config, **settings):
 
 
 SAVED = SlowMoConfig(sync_every=3, compression="int8", bucket_bytes=1024)
-BEHIND = SlowMoConfig(sync_every=3, overlap_steps=2, compression="int8", bucket_bytes=1024)  # saved while the round of 6 is under way
+BEHIND = SlowMoConfig(
+    sync_every=3, overlap_steps=2, compression="int8", bucket_bytes=1024
+)  # saved while the round of 6 is under way
 RESUMED = {  # settings, workers: bit for bit, own and shard residuals kept, what the log says
     "same": ({}, 2, True, (True, True), ""),
     "same, overlapped": ({}, 2, True, (True, True), ""),
     "bf16": ({"compression": "bf16"}, 2, False, (True, True), "compression 'int8' -> 'bf16'"),
-    "other buckets": ({"bucket_bytes": 2048}, 2, False, (True, False), "held back is dropped: bucket_bytes now cuts other shards"),
+    "other buckets": (
+        {"bucket_bytes": 2048},
+        2,
+        False,
+        (True, False),
+        "held back is dropped: bucket_bytes now cuts other shards",
+    ),
     "off": ({"compression": "none"}, 2, False, (False, False), "held back is dropped: compression is off"),
     "three workers": ({}, 3, False, (False, False), "held back is dropped: it was saved by another number of workers"),
 }
@@ -463,12 +524,17 @@ def saver(folder, config, rank):
 
 
 def resumer(folder, step, config, rank, trained_before):
-    """Into an outer loop that has begun, or has had a round and holds something back; its weights and what is held back then."""
+    """
+    Into an outer loop that has begun, or has had a round and holds something back; its weights and what is held back
+    then.
+    """
     model, optimizer, step_once = begin(config, rank)
     for before in range(4 if trained_before else 1):
         step_once(before)
     read_snapshot(f"{folder}/{step}", optimizer.outer_loop)
-    if step == 5 and not config.overlap_steps:  # at a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors
+    if (
+        step == 5 and not config.overlap_steps
+    ):  # at a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors
         for piece in optimizer.outer_loop._pieces():
             optimizer.outer_loop.base.hand_back_(piece)
     held = held_back(optimizer)
@@ -486,7 +552,10 @@ def test_resume(tmp_path, case):
         logging.getLogger("slowmo_hf").setLevel(logging.INFO)
         with Heard() as said:
             found = run_in_process(
-                lambda rank, step=step: resumer(tmp_path, step, other(config, **settings), rank, trained_before=step == 6), workers
+                lambda rank, step=step: resumer(
+                    tmp_path, step, other(config, **settings), rank, trained_before=step == 6
+                ),
+                workers,
             )
         assert len(said.about("held back")) == (workers if "held back" in words else 0)
         assert len(said.about(words)) >= (workers if words else 0)
@@ -507,7 +576,10 @@ def test_resume(tmp_path, case):
 @pytest.mark.parametrize("base", ["sgp", "osgp", "dpsgd", "all_reduce"])
 @pytest.mark.parametrize("name", CODES)
 def test_other_bases_refuse_it(base, name):
-    with pytest.raises(ValueError, match=rf"compression is for .*got compression='{name}' with base='{base}'. Leave compression at 'none'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"compression is for .*got compression='{name}' with base='{base}'. Leave compression at 'none'",
+    ):
         SlowMoConfig(base=base, compression=name)
 
 

@@ -1,4 +1,7 @@
-"""The core by hand: the update, the clock, special cases, buckets, what a bf16 anchor hands back, and settings that contradict."""
+"""
+The core by hand: the update, the clock, special cases, buckets, what a bf16 anchor hands back, and settings that
+contradict.
+"""
 
 import dataclasses
 import json
@@ -96,7 +99,9 @@ def _special_cases():
         "slowmo": _train(SlowMoConfig(sync_every=4), 8),
         "diloco": _train(SlowMoConfig.diloco(sync_every=4), 8),
         "adam outside": _train(SlowMoConfig(sync_every=4, outer_optimizer="torch.optim.Adam", outer_lr=0.1), 8),
-        "double averaging": _train(SlowMoConfig.local_sgd(4, inner_state="average"), 8, lambda p: torch.optim.SGD(p, lr=0.1, **kw)),
+        "double averaging": _train(
+            SlowMoConfig.local_sgd(4, inner_state="average"), 8, lambda p: torch.optim.SGD(p, lr=0.1, **kw)
+        ),
     }
 
 
@@ -158,7 +163,10 @@ def test_lookahead_at_one_worker():
 
 
 def test_rounding_to_bf16_never_enters_the_velocity():
-    """Anchor 1 + 2⁻¹⁰, handed back as bf16 1; inner steps move nothing: Δ = 1 - 1 = 0, and the anchor keeps its last bits."""
+    """
+    Anchor 1 + 2⁻¹⁰, handed back as bf16 1; inner steps move nothing: Δ = 1 - 1 = 0, and the anchor keeps its last
+    bits.
+    """
     weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
     loop.start()
@@ -211,14 +219,20 @@ MIB = 2**20
     ],
 )
 def test_messages_that_are_waited_for_are_many(size, bucket_bytes, at_once, expected):
-    """An eighth of what travels each, 16 MiB at least, half of `bucket_bytes` at most; behind the computation `bucket_bytes`."""
+    """
+    An eighth of what travels each, 16 MiB at least, half of `bucket_bytes` at most; behind the computation
+    `bucket_bytes`.
+    """
     [layout] = flat_layouts([[torch.nn.Parameter(torch.empty(size // 4, device="meta"))]])
     averager = ExactAverager(Communicator(20.0, torch.device("cpu")), bucket_bytes, at_once=at_once)
     assert [4 * bucket.elements for bucket in averager.buckets(layout)] == expected
 
 
 def _mixed_average():
-    """Ragged, channels-last, bf16, fp64, 0-dim and empty parameters, in buckets smaller than the largest; the exact mean of r + 1."""
+    """
+    Ragged, channels-last, bf16, fp64, 0-dim and empty parameters, in buckets smaller than the largest; the exact mean
+    of r + 1.
+    """
     rank = torch.distributed.get_rank()
     shapes = [(3, 4, 5, 6), (7,), (), (0, 3), (11, 13), (2, 2)]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.float64, torch.float64]
@@ -265,10 +279,19 @@ def test_every_shape_and_dtype_is_averaged_exactly():
         ({"base": "osgp", "staleness": -1}, "staleness must be >= 0 steps, got -1"),
         ({"base": "sgp", "topology": "star"}, "topology must be one of"),
         ({"base": "sgp", "peers": 0}, "peers must be >= 1"),
-        ({"base": "dpsgd", "topology": "exponential"}, "topology must be two-sided for base='dpsgd', got 'exponential'"),
+        (
+            {"base": "dpsgd", "topology": "exponential"},
+            "topology must be two-sided for base='dpsgd', got 'exponential'",
+        ),
         ({"base": "all_reduce", "processes_per_worker": 2}, "processes_per_worker is for workers that train alone"),
-        ({"base": "all_reduce", "outer_momentum": 0, "inner_state": "reset"}, "inner_state='reset' acts where a round changes"),
-        ({"base": "sgp", "exact_average": False, "inner_state": "average"}, "inner_state='average' acts where .* averages them"),
+        (
+            {"base": "all_reduce", "outer_momentum": 0, "inner_state": "reset"},
+            "inner_state='reset' acts where a round changes",
+        ),
+        (
+            {"base": "sgp", "exact_average": False, "inner_state": "average"},
+            "inner_state='average' acts where .* averages them",
+        ),
         ({"exact_average": False}, "exact_average is for gossip bases"),
         ({"inner_state": "keep"}, "inner_state must be one of"),
         ({"model_buffers": "mean"}, "model_buffers must be one of"),
@@ -276,9 +299,15 @@ def test_every_shape_and_dtype_is_averaged_exactly():
         ({"processes_per_worker": "half"}, "processes_per_worker must be 'auto', 'node' or a number"),
         ({"outer_optimizer": "torch.optim.Nothing"}, "outer_optimizer must be 'slow_momentum' or the dotted path"),
         ({"outer_optimizer_kwargs": "{}"}, "outer_optimizer_kwargs is for a dotted-path outer_optimizer"),
-        ({"outer_optimizer": "torch.optim.SGD", "outer_optimizer_kwargs": "[1"}, "outer_optimizer_kwargs must be JSON"),
+        (
+            {"outer_optimizer": "torch.optim.SGD", "outer_optimizer_kwargs": "[1"},
+            "outer_optimizer_kwargs must be JSON",
+        ),
         ({"outer_optimizer": "torch.optim.SGD", "outer_optimizer_kwargs": {"lr": 1}}, "must not hold 'lr'"),
-        ({"outer_optimizer": "torch.optim.SGD", "outer_momentum": 0.9}, "outer_momentum is for outer_optimizer='slow_momentum'"),
+        (
+            {"outer_optimizer": "torch.optim.SGD", "outer_momentum": 0.9},
+            "outer_momentum is for outer_optimizer='slow_momentum'",
+        ),
         ({"bucket_bytes": 1}, "bucket_bytes must be >= 1024"),
         ({"timeout_seconds": 0}, "timeout_seconds must be > 0"),
     ],
@@ -347,7 +376,9 @@ def test_a_diverged_run_does_not_look_agreed():
     with torch.no_grad():
         weight.fill_(float("nan"))
     logs = loop.step([0.1]).to_logs()
-    assert all(math.isnan(logs[f"slowmo/{name}"]) for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"))
+    assert all(
+        math.isnan(logs[f"slowmo/{name}"]) for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm")
+    )
 
 
 @pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
@@ -382,5 +413,8 @@ def _buffers_kept(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_buffer_is_kept_between_rounds(dtype):
-    """The start's broadcast travels in the parameters' dtype; its buffer does not stay. One element more: the consensus distance."""
+    """
+    The start's broadcast travels in the parameters' dtype; its buffer does not stay. One element more: the consensus
+    distance.
+    """
     assert run_workers(_buffers_kept, 2, dtype) == [[(torch.float32, 1001)]] * 2

@@ -1,4 +1,7 @@
-"""What needs a CUDA device: a real GradScaler in Trainer, bf16, two gloo ranks on one GPU, NCCL, peak memory. Skipped without one."""
+"""
+What needs a CUDA device: a real GradScaler in Trainer, bf16, two gloo ranks on one GPU, NCCL, peak memory. Skipped
+without one.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,9 @@ def test_two_gloo_ranks_on_one_gpu(tmp_path):
 def check_nccl(folder):
     """The harness makes no process group for one process: NCCL with one rank is made here."""
     torch.cuda.set_device(0)
-    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    dist.init_process_group(
+        "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
     rows, results = Rows(64, torch.float32), []
     for config in (None, SlowMoConfig.local_sgd(sync_every=2)):
         model = Regression(torch.float32).cuda()
@@ -191,7 +196,9 @@ def check_gossip(device):
     results = {}
     for base in ("sgp", "osgp", "dpsgd"):
         weight = nn.Parameter(torch.arange(5.0, device=device))
-        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(base=base, sync_every=4, timeout_seconds=60))
+        optimizer = SlowMoOptimizer(
+            torch.optim.SGD([weight], lr=0.1), SlowMoConfig(base=base, sync_every=4, timeout_seconds=60)
+        )
         for step in range(6):
             weight.grad = weight.detach() - (rank() + 1) * (step + 1)
             optimizer.step()
@@ -208,7 +215,10 @@ def test_gossip_of_two_gloo_ranks_on_one_gpu_is_that_on_the_cpu():
 
 
 def check_sharded(device):
-    """Six steps, with a look inside a round: the plain run, the sharded one, and the one whose slow state lies in main memory."""
+    """
+    Six steps, with a look inside a round: the plain run, the sharded one, and the one whose slow state lies in main
+    memory.
+    """
     if device == "cuda":
         torch.cuda.set_device(0)
     results, places = {}, {}
@@ -225,7 +235,11 @@ def check_sharded(device):
     return results, places
 
 
-SHARDED = {"plain": {}, "sharded": {"shard_slow_state": True}, "on the cpu": {"shard_slow_state": True, "slow_state_device": "cpu"}}
+SHARDED = {
+    "plain": {},
+    "sharded": {"shard_slow_state": True},
+    "on the cpu": {"shard_slow_state": True, "slow_state_device": "cpu"},
+}
 
 
 def test_sharded_slow_state_of_two_gloo_ranks_on_one_gpu_is_the_plain_one():

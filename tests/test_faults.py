@@ -1,6 +1,6 @@
 """
-Ranks that differ, stop, fall behind or die: the right result, or an error on every surviving rank within the time-out + 10 s whose first
-line names rank, host, step and cause. No launcher here that would end the survivors first.
+Ranks that differ, stop, fall behind or die: the right result, or an error on every surviving rank within the time-out
++ 10 s whose first line names rank, host, step and cause. No launcher here that would end the survivors first.
 """
 
 from __future__ import annotations
@@ -102,12 +102,25 @@ TABLE = {
     "raises": (
         raises,
         "local_sgd",
-        rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 8, the round, by rank 0 {WHERE}",
+        rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 8, the round, by rank 0 "
+        rf"{WHERE}",
     ),
     "exits": (exits, "local_sgd", rf"rank 1 {WHERE} left at step 5: its process ended\. It was missed at step 8"),
-    "is killed": (is_killed, "local_sgd", rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step 8"),
-    "is slow": (is_slow, "local_sgd", rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}"),
-    "freezes": (freezes, "local_sgd", rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}"),
+    "is killed": (
+        is_killed,
+        "local_sgd",
+        rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step 8",
+    ),
+    "is slow": (
+        is_slow,
+        "local_sgd",
+        rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}",
+    ),
+    "freezes": (
+        freezes,
+        "local_sgd",
+        rf"rank 1 {WHERE} did not come to step 8, the round, within timeout_seconds=5: .*{LAST_SEEN}",
+    ),
     "stops early": (
         stops_early,
         "local_sgd",
@@ -128,7 +141,11 @@ TABLE = {
         "int8, overlapped",
         rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
     ),
-    "raises, sgp": (raises, "sgp", rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 6, the exchange"),
+    "raises, sgp": (
+        raises,
+        "sgp",
+        rf"rank 1 {WHERE} left at step 5: ValueError: bad batch\. It was missed at step 6, the exchange",
+    ),
     "is killed, sgp": (
         is_killed,
         "sgp",
@@ -148,7 +165,8 @@ TABLE = {
     "is killed, overlapped": (
         is_killed,
         "overlapped",
-        rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step (8, the round|6, the round of step 4)",
+        rf"rank 1 {WHERE} left without a word after step 4; {LAST_SEEN}\. It was missed at step (8, the round|6, the "
+        f"round of step 4)",
     ),
     "is slow, overlapped": (
         is_slow,
@@ -160,7 +178,11 @@ TABLE = {
         "overlapped",
         rf"rank 1 {WHERE} left without a word after step 8; last seen at step 8, the round",
     ),
-    "never starts": (never_starts, "local_sgd", r"rank 1 \(its host is unknown\) has not come to the start within timeout_seconds=5"),
+    "never starts": (
+        never_starts,
+        "local_sgd",
+        r"rank 1 \(its host is unknown\) has not come to the start within timeout_seconds=5",
+    ),
 }
 
 
@@ -168,7 +190,9 @@ def _train(rank, fault, base):
     """A custom loop of 12 steps, rounds every 4; the fault meets rank 1 before its inner step."""
     model = Regression(torch.float32)
     int8, overlapped = {"compression": "int8"}, {"overlap_steps": 2}
-    settings = {"int8": int8, "overlapped": overlapped, "int8, overlapped": int8 | overlapped}.get(base, {"base": base})
+    settings = {"int8": int8, "overlapped": overlapped, "int8, overlapped": int8 | overlapped}.get(
+        base, {"base": base}
+    )
     config = SlowMoConfig(**settings, sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     rows = Rows(4, torch.float32)
@@ -184,7 +208,10 @@ def _train(rank, fault, base):
 
 
 def _live(rank, world_size, port, store_lives_with, folder, check, args):
-    """As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a file."""
+    """
+    As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a
+    file.
+    """
     torch.set_num_threads(1)
     os.environ.update(
         OMP_NUM_THREADS="1",
@@ -195,7 +222,9 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
         LOCAL_WORLD_SIZE=str(world_size),
     )
     warnings_are_errors()
-    sys.excepthook = lambda kind, error, trace: Path(folder, f"{rank}.told").write_text(f"{kind.__name__}: {error}") and None
+    sys.excepthook = lambda kind, error, trace: (
+        Path(folder, f"{rank}.told").write_text(f"{kind.__name__}: {error}") and None
+    )
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == store_lives_with, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
@@ -213,7 +242,10 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
 
 
 def _run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None):
-    """What every survivor said, and the seconds until the last of them had ended. The store is here, as in a launcher, or a rank's."""
+    """
+    What every survivor said, and the seconds until the last of them had ended. The store is here, as in a launcher, or
+    a rank's.
+    """
     store = launcher_store(world_size)
     port = store.port
     if store_lives_with is not None:
@@ -222,7 +254,9 @@ def _run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None
             port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            fork_server().Process(target=_live, args=(rank, world_size, port, store_lives_with, folder, check, args), daemon=True)
+            fork_server().Process(
+                target=_live, args=(rank, world_size, port, store_lives_with, folder, check, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -258,7 +292,9 @@ def test_a_rank_that_freezes_with_the_store_is_an_error_on_the_others(base):
     told, seconds = _run_apart(_freezes_with_the_store, base, world_size=3, survivors=(1, 2), store_lives_with=0)
     for words in told:
         first = words.splitlines()[0]
-        assert "rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word" in first, words
+        assert "rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word" in first, (
+            words
+        )
     assert seconds < TIMEOUT_SECONDS + 10 + 3, f"{seconds:.1f} s"
 
 
@@ -273,7 +309,10 @@ def _freezes_inside_a_worker(rank):
         model=Regression(torch.float32),
         args=arguments(tempfile.mkdtemp(), max_steps=12, learning_rate=0.05),
         train_dataset=Rows(200, torch.float32),
-        callbacks=[SlowMoCallback(SlowMoConfig(sync_every=8, processes_per_worker=2, timeout_seconds=TIMEOUT_SECONDS)), Freezes()],
+        callbacks=[
+            SlowMoCallback(SlowMoConfig(sync_every=8, processes_per_worker=2, timeout_seconds=TIMEOUT_SECONDS)),
+            Freezes(),
+        ],
     )
     trainer.train()
 
@@ -282,7 +321,9 @@ def _freezes_inside_a_worker(rank):
 def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_others():
     """Ranks 0 and 1 are one worker: rank 0 waits for 1 in DDP, whose own error names nobody."""
     told, seconds = _run_apart(_freezes_inside_a_worker, world_size=4, survivors=(0, 2, 3))
-    assert re.match(rf"RuntimeError: rank 1 {WHERE} did not come to step 5, training, within timeout_seconds=5", told[0]), told[0]
+    assert re.match(
+        rf"RuntimeError: rank 1 {WHERE} did not come to step 5, training, within timeout_seconds=5", told[0]
+    ), told[0]
     assert "(" in told[0]
     for words in told[1:]:
         assert f"rank 1 on {HOST}" in words.splitlines()[0], words
@@ -290,7 +331,10 @@ def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_ot
 
 
 def _meets_a_closed_connection(rank):
-    """As DDP with several buckets: one collective times out and closes the connection, and the error that is raised is another's."""
+    """
+    As DDP with several buckets: one collective times out and closes the connection, and the error that is raised is
+    another's.
+    """
     flat = torch.zeros(8)
     group = dist.new_group(timeout=timedelta(seconds=1))
     roll_call = RollCall(TIMEOUT_SECONDS)
@@ -324,7 +368,10 @@ def _leader_freezes_in_the_round(rank):
 
 @pytest.mark.slow
 def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too():
-    """Rank 2 leads the other worker and misses it in the sum; rank 1 waits for its leader's word, and sees that another has given up."""
+    """
+    Rank 2 leads the other worker and misses it in the sum; rank 1 waits for its leader's word, and sees that another
+    has given up.
+    """
     told, seconds = _run_apart(_leader_freezes_in_the_round, world_size=4, survivors=(1, 2, 3))
     for words in told:
         assert f"rank 0 on {HOST}" in words.splitlines()[0], words
@@ -336,7 +383,10 @@ def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too
 def test_every_survivor_of_four_names_the_dead_rank(base):
     told, seconds = _run_apart(_train, is_killed, base, world_size=4, survivors=(0, 2, 3))
     for words in told:
-        assert f"rank 1 on {HOST} left without a word after step 4" in words.splitlines()[0] or "gave up" in words.splitlines()[0], words
+        assert (
+            f"rank 1 on {HOST} left without a word after step 4" in words.splitlines()[0]
+            or "gave up" in words.splitlines()[0]
+        ), words
     assert sum("rank 1 on" in words.splitlines()[0] for words in told) >= 1
     assert seconds < TIMEOUT_SECONDS + 10 + 3
 
@@ -347,7 +397,9 @@ def test_every_survivor_of_four_names_the_dead_rank(base):
 def _eight_steps():
     """A custom loop with rounds at 4 and 8; what each step has left is shown after it."""
     model = Regression(torch.float32)
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS))
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS)
+    )
     rows = Rows(4, torch.float32)
     for step in range(1, 9):
         model(rows.x, rows.y)["loss"].backward()
@@ -373,13 +425,18 @@ def _failed_look():
     """NaN on one rank in a look: an error on both, and both have their own weights back."""
     rank = dist.get_rank()
     model = Regression(torch.float32)
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20))
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20)
+    )
     model(Rows(4, torch.float32).x, Rows(4, torch.float32).y)["loss"].backward()
     optimizer.step()
     if rank == 1:
         model.head.weight.data[0, 0] = float("nan")
     before = values(model)
-    with pytest.raises(ValueError, match=r"rank 1 on .* its parameters are not finite"), slowmo_hf.consensus(optimizer):
+    with (
+        pytest.raises(ValueError, match=r"rank 1 on .* its parameters are not finite"),
+        slowmo_hf.consensus(optimizer),
+    ):
         pass
     after = values(model)
     return all(torch.equal(before[name].nan_to_num(7.0), after[name].nan_to_num(7.0)) for name in before)
@@ -393,7 +450,9 @@ def _slow_but_in_time(base):
     rank = dist.get_rank()
     _train_slowly = time.sleep if rank == 1 else (lambda seconds: None)
     model = Regression(torch.float32)
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base=base, sync_every=2, timeout_seconds=8))
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base=base, sync_every=2, timeout_seconds=8)
+    )
     rows = Rows(4, torch.float32)
     for _step in range(2):
         model(rows.x, rows.y)["loss"].backward()
@@ -425,7 +484,13 @@ class Uneven(TrainerCallback):
 def _stop_one_rank(folder, step, base):
     config = SlowMoConfig(base=base, sync_every=4, timeout_seconds=20, outer_momentum=0.5)
     args = arguments(
-        folder, max_steps=20, learning_rate=0.05, logging_strategy="steps", logging_steps=4, save_strategy="steps", save_steps=8
+        folder,
+        max_steps=20,
+        learning_rate=0.05,
+        logging_strategy="steps",
+        logging_steps=4,
+        save_strategy="steps",
+        save_steps=8,
     )
     trainer = Trainer(
         model=Regression(torch.float32),
@@ -458,7 +523,11 @@ def _stop_between_rounds(folder, strategies):
         args=arguments(folder, max_steps=20, learning_rate=0.05, **strategies),
         train_dataset=Rows(400, torch.float32),
         eval_dataset=Rows(8, torch.float32),
-        callbacks=[Uneven(1, 5), local := LocalWeights(), SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20))],
+        callbacks=[
+            Uneven(1, 5),
+            local := LocalWeights(),
+            SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20)),
+        ],
     )
     trainer.train()
     return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step, local.seen
@@ -498,7 +567,10 @@ BATCHES = {0: 6, 1: 4}  # 6 batches here, 4 there
 
 
 def _stop_at(folder, step, strategies):
-    """Rank 1 is told to stop at a step where Trainer gathers. Steps at which losses were logged and evaluated, and the end."""
+    """
+    Rank 1 is told to stop at a step where Trainer gathers. Steps at which losses were logged and evaluated, and the
+    end.
+    """
     trainer = Trainer(
         model=Regression(torch.float32),
         args=arguments(folder, num_train_epochs=2, learning_rate=0.05, **strategies),
@@ -507,7 +579,9 @@ def _stop_at(folder, step, strategies):
         callbacks=[Uneven(1, step), SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20))],
     )
     trainer.train()
-    told = [{key: [entry["step"] for entry in trainer.state.log_history if key in entry]} for key in ("loss", "eval_loss")]
+    told = [
+        {key: [entry["step"] for entry in trainer.state.log_history if key in entry]} for key in ("loss", "eval_loss")
+    ]
     return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step, told
 
 
@@ -520,9 +594,16 @@ def _stop_at(folder, step, strategies):
     ],
     ids=["at a log", "at a log between rounds", "at a save, evaluated by epochs"],
 )
-def test_a_rank_that_is_told_to_stop_where_trainer_gathers_gathers_first(tmp_path, step, strategies, end, logged, evaluated):
-    """The others learn it where all next meet, a round or, at step 10, the epoch's end, which all then evaluate at together."""
-    (first, first_step, (losses, evals)), (second, second_step, _) = run_workers(_stop_at, 2, tmp_path, step, strategies)
+def test_a_rank_that_is_told_to_stop_where_trainer_gathers_gathers_first(
+    tmp_path, step, strategies, end, logged, evaluated
+):
+    """
+    The others learn it where all next meet, a round or, at step 10, the epoch's end, which all then evaluate at
+    together.
+    """
+    (first, first_step, (losses, evals)), (second, second_step, _) = run_workers(
+        _stop_at, 2, tmp_path, step, strategies
+    )
     assert first_step == second_step == end
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert losses["loss"] == logged
@@ -539,7 +620,9 @@ def _epochs(folder, ours):
         callbacks=[SlowMoCallback(SlowMoConfig.local_sgd(4, timeout_seconds=20))] if ours else [],
     )
     trainer.train()
-    told = {key: [entry["step"] for entry in trainer.state.log_history if key in entry] for key in ("loss", "eval_loss")}
+    told = {
+        key: [entry["step"] for entry in trainer.state.log_history if key in entry] for key in ("loss", "eval_loss")
+    }
     return told, sorted(path.name for path in Path(folder).glob("checkpoint-*"))
 
 
@@ -565,7 +648,9 @@ class OnePass(IterableDataset):
 def _one_pass(folder, strategies):
     trainer = Trainer(
         model=Regression(torch.float32),
-        args=arguments(folder, max_steps=20, learning_rate=0.05, accelerator_config={"dispatch_batches": False}, **strategies),
+        args=arguments(
+            folder, max_steps=20, learning_rate=0.05, accelerator_config={"dispatch_batches": False}, **strategies
+        ),
         train_dataset=OnePass(),
         callbacks=[local := LocalWeights(), SlowMoCallback(SlowMoConfig.local_sgd(3, timeout_seconds=20))],
     )
@@ -583,7 +668,10 @@ def _one_pass(folder, strategies):
     ids=["quiet", "log between rounds", "save at rounds"],
 )
 def test_a_stream_that_ends_first_on_one_rank_under_trainer(tmp_path, strategies, end, weights):
-    """Rounds at 3 and 6; rank 1 has one step after the first, rank 0 the rest. They stop where they next meet, on the weighted mean."""
+    """
+    Rounds at 3 and 6; rank 1 has one step after the first, rank 0 the rest. They stop where they next meet, on the
+    weighted mean.
+    """
     (first, first_step, zero), (second, second_step, one) = run_workers(_one_pass, 2, tmp_path, strategies)
     assert first_step == second_step == end
     assert (max(zero), max(one)) == (end, 4)
@@ -615,7 +703,10 @@ def _joined(config, momentum):
 
 
 def _by_hand(sync_every, beta):
-    """All workers in one process: rounds at multiples of sync_every, weighted by local steps; the end is the weighted average."""
+    """
+    All workers in one process: rounds at multiples of sync_every, weighted by local steps; the end is the weighted
+    average.
+    """
     x, anchor, velocity, counts = {0: 8.0, 1: 8.0}, 8.0, 0.0, {0: 0, 1: 0}
     for step in range(1, 7):
         for rank in (0, 1):
@@ -709,7 +800,11 @@ def _evaluate_after_each_pass(rank):
     trainer = Trainer(
         model=Regression(torch.float32),
         args=arguments(
-            tempfile.mkdtemp(), max_steps=12, learning_rate=0.05, eval_strategy="epoch", accelerator_config={"dispatch_batches": False}
+            tempfile.mkdtemp(),
+            max_steps=12,
+            learning_rate=0.05,
+            eval_strategy="epoch",
+            accelerator_config={"dispatch_batches": False},
         ),
         train_dataset=ManyPasses(),
         eval_dataset=Rows(8, torch.float32),
@@ -721,7 +816,10 @@ def _evaluate_after_each_pass(rank):
 def test_passes_of_other_lengths_that_end_in_evaluations_are_told_on_both():
     """Rank 1's pass ends at step 4, in a round that both did; nobody evaluates there while the other trains on."""
     (first, second), seconds = _run_apart(_evaluate_after_each_pass, survivors=(0, 1))
-    places = f"rank 0 on {HOST} at step 6, a log, an evaluation or a save; rank 1 on {HOST} at step 4, a log, an evaluation or a save"
+    places = (
+        f"rank 0 on {HOST} at step 6, a log, an evaluation or a save; rank 1 on {HOST} at step 4, a log, an "
+        "evaluation or a save"
+    )
     assert first == second
     assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
     assert seconds < TIMEOUT_SECONDS + 13
@@ -753,10 +851,21 @@ def _gossip_that_ends(ends, settings, flags):
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=Slope(),
-            args=arguments(folder, max_steps=12, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, **flags),
+            args=arguments(
+                folder,
+                max_steps=12,
+                learning_rate=1.0,
+                lr_scheduler_type="constant",
+                optim="sgd",
+                max_grad_norm=0.0,
+                **flags,
+            ),
             train_dataset=Rows(rows := 24 * len(ends), torch.float32),  # 6 steps a pass
             eval_dataset=Rows(rows, torch.float32),
-            callbacks=[Ends(ends), SlowMoCallback(SlowMoConfig(sync_every=8, outer_momentum=0.0, timeout_seconds=20, **settings))],
+            callbacks=[
+                Ends(ends),
+                SlowMoCallback(SlowMoConfig(sync_every=8, outer_momentum=0.0, timeout_seconds=20, **settings)),
+            ],
         )
         trainer.train()
     weight = trainer.accelerator.unwrap_model(trainer.model).weight
@@ -787,7 +896,9 @@ GOSSIP = {
 @pytest.mark.parametrize("case", ENDS)
 @pytest.mark.parametrize("base", GOSSIP)
 def test_gossip_ranks_that_end_between_rounds_pass_messages_on_until_all_stop(case, base):
-    """With slope 1 the average is the mean number of steps: a rank that has ended keeps its share, and takes no step."""
+    """
+    With slope 1 the average is the mean number of steps: a rank that has ended keeps its share, and takes no step.
+    """
     ends, last, flags = ENDS[case]
     for step, weight in run_workers(_gossip_that_ends, len(ends), ends, GOSSIP[base], flags):
         assert step == last

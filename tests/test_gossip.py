@@ -1,4 +1,6 @@
-"""Push-sum gossip: mass is conserved, schedules contract, messages are in flight exactly as long as told, faults speak."""
+"""
+Push-sum gossip: mass is conserved, schedules contract, messages are in flight exactly as long as told, faults speak.
+"""
 
 import os
 import re
@@ -26,7 +28,9 @@ from slowmo_hf.topology import Topology
 
 @dataclass
 class Mixed:
-    """One worker after one exchange, in fp64; `x` and `w` alone, `mass_x` and `mass_w` with the messages in flight to it."""
+    """
+    One worker after one exchange, in fp64; `x` and `w` alone, `mass_x` and `mass_w` with the messages in flight to it.
+    """
 
     z: torch.Tensor
     x: torch.Tensor
@@ -38,7 +42,9 @@ class Mixed:
 
 
 def _base(config, params):
-    return GossipBase(config, Communicator(20, torch.device("cpu"), purpose="gossip"), flat_anchors(flat_layouts([params])))
+    return GossipBase(
+        config, Communicator(20, torch.device("cpu"), purpose="gossip"), flat_anchors(flat_layouts([params]))
+    )
 
 
 def _start(rank, dtype=torch.float64):
@@ -47,7 +53,9 @@ def _start(rank, dtype=torch.float64):
 
 
 def _mix(config, workers, steps, *, dtype=torch.float64, size=1.0, start=None):
-    """What `Mixed` says, by step and worker, of a run from `start(rank, dtype)` whose inner steps are noise of this size."""
+    """
+    What `Mixed` says, by step and worker, of a run from `start(rank, dtype)` whose inner steps are noise of this size.
+    """
 
     def work(rank):
         params, noise = (start or _start)(rank, dtype), torch.Generator().manual_seed(1000 + rank)
@@ -85,7 +93,9 @@ def _gossip(draw, most_stale=3):
     base = draw(st.sampled_from(["sgp", "osgp", "dpsgd"]))
     topologies = ["bipartite_exponential", "ring", "complete"] + (["exponential"] if base != "dpsgd" else [])
     topology = draw(st.sampled_from(topologies))
-    most = {"complete": 1, "ring": min(2, workers - 1), "bipartite_exponential": workers // 2}.get(topology, workers - 1)
+    most = {"complete": 1, "ring": min(2, workers - 1), "bipartite_exponential": workers // 2}.get(
+        topology, workers - 1
+    )
     settings = {"base": base, "topology": topology, "peers": draw(st.integers(1, max(1, most)))}
     if base == "osgp":
         settings["staleness"] = draw(st.integers(0, most_stale))
@@ -111,7 +121,10 @@ def test_mass_is_conserved_in_flight_too(drawn, steps):
 @settings(max_examples=60, deadline=None)
 @given(_gossip(most_stale=0))
 def test_one_cycle_contracts_as_its_mixing_matrices_promise(drawn):
-    """Without gradients x_k = P_k ... P_1 x_0; the distance from the mean falls at least by the product's norm off the mean."""
+    """
+    Without gradients x_k = P_k ... P_1 x_0; the distance from the mean falls at least by the product's norm off the
+    mean.
+    """
     config, workers = drawn
     topology = make_topology(config, workers)
     start = torch.stack([torch.cat(_start(rank)) for rank in range(workers)]).numpy()
@@ -132,14 +145,18 @@ def test_bf16_parameters_have_fp32_numerators_that_lose_nothing(staleness):
     config = SlowMoConfig(base="osgp", staleness=staleness)
     steps = _mix(config, 4, 20, dtype=torch.bfloat16, size=1e-2)
     total = _sum_at_start(4, torch.bfloat16) + sum(own.moved for after in steps for own in after)
-    assert torch.allclose(sum(own.mass_x for own in steps[-1]), total, rtol=0, atol=2e-5)  # bf16 sums alone would be off by 1e-2
+    assert torch.allclose(
+        sum(own.mass_x for own in steps[-1]), total, rtol=0, atol=2e-5
+    )  # bf16 sums alone would be off by 1e-2
     (numerator,) = _base(SlowMoConfig(base="sgp"), _start(0, torch.bfloat16)).numerators.values()
     assert numerator.dtype == torch.float32
 
 
 def test_a_message_is_applied_exactly_when_it_is_due():
-    """Two workers, staleness 2, worker 0 at 8, worker 1 at 0, no gradients. (x, w) of worker 0 and worker 1 after each step:
-    1: (4, ½), (0, ½)    2: (2, ¼), (0, ¼)    3: the messages of step 1, (0, ½) and (4, ½), are due: (1, ⅛ + ½), (0 + 4, ⅛ + ½)
+    """
+    Two workers, staleness 2, worker 0 at 8, worker 1 at 0, no gradients. (x, w) of both after each step:
+    1: (4, ½), (0, ½)    2: (2, ¼), (0, ¼)
+    3: the messages of step 1, (0, ½) and (4, ½), are due: (1, ⅛ + ½), (0 + 4, ⅛ + ½)
     """
     config = SlowMoConfig(base="osgp", staleness=2)
     steps = _mix(config, 2, 3, size=0.0, start=lambda rank, dtype: [torch.full((4,), 8.0 * (1 - rank), dtype=dtype)])
@@ -191,7 +208,13 @@ def _identities():
         "local": local,
         "at round": at_round,
         "weights at round": optimizer.outer_loop.anchors[0].flat.clone(),
-        "look": (local_weights, shown, same, optimizer.outer_loop.base.weight, len(optimizer.outer_loop.base.in_flight)),
+        "look": (
+            local_weights,
+            shown,
+            same,
+            optimizer.outer_loop.base.weight,
+            len(optimizer.outer_loop.base.in_flight),
+        ),
     }
 
 
@@ -199,7 +222,9 @@ def test_identities():
     results = run_workers(_identities, 3)
     for result in results:
         assert torch.equal(result["sgp"], result["osgp 0"]), "OSGP with staleness 0 is SGP"
-        assert torch.allclose(result["complete"], result["local"], rtol=0, atol=1e-14), "a complete graph is all-reduce for SGD"
+        assert torch.allclose(result["complete"], result["local"], rtol=0, atol=1e-14), (
+            "a complete graph is all-reduce for SGD"
+        )
         weight, in_flight, numerator = result["at round"]
         assert (weight, in_flight) == (1.0, 0)
         assert torch.equal(numerator, results[0]["at round"][2]), "after an exact round all workers are equal"
@@ -235,7 +260,9 @@ class Throttle:
 
 def _step_seconds(base, compute, message):
     with Throttle(message):
-        _, times, _ = _pull(SlowMoConfig(base=base, sync_every=10**6), 12, before_step=lambda step: time.sleep(compute))
+        _, times, _ = _pull(
+            SlowMoConfig(base=base, sync_every=10**6), 12, before_step=lambda step: time.sleep(compute)
+        )
     return float(np.median(np.diff(times)))
 
 
@@ -319,7 +346,8 @@ def _no_messages():
 def test_a_backend_without_messages_is_named():
     for words in run_workers(_no_messages, 2):
         assert words.startswith(
-            "optimizer step 1: base must be local_sgd or all_reduce on backend 'gloo', which has no peer-to-peer messages"
+            "optimizer step 1: base must be local_sgd or all_reduce on backend 'gloo', which has no peer-to-peer "
+            "messages"
         )
 
 
@@ -330,7 +358,11 @@ def _refused(settings):
 
 
 def _all_refused():
-    bad = [{"base": "sgp", "peers": 3}, {"base": "dpsgd", "peers": 2}, {"base": "sgp", "topology": "complete", "peers": 3}]
+    bad = [
+        {"base": "sgp", "peers": 3},
+        {"base": "dpsgd", "peers": 2},
+        {"base": "sgp", "topology": "complete", "peers": 3},
+    ]
     return [_refused(settings) for settings in bad]
 
 
@@ -343,7 +375,10 @@ def test_too_many_peers_are_refused_on_every_rank():
 
 
 def _equal_workers():
-    """Three equal workers near 100 and no gradients: the idle place of an odd bipartite world makes their weights uneven meanwhile."""
+    """
+    Three equal workers near 100 and no gradients: the idle place of an odd bipartite world makes their weights uneven
+    meanwhile.
+    """
     weight = torch.nn.Parameter(torch.full((3,), 100.0))
     config = SlowMoConfig(base="osgp", topology="bipartite_exponential", sync_every=4)
     optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
@@ -377,15 +412,21 @@ BYTES = [{"base": "sgp"}, {"base": "osgp"}, {"base": "sgp", "peers": 2}, {"base"
 
 
 def test_bytes_are_what_theory_says():
-    """3 fp32 parameters, 3 workers: an exchange sends 12 bytes to each peer (20 with the weight), a round of 4 steps has 3 of them and
-    the ring's 2·⅔·16 with the consensus distance, and a header of 7 fp64 to 2 others; without the average 4 exchanges and a header."""
+    """
+    3 fp32 parameters, 3 workers: an exchange sends 12 bytes to each peer (20 with the weight), a round of 4 steps has
+    3 of them and the ring's 2·⅔·16 with the consensus distance, and a header of 7 fp64 to 2 others; without the
+    average 4 exchanges and a header.
+    """
     header, ring = 2 * 7 * 8, round(2 * 2 / 3 * 16)
     right = [3 * 12 + ring + header, 3 * 20 + ring + header, 3 * 24 + ring + header, 4 * 12 + header]
     assert run_workers(_all_bytes, 3) == [right] * 3
 
 
 def test_the_schedule_does_not_move_at_an_exact_round(monkeypatch):
-    """Rounds of 3 steps: exchanges happen at steps 1, 2, 4, 5, 7 and are numbers 0 to 4; without the average at every step."""
+    """
+    Rounds of 3 steps: exchanges happen at steps 1, 2, 4, 5, 7 and are numbers 0 to 4; without the average at every
+    step.
+    """
     for exact, right in ((True, [0, 1, 2, 3, 4]), (False, [0, 1, 2, 3, 4, 5, 6])):
         numbers = []
         monkeypatch.setattr(GossipBase, "mix_", lambda base, number, numbers=numbers: numbers.append(number))

@@ -1,6 +1,6 @@
 """
-What people do with Trainer and Accelerate, under the gossip bases. Every run is followed by hand (`follow_gossip`): from what each rank
-held before and after every exchange, with mixing matrices in float64.
+What people do with Trainer and Accelerate, under the gossip bases. Every run is followed by hand (`follow_gossip`):
+from what each rank held before and after every exchange, with mixing matrices in float64.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def rank():
 
 
 def frozen(check, *args):
-    """Every Trainer run collects garbage and searches the objects alive; what the imports have made needs neither, each time."""
+    """
+    Every Trainer run collects garbage and searches the objects alive; what the imports have made needs neither, each
+    time.
+    """
     gc.freeze()
     return check(*args)
 
@@ -78,11 +81,13 @@ def frozen(check, *args):
 # ---- by hand ----
 
 
-def follow_gossip(runs: list[dict[str, Any]], config: SlowMoConfig, first_exchange: int = 0) -> list[dict[str, torch.Tensor]]:
+def follow_gossip(
+    runs: list[dict[str, Any]], config: SlowMoConfig, first_exchange: int = 0
+) -> list[dict[str, torch.Tensor]]:
     """
-    Push-sum and the outer loop on what the ranks recorded: x <- x + (z' - z), the exchange by its mixing matrix, messages exactly as
-    late as told, lines 6 to 8. Compares parameters, numerators and weights where they were kept, and the end. Returns the average
-    after every step, messages in flight included.
+    Push-sum and the outer loop on what the ranks recorded: x <- x + (z' - z), the exchange by its mixing matrix,
+    messages exactly as late as told, lines 6 to 8. Compares parameters, numerators and weights where they were kept,
+    and the end. Returns the average after every step, messages in flight included.
     """
     workers, names = range(len(runs)), runs[0]["trained"]
     mixing = make_topology(config, len(runs)).mixing_matrix
@@ -91,12 +96,18 @@ def follow_gossip(runs: list[dict[str, Any]], config: SlowMoConfig, first_exchan
     assert names
     assert all(torch.equal(z[i][name], z[0][name]) for i in workers for name in names), "workers differ at the start"
     x, w, flying = [dict(own) for own in z], [1.0 for _ in workers], []
-    anchors, velocities, last_lr = [dict(own) for own in z], [{name: torch.zeros_like(own[name]) for name in names} for own in z], 0.0
+    anchors, velocities, last_lr = (
+        [dict(own) for own in z],
+        [{name: torch.zeros_like(own[name]) for name in names} for own in z],
+        0.0,
+    )
     averages, exchange = [], first_exchange
 
     def average():
         assert sum(w) + sum(flown for *_, flown in flying) == pytest.approx(len(runs), abs=1e-9)
-        return {name: sum(own[name] for own in [*x, *(flown for _, _, flown, _ in flying)]) / len(runs) for name in names}
+        return {
+            name: sum(own[name] for own in [*x, *(flown for _, _, flown, _ in flying)]) / len(runs) for name in names
+        }
 
     for k in range(len(runs[0]["after"])):
         for i in workers:
@@ -108,8 +119,18 @@ def follow_gossip(runs: list[dict[str, Any]], config: SlowMoConfig, first_exchan
             for j in workers:
                 for i in workers:
                     if i != j and shares[i][j]:
-                        flying.append((k + staleness, i, {name: shares[i][j] * x[j][name] for name in names}, shares[i][j] * w[j]))
-            x, w = [{name: shares[i][i] * x[i][name] for name in names} for i in workers], [shares[i][i] * w[i] for i in workers]
+                        flying.append(
+                            (
+                                k + staleness,
+                                i,
+                                {name: shares[i][j] * x[j][name] for name in names},
+                                shares[i][j] * w[j],
+                            )
+                        )
+            x, w = (
+                [{name: shares[i][i] * x[i][name] for name in names} for i in workers],
+                [shares[i][i] * w[i] for i in workers],
+            )
             for due, i, flown, weight in flying:
                 if due <= k:
                     x[i], w[i] = {name: x[i][name] + flown[name] for name in names}, w[i] + weight
@@ -121,7 +142,9 @@ def follow_gossip(runs: list[dict[str, Any]], config: SlowMoConfig, first_exchan
             for i in workers:
                 for name in names:
                     reached = agreed[name] if config.exact_average else x[i][name] / w[i]
-                    velocities[i][name] = config.outer_momentum * ratio * velocities[i][name] + anchors[i][name] - reached
+                    velocities[i][name] = (
+                        config.outer_momentum * ratio * velocities[i][name] + anchors[i][name] - reached
+                    )
                     anchors[i][name] = anchors[i][name] - config.outer_lr * velocities[i][name]
             if config.exact_average:
                 w, flying = [1.0 for _ in workers], []
@@ -167,12 +190,20 @@ def held_now(outer_loop):
     names = {id(p): name for name, p in zip(tensors.names, tensors.trainable, strict=True)}
     x, mass = {}, {}
     for item, flat in base.numerators.items():
-        parts = [views_like(part, item.params) for part in [flat, *(m[item] for e in base.in_flight for m in e.received)]]
+        parts = [
+            views_like(part, item.params) for part in [flat, *(m[item] for e in base.in_flight for m in e.received)]
+        ]
         for param, own, *flying in zip(item.params, *parts, strict=True):
             x[names[id(param)]] = own.clone()
             mass[names[id(param)]] = sum((part.double() for part in flying), own.double().clone())
     weights = [float(weight) for e in base.in_flight if e.weight for weight in e.weight.received]
-    return {"x": x, "w": base.weight, "mass": mass, "mass_w": base.weight + sum(weights), "in_flight": len(base.in_flight)}
+    return {
+        "x": x,
+        "w": base.weight,
+        "mass": mass,
+        "mass_w": base.weight + sum(weights),
+        "in_flight": len(base.in_flight),
+    }
 
 
 def average_of_held(runs, step):
@@ -186,7 +217,10 @@ def average_of_held(runs, step):
 
 
 class Held(TrainerCallback):
-    """Keeps numerators and weights after every exchange, and the bytes that exchanges have sent. Stands before SlowMoCallback."""
+    """
+    Keeps numerators and weights after every exchange, and the bytes that exchanges have sent. Stands before
+    SlowMoCallback.
+    """
 
     def __init__(self, ours):
         self.ours, self.held, self.exchanged, self.before = ours, [], [], None
@@ -203,7 +237,9 @@ class Held(TrainerCallback):
         self.exchanged.append(self.ours.outer_loop.workers.gossip.bytes_sent - self.before)
 
 
-def run(folder, config, model, data, *, held=False, watchers=(), optimizer=None, prepare=None, resume=None, **settings):
+def run(
+    folder, config, model, data, *, held=False, watchers=(), optimizer=None, prepare=None, resume=None, **settings
+):
     """A stock Trainer; returns what it recorded."""
     recorder, ours = Recorder(), SlowMoCallback(config)
     keeper = Held(ours)
@@ -219,7 +255,12 @@ def run(folder, config, model, data, *, held=False, watchers=(), optimizer=None,
         prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     assert ours.outer_loop.attempted_steps == trainer.state.global_step
-    kept = {"held": keeper.held, "exchanged": keeper.exchanged, "history": trainer.state.log_history, "seen": getattr(model, "seen", None)}
+    kept = {
+        "held": keeper.held,
+        "exchanged": keeper.exchanged,
+        "history": trainer.state.log_history,
+        "seen": getattr(model, "seen", None),
+    }
     return {**recorded(trainer, recorder), **kept}
 
 
@@ -236,7 +277,10 @@ def loop(
     look: bool = False,
     held: bool = False,
 ):
-    """A custom loop under Accelerate; `batch(n)` is this rank's n-th. `look`: enter consensus after every step and draw there."""
+    """
+    A custom loop under Accelerate; `batch(n)` is this rank's n-th. `look`: enter consensus after every step and draw
+    there.
+    """
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
@@ -245,7 +289,15 @@ def loop(
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(inner, config))
     stepped, done = [], []
     inner.register_step_post_hook(lambda *_: done.append(values(bare)))
-    out: dict[str, Any] = {"start": values(bare), "stepped": stepped, "after": [], "lrs": [], "evaluated": {}, "held": [], "exchanged": []}
+    out: dict[str, Any] = {
+        "start": values(bare),
+        "stepped": stepped,
+        "after": [],
+        "lrs": [],
+        "evaluated": {},
+        "held": [],
+        "exchanged": [],
+    }
     torch.manual_seed(rank())
     for micro in range(steps * accumulation):
         with accelerator.accumulate(model):
@@ -337,7 +389,9 @@ def compare_looks(name, alone, watched, averages):
             close(shown[parameter], right, f"{name}, step {step}: what was shown")
         one = alone[0]["after"][step - 1]
         agree = step % TAU == 0 and name != "osgp, no average"
-        assert equal_parameters(one, shown, watched[0]["trained"]) == agree, f"{name}, step {step}: workers must differ for this to tell"
+        assert equal_parameters(one, shown, watched[0]["trained"]) == agree, (
+            f"{name}, step {step}: workers must differ for this to tell"
+        )
 
 
 def test_trainers_looks_show_the_average_and_leave_no_trace(tmp_path):
@@ -368,7 +422,9 @@ def check_statistics(folder):
     """BatchNorm: statistics are averaged at exact rounds and looks, and not by exchanges."""
     cases = {name: BASES[name] for name in ("osgp", "dpsgd", "osgp, no average")}
     settings = {"eval_strategy": "steps", "eval_steps": 1}
-    return {name: run(folder, config, SmallNorm(), Rows(160, torch.float32), **settings) for name, config in cases.items()}
+    return {
+        name: run(folder, config, SmallNorm(), Rows(160, torch.float32), **settings) for name, config in cases.items()
+    }
 
 
 def test_batch_norm_statistics_are_averaged_at_rounds_and_looks(tmp_path):
@@ -428,7 +484,10 @@ def by_reference(config, seen, *, accumulation=1, clip=None, skipped=(), momentu
 
     policy = "reset" if momentum and config.has_outer_update else "maintain"
     arguments_ = (make_worker, len(seen), STEPS, config.sync_every, config.outer_lr, config.outer_momentum, policy)
-    mixing, staleness = make_topology(config, len(seen)).mixing_matrix, config.staleness if config.base == "osgp" else 0
+    mixing, staleness = (
+        make_topology(config, len(seen)).mixing_matrix,
+        config.staleness if config.base == "osgp" else 0,
+    )
     return gossip_reference(*arguments_, mixing=mixing, staleness=staleness, exact_average=config.exact_average), norms
 
 
@@ -438,9 +497,13 @@ def test_every_worker_clips_its_own_accumulated_gradient(tmp_path):
         for surface in (0, 1):
             runs = [out[name][surface] for out in ranks]
             follow_gossip(runs, config)
-            ends, norms = by_reference(config, [run_["seen"] for run_ in runs], accumulation=2, clip=CLIP, momentum=0.9)
+            ends, norms = by_reference(
+                config, [run_["seen"] for run_ in runs], accumulation=2, clip=CLIP, momentum=0.9
+            )
             clipped = [[norm > CLIP for norm in own] for own in norms]
-            assert any(len(set(step)) == 2 for step in zip(*clipped, strict=True)), "one worker must clip where another does not"
+            assert any(len(set(step)) == 2 for step in zip(*clipped, strict=True)), (
+                "one worker must clip where another does not"
+            )
             for run_, end in zip(runs, ends, strict=True):
                 for parameter, local, average in zip(run_["trained"], end.z, end.average, strict=True):
                     assert (run_["after"][-1][parameter] - local).abs().max() <= 1e-9, (name, surface)
@@ -491,7 +554,9 @@ def test_precisions_and_checkpointing(tmp_path):
         only_mixed(runs["bf16 fading"], alone)
         for kind in ("bf16", "bf16 fading"):
             assert runs[kind][0]["final"]["body.weight"].dtype == torch.bfloat16
-            assert {x.dtype for run_ in runs[kind] for state in run_["held"] for x in state["x"].values()} == {torch.float32}
+            assert {x.dtype for run_ in runs[kind] for state in run_["held"] for x in state["x"].values()} == {
+                torch.float32
+            }
         for run_ in runs["autocast"]:
             assert run_["final"]["body.weight"].dtype == torch.float32
         conserved(runs["bf16 fading"])
@@ -502,12 +567,17 @@ def test_precisions_and_checkpointing(tmp_path):
 
 
 def only_mixed(runs, config):
-    """No gradient: numerators are their halves and their source's halves, bit for bit in fp32, and parameters are x / w, rounded once."""
+    """
+    No gradient: numerators are their halves and their source's halves, bit for bit in fp32, and parameters are x / w,
+    rounded once.
+    """
     topology, staleness = make_topology(config, len(runs)), config.staleness if config.base == "osgp" else 0
     for k in range(FADES + staleness, STEPS):
         for me, run_ in enumerate(runs):
             held, before, names = run_["held"][k], run_["held"][k - 1], run_["trained"]
-            arrived = [(runs[source]["held"][k - staleness - 1], source) for source in topology.sources(me, k - staleness)]
+            arrived = [
+                (runs[source]["held"][k - staleness - 1], source) for source in topology.sources(me, k - staleness)
+            ]
             for name in names:
                 right = before["x"][name] * topology.weight(me, k)
                 for theirs, source in arrived:
@@ -523,7 +593,9 @@ def conserved(runs):
         total = sum(run_["start"][name].double() for run_ in runs)
         for k in range(STEPS):
             before = [run_["after"][k - 1] if k else run_["start"] for run_ in runs]
-            total = total + sum(run_["stepped"][k][name].double() - z[name].double() for run_, z in zip(runs, before, strict=True))
+            total = total + sum(
+                run_["stepped"][k][name].double() - z[name].double() for run_, z in zip(runs, before, strict=True)
+            )
             mass = sum(run_["held"][k]["mass"][name] for run_ in runs)
             assert (mass - total).abs().max() <= (k + 1) * len(runs) * EPS, "bf16 sums alone would be off by 2**-8"
 
@@ -575,10 +647,20 @@ def check_scalers(folder):
                     def prepare(trainer, scaler=scaler):
                         trainer.accelerator.scaler = scaler
 
-                    result = run(folder, config, Overflowing(), Rows(160, torch.float32), optimizer=make, prepare=prepare, **settings)
+                    result = run(
+                        folder,
+                        config,
+                        Overflowing(),
+                        Rows(160, torch.float32),
+                        optimizer=make,
+                        prepare=prepare,
+                        **settings,
+                    )
                 else:
                     result = loop(config, Overflowing(), some_rows(4, torch.float32), scaler=scaler)
-            assert scaler.get_scale() == (128.0 if rank() == SKIP[0] else 256.0), "the scale is halved where a step was skipped"
+            assert scaler.get_scale() == (128.0 if rank() == SKIP[0] else 256.0), (
+                "the scale is halved where a step was skipped"
+            )
             before = result["after"][SKIP[1] - 1]
             assert equal(result["stepped"][SKIP[1]], before) == (rank() == SKIP[0])
             surfaces.append((result, numbers.seen))
@@ -622,14 +704,20 @@ class Zoo(nn.Module):
         self.unused = nn.Parameter(torch.randn(3))
         self.rare = nn.Parameter(torch.randn(2, 2))
         self.scalar = nn.Parameter(torch.tensor(0.5))
-        self.empty, self.empty_double = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.empty(2, 0, dtype=torch.float64))
+        self.empty, self.empty_double = (
+            nn.Parameter(torch.empty(0, 3)),
+            nn.Parameter(torch.empty(2, 0, dtype=torch.float64)),
+        )
         self.precise = nn.Linear(4, 3).double()
         self.forwards = 0
 
     def forward(self, x, labels):
         self.forwards += 1
         h = self.other(torch.tanh(self.one(x + self.frozen(x))))
-        out = self.conv(self.wide(h)[:, :8].view(-1, 2, 2, 2)).flatten(1).mean(1, keepdim=True) * self.scalar + self.empty.sum()
+        out = (
+            self.conv(self.wide(h)[:, :8].view(-1, 2, 2, 2)).flatten(1).mean(1, keepdim=True) * self.scalar
+            + self.empty.sum()
+        )
         if self.forwards % 3 == rank():  # on one rank at a time
             out = out + self.rare.sum()
         precise = self.precise(x.double()).square().mean() + self.empty_double.sum()
@@ -637,7 +725,10 @@ class Zoo(nn.Module):
 
 
 ZOO = {
-    **{name: gossip(c.base, staleness=c.staleness, exact_average=c.exact_average, bucket_bytes=1024) for name, c in BASES.items()},
+    **{
+        name: gossip(c.base, staleness=c.staleness, exact_average=c.exact_average, bucket_bytes=1024)
+        for name, c in BASES.items()
+    },
     "osgp, two peers": gossip("osgp", staleness=3, peers=2, bucket_bytes=1024, sync_every=6),
     "sgp, complete": gossip("sgp", topology="complete"),
 }
@@ -669,7 +760,11 @@ def test_parameters_of_every_kind_are_mixed_once(tmp_path):
             for step, shown in runs[0]["evaluated"].items():
                 for parameter, right in average_of_held(runs, step).items():
                     close(shown[parameter], right, f"{name}, step {step}: {parameter}")
-                    close(averages[step - 1][parameter].to(start[parameter].dtype), right, f"{name}, step {step}: {parameter}")
+                    close(
+                        averages[step - 1][parameter].to(start[parameter].dtype),
+                        right,
+                        f"{name}, step {step}: {parameter}",
+                    )
             for run_ in runs:
                 for after in [*run_["after"], run_["final"]]:
                     assert torch.equal(after["one.weight"], after["other.weight"])
@@ -680,13 +775,17 @@ def test_parameters_of_every_kind_are_mixed_once(tmp_path):
                 for changed in set(trained) - {"unused", "empty", "empty_double"}:
                     assert not torch.equal(run_["final"][changed], start[changed]), changed
                 close(run_["final"]["unused"], start["unused"], "no gradient, no change")
-            assert not torch.equal(runs[0]["stepped"][0]["rare"], runs[1]["stepped"][0]["rare"]), "used on one rank alone"
+            assert not torch.equal(runs[0]["stepped"][0]["rare"], runs[1]["stepped"][0]["rare"]), (
+                "used on one rank alone"
+            )
             payload = sum(start[parameter].numel() * start[parameter].element_size() for parameter in trained)
             one_exchange(runs, config, payload)
 
 
 def one_exchange(runs, config, payload):
-    """Every exchange sends the payload to each of this step's peers, and osgp its weight; an exact round sends none."""
+    """
+    Every exchange sends the payload to each of this step's peers, and osgp its weight; an exact round sends none.
+    """
     topology = make_topology(config, len(runs))
     message = payload + (8 if config.base == "osgp" else 0)
     for me, run_ in enumerate(runs):
@@ -705,7 +804,9 @@ def lora():
     from peft import LoraConfig, TaskType, get_peft_model
 
     torch.manual_seed(8)
-    return get_peft_model(bert(), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, lora_alpha=4, target_modules=["query", "value"]))
+    return get_peft_model(
+        bert(), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, lora_alpha=4, target_modules=["query", "value"])
+    )
 
 
 LORA = {**{name: BASES[name] for name in THREE}, "sgp, two peers": gossip("sgp", peers=2)}
@@ -731,7 +832,11 @@ def test_lora_exchanges_adapters_only(tmp_path):
         averages = follow_gossip(runs, config)
         one_exchange(runs, config, 4 * adapters)
         for run_ in runs:
-            assert all(torch.equal(run_["final"][key], run_["start"][key]) for key in run_["start"] if key not in run_["trained"])
+            assert all(
+                torch.equal(run_["final"][key], run_["start"][key])
+                for key in run_["start"]
+                if key not in run_["trained"]
+            )
         for step in (3, 6, 9):
             loaded = PeftModel.from_pretrained(bert(), f"{tmp_path}/{name}/checkpoint-{step}").state_dict()
             for parameter, right in averages[step - 1].items():
@@ -744,7 +849,11 @@ def test_lora_exchanges_adapters_only(tmp_path):
 def check_one_process(folder):
     """Plain SGD, every base without an outer update, every base with slow momentum, Local SGD with slow momentum."""
     make, out = (lambda parameters: SGD(parameters, lr=LR)), {}
-    configs = {**BASES, "two-sided ring": gossip("dpsgd", topology="ring"), "complete": gossip("sgp", topology="complete")}
+    configs = {
+        **BASES,
+        "two-sided ring": gossip("dpsgd", topology="ring"),
+        "complete": gossip("sgp", topology="complete"),
+    }
     for name, config in {**configs, "local": SlowMoConfig(sync_every=TAU)}.items():
         for beta in (0.0, 0.5):
             settings = {**config.to_dict(), "outer_momentum": beta}
@@ -763,7 +872,10 @@ def check_one_process(folder):
                     ),
                     loop(own, Regression(), some_rows(4), optimizer=make, look=True),
                 ]
-            out[name, beta] = [run_["final"] for run_ in runs], len(heard.about("one worker: nothing is averaged", "WARNING"))
+            out[name, beta] = (
+                [run_["final"] for run_ in runs],
+                len(heard.about("one worker: nothing is averaged", "WARNING")),
+            )
     model, batch, recorder = Regression(), some_rows(4), Recorder()
     optimizer = make(model.parameters())
     for micro in range(STEPS):
@@ -860,7 +972,9 @@ def check_again(folder):
         out[name, "twice"] = runs
         if name != "dpsgd":
             failing = OutOfMemoryOnce(6)
-            out[name, "out of memory"] = run(folder, config, failing, Rows(256, torch.float32), auto_find_batch_size=True, held=True)
+            out[name, "out of memory"] = run(
+                folder, config, failing, Rows(256, torch.float32), auto_find_batch_size=True, held=True
+            )
             assert [len(x) for x, _ in failing.seen] == [4] * 5 + [3] * STEPS
     return out
 
@@ -890,7 +1004,9 @@ def check_resumes(folder):
         where, settings = f"{folder}/{name}", {"save_strategy": "steps", "save_steps": 2 * TAU, "held": True}
         run(where, config, bert(dropout=0.1), sentences(), max_steps=2 * TAU, **settings)
         with Numbers() as numbers:
-            resumed = run(where, config, bert(dropout=0.1), sentences(), resume=f"{where}/checkpoint-8", max_steps=14, **settings)
+            resumed = run(
+                where, config, bert(dropout=0.1), sentences(), resume=f"{where}/checkpoint-8", max_steps=14, **settings
+            )
         out[name] = config, resumed, numbers.seen
     return out
 
@@ -905,7 +1021,10 @@ def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
 
 
 def check_states():
-    """A SlowMoOptimizer's state at step 8, loaded into a new one, and into the old one at step 10, with messages in flight."""
+    """
+    A SlowMoOptimizer's state at step 8, loaded into a new one, and into the old one at step 10, with messages in
+    flight.
+    """
     out = {}
     for name, config in BASES.items():
         if not config.exact_average:

@@ -1,4 +1,7 @@
-"""The gossip reference against hand traces and against what it becomes in the limits: the ruler is measured before it measures."""
+"""
+The gossip reference against hand traces and against what it becomes in the limits: the ruler is measured before it
+measures.
+"""
 
 import pytest
 import torch
@@ -34,10 +37,13 @@ def _flying(crew):
 
 def _fits(worker, seed, momentum=0.0, weight_decay=0.0, mean_of=None):
     """
-    A noisy quadratic in two groups of unlike curvature, learning rate falling by a tenth per step. `mean_of=m`: one worker with the mean
-    of the gradients that workers 0 to m - 1 would have.
+    A noisy quadratic in two groups of unlike curvature, learning rate falling by a tenth per step. `mean_of=m`: one
+    worker with the mean of the gradients that workers 0 to m - 1 would have.
     """
-    weights = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)), torch.nn.Parameter(torch.full((2, 2), -2.0, dtype=torch.float64))]
+    weights = [
+        torch.nn.Parameter(torch.ones(3, dtype=torch.float64)),
+        torch.nn.Parameter(torch.full((2, 2), -2.0, dtype=torch.float64)),
+    ]
     groups = [{"params": weights[:1], "lr": 0.2}, {"params": weights[1:], "lr": 0.1}]
     optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -88,10 +94,11 @@ STALE = {"alpha": 0.5, "beta": 0.5, "mixing": lambda e: HALF, "staleness": 1}
 
 
 def test_staleness_one_by_hand():
-    """x = 8, 8; gradients 4, 0; half is kept, half arrives one step later.
-    k=1: x = 4, 8;   kept 2, 4;        in flight to 0: (4, ½), to 1: (2, ½).     w = ½:    z = 4, 8
-    k=2: x = -2, 4;  kept -1, 2; ¼;    landed + (4, ½), (2, ½): x = 3, 4.        w = ¾:    z = 4, 16/3.  In flight (2, ¼), (-1, ¼)
-    k=3: x = -1, 4;  kept -½, 2; ⅜;    landed + (2, ¼), (-1, ¼): x = 1.5, 1.     w = ⅝:    z = 2.4, 1.6. In flight (2, ⅜), (-½, ⅜)
+    """
+    x = 8, 8; gradients 4, 0; half is kept, half arrives one step later.
+    k=1: x = 4, 8;  kept 2, 4;     in flight to 0: (4, ½), to 1: (2, ½). w = ½: z = 4, 8
+    k=2: x = -2, 4; kept -1, 2; ¼; landed + (4, ½), (2, ½): x = 3, 4.    w = ¾: z = 4, 16/3.  In flight (2, ¼), (-1, ¼)
+    k=3: x = -1, 4; kept -½, 2; ⅜; landed + (2, ¼), (-1, ¼): x = 1.5, 1. w = ⅝: z = 2.4, 1.6. In flight (2, ⅜), (-½, ⅜)
     sum of x and in flight: 12, 8, 4 = 16 - 4k. Sum of w and in flight: 2.
     """
     runs = [gossip_reference(_pushed(4.0, 0.0), 2, steps, NEVER, **STALE) for steps in (1, 2, 3)]
@@ -115,7 +122,9 @@ def test_a_round_with_messages_in_flight_by_hand():
     """
     asked = []
     mixing = {"mixing": lambda e: asked.append(e) or HALF}
-    third, fourth, sixth = (gossip_reference(_pushed(4.0, 0.0), 2, steps, 3, **(STALE | mixing)) for steps in (3, 4, 6))
+    third, fourth, sixth = (
+        gossip_reference(_pushed(4.0, 0.0), 2, steps, 3, **(STALE | mixing)) for steps in (3, 4, 6)
+    )
     assert asked == [0, 1, 0, 1, 2, 0, 1, 2, 3]
     assert _numbers(third) == [(5, 1, 5)] * 2
     assert _flying(third) == [[], []]
@@ -124,14 +133,18 @@ def test_a_round_with_messages_in_flight_by_hand():
 
 
 def test_no_average_by_hand():
-    """The same trace, tau = 2, no exact average: the exchange is made, then each worker goes its own way from 8.
+    """
+    The same trace, tau = 2, no exact average: the exchange is made, then each worker goes its own way from 8.
     k=2: z = 4, 16/3, w = ¾, in flight (2, ¼), (-1, ¼), which stay there
          u = 4, 8/3; anchor = z = 8 - 2, 8 - 4/3 = 6, 20/3; x = ¾ z = 4.5, 5. average = (9.5 + 1)/2 = 5.25
     k=3: x = ½, 5; kept ¼, 2.5; ⅜; landed: x = 2.25, 1.5, w = ⅝, z = 3.6, 2.4. In flight (2.5, ⅜), (¼, ⅜)
     k=4: x = -1.75, 1.5; kept -.875, .75; 5/16; landed: x = 1.625, 1, w = 11/16, z = 26/11, 16/11
-         u = ½·4 + (6 - 26/11) = 62/11, ½·8/3 + (20/3 - 16/11) = 72/11; anchor = 6 - 31/11, 20/3 - 36/11 = 35/11, 112/33
+         u = ½·4 + (6 - 26/11) = 62/11, ½·8/3 + (20/3 - 16/11) = 72/11; anchor = 6 - 31/11, 20/3 - 36/11 = 35/11,
+         112/33
     """
-    second, fourth = (gossip_reference(_pushed(4.0, 0.0), 2, steps, 2, exact_average=False, **STALE) for steps in (2, 4))
+    second, fourth = (
+        gossip_reference(_pushed(4.0, 0.0), 2, steps, 2, exact_average=False, **STALE) for steps in (2, 4)
+    )
     assert _flying(second) == [[(2, 0.25)], [(-1, 0.25)]]
     for own, right in zip(_numbers(second), [(4.5, 0.75, 6), (5, 0.75, 20 / 3)], strict=True):
         assert own == pytest.approx(right, abs=1e-14)
@@ -143,7 +156,10 @@ def test_no_average_by_hand():
 @pytest.mark.parametrize("staleness", [0, 1, 2, 5])
 @pytest.mark.parametrize("workers", [2, 3, 5])
 def test_mass_is_conserved_counting_what_is_in_flight(workers, staleness):
-    """Sum of w = m; sum of x = its start minus lr times all gradients that were taken. Without what is in flight both would be short."""
+    """
+    Sum of w = m; sum of x = its start minus lr times all gradients that were taken. Without what is in flight both
+    would be short.
+    """
     gradients = []
 
     def make_worker(i):
@@ -155,7 +171,9 @@ def test_mass_is_conserved_counting_what_is_in_flight(workers, staleness):
 
         return [weight], torch.optim.SGD([weight], lr=0.01), backward, lambda: None
 
-    crew = gossip_reference(make_worker, workers, 9, NEVER, 1.0, 0.0, mixing=_random_mixing(workers, 7), staleness=staleness)
+    crew = gossip_reference(
+        make_worker, workers, 9, NEVER, 1.0, 0.0, mixing=_random_mixing(workers, 7), staleness=staleness
+    )
     flying = [message for own in crew for message in own.arriving]
     held = sum(own.w for own in crew)
     assert held + sum(w for _, w in flying) == pytest.approx(workers, abs=1e-13)
@@ -194,7 +212,10 @@ def test_without_staleness_it_is_matrix_algebra():
 @pytest.mark.parametrize("tau", [NEVER, 3])
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.1)])
 def test_complete_mixing_is_one_worker_with_the_mean_gradient(tau, momentum, weight_decay):
-    """SGD is linear in its gradients, momentum included, so P = 1/m after every step is all-reduce SGD; rounds then find agreement."""
+    """
+    SGD is linear in its gradients, momentum included, so P = 1/m after every step is all-reduce SGD; rounds then find
+    agreement.
+    """
     kw = {"seed": 1, "momentum": momentum, "weight_decay": weight_decay}
     mixing = [[0.25] * 4] * 4
     crew = gossip_reference(lambda i: _fits(i, **kw), 4, 10, tau, 0.8, 0.5, mixing=lambda e: mixing)
@@ -207,7 +228,9 @@ def test_complete_mixing_is_one_worker_with_the_mean_gradient(tau, momentum, wei
 def test_no_average_and_no_mixing_is_each_worker_alone(buffers):
     """P = 1: every worker is a one-worker SlowMo of its own."""
     kw = {"seed": 2, "momentum": 0.9}
-    crew = gossip_reference(lambda i: _fits(i, **kw), 2, 10, 3, 0.8, 0.5, buffers, mixing=lambda e: ALONE, exact_average=False)
+    crew = gossip_reference(
+        lambda i: _fits(i, **kw), 2, 10, 3, 0.8, 0.5, buffers, mixing=lambda e: ALONE, exact_average=False
+    )
     for i, own in enumerate(crew):
         (right,) = slowmo_reference(lambda _, i=i: _fits(i, **kw), 1, 10, 3, 0.8, 0.5, buffers)
         assert all(torch.allclose(z, r, rtol=0, atol=1e-13) for z, r in zip(own.z, right, strict=True))
@@ -218,7 +241,9 @@ def test_no_average_and_no_mixing_is_each_worker_alone(buffers):
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_exact_average_and_no_mixing_is_local_sgd_with_slow_momentum(buffers, staleness):
     kw = {"seed": 3, "momentum": 0.9, "weight_decay": 0.1}
-    crew = gossip_reference(lambda i: _fits(i, **kw), 2, 10, 3, 0.8, 0.5, buffers, mixing=lambda e: ALONE, staleness=staleness)
+    crew = gossip_reference(
+        lambda i: _fits(i, **kw), 2, 10, 3, 0.8, 0.5, buffers, mixing=lambda e: ALONE, staleness=staleness
+    )
     right = slowmo_reference(lambda i: _fits(i, **kw), 2, 10, 3, 0.8, 0.5, buffers)
     for own, weights in zip(crew, right, strict=True):
         assert all(torch.allclose(z, r, rtol=0, atol=1e-13) for z, r in zip(own.z, weights, strict=True))

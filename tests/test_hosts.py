@@ -1,4 +1,7 @@
-"""Several machines, made of network namespaces: `accelerate launch --num_machines 4` trains what four processes on one machine train."""
+"""
+Several machines, made of network namespaces: `accelerate launch --num_machines 4` trains what four processes on one
+machine train.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +37,39 @@ def namespaces():
 @pytest.mark.timeout(300)
 def test_four_machines_train_what_one_does_and_send_what_theory_says(tmp_path):
     """
-    The end is bit for bit that of four processes on one machine. Between a run of 12 and one of 36 steps lie two rounds: on the
-    interface each host sends their payload and at most 7 % more (headers of packets of 1,500 bytes, acknowledgements).
+    The end is bit for bit that of four processes on one machine. Between a run of 12 and one of 36 steps lie two
+    rounds: on the interface each host sends their payload and at most 7 % more (headers of packets of 1,500 bytes,
+    acknowledgements).
     """
     records, sent = {}, {}
     with Hosts(4, mbit_per_s=200) as hosts:
         for steps in (12, 36):
             before = [hosts.bytes_sent(host) for host in range(4)]
-            hosts.launch(RECIPE, *FLAGS, "--max_steps", str(steps), "--output_dir", str(tmp_path / str(steps)), timeout_seconds=120)
+            hosts.launch(
+                RECIPE,
+                *FLAGS,
+                "--max_steps",
+                str(steps),
+                "--output_dir",
+                str(tmp_path / str(steps)),
+                timeout_seconds=120,
+            )
             sent[steps] = [hosts.bytes_sent(host) - earlier for host, earlier in enumerate(before)]
             records[steps] = json.loads((tmp_path / str(steps) / "record.json").read_text())
     assert not namespaces()
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    alone = [accelerate, "launch", "--config_file", str(CONFIG), "--num_processes", "4", RECIPE, *FLAGS, "--max_steps", "36"]
+    alone = [
+        accelerate,
+        "launch",
+        "--config_file",
+        str(CONFIG),
+        "--num_processes",
+        "4",
+        RECIPE,
+        *FLAGS,
+        "--max_steps",
+        "36",
+    ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*alone, "--output_dir", str(tmp_path / "alone")], check=True, capture_output=True, env=one_thread)
     on_hosts, on_one = (load_file(tmp_path / folder / "model.safetensors") for folder in ("36", "alone"))
@@ -55,7 +78,9 @@ def test_four_machines_train_what_one_does_and_send_what_theory_says(tmp_path):
     payload = records[36]["bytes_sent_per_worker"] - records[12]["bytes_sent_per_worker"]
     assert records[36]["rounds"] - records[12]["rounds"] == 2
     for host in range(4):
-        assert payload <= sent[36][host] - sent[12][host] <= 1.07 * payload + 50_000, "50 kB: roll call, logs, the shutdown"
+        assert payload <= sent[36][host] - sent[12][host] <= 1.07 * payload + 50_000, (
+            "50 kB: roll call, logs, the shutdown"
+        )
 
 
 @needs_hosts

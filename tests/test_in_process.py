@@ -101,7 +101,10 @@ def _pull(config, rank, workers, steps, lr=0.1):
 
 @pytest.mark.filterwarnings("ignore")
 def test_sixteen_workers_by_hand():
-    """Local SGD with slow momentum on 16 quadratics: after a round all hold anchor - v, v = beta v + mean displacement (PAPER form)."""
+    """
+    Local SGD with slow momentum on 16 quadratics: after a round all hold anchor - v, v = beta v + mean displacement
+    (PAPER form).
+    """
     tau, beta, lr = 4, 0.5, 0.1
     runs = run_in_process(lambda rank: _pull(SlowMoConfig(sync_every=tau, outer_momentum=beta), rank, 16, 12, lr), 16)
     anchor, velocity = 2.0, 0.0
@@ -130,13 +133,18 @@ SIXTEEN = [
 
 def _noisy(rank):
     """(parameters, optimizer, backward, schedule) of a noisy quadratic; momentum, and a learning rate that falls."""
-    weights = [torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)), torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))]
+    weights = [
+        torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)),
+        torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)),
+    ]
     optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
 
     def backward(step):
         noise = torch.Generator().manual_seed(100 * rank + step)
         for weight in weights:
-            weight.grad = weight.detach() - PULLS[rank] + torch.randn(weight.shape, generator=noise, dtype=torch.float64)
+            weight.grad = (
+                weight.detach() - PULLS[rank] + torch.randn(weight.shape, generator=noise, dtype=torch.float64)
+            )
 
     return weights, optimizer, backward, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9).step
 
@@ -262,12 +270,28 @@ def _has_other_gradients(rank):
 @pytest.mark.parametrize(
     ("work", "words"),
     [
-        (_sum_other_dtypes, r"worker 0 waits for all_reduce \(sum\) of 2 elements \(torch.bfloat16\), .*of 2 elements \(torch.float64\)"),
-        (_sends_less_than_is_expected, r"worker 1 sent 1 elements \(torch.float32\) in message 6, worker 0 expects 2 elements"),
-        (_has_other_gradients, "averages the gradients of all trainable parameters, as DDP does, and 1 of 2 have none"),
+        (
+            _sum_other_dtypes,
+            r"worker 0 waits for all_reduce \(sum\) of 2 elements \(torch.bfloat16\), .*of 2 elements "
+            r"\(torch.float64\)",
+        ),
+        (
+            _sends_less_than_is_expected,
+            r"worker 1 sent 1 elements \(torch.float32\) in message 6, worker 0 expects 2 elements",
+        ),
+        (
+            _has_other_gradients,
+            "averages the gradients of all trainable parameters, as DDP does, and 1 of 2 have none",
+        ),
         (_meets_again_when_ended, "worker 1 failed: ValueError: bad batch"),
-        (_meets_for_something_else, r"worker 0 waits for all_reduce \(max\) of 1 elements .*worker 1 waits for all_gather of 1 elements"),
-        (_wait_for_each_others_messages, "worker 0 waits for message 6 from worker 1; .*worker 3 waits for message 6 from worker 0"),
+        (
+            _meets_for_something_else,
+            r"worker 0 waits for all_reduce \(max\) of 1 elements .*worker 1 waits for all_gather of 1 elements",
+        ),
+        (
+            _wait_for_each_others_messages,
+            "worker 0 waits for message 6 from worker 1; .*worker 3 waits for message 6 from worker 0",
+        ),
         (_fails, "worker 2 failed: ValueError: bad batch"),
         (_returns_early, "all workers wait for each other: worker 0 waits for all_gather .*worker 1 has returned"),
     ],
@@ -328,7 +352,10 @@ def test_an_interrupt_ends_all_workers():
 
 
 def test_nothing_is_shared_by_accident():
-    """Worker 1 comes last to the first meeting, takes its copies at once, and goes on to change what it gave; so does the giver below."""
+    """
+    Worker 1 comes last to the first meeting, takes its copies at once, and goes on to change what it gave; so does the
+    giver below.
+    """
 
     def work(rank):
         communicator, given = Communicator(5, torch.device("cpu")), {"numbers": [rank]}

@@ -1,6 +1,6 @@
 """
-Real jobs, killed with SIGKILL at random moments and started again by their launcher, end with the weights of the run never killed, bit for
-bit. `benchmarks/kill.py` is the long version; here are 13 kills in six jobs.
+Real jobs, killed with SIGKILL at random moments and started again by their launcher, end with the weights of the run
+never killed, bit for bit. `benchmarks/kill.py` is the long version; here are 13 kills in six jobs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def test_every_surface_and_base_is_killed():
     assert sum(map(len, KILLS.values())) >= 12
     assert {name.partition(", ")[0] for name in KILLS} == {"Trainer", "Accelerate"}
     assert {name.partition(", ")[2] for name in KILLS} == set(kill.BASES)
-    assert {stratum for strata in KILLS.values() for stratum in strata} == set(kill.STRATA) - {"the start", "after the last step"}
+    assert {stratum for strata in KILLS.values() for stratum in strata} == set(kill.STRATA) - {
+        "the start",
+        "after the last step",
+    }
 
 
 # ---- the moments ----
@@ -71,11 +74,11 @@ def run_of(folder, *attempts):
     notes = {}
     for attempt, ranks in enumerate(attempts):
         for rank, words in enumerate(ranks):
-            notes[attempt, rank] = [
-                ["weights", f"rank {rank} step {word[1:]}"] if word[0] == "w" else ["kill", word[1:], "here"] if word[0] == "!"
-                else ["moment", word, ""]
-                for word in words
-            ]  # fmt: skip
+            note = {
+                "w": lambda word, rank=rank: ["weights", f"rank {rank} step {word[1:]}"],
+                "!": lambda word: ["kill", word[1:], "here"],
+            }
+            notes[attempt, rank] = [note.get(word[0], lambda word: ["moment", word, ""])(word) for word in words]
     return Run(folder, 0, 1.0, "", notes)
 
 
@@ -111,9 +114,14 @@ def test_moments_are_counted_by_kind(reference):
     assert found[-2:] == [("seal", 2), ("end", 0)]
 
 
-@pytest.mark.parametrize("stratum", [name for name in kill.STRATA if name not in ("evaluation", "deletion of an old checkpoint")])
+@pytest.mark.parametrize(
+    "stratum", [name for name in kill.STRATA if name not in ("evaluation", "deletion of an old checkpoint")]
+)
 def test_drawn_kills_are_of_their_stratum(reference, stratum):
-    """Forty draws: every one is a moment that the rank had, of a kind of the stratum; before the first save there are steps 0 and 1."""
+    """
+    Forty draws: every one is a moment that the rank had, of a kind of the stratum; before the first save there are
+    steps 0 and 1.
+    """
     drawn = [kill.draw(stratum, reference, [3, 5], random.Random(seed)) for seed in range(40)]
     for first, *rest in drawn:
         assert (first.kind, first.nth) in kill.moments(reference, first.rank)
@@ -124,7 +132,9 @@ def test_drawn_kills_are_of_their_stratum(reference, stratum):
             assert (again.attempt, again.kind) == (1, "resume")
             assert 0 <= again.nth < [3, 5][again.rank]
     if stratum == "before the first save":
-        assert all(first.nth < 2 or (first.kind in ("backward", "inner step") and first.nth < 4) for first, *_ in drawn)
+        assert all(
+            first.nth < 2 or (first.kind in ("backward", "inner step") and first.nth < 4) for first, *_ in drawn
+        )
     if stratum == "the seal":
         assert {first.rank for first, *_ in drawn} == {0}, "rank 1 has no such moment"
     assert len(set(drawn)) >= 3 or stratum in ("the start", "after the last step")
@@ -152,14 +162,22 @@ def test_the_table_counts_points():
         "ten_kills": [{"differences": []}],
     }
     rows = [line.split() for line in kill.table(values).splitlines()]
-    assert rows == [["points", "same"], ["the", "seal", "3", "2"], ["ten", "kills", "in", "one", "job", "1", "1"], ["all", "4", "3"]]
+    assert rows == [
+        ["points", "same"],
+        ["the", "seal", "3", "2"],
+        ["ten", "kills", "in", "one", "job", "1", "1"],
+        ["all", "4", "3"],
+    ]
 
 
 RECORD = Path(__file__).parents[1] / "benchmarks/records/kills.json"
 
 
 def test_the_committed_record_is_of_the_plan_and_has_no_difference():
-    """Its points are those of the plan, in order; every kill was met; no attempt lost more than what followed the last save."""
+    """
+    Its points are those of the plan, in order; every kill was met; no attempt lost more than what followed the last
+    save.
+    """
     values = json.loads(RECORD.read_text())
     points, longer = values["points"], values["ten_kills"]
     assert len(points) >= 200
@@ -172,7 +190,9 @@ def test_the_committed_record_is_of_the_plan_and_has_no_difference():
         assert point["differences"] == []
         assert all(one["met"] for one in point["kills"])
         assert len(point["first_steps"]) == len(point["kills"]) + 1
-        begun = [max(steps) for attempt in point["first_steps"] if (steps := [step for step in attempt if step is not None])]
+        begun = [
+            max(steps) for attempt in point["first_steps"] if (steps := [step for step in attempt if step is not None])
+        ]
         assert begun == sorted(begun), "an attempt begins at the last save or after it"
         if point in points:
             assert all(one["kind"] in (*kill.STRATA[point["stratum"]], "resume") for one in point["kills"])
@@ -201,9 +221,19 @@ def test_a_run_that_went_on_from_its_last_save_is_the_same(reference, tmp_path):
 @pytest.mark.parametrize(
     ("second", "end", "kill_word", "told"),
     [
-        (["w2", "w3", "wrong", "w5"], 1.0, "!backward", "attempt 1, rank 1: weights differ after it had begun at step 2"),
+        (
+            ["w2", "w3", "wrong", "w5"],
+            1.0,
+            "!backward",
+            "attempt 1, rank 1: weights differ after it had begun at step 2",
+        ),
         (["wrong", "w3", "w4", "w5"], 1.0, "!backward", "attempt 1 begins at step [-1], step 3 had been reached"),
-        (["w0", "w1", "w2", "w3", "w4", "w5"], 1.0, "!backward", "attempt 1 begins at step [0], step 3 had been reached"),
+        (
+            ["w0", "w1", "w2", "w3", "w4", "w5"],
+            1.0,
+            "!backward",
+            "attempt 1 begins at step [0], step 3 had been reached",
+        ),
         (["w2", "w3", "w4"], 1.0, "!backward", "the last step begun is 4 of 5"),
         (["w2", "w3", "w4", "w5"], 1.0000001, "!backward", "checkpoint-6/optimizer.pt differs at the end"),
         (["w2", "w3", "w4", "w5"], 1.0, "backward", f"{KILLED[0]} was never reached"),
@@ -218,7 +248,9 @@ def test_a_failed_launch_and_a_missing_attempt_are_told(reference, tmp_path):
     run = resumed(tmp_path / "b", second=["w2", "w3", "w4", "w5"])
     run.exit_code = 1
     assert kill_runs.differences(reference, run, KILLED) == ["exit code 1 after 2 attempts, 1 kills were planned"]
-    assert kill_runs.differences(reference, reference, KILLED) == ["exit code 0 after 1 attempts, 1 kills were planned"]
+    assert kill_runs.differences(reference, reference, KILLED) == [
+        "exit code 0 after 1 attempts, 1 kills were planned"
+    ]
 
 
 def test_a_checkpoint_that_is_not_whole_or_not_there_is_told(reference, tmp_path):
@@ -230,7 +262,9 @@ def test_a_checkpoint_that_is_not_whole_or_not_there_is_told(reference, tmp_path
 
 
 def test_an_old_checkpoint_may_stay_where_nothing_was_left_to_save(reference, tmp_path):
-    """Killed before its deletion: the second attempt has no step to take, and deletes nothing. With a step it would have."""
+    """
+    Killed before its deletion: the second attempt has no step to take, and deletes nothing. With a step it would have.
+    """
     folder = tmp_path / "b"
     checkpoint(folder, 4)
     checkpoint(folder, 6)
@@ -240,7 +274,9 @@ def test_an_old_checkpoint_may_stay_where_nothing_was_left_to_save(reference, tm
     told = kill_runs.differences(reference, run_of(folder, first, [["w5"], ["w5"]]), kills)
     assert told == ["checkpoints at the end: ['checkpoint-4', 'checkpoint-6']"]
     shutil.rmtree(folder / "out/checkpoint-6")
-    assert "checkpoints at the end: ['checkpoint-4']" in kill_runs.differences(reference, run_of(folder, first, [[], []]), kills)
+    assert "checkpoints at the end: ['checkpoint-4']" in kill_runs.differences(
+        reference, run_of(folder, first, [[], []]), kills
+    )
 
 
 def test_a_moment_that_never_came_is_no_point(reference, tmp_path, monkeypatch):
@@ -253,7 +289,9 @@ def test_a_moment_that_never_came_is_no_point(reference, tmp_path, monkeypatch):
     whole.notes[0, 1][3] = ["weights", "others"]
     (tmp_path / "runs").mkdir()
     assert record.add("points", "a job", kill.Job("script"), kills) is True
-    assert record.values["points"][0]["differences"] == ["attempt 0, rank 1: weights differ after it had begun at step 0"]
+    assert record.values["points"][0]["differences"] == [
+        "attempt 0, rank 1: weights differ after it had begun at step 0"
+    ]
 
 
 # ---- the switch ----
@@ -335,7 +373,11 @@ def test_a_tree_that_is_deleted_is_seen_file_by_file(switch):
     listening.clear()
     told = [json.loads(line)[1:] for line in switch.notes.read_text().splitlines()]
     deletions = [words for kind, words in told if kind == "rotation" and words.startswith(("os.remove", "os.rmdir"))]
-    assert deletions == ["os.remove checkpoint-2/slowmo/manifest.json", "os.rmdir checkpoint-2/slowmo", "os.rmdir checkpoint-2"]
+    assert deletions == [
+        "os.remove checkpoint-2/slowmo/manifest.json",
+        "os.rmdir checkpoint-2/slowmo",
+        "os.rmdir checkpoint-2",
+    ]
 
 
 def test_weights_are_parameters_and_buffers_bit_for_bit():

@@ -1,6 +1,7 @@
 """
-Imports run downwards only. The sources are read, not run: an import inside a function, under TYPE_CHECKING, by `importlib` with a name
-written out, or an attribute of an imported package (`torch.distributed.barrier`) counts like one at the top.
+Imports run downwards only. The sources are read, not run: an import inside a function, under TYPE_CHECKING, by
+`importlib` with a name written out, or an attribute of an imported package (`torch.distributed.barrier`) counts like
+one at the top.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "slowmo_hf"
 PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
-# From the top down. A module imports from lower rows only, so two of one row never know each other: the adapters, for one.
+# From the top down. A module imports from lower rows only, so two of one row never know each other: the adapters, for
+# one.
 LAYERS = [
     ["__init__"],  # the public names
     ["accelerate_checkpoints"],
@@ -40,20 +42,29 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 
 # Who alone may reach a package of others.
 ONLY = {
-    "torch.distributed": ("communicator", "isolation"),  # what talks to other processes; the group that keeps DDP inside a worker
+    "torch.distributed": (
+        "communicator",
+        "isolation",
+    ),  # what talks to other processes; the group that keeps DDP inside a worker
     "transformers": ("callback", "trainer_checkpoints"),  # custom loops need no Trainer
 }
 
 # Attributes of public objects that are not public themselves, and the programs that reach for one, with their reasons.
 INTERNAL_ATTRIBUTES = ("outer_loop", "isolation")
 INTERNALS = {
-    ("benchmarks/round_cost.py", "outer_loop"): "times the outer optimizer's arithmetic apart from the round around it",
+    (
+        "benchmarks/round_cost.py",
+        "outer_loop",
+    ): "times the outer optimizer's arithmetic apart from the round around it",
     ("benchmarks/kill_switch.py", "slowmo_hf.communicator.Communicator"): "kills a process in the middle of a message",
 }
 
 
 def names_reached(source: str) -> set[tuple[int, str]]:
-    """(line, absolute dotted name) of all that a source imports, or reaches through what it has imported; relative to the package."""
+    """
+    (line, absolute dotted name) of all that a source imports, or reaches through what it has imported; relative to the
+    package.
+    """
     found: set[tuple[int, str]] = set()
     bound: dict[str, str] = {}  # name in the source: what it stands for
     chains: list[tuple[int, list[str]]] = []
@@ -77,8 +88,14 @@ def names_reached(source: str) -> set[tuple[int, str]]:
 
 
 def _imported_by_call(call: ast.Call) -> str:
-    """The name that `importlib.import_module("a.b")` imports; empty for other calls and for names that are computed."""
-    if _chain(call.func)[-1] not in ("import_module", "__import__") or not call.args or not isinstance(call.args[0], ast.Constant):
+    """
+    The name that `importlib.import_module("a.b")` imports; empty for other calls and for names that are computed.
+    """
+    if (
+        _chain(call.func)[-1] not in ("import_module", "__import__")
+        or not call.args
+        or not isinstance(call.args[0], ast.Constant)
+    ):
         return ""
     name = str(call.args[0].value)
     return f"slowmo_hf{name}" if name.startswith(".") else name
@@ -110,7 +127,9 @@ def _is_within(dotted: str, package: str) -> bool:
 def broken_rules(module: str, source: str) -> list[str]:
     """What a module of the package does that LAYERS and ONLY forbid, a line each."""
     if module not in LEVEL:
-        return [f"{module}.py is not in the table: add it to LAYERS in tests/test_layering.py, above all that it imports."]
+        return [
+            f"{module}.py is not in the table: add it to LAYERS in tests/test_layering.py, above all that it imports."
+        ]
     words = []
     for line, dotted in sorted(names_reached(source)):
         where, other = f"{module}.py, line {line}: {dotted}", _own_module(dotted)
@@ -167,7 +186,11 @@ def test_the_table_holds_nothing_twice_and_nothing_stale():
 def test_programs_use_public_names_only(path):
     name = path.relative_to(ROOT).as_posix()
     used = {(name, what): line for what, line in internals_used(path.read_text()).items()}
-    words = [f"{name}, line {line}: {what} is not public" for (_, what), line in used.items() if (name, what) not in INTERNALS]
+    words = [
+        f"{name}, line {line}: {what} is not public"
+        for (_, what), line in used.items()
+        if (name, what) not in INTERNALS
+    ]
     assert not words, "\n" + "\n".join(
         [*words, f"Public are {', '.join(slowmo_hf.__all__)}; a benchmark may list it in INTERNALS, with a reason."]
     )
@@ -186,12 +209,24 @@ def test_internals_are_excused_in_benchmarks_only():
     [
         ("averager", "from .outer_loop import OuterLoop", "outer_loop is no lower than averager"),
         ("callback", "from .optimizer import consensus", "optimizer is no lower than callback"),
-        ("outer_loop", "def late():\n    from slowmo_hf import callback", "line 2: slowmo_hf.callback: imports run downwards only"),
+        (
+            "outer_loop",
+            "def late():\n    from slowmo_hf import callback",
+            "line 2: slowmo_hf.callback: imports run downwards only",
+        ),
         ("outer_loop", "from . import callback as c", "callback is no lower than outer_loop"),
         ("communicator", "import slowmo_hf\nprint(slowmo_hf.__version__)", "__init__ is no lower than communicator"),
         ("config", "from slowmo_hf import SlowMoOptimizer", "__init__ is no lower than config"),
-        ("averager", "import importlib\nimportlib.import_module('slowmo_hf.callback')", "callback is no lower than averager"),
-        ("averager", "from importlib import import_module\nimport_module('.callback', __package__)", "callback is no lower than averager"),
+        (
+            "averager",
+            "import importlib\nimportlib.import_module('slowmo_hf.callback')",
+            "callback is no lower than averager",
+        ),
+        (
+            "averager",
+            "from importlib import import_module\nimport_module('.callback', __package__)",
+            "callback is no lower than averager",
+        ),
         ("averager", "from .averager import flat_view", "averager is no lower than averager"),
         (
             "optimizer",
@@ -200,7 +235,11 @@ def test_internals_are_excused_in_benchmarks_only():
         ),
         ("averager", "from torch import distributed", "only communicator, isolation may reach torch.distributed"),
         ("averager", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
-        ("averager", "import torch as t\nf = t.distributed.barrier", "only communicator, isolation may reach torch.distributed"),
+        (
+            "averager",
+            "import torch as t\nf = t.distributed.barrier",
+            "only communicator, isolation may reach torch.distributed",
+        ),
         ("gizmo", "import torch", "gizmo.py is not in the table: add it to LAYERS"),
         ("outer_loop", "from .gizmo import Gizmo", "gizmo is not in the table: add it to LAYERS"),
     ],
@@ -212,7 +251,10 @@ def test_the_checker_catches(module, source, words):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("outer_loop", "import torch\nfrom .averager import flat_view\nfrom .config import SlowMoConfig as C\nC.local_sgd(4)"),
+        (
+            "outer_loop",
+            "import torch\nfrom .averager import flat_view\nfrom .config import SlowMoConfig as C\nC.local_sgd(4)",
+        ),
         ("communicator", "import torch.distributed as dist\ndist.barrier()"),
         ("callback", "from transformers import Trainer\nfrom .outer_loop import OuterLoop"),
         ("averager", "words = 'torch.distributed, from .callback import SlowMoCallback'  # import transformers"),
@@ -230,7 +272,11 @@ def test_the_checker_lets_pass(module, source):
         ("import slowmo_hf.averager", ["slowmo_hf.averager"]),
         ("import slowmo_hf as s\ns.averager", ["slowmo_hf.averager"]),
         ("prepared.optimizer.outer_loop.rounds", ["outer_loop"]),
-        ("import slowmo_hf\nfrom slowmo_hf import SlowMoConfig\nSlowMoConfig.bmuf(block_momentum=0.5), slowmo_hf.__version__", []),
+        (
+            "import slowmo_hf\nfrom slowmo_hf import SlowMoConfig\nSlowMoConfig.bmuf(block_momentum=0.5), "
+            "slowmo_hf.__version__",
+            [],
+        ),
     ],
 )
 def test_the_checker_knows_what_is_public(source, used):

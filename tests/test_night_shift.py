@@ -1,4 +1,7 @@
-"""A signal makes all ranks save at the next round and leave with the code that asks for a requeue; the run then goes on bit for bit."""
+"""
+A signal makes all ranks save at the next round and leave with the code that asks for a requeue; the run then goes on
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def _train(folder, base, callbacks, resume=None, **settings):
         model=Regression(torch.float32),
         args=args,
         train_dataset=Rows(60, torch.float32),
-        callbacks=[*callbacks, SlowMoCallback(SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=20, **settings))],
+        callbacks=[
+            *callbacks,
+            SlowMoCallback(SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=20, **settings)),
+        ],
     )
     trainer.train(resume_from_checkpoint=resume)
     return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step
@@ -65,7 +71,12 @@ def _signalled(folder, base, number, settings, step):
         ("osgp", signal.SIGUSR1, {}, 8),
         ("all_reduce", signal.SIGTERM, {}, 8),
         ("sgp", signal.SIGTERM, {"exact_average": False}, 8),
-        ("local_sgd", signal.SIGTERM, {"overlap_steps": 2}, 10),  # the round of 8 goes ahead, and is heard of where it is taken in
+        (
+            "local_sgd",
+            signal.SIGTERM,
+            {"overlap_steps": 2},
+            10,
+        ),  # the round of 8 goes ahead, and is heard of where it is taken in
     ],
 )
 def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number, settings, step):
@@ -87,7 +98,9 @@ def test_a_run_that_ends_by_itself_is_not_requeued(tmp_path):
 def _custom_loop(number):
     """The step at which each rank saw the wish; the loop goes on to a round's end after the signal, and no further."""
     model, rows = Regression(torch.float32), Rows(4, torch.float32)
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20))
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20)
+    )
     early = number < 0
     assert not slowmo_hf.stop_requested(optimizer)
     if early and dist.get_rank() == 0:
@@ -127,7 +140,10 @@ def _how_a_fork_dies():
 
 
 def _handlers():
-    """A handler of the user's own stays; passed on twice it is one; repeated later it does what it did; a thread hears none."""
+    """
+    A handler of the user's own stays; passed on twice it is one; repeated later it does what it did; a thread hears
+    none.
+    """
     heard = []
     own = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     dead, ear = Ear(heard), Ear(heard)

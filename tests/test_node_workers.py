@@ -1,4 +1,6 @@
-"""Workers of several processes: gradients are averaged inside at every step, the leader alone talks to other workers."""
+"""
+Workers of several processes: gradients are averaged inside at every step, the leader alone talks to other workers.
+"""
 
 import copy
 import inspect
@@ -54,12 +56,17 @@ CASES = [  # (inner optimizer, settings)
     ("sgd", _pairs(sync_every=5, base="sgp")),
     ("adamw", _pairs(sync_every=4, base="osgp", staleness=1)),
     ("sgd", _pairs(sync_every=5, base="sgp", exact_average=False, inner_state="maintain")),
-    ("sgd", SlowMoConfig(processes_per_worker=4, sync_every=4)),  # one worker: nothing between, the outer update still acts
+    (
+        "sgd",
+        SlowMoConfig(processes_per_worker=4, sync_every=4),
+    ),  # one worker: nothing between, the outer update still acts
 ]
 
 
 def _accelerate(case):
-    """(batches seen, parameters after every step, the average looked at after step LOOK and at the end) of this process."""
+    """
+    (batches seen, parameters after every step, the average looked at after step LOOK and at the end) of this process.
+    """
     from accelerate import Accelerator
 
     name, config = case
@@ -116,7 +123,10 @@ def _trainer(case):
 
 
 def _expected(case, seen, steps):
-    """(each worker's parameters, the average) by the reference. A worker's gradient is the mean of its processes' gradients."""
+    """
+    (each worker's parameters, the average) by the reference. A worker's gradient is the mean of its processes'
+    gradients.
+    """
     name, config = case
     size = int(config.processes_per_worker)
     count = len(seen) // size
@@ -151,15 +161,21 @@ def _compare(case, runs):
     size = int(case[1].processes_per_worker)
     seen = [run["seen"] for run in runs]
     first_batches = [batches[0][0] for batches in seen]
-    assert all(not torch.equal(first_batches[0], other) for other in first_batches[1:]), "every process must train on data of its own"
+    assert all(not torch.equal(first_batches[0], other) for other in first_batches[1:]), (
+        "every process must train on data of its own"
+    )
     for step in range(STEPS):
         for rank, run in enumerate(runs):
             leader = runs[rank - rank % size]
-            assert equal(run["after"][step], leader["after"][step]), f"{case}: step {step + 1} parts rank {rank} from its leader"
+            assert equal(run["after"][step], leader["after"][step]), (
+                f"{case}: step {step + 1} parts rank {rank} from its leader"
+            )
     for steps in (LOOK, STEPS):
         workers, average = _expected(case, seen, steps)
         for rank, run in enumerate(runs):
-            assert equal(run["looks"][steps], runs[0]["looks"][steps]), f"{case}: rank {rank} looks at another average than rank 0"
+            assert equal(run["looks"][steps], runs[0]["looks"][steps]), (
+                f"{case}: rank {rank} looks at another average than rank 0"
+            )
             for name, mine, right in zip(run["looks"][steps], run["looks"][steps].values(), average, strict=True):
                 assert (mine - right).abs().max() <= 1e-9, (case, rank, steps, name)
             for mine, right in zip(run["after"][steps - 1].values(), workers[rank // size], strict=True):
@@ -191,7 +207,10 @@ class Gradients(Recorder):
 
 
 def _gradients_of_stock_ddp(model, size):
-    """What every wrapper that Trainer has left gives for batches that differ between ranks, and the mean over `size` neighbours."""
+    """
+    What every wrapper that Trainer has left gives for batches that differ between ranks, and the mean over `size`
+    neighbours.
+    """
     first = dist.get_rank() // size * size
     parts = [Rows(2, seed=rank) for rank in range(first, first + size)]
     model.zero_grad()
@@ -212,8 +231,12 @@ def _train_again_and_again():
 
     model, recorder, callback = Regression(), Gradients(), SlowMoCallback(_pairs(sync_every=3))
     args = arguments(tempfile.mkdtemp(), max_steps=6, max_grad_norm=0, lr_scheduler_type="constant")
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # the last round resets its momentum, so stock training is stock
-    trainer = Trainer(model=model, args=args, train_dataset=Rows(200), optimizers=(sgd, None), callbacks=[recorder, callback])
+    sgd = torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9
+    )  # the last round resets its momentum, so stock training is stock
+    trainer = Trainer(
+        model=model, args=args, train_dataset=Rows(200), optimizers=(sgd, None), callbacks=[recorder, callback]
+    )
     runs, after = [], []
     for _ in range(2):
         model.seen.clear()
@@ -235,7 +258,9 @@ def test_training_again_and_stock_training_afterwards():
             mates = runs[rank // size * size :][:size]
             for step, (before, gradients) in enumerate(zip(run["before"], run["gradients"], strict=True)):
                 for name, right in _mean_gradient(before, [mate["seen"][step] for mate in mates]).items():
-                    assert (gradients[name] - right).abs().max() <= 1e-12, f"train() {number + 1}, step {step + 1}, rank {rank}: {name}"
+                    assert (gradients[name] - right).abs().max() <= 1e-12, (
+                        f"train() {number + 1}, step {step + 1}, rank {rank}: {name}"
+                    )
                 assert all(equal(run["after"][step], mate["after"][step]) for mate in mates)
         if size == 2:
             assert follow(runs[::2], _pairs(sync_every=3), tolerance=1e-12) == 2
@@ -245,7 +270,9 @@ def test_training_again_and_stock_training_afterwards():
             assert wrappers
             for found in wrappers:
                 for mine, theirs in zip(found, right, strict=True):
-                    assert (mine - theirs).abs().max() <= 1e-12, "DDP no longer averages over all processes after training"
+                    assert (mine - theirs).abs().max() <= 1e-12, (
+                        "DDP no longer averages over all processes after training"
+                    )
 
 
 def _mean_gradient(weights, batches):
@@ -271,15 +298,19 @@ REFUSED = [  # (settings, LOCAL_WORLD_SIZE of every rank, words)
     (
         {"processes_per_worker": 3},
         "4444",
-        "processes_per_worker must divide the number of processes, got 3 (here 3) with 4 processes. Start a multiple of it, or set "
-        "processes_per_worker=1.",
+        "processes_per_worker must divide the number of processes, got 3 (here 3) with 4 processes. Start a multiple "
+        "of it, or set processes_per_worker=1.",
     ),
     (
         {"processes_per_worker": "node"},
         "3333",
         "processes_per_worker must divide the number of processes, got node (here 3) with 4 processes.",
     ),
-    ({"processes_per_worker": 8}, "4444", "processes_per_worker must divide the number of processes, got 8 (here 8) with 4 processes."),
+    (
+        {"processes_per_worker": 8},
+        "4444",
+        "processes_per_worker must divide the number of processes, got 8 (here 8) with 4 processes.",
+    ),
     (
         {"processes_per_worker": "node"},
         "2244",
@@ -290,7 +321,11 @@ REFUSED = [  # (settings, LOCAL_WORLD_SIZE of every rank, words)
         "2224",
         "ranks differ at the start: rank 0 has ['processes per worker = 2'], rank 3 has ['processes per worker = 1'].",
     ),
-    ({"processes_per_worker": 2, "base": "sgp", "peers": 2}, "4444", "peers must be <= workers - 1, got 2 with workers=2"),
+    (
+        {"processes_per_worker": 2, "base": "sgp", "peers": 2},
+        "4444",
+        "peers must be <= workers - 1, got 2 with workers=2",
+    ),
 ]
 
 
@@ -307,7 +342,9 @@ class Listener(logging.Handler):
 
 def _start(local_world_sizes, settings):
     os.environ["LOCAL_WORLD_SIZE"] = local_world_sizes[dist.get_rank()]
-    loop = OuterLoop(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1), SlowMoConfig(timeout_seconds=20, **settings))
+    loop = OuterLoop(
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1), SlowMoConfig(timeout_seconds=20, **settings)
+    )
     loop.start()
     return loop.workers
 
@@ -319,7 +356,17 @@ def _starts():
         listener.words.clear()
         workers = _start(local_world_sizes, {"processes_per_worker": value})
         table = next((words for words in listener.words if "workers," in words), "")
-        found.append((workers.size, workers.count, workers.index, workers.leads, workers.inside.ranks, workers.between.ranks, table))
+        found.append(
+            (
+                workers.size,
+                workers.count,
+                workers.index,
+                workers.leads,
+                workers.inside.ranks,
+                workers.between.ranks,
+                table,
+            )
+        )
     for refused, local_world_sizes, _ in REFUSED:
         with pytest.raises(ValueError) as error:
             _start(local_world_sizes, refused)
@@ -335,7 +382,9 @@ def test_which_processes_form_a_worker():
             leaders = list(range(0, 4, size))
             assert found[index][:4] == (size, 4 // size, rank // size, rank == first), (STARTS[index], rank)
             assert found[index][4:6] == (list(range(first, first + size)), leaders), (STARTS[index], rank)
-        assert [result[0][index][6] == "" for result in results] == [False, True, True, True], "rank 0 alone shows the table"
+        assert [result[0][index][6] == "" for result in results] == [False, True, True, True], (
+            "rank 0 alone shows the table"
+        )
         table = results[0][0][index][6].splitlines()
         assert table[0] == first_line
         assert [line.split()[:2] for line in table[2:6]] == [[str(rank), str(rank // size)] for rank in range(4)]
@@ -349,7 +398,17 @@ def test_which_processes_form_a_worker():
 # ---- the wire: followers talk inside, leaders outside ----
 
 WIRE_STEPS, TAU, BUCKET_BYTES = 10, 4, 16384
-CALLS = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_to_all", "reduce", "reduce_scatter", "gather", "scatter")
+CALLS = (
+    "all_reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all",
+    "reduce",
+    "reduce_scatter",
+    "gather",
+    "scatter",
+)
 CALLS += ("barrier", "monitored_barrier", "send", "recv", "batch_isend_irecv", "_broadcast_coalesced")
 
 
@@ -360,7 +419,9 @@ class Wiretap:
         self.heard, self.step = [], 0
 
     def __enter__(self):
-        self._originals = [(module, name, getattr(module, name)) for name in CALLS for module in (dist, c10d) if hasattr(module, name)]
+        self._originals = [
+            (module, name, getattr(module, name)) for name in CALLS for module in (dist, c10d) if hasattr(module, name)
+        ]
         for module, name, original in self._originals:
             setattr(module, name, self._listening(name, original))
         return self
@@ -379,7 +440,10 @@ class Wiretap:
                 group, tensors = args[0][0].group, [op.tensor for op in args[0] if op.op is dist.isend]
             else:
                 given = signature.bind(*args, **kwargs).arguments
-                group, tensors = given.get("group"), [value for value in given.values() if isinstance(value, torch.Tensor)]
+                group, tensors = (
+                    given.get("group"),
+                    [value for value in given.values() if isinstance(value, torch.Tensor)],
+                )
             moved = sum(tensor.nbytes for tensor in tensors)
             self.heard.append((self.step, name, tuple(dist.get_process_group_ranks(group or dist.group.WORLD)), moved))
             return original(*args, **kwargs)
@@ -407,7 +471,11 @@ def _tapped(base):
     with tap:
         trainer.train()
     workers = callback.outer_loop.workers
-    sent = (workers.world.bytes_sent + workers.between.bytes_sent, workers.gossip.bytes_sent if base == "sgp" else 0, workers.bytes_sent)
+    sent = (
+        workers.world.bytes_sent + workers.between.bytes_sent,
+        workers.gossip.bytes_sent if base == "sgp" else 0,
+        workers.bytes_sent,
+    )
     return tap.heard, reports, sent, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -439,21 +507,29 @@ def test_only_leaders_talk_to_other_workers(tapped, base):
             assert set(outside) == {TAU, 2 * TAU}, f"leader {rank}: {outside}"
         else:
             rounds = (TAU, 2 * TAU)
-            assert {step: "batch_isend_irecv" in names for step, names in outside.items()} == {s: s not in rounds for s in range(1, 10)}
+            assert {step: "batch_isend_irecv" in names for step, names in outside.items()} == {
+                s: s not in rounds for s in range(1, 10)
+            }
 
 
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
 def test_bytes_between_workers_are_what_theory_says(tapped, base):
-    """A ring of 2 sends 2 (2-1)/2 = 1 time the payload; the header is 6 fp64 and a learning rate per group, to 3 others."""
+    """
+    A ring of 2 sends 2 (2-1)/2 = 1 time the payload; the header is 6 fp64 and a learning rate per group, to 3 others.
+    """
     for rank, result in enumerate(tapped):
         heard, reports, (between, gossip, both), trainable = result[base]
-        messages = len([name for step, name, ranks, _ in tapped[0][base][0] if (step, name, ranks) == (TAU, "all_reduce", (0, 2))])
+        messages = len(
+            [name for step, name, ranks, _ in tapped[0][base][0] if (step, name, ranks) == (TAU, "all_reduce", (0, 2))]
+        )
         assert messages >= -(-4 * trainable // BUCKET_BYTES) > 1
         header = 3 * 8 * (6 + 2)
         a_round = 4 * (trainable + messages) + header
         exchanges = (TAU - 1) * 4 * trainable if base == "sgp" else 0
         assert [report.round for report in reports] == [1, 2]
-        assert [report.bytes_sent for report in reports] == [a_round + exchanges] * 2, "a follower shows its leader's report"
+        assert [report.bytes_sent for report in reports] == [a_round + exchanges] * 2, (
+            "a follower shows its leader's report"
+        )
         assert both == between + gossip
         if rank % 2:
             assert (between, gossip) == (3 * header, 0), "two rounds and the end"
@@ -461,14 +537,20 @@ def test_bytes_between_workers_are_what_theory_says(tapped, base):
         assert between >= 2 * a_round  # and the look at the end
         for number in (1, 2):
             steps = range((number - 1) * TAU + 1, number * TAU + 1)
-            assert sum(moved for step, _, ranks, moved in heard if step in steps and ranks == (0, 2)) == a_round - header + exchanges
+            assert (
+                sum(moved for step, _, ranks, moved in heard if step in steps and ranks == (0, 2))
+                == a_round - header + exchanges
+            )
 
 
 # ---- workers are not coupled, processes inside one are ----
 
 
 def _asleep(kind):
-    """When each step ended, with ranks 2 and 3 asleep at every step; gradients, and what every forward pass finds in BatchNorm."""
+    """
+    When each step ended, with ranks 2 and 3 asleep at every step; gradients, and what every forward pass finds in
+    BatchNorm.
+    """
     from transformers import Trainer
 
     times, buffers = [], []
@@ -489,7 +571,9 @@ def _asleep(kind):
         model.norm.register_forward_pre_hook(lambda norm, inputs: buffers.append(values(norm)))
     recorder = Sleep()
     args = arguments(tempfile.mkdtemp(), max_steps=6)
-    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[SlowMoCallback(_pairs(sync_every=6)), recorder])
+    trainer = Trainer(
+        model=model, args=args, train_dataset=data, callbacks=[SlowMoCallback(_pairs(sync_every=6)), recorder]
+    )
     trainer.train()
     assert trainer.model_wrapped.find_unused_parameters, "Trainer's default"
     return {**recorded(trainer, recorder), "times": [t - times[0] for t in times[1:]], "buffers": buffers}
@@ -506,13 +590,18 @@ class TwoHeads(torch.nn.Module):
 
 
 def _unused():
-    """Rank 1 alone uses the second head. Gradients of the heads' weights, averaged inside the worker, and this process's own."""
+    """
+    Rank 1 alone uses the second head. Gradients of the heads' weights, averaged inside the worker, and this process's
+    own.
+    """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     bare, x, head = TwoHeads(), Rows(3, torch.float32, seed=dist.get_rank()).x, int(dist.get_rank() == 1)
-    model, _ = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), _pairs(sync_every=9)))
+    model, _ = accelerator.prepare(
+        bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), _pairs(sync_every=9))
+    )
     accelerator.backward(model(x, head))
     averaged = [None if h.weight.grad is None else h.weight.grad.clone() for h in bare.heads]
     bare.zero_grad()
@@ -623,8 +712,15 @@ def test_gradients_are_the_workers_mean_under_ddps_options(asleep):
 def test_a_communication_hook_that_would_couple_workers_is_refused(asleep):
     for result in asleep:
         found, own = result["hooked"]
-        for case, name in (((2, False, False), "allreduce_hook"), ((2, False, True), "ALLREDUCE"), ((1, True, False), "allreduce_hook")):
-            assert f"{name}) averages gradients over all processes of the job and cannot be kept inside a worker." in found[case], case
+        for case, name in (
+            ((2, False, False), "allreduce_hook"),
+            ((2, False, True), "ALLREDUCE"),
+            ((1, True, False), "allreduce_hook"),
+        ):
+            assert (
+                f"{name}) averages gradients over all processes of the job and cannot be kept inside a worker."
+                in found[case]
+            ), case
         for name, gradient in found[1, False, False].items():  # DDP exchanges nothing there
             assert torch.equal(gradient, own[name]), name
 
@@ -697,7 +793,10 @@ def _boom_on_a_leader(rank, bare, loop):
 
 
 def _without_ddp():
-    """A model that was not prepared: nobody averages its gradients inside the worker. By the first forward pass, and without one."""
+    """
+    A model that was not prepared: nobody averages its gradients inside the worker. By the first forward pass, and
+    without one.
+    """
     found = []
     for called in (True, False):
         model, rows = Regression(torch.float32), Rows(8, torch.float32)
@@ -714,7 +813,9 @@ def _without_ddp():
 
 def _faults():
     changed = [
-        _fault(spoil, 6, base) for spoil in (_add_a_group_on_a_follower, _freeze_on_the_first_follower) for base in ("local_sgd", "sgp")
+        _fault(spoil, 6, base)
+        for spoil in (_add_a_group_on_a_follower, _freeze_on_the_first_follower)
+        for base in ("local_sgd", "sgp")
     ]
     counted = _fault(_count_more_in_one_worker, 2, "local_sgd")
     follower_counted = _fault(_count_more_on_a_follower, 2, "local_sgd")
@@ -732,7 +833,9 @@ def test_a_parameter_set_changed_on_a_follower_is_an_error_on_every_rank(faults)
         for changed, *_ in faults:
             step, words, seconds = changed[case]
             assert (step, seconds < 5) == (6, True), "at the round, in time"
-            assert re.match(rf"ValueError: rank {follower} on \S+, step 6: the parameter set changed after the start", words), words
+            assert re.match(
+                rf"ValueError: rank {follower} on \S+, step 6: the parameter set changed after the start", words
+            ), words
             assert words == faults[0][0][case][1]
 
 
@@ -757,7 +860,10 @@ def test_a_worker_of_several_processes_needs_ddp(faults):
 
 
 def test_a_leaders_error_reaches_its_follower(faults):
-    """Rank 2 fails in the second round: rank 3 says the same at once; rank 0 waits for timeout_seconds, and rank 1 for it."""
+    """
+    Rank 2 fails in the second round: rank 3 says the same at once; rank 0 waits for timeout_seconds, and rank 1 for
+    it.
+    """
     others, theirs = [fault[-1] for fault in faults[:2]], [fault[-1] for fault in faults[2:]]
     for step, words, seconds in theirs:
         assert (step, words) == (6, "RuntimeError: boom")
@@ -778,7 +884,10 @@ STATES = [  # (inner optimizer, settings); what SGD forgets at a round's end nee
 
 
 def _resumed(case):
-    """The weights after each of 4 further steps: of the run itself, and of runs that take its state up at step 3 in several ways."""
+    """
+    The weights after each of 4 further steps: of the run itself, and of runs that take its state up at step 3 in
+    several ways.
+    """
     name, config = case
     rows, ways = Rows(300), {}
 
@@ -841,7 +950,13 @@ def test_followers_hold_no_slow_state(resumed):
         assert [result[index][2] for result in resumed] == [3] * 4
 
 
-WAYS = ["its own state, new", "its own state, started", "the leader's state, new", "the leader's state, started", "accelerate"]
+WAYS = [
+    "its own state, new",
+    "its own state, started",
+    "the leader's state, new",
+    "the leader's state, started",
+    "accelerate",
+]
 WAYS += ["the leader's state without the model"]
 
 
@@ -859,7 +974,8 @@ def test_a_run_goes_on_bit_for_bit_from_its_state(resumed, way, index):
         ways, leaders = result[index][0], resumed[rank // 2 * 2][index][0]
         for mine, theirs in zip(ways[way], leaders[way], strict=True):
             assert equal(mine, theirs), f"rank {rank} parted from its leader"
-        # AdamW's moments are each worker's own, and rank 0's state cannot hold the other worker's: it is right until the round.
+        # AdamW's moments are each worker's own, and rank 0's state cannot hold the other worker's: it is right until
+        # the round.
         steps = 4 if sgd or "own" in way else 2 if rank < 2 else 0
         for step in range(steps):
             assert equal(ways[way][step], ways["itself"][step]), (rank, step + 4)

@@ -1,6 +1,8 @@
-"""SlowMoOptimizer: a real torch.optim.Optimizer to everyone who asks, and the module functions beside it.
+"""
+SlowMoOptimizer: a real torch.optim.Optimizer to everyone who asks, and the module functions beside it.
 
-The problem everywhere is `Tracker`: loss ½ ||w - target||², so that the gradient is w - target and a run can be followed by hand.
+The problem everywhere is `Tracker`: loss ½ ||w - target||², so that the gradient is w - target and a run can be
+followed by hand.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Tracker(torch.nn.Module):
 
 
 def target(rank, step):
-    return torch.tensor([math.sin(3.0 * rank + step), math.cos(rank - 2.0 * step), rank + 0.1 * step], dtype=torch.float64)
+    return torch.tensor(
+        [math.sin(3.0 * rank + step), math.cos(rank - 2.0 * step), rank + 0.1 * step], dtype=torch.float64
+    )
 
 
 def pull(x, rank, step):
@@ -54,7 +58,10 @@ def clipped_pull(x, rank, step):
 
 
 def simulate(steps, *, world=2, lr=0.1, tau=2, alpha=1.0, beta=0.5, gradient=pull, skipped=()):
-    """Algorithm 1 by hand with SGD inside: x_r <- x_r - lr g_r; every tau steps v <- beta r v + (a - mean x), x_r = a <- a - alpha v."""
+    """
+    Algorithm 1 by hand with SGD inside: x_r <- x_r - lr g_r; every tau steps v <- beta r v + (a - mean x), x_r = a <-
+    a - alpha v.
+    """
     anchor, velocity, previous_lr = torch.tensor(START, dtype=torch.float64), 0.0, None
     x = [anchor] * world
     for step in range(steps):
@@ -206,7 +213,9 @@ def test_step_hooks_fire_once_per_step():
     optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.1), tau(2))
     seen = []
     optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o, weights(model).tolist())))
-    handle = optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o, weights(model).tolist())))
+    handle = optimizer.register_step_post_hook(
+        lambda o, args, kwargs: seen.append(("post", o, weights(model).tolist()))
+    )
     train(model, optimizer, 2)
     assert [word for word, _, _ in seen] == ["pre", "post"] * 2
     assert all(o is optimizer for _, o, _ in seen)
@@ -217,7 +226,9 @@ def test_step_hooks_fire_once_per_step():
     assert [word for word, _, _ in seen] == ["pre", "post"] * 2 + ["pre"]
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("before", [0, 4])
 def test_copies_continue_as_the_original(copied, before):
     model = Tracker()
@@ -247,11 +258,17 @@ def listeners():
 
 
 def test_an_optimizer_that_never_trained_is_collected_with_its_hook():
-    """The original of a copy, a prepared run that was given up: neither parameters nor a hook on every forward pass may stay."""
+    """
+    The original of a copy, a prepared run that was given up: neither parameters nor a hook on every forward pass may
+    stay.
+    """
     before = list(listeners())
     optimizer = SlowMoOptimizer(SGD(Tracker().parameters(), lr=0.1), tau(2))
     optimizer.scheduler = lr_scheduler.StepLR(optimizer, 2)  # a cycle, which only the collector can undo
-    others = [copy.deepcopy(SlowMoOptimizer(SGD(Tracker().parameters(), lr=0.1), tau(2))), pickle.loads(pickle.dumps(optimizer))]
+    others = [
+        copy.deepcopy(SlowMoOptimizer(SGD(Tracker().parameters(), lr=0.1), tau(2))),
+        pickle.loads(pickle.dumps(optimizer)),
+    ]
     assert len(listeners()) == len(before) + 3
     everyone = [optimizer, *others]
     left = [weakref.ref(o) for o in everyone] + [weakref.ref(o.param_groups[0]["params"][0]) for o in everyone]
@@ -261,7 +278,10 @@ def test_an_optimizer_that_never_trained_is_collected_with_its_hook():
 
 
 def test_listeners_come_and_go_one_by_one():
-    """Many in turn leave nothing; the one that is left still starts, and takes its hook away; a started one is collected too."""
+    """
+    Many in turn leave nothing; the one that is left still starts, and takes its hook away; a started one is collected
+    too.
+    """
     before = list(listeners())
     for _ in range(5):
         model = Tracker()
@@ -280,7 +300,10 @@ def test_listeners_come_and_go_one_by_one():
 
 
 def test_param_groups_are_not_stale_after_loading():
-    """Loading replaces the inner optimizer's groups; scheduler and lr must reach the new ones. By hand: lr 0.1, 0.05, 0.025, ..."""
+    """
+    Loading replaces the inner optimizer's groups; scheduler and lr must reach the new ones. By hand: lr 0.1, 0.05,
+    0.025, ...
+    """
     model = Tracker()
     inner = SGD(model.parameters(), lr=0.1)
     optimizer = SlowMoOptimizer(inner, tau(2))
@@ -315,7 +338,9 @@ def test_the_callers_state_is_left_alone():
 
 
 def state_hooks_seen(wrap):
-    """Two hooks of each kind, the second one in front, and what each saw: its place, the lr then, the keys it was given."""
+    """
+    Two hooks of each kind, the second one in front, and what each saw: its place, the lr then, the keys it was given.
+    """
     model = Tracker()
     optimizer = wrap(SGD(model.parameters(), lr=0.1, momentum=0.9))
     saved = copy.deepcopy(optimizer.state_dict())
@@ -330,7 +355,11 @@ def state_hooks_seen(wrap):
         return called
 
     def raised(state_dict):  # a new dictionary: what is returned takes the place of what was given
-        return {**state_dict, "more": 1, "param_groups": [{**g, "lr": g["lr"] + 1} for g in state_dict["param_groups"]]}
+        return {
+            **state_dict,
+            "more": 1,
+            "param_groups": [{**g, "lr": g["lr"] + 1} for g in state_dict["param_groups"]],
+        }
 
     def marked(state_dict):  # in place: the caller must not see it
         state_dict["mark"] = 1
@@ -354,17 +383,24 @@ def state_hooks_seen(wrap):
 def test_state_dict_hooks_fire_as_torchs_do():
     bare = state_hooks_seen(lambda inner: inner)
     assert [word for word, _, _ in bare[0]] == [
-        f"{kind} {n}" for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post") for n in (0, 1)
+        f"{kind} {n}"
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+        for n in (0, 1)
     ]
     assert bare[2] == 1.1
     assert state_hooks_seen(lambda inner: SlowMoOptimizer(inner, tau(2))) == bare
 
 
 def test_state_dict_hooks_see_the_slow_state():
-    """What a hook returns is what is saved and loaded: here an eighth of the anchor is saved, and it comes back whole."""
+    """
+    What a hook returns is what is saved and loaded: here an eighth of the anchor is saved, and it comes back whole.
+    """
 
     def scaled(state_dict, by):
-        return {**state_dict, "slowmo": {**state_dict["slowmo"], "anchors": [a * by for a in state_dict["slowmo"]["anchors"]]}}
+        return {
+            **state_dict,
+            "slowmo": {**state_dict["slowmo"], "anchors": [a * by for a in state_dict["slowmo"]["anchors"]]},
+        }
 
     model = Tracker()
     inner = SGD(model.parameters(), lr=0.1)
@@ -440,7 +476,10 @@ def test_wrong_types_are_refused():
 def check_a_prepared_optimizer_is_not_wrapped():
     accelerator = new_accelerator()
     inner = SGD(Tracker().parameters(), lr=0.1)
-    words = [error_of(SlowMoOptimizer, accelerator.prepare(inner)), error_of(SlowMoOptimizer, accelerator.prepare(SlowMoOptimizer(inner)))]
+    words = [
+        error_of(SlowMoOptimizer, accelerator.prepare(inner)),
+        error_of(SlowMoOptimizer, accelerator.prepare(SlowMoOptimizer(inner))),
+    ]
     assert all("TypeError" in word for word in words), words
 
 
@@ -471,7 +510,10 @@ def check_prepare_orders():
 
 
 def check_accelerated_scheduler():
-    """AcceleratedScheduler steps num_processes = 2 times per optimizer step: the lr at optimizer step k is 0.1 / (1 + 2 k)."""
+    """
+    AcceleratedScheduler steps num_processes = 2 times per optimizer step: the lr at optimizer step k is 0.1 / (1 + 2
+    k).
+    """
     accelerator = new_accelerator()
     model = Tracker()
     optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.1), tau(2))
@@ -511,19 +553,26 @@ def check_clipping():
         optimizer.zero_grad()
         accelerator.backward(model(target(rank(), step)))
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        assert float(norm) == pytest.approx(float(pull(simulate(step, gradient=clipped_pull)[rank()], rank(), step).norm()))
+        assert float(norm) == pytest.approx(
+            float(pull(simulate(step, gradient=clipped_pull)[rank()], rank(), step).norm())
+        )
         optimizer.step()
     close(weights(model), simulate(6, gradient=clipped_pull)[rank()])
     assert not torch.allclose(weights(model), simulate(6)[rank()]), "clipping must have bitten"
 
 
 def check_bf16_autocast():
-    """The anchors see fp32 weights trained under autocast: a twin without the wrapper, averaged by hand (alpha 1, beta 0)."""
+    """
+    The anchors see fp32 weights trained under autocast: a twin without the wrapper, averaged by hand (alpha 1, beta
+    0).
+    """
     accelerator = new_accelerator(mixed_precision="bf16")
     twin = torch.nn.Linear(4, 4)
     model = copy.deepcopy(twin)
     twin_optimizer = SGD(twin.parameters(), lr=0.1)
-    model, optimizer = accelerator.prepare(model, SlowMoOptimizer(SGD(model.parameters(), lr=0.1), SlowMoConfig.local_sgd(3)))
+    model, optimizer = accelerator.prepare(
+        model, SlowMoOptimizer(SGD(model.parameters(), lr=0.1), SlowMoConfig.local_sgd(3))
+    )
     generator = torch.Generator().manual_seed(rank())
     for step in range(6):
         batch = torch.randn(8, 4, generator=generator)
@@ -611,17 +660,25 @@ def run_scaled(make, steps=6, clip=False):
 
 def check_scaler():
     close(run_scaled(lambda p: SGD(p, lr=0.1)), simulate(6, skipped=[SKIP])[rank()], 1e-6)
-    assert not torch.allclose(simulate(6, skipped=[SKIP])[rank()], simulate(6)[rank()], rtol=1e-3), "the skip must show"
+    assert not torch.allclose(simulate(6, skipped=[SKIP])[rank()], simulate(6)[rank()], rtol=1e-3), (
+        "the skip must show"
+    )
     clipped = simulate(6, skipped=[SKIP], gradient=clipped_pull)[rank()]
     close(run_scaled(lambda p: SGD(p, lr=0.1), clip=True), clipped, 1e-6)
     close(run_scaled(lambda p: SGD(p, lr=0.1, fused=True)), simulate(6, skipped=[SKIP])[rank()], 1e-6)
     close(run_scaled(lambda p: SGD(p, lr=0.1, fused=True), clip=True), clipped, 1e-6)
     for clip in (False, True):
-        close(run_scaled(lambda p: Adam(p, lr=0.1, fused=True), clip=clip), run_scaled(lambda p: Adam(p, lr=0.1), clip=clip), 1e-5)
+        close(
+            run_scaled(lambda p: Adam(p, lr=0.1, fused=True), clip=clip),
+            run_scaled(lambda p: Adam(p, lr=0.1), clip=clip),
+            1e-5,
+        )
 
 
 def check_scaler_behind_accelerate(clip):
-    """Accelerator(cpu=True, mixed_precision="fp16") makes no scaler: put one in before prepare hands it to the optimizer."""
+    """
+    Accelerator(cpu=True, mixed_precision="fp16") makes no scaler: put one in before prepare hands it to the optimizer.
+    """
     accelerator = new_accelerator(mixed_precision="fp16")
     accelerator.scaler = new_scaler()
     model = Tracker(torch.float32)
@@ -636,7 +693,9 @@ def check_scaler_behind_accelerate(clip):
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        assert not accelerator.optimizer_step_was_skipped  # every attempt is a step to Accelerate: schedulers stay together too
+        assert (
+            not accelerator.optimizer_step_was_skipped
+        )  # every attempt is a step to Accelerate: schedulers stay together too
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / (3 + 2 * step))
         assert optimizer.optimizer.outer_loop.rounds == (step + 1) // 2
     assert_skipped_on_one_rank_alone(accelerator.scaler)
@@ -664,7 +723,9 @@ def check_all_scalers():
 
 
 def test_fp16_step_skipped_on_one_rank():
-    """Rank 1 alone skips step 3: clocks, rounds and schedulers stay together and the result is the hand simulation's."""
+    """
+    Rank 1 alone skips step 3: clocks, rounds and schedulers stay together and the result is the hand simulation's.
+    """
     run_workers(check_all_scalers, 2)
 
 
@@ -728,8 +789,10 @@ def check_consensus(prepare):
 
 
 def check_last_round():
-    """tau 2, beta ½, by hand: Δ = anchor - mean; the consensus distance is the mean of ||x_i - mean||²; one bucket of 3 + 1 doubles
-    and a header of 7 doubles travel."""
+    """
+    tau 2, beta ½, by hand: Δ = anchor - mean; the consensus distance is the mean of ||x_i - mean||²; one bucket of 3 +
+    1 doubles and a header of 7 doubles travel.
+    """
     _, model, optimizer = prepared(tau(2))
     train(model, optimizer, 1)
     assert slowmo_hf.last_round(optimizer) is None
@@ -781,7 +844,9 @@ def check_round_trip(make, config):
 
     model, optimizer = new()
     train(model, optimizer, 3)
-    assert "RuntimeError: training cannot be saved inside a round: step 3 is no multiple of" in error_of(optimizer.state_dict)
+    assert "RuntimeError: training cannot be saved inside a round: step 3 is no multiple of" in error_of(
+        optimizer.state_dict
+    )
     train(model, optimizer, 1, first=3)
     state = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, 4, first=4)
@@ -800,7 +865,9 @@ def check_round_trip(make, config):
     bitwise(weights(resumed_model), weights(model))
 
     state["slowmo"]["attempted_steps"] = 5
-    assert "RuntimeError: training cannot be resumed inside a round: step 5" in error_of(optimizer.load_state_dict, state)
+    assert "RuntimeError: training cannot be resumed inside a round: step 5" in error_of(
+        optimizer.load_state_dict, state
+    )
     state["slowmo"]["attempted_steps"], state["slowmo"]["version"] = 4, 99
     assert "ValueError: slow state has version 99" in error_of(optimizer.load_state_dict, state)
 
@@ -817,11 +884,18 @@ def test_state_dict_round_trip_continues_bitwise():
 
 
 MOMENTUM = [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: Adam(p, lr=0.1)]
-SAVED = [tau(4), SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=20), SlowMoConfig(base="sgp", sync_every=3, exact_average=False)]
+SAVED = [
+    tau(4),
+    SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=20),
+    SlowMoConfig(base="sgp", sync_every=3, exact_average=False),
+]
 
 
 def check_save_state(folder, makes, configs):
-    """Saved after every step, which leaves no trace; loaded into a new process's objects, and into ones that have trained already."""
+    """
+    Saved after every step, which leaves no trace; loaded into a new process's objects, and into ones that have trained
+    already.
+    """
     for number, (make, config) in enumerate((make, config) for make in makes for config in configs):
         _, model, optimizer = prepared(config, make=make)
         through = []
@@ -874,7 +948,11 @@ def check_a_save_that_failed(folder):
     assert "no space left" in error_of(accelerator.save_state, f"{folder}/failed")
     accelerate.accelerator.save_accelerator_state = stock
     accelerator.save_state(f"{folder}/next")
-    return [error_of(slowmo_hf.verify_checkpoint, f"{folder}/{name}") for name in ("failed", "next")] if rank() == 0 else None
+    return (
+        [error_of(slowmo_hf.verify_checkpoint, f"{folder}/{name}") for name in ("failed", "next")]
+        if rank() == 0
+        else None
+    )
 
 
 def test_a_save_that_failed_is_never_sealed(tmp_path):
@@ -942,7 +1020,10 @@ def test_save_state_without_a_line_says_which(tmp_path):
 
 
 def check_distributed_checkpoint():
-    """torch's get_optimizer_state_dict takes a dummy step (lr 0, gradients 0) where the state is empty. It must not count."""
+    """
+    torch's get_optimizer_state_dict takes a dummy step (lr 0, gradients 0) where the state is empty. It must not
+    count.
+    """
     for make in (lambda p: SGD(p, lr=0.1), lambda p: Adam(p, lr=0.1)):
         _, plain_model, plain = prepared(tau(2), make=make)
         train(plain_model, plain, 3)
@@ -958,7 +1039,9 @@ def check_distributed_checkpoint():
 
 
 def check_distributed_checkpoint_at_a_round():
-    """SGD with momentum: its state is gone at a round's end (reset), so torch's dummy step comes in mid-training too."""
+    """
+    SGD with momentum: its state is gone at a round's end (reset), so torch's dummy step comes in mid-training too.
+    """
     _, model, optimizer = prepared(tau(2), make=lambda p: SGD(p, lr=0.1, momentum=0.9))
     bare = optimizer.optimizer
     train(model, optimizer, 2)
@@ -982,7 +1065,10 @@ def check_distributed_checkpoint_loads():
 
 
 def check_a_step_that_moves_nothing_counts():
-    """Warm-up from lr 0, and rank 1's batch gives no gradient (all labels masked): a real step, or the clocks part for good."""
+    """
+    Warm-up from lr 0, and rank 1's batch gives no gradient (all labels masked): a real step, or the clocks part for
+    good.
+    """
     model = Tracker()
     optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.0), tau(2))
     for step, lr in enumerate((0.0, 0.1, 0.0)):  # the third follows a round
@@ -1130,10 +1216,22 @@ def check_trainer(folder):
 
     data = [{"labels": target(index % 5, index).float()} for index in range(12)]
     arguments = TrainingArguments(
-        folder, use_cpu=True, max_steps=6, per_device_train_batch_size=1, per_device_eval_batch_size=1, eval_strategy="steps",
-        eval_steps=3, save_strategy="no", report_to="none", disable_tqdm=True, max_grad_norm=0, lr_scheduler_type="constant",
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[Watch()], optimizers=(optimizer, None))
+        folder,
+        use_cpu=True,
+        max_steps=6,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+    )
+    trainer = Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[Watch()], optimizers=(optimizer, None)
+    )
     trainer.train()
 
     everyone = [None, None]
@@ -1156,7 +1254,9 @@ def test_trainer_takes_it_and_evaluates_the_average(tmp_path):
 
 
 def test_a_start_that_was_refused_is_refused_again():
-    """A caller that catches the error must not go on untrained: the next forward pass starts again, and says the same."""
+    """
+    A caller that catches the error must not go on untrained: the next forward pass starts again, and says the same.
+    """
     model = torch.nn.Linear(2, 1)
     optimizer = SlowMoOptimizer(torch.optim.Adagrad(model.parameters()), SlowMoConfig(inner_state="reset"))
     for _ in range(2):

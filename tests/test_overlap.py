@@ -25,9 +25,15 @@ CASES = {  # sync_every 5: rounds at 5 and 10
     "slow momentum, reset": (SlowMoConfig(sync_every=5, outer_momentum=0.6, overlap_steps=3), "sgd"),
     "alpha, adam": (SlowMoConfig(sync_every=5, outer_momentum=0.4, outer_lr=0.8, overlap_steps=4), "adamw"),
     "int8": (SlowMoConfig(sync_every=5, outer_momentum=0.6, overlap_steps=3, compression="int8"), "sgd"),
-    "bf16, to the last step": (SlowMoConfig(sync_every=7, outer_momentum=0.6, overlap_steps=6, compression="bf16"), "sgd"),
+    "bf16, to the last step": (
+        SlowMoConfig(sync_every=7, outer_momentum=0.6, overlap_steps=6, compression="bf16"),
+        "sgd",
+    ),
     "diloco": (SlowMoConfig.diloco(sync_every=5, overlap_steps=1), "adamw"),
-    "to the last step": (SlowMoConfig(sync_every=7, outer_momentum=0.6, overlap_steps=6), "sgd"),  # 14 is a round: in flight at the end
+    "to the last step": (
+        SlowMoConfig(sync_every=7, outer_momentum=0.6, overlap_steps=6),
+        "sgd",
+    ),  # 14 is a round: in flight at the end
 }
 
 
@@ -57,7 +63,10 @@ def _train(config, name, rank):
 
 
 class Feedback:
-    """The mean of displacements as it travels in codes: Q(s) / m, s = sum of Q(d_i + e_i) + E; e and E are what Q has left."""
+    """
+    The mean of displacements as it travels in codes: Q(s) / m, s = sum of Q(d_i + e_i) + E; e and E are what Q has
+    left.
+    """
 
     def __init__(self, code, workers, elements):
         self.code, self.workers = code, workers
@@ -81,9 +90,9 @@ class Feedback:
 
 def by_hand(config, name, workers):
     """
-    All workers in one place, from the equations alone. At k: Delta = anchor - mean x_k, v = beta r v + Delta, anchor = anchor - alpha v (or
-    torch's SGD on the anchor); a compressed Delta is `Feedback`'s. At k + n: x_i = anchor + (x_i - x_i at k). A look shows the mean of
-    the x_i as if all were taken in now.
+    All workers in one place, from the equations alone. At k: Delta = anchor - mean x_k, v = beta r v + Delta, anchor =
+    anchor - alpha v (or torch's SGD on the anchor); a compressed Delta is `Feedback`'s. At k + n: x_i = anchor + (x_i
+    - x_i at k). A look shows the mean of the x_i as if all were taken in now.
     """
     crew = []
     for _ in range(workers):
@@ -119,7 +128,9 @@ def by_hand(config, name, workers):
                 departed = [[p.detach().clone() for p in model.parameters()] for model, _, _ in crew]
                 due = step + 1 + config.overlap_steps
                 lrs = [group["lr"] for group in crew[0][1].param_groups]
-                displacements = [torch.cat([(a - x).flatten() for a, x in zip(anchor, then, strict=True)]) for then in departed]
+                displacements = [
+                    torch.cat([(a - x).flatten() for a, x in zip(anchor, then, strict=True)]) for then in departed
+                ]
                 mean = feedback.mean(displacements) if feedback else sum(displacements) / workers
                 for j, (a, run) in enumerate(zip(anchor, mean.split(sizes), strict=True)):
                     pseudo_grad = run.view_as(a)
@@ -137,7 +148,9 @@ def by_hand(config, name, workers):
             wholes = []
             for i, (model, _, _) in enumerate(crew):
                 xs = list(model.parameters())
-                wholes.append([a + (p - x) for a, p, x in zip(anchor, xs, departed[i], strict=True)] if departed else xs)
+                wholes.append(
+                    [a + (p - x) for a, p, x in zip(anchor, xs, departed[i], strict=True)] if departed else xs
+                )
             shown[step] = {key: sum(whole[j].detach() for whole in wholes) / workers for j, key in enumerate(names)}
             for _, _, schedule in crew:
                 schedule.step()
@@ -169,7 +182,9 @@ def _train_here(config, name):
 def test_processes_do_the_same(case):
     config, name = CASES[case]
     together = run_in_process(lambda rank: _train(config, name, rank), 2)
-    for (mine, looks, reports), (after, shown, told) in zip(run_workers(_train_here, 2, config, name), together, strict=True):
+    for (mine, looks, reports), (after, shown, told) in zip(
+        run_workers(_train_here, 2, config, name), together, strict=True
+    ):
         for step in range(STEPS):
             _close(mine[step], after[step])
         for step, look in looks.items():
@@ -220,7 +235,11 @@ def _two_stages(config):
         def started(self, *tensors):
             events.append(name)
             arrival = start(self, *tensors)
-            return Arrival(lambda: (events.append("waits"), arrival())[1], arrival.is_here) if name == "to all" else arrival
+            return (
+                Arrival(lambda: (events.append("waits"), arrival())[1], arrival.is_here)
+                if name == "to all"
+                else arrival
+            )
 
         return started
 
@@ -239,7 +258,9 @@ def _two_stages(config):
 
 
 def test_the_second_stage_of_a_compressed_round_travels_too():
-    """It sets out at the first step that finds the first one here; with one step of overlap it has to be waited for."""
+    """
+    It sets out at the first step that finds the first one here; with one step of overlap it has to be waited for.
+    """
     for events in run_workers(_two_stages, 2, SlowMoConfig.local_sgd(5, overlap_steps=3, compression="int8")):
         assert events == [1, 2, 3, 4, "to owners", 5, "to all", 6, 7, "waits", 8, 9, "to owners", 10]
     for events in run_workers(_two_stages, 2, SlowMoConfig.local_sgd(5, overlap_steps=1, compression="int8")):
@@ -276,7 +297,9 @@ def test_many_buckets_travel_together():
 
 # ---- the meeting travels too ----
 
-AHEAD = SlowMoConfig(sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=20)  # rounds at 6, 12 and 18; from 12 on ahead
+AHEAD = SlowMoConfig(
+    sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=20
+)  # rounds at 6, 12 and 18; from 12 on ahead
 
 
 class Still(torch.nn.Module):
@@ -293,7 +316,10 @@ class Still(torch.nn.Module):
 
 
 def _ahead(config, steps, events):
-    """Events by (rank, step) happen before the inner step. (seconds, weight, buffer, stop requested) of every step, or the error's."""
+    """
+    Events by (rank, step) happen before the inner step. (seconds, weight, buffer, stop requested) of every step, or
+    the error's.
+    """
     model = Still()
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     accelerator = Accelerator(cpu=True)
@@ -319,7 +345,10 @@ def sleeps(model, optimizer):
 
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_nobody_waits_for_a_worker_that_is_less_than_n_steps_behind(compression):
-    """Rank 1 is a second late for step 12. Rank 0 waits at 15, where the round is taken in; without overlap at 12. Values do not change."""
+    """
+    Rank 1 is a second late for step 12. Rank 0 waits at 15, where the round is taken in; without overlap at 12. Values
+    do not change.
+    """
     late = {(1, 12): sleeps}
     for base, waits_at in ((AHEAD, 15), (SlowMoConfig(sync_every=6, outer_momentum=0.5), 12)):
         config = dataclasses.replace(base, compression=compression)
@@ -335,7 +364,10 @@ def changes_buffers(model, optimizer):
 
 
 def test_a_buffer_that_changes_behind_the_meeting_is_averaged_when_it_is_heard_of():
-    """At step 10 on both: round 12 has gone ahead, and is heard of at 15. From then on all meet at the round, and average there."""
+    """
+    At step 10 on both: round 12 has gone ahead, and is heard of at 15. From then on all meet at the round, and average
+    there.
+    """
     events = {(rank, step): changes_buffers for rank in (0, 1) for step in (10, 17)}
     for rank, told in enumerate(run_workers(_ahead, 2, AHEAD, 19, events)):
         buffers = [values[1] for _, *values in told]
@@ -364,7 +396,10 @@ def asks_for_a_stop(model, optimizer):
 
 
 def test_what_differs_is_told_on_all_when_it_is_heard_of():
-    """Another parameter set on rank 1: there at once, on rank 0 when it takes in. A look where the other has a round: alike."""
+    """
+    Another parameter set on rank 1: there at once, on rank 0 when it takes in. A look where the other has a round:
+    alike.
+    """
     (first, words), (second, same) = run_workers(_ahead, 2, AHEAD, 19, {(1, 11): adds_a_parameter})
     assert (first, second) == (15, 15)
     assert words == same
@@ -372,7 +407,9 @@ def test_what_differs_is_told_on_all_when_it_is_heard_of():
     (first, words), (second, same) = run_workers(_ahead, 2, AHEAD, 19, {(1, 12): looks})
     assert (first, second) == (15, 12)
     assert words == same
-    assert re.match(r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words)
+    assert re.match(
+        r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words
+    )
 
 
 def _refused_after_an_end(config):
@@ -399,7 +436,10 @@ def test_a_refusal_keeps_its_cause_where_a_rank_has_ended(compression):
 
 
 def _mends(config, processes):
-    """The last rank has another parameter set from step 11 on, which is told at 15, and then the old one again. A look, and their mean."""
+    """
+    The last rank has another parameter set from step 11 on, which is told at 15, and then the old one again. A look,
+    and their mean.
+    """
     model, rank, ranks = Still(), dist.get_rank(), dist.get_world_size()
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     called = torch.nn.parallel.DistributedDataParallel(model)
@@ -418,18 +458,25 @@ def _mends(config, processes):
             dist.all_reduce(mean)
             with slowmo_hf.consensus(optimizer):
                 shown = model.weight.detach().clone()
-            told = (shown.tolist(), (mean / ranks).tolist(), optimizer.outer_loop.rounds, optimizer.outer_loop.local_steps)
+            told = (
+                shown.tolist(),
+                (mean / ranks).tolist(),
+                optimizer.outer_loop.rounds,
+                optimizer.outer_loop.local_steps,
+            )
     return told, slowmo_hf.last_round(optimizer).round, optimizer.outer_loop.rounds
 
 
 @pytest.mark.parametrize(("processes", "compression"), [(1, "none"), (1, "int8"), (2, "none"), (2, "int8")])
 def test_a_round_that_was_refused_never_was(processes, compression):
     """
-    Rounds at 6 and 18 are left; the look behind the error is the mean of what the workers have. With two processes a worker it is one that
-    does not lead, whose leader has sent its part.
+    Rounds at 6 and 18 are left; the look behind the error is the mean of what the workers have. With two processes a
+    worker it is one that does not lead, whose leader has sent its part.
     """
     config = dataclasses.replace(AHEAD, processes_per_worker=processes, compression=compression)
-    for (shown, mean, rounds, local_steps), last, rounds_at_18 in run_workers(_mends, 2 * processes, config, processes):
+    for (shown, mean, rounds, local_steps), last, rounds_at_18 in run_workers(
+        _mends, 2 * processes, config, processes
+    ):
         assert shown == pytest.approx(mean, abs=1e-12)
         assert (rounds, local_steps) == (1, 9)
         assert (last, rounds_at_18) == (1, 2)
@@ -482,7 +529,9 @@ def _normed(config):
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config))
     seen = []
     for step in range(5):
-        inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(10 * step + dist.get_rank())) + dist.get_rank()
+        inputs = (
+            torch.randn(6, 4, generator=torch.Generator().manual_seed(10 * step + dist.get_rank())) + dist.get_rank()
+        )
         accelerator.backward(model(inputs))
         optimizer.step()
         optimizer.zero_grad()
@@ -535,7 +584,10 @@ def _leaves_early(config, batches):
 
 @pytest.mark.parametrize("compression", ["none", "int8"])  # one number alone in its block is exact
 def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels(compression):
-    """sync_every 2, n 1, weights by steps since the round before: rounds at 2, 4 and 6, the last one in flight at the end."""
+    """
+    sync_every 2, n 1, weights by steps since the round before: rounds at 2, 4 and 6, the last one in flight at the
+    end.
+    """
     x, anchor, velocity, then, steps = [8.0, 8.0], 8.0, 0.0, None, [0, 0]
     for step in range(1, 7):
         for rank in (0, 1):
@@ -555,7 +607,10 @@ def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels
 
 
 def _ends_before_a_buffer_changes(config):
-    """Rank 0 has 6 batches, rank 1 12. Its buffer changes at step 9, the round of 12 goes ahead, and at the end all compare buffers."""
+    """
+    Rank 0 has 6 batches, rank 1 12. Its buffer changes at step 9, the round of 12 goes ahead, and at the end all
+    compare buffers.
+    """
     rank = dist.get_rank()
     model = Still()
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
@@ -573,7 +628,10 @@ def _ends_before_a_buffer_changes(config):
 
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_an_end_hears_of_a_round_before_it_waits_for_its_messages(compression):
-    """At 6 both count, and it is taken in at 7; from there on rank 1 alone trains, and alone counts: its 3 in the buffer is all's."""
+    """
+    At 6 both count, and it is taken in at 7; from there on rank 1 alone trains, and alone counts: its 3 in the buffer
+    is all's.
+    """
     config = SlowMoConfig.local_sgd(6, overlap_steps=1, compression=compression, timeout_seconds=20)
     at_6 = 1 + 7 * 0.9**6
     at_7 = (8 * 0.9**6 + at_6) / 2 + (1 + 7 * 0.9**7 - at_6)
@@ -583,7 +641,10 @@ def test_an_end_hears_of_a_round_before_it_waits_for_its_messages(compression):
 
 
 def _drops_a_run_in_flight(config):
-    """Three runs in turn, left while a round travels, one rank slower: whether its second stage has set out by then differs by rank."""
+    """
+    Three runs in turn, left while a round travels, one rank slower: whether its second stage has set out by then
+    differs by rank.
+    """
     ends = []
     for _ in range(3):
         model = Still()
@@ -705,12 +766,21 @@ def test_a_worker_that_left_before_takes_in_what_the_others_have(compression):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sync_every": 4, "overlap_steps": 4}, r"overlap_steps must be in \[0, sync_every\), got 4 with sync_every=4"),
+        (
+            {"sync_every": 4, "overlap_steps": 4},
+            r"overlap_steps must be in \[0, sync_every\), got 4 with sync_every=4",
+        ),
         ({"overlap_steps": -1}, r"overlap_steps must be in \[0, sync_every\), got -1"),
         ({"overlap_steps": 1.5}, "overlap_steps must be an integer, got 1.5"),
-        ({"overlap_steps": 2, "base": "sgp"}, "overlap_steps is for base='local_sgd'.*got overlap_steps=2 with base='sgp'"),
+        (
+            {"overlap_steps": 2, "base": "sgp"},
+            "overlap_steps is for base='local_sgd'.*got overlap_steps=2 with base='sgp'",
+        ),
         ({"overlap_steps": 2, "base": "all_reduce"}, "overlap_steps is for base='local_sgd'"),
-        ({"overlap_steps": 2, "inner_state": "average"}, "inner_state='average' is averaged at once, and overlap_steps=2"),
+        (
+            {"overlap_steps": 2, "inner_state": "average"},
+            "inner_state='average' is averaged at once, and overlap_steps=2",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, words):
@@ -746,7 +816,10 @@ def test_memory_is_one_copy_more_and_messages_for_all():
         kept = [*loop.averager._buffers.values(), *getattr(loop.base, "departed", {}).values()]
         return sum(t.nbytes for t in kept), sum(p.nbytes for p in model.parameters())
 
-    for bucket_bytes, plain, overlapped in ((2**20, 1, 1), (4096, 2, 5)):  # messages kept: two of 2048 bytes, or all, of 4096
+    for bucket_bytes, plain, overlapped in (
+        (2**20, 1, 1),
+        (4096, 2, 5),
+    ):  # messages kept: two of 2048 bytes, or all, of 4096
         for overlap_steps, messages in ((0, plain), (2, overlapped)):
             (kept, size), _ = run_in_process(lambda rank, n=overlap_steps, size=bucket_bytes: count(rank, n, size), 2)
             payload = size if messages != 2 else 4096
@@ -754,6 +827,9 @@ def test_memory_is_one_copy_more_and_messages_for_all():
 
 
 def test_equal_is_not_vacuous():
-    first, second = (run_in_process(lambda rank, n=n: _train(SlowMoConfig(sync_every=5, overlap_steps=n), "sgd", rank), 2) for n in (0, 2))
+    first, second = (
+        run_in_process(lambda rank, n=n: _train(SlowMoConfig(sync_every=5, overlap_steps=n), "sgd", rank), 2)
+        for n in (0, 2)
+    )
     assert equal(first[0][0][3], second[0][0][3])
     assert not equal(first[0][0][5], second[0][0][5])

@@ -29,7 +29,19 @@ def _run(*command, cwd, **environment):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    _run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(folder), str(ROOT), cwd=folder)
+    _run(
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+        cwd=folder,
+    )
     (built,) = folder.glob("*.whl")
     return built
 
@@ -44,12 +56,24 @@ def metadata(wheel):
 def test_an_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    _run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel), cwd=elsewhere)
+    _run(
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(installed),
+        str(wheel),
+        cwd=elsewhere,
+    )
     program = """
 import importlib.metadata, json, torch, slowmo_hf
 from pathlib import Path
 weight = torch.nn.Parameter(torch.tensor([8.0]))
-optimizer = slowmo_hf.SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), slowmo_hf.SlowMoConfig.lookahead(sync_every=2))
+config = slowmo_hf.SlowMoConfig.lookahead(sync_every=2)
+optimizer = slowmo_hf.SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config)
 for _ in range(2):
     weight.grad = torch.tensor([1.0])
     optimizer.step()
@@ -73,7 +97,9 @@ print(json.dumps({
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    sources = {f"slowmo_hf/{path.relative_to(ROOT / 'src/slowmo_hf')}" for path in (ROOT / "src/slowmo_hf").rglob("*.py")}
+    sources = {
+        f"slowmo_hf/{path.relative_to(ROOT / 'src/slowmo_hf')}" for path in (ROOT / "src/slowmo_hf").rglob("*.py")
+    }
     assert {name for name in names if ".dist-info/" not in name} == sources | {"slowmo_hf/py.typed"}
     assert any(name.endswith("/LICENSE") for name in names)
 
@@ -87,11 +113,15 @@ def test_metadata(metadata):
 
 
 def test_an_installed_torch_is_never_replaced(metadata, wheel, tmp_path):
-    """Torch 2.6 and everything after it satisfies the wheel, local builds and a next major version too; 2.5 does not."""
+    """
+    Torch 2.6 and everything after it satisfies the wheel, local builds and a next major version too; 2.5 does not.
+    """
     plain = [r for r in map(Requirement, metadata.get_all("Requires-Dist")) if r.marker is None]
     assert {r.name for r in plain} == {"torch", "accelerate", "transformers"}
     for requirement in plain:
-        assert all(specifier.operator == ">=" for specifier in requirement.specifier), f"{requirement} has an upper bound"
+        assert all(specifier.operator == ">=" for specifier in requirement.specifier), (
+            f"{requirement} has an upper bound"
+        )
     (torch,) = (r for r in plain if r.name == "torch")
     for version in ("2.6.0", "2.6.0+cu124", "2.13.0+cpu", "3.0", "99.0"):
         assert torch.specifier.contains(version), version
@@ -102,6 +132,17 @@ def test_an_installed_torch_is_never_replaced(metadata, wheel, tmp_path):
 
 def test_pip_would_install_this_package_alone(wheel, tmp_path):
     """With no index to ask, pip finds every requirement satisfied by what is here."""
-    _run("-m", "pip", "install", "--quiet", "--dry-run", "--no-index", "--report", "report.json", str(wheel), cwd=tmp_path)
+    _run(
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--no-index",
+        "--report",
+        "report.json",
+        str(wheel),
+        cwd=tmp_path,
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert {item["metadata"]["name"] for item in report["install"]} <= {"slowmo-hf"}

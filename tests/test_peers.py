@@ -24,7 +24,8 @@ from peer_job import SYSTEMS, Settings
 
 @pytest.mark.parametrize(
     ("system", "expected"),
-    [  # 1,000 parameters, 4 hosts, 12 steps a round: a ring is 6,000 bytes, a round of it 500 per step, a message 4,000
+    # 1,000 parameters, 4 hosts, 12 steps a round: a ring is 6,000 bytes, a round of it 500 per step, a message 4,000.
+    [
         ("ddp", 6000),
         ("ddp bf16", 3000),
         ("slowmo_hf all_reduce, slowmo", 6000),
@@ -54,7 +55,9 @@ def test_a_system_s_own_period_counts():
 
 
 def figures(seconds, losses=()):
-    curve = [{"step": 48 * (n + 1), "seconds": 2.0 * (n + 1), "validation_loss": loss} for n, loss in enumerate(losses)]
+    curve = [
+        {"step": 48 * (n + 1), "seconds": 2.0 * (n + 1), "validation_loss": loss} for n, loss in enumerate(losses)
+    ]
     looked = {"curve": curve, "final_validation_loss": losses[-1]} if losses else {}
     return {
         **{"version": "1", "parameters": 1000, "compute_seconds_per_step": 0.01, "allreduce_seconds": 0.031},
@@ -64,7 +67,10 @@ def figures(seconds, losses=()):
 
 
 def test_rows_targets_and_table_by_hand():
-    """The median of 5 rounds; the target is 1.01 times DDP's last loss, 0.505, which the other reaches at its second look."""
+    """
+    The median of 5 rounds; the target is 1.01 times DDP's last loss, 0.505, which the other reaches at its second
+    look.
+    """
     args = peers.PeerArguments()
     rows = [
         peers.row_of("ddp", 3.1, 100.0, args, figures([0.05, 0.04, 0.045, 0.03, 0.06], [0.7, 0.6, 0.5])),
@@ -75,23 +81,32 @@ def test_rows_targets_and_table_by_hand():
     assert rows[0]["allreduce_over_compute"] == pytest.approx(3.1)
     peers.set_targets(rows)
     assert [row["seconds_to_target"] for row in rows] == [6.0, 4.0]
-    lines = peers.table([*rows, {"system": "fairscale SlowMo", "rho": 3.1, "not_run": "fairscale is not installed"}]).splitlines()
+    lines = peers.table(
+        [*rows, {"system": "fairscale SlowMo", "rho": 3.1, "not_run": "fairscale is not installed"}]
+    ).splitlines()
     assert lines[2] == "| 3.1 | ddp | 45.0 | 22.2 % | 1.050 | 1.00 |"
     assert lines[3] == "| 3.1 | slowmo_hf local_sgd | 12.5 | 80.0 % | 12.600 | 3.60 |"
     assert "not run: fairscale is not installed" in lines[4]
 
 
 def test_table2_and_spread_by_hand():
-    """10 and 10.2 ms are 2.0 % more; losses 0.4, 0.6 and 0.5, 0.9 have sd 0.1414 and 0.2828, their difference 0.2 ± 0.1414."""
+    """
+    10 and 10.2 ms are 2.0 % more; losses 0.4, 0.6 and 0.5, 0.9 have sd 0.1414 and 0.2828, their difference 0.2 ±
+    0.1414.
+    """
     args = peers.PeerArguments()
     systems = {"slowmo_hf local_sgd": 0.01, "slowmo_hf local_sgd, slowmo": 0.0102}
     rows = [peers.row_of(system, 0.5, 100.0, args, figures([seconds] * 5)) for system, seconds in systems.items()]
     assert "| Local SGD | 10.0, 10.2, +2.0 % |  |" in peers.table2(rows).splitlines()
     seeds = [("exact", 0, 0.4), ("exact", 1, 0.6), ("int8", 0, 0.5), ("int8", 1, 0.9)]
-    lines = peers.spread([{"system": name, "seed": seed, "final_validation_loss": loss} for name, seed, loss in seeds]).splitlines()
+    lines = peers.spread(
+        [{"system": name, "seed": seed, "final_validation_loss": loss} for name, seed, loss in seeds]
+    ).splitlines()
     assert lines[2:] == ["| exact | 0.5000 ± 0.1414 (2) |  |", "| int8 | 0.7000 ± 0.2828 (2) | +0.2000 ± 0.1414 |"]
     seconds = [("a", 0, 6.0), ("a", 1, None), ("b", 0, 4.0), ("b", 1, 7.0)]
-    lines = peers.spread([{"system": name, "seed": seed, "x_y": value} for name, seed, value in seconds], "x_y", than="b").splitlines()
+    lines = peers.spread(
+        [{"system": name, "seed": seed, "x_y": value} for name, seed, value in seconds], "x_y", than="b"
+    ).splitlines()
     assert lines[0] == "| system | x y (seeds) | minus that of b |"
     assert lines[2:] == ["| a | 6.0000 (1) | +2.0000 |", "| b | 5.5000 ± 2.1213 (2) |  |"]
 
@@ -99,17 +114,23 @@ def test_table2_and_spread_by_hand():
 def test_targets_are_each_seed_s_own():
     """DDP ends at 0.5 and 0.6: the other's looks at 0.7, 0.6, 0.5 reach 0.505 at the third and 0.606 at the second."""
     args = peers.PeerArguments()
-    rows = [peers.row_of("ddp", 3.1, 100.0, args, figures([0.05] * 5, [loss]), seed) for seed, loss in enumerate((0.5, 0.6))]
-    rows += [peers.row_of("slowmo_hf local_sgd", 3.1, 100.0, args, figures([0.05] * 5, [0.7, 0.6, 0.5]), seed) for seed in (0, 1)]
+    rows = [
+        peers.row_of("ddp", 3.1, 100.0, args, figures([0.05] * 5, [loss]), seed)
+        for seed, loss in enumerate((0.5, 0.6))
+    ]
+    rows += [
+        peers.row_of("slowmo_hf local_sgd", 3.1, 100.0, args, figures([0.05] * 5, [0.7, 0.6, 0.5]), seed)
+        for seed in (0, 1)
+    ]
     peers.set_targets(rows)
     assert [row["seconds_to_target"] for row in rows] == [2.0, 2.0, 6.0, 4.0]
 
 
 def test_same_seconds_by_hand():
     """
-    DDP ends at 0.5 after 6 and 8 s. accelerate, the best peer, is there after 4 and 5 s and ends at 0.4 after 6 and 8; ours after 3 and 4,
-    0.75 and 0.8 of that, and at 0.4 after 5 and 6, 0.83 and 0.75 of that, and ends 0.1 and 0 below it: t(1) = 12.706, and the interval is
-    0.05 ± 12.706 * 0.0707 / sqrt(2) = 0.635. One never gets there.
+    DDP ends at 0.5 after 6 and 8 s. accelerate, the best peer, is there after 4 and 5 s and ends at 0.4 after 6 and 8;
+    ours after 3 and 4, 0.75 and 0.8 of that, and at 0.4 after 5 and 6, 0.83 and 0.75 of that, and ends 0.1 and 0 below
+    it: t(1) = 12.706, and the interval is 0.05 ± 12.706 * 0.0707 / sqrt(2) = 0.635. One never gets there.
     """
     systems = {
         "ddp": [[(6.0, 0.5)], [(8.0, 0.5)]],
@@ -120,12 +141,18 @@ def test_same_seconds_by_hand():
     rows = []
     for system, seeds in systems.items():
         for seed, looks in enumerate(seeds):
-            curve = [{"step": 24 * (n + 1), "seconds": seconds, "validation_loss": loss} for n, (seconds, loss) in enumerate(looks)]
-            rows.append({"rho": 3.1, "system": system, "seed": seed, "final_validation_loss": looks[-1][1], "curve": curve})
+            curve = [
+                {"step": 24 * (n + 1), "seconds": seconds, "validation_loss": loss}
+                for n, (seconds, loss) in enumerate(looks)
+            ]
+            rows.append(
+                {"rho": 3.1, "system": system, "seed": seed, "final_validation_loss": looks[-1][1], "curve": curve}
+            )
     peers.set_targets(rows)
     assert peers.same_seconds_table(rows).splitlines()[2:] == [
         "| 3.1 | ddp | 24 | 7.0 | 1.55 (1.50 to 1.60) | not reached |  | 0.5000 ± 0.0000 (2) |  |",
-        "| 3.1 | accelerate LocalSGD | 48 | 4.5 | 1.00 (1.00 to 1.00) | 7.0 | 1.00 (1.00 to 1.00) | 0.4000 ± 0.0000 (2) |  |",
+        "| 3.1 | accelerate LocalSGD | 48 | 4.5 | 1.00 (1.00 to 1.00) | 7.0 | 1.00 (1.00 to 1.00) | 0.4000 ± 0.0000 "
+        "(2) |  |",
         "| 3.1 | slowmo_hf local_sgd, slowmo | 48 | 3.5 | 0.78 (0.75 to 0.80) | 5.5 | 0.79 (0.75 to 0.83)"
         " | 0.3500 ± 0.0707 (2) | -0.0500 [-0.6853, +0.5853] (2) |",
         "| 3.1 | ddp powersgd | 24 | not reached |  | not reached |  | 0.6000 (1) |  |",
@@ -138,13 +165,19 @@ def test_both_pictures_by_hand(tmp_path):
 
     curves = [[(2.0, 0.6), (4.0, 0.4)], [(4.0, 0.4), (8.0, 0.2), (9.0, 0.1)]]
     rows = [
-        {"rho": 3.1, "system": "ddp", "curve": [{"seconds": seconds, "validation_loss": loss} for seconds, loss in looks]}
+        {
+            "rho": 3.1,
+            "system": "ddp",
+            "curve": [{"seconds": seconds, "validation_loss": loss} for seconds, loss in looks],
+        }
         for looks in curves
     ]
     (axis,) = peers._draw_curves(plt, rows, [3.1], ["ddp"]).axes
     assert [line.get_xydata().tolist() for line in axis.lines] == [[[3.0, 0.5], [6.0, pytest.approx(0.3)]]]
     args, system = peers.PeerArguments(), "slowmo_hf local_sgd"
-    rows = [peers.row_of(name, 3.1, 100.0, args, figures([step] * 5)) for name, step in (("ddp", 0.05), (system, 0.0125))]
+    rows = [
+        peers.row_of(name, 3.1, 100.0, args, figures([step] * 5)) for name, step in (("ddp", 0.05), (system, 0.0125))
+    ]
     shown = [axis.lines[0].get_xydata().tolist() for axis in peers._draw_steps(plt, rows, [3.1], ["ddp", system]).axes]
     assert shown == [[[5.0, 0.0], [1.25, 1.0]], [[20.0, 0.0], [80.0, 1.0]], [[6.3, 0.0], [6.3, 1.0]]]
     plt.close("all")
@@ -157,7 +190,9 @@ def test_both_pictures_by_hand(tmp_path):
 
 
 def test_steps_and_looks_of_a_budget():
-    """DDP's steps take 240 x 0.2 s; others have those seconds. Looks are where nothing is under way, and at the end."""
+    """
+    DDP's steps take 240 x 0.2 s; others have those seconds. Looks are where nothing is under way, and at the end.
+    """
     args = peers.PeerArguments(steps=240, look_every=24, same_seconds=True, output="never written")
     record = peers.Record(args)
     assert record.budget("ddp", 3.1, 0) == (240, 0.0)
@@ -167,7 +202,9 @@ def test_steps_and_looks_of_a_budget():
     assert record.budget("slowmo_hf sgp", 3.1, 0) == (0, 48.0)
     assert peer_job.look_steps(72, 24, 0) == [24, 48, 72]
     assert peer_job.look_steps(72, 24, 6) == [30, 54, 72]
-    with pytest.raises(ValueError, match="look_every must be a multiple of sync_every, and steps one of look_every, got 30"):
+    with pytest.raises(
+        ValueError, match="look_every must be a multiple of sync_every, and steps one of look_every, got 30"
+    ):
         peers.PeerArguments(look_every=30)
 
 
@@ -176,10 +213,14 @@ def test_images_are_decoded_once_or_refused(tmp_path, size, mode, refused):
     for split, shade in (("train", 10), ("test", 20)):
         for label in ("a", "b"):
             (tmp_path / split / label).mkdir(parents=True)
-            Image.new(mode, (size, size), shade if mode == "L" else (shade,) * 3).save(tmp_path / split / label / "0.png")
+            Image.new(mode, (size, size), shade if mode == "L" else (shade,) * 3).save(
+                tmp_path / split / label / "0.png"
+            )
     path = tmp_path / "images.safetensors"
     if refused:
-        with pytest.raises(ValueError, match=r"dataset must hold grey images of 28 x 28 pixels, got .* Use Fashion-MNIST or MNIST"):
+        with pytest.raises(
+            ValueError, match=r"dataset must hold grey images of 28 x 28 pixels, got .* Use Fashion-MNIST or MNIST"
+        ):
             peers.decode(str(tmp_path), path)
         return
     peers.decode(str(tmp_path), path)
@@ -212,7 +253,9 @@ def test_records_are_whole(path):
         if "not_run" not in row:
             assert set(FIELDS) <= set(row)
             assert row["utilisation"] == pytest.approx(row["compute_seconds_per_step"] / row["seconds_per_step"])
-            assert row["theory_bytes"] == peers.payload_bytes(row["system"], row["parameters"], row["hosts"], row["sync_every"])
+            assert row["theory_bytes"] == peers.payload_bytes(
+                row["system"], row["parameters"], row["hosts"], row["sync_every"]
+            )
 
 
 def test_the_tables_of_the_page_are_those_of_the_records():
@@ -238,7 +281,8 @@ def test_the_table_of_the_readme_is_that_of_the_record():
     }
     for words, system in shown.items():
         used, loss = (
-            statistics.mean(row[name] for row in raced if row["system"] == system) for name in ("utilisation", "final_validation_loss")
+            statistics.mean(row[name] for row in raced if row["system"] == system)
+            for name in ("utilisation", "final_validation_loss")
         )
         assert f"| {words} | {100 * used:.0f} % | {loss:.3f} |" in page
 
@@ -265,7 +309,9 @@ def _train_each(names):
     accelerator, few = Accelerator(cpu=True), Few(dist.get_rank())
     out = {}
     for name in names:
-        job, model, _ = peer_job.make_job(Settings(system=name, sync_every=8, width=16, layers=2, device_ms=0.0), accelerator)
+        job, model, _ = peer_job.make_job(
+            Settings(system=name, sync_every=8, width=16, layers=2, device_ms=0.0), accelerator
+        )
         with job.around:
             peer_job.train(job, few, 0, 40)
             with job.look(), torch.no_grad():

@@ -1,4 +1,7 @@
-"""The paper's image rows: every number of a preset, the schedule's values, ResNet-18's size, residual branches that start at 0."""
+"""
+The paper's image rows: every number of a preset, the schedule's values, ResNet-18's size, residual branches that start
+at 0.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,19 @@ def test_residual_branches_start_at_zero(architecture, branches):
 @pytest.mark.parametrize("base", ["local_sgd", "sgp", "osgp", "all_reduce"])
 @pytest.mark.parametrize("slowmo", [False, True])
 def test_presets_are_the_papers(tmp_path, task, processes, total, epochs, decays, gossip_period, rate, base, slowmo):
-    """Batches of 4,096 and 8,192 images; 0.1 per 256 of them. Gossip without slow momentum has no exact average. Explicit flags win."""
-    flags = ["--preset", task, "--base", base, *([] if slowmo else ["--outer_momentum", "0"]), "--output_dir", str(tmp_path)]
+    """
+    Batches of 4,096 and 8,192 images; 0.1 per 256 of them. Gossip without slow momentum has no exact average. Explicit
+    flags win.
+    """
+    flags = [
+        "--preset",
+        task,
+        "--base",
+        base,
+        *([] if slowmo else ["--outer_momentum", "0"]),
+        "--output_dir",
+        str(tmp_path),
+    ]
     script, config, args = image_classification.parse(flags)
     assert args.per_device_train_batch_size * processes == total
     assert (args.num_train_epochs, script.decay_epochs, script.warmup_epochs) == (epochs, decays, 5)

@@ -1,4 +1,7 @@
-"""Noisy and noiseless quadratics through the package, against what theory says before they are run: variance, step, border."""
+"""
+Noisy and noiseless quadratics through the package, against what theory says before they are run: variance, step,
+border.
+"""
 
 import math
 
@@ -43,7 +46,10 @@ def _mean_square(weight):
 
 
 def _noise_floor():
-    """For every (alpha, beta): the mean square of the anchor after ROUNDS rounds; two steps on, of the average and of this worker."""
+    """
+    For every (alpha, beta): the mean square of the anchor after ROUNDS rounds; two steps on, of the average and of
+    this worker.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     noise = torch.Generator().manual_seed(1000 * world + rank)
 
@@ -74,33 +80,45 @@ def _predicted_floor(workers, alpha, beta):
 
 def test_the_noise_floor_falls_as_one_over_the_number_of_workers():
     """
-    Every worker's gradient is h x + σ ξ, ξ independent normal. One inner step of the mean over m workers is x <- d x - γ σ ξ/√m with
-    d = 1 - γ h, so the pseudo-gradient is Δ = η A + n with anchor A, η = 1 - d^τ, var n = s² = γ²σ²/m (1 + d² + ... + d^{2(τ-1)}), and
+    Every worker's gradient is h x + σ ξ, ξ independent normal. One inner step of the mean over m workers is
+    x <- d x - γ σ ξ/√m with d = 1 - γ h, so the pseudo-gradient is Δ = η A + n with anchor A,
+    η = 1 - d^τ, var n = s² = γ²σ²/m (1 + d² + ... + d^{2(τ-1)}), and
 
-        A_{t+1} = A_t - α v_t,  v_t = β v_{t-1} + η A_t + n_t    that is    A_{t+1} = (1 + β - αη) A_t - β A_{t-1} - α n_t,
+        A_{t+1} = A_t - α v_t,  v_t = β v_{t-1} + η A_t + n_t,
+        that is A_{t+1} = (1 + β - αη) A_t - β A_{t-1} - α n_t,
 
-    an AR(2) process with φ₁ = 1 + β - αη, φ₂ = -β, whose stationary variance (1 - φ₂) α²s² / ((1 + φ₂)((1 - φ₂)² - φ₁²)) is
+    an AR(2) process with φ₁ = 1 + β - αη, φ₂ = -β, whose stationary variance (1 - φ₂) α²s² /
+    ((1 + φ₂)((1 - φ₂)² - φ₁²)) is
 
         var A = α (1 + β) s² / ((1 - β) η (2 (1 + β) - αη)):    1/m of one worker's.
 
-    Two steps into the next round the mean has d⁴ var A + γ²σ²/m (1 + d²), while a single worker's own noise has no 1/m.
+    Two steps into the next round the mean has d⁴ var A + γ²σ²/m (1 + d²), while a single worker's own noise has no
+    1/m.
 
-    The mean square of N = 20 000 independent normal samples has a relative standard deviation of √(2/N) = 1 %; five of them are
-    allowed. What the start left out is far below: the slowest mode is √β < 0.71 a round, 10⁻⁶ of the variance after 20 rounds.
+    The mean square of N = 20 000 independent normal samples has a relative standard deviation of √(2/N) = 1 %; five of
+    them are allowed. What the start left out is far below: the slowest mode is √β < 0.71 a round, 10⁻⁶ of the variance
+    after 20 rounds.
     """
     tolerance = 5 * math.sqrt(2 / ELEMENTS)
     floors = {}
     for workers in (1, 2, 4):
         for rank, found in enumerate(run_workers(_noise_floor, workers) if workers > 1 else [_noise_floor()]):
             for (alpha, beta), measured in zip(OUTER, found, strict=True):
-                assert measured == pytest.approx(_predicted_floor(workers, alpha, beta), rel=tolerance), (workers, rank, alpha, beta)
+                assert measured == pytest.approx(_predicted_floor(workers, alpha, beta), rel=tolerance), (
+                    workers,
+                    rank,
+                    alpha,
+                    beta,
+                )
                 floors[workers, beta] = measured
     for _, beta in OUTER:
         for workers in (2, 4):
             (anchor_of_one, mean_of_one, own_of_one), (anchor, mean, own) = floors[1, beta], floors[workers, beta]
             assert anchor_of_one / anchor == pytest.approx(workers, rel=2 * tolerance)
             assert mean_of_one / mean == pytest.approx(workers, rel=2 * tolerance)
-            assert own_of_one / own < 0.8 * workers, "a worker between rounds has its own noise: only the average gains in full"
+            assert own_of_one / own < 0.8 * workers, (
+                "a worker between rounds has its own noise: only the average gains in full"
+            )
 
 
 # ---- (b) the effective step ----
@@ -110,10 +128,13 @@ PUSH = torch.tensor([3.0, -0.5], dtype=torch.float64)
 
 def test_the_effective_step_is_exact_in_binary_fractions():
     """
-    Linear loss: Δ = τ γ g every round, v_t = Δ (1 + β + ... + β^{t-1}) -> Δ/(1 - β), so the anchor's step tends to α τ γ g / (1 - β).
-    τ = 4, γ = ¼, g = 3 and -½, α = 2, β = ½ are binary fractions: round t moves by -α τ γ g · 2 (1 - 2⁻ᵗ), to the last bit.
+    Linear loss: Δ = τ γ g every round, v_t = Δ (1 + β + ... + β^{t-1}) -> Δ/(1 - β), so the anchor's step tends to α τ
+    γ g / (1 - β). τ = 4, γ = ¼, g = 3 and -½, α = 2, β = ½ are binary fractions: round t moves by -α τ γ g · 2 (1 -
+    2⁻ᵗ), to the last bit.
     """
-    path = _rounds(SlowMoConfig(sync_every=4, outer_lr=2.0, outer_momentum=0.5), lambda x: PUSH, torch.zeros(2), 30, inner_lr=0.25)
+    path = _rounds(
+        SlowMoConfig(sync_every=4, outer_lr=2.0, outer_momentum=0.5), lambda x: PUSH, torch.zeros(2), 30, inner_lr=0.25
+    )
     for t, (before, after) in enumerate(zip([torch.zeros(2), *path], path, strict=False), start=1):
         assert torch.equal(after - before, -2 * 4 * 0.25 * PUSH * 2 * (1 - 2.0**-t))
 
@@ -121,8 +142,13 @@ def test_the_effective_step_is_exact_in_binary_fractions():
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (1.0, 0.6), (0.7, 0.8), (2.0, 0.4)])
 @pytest.mark.parametrize("tau", [1, 12])
 def test_the_effective_step(tau, alpha, beta):
-    """The same for other settings, after 120 rounds: β^120 < 10⁻¹¹. Without the 1/(1 - β) it would be 1.7 to 5 times smaller."""
-    path = _rounds(SlowMoConfig(sync_every=tau, outer_lr=alpha, outer_momentum=beta), lambda x: PUSH, torch.zeros(2), 120)
+    """
+    The same for other settings, after 120 rounds: β^120 < 10⁻¹¹. Without the 1/(1 - β) it would be 1.7 to 5 times
+    smaller.
+    """
+    path = _rounds(
+        SlowMoConfig(sync_every=tau, outer_lr=alpha, outer_momentum=beta), lambda x: PUSH, torch.zeros(2), 120
+    )
     plain = -alpha * tau * GAMMA * PUSH
     step = path[-1] - path[-2]
     assert torch.allclose(step, plain / (1 - beta), rtol=1e-10, atol=0)
@@ -149,8 +175,9 @@ def test_a_slow_direction_shrinks_by_the_dominant_eigenvalue(alpha, beta):
         v' = β v + η A            M = [[1 - αη, -αβ],        trace = 1 + β - αη,  determinant = β
         A' = A - α v'                  [η,        β ]]
 
-    λ = ((1 + β - αη) + √((1 + β - αη)² - 4β)) / 2, real where η is small: the distance shrinks by λ a round. To first order
-    1 - λ = αη/(1 - β), the effective step again, short by αηβ/(1 - β)² of itself (2 % at most here); 1 - λ = αη is wrong by 1/(1 - β).
+    λ = ((1 + β - αη) + √((1 + β - αη)² - 4β)) / 2, real where η is small: the distance shrinks by λ a round. To first
+    order 1 - λ = αη/(1 - β), the effective step again, short by αηβ/(1 - β)² of itself (2 % at most here); 1 - λ = αη
+    is wrong by 1/(1 - β).
     """
     tau, curvature = 5, 0.002
     eta = 1 - (1 - GAMMA * curvature) ** tau
@@ -177,19 +204,22 @@ STABLE = [False, True, True, True, False]
 def test_the_stable_range(tau, alpha, beta):
     """
     A round of inner SGD is x -> a x, a = (1 - γh)^τ, so Δ = (1 - a) A and slow momentum is heavy ball on the anchor:
-    λ² - (1 + β - α(1 - a)) λ + β = 0. Both roots lie inside the unit circle iff β < 1 and |1 + β - α(1 - a)| < 1 + β, that is
+    λ² - (1 + β - α(1 - a)) λ + β = 0. Both roots lie inside the unit circle iff β < 1 and |1 + β - α(1 - a)| < 1 + β,
+    that is
 
         0 < α (1 - a) < 2 (1 + β).
 
-    One element per curvature: c = α(1 - a)/(2(1 + β)) just outside 0, just inside, in the middle, just inside 1, just outside. Near
-    c = 1 the root is -1 - 2 (c - 1)(1 + β)/(1 - β), so that 2 % from the border changes the distance by 4 % a round or more, e^12 in
-    300 rounds. A border at 2, plain descent's, is passed by c = 0.98 for every β > 0, which converges nevertheless; with τ = 3
-    and α = 1 inner SGD alone diverges there (a < -1).
+    One element per curvature: c = α(1 - a)/(2(1 + β)) just outside 0, just inside, in the middle, just inside 1, just
+    outside. Near c = 1 the root is -1 - 2 (c - 1)(1 + β)/(1 - β), so that 2 % from the border changes the distance by
+    4 % a round or more, e^12 in 300 rounds. A border at 2, plain descent's, is passed by c = 0.98 for every β > 0,
+    which converges nevertheless; with τ = 3 and α = 1 inner SGD alone diverges there (a < -1).
     """
     a = 1 - BORDER * 2 * (1 + beta) / alpha
     curvature = (1 - a.sign() * a.abs() ** (1 / tau)) / GAMMA
     assert torch.allclose((1 - GAMMA * curvature) ** tau, a, rtol=0, atol=1e-14)
-    path = _rounds(SlowMoConfig(sync_every=tau, outer_lr=alpha, outer_momentum=beta), lambda x: curvature * x, torch.ones(5), 300)
+    path = _rounds(
+        SlowMoConfig(sync_every=tau, outer_lr=alpha, outer_momentum=beta), lambda x: curvature * x, torch.ones(5), 300
+    )
     end = path[-10:].abs().amax(dim=0)  # roots may be complex: the largest of ten rounds
     assert [bool(distance < 1e-4) for distance in end] == STABLE, end
     assert [bool(distance > 1e4) for distance in end] == [not stable for stable in STABLE], end

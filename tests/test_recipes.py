@@ -30,11 +30,25 @@ from image_data import Batch, DataError, load_images  # noqa: E402
 from small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
 
 LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
-SHORT = "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps 10 --disable_tqdm 1"
+SHORT = (
+    "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps "
+    "10 --disable_tqdm 1"
+)
 RECORD_KEYS = {
     *("study", "task", "dataset", "train_rows", "test_rows", "test_split", "model", "base", "slowmo"),
     *("exact_average", "workers", "processes", "sync_every", "outer_lr"),
-    *("outer_momentum", "inner_optimizer", "inner_lr", "inner_state", "seed", "steps", "metrics", "curve", "rounds", "seconds"),
+    *(
+        "outer_momentum",
+        "inner_optimizer",
+        "inner_lr",
+        "inner_state",
+        "seed",
+        "steps",
+        "metrics",
+        "curve",
+        "rounds",
+        "seconds",
+    ),
     *("bytes_sent_per_worker", "seconds_communicating", "command", "versions", "commit", "hardware"),
 }
 
@@ -44,7 +58,14 @@ RECORD_KEYS = {
 
 def run_recipe(output_dir: Path, flags: str, launcher: str = LAUNCHER):
     """What the program said, and its record."""
-    command = [sys.executable, *launcher.split(), "recipes/image_classification.py", "--output_dir", str(output_dir), *flags.split()]
+    command = [
+        sys.executable,
+        *launcher.split(),
+        "recipes/image_classification.py",
+        "--output_dir",
+        str(output_dir),
+        *flags.split(),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
     said = done.stdout + done.stderr
@@ -65,7 +86,12 @@ def test_record_is_complete_and_right(short_run):
     folder, _, record = short_run
     assert set(record) == RECORD_KEYS
     assert not (folder / "record.tmp").exists()
-    assert (record["workers"], record["base"], record["slowmo"], record["outer_momentum"]) == (2, "local_sgd", True, 0.5)
+    assert (record["workers"], record["base"], record["slowmo"], record["outer_momentum"]) == (
+        2,
+        "local_sgd",
+        True,
+        0.5,
+    )
     assert (record["train_rows"], record["test_rows"], record["test_split"]) == (768, 250, "test")
     assert (record["inner_optimizer"], record["inner_lr"]) == ("SGD", 0.1)
     assert record["steps"] == 2 * 768 // (2 * 32) == 24
@@ -77,7 +103,10 @@ def test_record_is_complete_and_right(short_run):
 
 @pytest.mark.slow
 def test_record_counts_every_round_s_bytes(short_run):
-    """Two workers in a ring send their payload once: fp32 parameters and BatchNorm statistics, and at most 1 KiB per round."""
+    """
+    Two workers in a ring send their payload once: fp32 parameters and BatchNorm statistics, and at most 1 KiB per
+    round.
+    """
     folder, _, record = short_run
     model = AutoModelForImageClassification.from_pretrained(folder)
     floats = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
@@ -120,7 +149,13 @@ def test_table_plot_and_tensorboard(short_run):
 def test_the_baseline_is_one_flag_away(tmp_path):
     said, record = run_recipe(tmp_path, f"{SHORT} --max_steps 3 --base all_reduce --outer_momentum 0 --plot")
     assert "slow momentum is off: this is all-reduce" in said
-    assert (record["workers"], record["base"], record["slowmo"], record["rounds"], record["steps"]) == (2, "all_reduce", False, 0, 3)
+    assert (record["workers"], record["base"], record["slowmo"], record["rounds"], record["steps"]) == (
+        2,
+        "all_reduce",
+        False,
+        0,
+        3,
+    )
     assert record["bytes_sent_per_worker"] is None
     assert (tmp_path / "training.png").exists()
 
@@ -134,18 +169,32 @@ def test_one_process_says_that_nothing_is_averaged(tmp_path):
 
 @pytest.mark.slow
 def test_class_folders_and_another_optimizer(tmp_path):
-    """An ImageNet-like folder of small images, tested on val, with Trainer's AdamW: said once for two workers, and recorded."""
+    """
+    An ImageNet-like folder of small images, tested on val, with Trainer's AdamW: said once for two workers, and
+    recorded.
+    """
     folder = write_images(tmp_path / "images", {"train/cat": 20, "train/dog": 20, "val/cat": 2, "val/dog": 2})
-    flags = f"--dataset_name {folder} --optim adamw_torch --learning_rate 1e-3 --width 8 --max_steps 3 --sync_every 2 --disable_tqdm 1"
+    flags = (
+        f"--dataset_name {folder} --optim adamw_torch --learning_rate 1e-3 --width 8 --max_steps 3 --sync_every "
+        "2 --disable_tqdm 1"
+    )
     said, record = run_recipe(tmp_path / "out", f"{flags} --per_device_train_batch_size 8")
     assert said.count("test_split was not given: the test images are those of 'val'") == 1
-    assert (record["dataset"], record["train_rows"], record["test_rows"], record["test_split"]) == (folder, 40, 4, "val")
+    assert (record["dataset"], record["train_rows"], record["test_rows"], record["test_split"]) == (
+        folder,
+        40,
+        4,
+        "val",
+    )
     assert (record["inner_optimizer"], record["inner_lr"], record["rounds"]) == ("AdamW", 1e-3, 1)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
 
 
 def test_flags_are_the_config_s_fields():
-    flags = "--sync_every 7 --outer_momentum 0.25 --outer_lr 0.5 --inner_state average --model_buffers local --learning_rate 0.3"
+    flags = (
+        "--sync_every 7 --outer_momentum 0.25 --outer_lr 0.5 --inner_state average --model_buffers local "
+        "--learning_rate 0.3"
+    )
     script, config, args = recipe.parse(flags.split())
     assert (config.sync_every, config.outer_momentum, config.outer_lr) == (7, 0.25, 0.5)
     assert (config.inner_state, config.model_buffers, args.learning_rate) == ("average", "local", 0.3)
@@ -168,9 +217,18 @@ def test_wrong_flag_ends_with_one_line():
     ("flags", "said"),
     [
         ("--optim adma", r"adma is not a valid OptimizerNames, please select one of \['adamw_torch', .*'sgd', "),
-        ("--optim_args momentum=0.5", "optim_args is for other optimizers than sgd, got 'momentum=0.5'. Use --inner_momentum"),
-        ("--optim rmsprop --optim_args alpha", "optim_args must be name=value, several of them with commas between, got 'alpha'"),
-        ("--optim adamw_torch --inner_momentum 0.5", "inner_momentum is for --optim sgd, got 0.5 with --optim adamw_torch"),
+        (
+            "--optim_args momentum=0.5",
+            "optim_args is for other optimizers than sgd, got 'momentum=0.5'. Use --inner_momentum",
+        ),
+        (
+            "--optim rmsprop --optim_args alpha",
+            "optim_args must be name=value, several of them with commas between, got 'alpha'",
+        ),
+        (
+            "--optim adamw_torch --inner_momentum 0.5",
+            "inner_momentum is for --optim sgd, got 0.5 with --optim adamw_torch",
+        ),
         ("--optim adamw_torch --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--optim galore_adamw", "You need to install `galore_torch` in order to use GaLore"),
         ("--weight_decay -1", "Invalid weight_decay value: -1.0"),
@@ -197,7 +255,9 @@ def test_an_error_of_many_lines_ends_as_one():
 
 
 def trainer_with(folder: Path, flags: str = ""):
-    script, config, args = recipe.parse(f"--output_dir {folder} --use_cpu 1 --width 4 --max_train_samples 64 {flags}".split())
+    script, config, args = recipe.parse(
+        f"--output_dir {folder} --use_cpu 1 --width 4 --max_train_samples 64 {flags}".split()
+    )
     sets = load_images(None, max_train_samples=64, max_eval_samples=8)
     return recipe.make_trainer(script, config, args, sets)
 
@@ -221,7 +281,10 @@ def test_sgd_flags(tmp_path):
 
 def test_named_optimizer_is_trainer_s_own(tmp_path):
     """Its class and settings from its own flags; no weight decay on biases."""
-    flags = "--optim adamw_torch --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-7 --weight_decay 0.02 --learning_rate 2e-3"
+    flags = (
+        "--optim adamw_torch --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-7 --weight_decay 0.02 "
+        "--learning_rate 2e-3"
+    )
     trainer = trainer_with(tmp_path, flags)
     assert type(trainer.optimizer) is torch.optim.AdamW
     decayed, spared = trainer.optimizer.param_groups
@@ -286,7 +349,10 @@ def write_set(folder: Path, labels: dict[str, list], size: int = 32, mode: str =
 
 
 def write_images(folder: Path, files: dict[str, int | list[str]], size: int = 32) -> str:
-    """Pictures per folder, as many as said (in colour) or one of each mode said; greenish in colour, of medium brightness in grey."""
+    """
+    Pictures per folder, as many as said (in colour) or one of each mode said; greenish in colour, of medium brightness
+    in grey.
+    """
     for place, modes in files.items():
         (folder / place).mkdir(parents=True)
         for index, mode in enumerate(["RGB"] * modes if isinstance(modes, int) else modes):
@@ -323,13 +389,18 @@ def test_large_grey_images_become_three_channels_of_224(tmp_path):
 
 
 def test_missing_columns_name_the_flag():
-    with pytest.raises(DataError, match=r"image_column must be one of the columns \['image', 'label'\], got 'img'. Set --image_column."):
+    with pytest.raises(
+        DataError,
+        match=r"image_column must be one of the columns \['image', 'label'\], got 'img'. Set --image_column.",
+    ):
         load_images(None, image_column="img")
     with pytest.raises(DataError, match=r"label_column must be one of .* got 'fine_label'. Set --label_column."):
         load_images(None, label_column="fine_label")
     with pytest.raises(DataError, match=r"image_column must hold images, got 'label' .* Set --image_column."):
         load_images(None, image_column="label")
-    with pytest.raises(DataError, match=r"label_column must hold class labels or integers, got 'image' .* Set --label_column."):
+    with pytest.raises(
+        DataError, match=r"label_column must hold class labels or integers, got 'image' .* Set --label_column."
+    ):
         load_images(None, label_column="image")
 
 
@@ -338,10 +409,14 @@ def test_missing_files_and_rows_name_the_flag(tmp_path):
         load_images(None, test_split="validation")
     with pytest.raises(DataError, match=r"which has no training\*.parquet"):
         load_images(None, train_split="training")
-    with pytest.raises(DataError, match=r"dataset_name must be a folder that holds .* which is empty. Set --dataset_name."):
+    with pytest.raises(
+        DataError, match=r"dataset_name must be a folder that holds .* which is empty. Set --dataset_name."
+    ):
         load_images(str(tmp_path))
     (tmp_path / "rows.csv").write_text("image,label")
-    with pytest.raises(DataError, match=r"dataset_name must be a folder that holds .* which holds none of these. Set --dataset_name."):
+    with pytest.raises(
+        DataError, match=r"dataset_name must be a folder that holds .* which holds none of these. Set --dataset_name."
+    ):
         load_images(str(tmp_path))
     with pytest.raises(DataError, match=r"got '/no/such/folder', which is no folder. Set --dataset_name."):
         load_images("/no/such/folder")
@@ -351,14 +426,20 @@ def test_missing_files_and_rows_name_the_flag(tmp_path):
 
 def test_hidden_labels_name_the_split(tmp_path):
     folder = write_set(tmp_path, {"train": [0, 1], "test": [-1, -1]})
-    with pytest.raises(DataError, match=r"labels of test_split must be in 0..1, got -1..-1 in 'test' .* Set --test_split"):
+    with pytest.raises(
+        DataError, match=r"labels of test_split must be in 0..1, got -1..-1 in 'test' .* Set --test_split"
+    ):
         load_images(folder, "picture", "kind")
 
 
 def test_image_net_s_folders(tmp_path):
-    """train and val with a folder per class; grey and CMYK among the colours. Labels are the folders' names, in order."""
+    """
+    train and val with a folder per class; grey and CMYK among the colours. Labels are the folders' names, in order.
+    """
     modes = ["L", "RGB", "CMYK"]
-    folder = write_images(tmp_path / "a [b]*", {"train/n02": modes, "train/n01": modes, "val/n02": modes, "val/n01": modes}, size=80)
+    folder = write_images(
+        tmp_path / "a [b]*", {"train/n02": modes, "train/n01": modes, "val/n02": modes, "val/n01": modes}, size=80
+    )
     (tmp_path / "a [b]*" / "train" / "n01" / "notes.txt").write_text("no image")
     (tmp_path / "a [b]*" / "train" / "synsets.txt").write_text("no image")
     sets = load_images(folder)
@@ -378,7 +459,10 @@ def test_splits_are_the_user_s_names(tmp_path):
     assert load_images(folder, train_split="my-train").test_split == "test"
     sets = load_images(folder, train_split="my-train", test_split="validation")
     assert (sets.test_split, len(sets.train), sets.test["label"][:]) == ("validation", 3, [1, 1, 1])
-    with pytest.raises(DataError, match=r"train_split must be one of the folders \['my-train', 'test', .* got 'train'. Set --train_split"):
+    with pytest.raises(
+        DataError,
+        match=r"train_split must be one of the folders \['my-train', 'test', .* got 'train'. Set --train_split",
+    ):
         load_images(folder)
     with pytest.raises(DataError, match=r"test_split must be one of the folders .* got 'dev'. Set --test_split"):
         load_images(folder, train_split="my-train", test_split="dev")
@@ -388,16 +472,31 @@ def test_splits_are_the_user_s_names(tmp_path):
     ("folders", "said"),
     [
         ({"train/a": 1}, r"test_split must be one of the folders \['train'\] .* got 'test'. Set --test_split"),
-        ({"train/a": 1, "val/a": 1, "validation/a": 1}, r"no split test, but both of \['validation', 'val'\]. Set --test_split"),
-        ({"a": 1, "b": 1}, r"train_split must be one of the folders \['a', 'b'\] .* which should hold <class>/<image>, got 'train'"),
+        (
+            {"train/a": 1, "val/a": 1, "validation/a": 1},
+            r"no split test, but both of \['validation', 'val'\]. Set --test_split",
+        ),
+        (
+            {"a": 1, "b": 1},
+            r"train_split must be one of the folders \['a', 'b'\] .* which should hold <class>/<image>, got 'train'",
+        ),
         (
             {"train/a": 1, "train/b": 1, "test": 2},
             "test_split must hold class folders .* set --test_split to a split",
         ),
         ({"train": 1, "test/a": 1}, "train_split must hold class folders with images"),
-        ({"train/a": 1, "test/a": 1, "test/c": 1}, r"no class that training lacks, got 'test' with 1 .* such as \['c'\]. Set --test_split"),
-        ({"train/a/images": 1, "test/a": 1}, "images must lie in <split>/<class>/, got .*train/a' with the folder 'images' inside"),
-        ({"train/a": 1, "train/b": 0, "test/a": 1}, r"every class folder must hold images, got .* 1 that hold none, such as \['b'\]"),
+        (
+            {"train/a": 1, "test/a": 1, "test/c": 1},
+            r"no class that training lacks, got 'test' with 1 .* such as \['c'\]. Set --test_split",
+        ),
+        (
+            {"train/a/images": 1, "test/a": 1},
+            "images must lie in <split>/<class>/, got .*train/a' with the folder 'images' inside",
+        ),
+        (
+            {"train/a": 1, "train/b": 0, "test/a": 1},
+            r"every class folder must hold images, got .* 1 that hold none, such as \['b'\]",
+        ),
         ({"train/a": 0, "test/a": 1}, "cannot be read: .* Mend its files, or set --dataset_name"),
     ],
 )
@@ -427,7 +526,8 @@ def test_broken_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("modes", "channels"), [(["L", "L"], 1), (["L", "RGB"], 3), (["RGB", "L"], 3), (["CMYK", "L"], 3), (["L", "CMYK"], 3)]
+    ("modes", "channels"),
+    [(["L", "L"], 1), (["L", "RGB"], 3), (["RGB", "L"], 3), (["CMYK", "L"], 3), (["L", "CMYK"], 3)],
 )
 def test_small_images_keep_their_colours_whichever_comes_first(tmp_path, modes, channels):
     sets = load_images(write_images(tmp_path, {"train/a": modes, "train/b": modes, "test/a": modes}))
@@ -435,7 +535,9 @@ def test_small_images_keep_their_colours_whichever_comes_first(tmp_path, modes, 
     rows = image_data.make_dataset(sets.train, sets, seed=0)
     assert rows[0]["image"].shape == (channels, 32, 32)
     for row, mode in zip(rows.images, modes, strict=False):
-        assert row.float().mean((1, 2)).tolist() == pytest.approx([128] * channels if mode == "L" else [40, 180, 90], abs=8)
+        assert row.float().mean((1, 2)).tolist() == pytest.approx(
+            [128] * channels if mode == "L" else [40, 180, 90], abs=8
+        )
 
 
 def test_small_only_if_all_are_small(tmp_path):
@@ -469,9 +571,13 @@ def test_saved_dictionary(tmp_path):
     assert (sets.test_split, sets.label_names, sets.image_size, sets.channels) == ("validation", ["cat", "dog"], 28, 1)
     assert (sets.train["label"][:], sets.test["label"][:]) == ([1, 0, 1], [0, 1])
     assert len(image_data.make_dataset(sets.train, sets, seed=0)) == 3
-    with pytest.raises(DataError, match=r"test_split must be one of \['train', 'validation'\], got 'test'. Set --test_split."):
+    with pytest.raises(
+        DataError, match=r"test_split must be one of \['train', 'validation'\], got 'test'. Set --test_split."
+    ):
         load_images(str(tmp_path / "set"), test_split="test")
-    with pytest.raises(DataError, match=r"train_split must be one of \['train', 'validation'\], got 'training'. Set --train_split."):
+    with pytest.raises(
+        DataError, match=r"train_split must be one of \['train', 'validation'\], got 'training'. Set --train_split."
+    ):
         load_images(str(tmp_path / "set"), train_split="training")
 
 
@@ -479,17 +585,25 @@ def test_wrong_saved_sets_name_the_flag(tmp_path):
     sets = dictionary({"train": [1, 0], "test": [0]}, {"test": ["dog", "cat"]})
     sets.save_to_disk(tmp_path / "set")
     sets["train"].save_to_disk(tmp_path / "one")
-    with pytest.raises(DataError, match="label names of test_split must be training's, got 'test', where label 0 is 'dog' and not 'cat'"):
+    with pytest.raises(
+        DataError,
+        match="label names of test_split must be training's, got 'test', where label 0 is 'dog' and not 'cat'",
+    ):
         load_images(str(tmp_path / "set"))
     with pytest.raises(DataError, match=r"which is one saved Dataset, without splits. Set --dataset_name."):
         load_images(str(tmp_path / "one"))
     (tmp_path / "set" / "train" / "state.json").write_text("{")
-    with pytest.raises(DataError, match=r"set' cannot be read: JSONDecodeError: .* Mend its files, or set --dataset_name."):
+    with pytest.raises(
+        DataError, match=r"set' cannot be read: JSONDecodeError: .* Mend its files, or set --dataset_name."
+    ):
         load_images(str(tmp_path / "set"))
 
 
 def test_parquet_splits(tmp_path):
-    """Names of files start with the split's; validation stands in for a test that is not there. Each split has its own label names."""
+    """
+    Names of files start with the split's; validation stands in for a test that is not there. Each split has its own
+    label names.
+    """
     sets = dictionary({"train": [1, 0], "validation": [0], "val": [1, 1]}, {"val": ["dog", "cat"]})
     sets["train"].to_parquet(tmp_path / "train-00000-of-00001.parquet")
     sets["validation"].to_parquet(tmp_path / "validation-00000-of-00001.parquet")
@@ -497,7 +611,9 @@ def test_parquet_splits(tmp_path):
     sets["val"].to_parquet(tmp_path / "val_0.parquet")
     with pytest.raises(DataError, match="no split test, but both of"):
         load_images(str(tmp_path))
-    with pytest.raises(DataError, match="label names of test_split must be training's, got 'val_', where label 0 is 'dog'"):
+    with pytest.raises(
+        DataError, match="label names of test_split must be training's, got 'val_', where label 0 is 'dog'"
+    ):
         load_images(str(tmp_path), test_split="val_")
     sets["validation"].to_parquet(tmp_path / "test.parquet")
     assert load_images(str(tmp_path)).test_split == "test"
@@ -507,7 +623,10 @@ def test_parquet_splits(tmp_path):
 
 
 def test_a_smaller_set_beside_the_whole_one_is_left_alone(tmp_path):
-    """train.parquet and train_small.parquet: the rows of the first; the second is a split of its own, and stands in where it is alone."""
+    """
+    train.parquet and train_small.parquet: the rows of the first; the second is a split of its own, and stands in where
+    it is alone.
+    """
     for name, labels in (("train", [0, 1, 1]), ("train_small", [0, 1]), ("test", [1, 0, 0, 0]), ("test_small", [0])):
         dictionary({"train": labels})["train"].to_parquet(tmp_path / f"{name}.parquet")
     dictionary({"train": [1, 1]})["train"].to_parquet(tmp_path / "train-00001-of-00002.parquet")
@@ -527,7 +646,9 @@ def test_never_tested_on_training_rows(tmp_path):
     folder = write_set(tmp_path / "parquet", {"train": [0, 1], "validation": [1]})
     with pytest.raises(DataError, match=r"test_split must not be train_split, got 'train' for both. Set --test_split"):
         load_images(folder, "picture", "kind", test_split="train")
-    with pytest.raises(DataError, match=r"must name different files, got 'train' and 't', and both mean \['train.parquet'\]"):
+    with pytest.raises(
+        DataError, match=r"must name different files, got 'train' and 't', and both mean \['train.parquet'\]"
+    ):
         load_images(folder, "picture", "kind", test_split="t")
     with pytest.raises(DataError, match=r"which has no test\*.parquet"):
         load_images(folder, "picture", "kind", train_split="validation")
@@ -537,7 +658,10 @@ def test_never_tested_on_training_rows(tmp_path):
 
 
 def test_fewer_rows_have_all_classes(tmp_path):
-    """Of rows sorted by class the first ones would be one class: evenly spread ones are taken; of shuffled rows the first."""
+    """
+    Of rows sorted by class the first ones would be one class: evenly spread ones are taken; of shuffled rows the
+    first.
+    """
     sorted_rows = write_set(tmp_path / "sorted", {"train": [0] * 10 + [1] * 10 + [2] * 10, "test": [0, 0, 1, 1, 2, 2]})
     sets = load_images(sorted_rows, "picture", "kind", max_train_samples=6, max_eval_samples=3)
     assert (sets.train["kind"][:], sets.test["kind"][:]) == ([0, 0, 1, 1, 2, 2], [0, 1, 2])
@@ -547,15 +671,23 @@ def test_fewer_rows_have_all_classes(tmp_path):
 
 def test_hub_out_of_reach():
     """Tests run with HF_HUB_OFFLINE=1, so this asks nobody."""
-    with pytest.raises(DataError, match=r"'nobody/no-such-set' cannot be loaded: the Hub is not reachable .* Leave --dataset_name out"):
+    with pytest.raises(
+        DataError, match=r"'nobody/no-such-set' cannot be loaded: the Hub is not reachable .* Leave --dataset_name out"
+    ):
         load_images("nobody/no-such-set")
 
 
 @pytest.mark.parametrize(
     ("said", "way_out"),
     [
-        ("Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub. You must be authenticated to access it.", "set HF_TOKEN"),
-        ("Dataset 'ILSVRC/imagenet-1k' doesn't exist on the Hub or cannot be accessed.", "Set --dataset_name to a set on the Hub"),
+        (
+            "Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub. You must be authenticated to access it.",
+            "set HF_TOKEN",
+        ),
+        (
+            "Dataset 'ILSVRC/imagenet-1k' doesn't exist on the Hub or cannot be accessed.",
+            "Set --dataset_name to a set on the Hub",
+        ),
     ],
 )
 def test_hub_refuses(monkeypatch, said, way_out):
@@ -571,12 +703,18 @@ def test_known_sets_need_no_column_flags(monkeypatch):
     """CIFAR-10 on the Hub calls its columns img and label, ImageNet's labelled test images are in validation."""
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = datasets.Dataset.from_dict({"img": [Image.new("RGB", (32, 32))] * 2, "label": [0, 1]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows, test=rows, validation=rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows, test=rows, validation=rows)
+    )
     assert load_images("uoft-cs/cifar10").label_names == ["cat", "dog"]
-    with pytest.raises(DataError, match=r"test_split must be one of \['train', 'test', 'validation'\], got 'dev'. Set --test_split."):
+    with pytest.raises(
+        DataError, match=r"test_split must be one of \['train', 'test', 'validation'\], got 'dev'. Set --test_split."
+    ):
         load_images("uoft-cs/cifar10", test_split="dev")
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows, test=rows.select([])))
-    with pytest.raises(DataError, match=r"test_split must hold images, got 'test', which has no rows. Set --test_split."):
+    with pytest.raises(
+        DataError, match=r"test_split must hold images, got 'test', which has no rows. Set --test_split."
+    ):
         load_images("uoft-cs/cifar10")
     assert image_data._KNOWN_COLUMNS["ILSVRC/imagenet-1k"] == ("image", "label", "validation")
 
@@ -598,7 +736,10 @@ def test_batch_by_hand():
 
 
 def test_augmentation_is_a_shift_of_the_image_or_its_mirror():
-    """With padding 1 a 3x3 image has 9 places, mirrored 9 more: all 18 occur, nothing else, and black comes in from outside."""
+    """
+    With padding 1 a 3x3 image has 9 places, mirrored 9 more: all 18 occur, nothing else, and black comes in from
+    outside.
+    """
     image = torch.arange(1, 10, dtype=torch.uint8).view(1, 3, 3)
     allowed = set()
     for picture in (image, image.flip(-1)):
@@ -639,7 +780,8 @@ def test_a_batch_that_is_made_again_is_the_same_and_draws_from_no_global_generat
 
 
 @pytest.mark.parametrize(
-    ("step", "accumulation", "told"), [(0, 1, 0), (28, 1, 0), (29, 1, 1), (57, 1, 1), (14, 2, 0), (15, 2, 1), (30, 2, 2)]
+    ("step", "accumulation", "told"),
+    [(0, 1, 0), (28, 1, 0), (29, 1, 1), (57, 1, 1), (14, 2, 0), (15, 2, 1), (30, 2, 2)],
 )
 def test_the_pass_is_counted_from_the_steps(step, accumulation, told):
     """29 batches: a pass is 29 steps, or 15 of two batches, of which the last has one."""
@@ -653,13 +795,16 @@ def test_the_pass_is_counted_from_the_steps(step, accumulation, told):
 def test_large_images_have_boxes_of_their_own():
     slope = Image.linear_gradient("L").resize((300, 300)).convert("RGB")
     train = datasets.Dataset.from_dict(
-        {"image": [slope], "label": [0]}, features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        {"image": [slope], "label": [0]},
+        features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64")),
     )
     sets = SimpleNamespace(image_column="image", label_column="label", image_size=224)
     rows = image_data.make_dataset(train, sets, seed=0)
     first = rows[0]["image"]
     assert torch.equal(rows[0]["image"], first)
-    assert torch.equal(image_data.make_dataset(train, sets, seed=-(2**64))[0]["image"], first), "a negative seed is one too"
+    assert torch.equal(image_data.make_dataset(train, sets, seed=-(2**64))[0]["image"], first), (
+        "a negative seed is one too"
+    )
     rows.set_epoch(1)
     assert not torch.equal(rows[0]["image"], first)
 
@@ -715,7 +860,8 @@ def test_large_images_get_resnet_50():
 
 
 @pytest.mark.parametrize(
-    ("name", "machines", "cpu"), [("cpu_two_processes", 1, True), ("one_machine_gpus", 1, False), ("several_machines", 2, False)]
+    ("name", "machines", "cpu"),
+    [("cpu_two_processes", 1, True), ("one_machine_gpus", 1, False), ("several_machines", 2, False)],
 )
 def test_launch_configs(name, machines, cpu):
     config = ClusterConfig.from_yaml_file(yaml_file=str(RECIPES / "configs" / f"{name}.yaml"))
@@ -725,7 +871,8 @@ def test_launch_configs(name, machines, cpu):
     assert (config.main_process_ip is not None) == (machines > 1)
 
 
-# srun runs until its tasks are signalled, as they are by scancel; sent TERM itself it would kill them (seen with SLURM 22.05).
+# srun runs until its tasks are signalled, as they are by scancel; sent TERM itself it would kill them (seen with SLURM
+# 22.05).
 SLURM = {
     "srun": 'echo $$ > "$HERE/srun"; trap "echo srun ends >> $HERE/log; exit 75" USR2; while true; do sleep 0.1; done',
     "scancel": 'echo "scancel $*" >> "$HERE/log"; kill -USR2 "$(cat "$HERE/srun")"',
@@ -735,7 +882,10 @@ SLURM = {
 
 @pytest.mark.parametrize("name", ["image_classification", "translation"])
 def test_slurm_script_signals_its_tasks_waits_for_them_and_asks_for_a_requeue(tmp_path, name):
-    """Five minutes before the end SLURM sends the script TERM: the tasks are told, save and end, and only then the job is requeued."""
+    """
+    Five minutes before the end SLURM sends the script TERM: the tasks are told, save and end, and only then the job is
+    requeued.
+    """
     for program, script in SLURM.items():
         (tmp_path / program).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / program).chmod(0o755)
@@ -749,24 +899,33 @@ def test_slurm_script_signals_its_tasks_waits_for_them_and_asks_for_a_requeue(tm
     time.sleep(0.2)  # srun's trap is set
     job.terminate()
     assert job.wait(timeout=20) == 0
-    assert (tmp_path / "log").read_text().splitlines()[1:] == ["scancel --signal=TERM 7.0", "srun ends", "scontrol requeue 7"]
+    assert (tmp_path / "log").read_text().splitlines()[1:] == [
+        "scancel --signal=TERM 7.0",
+        "srun ends",
+        "scontrol requeue 7",
+    ]
 
 
 @pytest.mark.slow
 def test_several_machines(tmp_path):
-    """Two launchers with the shipped configuration, one per machine; here both are this machine, at its loopback address."""
+    """
+    Two launchers with the shipped configuration, one per machine; here both are this machine, at its loopback address.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = f"--num_processes 2 --mixed_precision no --main_process_ip 127.0.0.1 --main_process_port {port}"
     commands = [
-        f"{sys.executable} -m accelerate.commands.launch --config_file recipes/configs/several_machines.yaml --machine_rank {rank} {flags} "
-        f"recipes/image_classification.py {SHORT} --max_steps 4 --sync_every 2 --output_dir {tmp_path}"
+        f"{sys.executable} -m accelerate.commands.launch --config_file recipes/configs/several_machines.yaml "
+        f"--machine_rank {rank} {flags} recipes/image_classification.py {SHORT} --max_steps 4 --sync_every 2 "
+        f"--output_dir {tmp_path}"
         for rank in (0, 1)
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     launchers = [
-        subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command.split(), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for command in commands
     ]
     try:

@@ -1,4 +1,7 @@
-"""The reproduction: which rows a worker sees, the schedule, the grids, records that are resumed and never corrupted, the statistics."""
+"""
+The reproduction: which rows a worker sees, the schedule, the grids, records that are resumed and never corrupted, the
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ def test_an_epoch_gives_every_row_once():
     seen = torch.cat([part.flatten() for part in parts])
     assert len(seen.unique()) == 100
     assert not torch.equal(parts[0], small_images.rows_of(3, 0, RUN, 103))
-    assert torch.equal(parts[0], small_images.rows_of(2, 0, replace(RUN, base="sgp", outer_momentum=0.0), 103)), "a pair sees the same rows"
+    assert torch.equal(parts[0], small_images.rows_of(2, 0, replace(RUN, base="sgp", outer_momentum=0.0), 103)), (
+        "a pair sees the same rows"
+    )
 
 
 def test_the_schedule_in_numbers():
@@ -38,14 +43,30 @@ def test_the_schedule_in_numbers():
     factor = [small_images.learning_rate_factor(step, 200) for step in range(200)]
     assert factor[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factor[99] == 1.0
-    assert [factor[step] for step in (100, 149, 150, 174, 175, 199)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [factor[step] for step in (100, 149, 150, 174, 175, 199)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
 
 
 def test_names_and_settings_of_image_runs_stay():
     """Records that are there are found by both."""
     settings = {
-        **{"study": "table1", "task": "image_classification", "base": "sgp", "outer_momentum": 0.5, "inner_lr": 0.1, "seed": 1},
-        **{"sync_every": 12, "workers": 8, "inner_state": "auto", "exact_average": True, "epochs": 8, "batch_size": 16},
+        **{
+            "study": "table1",
+            "task": "image_classification",
+            "base": "sgp",
+            "outer_momentum": 0.5,
+            "inner_lr": 0.1,
+            "seed": 1,
+        },
+        **{
+            "sync_every": 12,
+            "workers": 8,
+            "inner_state": "auto",
+            "exact_average": True,
+            "epochs": 8,
+            "batch_size": 16,
+        },
     }
     (run,) = (run for run in studies.table1("image_classification", TUNED, 1) if run.base == "sgp" and run.slowmo)
     assert run.name == "table1_image_classification_sgp_outer_momentum-0.5_inner_lr-0.1_seed-1"
@@ -53,7 +74,10 @@ def test_names_and_settings_of_image_runs_stay():
     assert run.matches({"run": settings})
 
 
-TUNED = {base: studies.Tuned(0.1, None if base == "all_reduce" else 0.5) for base in ("all_reduce", "local_sgd", "sgp", "osgp")}
+TUNED = {
+    base: studies.Tuned(0.1, None if base == "all_reduce" else 0.5)
+    for base in ("all_reduce", "local_sgd", "sgp", "osgp")
+}
 
 
 def test_the_table_has_the_papers_rows():
@@ -78,18 +102,33 @@ def test_gossip_without_slow_momentum_is_as_published():
     """No exact average there, and that is what the gain of its partner is measured against."""
     for task in studies.TASKS:
         for run in (*studies.table1(task, TUNED), *studies.tuning(task, TUNED)):
-            assert run.config.exact_average == run.exact_average == (run.slowmo or run.base in ("local_sgd", "all_reduce")), run
+            assert (
+                run.config.exact_average
+                == run.exact_average
+                == (run.slowmo or run.base in ("local_sgd", "all_reduce"))
+            ), run
             partner = studies.without_slowmo(asdict(run))
-            assert (partner["outer_momentum"], partner["exact_average"]) == (0.0, run.base in ("local_sgd", "all_reduce"))
-            assert {key for key, value in asdict(run).items() if partner[key] != value} <= {"outer_momentum", "exact_average"}
+            assert (partner["outer_momentum"], partner["exact_average"]) == (
+                0.0,
+                run.base in ("local_sgd", "all_reduce"),
+            )
+            assert {key for key, value in asdict(run).items() if partner[key] != value} <= {
+                "outer_momentum",
+                "exact_average",
+            }
 
 
 def test_the_tables_rows_of_translation():
-    """3 seeds of 3 bases with the paper's periods; AR-Adam has no slow momentum. At most 3 x 3 settings of a base are tuned."""
+    """
+    3 seeds of 3 bases with the paper's periods; AR-Adam has no slow momentum. At most 3 x 3 settings of a base are
+    tuned.
+    """
     runs = studies.table1("translation", TUNED)
     counts = Counter((run.base, run.slowmo, run.sync_every) for run in runs)
     periods = {"local_sgd": 12, "sgp": 48, "all_reduce": 12}
-    assert counts == {(b, slow, tau): 3 for b, tau in periods.items() for slow in (False, True) if not slow or b != "all_reduce"}
+    assert counts == {
+        (b, slow, tau): 3 for b, tau in periods.items() for slow in (False, True) if not slow or b != "all_reduce"
+    }
     assert {run.seed for run in runs} == {1, 2, 3}
     tuning = Counter(run.base for run in studies.tuning("translation", TUNED))
     assert tuning == {"local_sgd": 6, "sgp": 6, "all_reduce": 3}
@@ -101,7 +140,10 @@ def tuning_record(base, lr, momentum, accuracy):
 
 
 def test_tuning_chooses_when_all_its_runs_are_there():
-    """0.2, 0.4, 0.8 give 0.5, 0.8, 0.7: 0.4 is chosen; there momenta 0.3, 0.5, 0.7 give 0.6, 0.7, 0.9; 0.8's momentum does not count."""
+    """
+    0.2, 0.4, 0.8 give 0.5, 0.8, 0.7: 0.4 is chosen; there momenta 0.3, 0.5, 0.7 give 0.6, 0.7, 0.9; 0.8's momentum
+    does not count.
+    """
     rates = [tuning_record("sgp", lr, 0.0, accuracy) for lr, accuracy in ((0.2, 0.5), (0.4, 0.8), (0.8, 0.7))]
     momenta = [tuning_record("sgp", 0.4, beta, accuracy) for beta, accuracy in ((0.3, 0.6), (0.5, 0.7), (0.7, 0.9))]
     foreign = [tuning_record("sgp", 0.8, 0.3, 1.0), tuning_record("osgp", 0.8, 0.0, 1.0)]
@@ -147,7 +189,10 @@ def record(momentum, seed, accuracy):
 
 
 def test_the_paired_gain_by_hand():
-    """Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(2) = 4.303: half-width 4.303 * 0.1 / sqrt(3) = 0.2484. Seed 9 has no partner."""
+    """
+    Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(2) = 4.303: half-width 4.303 * 0.1 / sqrt(3) = 0.2484. Seed 9 has no
+    partner.
+    """
     plain = [record(0.0, seed, value) for seed, value in ((1, 0.5), (2, 0.5), (3, 0.5))]
     slow = [record(0.5, seed, value) for seed, value in ((1, 0.6), (2, 0.7), (3, 0.8), (9, 0.0))]
     assert reproduce.paired_gain(slow, plain, "test_accuracy") == "+0.2000 [-0.0484, +0.4484] (3)"
@@ -159,10 +204,13 @@ def test_the_paired_gain_by_hand():
 
 def test_a_sweep_is_drawn_over_what_varies_alone(tmp_path):
     """Over tau at beta 0.5 three runs; beta 0 has one, which is no line. The file is a picture."""
-    runs = [replace(RUN, outer_momentum=beta, sync_every=tau) for beta, tau in ((0.5, 24), (0.5, 3), (0.5, 12), (0.0, 6))]
+    runs = [
+        replace(RUN, outer_momentum=beta, sync_every=tau) for beta, tau in ((0.5, 24), (0.5, 3), (0.5, 12), (0.0, 6))
+    ]
     runs.append(replace(RUN, outer_momentum=0.5, inner_state="average"))
     records = [
-        {"run": asdict(run), "slowmo": run.slowmo, "seed": 1, "metrics": {"test_accuracy": 0.8 + run.sync_every / 100}} for run in runs
+        {"run": asdict(run), "slowmo": run.slowmo, "seed": 1, "metrics": {"test_accuracy": 0.8 + run.sync_every / 100}}
+        for run in runs
     ]
     (line,) = reproduce.swept(records, "sync_every", "test_accuracy").values()
     assert [x for x, _ in line] == [3, 12, 24]
@@ -213,13 +261,16 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
     """Nothing is trained and nothing written; a damaged record says nothing, one of another task neither."""
     told = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}
     for task, (name, digest) in told.items():
-        (tmp_path / f"tuning_{task}_sgp_seed-0.json").write_text(json.dumps({"dataset": name, "dataset_sha256": digest}))
+        (tmp_path / f"tuning_{task}_sgp_seed-0.json").write_text(
+            json.dumps({"dataset": name, "dataset_sha256": digest})
+        )
     (tmp_path / "sweep_image_classification_sgp_seed-0.json").write_text("{")
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: images)
     monkeypatch.setattr(small_images, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(
-        reproduce.SettingError, match=r"^dataset_name must be .* 'other' with SHA-256 c0ffeec0ffee as in tuning_.*got 'mine'.* Set --"
+        reproduce.SettingError,
+        match=r"^dataset_name must be .* 'other' with SHA-256 c0ffeec0ffee as in tuning_.*got 'mine'.* Set --",
     ):
         reproduce.run_one(RUN, "mine", str(tmp_path))
     assert sorted(tmp_path.iterdir()) == before
@@ -232,14 +283,19 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--task translation --bases osgp", r"bases must be some of local_sgd, all_reduce, sgp, got 'osgp'. Set --bases."),
+        (
+            "--task translation --bases osgp",
+            r"bases must be some of local_sgd, all_reduce, sgp, got 'osgp'. Set --bases.",
+        ),
         ("--seeds 0", "seeds must be >= 1, got 0. Set --seeds."),
         ("--task speech", "argument --task: invalid choice: 'speech'"),
         ("--task translation --dataset_name /nowhere", r"dataset_name must be .*'/nowhere'.* Set --dataset_name"),
     ],
 )
 def test_bad_input_ends_with_one_line_that_names_the_flag(monkeypatch, tmp_path, flags, said):
-    monkeypatch.setattr(reproduce, "run_all", lambda runs, asked, folder: reproduce.run_one(runs[0], asked.dataset_name, str(folder)))
+    monkeypatch.setattr(
+        reproduce, "run_all", lambda runs, asked, folder: reproduce.run_one(runs[0], asked.dataset_name, str(folder))
+    )
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--study", "tuning", "--records", str(tmp_path), *flags.split()])
     with pytest.raises(SystemExit, match=f"^reproduce.py: {said}") as end:
         reproduce.main()
@@ -258,16 +314,45 @@ def test_the_clusters_commands_are_the_papers_rows():
 
 COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.glob("*.json"))]
 FIELDS = {
-    *("study", "task", "dataset", "model", "base", "slowmo", "workers", "sync_every", "outer_lr", "outer_momentum", "inner_lr"),
-    *("inner_state", "seed", "metrics", "curve", "bytes_sent_per_worker", "seconds", "command", "versions", "commit", "hardware"),
+    *(
+        "study",
+        "task",
+        "dataset",
+        "model",
+        "base",
+        "slowmo",
+        "workers",
+        "sync_every",
+        "outer_lr",
+        "outer_momentum",
+        "inner_lr",
+    ),
+    *(
+        "inner_state",
+        "seed",
+        "metrics",
+        "curve",
+        "bytes_sent_per_worker",
+        "seconds",
+        "command",
+        "versions",
+        "commit",
+        "hardware",
+    ),
 }
 
 
-BEST = {"image_classification": ("validation_accuracy", max, "test_accuracy"), "translation": ("validation_nll", min, "test_bleu")}
+BEST = {
+    "image_classification": ("validation_accuracy", max, "test_accuracy"),
+    "translation": ("validation_nll", min, "test_bleu"),
+}
 PARAMETERS = {"image_classification": 19_890, "translation": 180_736}
 # 8 passes over 50,000 rows, 128 a step; and over the help text. Digests of the training rows, and of all sentences.
 STEPS = {"image_classification": 8 * (50_000 // 128), "translation": 7_436}
-DATA = {"image_classification": ("zalando-datasets/fashion_mnist", "1f243a60"), "translation": (translation_data.SHIPPED_NAME, "79fe11f3")}
+DATA = {
+    "image_classification": ("zalando-datasets/fashion_mnist", "1f243a60"),
+    "translation": (translation_data.SHIPPED_NAME, "79fe11f3"),
+}
 
 
 @pytest.mark.parametrize("record", COMMITTED, ids=lambda record: record["name"])
@@ -278,7 +363,9 @@ def test_a_committed_record_is_whole(record):
     assert set(record) >= FIELDS
     assert record["workers"] >= 8
     assert record["steps"] == STEPS[record["task"]]
-    assert (record["dataset"], record["dataset_sha256"][:8]) == DATA[record["task"]], "runs on other data are not compared"
+    assert (record["dataset"], record["dataset_sha256"][:8]) == DATA[record["task"]], (
+        "runs on other data are not compared"
+    )
     rounds = record["steps"] // record["sync_every"]
     assert rounds >= 150 or (record["study"] == "sweep" and record["sync_every"] > 12)  # of the period
     metric, best, test = BEST[record["task"]]
@@ -300,7 +387,9 @@ def test_the_tables_of_the_results_page_are_those_of_the_records(study, task):
 
 
 def test_the_figures_of_the_readme_are_those_of_the_records():
-    own = [r for r in COMMITTED if (r["study"], r["task"], r["base"]) == ("table1", "image_classification", "local_sgd")]
+    own = [
+        r for r in COMMITTED if (r["study"], r["task"], r["base"]) == ("table1", "image_classification", "local_sgd")
+    ]
     rows = [line.split(" | ") for line in reproduce.table(own, "image_classification").splitlines()[2:]]
     cells = [rows[0][4], rows[1][4], rows[1][5].rstrip(" |")]
     line = f"| {' | '.join(cell.rpartition(' (')[0] for cell in cells)} |"

@@ -27,7 +27,10 @@ CASES = {
     "node workers": (SlowMoConfig(base="osgp", sync_every=4, processes_per_worker=2), "adamw_torch"),
     "all_reduce": (SlowMoConfig(base="all_reduce", sync_every=4), "sgd"),
     "overlapped": (SlowMoConfig(sync_every=4, outer_momentum=0.6, overlap_steps=2), "sgd"),
-    "overlapped, node workers": (SlowMoConfig.diloco(sync_every=4, overlap_steps=3, processes_per_worker=2), "adamw_torch"),
+    "overlapped, node workers": (
+        SlowMoConfig.diloco(sync_every=4, overlap_steps=3, processes_per_worker=2),
+        "adamw_torch",
+    ),
 }
 
 
@@ -37,14 +40,21 @@ def _run(folder, case, resume=None, **settings):
     recorder = Recorder()
     args = arguments(
         folder,
-        **{"max_steps": STEPS, "optim": optim, "optim_args": "momentum=0.9" if optim == "sgd" else None, "learning_rate": 0.02}
+        **{
+            "max_steps": STEPS,
+            "optim": optim,
+            "optim_args": "momentum=0.9" if optim == "sgd" else None,
+            "learning_rate": 0.02,
+        }
         | {"save_strategy": "steps", "save_steps": 1, "logging_strategy": "steps", "logging_steps": 2, "seed": 5}
         | {"eval_strategy": "steps", "eval_steps": 3, "per_device_train_batch_size": 2}
         | settings,
     )
     data = sentences(24)
     callbacks = [recorder, SlowMoCallback(config)]
-    trainer = Trainer(model=bert(dropout=0.1), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks)
+    trainer = Trainer(
+        model=bert(dropout=0.1), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=resume)
     state = trainer.optimizer.optimizer.state_dict()["state"]
     return {**recorded(trainer, recorder), "inner": state, "step": trainer.state.global_step}

@@ -1,4 +1,7 @@
-"""Sharded slow state: the plain run bit for bit, 1/m of the memory, a round's bytes, checkpoints that either kind of run takes up."""
+"""
+Sharded slow state: the plain run bit for bit, 1/m of the memory, a round's bytes, checkpoints that either kind of run
+takes up.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ CONFIGS = {
 
 
 class Mixed(Regression):
-    """fp64 with an fp32 layer of 400 elements and a bf16 one of 7: two anchors and, with small buckets, several buckets."""
+    """
+    fp64 with an fp32 layer of 400 elements and a bf16 one of 7: two anchors and, with small buckets, several buckets.
+    """
 
     def __init__(self):
         super().__init__()
@@ -38,7 +43,11 @@ class Mixed(Regression):
 
     def forward(self, x, labels):
         loss = super().forward(x, labels)["loss"] + self.norm(x.float()).abs().mean()
-        return {"loss": loss + self.extra(x.float().repeat(1, 5)).square().mean() + (self.coarse.float() - x.float().mean()).square().sum()}
+        return {
+            "loss": loss
+            + self.extra(x.float().repeat(1, 5)).square().mean()
+            + (self.coarse.float() - x.float().mean()).square().sum()
+        }
 
 
 def make_config(settings, shard):
@@ -54,7 +63,9 @@ def begin(config, rank, inner="sgd"):
     optimizer = SlowMoOptimizer(optimizer, config)
 
     def step_once(step):
-        for group, factor in zip(optimizer.param_groups, (1, 2, 3), strict=True):  # another ratio of learning rates per group
+        for group, factor in zip(
+            optimizer.param_groups, (1, 2, 3), strict=True
+        ):  # another ratio of learning rates per group
             group["lr"] *= 1 - 0.03 * factor
         start = 32 * step + 4 * rank
         model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"].backward()
@@ -94,7 +105,9 @@ def assert_same_runs(plain, sharded):
         assert all(same(a, b) for a, b in zip(after + shown, other_after + other_shown, strict=True))
         for mine, other in zip(reports, other_reports, strict=True):
             for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"):
-                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-8), name  # a small difference of squares
+                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-8), (
+                    name
+                )  # a small difference of squares
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -102,7 +115,10 @@ def assert_same_runs(plain, sharded):
 def test_the_run_is_the_plain_one_bit_for_bit(case, workers):
     """In one process sums are taken in the order of workers either way."""
     settings, inner = CONFIGS[case]
-    runs = [run_in_process(lambda rank, shard=shard: train(make_config(settings, shard), rank, inner), workers) for shard in (False, True)]
+    runs = [
+        run_in_process(lambda rank, shard=shard: train(make_config(settings, shard), rank, inner), workers)
+        for shard in (False, True)
+    ]
     assert_same_runs(*runs)
     assert len(runs[0][0][2]) == STEPS // settings["sync_every"]
     assert not same(runs[0][0][0][0], runs[0][0][0][-1])
@@ -114,7 +130,10 @@ def over_gloo():
 
 
 def test_over_gloo():
-    """A ring sums in another order: fp64 to 1e-12, fp32 to 1e-6, bf16 to its last bit. All workers are equal at every round's end."""
+    """
+    A ring sums in another order: fp64 to 1e-12, fp32 to 1e-6, bf16 to its last bit. All workers are equal at every
+    round's end.
+    """
     found = run_workers(over_gloo, 3)
     limits = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.int64: 0}
     for plain, sharded in found:
@@ -139,11 +158,16 @@ def one_round(config, elements):
 @pytest.mark.parametrize("workers", [2, 4, 7])
 @pytest.mark.parametrize("bucket_bytes", [2**22, 2**14])
 def test_bytes_and_memory(workers, bucket_bytes):
-    """Theory: 2 (m-1)/m 4P bytes, and anchors and velocity of 2P/m elements, each rounded up per bucket; messages in `bucket_bytes`."""
+    """
+    Theory: 2 (m-1)/m 4P bytes, and anchors and velocity of 2P/m elements, each rounded up per bucket; messages in
+    `bucket_bytes`.
+    """
     elements = 100_003
     settings = {"sync_every": 1, "outer_momentum": 0.5, "bucket_bytes": bucket_bytes}
     plain, sharded = (
-        run_in_process(lambda _, shard=shard: one_round(SlowMoConfig(**settings, shard_slow_state=shard), elements), workers)
+        run_in_process(
+            lambda _, shard=shard: one_round(SlowMoConfig(**settings, shard_slow_state=shard), elements), workers
+        )
         for shard in (False, True)
     )
     for (plain_bytes, plain_state, *_), (sent, state, messages, buckets) in zip(plain, sharded, strict=True):
@@ -153,7 +177,9 @@ def test_bytes_and_memory(workers, bucket_bytes):
         assert plain_state == 2 * elements
         assert 2 * elements / workers <= state <= 2 * (elements / workers + buckets)
         assert buckets == math.ceil(4 * elements / (min(bucket_bytes, 4 * elements) // 5 // 4 * 4))
-        assert messages <= 0.8 * min(bucket_bytes, 4 * elements) + 4 * workers * 4  # rounded up; a fifth of room for gloo's own copy
+        assert (
+            messages <= 0.8 * min(bucket_bytes, 4 * elements) + 4 * workers * 4
+        )  # rounded up; a fifth of room for gloo's own copy
 
 
 def uneven():
@@ -258,7 +284,10 @@ def resumer(folder, step, config, rank):
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_resume(tmp_path, case):
-    """With the same number of workers it ends as the run that was never stopped, of either kind; with another, as the plain one."""
+    """
+    With the same number of workers it ends as the run that was never stopped, of either kind; with another, as the
+    plain one.
+    """
     saved_sharded, resumed_sharded, settings, workers = RESUMED[case]
     saved = run_in_process(lambda rank: saver(tmp_path, saved_sharded, rank), 3)
     for step in (5, 6):
@@ -277,7 +306,9 @@ def test_the_files_are_those_of_a_plain_run(tmp_path):
         (tmp_path / str(shard)).mkdir()
         run_in_process(lambda rank, shard=shard: saver(tmp_path / str(shard), shard, rank), 3)
     for step in (5, 6):
-        plain, sharded = (read_part(str(tmp_path / str(shard) / str(step)), "shared").tensors for shard in (False, True))
+        plain, sharded = (
+            read_part(str(tmp_path / str(shard) / str(step)), "shared").tensors for shard in (False, True)
+        )
         assert set(plain) == set(sharded) == {"anchor.0", "anchor.1", "velocity.0", "velocity.1"}
         assert same(plain, sharded)
         assert plain["velocity.1"].any()
@@ -300,7 +331,11 @@ def no_room(folder, processes):
 
     torch.empty = empty if dist.get_rank() == 0 else real
     try:
-        together(loop, "cannot be written", lambda: write_snapshot(str(folder), loop, shared=dist.get_rank() == 0, objects={}))
+        together(
+            loop,
+            "cannot be written",
+            lambda: write_snapshot(str(folder), loop, shared=dist.get_rank() == 0, objects={}),
+        )
     except CheckpointError as error:
         return str(error)
     finally:
@@ -343,7 +378,9 @@ def test_a_state_dict_of_a_plain_run_is_taken_up_and_none_is_given():
             for step in range(6, STEPS):
                 step_once(step)
             ends.append((start, state_of(model)))
-        with pytest.raises(RuntimeError, match=r"shard_slow_state=True: each has a shard of it. Use accelerator.save_state"):
+        with pytest.raises(
+            RuntimeError, match=r"shard_slow_state=True: each has a shard of it. Use accelerator.save_state"
+        ):
             optimizer.state_dict()
         return ends
 
@@ -367,7 +404,9 @@ def test_the_log_says_that_the_state_is_cut_otherwise(tmp_path):
 
 @pytest.mark.parametrize("base", ["sgp", "osgp", "dpsgd", "all_reduce"])
 def test_other_bases_refuse_it(base):
-    with pytest.raises(ValueError, match=rf"shard_slow_state is for base='local_sgd'.*got shard_slow_state=True with base='{base}'"):
+    with pytest.raises(
+        ValueError, match=rf"shard_slow_state is for base='local_sgd'.*got shard_slow_state=True with base='{base}'"
+    ):
         SlowMoConfig(base=base, shard_slow_state=True)
 
 
@@ -385,7 +424,9 @@ def test_what_does_not_go_together_is_refused(settings, words):
 
 
 def test_the_device_alone_is_refused():
-    with pytest.raises(ValueError, match="slow_state_device='cpu' is for a slow state that is sharded, got shard_slow_state=False"):
+    with pytest.raises(
+        ValueError, match="slow_state_device='cpu' is for a slow state that is sharded, got shard_slow_state=False"
+    ):
         SlowMoConfig(slow_state_device="cpu")
     with pytest.raises(ValueError, match="slow_state_device must be one of same, cpu, got 'disk'"):
         SlowMoConfig(shard_slow_state=True, slow_state_device="disk")

@@ -1,4 +1,7 @@
-"""Translation in small: the schedule, figures against torch and sacrebleu, all-reduce against one Adam, a run and its record."""
+"""
+Translation in small: the schedule, figures against torch and sacrebleu, all-reduce against one Adam, a run and its
+record.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ def folder(tmp_path_factory):
     """A few short pairs of the shipped text, and one that is too long in every split."""
     path = tmp_path_factory.mktemp("help")
     for split, count in (("train", 60), ("validation", 7), ("test", 5)):
-        rows = [row["translation"] for row in datasets.Dataset.from_parquet(str(SHIPPED / f"{split}.parquet"), keep_in_memory=True)]
+        rows = [
+            row["translation"]
+            for row in datasets.Dataset.from_parquet(str(SHIPPED / f"{split}.parquet"), keep_in_memory=True)
+        ]
         short = [row for row in rows if max(len(text.encode()) for text in row.values()) <= 30][:count]
         long = {language: " ".join([text] * 30) for language, text in short[0].items()}
         datasets.Dataset.from_dict({"translation": [*short, long]}).to_parquet(str(path / f"{split}.parquet"))
@@ -81,7 +87,10 @@ def test_the_digest_knows_every_sentence(folder, data, tmp_path):
 
 @torch.no_grad()
 def test_losses_are_torchs_sentence_by_sentence(data):
-    """NLL: -log p of every label; smoothed by 0.1: nine tenths of it and a tenth of the mean of -log p over the vocabulary."""
+    """
+    NLL: -log p of every label; smoothed by 0.1: nine tenths of it and a tenth of the mean of -log p over the
+    vocabulary.
+    """
     torch.manual_seed(0)
     model = make_transformer("mini", len(data.tokenizer))
     nll, smoothed, tokens = 0.0, 0.0, 0
@@ -94,7 +103,9 @@ def test_losses_are_torchs_sentence_by_sentence(data):
         smoothed -= float(0.9 * log_p[range(len(labels)), labels].sum() + 0.1 * log_p.mean(dim=-1).sum())
         tokens += len(labels)
     model.train()
-    assert small_translation._evaluate(model, data.validation) == pytest.approx((smoothed / tokens, nll / tokens), rel=1e-5)
+    assert small_translation._evaluate(model, data.validation) == pytest.approx(
+        (smoothed / tokens, nll / tokens), rel=1e-5
+    )
     assert model.training
 
 
@@ -116,14 +127,18 @@ def test_all_reduce_is_one_adam_on_the_mean_gradient(data):
     assert steps == len(samplers[0]) >= 3
     for step, batches in enumerate(zip(*samplers, strict=True)):
         adam.param_groups[0]["lr"] = run.inner_lr * small_translation.learning_rate_factor(step, steps)
-        losses = [small_translation._losses(model, [data.train.rows[row] for row in batch], 0.1)[0] for batch in batches]
+        losses = [
+            small_translation._losses(model, [data.train.rows[row] for row in batch], 0.1)[0] for batch in batches
+        ]
         (sum(losses) / 2).backward()
         adam.step()
         adam.zero_grad()
     for rank in range(2):
         ours = dict(jobs[rank].model.named_parameters())
         for name, expected in model.named_parameters():
-            if not name.endswith("k_proj.bias"):  # attention does not depend on it: its gradient is rounding, which Adam makes large
+            if not name.endswith(
+                "k_proj.bias"
+            ):  # attention does not depend on it: its gradient is rounding, which Adam makes large
                 torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -144,7 +159,9 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data,
     assert curve[2]["training_loss"] < curve[0]["training_loss"] - 0.5, "it learns"
     assert set(reproduce.SHOWN["translation"].columns) <= set(metrics)
     assert found["bleu_signature"] == str(_sacrebleu(data.test.targets, data.test.targets)[1])
-    assert found["model"] == f"MarianMTModel, {16 * len(data.tokenizer) + 2224 + 3344:,} parameters", "embedding, encoder, decoder"
+    assert found["model"] == f"MarianMTModel, {16 * len(data.tokenizer) + 2224 + 3344:,} parameters", (
+        "embedding, encoder, decoder"
+    )
     assert {"dataset", "dataset_sha256", "versions", "commit", "hardware", "test_rows"} <= set(found)
     assert {"sacrebleu", "tokenizers"} <= set(found["versions"])
     assert reproduce.table([found], "translation").splitlines()[-1].startswith(f"| {base}, γ 0.02, τ 3")
@@ -183,12 +200,17 @@ def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
             (place / f"{split}.parquet").write_bytes((folder / f"{split}.parquet").read_bytes())
     rows = datasets.Dataset.from_parquet(str(folder / "test.parquet"), keep_in_memory=True)
     rows.select([len(rows) - 1]).to_parquet(str(tmp_path / "test.parquet"))
-    with pytest.raises(DataError, match=r"validation and test must hold pairs of at most 32 tokens a side, got none. Set --dataset_name"):
+    with pytest.raises(
+        DataError,
+        match=r"validation and test must hold pairs of at most 32 tokens a side, got none. Set --dataset_name",
+    ):
         small_translation.load(str(tmp_path))
     with pytest.raises(DataError, match=r"test_set must be one of the splits .* Set --dataset_name") as error:
         small_translation.load(str(no_test))
     assert "--test_set" not in str(error.value)
-    rows.select([0]).map(lambda row: {"translation": {"en": "", "de": ""}}, keep_in_memory=True).to_parquet(str(tmp_path / "test.parquet"))
+    rows.select([0]).map(lambda row: {"translation": {"en": "", "de": ""}}, keep_in_memory=True).to_parquet(
+        str(tmp_path / "test.parquet")
+    )
     with pytest.raises(DataError, match=r"1 empty lines, the first in row 0. Set --dataset_name") as error:
         small_translation.load(str(tmp_path))
     assert "--test_set" not in str(error.value)

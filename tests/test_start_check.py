@@ -114,7 +114,9 @@ def _missing():
 def _order():
     model = Net(1.0 + rank())
     params = [model.first, model.second]
-    model.second, model.first = by_rank((model.second, model.first), (model.first, model.second))  # same names, other places
+    model.second, model.first = by_rank(
+        (model.second, model.first), (model.first, model.second)
+    )  # same names, other places
     return model, {}, 0.1, params
 
 
@@ -184,7 +186,9 @@ def _inner_tuple():
 def _inner_group():
     """The second group alone."""
     return _inner(
-        lambda params, lr: torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "weight_decay": by_rank(0.0, 0.01)}], lr=lr)
+        lambda params, lr: torch.optim.SGD(
+            [{"params": params[:1]}, {"params": params[1:], "weight_decay": by_rank(0.0, 0.01)}], lr=lr
+        )
     )
 
 
@@ -212,12 +216,21 @@ DIFFERENCES = {
     "inner flag": (_inner_flag, ("group 0: nesterov = False", "group 0: nesterov = True")),
     "inner none": (_inner_none, ("group 0: foreach = None", "group 0: foreach = False")),
     "inner tuple": (_inner_tuple, ("group 0: betas = (0.9, 0.98)", "group 0: betas = (0.9, 0.999)")),
-    "inner group": (_inner_group, ("['inner optimizer group 1: weight_decay = 0.0']", "['inner optimizer group 1: weight_decay = 0.01']")),
+    "inner group": (
+        _inner_group,
+        ("['inner optimizer group 1: weight_decay = 0.0']", "['inner optimizer group 1: weight_decay = 0.01']"),
+    ),
     "slowmo_hf version": (_slowmo_hf_version, (f"slowmo_hf {slowmo_hf.__version__}", "slowmo_hf 0.0.1")),
     "torch version": (_torch_version, (f"torch {torch.__version__}", "torch 0.0.1")),
     "accelerate version": (_accelerate_version, (f"accelerate {accelerate.__version__}", "accelerate 0.0.1")),
-    "transformers version": (_transformers_version, (f"transformers {importlib.metadata.version('transformers')}", "transformers 0.0.1")),
-    "no transformers": (_no_transformers, (f"transformers {importlib.metadata.version('transformers')}", "transformers not installed")),
+    "transformers version": (
+        _transformers_version,
+        (f"transformers {importlib.metadata.version('transformers')}", "transformers 0.0.1"),
+    ),
+    "no transformers": (
+        _no_transformers,
+        (f"transformers {importlib.metadata.version('transformers')}", "transformers not installed"),
+    ),
     "complex": (_complex, ("parameter 'first' is complex",)),
 }
 
@@ -251,7 +264,9 @@ def differences():
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_difference_is_the_same_error_on_every_rank(differences, name):
     """It names what differs, in seconds, before any value is exchanged: rank 1 still holds its own values."""
-    (first, first_seconds, first_unchanged), (second, second_seconds, second_unchanged) = (found[name] for found in differences)
+    (first, first_seconds, first_unchanged), (second, second_seconds, second_unchanged) = (
+        found[name] for found in differences
+    )
     assert first == second
     for word in DIFFERENCES[name][1]:
         assert word in first
@@ -263,12 +278,17 @@ def test_a_difference_is_the_same_error_on_every_rank(differences, name):
 
 
 def check_a_rank_of_its_own_is_no_difference():
-    """What a group holds beside plain numbers may name the rank: a tensor its device, a string a path, a function its address. The
-    order of the keys is nobody's business either."""
+    """
+    What a group holds beside plain numbers may name the rank: a tensor its device, a string a path, a function its
+    address. The order of the keys is nobody's business either.
+    """
     model = Net(1.0)
     inner = torch.optim.SGD([model.first, model.second], lr=0.1)
     inner.param_groups[0].update(
-        scale=torch.tensor(1.0 + rank()), scales=(1.0, torch.tensor(1.0 + rank())), folder=f"/rank{rank()}", clip=lambda: None
+        scale=torch.tensor(1.0 + rank()),
+        scales=(1.0, torch.tensor(1.0 + rank())),
+        folder=f"/rank{rank()}",
+        clip=lambda: None,
     )
     if rank() == 1:
         inner.param_groups[0] = dict(reversed(inner.param_groups[0].items()))
@@ -288,7 +308,9 @@ def check_values():
     """No DDP: parameters, the frozen one and buffers of every dtype. A bf16 parameter travels bit for bit."""
     model = Net(float(rank()))
     model.narrow = torch.nn.Parameter(torch.full((3,), 1.001 + rank()).to(torch.bfloat16))
-    optimizer = SlowMoOptimizer(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), SlowMoConfig(sync_every=2))
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), SlowMoConfig(sync_every=2)
+    )
     model()
     anchors = [item.flat.clone() for item in optimizer.outer_loop.anchors]
     return values(model), anchors
@@ -391,14 +413,19 @@ def check_parted_clocks():
 def test_workers_at_different_steps_are_named_on_every_rank():
     first, second = run_workers(check_parted_clocks, 2)
     assert first == second
-    assert re.match(r"ranks met at different places: rank 0 on \S+ at step 4, the round; rank 1 on \S+ at step 8, the round\.", first)
+    assert re.match(
+        r"ranks met at different places: rank 0 on \S+ at step 4, the round; rank 1 on \S+ at step 8, the round\.",
+        first,
+    )
 
 
 def check_learning_rates_that_part():
-    """Later learning rates may part (a step skipped on one rank): the largest is used everywhere, and it is said.
+    """
+    Later learning rates may part (a step skipped on one rank): the largest is used everywhere, and it is said.
 
     By hand, tau 1, alpha 1, beta ½, one worker moves by -1 and the other by -3, so that the mean is -2 in each round:
-    round 1: gamma 4 (4 and 2), v = 2, anchor = 1 - 2 = -1; round 2: gamma 8 (3 and 8), v = ½·8/4·2 + 2 = 4, anchor = -5.
+    round 1: gamma 4 (4 and 2), v = 2, anchor = 1 - 2 = -1; round 2: gamma 8 (3 and 8), v = ½·8/4·2 + 2 = 4, anchor =
+    -5.
     """
     model = Net(1.0)
     optimizer = torch.optim.SGD([model.first, model.second], lr=0.1)

@@ -1,4 +1,7 @@
-"""Topologies: small worlds traced by hand, the promises of every exchange in worlds of 1 to 9, and how fast news travels in up to 33."""
+"""
+Topologies: small worlds traced by hand, the promises of every exchange in worlds of 1 to 9, and how fast news travels
+in up to 33.
+"""
 
 import dataclasses
 
@@ -30,7 +33,13 @@ def _allowed(name, workers, peers, symmetric):
 
 
 def _worlds(sizes):
-    every = [(name, n, peers, symmetric) for n in sizes for name in NAMES for peers in range(1, n + 1) for symmetric in (False, True)]
+    every = [
+        (name, n, peers, symmetric)
+        for n in sizes
+        for name in NAMES
+        for peers in range(1, n + 1)
+        for symmetric in (False, True)
+    ]
     return [Topology(*world) for world in every if _allowed(*world)]
 
 
@@ -47,7 +56,9 @@ def _pairs(topology, exchange):
     """Pairs of a matching, and who idles."""
     table = _table(topology, exchange)
     assert all(table[other] == [worker] for worker, targets in enumerate(table) for other in targets)
-    return {(w, targets[0]) for w, targets in enumerate(table) if targets and w < targets[0]}, [w for w, t in enumerate(table) if not t]
+    return {(w, targets[0]) for w, targets in enumerate(table) if targets and w < targets[0]}, [
+        w for w, t in enumerate(table) if not t
+    ]
 
 
 # ---- traced by hand ----
@@ -60,7 +71,11 @@ def test_exponential_world_of_four():
     k=2: as k=0
     """
     topology = Topology("exponential", 4)
-    assert [_table(topology, k) for k in range(3)] == [[[1], [2], [3], [0]], [[2], [3], [0], [1]], [[1], [2], [3], [0]]]
+    assert [_table(topology, k) for k in range(3)] == [
+        [[1], [2], [3], [0]],
+        [[2], [3], [0], [1]],
+        [[1], [2], [3], [0]],
+    ]
     assert (topology.cycle_length, topology.connected_within) == (2, 2)
 
 
@@ -79,7 +94,10 @@ def test_exponential_world_of_five():
 
 
 def test_exponential_with_more_peers():
-    """n=6, hops 1, 2, 4, two at a time: (1, 2), (4, 1), (2, 4), and again. n=8 with 5 peers: 1, 2, 4, then 3, 5, every time."""
+    """
+    n=6, hops 1, 2, 4, two at a time: (1, 2), (4, 1), (2, 4), and again. n=8 with 5 peers: 1, 2, 4, then 3, 5, every
+    time.
+    """
     two = Topology("exponential", 6, peers=2)
     assert [two.targets(0, k) for k in range(4)] == [[1, 2], [4, 1], [2, 4], [1, 2]]
     assert two.targets(5, 1) == [3, 0]
@@ -97,7 +115,11 @@ def test_bipartite_worlds_of_four_and_six():
     """
     four, six = Topology("bipartite_exponential", 4), Topology("bipartite_exponential", 6)
     assert [_pairs(four, k) for k in range(2)] == [({(0, 1), (2, 3)}, []), ({(0, 3), (1, 2)}, [])]
-    assert [_pairs(six, k)[0] for k in range(3)] == [{(0, 1), (2, 3), (4, 5)}, {(0, 3), (2, 5), (1, 4)}, {(0, 5), (1, 2), (3, 4)}]
+    assert [_pairs(six, k)[0] for k in range(3)] == [
+        {(0, 1), (2, 3), (4, 5)},
+        {(0, 3), (2, 5), (1, 4)},
+        {(0, 5), (1, 2), (3, 4)},
+    ]
     assert (four.cycle_length, six.cycle_length) == (2, 3)
 
 
@@ -133,19 +155,32 @@ def test_bipartite_world_of_five_idles_in_turn():
 def test_ring_matchings():
     """n=5: k=0: 0-1 2-3, 4 idles; k=1: 1-2 3-4, 0 idles; k=2: 2-3 4-0, 1 idles. n=4: 0-1 2-3, then 1-2 3-0."""
     five, four = Topology("ring", 5, symmetric=True), Topology("ring", 4, symmetric=True)
-    assert [_pairs(five, k) for k in range(3)] == [({(0, 1), (2, 3)}, [4]), ({(1, 2), (3, 4)}, [0]), ({(2, 3), (0, 4)}, [1])]
-    assert [_pairs(four, k) for k in range(3)] == [({(0, 1), (2, 3)}, []), ({(1, 2), (0, 3)}, []), ({(0, 1), (2, 3)}, [])]
+    assert [_pairs(five, k) for k in range(3)] == [
+        ({(0, 1), (2, 3)}, [4]),
+        ({(1, 2), (3, 4)}, [0]),
+        ({(2, 3), (0, 4)}, [1]),
+    ]
+    assert [_pairs(four, k) for k in range(3)] == [
+        ({(0, 1), (2, 3)}, []),
+        ({(1, 2), (0, 3)}, []),
+        ({(0, 1), (2, 3)}, []),
+    ]
     assert (five.cycle_length, four.cycle_length) == (5, 2)
 
 
 def test_directed_ring_and_complete():
     assert _table(Topology("ring", 4), 7) == [[1], [2], [3], [0]]
     assert _table(Topology("ring", 4, peers=2), 7) == [[1, 3], [2, 0], [3, 1], [0, 2]]
-    assert _table(Topology("complete", 3), 7) == _table(Topology("complete", 3, peers=2), 7) == [[1, 2], [2, 0], [0, 1]]
+    assert (
+        _table(Topology("complete", 3), 7) == _table(Topology("complete", 3, peers=2), 7) == [[1, 2], [2, 0], [0, 1]]
+    )
 
 
 def test_mixing_matrices_by_hand():
-    """Column j is what becomes of worker j's mass. Directed ring of 3: half stays, half goes on. Matching of 3: 2 idles and keeps all."""
+    """
+    Column j is what becomes of worker j's mass. Directed ring of 3: half stays, half goes on. Matching of 3: 2 idles
+    and keeps all.
+    """
     assert Topology("ring", 3).mixing_matrix(0) == [[0.5, 0, 0.5], [0.5, 0.5, 0], [0, 0.5, 0.5]]
     assert Topology("ring", 3, symmetric=True).mixing_matrix(0) == [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]
     assert Topology("complete", 4).mixing_matrix(0) == [[0.25] * 4] * 4
@@ -178,7 +213,9 @@ def test_sources_are_the_inverse_of_targets(topology, exchange):
 def test_everybody_has_its_peers_or_idles(topology, exchange):
     peers = topology.workers - 1 if topology.name == "complete" else min(topology.peers, topology.workers - 1)
     degrees = [len(targets) for targets in _table(topology, exchange)]
-    matching = topology.name == "bipartite_exponential" or (topology.name == "ring" and topology.symmetric and topology.peers == 1)
+    matching = topology.name == "bipartite_exponential" or (
+        topology.name == "ring" and topology.symmetric and topology.peers == 1
+    )
     idlers = 1 if matching and topology.workers % 2 else 0
     assert sorted(degrees) == [0] * idlers + [peers] * (topology.workers - idlers)
     assert [topology.weight(w, exchange) for w in range(topology.workers)] == [1 / (1 + degree) for degree in degrees]
@@ -222,7 +259,10 @@ def test_idling_goes_round():
 
 
 def _until_all_heard(cycle, start):
-    """Exchanges from `start` on until everybody has heard of everybody; news goes along, one link per exchange. Bit i: heard of i."""
+    """
+    Exchanges from `start` on until everybody has heard of everybody; news goes along, one link per exchange. Bit i:
+    heard of i.
+    """
     everybody = (1 << len(cycle[0])) - 1
     heard, exchange = [1 << worker for worker in range(len(cycle[0]))], start
     while any(bits != everybody for bits in heard):
@@ -258,7 +298,9 @@ def test_connected_within_is_kept_and_tight():
 @pytest.mark.parametrize("name", NAMES)
 def test_connected_within_holds_in_larger_worlds(name):
     """In rings, complete graphs and the one-peer exponential graph it is the truth."""
-    for topology in (t for t in _worlds(range(10, 34)) if t.name == name and (t.symmetric or name in ("exponential", "ring"))):
+    for topology in (
+        t for t in _worlds(range(10, 34)) if t.name == name and (t.symmetric or name in ("exponential", "ring"))
+    ):
         slowest = _slowest(topology)
         assert slowest <= topology.connected_within, topology
         if name in ("ring", "complete") or (name == "exponential" and topology.peers == 1):
@@ -277,7 +319,10 @@ def test_one_cycle_contracts_what_workers_disagree_about():
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_power_of_two_is_averaged_exactly_in_one_cycle(bits):
-    """Hops 1, 2, 4, ...: each exchange averages over one binary digit of the distance, so 2^L workers agree after L exchanges."""
+    """
+    Hops 1, 2, 4, ...: each exchange averages over one binary digit of the distance, so 2^L workers agree after L
+    exchanges.
+    """
     topology = Topology("exponential", 2**bits)
     for start in range(3):
         values = np.arange(2.0**bits) ** 2
@@ -311,11 +356,17 @@ def test_exactly_the_allowed_settings_are_taken():
             "topology must be two-sided for base='dpsgd', got 'exponential', .* Use 'bipartite_exponential'",
         ),
         (("exponential", 4, 0), "peers must be >= 1, got 0. Use base='local_sgd'"),
-        (("exponential", 4, 4), "peers must be <= workers - 1, got 4 with workers=4 and topology='exponential'. Use peers=3"),
+        (
+            ("exponential", 4, 4),
+            "peers must be <= workers - 1, got 4 with workers=4 and topology='exponential'. Use peers=3",
+        ),
         (("exponential", 1, 2), "peers must be <= workers - 1, got 2 with workers=1 .* Use peers=1"),
         (("ring", 2, 2), "peers must be <= workers - 1, got 2 with workers=2 .* Use peers=1"),
         (("ring", 5, 3), "peers must be <= 2 in a ring, a neighbour on each side, got 3 .* Use peers=2"),
-        (("bipartite_exponential", 7, 4), "peers must be <= workers // 2 in a bipartite graph, .* got 4 with workers=7 .* Use peers=3"),
+        (
+            ("bipartite_exponential", 7, 4),
+            "peers must be <= workers // 2 in a bipartite graph, .* got 4 with workers=7 .* Use peers=3",
+        ),
         (("complete", 5, 2), "peers does not apply to topology='complete', .* all 4 others, got 2. Leave peers at 1"),
     ],
 )

@@ -1,4 +1,7 @@
-"""What people do with Trainer, under SlowMoCallback. Every run is followed by hand (`follow`): local steps, rounds, the final average."""
+"""
+What people do with Trainer, under SlowMoCallback. Every run is followed by hand (`follow`): local steps, rounds, the
+final average.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,18 @@ EPS = 2.0**-23  # float32: twice what one rounding does, so enough for a mean, a
 
 
 def assert_mean(value, results, name):
-    """The workers' average, to float32's last digit: beside it, a displacement from the anchor is small, and so is its rounding."""
+    """
+    The workers' average, to float32's last digit: beside it, a displacement from the anchor is small, and so is its
+    rounding.
+    """
     torch.testing.assert_close(value.double(), mean(results, name), rtol=EPS, atol=EPS / 16)
 
 
 def follow_float32(runs, config=CONFIG):
-    """Rounds done. An anchor is rounded once per round, by EPS / 2, and the reference in float64 is not: the difference may add up."""
+    """
+    Rounds done. An anchor is rounded once per round, by EPS / 2, and the reference in float64 is not: the difference
+    may add up.
+    """
     rounds = len(runs[0]["after"]) // config.sync_every
     assert follow(runs, config, tolerance=max(2, rounds) * EPS / 2) == rounds
     return rounds
@@ -112,8 +121,9 @@ def check_loop_settings(folder, names):
 
 def follow_bf16(runs):
     """
-    bf16 has 8 bits: what is shown is up to 2⁻⁸ |x| from the anchor, which is 2⁻⁹ (1 + |x|) at most where |x| <= 1. Where nothing
-    has been added up yet it is the rounded average, bit for bit: after the first round (anchor - Δ = average) and at the end.
+    bf16 has 8 bits: what is shown is up to 2⁻⁸ |x| from the anchor, which is 2⁻⁹ (1 + |x|) at most where |x| <= 1.
+    Where nothing has been added up yet it is the rounded average, bit for bit: after the first round (anchor - Δ =
+    average) and at the end.
     """
     for name in runs[0]["trained"]:
         assert max(float(run_["after"][k][name].abs().max()) for run_ in runs for k in range(STEPS)) <= 1
@@ -139,7 +149,9 @@ def test_loop_settings(tmp_path):
     ranks = run_workers(check_loop_settings, 2, str(tmp_path), None)
     follow_loop_settings(ranks)
     for _, norms, computed in ranks:
-        assert norms == pytest.approx([1e-2] * STEPS, rel=5e-6)  # torch divides by the norm + 1e-6, and norms here are above ¼
+        assert norms == pytest.approx(
+            [1e-2] * STEPS, rel=5e-6
+        )  # torch divides by the norm + 1e-6, and norms here are above ¼
         assert computed == {torch.bfloat16}
     assert ranks[0][0]["bf16 parameters"]["final"]["body.weight"].dtype == torch.bfloat16
     for out, _, _ in ranks:  # checkpointing computes the same gradients again
@@ -150,7 +162,9 @@ def test_loop_settings(tmp_path):
 
 
 def test_an_odd_number_of_workers(tmp_path):
-    follow_loop_settings(run_workers(check_loop_settings, 3, str(tmp_path), ["accumulation", "every step", "long round", "schedule"]))
+    follow_loop_settings(
+        run_workers(check_loop_settings, 3, str(tmp_path), ["accumulation", "every step", "long round", "schedule"])
+    )
 
 
 # ---- BatchNorm ----
@@ -285,7 +299,9 @@ def test_torch_compile(tmp_path):
     for name in ("compiled", "plain"):
         assert follow_float32([out[name] for out in ranks]) == STEPS // TAU
     for out in ranks:
-        assert equal(out["compiled"]["final"], out["plain"]["final"])  # aot_eager runs the same kernels in the same order
+        assert equal(
+            out["compiled"]["final"], out["plain"]["final"]
+        )  # aot_eager runs the same kernels in the same order
 
 
 # ---- generation in evaluation ----
@@ -328,7 +344,9 @@ def check_generation(folder):
     settings = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": STEPS, "learning_rate": 3e-2}
     trainer = Seq2SeqTrainer(
         model=tiny_t5(),
-        args=Seq2SeqTrainingArguments(folder, predict_with_generate=True, generation_max_length=6, **{**QUIET, **settings}),
+        args=Seq2SeqTrainingArguments(
+            folder, predict_with_generate=True, generation_max_length=6, **{**QUIET, **settings}
+        ),
         train_dataset=pairs(),
         eval_dataset=pairs(16),
         compute_metrics=keep,
@@ -367,7 +385,9 @@ def lora():
     from peft import LoraConfig, TaskType, get_peft_model
 
     torch.manual_seed(8)
-    return get_peft_model(bert(), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, lora_alpha=4, target_modules=["query", "value"]))
+    return get_peft_model(
+        bert(), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, lora_alpha=4, target_modules=["query", "value"])
+    )
 
 
 class RoundBytes(TrainerCallback):
@@ -391,7 +411,9 @@ def check_lora(folder):
         callbacks=[recorder, ours, watch],
     )
     trainer.train()
-    everything, adapters = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    everything, adapters = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)
+    )
     return recorded(trainer, recorder), watch.sent, everything, adapters, len(trainer.optimizer.param_groups)
 
 
@@ -403,7 +425,9 @@ def test_lora_sends_adapters_only(tmp_path):
     assert follow_float32(runs) == STEPS // TAU
     for recording, sent, everything, adapters, groups in ranks:
         assert adapters < everything / 10
-        assert sent == [4 * (adapters + 1) + 8 * (6 + groups)] * (STEPS // TAU)  # a ring of two sends each message once
+        assert sent == [4 * (adapters + 1) + 8 * (6 + groups)] * (
+            STEPS // TAU
+        )  # a ring of two sends each message once
         frozen = [name for name in recording["start"] if name not in recording["trained"]]
         assert frozen
         for name in frozen:
@@ -455,7 +479,13 @@ def check_sft(folder):
     letters = string.ascii_lowercase
     data = Dataset.from_dict({"text": [" ".join(letters[i % 20 : i % 20 + 6]) for i in range(64)]})
     recorder = Recorder()
-    settings = {"logging_strategy": "steps", "logging_steps": TAU, "eval_strategy": "steps", "eval_steps": 4, "bf16": False}
+    settings = {
+        "logging_strategy": "steps",
+        "logging_steps": TAU,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "bf16": False,
+    }
     trainer = SFTTrainer(
         model=tiny_llama(),
         args=SFTConfig(folder, max_length=8, max_steps=STEPS, learning_rate=3e-2, **{**QUIET, **settings}),

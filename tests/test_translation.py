@@ -36,10 +36,51 @@ from translation_trainer import average_last  # noqa: E402
 LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
 RECORD_KEYS = {
-    *("study", "task", "preset", "dataset", "languages", "train_rows", "validation_set", "validation_rows", "test_set", "test_rows"),
-    *("model_size", "vocab_size", "max_tokens", "num_beams", "length_penalty", "averaged_checkpoints", "metrics", "bleu_signature"),
-    *("curve", "curve_num_beams", "model", "base", "slowmo", "exact_average", "workers", "processes", "sync_every", "outer_lr"),
-    *("outer_momentum", "inner_optimizer", "inner_lr", "inner_state", "seed", "steps", "rounds", "bytes_sent_per_worker", "seconds"),
+    *(
+        "study",
+        "task",
+        "preset",
+        "dataset",
+        "languages",
+        "train_rows",
+        "validation_set",
+        "validation_rows",
+        "test_set",
+        "test_rows",
+    ),
+    *(
+        "model_size",
+        "vocab_size",
+        "max_tokens",
+        "num_beams",
+        "length_penalty",
+        "averaged_checkpoints",
+        "metrics",
+        "bleu_signature",
+    ),
+    *(
+        "curve",
+        "curve_num_beams",
+        "model",
+        "base",
+        "slowmo",
+        "exact_average",
+        "workers",
+        "processes",
+        "sync_every",
+        "outer_lr",
+    ),
+    *(
+        "outer_momentum",
+        "inner_optimizer",
+        "inner_lr",
+        "inner_state",
+        "seed",
+        "steps",
+        "rounds",
+        "bytes_sent_per_worker",
+        "seconds",
+    ),
     *("seconds_communicating", "command", "versions", "commit", "hardware"),
 }
 
@@ -81,7 +122,14 @@ def write_text(folder: Path, sets: dict[str, list[dict[str, str]]]) -> str:
 
 def run_recipe(output_dir: Path, flags: str):
     """What the program said, and its record."""
-    command = [sys.executable, *LAUNCHER.split(), "recipes/translation.py", "--output_dir", str(output_dir), *flags.split()]
+    command = [
+        sys.executable,
+        *LAUNCHER.split(),
+        "recipes/translation.py",
+        "--output_dir",
+        str(output_dir),
+        *flags.split(),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=170)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
@@ -90,15 +138,19 @@ def run_recipe(output_dir: Path, flags: str):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """Forty pairs by heart: two workers, a batch per epoch and process, checkpoints at steps 60, 80, 100; the last two averaged."""
+    """
+    Forty pairs by heart: two workers, a batch per epoch and process, checkpoints at steps 60, 80, 100; the last two
+    averaged.
+    """
     folder = tmp_path_factory.mktemp("learned")
     rows = pairs(40)
     data = write_text(folder / "data", {"train": rows, "validation": rows, "test": rows})
     said, record = run_recipe(
         folder / "out",
-        f"--dataset_name {data} --vocab_size 600 --max_tokens 512 --max_steps 100 --sync_every 5 --learning_rate 3e-3 --warmup_steps 30 "
-        "--dropout 0 --eval_strategy steps --eval_steps 50 --save_strategy steps --save_steps 20 --save_total_limit 3 "
-        "--average_checkpoints 2 --per_device_eval_batch_size 16 --logging_steps 10 --plot --disable_tqdm 1",
+        f"--dataset_name {data} --vocab_size 600 --max_tokens 512 --max_steps 100 --sync_every 5 --learning_rate 3e-3 "
+        "--warmup_steps 30 --dropout 0 --eval_strategy steps --eval_steps 50 --save_strategy steps --save_steps 20 "
+        "--save_total_limit 3 --average_checkpoints 2 --per_device_eval_batch_size 16 --logging_steps 10 --plot "
+        "--disable_tqdm 1",
     )
     return folder / "out", data, said, record
 
@@ -107,9 +159,24 @@ def learned(tmp_path_factory):
 def test_record_is_complete_and_right(learned):
     _, data, _, record = learned
     assert set(record) == RECORD_KEYS
-    assert (record["study"], record["task"], record["dataset"], record["languages"]) == ("single", "translation", data, "en-de")
-    assert (record["train_rows"], record["validation_rows"], record["test_set"], record["test_rows"]) == (40, 40, "test", 40)
-    assert (record["workers"], record["base"], record["slowmo"], record["inner_optimizer"]) == (2, "local_sgd", True, "AdamW")
+    assert (record["study"], record["task"], record["dataset"], record["languages"]) == (
+        "single",
+        "translation",
+        data,
+        "en-de",
+    )
+    assert (record["train_rows"], record["validation_rows"], record["test_set"], record["test_rows"]) == (
+        40,
+        40,
+        "test",
+        40,
+    )
+    assert (record["workers"], record["base"], record["slowmo"], record["inner_optimizer"]) == (
+        2,
+        "local_sgd",
+        True,
+        "AdamW",
+    )
     assert (record["steps"], record["rounds"], record["averaged_checkpoints"]) == (100, 20, 2)
     assert record["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert [point["step"] for point in record["curve"]] == [50, 100]
@@ -130,7 +197,10 @@ def test_it_learns(learned):
 
 @pytest.mark.slow
 def test_record_counts_every_round_s_bytes(learned):
-    """Two workers in a ring send their payload once: fp32 parameters that are trained, without positions, and at most 1 KiB per round."""
+    """
+    Two workers in a ring send their payload once: fp32 parameters that are trained, without positions, and at most 1
+    KiB per round.
+    """
     _, _, _, record = learned
     model = transformer.make_transformer("tiny", record["vocab_size"])
     payload = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -158,7 +228,10 @@ def test_saved_model_and_tokenizer_give_the_recorded_bleu(learned):
     sources = (Path(data) / "test.en").read_text().splitlines()
     translations = transformer.translate(model, tokenizer, sources, batch_size=16)
     assert translations == (folder / "test.hyp.de").read_text().splitlines()
-    assert bleu(translations, (Path(data) / "test.de").read_text().splitlines())["score"] == record["metrics"]["test_bleu"]
+    assert (
+        bleu(translations, (Path(data) / "test.de").read_text().splitlines())["score"]
+        == record["metrics"]["test_bleu"]
+    )
     # Anybody's call, without our function: beams, length penalty and length are in the saved generation config.
     ids = model.generate(**tokenizer(sources[:1], return_tensors="pt"))
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == translations[0]
@@ -180,8 +253,15 @@ def test_beams_are_scored_as_in_fairseq(learned):
 @pytest.mark.slow
 def test_saved_model_is_the_mean_of_the_last_checkpoints(learned):
     folder, _, _, _ = learned
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-60", "checkpoint-80"]
-    read = {name: AutoModelForSeq2SeqLM.from_pretrained(folder / name).state_dict() for name in ("", "checkpoint-80", "checkpoint-100")}
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        "checkpoint-100",
+        "checkpoint-60",
+        "checkpoint-80",
+    ]
+    read = {
+        name: AutoModelForSeq2SeqLM.from_pretrained(folder / name).state_dict()
+        for name in ("", "checkpoint-80", "checkpoint-100")
+    }
     for name, value in read[""].items():
         mean = (read["checkpoint-80"][name].double() + read["checkpoint-100"][name].double()) / 2
         torch.testing.assert_close(value, mean.float(), rtol=0, atol=0)
@@ -198,10 +278,14 @@ def test_no_warning_and_a_picture(learned):
 
 @pytest.mark.slow
 def test_shipped_text_and_the_baseline(tmp_path):
-    """All-reduce sums gradients over the tokens of both ranks; a few steps on the shipped text, whose BLEU nobody should compare."""
+    """
+    All-reduce sums gradients over the tokens of both ranks; a few steps on the shipped text, whose BLEU nobody should
+    compare.
+    """
     said, record = run_recipe(
         tmp_path,
-        "--max_train_samples 1000 --max_eval_samples 10 --max_steps 3 --base all_reduce --outer_momentum 0 --disable_tqdm 1 --num_beams 1",
+        "--max_train_samples 1000 --max_eval_samples 10 --max_steps 3 --base all_reduce --outer_momentum 0 "
+        "--disable_tqdm 1 --num_beams 1",
     )
     assert "BLEU on it is not comparable with WMT's" in record["dataset"]
     assert re.search(r"BLEU of the average .* \(test, 10 rows; not comparable with WMT\)", said)
@@ -246,7 +330,9 @@ def test_preset_of_ott_et_al():
 
 
 def test_flags_beside_a_preset_win(tmp_path):
-    flags = f"--base sgp --sync_every 24 --model_size base --learning_rate 7e-4 --dataset_name de --output_dir {tmp_path}"
+    flags = (
+        f"--base sgp --sync_every 24 --model_size base --learning_rate 7e-4 --dataset_name de --output_dir {tmp_path}"
+    )
     script, config, args = recipe.parse(["--preset", "wmt16", *flags.split()])
     assert (config.sync_every, script.model_size, args.learning_rate) == (24, "base", 7e-4)
     assert (script.dataset_name, args.output_dir) == ("de", str(tmp_path))
@@ -259,21 +345,45 @@ def test_flags_beside_a_preset_win(tmp_path):
         ("--preset wmt17", r"argument --preset: invalid choice: 'wmt17' \(choose from "),
         ("--preset wmt16 --base gossip", "base must be one of local_sgd, .*, got 'gossip'"),
         ("--model_size huge", "argument --model_size.*: invalid choice: 'huge'"),
-        ("--vocab_size 200", "vocab_size must be >= 258 tokens: 256 bytes, padding and end, got 200. Set --vocab_size."),
+        (
+            "--vocab_size 200",
+            "vocab_size must be >= 258 tokens: 256 bytes, padding and end, got 200. Set --vocab_size.",
+        ),
         ("--max_length 600 --max_tokens 512", "max_length must be <= max_tokens .*, got 600 with max_tokens=512"),
-        ("--max_length 2000 --max_tokens 4096", "max_length must be .* <= 1024 tokens, the model's positions, got 2000"),
+        (
+            "--max_length 2000 --max_tokens 4096",
+            "max_length must be .* <= 1024 tokens, the model's positions, got 2000",
+        ),
         ("--dropout 1", r"dropout must be in \[0, 1\), got 1.0. Set --dropout."),
         ("--num_beams 0", "num_beams must be >= 1 beam, got 0"),
-        ("--per_device_train_batch_size 4", "per_device_train_batch_size has no effect here, got 4: .*: set --max_tokens. Leave --"),
+        (
+            "--per_device_train_batch_size 4",
+            "per_device_train_batch_size has no effect here, got 4: .*: set --max_tokens. Leave --",
+        ),
         ("--generation_max_length 80", "generation_max_length has no effect here, got 80"),
-        ("--predict_with_generate False", "predict_with_generate has no effect here, got False: validation translates"),
-        ("--average_checkpoints 3", "average_checkpoints=3 needs as many at the end, got save_strategy=no, .* Set --save_strategy epoch"),
-        ("--average_checkpoints 3 --save_strategy epoch --save_total_limit 2", "average_checkpoints=3 .* save_total_limit=2, "),
+        (
+            "--predict_with_generate False",
+            "predict_with_generate has no effect here, got False: validation translates",
+        ),
+        (
+            "--average_checkpoints 3",
+            "average_checkpoints=3 needs as many at the end, got save_strategy=no, .* Set --save_strategy epoch",
+        ),
+        (
+            "--average_checkpoints 3 --save_strategy epoch --save_total_limit 2",
+            "average_checkpoints=3 .* save_total_limit=2, ",
+        ),
         ("--adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--no_such_flag 1", r"Some specified arguments are not used .* \['--no_such_flag', '1'\]"),
-        ("--dataset_name /no/such/folder", "dataset_name must be .* got '/no/such/folder', which is no folder. Set --dataset_name."),
+        (
+            "--dataset_name /no/such/folder",
+            "dataset_name must be .* got '/no/such/folder', which is no folder. Set --dataset_name.",
+        ),
         ("--source_lang fr", r"source_lang must be one of the languages \['de', 'en'\], got 'fr'. Set --source_lang."),
-        ("--max_length 2", "max_length must leave training pairs, got 2 tokens, and all are longer. Set --max_length."),
+        (
+            "--max_length 2",
+            "max_length must leave training pairs, got 2 tokens, and all are longer. Set --max_length.",
+        ),
     ],
 )
 def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, said):
@@ -312,7 +422,10 @@ def scored(corpus, tmp_path_factory):
 
 
 def test_bleu_by_hand():
-    """`the cat sat on the mat` for `the cat sat on a mat`: 5/6 words, 3/5 pairs, 2/4 triples, 1/3 quadruples, equally long."""
+    """
+    `the cat sat on the mat` for `the cat sat on a mat`: 5/6 words, 3/5 pairs, 2/4 triples, 1/3 quadruples, equally
+    long.
+    """
     expected = 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4)
     assert bleu(["the cat sat on the mat"], ["the cat sat on a mat"])["score"] == pytest.approx(expected)
     assert compound_split_bleu(["the cat sat on the mat"], ["the cat sat on a mat"]) == pytest.approx(expected)
@@ -331,7 +444,9 @@ def test_compound_split_bleu_equals_the_command_line(scored):
     references, hypotheses, folder = scored
     for name, lines in (("ref.atat", references), ("hyp.atat", hypotheses)):
         (folder / name).write_text("".join(f"{line}\n" for line in split_compounds(lines, "de")), encoding="utf-8")
-    score, _ = sacrebleu_command(folder / "ref.atat", folder / "hyp.atat", "--tokenize", "none", "--smooth-method", "none", "--force")
+    score, _ = sacrebleu_command(
+        folder / "ref.atat", folder / "hyp.atat", "--tokenize", "none", "--smooth-method", "none", "--force"
+    )
     assert compound_split_bleu(hypotheses, references) == pytest.approx(score, abs=1e-9)
     assert score != pytest.approx(bleu(hypotheses, references)["score"], abs=0.1)
 
@@ -380,8 +495,10 @@ def test_tokenizer_is_one_for_both_languages(tokenizer):
 def test_tokenizer_is_the_same_on_every_machine(tokenizer, tmp_path):
     """Another process, with another number of threads and another hash seed."""
     code = (
-        f"import sys; sys.path.insert(0, {str(RECIPES)!r})\nimport translation_tokens as t\nfrom translation_data import load_corpus\n"
-        "rows = load_corpus(max_train_samples=2000).train\nprint(t.train_tokenizer(t.sentences_of(rows), 1000).backend_tokenizer.to_str())"
+        f"import sys; sys.path.insert(0, {str(RECIPES)!r})\nimport translation_tokens as t\nfrom translation_data "
+        "import load_corpus\n"
+        "rows = load_corpus(max_train_samples=2000).train\nprint(t.train_tokenizer(t.sentences_of(rows), "
+        "1000).backend_tokenizer.to_str())"
     )
     environment = {**ENVIRONMENT, "RAYON_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "true", "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -392,7 +509,8 @@ def test_tokenizers_that_differ_are_refused(tokenizer, monkeypatch):
     tokens.check_same_tokenizer(tokenizer, Path("here"))
     monkeypatch.setattr(tokens, "gather_object", lambda digests: [*digests, "another"])
     with pytest.raises(
-        recipe.SettingError, match="tokenizer_dir must hold the same tokenizer on all machines, got different ones in 'here'"
+        recipe.SettingError,
+        match="tokenizer_dir must hold the same tokenizer on all machines, got different ones in 'here'",
     ):
         tokens.check_same_tokenizer(tokenizer, Path("here"))
 
@@ -410,8 +528,8 @@ def test_saving_a_tokenizer_twice_keeps_the_first(tokenizer, tmp_path):
 
 def test_batches_by_hand():
     """
-    (source, target) lengths; sorted by target, then source: (2,1) (1,2) (3,3) | (2,4) (5,4). With 9 tokens: three rows of up to 3, and the
-    fourth would make 4 x 4 > 9; then 4 x 1, for 5 x 2 > 9; then 5 x 1.
+    (source, target) lengths; sorted by target, then source: (2,1) (1,2) (3,3) | (2,4) (5,4). With 9 tokens: three rows
+    of up to 3, and the fourth would make 4 x 4 > 9; then 4 x 1, for 5 x 2 > 9; then 5 x 1.
     """
     lengths = np.array([[5, 4], [3, 3], [1, 2], [2, 4], [2, 1]])
     assert sorted(sorted(batch) for batch in tokens.make_batches(lengths, 9)) == [[0], [1, 2, 4], [3]]
@@ -427,7 +545,10 @@ def test_batches_by_hand():
 )
 def test_every_row_once_and_equally_many_batches_per_rank(lengths, max_tokens, world_size, seed):
     lengths = np.array(lengths)
-    ranks = [tokens.TokenBatches(lengths, max_tokens, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        tokens.TokenBatches(lengths, max_tokens, seed=seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     for epoch in (0, 1, 5):
         for sampler in ranks:
             sampler.set_epoch(epoch)
@@ -446,7 +567,9 @@ def test_epochs_differ_and_a_seed_repeats():
     lengths = np.random.default_rng(0).integers(3, 12, size=(500, 2))
     first, second = (tokens.make_batches(lengths, 100, seed=1, epoch=epoch) for epoch in (0, 1))
     assert first != second
-    assert {tuple(sorted(batch)) for batch in first} != {tuple(sorted(batch)) for batch in second}, "other rows together, too"
+    assert {tuple(sorted(batch)) for batch in first} != {tuple(sorted(batch)) for batch in second}, (
+        "other rows together, too"
+    )
     assert sorted(map(len, first)) == sorted(map(len, second))
     assert tokens.make_batches(lengths, 100, seed=1, epoch=1) == second
     assert tokens.make_batches(lengths, 100, seed=2, epoch=1) != second
@@ -481,7 +604,9 @@ def test_collate_by_hand():
 
 
 def test_long_rows(tokenizer):
-    """Of training rows the long ones are left out; of the others none, cut at the model's positions with `</s>` kept."""
+    """
+    Of training rows the long ones are left out; of the others none, cut at the model's positions with `</s>` kept.
+    """
     rows = datasets.Dataset.from_dict({"source": ["the " * 3000, "the"], "target": ["der", "der"]})
     corpus = dataclasses.replace(load_corpus(max_train_samples=1), train=rows, validation=rows, test=rows)
     sets = tokens.encode_corpus(corpus, tokenizer, max_length=128)
@@ -496,8 +621,9 @@ def test_long_rows(tokenizer):
 @pytest.mark.parametrize(("size", "count"), [("base", 60_522_496), ("big", 209_125_376)])
 def test_transformer_has_the_published_shape(size, count):
     """
-    Trained parameters with 32,000 tokens, d wide, ffn f: a matrix of 32,000 d; 6 encoder layers of 4 (d^2 + d) + (2 d f + f + d) + 4 d; 6
-    decoder layers of 8 (d^2 + d) + (2 d f + f + d) + 6 d. Vaswani et al. say 65 and 213 million, with 37,000 tokens.
+    Trained parameters with 32,000 tokens, d wide, ffn f: a matrix of 32,000 d; 6 encoder layers of 4 (d^2 + d) + (2 d
+    f + f + d) + 4 d; 6 decoder layers of 8 (d^2 + d) + (2 d f + f + d) + 6 d. Vaswani et al. say 65 and 213 million,
+    with 37,000 tokens.
     """
     d, f = (512, 2048) if size == "base" else (1024, 4096)
     feed = 2 * d * f + f + d
@@ -509,7 +635,10 @@ def test_transformer_has_the_published_shape(size, count):
 
 
 def test_transformer_by_hand():
-    """Positions are sines and cosines of pos / 10000^(2i/d), not trained; one matrix embeds and predicts; weights start at 1/sqrt(d)."""
+    """
+    Positions are sines and cosines of pos / 10000^(2i/d), not trained; one matrix embeds and predicts; weights start
+    at 1/sqrt(d).
+    """
     torch.manual_seed(0)
     model = transformer.make_transformer("tiny", 4000).eval()
     shared = model.model.shared.weight
@@ -537,7 +666,9 @@ def test_smoothed_loss_by_hand():
     assert loss.item() == pytest.approx((0.9 * plain + 0.1 * even).item())
     spread = transformer.smoothed_loss(output, torch.tensor([[0, -100]]), num_items_in_batch=4, label_smoothing=0.1)
     assert spread.item() == pytest.approx(loss.item() / 4)
-    assert transformer.smoothed_loss(output, torch.tensor([[0, -100]]), label_smoothing=0.0).item() == pytest.approx(plain.item())
+    assert transformer.smoothed_loss(output, torch.tensor([[0, -100]]), label_smoothing=0.0).item() == pytest.approx(
+        plain.item()
+    )
 
 
 def test_nll_of_a_sentence_is_its_own():
@@ -550,11 +681,16 @@ def test_nll_of_a_sentence_is_its_own():
     torch.testing.assert_close(together, alone)
     with torch.no_grad():
         model.model.shared.weight.zero_()
-    torch.testing.assert_close(transformer.sentence_nll(model, tokens.collate(rows)), torch.tensor([4.0, 2.0]) * math.log(300))
+    torch.testing.assert_close(
+        transformer.sentence_nll(model, tokens.collate(rows)), torch.tensor([4.0, 2.0]) * math.log(300)
+    )
 
 
 def test_translations_keep_order_length_and_mode(tokenizer):
-    """Of an untrained model: sentences of any order give the same translations; nothing is longer than its batch's source and 50."""
+    """
+    Of an untrained model: sentences of any order give the same translations; nothing is longer than its batch's source
+    and 50.
+    """
     torch.manual_seed(0)
     model = transformer.make_transformer("tiny", len(tokenizer)).train()
     sentences = ["a", "the long one of these four", "b c", "d"]
@@ -591,7 +727,10 @@ def test_average_of_checkpoints(tmp_path):
 
 def trainer_with(folder: str, flags: str = ""):
     """The recipe's Trainer on forty shipped pairs."""
-    shown = f"--output_dir {folder} --use_cpu 1 --vocab_size 400 --max_train_samples 300 --max_eval_samples 7 --disable_tqdm 1"
+    shown = (
+        f"--output_dir {folder} --use_cpu 1 --vocab_size 400 --max_train_samples 300 --max_eval_samples 7 "
+        "--disable_tqdm 1"
+    )
     script, config, args = recipe.parse(f"{shown} {flags}".split())
     torch.manual_seed(0)
     return recipe.make_trainer(script, config, args, recipe.make_sets(script, args))
@@ -606,7 +745,9 @@ def test_schedule_of_the_paper(tmp_path):
         [0, 1.25e-7, 2.5e-4, 5e-4, 2.5e-4, 5e-4 * 0.1**0.5]
     )
     assert type(trainer.optimizer) is torch.optim.AdamW
-    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.98), 0.0) for group in trainer.optimizer.param_groups)
+    assert all(
+        (group["betas"], group["weight_decay"]) == ((0.9, 0.98), 0.0) for group in trainer.optimizer.param_groups
+    )
 
 
 def see_batches(folder: str) -> tuple:
@@ -621,7 +762,10 @@ def see_batches(folder: str) -> tuple:
 
 
 def test_ranks_share_every_epoch(tmp_path):
-    """Three ranks, equally many batches each, none twice but to fill up; none above 256 tokens; another order in the second epoch."""
+    """
+    Three ranks, equally many batches each, none twice but to fill up; none above 256 tokens; another order in the
+    second epoch.
+    """
     ranks = run_workers(see_batches, 3, str(tmp_path))
     (steps,) = {length for _, length, _ in ranks}
     (train_rows,) = {rows for _, _, rows in ranks}
@@ -639,7 +783,10 @@ def test_ranks_share_every_epoch(tmp_path):
 def resume_in_the_second_epoch(folder: str) -> list:
     """Weights after two epochs in one go, and after a stop in the second."""
     torch.set_num_threads(1)
-    flags = "--max_tokens 512 --num_train_epochs 2 --eval_strategy no --sync_every 3 --warmup_steps 2 --save_strategy steps --save_steps 1"
+    flags = (
+        "--max_tokens 512 --num_train_epochs 2 --eval_strategy no --sync_every 3 --warmup_steps 2 "
+        "--save_strategy steps --save_steps 1"
+    )
     made = []
     for resume in (None, "stop"):
         trainer = trainer_with(folder, flags)
@@ -660,19 +807,26 @@ def test_resume_skips_exactly(tmp_path):
 def evaluate_on_ranks(folder: str) -> tuple:
     trainer = trainer_with(folder, "--per_device_eval_batch_size 2")
     metrics = trainer.evaluate()
-    texts = transformer.decode(trainer.processing_class, trainer.predict(trainer.eval_dataset, num_beams=2).predictions[0])
+    texts = transformer.decode(
+        trainer.processing_class, trainer.predict(trainer.eval_dataset, num_beams=2).predictions[0]
+    )
     return metrics, texts, {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def test_evaluation_counts_every_row_once(tmp_path):
-    """Seven rows in batches of two on two ranks: one row fills up the last batches, and Seq2SeqTrainer would score it twice."""
+    """
+    Seven rows in batches of two on two ranks: one row fills up the last batches, and Seq2SeqTrainer would score it
+    twice.
+    """
     (metrics, texts, weights), (others, _, _) = run_workers(evaluate_on_ranks, 2, str(tmp_path))
     assert others["eval_nll"] == metrics["eval_nll"]
     trainer = trainer_with(tmp_path)
     trainer.model.load_state_dict(weights)
     rows = trainer.eval_dataset
     assert len(rows) == len(texts) == 7
-    assert texts == transformer.translate(trainer.model, trainer.processing_class, rows["source"][:], num_beams=2, batch_size=2)
+    assert texts == transformer.translate(
+        trainer.model, trainer.processing_class, rows["source"][:], num_beams=2, batch_size=2
+    )
     trainer.model.eval()
     nll = sum(transformer.sentence_nll(trainer.model, tokens.collate([row])).item() for row in rows)
     assert metrics["eval_nll"] == pytest.approx(nll / tokens.token_counts(rows)[:, 1].sum(), rel=1e-6)
@@ -680,7 +834,9 @@ def test_evaluation_counts_every_row_once(tmp_path):
 
 
 def bleu_of(trainer, rows, batch_size: int) -> float:
-    texts = transformer.translate(trainer.model, trainer.processing_class, rows["source"][:], num_beams=1, batch_size=batch_size)
+    texts = transformer.translate(
+        trainer.model, trainer.processing_class, rows["source"][:], num_beams=1, batch_size=batch_size
+    )
     return bleu(texts, rows["target"][:])["score"]
 
 
@@ -713,8 +869,14 @@ def test_choices_are_said(corpus, tokenizer, capsys):
     left, filled = capsys.readouterr().out.splitlines()
     long = 2000 - len(sets.train)
     assert long > 100
-    assert left == f"of 2,003 training pairs 3 with an empty line and {long:,} longer than max_length=20 tokens are left out"
-    assert filled == f"{len(batches)} batches per epoch and process, each of at most 512 tokens, {batches.padding():.1%} padding"
+    assert (
+        left
+        == f"of 2,003 training pairs 3 with an empty line and {long:,} longer than max_length=20 tokens are left out"
+    )
+    assert (
+        filled
+        == f"{len(batches)} batches per epoch and process, each of at most 512 tokens, {batches.padding():.1%} padding"
+    )
 
 
 # ---- data, and what is wrong with it ----
@@ -722,7 +884,9 @@ def test_choices_are_said(corpus, tokenizer, capsys):
 HAND = [{"source": f"line {number}", "target": f"Zeile {number}"} for number in range(4)]
 
 
-def parquet(folder: Path, splits: dict[str, list[dict[str, str]]], column: str | None = "translation", end: str = "parquet") -> str:
+def parquet(
+    folder: Path, splits: dict[str, list[dict[str, str]]], column: str | None = "translation", end: str = "parquet"
+) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         pairs = [{"en": row["source"], "de": row["target"]} for row in rows]
@@ -772,8 +936,13 @@ def test_only_line_feeds_end_a_line(tmp_path):
 def test_other_splits_by_name(tmp_path):
     folder = parquet(tmp_path, {"train": HAND, "dev": HAND[:1], "newstest2014": HAND[1:2]})
     corpus = load_corpus(folder, validation_set="dev", test_set="newstest2014")
-    assert (corpus.validation.to_list(), corpus.test.to_list()) == (HAND[:1], HAND[1:2]), "a split of one's own comes before the Hub's"
-    with pytest.raises(DataError, match=r"validation_set must be one of the splits \['dev', 'newstest2014', 'train'\], or of \['newstest"):
+    assert (corpus.validation.to_list(), corpus.test.to_list()) == (HAND[:1], HAND[1:2]), (
+        "a split of one's own comes before the Hub's"
+    )
+    with pytest.raises(
+        DataError,
+        match=r"validation_set must be one of the splits \['dev', 'newstest2014', 'train'\], or of \['newstest",
+    ):
         load_corpus(folder)
     with pytest.raises(DataError, match=r"train_split must be one of the splits .*, got 'big'. Set --train_split."):
         load_corpus(folder, train_split="big", validation_set="dev", test_set="dev")
@@ -782,14 +951,20 @@ def test_other_splits_by_name(tmp_path):
 def test_empty_lines(tmp_path):
     """Left out of training and counted; a test set with one would be another test set."""
     holes = [*HAND, {"source": " ", "target": "x"}, {"source": "x", "target": ""}]
-    folder = write_text(tmp_path, {"train": holes, "validation": HAND, "test": HAND, "hole": holes, "void": [HAND[0] | {"target": " "}]})
+    folder = write_text(
+        tmp_path,
+        {"train": holes, "validation": HAND, "test": HAND, "hole": holes, "void": [HAND[0] | {"target": " "}]},
+    )
     corpus = load_corpus(folder)
     assert (corpus.train.to_list(), corpus.empty_train_rows) == (HAND, 2)
     with pytest.raises(
-        DataError, match=r"test_set must hold sentence pairs, got 'hole' with 2 empty lines, the first in row 4. Mend it, or"
+        DataError,
+        match=r"test_set must hold sentence pairs, got 'hole' with 2 empty lines, the first in row 4. Mend it, or",
     ):
         load_corpus(folder, test_set="hole")
-    with pytest.raises(DataError, match="train_split must hold sentence pairs, got 'void', whose 1 rows are all empty"):
+    with pytest.raises(
+        DataError, match="train_split must hold sentence pairs, got 'void', whose 1 rows are all empty"
+    ):
         load_corpus(folder, train_split="void")
 
 
@@ -803,15 +978,20 @@ def test_columns_and_languages(tmp_path):
     folder = parquet(tmp_path / "named", splits, column="pairs")
     assert load_corpus(folder, translation_column="pairs").train.to_list() == HAND
     with pytest.raises(
-        DataError, match=r"translation_column must be one of the columns \['pairs'\] .*, got 'translation', .*Set --translation"
+        DataError,
+        match=r"translation_column must be one of the columns \['pairs'\] .*, got 'translation', .*Set --translation",
     ):
         load_corpus(folder)
-    with pytest.raises(DataError, match=r"target_lang must be one of the languages \['de', 'en'\], got 'cs'. Set --target_lang."):
+    with pytest.raises(
+        DataError, match=r"target_lang must be one of the languages \['de', 'en'\], got 'cs'. Set --target_lang."
+    ):
         load_corpus(folder, translation_column="pairs", target_lang="cs")
     with pytest.raises(DataError, match="source_lang and target_lang must differ, got 'de' for both"):
         load_corpus(folder, source_lang="de")
     flat = parquet(tmp_path / "flat", splits, column=None)
-    with pytest.raises(DataError, match=r"translation_column must hold \{language: sentence\}, got .*. Set --translation_column."):
+    with pytest.raises(
+        DataError, match=r"translation_column must hold \{language: sentence\}, got .*. Set --translation_column."
+    ):
         load_corpus(flat, translation_column="en")
     numbers = datasets.Dataset.from_dict({"en": [1, 2], "de": ["a", "b"]})
     numbers.to_parquet(str(tmp_path / "flat" / "train-00000-of-00001.parquet"))
@@ -823,7 +1003,8 @@ def test_an_untranslated_text(tmp_path):
     same = [{"source": "the same", "target": "the same"}] * 3 + HAND[:2]
     folder = write_text(tmp_path, {"train": same, "validation": HAND, "test": HAND})
     with pytest.raises(
-        DataError, match="en and de must be different languages, got the same sentence on both sides in 3 of 5 training rows"
+        DataError,
+        match="en and de must be different languages, got the same sentence on both sides in 3 of 5 training rows",
     ):
         load_corpus(folder)
 
@@ -831,13 +1012,16 @@ def test_an_untranslated_text(tmp_path):
 def test_unequal_text_files(tmp_path):
     folder = write_text(tmp_path, {"train": HAND, "validation": HAND, "test": HAND})
     (tmp_path / "train.de").write_text("eins\n")
-    with pytest.raises(DataError, match=r"cannot be read: DataError: .*train.en and .*train.de must have equally many lines"):
+    with pytest.raises(
+        DataError, match=r"cannot be read: DataError: .*train.en and .*train.de must have equally many lines"
+    ):
         load_corpus(folder)
 
 
 def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(
-        DataError, match=r"dataset_name must be a folder that holds .*, which holds none of these for en and de. Set --dataset"
+        DataError,
+        match=r"dataset_name must be a folder that holds .*, which holds none of these for en and de. Set --dataset",
     ):
         load_corpus(str(tmp_path))
     (tmp_path / "train.parquet").write_bytes(b"no parquet")
@@ -856,7 +1040,9 @@ def hub(monkeypatch):
         asked.append((name, config, split))
         rows = {key: count for set_, key, count in whole if set_ == name} | {"train": 5}
         sets = {
-            key: datasets.Dataset.from_dict({"translation": [{"de": f"Zeile {i}", "en": f"{name} {key} {i}"} for i in range(count)]})
+            key: datasets.Dataset.from_dict(
+                {"translation": [{"de": f"Zeile {i}", "en": f"{name} {key} {i}"} for i in range(count)]}
+            )
             for key, count in rows.items()
         }
         return sets[split] if split else datasets.DatasetDict(sets)
@@ -878,14 +1064,18 @@ def test_protocol_of_ott_et_al(hub):
 
 def test_a_test_set_that_is_not_whole(hub, monkeypatch):
     monkeypatch.setitem(NEWSTESTS, "newstest2014", ("wmt/wmt14", "test", 2737))
-    with pytest.raises(DataError, match=r"test_set newstest2014 must have 2737 rows, got 3003: BLEU would not be comparable"):
+    with pytest.raises(
+        DataError, match=r"test_set newstest2014 must have 2737 rows, got 3003: BLEU would not be comparable"
+    ):
         load_corpus("wmt/wmt16")
 
 
 def test_newstests_are_english_and_german(hub, tmp_path):
     czech = write_text(tmp_path, {"train": HAND})
     (tmp_path / "train.de").rename(tmp_path / "train.cs")
-    with pytest.raises(DataError, match=r"validation_set=newstest2013 is English and German, got en and cs. Set --validation_set to a"):
+    with pytest.raises(
+        DataError, match=r"validation_set=newstest2013 is English and German, got en and cs. Set --validation_set to a"
+    ):
         load_corpus(czech, target_lang="cs", validation_set="newstest2013")
     with pytest.raises(DataError, match=r"target_lang must be one of the languages \['de', 'en'\], got 'cs'"):
         load_corpus("wmt/wmt16", target_lang="cs")
@@ -895,11 +1085,14 @@ def test_newstests_are_english_and_german(hub, tmp_path):
 def test_hub_out_of_reach():
     """Tests run with HF_HUB_OFFLINE=1, so this asks nobody."""
     with pytest.raises(
-        DataError, match=r"dataset_name needs 'wmt/wmt16' \(de-en\), .* the Hub is not reachable .* Leave --dataset_name and --preset out"
+        DataError,
+        match=r"dataset_name needs 'wmt/wmt16' \(de-en\), .* the Hub is not reachable .* Leave --dataset_name and "
+        r"--preset out",
     ):
         load_corpus("wmt/wmt16")
     with pytest.raises(
-        DataError, match=r"test_set needs 'wmt/wmt14' \(de-en\), .* not reachable .* Set --test_set to a split of your own data"
+        DataError,
+        match=r"test_set needs 'wmt/wmt14' \(de-en\), .* not reachable .* Set --test_set to a split of your own data",
     ):
         load_corpus(test_set="newstest2014")
 
@@ -911,7 +1104,10 @@ def test_hub_out_of_reach():
             "Dataset 'my/set' is a gated dataset on the Hub. You must be authenticated to access it.",
             "gated. Accept its terms at .* set HF_TOKEN",
         ),
-        ("Dataset 'my/set' doesn't exist on the Hub or cannot be accessed.", "Set --dataset_name, or --dataset_config"),
+        (
+            "Dataset 'my/set' doesn't exist on the Hub or cannot be accessed.",
+            "Set --dataset_name, or --dataset_config",
+        ),
     ],
 )
 def test_hub_refuses(monkeypatch, said, way_out):

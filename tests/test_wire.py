@@ -14,7 +14,18 @@ from torch.profiler import ProfilerActivity, profile
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 
 TAU = 4
-COLLECTIVES = ("all_reduce", "allreduce", "broadcast", "all_gather", "allgather", "reduce_scatter", "barrier", "send", "recv", "all_to_all")
+COLLECTIVES = (
+    "all_reduce",
+    "allreduce",
+    "broadcast",
+    "all_gather",
+    "allgather",
+    "reduce_scatter",
+    "barrier",
+    "send",
+    "recv",
+    "all_to_all",
+)
 
 
 def _count(prof):

@@ -109,7 +109,10 @@ class Hub:
 
 
 def train_node_workers(**settings: Any) -> tuple[Regression, Any]:
-    """Four steps of workers of two processes under Accelerate, two rounds; the model, and the `SlowMoOptimizer` under its wrapper."""
+    """
+    Four steps of workers of two processes under Accelerate, two rounds; the model, and the `SlowMoOptimizer` under its
+    wrapper.
+    """
     from accelerate import Accelerator
 
     from slowmo_hf import SlowMoConfig, SlowMoOptimizer
@@ -168,7 +171,10 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 class Recorder(TrainerCallback):
-    """What a model held after each inner step (`stepped`), after each whole step (`after`), at each look. Put it before SlowMoCallback."""
+    """
+    What a model held after each inner step (`stepped`), after each whole step (`after`), at each look. Put it before
+    SlowMoCallback.
+    """
 
     def __init__(self) -> None:
         self.start: dict[str, torch.Tensor] = {}
@@ -231,7 +237,9 @@ class Heard(logging.Handler):
 
 
 def ends_with_one_line(recipe: Any, shown: str, flags: str, said: str, monkeypatch: Any, capfd: Any) -> None:
-    """A recipe's `main` with these flags says one line, no traceback and no usage; Python's exit code for a text is 1."""
+    """
+    A recipe's `main` with these flags says one line, no traceback and no usage; Python's exit code for a text is 1.
+    """
     name = Path(recipe.__file__).name
     monkeypatch.setattr(sys, "argv", [name, *shown.split(), *flags.split()])
     with pytest.raises(SystemExit) as ended:
@@ -263,8 +271,8 @@ def mean(results: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
 
 def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> int:
     """
-    Do Algorithm 1's outer loop by hand on what the ranks recorded, and compare: between rounds nothing touches the weights, a round
-    gives the anchor that lines 6 to 8 give, and the end is the average. Returns the number of rounds.
+    Do Algorithm 1's outer loop by hand on what the ranks recorded, and compare: between rounds nothing touches the
+    weights, a round gives the anchor that lines 6 to 8 give, and the end is the average. Returns the number of rounds.
     """
     tau, alpha, beta = config.sync_every, config.outer_lr, config.outer_momentum
     steps, rounds = len(runs[0]["after"]), 0
@@ -285,7 +293,9 @@ def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> 
                 for name in trained:
                     assert torch.equal(before_end[name], at_end[name]), f"step {k + 1} changed {name}"
             if len(runs) > 1 and runs[0]["lrs"][k]:
-                assert any(not torch.equal(after[0][name], after[1][name]) for name in trained), f"step {k + 1}: the ranks are coupled"
+                assert any(not torch.equal(after[0][name], after[1][name]) for name in trained), (
+                    f"step {k + 1}: the ranks are coupled"
+                )
             continue
         rounds += 1
         lr = runs[0]["lrs"][k]
@@ -299,13 +309,18 @@ def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> 
                 anchor[name] = anchor[name] - alpha * velocity[name]
             shown[name] = after[0][name]
             for rank, at_end in enumerate(after):
-                assert torch.equal(at_end[name], shown[name]), f"rank {rank}, round {rounds}: {name} differs from rank 0's"
+                assert torch.equal(at_end[name], shown[name]), (
+                    f"rank {rank}, round {rounds}: {name} differs from rank 0's"
+                )
             torch.testing.assert_close(shown[name].double(), anchor[name], rtol=tolerance, atol=tolerance)
         previous_lr = lr or previous_lr
     for name in trained:
         for run in runs:
             assert torch.equal(run["final"][name], runs[0]["final"][name]), f"{name} differs at the end"
         torch.testing.assert_close(
-            runs[0]["final"][name].double(), mean([run["after"][-1] for run in runs], name), rtol=tolerance, atol=tolerance
+            runs[0]["final"][name].double(),
+            mean([run["after"][-1] for run in runs], name),
+            rtol=tolerance,
+            atol=tolerance,
         )
     return rounds

@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     """
-    Make `accelerator.save_state` and `load_state` complete, at any step: the folder gets the average where Accelerate puts the model, and
-    beside it every worker's own weights, inner optimizer and messages, which a load takes up before training goes on.
+    Make `accelerator.save_state` and `load_state` complete, at any step: the folder gets the average where Accelerate
+    puts the model, and beside it every worker's own weights, inner optimizer and messages, which a load takes up
+    before training goes on.
 
         accelerator = Accelerator(); model, optimizer, loader = accelerator.prepare(...)
         slowmo_hf.register_for_checkpointing(accelerator, optimizer)
 
-    Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): a save over an old folder that is killed
-    half-way would mix the two. No hook of Accelerate's follows its own files, so `accelerator.save_state` itself is wrapped: the manifest
-    comes after them, and a save that was killed anywhere before has none.
+    Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): a save over an old
+    folder that is killed half-way would mix the two. No hook of Accelerate's follows its own files, so
+    `accelerator.save_state` itself is wrapped: the manifest comes after them, and a save that was killed anywhere
+    before has none.
 
     Args:
         accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
@@ -53,7 +55,9 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
             words = f"checkpoint {folder} cannot be written"
             objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
             together(outer_loop, words, lambda: objects.update(_own_objects(accelerator)))
-            together(outer_loop, words, lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=objects))
+            together(
+                outer_loop, words, lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=objects)
+            )
 
         def finish() -> None:
             if keeper:
@@ -81,7 +85,10 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
 
 
 def _let_go(weights: list[Any]) -> None:
-    """The state dictionaries alias the parameters, and the local weights return before Accelerate writes: give them the average's copy."""
+    """
+    The state dictionaries alias the parameters, and the local weights return before Accelerate writes: give them the
+    average's copy.
+    """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
     for state_dict in weights:
         for name, value in state_dict.items():
@@ -94,18 +101,25 @@ def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
     """A scaler that skipped a step on one rank alone, and the schedulers that it held back."""
     if accelerator.scaler is None:
         return {}
-    schedulers = {f"scheduler.{index}": scheduler.state_dict() for index, scheduler in enumerate(accelerator._schedulers)}
+    schedulers = {
+        f"scheduler.{index}": scheduler.state_dict() for index, scheduler in enumerate(accelerator._schedulers)
+    }
     return {"scaler": accelerator.scaler.state_dict(), **schedulers}
 
 
 def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> None:
     if not any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
         if outer_loop.attempted_steps:
-            raise CheckpointError(f"{folder} has no state of local training, and this run has begun: load it before the first step.")
-        logger.warning("%s has no state of local training: weights and optimizer are taken, slow momentum starts fresh", folder)
+            raise CheckpointError(
+                f"{folder} has no state of local training, and this run has begun: load it before the first step."
+            )
+        logger.warning(
+            "%s has no state of local training: weights and optimizer are taken, slow momentum starts fresh", folder
+        )
         return
     with suppress(ValueError):
-        outer_loop.hear_of_departed()  # here, where no rank has failed yet; what was wrong there belongs to the run that is left
+        # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
+        outer_loop.hear_of_departed()
     objects: dict[str, Any] = {}
 
     def take_up() -> None:

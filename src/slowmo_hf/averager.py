@@ -36,11 +36,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and parameter then
-# stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch, and whole tensors are better.
+# Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and
+# parameter then stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch,
+# and whole tensors are better.
 CACHED_ELEMENTS = {"cpu": 2**18}
-# Messages that are waited for: while one travels the next is packed and the last one taken in, so on a slow link a round costs little more
-# than its bytes. Each is an eighth of what travels, for every one waits for the link's latency too, but this many bytes at least.
+# Messages that are waited for: while one travels the next is packed and the last one taken in, so on a slow link a
+# round costs little more than its bytes. Each is an eighth of what travels, for every one waits for the link's latency
+# too, but this many bytes at least.
 MESSAGE_BYTES = 16 * 2**20
 _MOST_MESSAGES = 8
 OWN_SLOTS = 2  # buffers from here on belong to one message each
@@ -96,7 +98,10 @@ class Bucket:
 
 @dataclass(eq=False)
 class FlatAnchor:
-    """The anchors on one device in one wide dtype, in one flat tensor; groups[i] is the inner parameter group of params[i]."""
+    """
+    The anchors on one device in one wide dtype, in one flat tensor; groups[i] is the inner parameter group of
+    params[i].
+    """
 
     flat: torch.Tensor
     params: list[torch.Tensor]
@@ -134,12 +139,17 @@ def views_like(flat: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Te
 
 
 def flat_layouts(groups: Iterable[list[torch.Tensor]]) -> list[FlatAnchor]:
-    """Where parameters lie in flat anchors, one per (device, wide dtype), group after group; `flat` has no memory yet ("meta")."""
+    """
+    Where parameters lie in flat anchors, one per (device, wide dtype), group after group; `flat` has no memory yet
+    ("meta").
+    """
     found: dict[tuple[torch.device, torch.dtype], FlatAnchor] = {}
     for group, params in enumerate(groups):
         for param in params:
             dtype = wide_dtype(param.dtype)
-            layout = found.setdefault((param.device, dtype), FlatAnchor(torch.empty(0, dtype=dtype, device="meta"), [], []))
+            layout = found.setdefault(
+                (param.device, dtype), FlatAnchor(torch.empty(0, dtype=dtype, device="meta"), [], [])
+            )
             layout.params.append(param)
             layout.groups.append(group)
     for layout in found.values():
@@ -151,14 +161,17 @@ def flat_anchors(layouts: Iterable[FlatAnchor]) -> list[FlatAnchor]:
     """Copy parameters into fresh memory of these layouts."""
     anchors = []
     for layout in layouts:
-        anchor = FlatAnchor(torch.empty_like(layout.flat, device=layout.params[0].device), layout.params, layout.groups)
+        anchor = FlatAnchor(
+            torch.empty_like(layout.flat, device=layout.params[0].device), layout.params, layout.groups
+        )
         for view, param in zip(anchor.anchors(), anchor.params, strict=True):
             view.copy_(param.detach())
         anchors.append(anchor)
     return anchors
 
 
-# What one bucket's message brings: the weighted sums over workers of the displacements, in a reused buffer, and of their squared norms.
+# What one bucket's message brings: the weighted sums over workers of the displacements, in a reused buffer, and of
+# their squared norms.
 Sum = tuple[Bucket, torch.Tensor, float]
 
 
@@ -177,8 +190,8 @@ class Base:
     """
     What a worker brings to an average, x_i, and takes from it. As it stands it is Local SGD: x_i is the parameters.
 
-    Displacements are measured from an origin that is the same on every worker: here the anchor as it was handed back, rounded to the
-    parameter's dtype.
+    Displacements are measured from an origin that is the same on every worker: here the anchor as it was handed back,
+    rounded to the parameter's dtype.
     """
 
     def origin(self, piece: Piece) -> torch.Tensor:
@@ -212,14 +225,14 @@ class ExactAverager:
     """
     The exact average (line 6) by all-reduce, in two buffers that take turns.
 
-    What travels is the displacement anchor - x_i, not x_i: the mean is the pseudo-gradient itself, free of the cancellation
-    that anchor - mean(x_i) has, and the consensus distance follows from its norms without a message.
+    What travels is the displacement anchor - x_i, not x_i: the mean is the pseudo-gradient itself, free of the
+    cancellation that anchor - mean(x_i) has, and the consensus distance follows from its norms without a message.
 
     Args:
         communicator (`Communicator`): The workers.
         bucket_bytes (`int`): Both buffers have no more.
-        at_once (`bool`, *optional*, defaults to `False`): For `sums_at_once`: every message has a buffer of its own, of `bucket_bytes` at
-            most.
+        at_once (`bool`, *optional*, defaults to `False`): For `sums_at_once`: every message has a buffer of its own,
+            of `bucket_bytes` at most.
     """
 
     def __init__(self, communicator: Communicator, bucket_bytes: int, *, at_once: bool = False) -> None:
@@ -252,19 +265,28 @@ class ExactAverager:
         return anchors, [bucket for item in anchors for bucket in self.buckets(item)]
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
-        """What each message carries. Those behind the computation have time enough, and starting one costs some: few and large."""
+        """
+        What each message carries. Those behind the computation have time enough, and starting one costs some: few and
+        large.
+        """
         if self._at_once:
             return item.buckets(self.bucket_bytes)
         return item.buckets(min(self._longest_message, max(MESSAGE_BYTES, -(-item.flat.nbytes // _MOST_MESSAGES))))
 
     def reserve(self, buckets: list[Bucket]) -> None:
-        """Make the buffers of `sums` (`sums_at_once`) now, so that a round allocates nothing; those of the start's broadcast go."""
+        """
+        Make the buffers of `sums` (`sums_at_once`) now, so that a round allocates nothing; those of the start's
+        broadcast go.
+        """
         self._buffers.clear()
         for number, bucket in enumerate(buckets):
             self._message(bucket, number)
 
     def _message(self, bucket: Bucket, number: int) -> torch.Tensor:
-        """Memory for a bucket's message: two take turns, or each has its own, apart from what other averages use meanwhile."""
+        """
+        Memory for a bucket's message: two take turns, or each has its own, apart from what other averages use
+        meanwhile.
+        """
         slot = OWN_SLOTS + number if self._at_once else number % 2
         return self._buffer(bucket.elements + 1, bucket.item.flat.dtype, bucket.item.flat.device, slot)
 
@@ -278,7 +300,10 @@ class ExactAverager:
         """Forget what a round holds back for the next: here nothing."""
 
     def gather_states(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
-        """Slow states laid out like this worker's anchors (they, velocities) as they are over all workers: see `ShardedAverager`."""
+        """
+        Slow states laid out like this worker's anchors (they, velocities) as they are over all workers: see
+        `ShardedAverager`.
+        """
         return states
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
@@ -287,7 +312,10 @@ class ExactAverager:
             state.copy_(whole)
 
     def over_workers(self, norms: Norms) -> Norms:
-        """Of a round's whole pseudo-gradient and velocity, from those of the pieces that this worker has updated: here all."""
+        """
+        Of a round's whole pseudo-gradient and velocity, from those of the pieces that this worker has updated: here
+        all.
+        """
         return norms
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
@@ -296,8 +324,8 @@ class ExactAverager:
 
     def exact_sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """
-        Every bucket with the weighted sums over workers of origin - x_i, and of its squared norm, which rides in the last element of the
-        same message. The next bucket is packed while one travels.
+        Every bucket with the weighted sums over workers of origin - x_i, and of its squared norm, which rides in the
+        last element of the same message. The next bucket is packed while one travels.
 
         Returns:
             `Iterator[Sum]`: The tensor lies in a reused buffer: use it before the next one.
@@ -306,8 +334,8 @@ class ExactAverager:
 
     def sums_at_once(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Sum]:
         """
-        The same with all messages started before this returns, in buffers of their own: they travel until the iterator is read. `weight`
-        is this worker's: the others' may not be known yet.
+        The same with all messages started before this returns, in buffers of their own: they travel until the iterator
+        is read. `weight` is this worker's: the others' may not be known yet.
         """
         started = list(self._start_sums(buckets, base, weight))
         return (arrive() for arrive in started)
@@ -343,7 +371,9 @@ class ExactAverager:
         return arrive
 
     def own_displacements(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
-        """The same for a round without an average: every bucket with this worker's own pseudo-gradient. Nothing is sent."""
+        """
+        The same for a round without an average: every bucket with this worker's own pseudo-gradient. Nothing is sent.
+        """
         for bucket in buckets:
             message = self._buffer(bucket.elements, bucket.item.flat.dtype, bucket.item.flat.device)
             for piece, run in bucket.runs(message):
@@ -351,7 +381,10 @@ class ExactAverager:
             yield bucket, message, 0.0
 
     def show_mean_(self, buckets: list[Bucket], base: Base) -> float:
-        """Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared norm."""
+        """
+        Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared
+        norm.
+        """
         square_sum = 0.0
         for bucket, total, drift_square_sum in self.exact_sums(buckets, base):
             square_sum += drift_square_sum

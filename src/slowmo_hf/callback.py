@@ -31,11 +31,13 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
         Trainer(..., callbacks=[SlowMoCallback()]).train()
 
-    is all there is to write. Evaluation and saved models see the workers' average; training then goes on from the local weights; at
-    the end the model is the average. Make it the last callback, so that it sees what the others ask for.
+    is all there is to write. Evaluation and saved models see the workers' average; training then goes on from the
+    local weights; at the end the model is the average. Make it the last callback, so that it sees what the others ask
+    for.
 
     Args:
-        config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults where it is None.
+        config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults
+            where it is None.
     """
 
     def __init__(self, config: SlowMoConfig | dict[str, Any] | None = None) -> None:
@@ -73,12 +75,16 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     # ---- the start and the end ----
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Set aside what a killed run left unfinished."""
         make_heard()
         set_aside_unfinished(args)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
         make_heard()
         self._follow(state)
@@ -91,13 +97,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         wrappers = ddp_wrappers(kwargs["model"].parameters())
         if args.world_size != processes_in_job():
             raise RuntimeError(
-                f"torch.distributed has {processes_in_job()} processes, but TrainingArguments.world_size is {args.world_size}: every "
-                "process would train on all data. On CPU, set use_cpu=True or ACCELERATE_USE_CPU=true (docs/launch.md)."
+                f"torch.distributed has {processes_in_job()} processes, but TrainingArguments.world_size is "
+                f"{args.world_size}: every process would train on all data. On CPU, set use_cpu=True or "
+                "ACCELERATE_USE_CPU=true (docs/launch.md)."
             )
         if args.world_size > 1 and not wrappers:
             raise RuntimeError(
-                f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so it is unknown "
-                "who averages gradients. Launch with torchrun or accelerate launch."
+                f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so "
+                "it is unknown who averages gradients. Launch with torchrun or accelerate launch."
             )
         self.outer_loop = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
@@ -115,9 +122,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.config.has_rounds:
             self._stop_signals = StopSignals(self._on_signal)
         if args.eval_on_start:
-            outer_loop.show_average()  # workers agree, so nothing is sent: it keeps what the evaluation draws from the generators
+            # Workers agree, so nothing is sent: it keeps what the evaluation draws from the generators.
+            outer_loop.show_average()
 
-    def _take_up_checkpoints(self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]) -> None:
+    def _take_up_checkpoints(
+        self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
+    ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         if not self.config.has_rounds:
             return  # stock training: Trainer's checkpoints are complete
@@ -141,11 +151,16 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         return {} if scaler is None else {"scaler": scaler, "scheduler": events["lr_scheduler"]}
 
     def state(self) -> dict[str, Any]:
-        """What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the checkpoint is."""
+        """
+        What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the
+        checkpoint is.
+        """
         return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
     def _isolate_tokens(self, args: TrainingArguments) -> None:
-        """Trainer would gather the token count at every step and scale the loss for gradients averaged over the world."""
+        """
+        Trainer would gather the token count at every step and scale the loss for gradients averaged over the world.
+        """
         self._stock_token_average = args.average_tokens_across_devices
         if args.average_tokens_across_devices and args.world_size > 1:
             logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
@@ -154,7 +169,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _on_signal(self, name: str) -> None:
         if self.outer_loop is not None:
             self.outer_loop.stop_asked = True
-        logger.warning("%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE)
+        logger.warning(
+            "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
+        )
 
     def _restore(self, args: TrainingArguments) -> None:
         self._training = False
@@ -171,7 +188,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             args.average_tokens_across_devices = self._stock_token_average
             self._stock_token_average = None
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """
         Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was.
 
@@ -187,13 +206,22 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._restore(args)
         self.outer_loop.workers.roll_call.leave("its training ended")
         if self._stopped:
-            logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", state.global_step, REQUEUE_EXIT_CODE)
+            logger.warning(
+                "saved at step %d after a signal: exit code %d asks for a requeue",
+                state.global_step,
+                REQUEUE_EXIT_CODE,
+            )
             raise SystemExit(REQUEUE_EXIT_CODE)
 
     # ---- the clock ----
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped yet."""
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped
+        yet.
+        """
         assert self.outer_loop is not None
         if self._beyond is not None:
             return
@@ -204,14 +232,20 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Give the local weights back. The generators went back after the look: the next batches have been drawn since."""
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Give the local weights back. The generators went back after the look: the next batches have been drawn since.
+        """
         if self.outer_loop is not None:
             self.outer_loop.show_local(give_back_random_state=False)
             if state.global_step >= state.max_steps and self._beyond is None:
                 self._beyond = _Beyond.of(kwargs["model"], state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
         if self._beyond is not None:
             self._beyond.undo(state, control)
@@ -224,8 +258,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if control.should_log or control.should_training_stop:
             self._log(control)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """As at a step's end; a rank that stops ends with the others first, and then all do what an epoch's end asks for."""
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        As at a step's end; a rank that stops ends with the others first, and then all do what an epoch's end asks for.
+        """
         if not control.should_training_stop and not self._all_gather(control):
             control.should_training_stop = True
         if control.should_training_stop:
@@ -234,14 +272,16 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def _all_gather(self, control: TrainerControl) -> bool:
         """Meet before Trainer gathers: False where a rank has ended, and will not come."""
-        return not _gathers(control) or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
+        return (
+            not _gathers(control) or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
+        )
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
         if somebody_ended:
             logger.warning(
-                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and nothing is evaluated or "
-                "saved there",
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
+                "nothing is evaluated or saved there",
                 state.global_step,
             )
             _stop_at_once(control)  # the rest gathers, and that rank will not come
@@ -249,7 +289,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         elif self.outer_loop is not None and self.outer_loop.stop_agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self._stopped = True
 
-    def _look_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]) -> None:
+    def _look_if_due(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]
+    ) -> None:
         if self.outer_loop is None:
             return
         if control.should_evaluate or control.should_save:
@@ -257,11 +299,15 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._end(args, state, events)
         if self._checkpoints and control.should_evaluate:
-            self._folder(args, state)  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
+            self._folder(
+                args, state
+            )  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
         if self._checkpoints and control.should_save:
             self._checkpoints.write(self._folder(args, state), self._states(events))
 
-    def _end(self, args: TrainingArguments, state: TrainerState, events: dict[str, Any], *, pass_end_is_ahead: bool = True) -> None:
+    def _end(
+        self, args: TrainingArguments, state: TrainerState, events: dict[str, Any], *, pass_end_is_ahead: bool = True
+    ) -> None:
         """Once: all ranks end together, on the average."""
         if self.outer_loop is not None and not self._ended:
             self._ended = True
@@ -271,14 +317,18 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
             if self.config.has_rounds:
                 state.global_step = self.outer_loop.attempted_steps
-                # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would abort in gloo.
+                # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would
+                # abort in gloo.
                 trainer: Any = self._find_trainer()
                 trainer.current_flos = float(trainer.current_flos)
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Trainer's checkpoint folder of this step; recorded for `trainer_state.json`."""
         trainer = self._find_trainer()
-        folder = Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None))) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = (
+            Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
+            / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        )
         run = self.outer_loop.run_id if self.outer_loop and not args.save_only_model else None
         self.checkpoint = {"run": run, "folder": str(folder)}
         return folder
@@ -286,11 +336,15 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _states(self, events: dict[str, Any]) -> dict[str, Any]:
         return {name: own.state_dict() for name, own in self._own_objects(events).items()}
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Check that the average was what Trainer saw; undo what the evaluation drew from the random generators."""
         self._after_look("evaluated")
 
-    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any) -> None:
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
         """As after an evaluation."""
         self._after_look("predicted with")
 
@@ -309,14 +363,17 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.give_back_random_state()
         elif not self.outer_loop.workers_agree:
             raise RuntimeError(
-                f"one worker's own weights were {verb}, not the average: another callback asked for it after SlowMoCallback had "
-                "looked. Make SlowMoCallback the last callback."
+                f"one worker's own weights were {verb}, not the average: another callback asked for it after "
+                "SlowMoCallback had looked. Make SlowMoCallback the last callback."
             )
 
     # ---- logs ----
 
     def _log(self, control: TrainerControl) -> None:
-        """Emit the rounds since the last log through Trainer's own `log`: sums of bytes and seconds, the last round's norms."""
+        """
+        Emit the rounds since the last log through Trainer's own `log`: sums of bytes and seconds, the last round's
+        norms.
+        """
         if not self._unlogged:
             return
         rounds, self._unlogged = self._unlogged, []
@@ -385,7 +442,8 @@ class _Meetings:
 @dataclass
 class _Beyond:
     """
-    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more and stops then.
+    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more
+    and stops then.
 
     Args:
         kept (`list`): Parameters and buffers with copies of their values.
@@ -399,11 +457,16 @@ class _Beyond:
     @classmethod
     def of(cls, model: torch.nn.Module, state: TrainerState) -> _Beyond:
         """Keep them."""
-        return cls([(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch)
+        return cls(
+            [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch
+        )
 
     @torch.no_grad()
     def undo(self, state: TrainerState, control: TrainerControl) -> None:
-        """As if it had not been taken; training ends, and what its last step asked for has been done by the run that took it."""
+        """
+        As if it had not been taken; training ends, and what its last step asked for has been done by the run that took
+        it.
+        """
         for tensor, value in self.kept:
             tensor.copy_(value)
         state.global_step, state.epoch = self.step, self.epoch
@@ -443,10 +506,13 @@ def _advise(args: TrainingArguments, config: SlowMoConfig) -> None:
     if args.world_size == 1:
         return
     if args.logging_strategy == "steps" and config.overlap_steps:
-        logger.info("logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", args.logging_steps)
+        logger.info(
+            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", args.logging_steps
+        )
     elif args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
         logger.info(
-            "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for nobody",
+            "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for "
+            "nobody",
             args.logging_steps,
             config.sync_every,
         )

@@ -2,10 +2,11 @@
 Checkpoint files: the folder `slowmo/` inside a checkpoint of Trainer or Accelerate.
 
     shared.json, shared.safetensors    clock, anchors, velocity: equal on all workers, written once
-    worker_3.json, .safetensors, .pt   what worker 3 alone has: local weights and buffers, push-sum state, inner optimizer
-    manifest.json                      SHA-256 of every file of the checkpoint, written last: a folder that has one is whole
+    worker_3.json, .safetensors, .pt   what worker 3 alone has: weights and buffers, push-sum state, inner optimizer
+    manifest.json                      SHA-256 of every file, written last: a folder that has one is whole
 
-Every file is written beside, synced and renamed. Optimizers' states are in torch's own format and read with `weights_only`.
+Every file is written beside, synced and renamed. Optimizers' states are in torch's own format and read with
+`weights_only`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Contents:
 
 
 def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents) -> None:
-    """Write `slowmo/{name}.*` of a checkpoint, synced to the disk. A manifest that is there already is removed first."""
+    """
+    Write `slowmo/{name}.*` of a checkpoint, synced to the disk. A manifest that is there already is removed first.
+    """
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -98,14 +101,18 @@ def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
+        ) from error
     return Contents(settings, tensors, objects)
 
 
 def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     """Write the manifest: every file of the checkpoint is there, and its digest. Call it when all have written."""
     root = Path(checkpoint)
-    files = {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in _files(root)}
+    files = {
+        str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in _files(root)
+    }
     manifest = {"version": VERSION, **settings, "files": files}
     manifest["sha256"] = _own_digest(manifest)
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
@@ -133,7 +140,8 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         checkpoint (`str` or `os.PathLike`): A folder of Trainer (`checkpoint-500`) or of `accelerator.save_state`.
 
     Raises:
-        CheckpointError: There is no manifest, or a file is missing, truncated or changed; the file and the reason are named.
+        CheckpointError: There is no manifest, or a file is missing, truncated or changed; the file and the reason are
+            named.
     """
     root = Path(checkpoint)
     manifest = root / FOLDER / MANIFEST
@@ -144,19 +152,26 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         files: Iterable[tuple[str, dict[str, Any]]] = sorted(listed["files"].items())
         expected = [(root / name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files]
     except FileNotFoundError as error:
-        raise CheckpointError(f"{manifest} is missing: the checkpoint was never finished, or is none of ours.") from error
+        raise CheckpointError(
+            f"{manifest} is missing: the checkpoint was never finished, or is none of ours."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint.") from error
+        raise CheckpointError(
+            f"{manifest} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
+        ) from error
     if not expected:
         raise CheckpointError(f"{manifest} is damaged: it lists no file. Resume from another checkpoint.")
     for path, size, digest in expected:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the manifest lists it. Resume from another checkpoint.")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}. Resume from another checkpoint.")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {size}. Resume from another checkpoint."
+            )
         if _digest(path) != digest:
             raise CheckpointError(
-                f"{path} is not what was written: its SHA-256 differs from the manifest's. Resume from another checkpoint."
+                f"{path} is not what was written: its SHA-256 differs from the manifest's. Resume from another "
+                "checkpoint."
             )
 
 

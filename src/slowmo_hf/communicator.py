@@ -29,11 +29,13 @@ class _Known:
     What a worker has of its groups.
 
     Args:
-        groups (`dict`): `new_group` is collective and leaks: once per process for a default group, ranks, purpose and time-out.
-        under_way (`dict`): Messages that nobody has waited for yet, by group. A run may be dropped with some in flight; to let go of a
-            posted receipt would leave its sender stuck, and with it every later message between the two. The next run in the group
-            finishes them first.
-        owed (`dict`): Likewise collectives that this rank has yet to start, and others of the group may have started, by group.
+        groups (`dict`): `new_group` is collective and leaks: once per process for a default group, ranks, purpose and
+            time-out.
+        under_way (`dict`): Messages that nobody has waited for yet, by group. A run may be dropped with some in
+            flight; to let go of a posted receipt would leave its sender stuck, and with it every later message between
+            the two. The next run in the group finishes them first.
+        owed (`dict`): Likewise collectives that this rank has yet to start, and others of the group may have started,
+            by group.
     """
 
     groups: dict[tuple[int, tuple[int, ...], str, float], Any] = field(default_factory=dict)
@@ -102,19 +104,21 @@ class Transfer:
 
 class Communicator:
     """
-    Some processes of the job, all of them by default. In a world of one, or without `torch.distributed`, nothing is sent.
+    Some processes of the job, all of them by default. In a world of one, or without `torch.distributed`, nothing is
+    sent.
 
     Making one is collective over the whole job, also for processes that are not in `ranks` (their `member` is False).
 
     Args:
         timeout_seconds (`float`): A collective or message that takes longer raises.
-        device (`torch.device`): Where the parameters are. Headers travel from there unless the CPU has a backend; peer-to-peer messages
-            from `wire_device`, which is the CPU where the device's backend is gloo.
+        device (`torch.device`): Where the parameters are. Headers travel from there unless the CPU has a backend;
+            peer-to-peer messages from `wire_device`, which is the CPU where the device's backend is gloo.
         ranks (`Sequence[int]`, *optional*): Ranks in the job, ascending; all where it is None.
-        purpose (`str`, *optional*): Communicators of different purposes have process groups, and so wires, of their own.
+        purpose (`str`, *optional*): Communicators of different purposes have process groups, and so wires, of their
+            own.
         witness (`Witness`, *optional*): Says which rank a failure comes from; without one it is torch's own error.
-        patience_seconds (`float`, *optional*, defaults to `0`): How long a collective still waits where somebody is known to be gone: for
-            the word of a rank that knows more.
+        patience_seconds (`float`, *optional*, defaults to `0`): How long a collective still waits where somebody is
+            known to be gone: for the word of a rank that knows more.
     """
 
     def __init__(
@@ -154,8 +158,8 @@ class Communicator:
 
     def owe(self, start: Callable[[], None] | None) -> None:
         """
-        What the next run in this group does first, if this one is dropped before it does: to start collectives that others have started.
-        None: nothing any more.
+        What the next run in this group does first, if this one is dropped before it does: to start collectives that
+        others have started. None: nothing any more.
         """
         if start is None:
             _known().owed.pop(id(self.group), None)
@@ -164,7 +168,10 @@ class Communicator:
 
     @property
     def fails_cleanly(self) -> bool:
-        """Whether a collective that a rank misses raises, and at once where its process is gone; NCCL must not be entered in vain."""
+        """
+        Whether a collective that a rank misses raises, and at once where its process is gone; NCCL must not be entered
+        in vain.
+        """
         return self.backend in ("gloo", in_process.BACKEND)
 
     @contextmanager
@@ -178,7 +185,10 @@ class Communicator:
         self.bytes_sent += round(payload_bytes)
 
     def _wait(self, work: Any) -> None:
-        """Wait for a collective; on gloo, no longer than until another rank gives up: that one is not always a neighbour of this."""
+        """
+        Wait for a collective; on gloo, no longer than until another rank gives up: that one is not always a neighbour
+        of this.
+        """
         if self.backend != "gloo" or self.witness is None:
             work.wait()
             return
@@ -198,7 +208,9 @@ class Communicator:
     # ---- collectives ----
 
     def start_sum_(self, flat: torch.Tensor) -> Callable[[], None]:
-        """Start to replace `flat` by its sum over workers, in place; the result waits for it. Counts a ring's 2 (m-1)/m of its bytes.
+        """
+        Start to replace `flat` by its sum over workers, in place; the result waits for it. Counts a ring's 2 (m-1)/m
+        of its bytes.
 
         Args:
             flat (`torch.Tensor`): Contiguous and our own: gloo is silently wrong on views that are not dense.
@@ -212,11 +224,12 @@ class Communicator:
 
     def start_all_to_all(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> Arrival:
         """
-        Start to send part i of `outgoing` to worker i, its own to itself, and to put what worker i sends into part i of `incoming`; the
-        result waits for it. Counts (m-1)/m of the bytes.
+        Start to send part i of `outgoing` to worker i, its own to itself, and to put what worker i sends into part i
+        of `incoming`; the result waits for it. Counts (m-1)/m of the bytes.
 
         Args:
-            outgoing (`torch.Tensor`), incoming (`torch.Tensor`): Contiguous bytes (`torch.uint8`), m equal parts, of one size everywhere.
+            outgoing (`torch.Tensor`), incoming (`torch.Tensor`): Contiguous bytes (`torch.uint8`), m equal parts, of
+                one size everywhere.
         """
         assert outgoing.numel() % self.world_size == 0
         if self.world_size == 1:
@@ -228,7 +241,8 @@ class Communicator:
 
     def start_all_gather(self, rows: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
         """
-        Start to put every worker's `mine` into its row of `rows`; the result waits for it. Counts (m-1) times the bytes of one.
+        Start to put every worker's `mine` into its row of `rows`; the result waits for it. Counts (m-1) times the
+        bytes of one.
 
         Args:
             rows (`torch.Tensor`): Contiguous bytes (`torch.uint8`), shape (m, len(mine)); not in the memory of `mine`.
@@ -290,7 +304,9 @@ class Communicator:
         """Replace `flat` by the first rank's, in place."""
         if self.world_size > 1 and flat.numel():
             with self._counted():  # bytes: every dtype travels
-                self._wait(_wire().broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group, async_op=True))
+                self._wait(
+                    _wire().broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group, async_op=True)
+                )
 
     def broadcast_outcome(self, act: Callable[[], T]) -> T:
         """Run `act` on the first rank alone; its result, or its error, is everybody's. Objects are pickled."""
@@ -325,7 +341,9 @@ class Communicator:
 
     # ---- messages ----
 
-    def exchange(self, message: torch.Tensor, targets: list[int], received: list[torch.Tensor], sources: list[int], tag: int) -> Transfer:
+    def exchange(
+        self, message: torch.Tensor, targets: list[int], received: list[torch.Tensor], sources: list[int], tag: int
+    ) -> Transfer:
         """
         Start to send `message` to every target and to receive one from every source; returns at once.
 
@@ -336,7 +354,10 @@ class Communicator:
             tag (`int`): The same at both ends, different for messages that are under way together.
         """
         tag %= 2**30
-        ops = [_wire().P2POp(_wire().irecv, into, self.ranks[s], self.group, tag) for s, into in zip(sources, received, strict=True)]
+        ops = [
+            _wire().P2POp(_wire().irecv, into, self.ranks[s], self.group, tag)
+            for s, into in zip(sources, received, strict=True)
+        ]
         ops += [_wire().P2POp(_wire().isend, message, self.ranks[t], self.group, tag) for t in targets]
         self.bytes_sent += message.nbytes * len(targets)
         peers = sorted({*targets, *sources})
@@ -346,7 +367,8 @@ class Communicator:
             works = _wire().batch_isend_irecv(ops) if ops else []
         except NotImplementedError as error:
             raise RuntimeError(
-                f"base must be local_sgd or all_reduce on backend {self.backend!r}, which has no peer-to-peer messages. Use gloo or NCCL."
+                f"base must be local_sgd or all_reduce on backend {self.backend!r}, which has no peer-to-peer "
+                "messages. Use gloo or NCCL."
             ) from error
         except RuntimeError as error:
             failure = RuntimeError(f"{words} could not start: {first_line(error)}")
@@ -377,13 +399,15 @@ class Communicator:
 def is_collective_failure(error: BaseException) -> bool:
     """Whether it was raised by a collective of anybody's: torch's own types (NCCL), or gloo's words."""
     words = str(error)
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in words or "pair closure" in words)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "/gloo/" in words or "pair closure" in words
+    )
 
 
 def is_timeout(error: BaseException) -> bool:
     """
-    Whether a collective was given up for its time. Only the first that waits on a connection of gloo's says that it "timed out"; the
-    connection is closed with it, and those after it say "Application timeout caused pair closure".
+    Whether a collective was given up for its time. Only the first that waits on a connection of gloo's says that it
+    "timed out"; the connection is closed with it, and those after it say "Application timeout caused pair closure".
     """
     words = str(error).lower()
     return "timed out" in words or "timeout" in words
@@ -401,17 +425,20 @@ def _backends() -> dict[str, str]:
 
 def job_store() -> Any:
     """
-    The job's key-value store (`set`, `get`, `check`, `delete_key`), which lives in the launcher or with rank 0; None in a worker
-    of `run_in_process`, where nobody can be missed.
+    The job's key-value store (`set`, `get`, `check`, `delete_key`), which lives in the launcher or with rank 0; None
+    in a worker of `run_in_process`, where nobody can be missed.
     """
-    return None if is_in_process() else dist.distributed_c10d._get_default_store()  # private; tests/test_faults.py holds it
+    return (
+        None if is_in_process() else dist.distributed_c10d._get_default_store()
+    )  # private; tests/test_faults.py holds it
 
 
 def leave_job() -> None:
     """
-    End gloo's threads before the process ends: with torch 2.13 one process in seven that exits with a gloo group alive aborts ("terminate
-    called without an active exception"), and a finished job counts as failed. A thread that is slow to let go of its last message still
-    needs the interpreter: it gets a moment of it (without, 2 of some 400 processes aborted on a busy machine).
+    End gloo's threads before the process ends: with torch 2.13 one process in seven that exits with a gloo group alive
+    aborts ("terminate called without an active exception"), and a finished job counts as failed. A thread that is slow
+    to let go of its last message still needs the interpreter: it gets a moment of it (without, 2 of some 400 processes
+    aborted on a busy machine).
     """
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
@@ -438,7 +465,9 @@ def is_in_process() -> bool:
 
 
 def processes_on_machine(world_size: int) -> int:
-    """Processes of this job on this machine, from LOCAL_WORLD_SIZE and never from host names (containers share them)."""
+    """
+    Processes of this job on this machine, from LOCAL_WORLD_SIZE and never from host names (containers share them).
+    """
     return world_size if is_in_process() else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 

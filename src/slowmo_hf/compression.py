@@ -1,7 +1,8 @@
 r"""
 Compressed rounds: the exact average in one or two bytes per element, with error feedback at both places that quantise.
 
-A bucket is cut into m shards, one per worker, its owner. Q is quantise and dequantise, w_i a worker's weight, W their sum:
+A bucket is cut into m shards, one per worker, its owner. Q is quantise and dequantise, w_i a worker's weight, W their
+sum:
 
     p_i     = w_i (anchor - x_i) + (W/m) e_i          worker i
     e_i    <- (m/W) (p_i - Q(p_i))                    its residual
@@ -11,11 +12,11 @@ A bucket is cut into m shards, one per worker, its owner. Q is quantise and dequ
     Q(s_1) ... Q(s_m) go to all                       all-gather
     pseudo_grad = Q(s) / W                            the same bytes, so the same bits, on all
 
-What was applied over rounds, and the mean of what is held back, is the sum of the true displacements: quantisation delays, it never
-loses. With unequal weights the residuals keep the unit of the plain mean (W = m).
+What was applied over rounds, and the mean of what is held back, is the sum of the true displacements: quantisation
+delays, it never loses. With unequal weights the residuals keep the unit of the plain mean (W = m).
 
-Sources: error feedback, Karimireddy et al. 2019, EF-SGD (https://huggingface.co/papers/1901.09847); at both ends of the exchange, Tang
-et al. 2019, DoubleSqueeze (https://huggingface.co/papers/1905.05957).
+Sources: error feedback, Karimireddy et al. 2019, EF-SGD (https://huggingface.co/papers/1901.09847); at both ends of
+the exchange, Tang et al. 2019, DoubleSqueeze (https://huggingface.co/papers/1905.05957).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .averager import CACHED_ELEMENTS, OWN_SLOTS, Base, Bucket, ExactAverager, F
 from .communicator import Arrival, Communicator
 from .round_report import squared_norm
 
-# Elements with one scale. An outlier makes its own block coarse, so a small one is finer; a scale in 256 costs 1.6 % of an int8 message.
+# Elements with one scale. An outlier makes its own block coarse, so a small one is finer; a scale in 256 costs 1.6 %
+# of an int8 message.
 BLOCK = 256
 CODES = {"bf16": torch.bfloat16, "int8": torch.int8}
 _RIDER_BYTES = 8  # one fp64 behind each shard: its sender's weight, then its owner's squared norm
@@ -43,8 +45,8 @@ _MOST_TEMPORARY = 2**24  # elements that quantisation works on at a time where m
 
 def quantise(values: torch.Tensor, code: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Round to codes and scales. int8: per block of `BLOCK` elements scale = max |x| / 127 and code = x / scale, to the nearest, ties to even,
-    so |x - code scale| <= scale / 2. bf16: to the nearest, ties to even; no scales.
+    Round to codes and scales. int8: per block of `BLOCK` elements scale = max |x| / 127 and code = x / scale, to the
+    nearest, ties to even, so |x - code scale| <= scale / 2. bf16: to the nearest, ties to even; no scales.
 
     Args:
         values (`torch.Tensor`): Flat, fp32 or fp64; for int8 a multiple of `BLOCK`.
@@ -56,8 +58,8 @@ def quantise(values: torch.Tensor, code: torch.dtype) -> tuple[torch.Tensor, tor
     if code == torch.bfloat16:
         return values.to(code), values.new_empty(0)
     blocks = values.view(-1, BLOCK)
-    # A product, not a quotient by a number, which CUDA rounds otherwise than a CPU. The smallest normal number stands in for 0 and for
-    # denormals, which are too coarse for a scale: what is below half of it becomes 0.
+    # A product, not a quotient by a number, which CUDA rounds otherwise than a CPU. The smallest normal number stands
+    # in for 0 and for denormals, which are too coarse for a scale: what is below half of it becomes 0.
     scales = blocks.abs().amax(1).mul_(1 / 127).clamp_(min=torch.finfo(values.dtype).tiny)
     return (blocks / scales[:, None]).round_().clamp_(-127, 127).to(code).view(-1), scales
 
@@ -97,7 +99,9 @@ def decode_(message: torch.Tensor, out: torch.Tensor, code: torch.dtype, *, add:
         part.add_(dequantise(codes, scales)) if add else part.copy_(dequantise(codes, scales))
 
 
-def _parts(values: torch.Tensor, message: torch.Tensor, code: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _parts(
+    values: torch.Tensor, message: torch.Tensor, code: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Values with the views of their codes and scales, in runs that stay in a processor's cache."""
     elements = values.numel()
     scale_bytes = elements // BLOCK * values.element_size() if code == torch.int8 else 0
@@ -113,8 +117,9 @@ def _parts(values: torch.Tensor, message: torch.Tensor, code: torch.dtype) -> It
 
 class TwoStages:
     """
-    One bucket's two stages: shards under way to their owners, then sums under way to all. The second is started by whoever comes first,
-    `start_second_stages` between steps or the one who wants the result. A failure is the result's: between steps a leader would fail alone.
+    One bucket's two stages: shards under way to their owners, then sums under way to all. The second is started by
+    whoever comes first, `start_second_stages` between steps or the one who wants the result. A failure is the
+    result's: between steps a leader would fail alone.
     """
 
     def __init__(self, to_owners: Arrival, share: Callable[[], Callable[[], Sum]]) -> None:
@@ -160,13 +165,15 @@ class Residuals:
 
 class CompressedAverager(ExactAverager):
     """
-    An average whose rounds travel quantised. Looks, buffers and inner states are averaged as ever, and leave the residuals alone.
+    An average whose rounds travel quantised. Looks, buffers and inner states are averaged as ever, and leave the
+    residuals alone.
 
-    Memory beyond `ExactAverager`'s, per trainable element: 4 bytes of worker's residual and 4/m of shard owner's (8 for fp64), and messages
-    to and from all for a bucket and the next (`at_once`: for all), together: 2 bytes with int8, 4 with bf16, per element.
+    Memory beyond `ExactAverager`'s, per trainable element: 4 bytes of worker's residual and 4/m of shard owner's (8
+    for fp64), and messages to and from all for a bucket and the next (`at_once`: for all), together: 2 bytes with
+    int8, 4 with bf16, per element.
 
-    Behind the computation a worker knows its own weight alone, of order 1, and w_i stands for W/m in its own residual: one that has not
-    trained since the last round keeps what it holds back.
+    Behind the computation a worker knows its own weight alone, of order 1, and w_i stands for W/m in its own residual:
+    one that has not trained since the last round keeps what it holds back.
 
     Args:
         communicator (`Communicator`): At least two workers.
@@ -175,7 +182,9 @@ class CompressedAverager(ExactAverager):
         at_once (`bool`, *optional*, defaults to `False`): For `sums_at_once`: messages of their own for every bucket.
     """
 
-    def __init__(self, communicator: Communicator, bucket_bytes: int, code: torch.dtype, *, at_once: bool = False) -> None:
+    def __init__(
+        self, communicator: Communicator, bucket_bytes: int, code: torch.dtype, *, at_once: bool = False
+    ) -> None:
         super().__init__(communicator, bucket_bytes, at_once=at_once)
         self.code = code
         self._first_stages: deque[TwoStages] = deque()
@@ -189,21 +198,30 @@ class CompressedAverager(ExactAverager):
         for number, bucket in enumerate(buckets):
             shard = shard_elements(bucket.elements, self.workers)
             flat = bucket.item.flat
-            self._residuals[bucket.item, bucket.offset] = Residuals(bucket, flat.new_zeros(self.workers * shard), flat.new_zeros(shard))
+            self._residuals[bucket.item, bucket.offset] = Residuals(
+                bucket, flat.new_zeros(self.workers * shard), flat.new_zeros(shard)
+            )
             self._buffer(self.workers * shard, flat.dtype, flat.device)
             self._messages(bucket, number)
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
-        """As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the squared norms are exact."""
+        """
+        As `ExactAverager.sums`, quantised. The next bucket is packed while one travels; the squared norms are exact.
+        """
         unit = self.total_weight / self.workers  # W/m: what 1 in a residual is in a message
         return one_ahead(message.result for message in self._send_all(buckets, base, self.weight, unit))
 
     def sums_at_once(self, buckets: list[Bucket], base: Base, weight: float) -> Iterator[Sum]:
-        """As `ExactAverager.sums_at_once`; second stages set out when first ones have come, at the latest when the iterator is read."""
+        """
+        As `ExactAverager.sums_at_once`; second stages set out when first ones have come, at the latest when the
+        iterator is read.
+        """
         messages = list(self._send_all(buckets, base, weight, unit=weight))
         self._first_stages = deque(messages)
         self.communicator.owe(lambda: self.start_second_stages(wait=True))
-        if not self.communicator.fails_cleanly:  # NCCL wants one order over all its communicators: not one that depends on what is here
+        if (
+            not self.communicator.fails_cleanly
+        ):  # NCCL wants one order over all its communicators: not one that depends on what is here
             self.start_second_stages(wait=True)
         return self._results(messages)
 
@@ -233,7 +251,9 @@ class CompressedAverager(ExactAverager):
         flat = bucket.item.flat
         row = message_bytes(shard_elements(bucket.elements, self.workers), self.code, flat.dtype) + _RIDER_BYTES
         slot = OWN_SLOTS + 2 * number if self._at_once else 2 * (number % 2)
-        outgoing, incoming = (self._buffer(self.workers * row, torch.uint8, flat.device, slot + side) for side in (0, 1))
+        outgoing, incoming = (
+            self._buffer(self.workers * row, torch.uint8, flat.device, slot + side) for side in (0, 1)
+        )
         return outgoing.view(self.workers, row), incoming.view(self.workers, row)
 
     def _send(self, bucket: Bucket, base: Base, number: int, weight: float, unit: float) -> TwoStages:
@@ -259,8 +279,12 @@ class CompressedAverager(ExactAverager):
         to_owners = self.communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
         return TwoStages(to_owners, lambda: self._share(bucket, outgoing, incoming, square))
 
-    def _share(self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, square: torch.Tensor) -> Callable[[], Sum]:
-        """Sum the shard that this worker owns, quantise it, and send it to all; behind each sum its owner's squared norm."""
+    def _share(
+        self, bucket: Bucket, gathered: torch.Tensor, incoming: torch.Tensor, square: torch.Tensor
+    ) -> Callable[[], Sum]:
+        """
+        Sum the shard that this worker owns, quantise it, and send it to all; behind each sum its owner's squared norm.
+        """
         owned = self._residuals[bucket.item, bucket.offset].owned
         unit = float(_riders(incoming).sum()) / self.workers
         _scale_(owned, unit)

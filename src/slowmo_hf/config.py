@@ -35,62 +35,60 @@ class SlowMoConfig:
     https://huggingface.co/papers/1910.00643, Algorithm 1). `HfArgumentParser` turns every field into a flag.
 
     Args:
-        base (`str`, *optional*, defaults to `"local_sgd"`):
-            What workers do at every step. `"local_sgd"`: nothing; they meet at rounds only. `"sgp"`: stochastic gradient push, one
-            push-sum exchange per step. `"osgp"`: the same behind the next steps' computation. `"dpsgd"`: one symmetric exchange
-            per step. `"all_reduce"`: gradients averaged by DDP over all processes, the baseline; without an outer update (momentum
-            0, `outer_lr` 1) it is stock training.
+        base (`str`, *optional*, defaults to `"local_sgd"`): What workers do at every step. `"local_sgd"`: nothing;
+            they meet at rounds only. `"sgp"`: stochastic gradient push, one push-sum exchange per step. `"osgp"`: the
+            same behind the next steps' computation. `"dpsgd"`: one symmetric exchange per step. `"all_reduce"`:
+            gradients averaged by DDP over all processes, the baseline; without an outer update (momentum 0, `outer_lr`
+            1) it is stock training.
         sync_every (`int`, *optional*, defaults to `12`):
             Inner steps per round, the paper's tau, in optimizer steps (not micro-batches).
-        outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`):
-            The update of the anchors. `"slow_momentum"` is lines 7 and 8 of Algorithm 1; anything else is the dotted path of
-            a `torch.optim.Optimizer`, fed with the pseudo-gradient.
-        outer_optimizer_kwargs (`str`, *optional*):
-            JSON object (or a `dict`) of arguments for a dotted-path `outer_optimizer`, for example `{"momentum": 0.9}`.
-            Its learning rate is `outer_lr`.
+        outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`): The update of the anchors.
+            `"slow_momentum"` is lines 7 and 8 of Algorithm 1; anything else is the dotted path of a
+            `torch.optim.Optimizer`, fed with the pseudo-gradient.
+        outer_optimizer_kwargs (`str`, *optional*): JSON object (or a `dict`) of arguments for a dotted-path
+            `outer_optimizer`, for example `{"momentum": 0.9}`. Its learning rate is `outer_lr`.
         outer_lr (`float`, *optional*, defaults to `1.0`):
             The paper's alpha, > 0.
         outer_momentum (`float`, *optional*, defaults to `0.5`):
             The paper's beta, in [0, 1). 0 is Local SGD (with `outer_lr=1`). Used by `"slow_momentum"` only.
-        inner_state (`str`, *optional*, defaults to `"auto"`):
-            The inner optimizer's state at a round's end (line 2): `"reset"`, `"maintain"` or `"average"` (double averaging).
-            `"auto"`: reset for SGD with momentum, maintain for everything else, as in the paper.
-        exact_average (`bool`, *optional*, defaults to `True`):
-            Line 6. `False`, for gossip bases only, is the paper's no-average variant: each worker does the outer update on its own
-            de-biased parameters, and they stay different.
-        model_buffers (`str`, *optional*, defaults to `"average"`):
-            Floating-point buffers that change in training (BatchNorm statistics): `"average"` at every round that averages
-            parameters, or `"local"`. Integer buffers take the maximum there in both. Constant buffers are left alone.
-        processes_per_worker (`str`, *optional*, defaults to `"auto"`):
-            Processes that form one worker: neighbouring ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A
-            number (an `int` is taken too). `"auto"`: a machine's where the job spans several machines with several processes
-            each, else 1.
+        inner_state (`str`, *optional*, defaults to `"auto"`): The inner optimizer's state at a round's end (line 2):
+            `"reset"`, `"maintain"` or `"average"` (double averaging). `"auto"`: reset for SGD with momentum, maintain
+            for everything else, as in the paper.
+        exact_average (`bool`, *optional*, defaults to `True`): Line 6. `False`, for gossip bases only, is the paper's
+            no-average variant: each worker does the outer update on its own de-biased parameters, and they stay
+            different.
+        model_buffers (`str`, *optional*, defaults to `"average"`): Floating-point buffers that change in training
+            (BatchNorm statistics): `"average"` at every round that averages parameters, or `"local"`. Integer buffers
+            take the maximum there in both. Constant buffers are left alone.
+        processes_per_worker (`str`, *optional*, defaults to `"auto"`): Processes that form one worker: neighbouring
+            ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A number (an `int` is taken too).
+            `"auto"`: a machine's where the job spans several machines with several processes each, else 1.
         topology (`str`, *optional*, defaults to `"auto"`):
-            Who sends to whom (`slowmo_hf.topology.Topology`): `"exponential"`, `"bipartite_exponential"`, `"ring"` or `"complete"`;
-            gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the others.
+            Who sends to whom (`slowmo_hf.topology.Topology`): `"exponential"`, `"bipartite_exponential"`, `"ring"` or
+            `"complete"`; gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the others.
         peers (`int`, *optional*, defaults to `1`):
             Workers each sends to per exchange; gossip bases only.
         staleness (`int`, *optional*, defaults to `1`):
             Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
-        overlap_steps (`int`, *optional*, defaults to `0`):
-            Steps that workers train on while the average of a round travels: fewer than `sync_every`; `base="local_sgd"` only. It is
-            then taken in with the progress made meanwhile (docs/wire.md). A copy of the parameters more, and messages for all of them. With
-            `compression` a round has two stages, the second of which sets out at the step that finds the first one here: 2 hide both.
-        compression (`str`, *optional*, defaults to `"none"`):
-            What a round's average travels in; `base="local_sgd"` only. `"bf16"`: half the bytes of fp32. `"int8"`: a quarter, and 1.6 %
-            of that for scales. What rounding holds back is added to the next round's message (error feedback). Memory: 4 bytes per
-            trainable parameter more and 4/m with m workers (8 for fp64), and 2 (int8) or 4 (bf16) for messages. Looks, buffers and
-            inner states travel as ever.
-        shard_slow_state (`bool`, *optional*, defaults to `False`):
-            Each of m workers keeps 1/m of the anchors and the velocity and does the outer update there; the result and the bytes of a round
-            are the same (docs/wire.md). For `base="local_sgd"` with `"slow_momentum"`.
-        slow_state_device (`str`, *optional*, defaults to `"same"`):
-            Where that shard lies and is updated: the parameters' device (`"same"`) or `"cpu"`; with `shard_slow_state` only.
+        overlap_steps (`int`, *optional*, defaults to `0`): Steps that workers train on while the average of a round
+            travels: fewer than `sync_every`; `base="local_sgd"` only. It is then taken in with the progress made
+            meanwhile (docs/wire.md). A copy of the parameters more, and messages for all of them. With `compression` a
+            round has two stages, the second of which sets out at the step that finds the first one here: 2 hide both.
+        compression (`str`, *optional*, defaults to `"none"`): What a round's average travels in; `base="local_sgd"`
+            only. `"bf16"`: half the bytes of fp32. `"int8"`: a quarter, and 1.6 % of that for scales. What rounding
+            holds back is added to the next round's message (error feedback). Memory: 4 bytes per trainable parameter
+            more and 4/m with m workers (8 for fp64), and 2 (int8) or 4 (bf16) for messages. Looks, buffers and inner
+            states travel as ever.
+        shard_slow_state (`bool`, *optional*, defaults to `False`): Each of m workers keeps 1/m of the anchors and the
+            velocity and does the outer update there; the result and the bytes of a round are the same (docs/wire.md).
+            For `base="local_sgd"` with `"slow_momentum"`.
+        slow_state_device (`str`, *optional*, defaults to `"same"`): Where that shard lies and is updated: the
+            parameters' device (`"same"`) or `"cpu"`; with `shard_slow_state` only.
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
-        bucket_bytes (`int`, *optional*, defaults to 256 MiB):
-            What the messages of a round take in memory, in bytes, at most. Two take turns, each an eighth of what travels and 16 MiB at
-            least; less memory makes more of them. Messages behind the computation (`overlap_steps`, `osgp`) have this size each.
+        bucket_bytes (`int`, *optional*, defaults to 256 MiB): What the messages of a round take in memory, in bytes,
+            at most. Two take turns, each an eighth of what travels and 16 MiB at least; less memory makes more of
+            them. Messages behind the computation (`overlap_steps`, `osgp`) have this size each.
         timeout_seconds (`float`, *optional*, defaults to `1800.0`):
             How long a round waits for a worker before it fails.
 
@@ -108,12 +106,18 @@ class SlowMoConfig:
     exact_average: bool = _help("Exact average at a round (line 6); False is for gossip bases only.", True)
     model_buffers: str = _help("Changing floating-point buffers at a round: average or local.", "average")
     processes_per_worker: str = _help("auto, node or a number of processes.", "auto")
-    topology: str = _help("Who sends to whom: auto, exponential, bipartite_exponential, ring or complete; gossip bases only.", "auto")
+    topology: str = _help(
+        "Who sends to whom: auto, exponential, bipartite_exponential, ring or complete; gossip bases only.", "auto"
+    )
     peers: int = _help("Peers per exchange; gossip bases only.", 1)
     staleness: int = _help("Optimizer steps that a message is in flight; base osgp only.", 1)
     overlap_steps: int = _help("Steps of training while the average of a round travels; base local_sgd.", 0)
-    compression: str = _help("What a round's average travels in: none, bf16 or int8, with error feedback; base local_sgd only.", "none")
-    shard_slow_state: bool = _help("Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.", False)
+    compression: str = _help(
+        "What a round's average travels in: none, bf16 or int8, with error feedback; base local_sgd only.", "none"
+    )
+    shard_slow_state: bool = _help(
+        "Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.", False
+    )
     slow_state_device: str = _help("Where a sharded slow state lies: same or cpu.", "same")
     stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
     bucket_bytes: int = _help("Bytes that the messages of a round take, at most.", 256 * 2**20)
@@ -149,41 +153,53 @@ class SlowMoConfig:
 
     def _check_ranges(self) -> None:
         if self.sync_every < 1:
-            raise ValueError(f"sync_every must be >= 1 optimizer step, got {self.sync_every}. Use 1 to average after every step.")
+            raise ValueError(
+                f"sync_every must be >= 1 optimizer step, got {self.sync_every}. Use 1 to average after every step."
+            )
         if not 0 <= self.outer_momentum < 1:
-            raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}. Use 0 to switch slow momentum off.")
+            raise ValueError(
+                f"outer_momentum must be in [0, 1), got {self.outer_momentum}. Use 0 to switch slow momentum off."
+            )
         if self.outer_lr <= 0:
             raise ValueError(f"outer_lr must be > 0, got {self.outer_lr}. Use 1.0 for the paper's setting.")
         if self.timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be > 0 seconds, got {self.timeout_seconds}.")
         if self.bucket_bytes < 1024:
-            raise ValueError(f"bucket_bytes must be >= 1024 bytes, got {self.bucket_bytes}. 26214400 (25 MiB) is lean.")
+            raise ValueError(
+                f"bucket_bytes must be >= 1024 bytes, got {self.bucket_bytes}. 26214400 (25 MiB) is lean."
+            )
         if self.peers < 1:
             raise ValueError(f"peers must be >= 1, got {self.peers}.")
         if self.staleness < 0:
             raise ValueError(f"staleness must be >= 0 steps, got {self.staleness}.")
         if not 0 <= self.overlap_steps < self.sync_every:
             raise ValueError(
-                f"overlap_steps must be in [0, sync_every), got {self.overlap_steps} with sync_every={self.sync_every}: a round ends "
-                "before the next one begins. Lower overlap_steps or raise sync_every."
+                f"overlap_steps must be in [0, sync_every), got {self.overlap_steps} with "
+                f"sync_every={self.sync_every}: a round ends before the next one begins. Lower overlap_steps or raise "
+                "sync_every."
             )
 
     def _check_outer_optimizer(self) -> None:
         if self.outer_optimizer == SLOW_MOMENTUM:
             if self.outer_optimizer_kwargs is not None:
                 raise ValueError(
-                    f"outer_optimizer_kwargs is for a dotted-path outer_optimizer, got {self.outer_optimizer_kwargs!r} with "
-                    "outer_optimizer='slow_momentum'. Set outer_lr and outer_momentum instead."
+                    "outer_optimizer_kwargs is for a dotted-path outer_optimizer, got "
+                    f"{self.outer_optimizer_kwargs!r} with outer_optimizer='slow_momentum'. Set outer_lr and "
+                    "outer_momentum instead."
                 )
             return
         self.outer_optimizer_class()
         kwargs = self.outer_optimizer_arguments()
         if "lr" in kwargs:
-            raise ValueError(f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer optimizer's lr.")
+            raise ValueError(
+                f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer "
+                "optimizer's lr."
+            )
         if self.outer_momentum != type(self).outer_momentum:
             raise ValueError(
-                f"outer_momentum is for outer_optimizer='slow_momentum', got {self.outer_momentum} with outer_optimizer="
-                f"{self.outer_optimizer!r}. Put the momentum into outer_optimizer_kwargs and leave outer_momentum alone."
+                f"outer_momentum is for outer_optimizer='slow_momentum', got {self.outer_momentum} with "
+                f"outer_optimizer={self.outer_optimizer!r}. Put the momentum into outer_optimizer_kwargs and leave "
+                "outer_momentum alone."
             )
 
     def _check_base(self) -> None:
@@ -192,51 +208,64 @@ class SlowMoConfig:
         if self.base != "osgp":
             self._refuse_options(("staleness",), "is for base='osgp', whose exchange runs behind the computation")
         if self.base != "local_sgd":
-            self._refuse_options(("overlap_steps",), "is for base='local_sgd' (osgp's own messages travel behind the computation)")
-            self._refuse_options(("compression",), "is for the rounds of base='local_sgd', whose average alone can travel compressed")
-            self._refuse_options(("shard_slow_state",), "is for base='local_sgd', whose anchors alone are needed at rounds only")
+            self._refuse_options(
+                ("overlap_steps",), "is for base='local_sgd' (osgp's own messages travel behind the computation)"
+            )
+            self._refuse_options(
+                ("compression",), "is for the rounds of base='local_sgd', whose average alone can travel compressed"
+            )
+            self._refuse_options(
+                ("shard_slow_state",), "is for base='local_sgd', whose anchors alone are needed at rounds only"
+            )
         self._check_sharding()
         if self.overlap_steps and self.inner_state == "average":
             raise ValueError(
-                f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds that do not wait. Use "
-                "inner_state='maintain' or 'reset', or overlap_steps=0."
+                f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds "
+                "that do not wait. Use inner_state='maintain' or 'reset', or overlap_steps=0."
             )
         if self.base == "all_reduce":
             self._refuse_options(
-                ("processes_per_worker",), "is for workers that train alone; all_reduce averages gradients over all processes"
+                ("processes_per_worker",),
+                "is for workers that train alone; all_reduce averages gradients over all processes",
             )
         if self.base == "dpsgd" and self.topology == "exponential":
             raise ValueError(
-                "topology must be two-sided for base='dpsgd', got 'exponential', where who sends does not receive from the same worker. "
-                "Use 'auto' (bipartite_exponential), 'ring' or 'complete'; or base='sgp'."
+                "topology must be two-sided for base='dpsgd', got 'exponential', where who sends does not receive "
+                "from the same worker. Use 'auto' (bipartite_exponential), 'ring' or 'complete'; or base='sgp'."
             )
-        if (self.inner_state == "reset" and not self.has_outer_update) or (self.inner_state == "average" and not self.averages_at_rounds):
+        if (self.inner_state == "reset" and not self.has_outer_update) or (
+            self.inner_state == "average" and not self.averages_at_rounds
+        ):
             raise ValueError(
-                f"inner_state={self.inner_state!r} acts where a round changes parameters (reset) or averages them (average), got base="
-                f"{self.base!r}, exact_average={self.exact_average}, outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr}, where "
-                "it does not. Use inner_state='auto'."
+                f"inner_state={self.inner_state!r} acts where a round changes parameters (reset) or averages them "
+                f"(average), got base={self.base!r}, exact_average={self.exact_average}, "
+                f"outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr}, where it does not. Use "
+                "inner_state='auto'."
             )
 
     def _check_sharding(self) -> None:
         if not self.shard_slow_state:
             if self.slow_state_device != "same":
                 raise ValueError(
-                    f"slow_state_device={self.slow_state_device!r} is for a slow state that is sharded, got shard_slow_state=False. Set "
-                    "shard_slow_state=True or leave slow_state_device at 'same'."
+                    f"slow_state_device={self.slow_state_device!r} is for a slow state that is sharded, got "
+                    "shard_slow_state=False. Set shard_slow_state=True or leave slow_state_device at 'same'."
                 )
             return
         for name, alone in (("outer_optimizer", SLOW_MOMENTUM), ("compression", "none"), ("overlap_steps", 0)):
             if getattr(self, name) != alone:
                 raise ValueError(
-                    f"shard_slow_state=True needs {name}={alone!r}, got {getattr(self, name)!r}. Set {name}={alone!r} or "
-                    "shard_slow_state=False."
+                    f"shard_slow_state=True needs {name}={alone!r}, got {getattr(self, name)!r}. Set {name}={alone!r} "
+                    "or shard_slow_state=False."
                 )
 
     def _refuse_options(self, names: tuple[str, ...], rule: str) -> None:
         for name in names:
             default = getattr(type(self), name)
             if getattr(self, name) != default:
-                raise ValueError(f"{name} {rule}, got {name}={getattr(self, name)!r} with base={self.base!r}. Leave {name} at {default!r}.")
+                raise ValueError(
+                    f"{name} {rule}, got {name}={getattr(self, name)!r} with base={self.base!r}. Leave {name} at "
+                    f"{default!r}."
+                )
 
     def _check_processes_per_worker(self) -> None:
         value = self.processes_per_worker
@@ -245,7 +274,9 @@ class SlowMoConfig:
 
     @property
     def averages_at_rounds(self) -> bool:
-        """False where a round sends no parameters: workers are equal anyway, or stay different (`exact_average=False`)."""
+        """
+        False where a round sends no parameters: workers are equal anyway, or stay different (`exact_average=False`).
+        """
         return self.exact_average and self.base != "all_reduce"
 
     @property
@@ -256,7 +287,10 @@ class SlowMoConfig:
 
     @property
     def has_rounds(self) -> bool:
-        """False for plain all-reduce, which is left exactly as stock. Gossip without an outer update has rounds to report."""
+        """
+        False for plain all-reduce, which is left exactly as stock. Gossip without an outer update has rounds to
+        report.
+        """
         return self.has_outer_update or self.base != "all_reduce"
 
     def outer_optimizer_class(self) -> type[Any]:
@@ -266,11 +300,13 @@ class SlowMoConfig:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"outer_optimizer must be 'slow_momentum' or the dotted path of a torch optimizer such as 'torch.optim.SGD', "
-                f"got {self.outer_optimizer!r} ({error})."
+                "outer_optimizer must be 'slow_momentum' or the dotted path of a torch optimizer such as "
+                f"'torch.optim.SGD', got {self.outer_optimizer!r} ({error})."
             ) from error
         if not callable(getattr(found, "step", None)):
-            raise ValueError(f"outer_optimizer must name a torch optimizer, got {self.outer_optimizer!r}, a {found!r}.")
+            raise ValueError(
+                f"outer_optimizer must name a torch optimizer, got {self.outer_optimizer!r}, a {found!r}."
+            )
         return found  # type: ignore[no-any-return]
 
     def outer_optimizer_arguments(self) -> dict[str, Any]:
@@ -278,7 +314,9 @@ class SlowMoConfig:
         try:
             arguments = json.loads(self.outer_optimizer_kwargs or "{}")
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"outer_optimizer_kwargs must be JSON, got {self.outer_optimizer_kwargs!r} ({error}).") from error
+            raise ValueError(
+                f"outer_optimizer_kwargs must be JSON, got {self.outer_optimizer_kwargs!r} ({error})."
+            ) from error
         if not isinstance(arguments, dict):
             raise ValueError(f"outer_optimizer_kwargs must be a JSON object, got {self.outer_optimizer_kwargs!r}.")
         return arguments
@@ -296,16 +334,20 @@ class SlowMoConfig:
         return cls(**settings)
 
     @classmethod
-    def paper(cls, task: Literal["cifar10", "imagenet", "wmt16"], base: str = "local_sgd", *, outer_momentum: float) -> SlowMoConfig:
+    def paper(
+        cls, task: Literal["cifar10", "imagenet", "wmt16"], base: str = "local_sgd", *, outer_momentum: float
+    ) -> SlowMoConfig:
         """
-        The paper's setting for a task (section 5): tau 12 for Local SGD and 48 for gossip (12 on CIFAR-10), alpha 1, inner state reset for
-        the image tasks and maintained for WMT'16. beta is required: it was tuned per row, "typically 0.4 to 0.8", and not
-        published.
+        The paper's setting for a task (section 5): tau 12 for Local SGD and 48 for gossip (12 on CIFAR-10), alpha 1,
+        inner state reset for the image tasks and maintained for WMT'16. beta is required: it was tuned per row,
+        "typically 0.4 to 0.8", and not published.
         """
         if task not in _PAPER_TASKS:
             raise ValueError(f"task must be one of {', '.join(_PAPER_TASKS)}, got {task!r}.")
         sync_every = 48 if base in GOSSIP_BASES and task != "cifar10" else 12
-        inner_state = "auto" if base == "all_reduce" and outer_momentum == 0 else _PAPER_TASKS[task]  # AR-SGD has no rounds
+        inner_state = (
+            "auto" if base == "all_reduce" and outer_momentum == 0 else _PAPER_TASKS[task]
+        )  # AR-SGD has no rounds
         return cls(base=base, sync_every=sync_every, outer_momentum=outer_momentum, inner_state=inner_state)
 
     @classmethod
@@ -314,7 +356,9 @@ class SlowMoConfig:
         return cls(sync_every=sync_every, outer_lr=1.0, outer_momentum=0.0, **settings)
 
     @classmethod
-    def bmuf(cls, *, block_momentum: float, block_lr: float = 1.0, nesterov: bool = False, **settings: Any) -> SlowMoConfig:
+    def bmuf(
+        cls, *, block_momentum: float, block_lr: float = 1.0, nesterov: bool = False, **settings: Any
+    ) -> SlowMoConfig:
         """BMUF: `v <- block_momentum v + block_lr Delta; x <- x - v`, no lr ratio; NBM with `nesterov=True`."""
         if not 0 <= block_momentum < 1:
             raise ValueError(f"block_momentum must be in [0, 1), got {block_momentum}.")
@@ -322,7 +366,9 @@ class SlowMoConfig:
         return cls(outer_optimizer="torch.optim.SGD", outer_optimizer_kwargs=kwargs, outer_lr=block_lr, **settings)
 
     @classmethod
-    def diloco(cls, *, sync_every: int = 500, outer_lr: float = 0.7, nesterov_momentum: float = 0.9, **settings: Any) -> SlowMoConfig:
+    def diloco(
+        cls, *, sync_every: int = 500, outer_lr: float = 0.7, nesterov_momentum: float = 0.9, **settings: Any
+    ) -> SlowMoConfig:
         """DiLoCo (https://huggingface.co/papers/2311.08105): outer Nesterov SGD, inner state kept by each worker."""
         kwargs = json.dumps({"momentum": nesterov_momentum, "nesterov": True})
         settings = {"inner_state": "maintain", **settings}

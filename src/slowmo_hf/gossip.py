@@ -1,17 +1,19 @@
 r"""
-Push-sum gossip between rounds: SGP, D-PSGD and, with messages behind the computation, OSGP (Assran et al. 2019, stochastic gradient push).
+Push-sum gossip between rounds: SGP, D-PSGD and, with messages behind the computation, OSGP (Assran et al. 2019,
+stochastic gradient push).
 
-Worker i keeps a numerator x_i and a push-sum weight w_i (1 after a round); its parameters hold the de-biased z_i = x_i / w_i, where
-gradients are taken. After optimizer step k (an inner step moved the parameters from z to z'):
+Worker i keeps a numerator x_i and a push-sum weight w_i (1 after a round); its parameters hold the de-biased
+z_i = x_i / w_i, where gradients are taken. After optimizer step k (an inner step moved the parameters from z to z'):
 
-    x <- x + (z' - z)                          the base optimizer's whole step, taken at z              GossipBase._absorb
-    send p (x, w) to each peer; keep p (x, w)  p = 1 / (1 + peers)                                      GossipBase._send
-    x, w <- x, w + the messages of step k - staleness                                                   GossipBase._take_in
+    x <- x + (z' - z)                          the base optimizer's whole step, taken at z    GossipBase._absorb
+    send p (x, w) to each peer; keep p (x, w)  p = 1 / (1 + peers)                            GossipBase._send
+    x, w <- x, w + the messages of step k - staleness                                         GossipBase._take_in
     z <- x / w
 
-A message is taken in exactly `staleness` steps after it was sent, never earlier and never later, so a run is deterministic. Messages in
-flight hold part of the mass (w < 1 meanwhile): sum x and sum w over workers and messages never change but by gradients. With
-staleness 0 and uniform weights on a regular graph, or a two-sided one, w is 1 throughout and stays home.
+A message is taken in exactly `staleness` steps after it was sent, never earlier and never later, so a run is
+deterministic. Messages in flight hold part of the mass (w < 1 meanwhile): sum x and sum w over workers and messages
+never change but by gradients. With staleness 0 and uniform weights on a regular graph, or a two-sided one, w is 1
+throughout and stays home.
 
 D-PSGD is the same with a two-sided topology, whose mixing matrices are doubly stochastic: no second machinery.
 """
@@ -31,7 +33,9 @@ from .topology import Topology
 
 @dataclass
 class Exchange:
-    """The messages of one optimizer step, and the memory that they lie in; flat tensors are laid out like the anchors."""
+    """
+    The messages of one optimizer step, and the memory that they lie in; flat tensors are laid out like the anchors.
+    """
 
     outgoing: dict[FlatAnchor, torch.Tensor]
     incoming: list[dict[FlatAnchor, torch.Tensor]]
@@ -116,7 +120,9 @@ class GossipBase(Base):
         self.in_flight.append(exchange)
 
     def _absorb(self, exchange: Exchange | None, piece: Piece, share: float) -> None:
-        """x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same."""
+        """
+        x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same.
+        """
         x = piece.of(self.numerators[piece.item])
         if self.weight == 1 and piece.param.dtype == x.dtype:
             torch.mul(piece.values(), share, out=x)  # x = z
@@ -135,14 +141,22 @@ class GossipBase(Base):
     # ---- messages ----
 
     def new_exchange(self, sources: int = 0) -> Exchange:
-        """Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel from."""
+        """
+        Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel
+        from.
+        """
         if self._free:
             used = self._free.pop()
             return Exchange(used.outgoing, used.incoming, used.incoming[:sources])
         wire = self.communicator.wire_device
         in_place = self.staleness == 0 and all(flat.device == wire for flat in self.numerators.values())
-        outgoing = self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}
-        incoming = [{item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()} for _ in range(self._degree)]
+        outgoing = (
+            self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}
+        )
+        incoming = [
+            {item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()}
+            for _ in range(self._degree)
+        ]
         return Exchange(outgoing, incoming, incoming[:sources])
 
     @property
@@ -175,8 +189,9 @@ class GossipBase(Base):
 
     def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
         """
-        Write W origin - (x + the messages in flight to this worker) into `out`, W their mass. Over workers the W sum to m, so the mean is
-        that of origin - x; and a worker with more or less than its share shows no distance for it.
+        Write W origin - (x + the messages in flight to this worker) into `out`, W their mass. Over workers the W sum
+        to m, so the mean is that of origin - x; and a worker with more or less than its share shows no distance for
+        it.
         """
         out.copy_(self.origin(piece)).mul_(self._mass).sub_(piece.of(self.numerators[piece.item]))
         for exchange in self.in_flight:
@@ -200,7 +215,10 @@ class GossipBase(Base):
         self.wait_for_messages()
 
     def wait_for_messages(self) -> None:
-        """Wait for the messages in flight; they stay due when they were. The parameters are not looked at: they may show the average."""
+        """
+        Wait for the messages in flight; they stay due when they were. The parameters are not looked at: they may show
+        the average.
+        """
         for exchange in self.in_flight:
             for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
                 self.communicator.finish(transfer)

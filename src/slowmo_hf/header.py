@@ -66,8 +66,8 @@ class Agreement:
 @dataclass(frozen=True)
 class Header:
     """
-    What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *inner_lrs]. The flags are 1 for a
-    problem, 2 for a stop and 4 for messages that are ahead.
+    What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *inner_lrs]. The
+    flags are 1 for a problem, 2 for a stop and 4 for messages that are ahead.
 
     Args:
         purpose (`Purpose`): What it comes for.
@@ -137,13 +137,17 @@ class Header:
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
         told = world.gather_objects((host_name(), self.problem))
         raise ValueError(
-            "; ".join(f"rank {rank} on {host}, step {steps[rank]}: {problem}" for rank, (host, problem) in enumerate(told) if problem)
+            "; ".join(
+                f"rank {rank} on {host}, step {steps[rank]}: {problem}"
+                for rank, (host, problem) in enumerate(told)
+                if problem
+            )
         )
 
     def _compare_places(self, world: Communicator, purposes: list[Purpose], steps: list[int]) -> None:
         """
-        All at one place and step; but a rank that has ended takes part in the others' rounds, tells them before they gather anything,
-        and may end at a step of its own.
+        All at one place and step; but a rank that has ended takes part in the others' rounds, tells them before they
+        gather anything, and may end at a step of its own.
         """
         going = {(purpose, step) for purpose, step in zip(purposes, steps, strict=True) if purpose is not Purpose.END}
         with_ended_ranks = {(purpose, max(steps)) for purpose in (Purpose.ROUND, Purpose.GATHER)}
@@ -155,14 +159,16 @@ class Header:
             for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))
         ]
         raise RuntimeError(
-            f"ranks met at different places: {'; '.join(at)}. Every rank must take the same number of steps and look at the same "
-            "ones: give all ranks equally many batches (even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
+            f"ranks met at different places: {'; '.join(at)}. Every rank must take the same number of steps and look "
+            "at the same ones: give all ranks equally many batches (even_batches=True) and the same settings; or, in "
+            "a custom loop, use slowmo_hf.join."
         )
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
         if any(row != lrs[0] for row in lrs):
             logger.warning(
-                "step %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on one rank does this.",
+                "step %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on "
+                "one rank does this.",
                 self.attempted_steps,
                 lrs,
             )

@@ -1,4 +1,7 @@
-"""Many workers in one process: the part of torch.distributed's interface that `communicator` uses, between threads that take turns."""
+"""
+Many workers in one process: the part of torch.distributed's interface that `communicator` uses, between threads that
+take turns.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ def run_in_process(work: Callable[[int], T], workers: int) -> list[T]:
 
         results = slowmo_hf.run_in_process(work, workers=16)
 
-    Inside, the package sees a job of `workers` processes and runs as it always does; only the wire is another. Workers are threads of
-    which one runs at a time, until it has to wait for another, in a fixed order: runs repeat bit for bit. Each has random generators
-    (Python, numpy, torch) of its own, which start where the caller's are; the caller's are left as they were. With `base="all_reduce"`
-    `step` averages the gradients, where DDP does so in the backward pass: what a loop does between the two, such as clipping, sees
-    this worker's own.
+    Inside, the package sees a job of `workers` processes and runs as it always does; only the wire is another. Workers
+    are threads of which one runs at a time, until it has to wait for another, in a fixed order: runs repeat bit for
+    bit. Each has random generators (Python, numpy, torch) of its own, which start where the caller's are; the caller's
+    are left as they were. With `base="all_reduce"` `step` averages the gradients, where DDP does so in the backward
+    pass: what a loop does between the two, such as clipping, sees this worker's own.
 
     Args:
         work (`Callable`): Called with each rank, from 0 on.
@@ -99,7 +102,9 @@ class World:
         at_the_call = RandomState.take()
         for turn in self.turns:
             turn.random_state = at_the_call
-        threads = [threading.Thread(target=self._live, args=(rank, work, results), daemon=True) for rank in range(self.size)]
+        threads = [
+            threading.Thread(target=self._live, args=(rank, work, results), daemon=True) for rank in range(self.size)
+        ]
         for thread in threads:
             thread.start()
         self.turns[0].may_run.release()
@@ -143,15 +148,23 @@ class World:
         turn.is_ready = None
 
     def _pass_on(self, rank: int) -> None:
-        """To the next worker, in the order of ranks, that need not wait; after a failure to the next one that is left."""
+        """
+        To the next worker, in the order of ranks, that need not wait; after a failure to the next one that is left.
+        """
         left = [turn for turn in self.turns[rank + 1 :] + self.turns[: rank + 1] if not turn.ended]
         if not left:
             self.all_ended.set()
             return
         able = [turn for turn in left if turn.is_ready is None or turn.is_ready()]
         if not able and self.failure is None:
-            at = [f"worker {r} {'has returned' if t.ended else 'waits for ' + t.waits_for}" for r, t in enumerate(self.turns)]
-            self._fail(f"all workers wait for each other: {'; '.join(at)}. Every worker must take the same number of steps.", None)
+            at = [
+                f"worker {r} {'has returned' if t.ended else 'waits for ' + t.waits_for}"
+                for r, t in enumerate(self.turns)
+            ]
+            self._fail(
+                f"all workers wait for each other: {'; '.join(at)}. Every worker must take the same number of steps.",
+                None,
+            )
         (left if self.failure else able)[0].may_run.release()
 
     def _take_turn(self, rank: int) -> None:
@@ -173,7 +186,9 @@ class Work:
         self._wait = wait
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Until it is done; others run meanwhile. There are no time-outs in one process: that all wait is known at once."""
+        """
+        Until it is done; others run meanwhile. There are no time-outs in one process: that all wait is known at once.
+        """
         if self._wait is not None:
             wait, self._wait = self._wait, None
             wait()
@@ -220,8 +235,13 @@ class Wire:
 
     # ---- collectives ----
 
-    def _meet(self, name: str, mine: Any, group: Group, take: Callable[[dict[int, Any]], object], async_op: bool) -> Work:
-        """Bring `mine`; when all have, `take` what they brought, by rank in the job. Whose `name` differs waits, and the wait is told."""
+    def _meet(
+        self, name: str, mine: Any, group: Group, take: Callable[[dict[int, Any]], object], async_op: bool
+    ) -> Work:
+        """
+        Bring `mine`; when all have, `take` what they brought, by rank in the job. Whose `name` differs waits, and the
+        wait is told.
+        """
         number = self._meetings_held[id(group)] = self._meetings_held.get(id(group), -1) + 1
         meeting = number, f"{name} of {_size(mine)}" if isinstance(mine, torch.Tensor) else name
         brought = group.meetings.setdefault(meeting, {})
@@ -229,7 +249,9 @@ class Wire:
 
         def wait() -> None:
             self._world.wait(
-                self._rank, lambda: len(brought) == len(group.ranks), f"{meeting[1]}, number {number} of workers {group.ranks}"
+                self._rank,
+                lambda: len(brought) == len(group.ranks),
+                f"{meeting[1]}, number {number} of workers {group.ranks}",
             )
             take(brought)
             group.taken[meeting] = group.taken.get(meeting, 0) + 1
@@ -253,7 +275,9 @@ class Wire:
 
         return self._meet(f"all_reduce ({op or self.ReduceOp.SUM})", tensor.clone(), group, take, async_op)
 
-    def all_gather(self, tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Work:
+    def all_gather(
+        self, tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Work:
         """Everybody's tensor."""
 
         def take(brought: dict[int, torch.Tensor]) -> None:
@@ -262,7 +286,9 @@ class Wire:
 
         return self._meet("all_gather", tensor.clone(), group, take, async_op)
 
-    def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor, group: Any = None, async_op: bool = False) -> Work:
+    def all_to_all_single(
+        self, output: torch.Tensor, input: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Work:
         """Of everybody's tensor the part that is this worker's."""
         mine = group.ranks.index(self._rank)
 
@@ -278,7 +304,9 @@ class Wire:
         def take(brought: dict[int, Any]) -> None:
             objects[:] = [copy.deepcopy(brought[rank]) for rank in group.ranks]
 
-        self._meet("all_gather_object", copy.deepcopy(value), group, take, False)  # who takes it last may come after a change
+        self._meet(
+            "all_gather_object", copy.deepcopy(value), group, take, False
+        )  # who takes it last may come after a change
 
     def broadcast(self, tensor: torch.Tensor, src: int, group: Any = None, async_op: bool = False) -> Work:
         """The tensor of `src`, a rank in the job."""
@@ -294,7 +322,9 @@ class Wire:
 
     # ---- messages ----
 
-    def P2POp(self, op: str, tensor: torch.Tensor, peer: int, group: Any, tag: int) -> tuple[str, torch.Tensor, int, Group, int]:
+    def P2POp(
+        self, op: str, tensor: torch.Tensor, peer: int, group: Any, tag: int
+    ) -> tuple[str, torch.Tensor, int, Group, int]:
         """One message, to be sent or received."""
         return op, tensor, peer, group, tag
 
@@ -302,7 +332,10 @@ class Wire:
 
     def batch_isend_irecv(self, ops: list[tuple[str, torch.Tensor, int, Group, int]]) -> list[Work]:
         """Send all that are to be sent; a receipt waits for its message."""
-        return [(self._send if op == self.isend else self._receive)(tensor, peer, group, tag) for op, tensor, peer, group, tag in ops]
+        return [
+            (self._send if op == self.isend else self._receive)(tensor, peer, group, tag)
+            for op, tensor, peer, group, tag in ops
+        ]
 
     def _send(self, tensor: torch.Tensor, peer: int, group: Group, tag: int) -> Work:
         group.letters.setdefault((self._rank, peer, tag), deque()).append(tensor.clone())
@@ -317,7 +350,10 @@ class Wire:
             if not group.letters[key]:
                 del group.letters[key]
             if _size(letter) != _size(tensor):
-                raise RuntimeError(f"worker {peer} sent {_size(letter)} in message {tag}, worker {self._rank} expects {_size(tensor)}.")
+                raise RuntimeError(
+                    f"worker {peer} sent {_size(letter)} in message {tag}, worker {self._rank} expects "
+                    f"{_size(tensor)}."
+                )
             tensor.copy_(letter)
 
         return Work(wait)

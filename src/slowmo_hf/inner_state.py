@@ -14,7 +14,8 @@ class InnerState:
     The base optimizer's buffers at a round's end.
 
     Args:
-        config (`SlowMoConfig`): Its `inner_state`; `"auto"` is reset for SGD with momentum and maintain for everything else.
+        config (`SlowMoConfig`): Its `inner_state`; `"auto"` is reset for SGD with momentum and maintain for everything
+            else.
         tensors (`ModelTensors`): The parameters and their optimizer.
 
     Raises:
@@ -30,8 +31,8 @@ class InnerState:
             self.policy = "reset" if has_momentum and config.has_outer_update else "maintain"
         if self.policy == "reset" and isinstance(self.optimizer, torch.optim.Adagrad):
             raise ValueError(
-                "inner_state='reset' cannot be used with Adagrad, whose state is made at construction and cannot be made again. "
-                "Use inner_state='maintain' or 'average'."
+                "inner_state='reset' cannot be used with Adagrad, whose state is made at construction and cannot be "
+                "made again. Use inner_state='maintain' or 'average'."
             )
 
     def reset(self) -> None:
@@ -55,8 +56,8 @@ class InnerState:
             everywhere = averager.communicator.gather_objects(names)
             odd = sorted(set().union(*everywhere) - set(everywhere[0]).intersection(*everywhere))
             raise ValueError(
-                f"inner_state='average' needs the same optimizer state on all workers; only some have {odd[:5]}. A parameter was "
-                "unused there: use inner_state='maintain' or 'reset'."
+                f"inner_state='average' needs the same optimizer state on all workers; only some have {odd[:5]}. A "
+                "parameter was unused there: use inner_state='maintain' or 'reset'."
             )
         averager.mean_([tensor for _, tensor in self.named_tensors()])
 

@@ -28,13 +28,15 @@ def refuse_unsupported() -> None:
     kind = AcceleratorState().distributed_type.name
     if kind in _UNSUPPORTED:
         raise ValueError(
-            f"distributed_type must be NO, MULTI_CPU or MULTI_GPU for local training, got {kind}, which is not supported yet. "
-            "Launch without it: every worker must hold whole parameters."
+            f"distributed_type must be NO, MULTI_CPU or MULTI_GPU for local training, got {kind}, which is not "
+            "supported yet. Launch without it: every worker must hold whole parameters."
         )
 
 
 def ddp_wrappers(parameters: Iterable[torch.Tensor]) -> list[DistributedDataParallel]:
-    """Every DistributedDataParallel alive that holds one of `parameters` (`auto_find_batch_size` leaves stale ones too)."""
+    """
+    Every DistributedDataParallel alive that holds one of `parameters` (`auto_find_batch_size` leaves stale ones too).
+    """
     place = {id(p): index for index, p in enumerate(parameters)}
     found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
     # In the parameters' order, the same on every rank; the collector's own is not.
@@ -46,11 +48,12 @@ class Isolation:
     """
     Holds DDP wrappers apart from other workers, until `release`.
 
-    In a worker of several processes the wrappers get the worker's process group: gradients, unused-parameter bitmaps and buffers stay
-    inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough, with two exceptions. A `no_sync()` that is
-    open puts them back when it closes, so they are set again at every forward pass until `settle` finds them set. `static_graph`
-    asserts that gradients are reduced: there, the wrapper gets a process group of its own, this process alone. SyncBatchNorm, which would
-    meet the whole job at every forward pass, meets the worker's processes.
+    In a worker of several processes the wrappers get the worker's process group: gradients, unused-parameter bitmaps
+    and buffers stay inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough, with two
+    exceptions. A `no_sync()` that is open puts them back when it closes, so they are set again at every forward pass
+    until `settle` finds them set. `static_graph` asserts that gradients are reduced: there, the wrapper gets a process
+    group of its own, this process alone. SyncBatchNorm, which would meet the whole job at every forward pass, meets
+    the worker's processes.
 
     Args:
         wrappers (`list`): The model's.
@@ -64,7 +67,9 @@ class Isolation:
         self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
         self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
         _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
-        self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync]
+        self._hooks = [
+            ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync
+        ]
         for ddp in self._by_flags:
             _switch_off(ddp)
         for ddp, _ in self._by_group:
@@ -74,7 +79,9 @@ class Isolation:
         for norm in norms:
             norm.process_group = group or _lonely_group()
         if wrappers and group is None:
-            logger.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
+            logger.info(
+                "DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds"
+            )
         elif wrappers:
             logger.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
@@ -101,13 +108,19 @@ class Isolation:
 
 
 def _refuse_communication_hooks(wrappers: list[Any]) -> None:
-    """A hook keeps the group that it was registered with: gradients would be averaged over the whole job, and nothing would tell."""
+    """
+    A hook keeps the group that it was registered with: gradients would be averaged over the whole job, and nothing
+    would tell.
+    """
     for ddp in wrappers:
-        hook = ddp._get_ddp_logging_data().get("comm_hook")  # also the built-in ones, which DDP does not list elsewhere
+        hook = ddp._get_ddp_logging_data().get(
+            "comm_hook"
+        )  # also the built-in ones, which DDP does not list elsewhere
         if hook:
             raise ValueError(
-                f"a DDP communication hook ({hook}) averages gradients over all processes of the job and cannot be kept inside a worker. "
-                "Register none, or use processes_per_worker=1 without static_graph, where DDP exchanges nothing."
+                f"a DDP communication hook ({hook}) averages gradients over all processes of the job and cannot be "
+                "kept inside a worker. Register none, or use processes_per_worker=1 without static_graph, where DDP "
+                "exchanges nothing."
             )
 
 

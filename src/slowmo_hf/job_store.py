@@ -19,7 +19,8 @@ class StoreError(RuntimeError):
 
 class JobStore:
     """
-    Every call is made in a thread of its own, in order. Once one has had no answer in time the store is silent, and calls raise at once.
+    Every call is made in a thread of its own, in order. Once one has had no answer in time the store is silent, and
+    calls raise at once.
 
     Args:
         store (`torch.distributed.Store`): The launcher's, or rank 0's.

@@ -42,7 +42,10 @@ class ModelTensors:
         return dict(self.model.named_buffers()) if self.model is not None else {}
 
     def values(self, *, include_frozen: bool) -> list[torch.Tensor]:
-        """All tensors whose values must be equal at the start; those whose memory is not dense are constants and left out."""
+        """
+        All tensors whose values must be equal at the start; those whose memory is not dense are constants and left
+        out.
+        """
         tensors = [*self.trainable, *(self.frozen if include_frozen else []), *self.buffers().values()]
         return [t for t in tensors if _is_dense(t)]
 
@@ -52,7 +55,10 @@ class ModelTensors:
             return "the optimizer holds no parameter with requires_grad=True: there is nothing to train."
         for name, param in zip(self.names, self.trainable, strict=True):
             if param.is_complex():
-                return f"parameter {name!r} is complex ({param.dtype}), which is not supported. Keep its real view instead."
+                return (
+                    f"parameter {name!r} is complex ({param.dtype}), which is not supported. Keep its real view "
+                    "instead."
+                )
             if param.layout != torch.strided:
                 return f"parameter {name!r} has layout {param.layout}; only strided (dense) parameters are supported."
             if not param.is_floating_point():
@@ -60,7 +66,10 @@ class ModelTensors:
             if type(param.data).__name__ == "DTensor":
                 return f"parameter {name!r} is sharded (DTensor): FSDP and tensor parallelism are not supported yet."
             if not _is_dense(param):
-                return f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() first."
+                return (
+                    f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() "
+                    "first."
+                )
         return None
 
     def fingerprint(self) -> list[str]:
@@ -77,8 +86,8 @@ class ModelTensors:
         if self._now() == self._signature:
             return ""
         return (
-            "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, moved or cast). "
-            "Local training needs one fixed set: change it before the first step, or start a new run."
+            "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
+            "moved or cast). Local training needs one fixed set: change it before the first step, or start a new run."
         )
 
     def _now(self) -> list[tuple[object, ...]]:

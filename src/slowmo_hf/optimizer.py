@@ -31,9 +31,9 @@ class SlowMoOptimizer(torch.optim.Optimizer):
 
         model, optimizer, loader = accelerator.prepare(model, SlowMoOptimizer(optimizer, config), loader)
 
-    is all there is to write. At the first forward pass of a module with its parameters it compares all ranks, broadcasts rank 0's
-    values, takes the anchors and isolates the DDP wrapper. What else is wanted are module functions that take the prepared or the
-    bare optimizer: `consensus`, `last_round`, `register_for_checkpointing`.
+    is all there is to write. At the first forward pass of a module with its parameters it compares all ranks,
+    broadcasts rank 0's values, takes the anchors and isolates the DDP wrapper. What else is wanted are module
+    functions that take the prepared or the bare optimizer: `consensus`, `last_round`, `register_for_checkpointing`.
 
     Args:
         inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
@@ -43,7 +43,8 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         TypeError: `inner_optimizer` is no torch optimizer.
     """
 
-    # GradScaler then calls our step() for every attempt, also one with an infinite gradient, and sets found_inf and grad_scale.
+    # GradScaler then calls our step() for every attempt, also one with an infinite gradient, and sets found_inf and
+    # grad_scale.
     _step_supports_amp_scaling = True
 
     inner_optimizer: torch.optim.Optimizer
@@ -56,10 +57,15 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if isinstance(inner_optimizer, SlowMoOptimizer):
             raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
         if type(inner_optimizer).__name__ == "AcceleratedOptimizer":
-            raise TypeError("inner_optimizer was prepared already: wrap first, accelerator.prepare(SlowMoOptimizer(optimizer)).")
+            raise TypeError(
+                "inner_optimizer was prepared already: wrap first, accelerator.prepare(SlowMoOptimizer(optimizer))."
+            )
         if config is not None and not isinstance(config, SlowMoConfig):
-            raise TypeError(f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...).")
-        # Optimizer.__init__ would take the parameter groups for its own. Its __setstate__ gives hooks and profiling alone.
+            raise TypeError(
+                f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...)."
+            )
+        # Optimizer.__init__ would take the parameter groups for its own. Its __setstate__ gives hooks and profiling
+        # alone.
         self.__setstate__({"inner_optimizer": inner_optimizer, "config": config or SlowMoConfig(), "_pending": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,11 +125,15 @@ class SlowMoOptimizer(torch.optim.Optimizer):
             ValueError: Training has started: the anchors are taken.
         """
         if self.outer_loop is not None:
-            raise ValueError("the parameter set cannot change after the start: add parameter groups before the first forward pass.")
+            raise ValueError(
+                "the parameter set cannot change after the start: add parameter groups before the first forward pass."
+            )
         self.inner_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and the slow state under `"slowmo"` once training has started; hooks fire as torch's do.
+        """
+        The inner optimizer's state, and the slow state under `"slowmo"` once training has started; hooks fire as
+        torch's do.
 
         Raises:
             RuntimeError: Training is inside a round.
@@ -147,13 +157,16 @@ class SlowMoOptimizer(torch.optim.Optimizer):
                 return {_BESIDE: True}
             if self.outer_loop.workers.world.world_size > 1:
                 raise RuntimeError(
-                    "accelerator.save_state saves rank 0's optimizer alone, and workers differ. Add one line after accelerator.prepare: "
-                    "slowmo_hf.register_for_checkpointing(accelerator, optimizer)."
+                    "accelerator.save_state saves rank 0's optimizer alone, and workers differ. Add one line after "
+                    "accelerator.prepare: slowmo_hf.register_for_checkpointing(accelerator, optimizer)."
                 )
         return self.outer_loop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load `state_dict()`'s result. A stock optimizer's has no slow state: before the start that begins fresh, later it goes on."""
+        """
+        Load `state_dict()`'s result. A stock optimizer's has no slow state: before the start that begins fresh, later
+        it goes on.
+        """
         state_dict = state_dict.copy()  # hooks may change theirs; the caller's is left alone
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -162,8 +175,8 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if slow is not None and _BESIDE in slow:
             if not self.saved_beside:
                 raise RuntimeError(
-                    "every worker's own state lies beside this one. Call slowmo_hf.register_for_checkpointing(accelerator, optimizer) "
-                    "before accelerator.load_state."
+                    "every worker's own state lies beside this one. Call "
+                    "slowmo_hf.register_for_checkpointing(accelerator, optimizer) before accelerator.load_state."
                 )
             slow = None
         if self.outer_loop is None:
@@ -217,9 +230,9 @@ class SlowMoOptimizer(torch.optim.Optimizer):
                 and (outer_loop.workers.size > 1 or self.config.base == "all_reduce")
             ):
                 raise RuntimeError(
-                    f"base={self.config.base!r} with {outer_loop.workers.size} processes per worker needs a DistributedDataParallel "
-                    "wrapper that averages gradients, and none of the model was found. Train the model that accelerator.prepare "
-                    "returned, or use processes_per_worker=1 and another base."
+                    f"base={self.config.base!r} with {outer_loop.workers.size} processes per worker needs a "
+                    "DistributedDataParallel wrapper that averages gradients, and none of the model was found. Train "
+                    "the model that accelerator.prepare returned, or use processes_per_worker=1 and another base."
                 )
         except BaseException:
             self._stop_listening = _listen_for_the_first_forward(self)
@@ -234,7 +247,10 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         self._go_on(outer_loop)
 
     def before_training(self, act: Callable[[OuterLoop], None]) -> None:
-        """Call `act` before training starts or goes on, at the next forward pass, step or look: a checkpoint is taken up there."""
+        """
+        Call `act` before training starts or goes on, at the next forward pass, step or look: a checkpoint is taken up
+        there.
+        """
         self._before_training = act
         if self.outer_loop is not None:
             self.outer_loop.show_local()  # what is loaded now would be undone by the end of a look
@@ -249,7 +265,9 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         """From now on SIGTERM and SIGUSR1 are a wish to save and stop."""
         if self._stop_signals is None:
             if not self.config.has_rounds:
-                raise ValueError("base='all_reduce' without an outer update has no rounds at which ranks could agree to stop.")
+                raise ValueError(
+                    "base='all_reduce' without an outer update has no rounds at which ranks could agree to stop."
+                )
             self._stop_signals = StopSignals(self._on_signal)
 
     def _on_signal(self, name: str) -> None:
@@ -278,10 +296,12 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if self.outer_loop is None:
             if ddp_wrappers(p for group in self.param_groups for p in group["params"]):
                 raise RuntimeError(
-                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still averages "
-                    "gradients. Call the model that accelerator.prepare returned."
+                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still "
+                    "averages gradients. Call the model that accelerator.prepare returned."
                 )
-            logger.warning("no module with all of the optimizer's parameters was called: buffers, if any, are not averaged")
+            logger.warning(
+                "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
+            )
             self._start([], [])
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
@@ -338,9 +358,9 @@ class SlowMoOptimizer(torch.optim.Optimizer):
 
 def _listen_for_the_first_forward(optimizer: SlowMoOptimizer) -> Callable[[], Any]:
     """
-    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks lives as long as
-    the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that never trains (a sweep that failed,
-    the original of a copy) keeps neither its parameters nor a hook on every module.
+    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks
+    lives as long as the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that
+    never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook on every module.
     """
     alive = weakref.ref(optimizer)
 
@@ -354,15 +374,19 @@ def _listen_for_the_first_forward(optimizer: SlowMoOptimizer) -> Callable[[], An
 
 def _is_dummy_step() -> bool:
     """
-    torch.distributed.checkpoint makes a fresh optimizer's state by a step with learning rates and gradients of zero, which must not count.
-    It is known by its caller, never by those zeros: a rank whose batch gives no gradient while the schedule is at 0 would stop its own
-    clock, meet the others one step late at every round, and nothing would tell.
+    torch.distributed.checkpoint makes a fresh optimizer's state by a step with learning rates and gradients of zero,
+    which must not count. It is known by its caller, never by those zeros: a rank whose batch gives no gradient while
+    the schedule is at 0 would stop its own clock, meet the others one step late at every round, and nothing would
+    tell.
     """
     return _is_called_by("_init_optim_state", "distributed.checkpoint")
 
 
 def _is_called_by(function: str, module: str) -> bool:
-    """Whether a function of that name, in a module whose name holds `module`, is a few calls above the caller of this one's caller."""
+    """
+    Whether a function of that name, in a module whose name holds `module`, is a few calls above the caller of this
+    one's caller.
+    """
     frame = sys._getframe(2)
     for _ in range(8):  # torch's hooks and AcceleratedOptimizer lie between
         if frame.f_code.co_name == function and module in frame.f_globals.get("__name__", ""):
@@ -379,8 +403,8 @@ def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
     while not isinstance(found, SlowMoOptimizer):
         if not hasattr(found, "optimizer"):
             raise TypeError(
-                f"expected a SlowMoOptimizer, prepared or bare, got {type(optimizer).__name__}. Wrap the optimizer first: "
-                "SlowMoOptimizer(optimizer, config)."
+                f"expected a SlowMoOptimizer, prepared or bare, got {type(optimizer).__name__}. Wrap the optimizer "
+                "first: SlowMoOptimizer(optimizer, config)."
             )
         found = found.optimizer
     return found
@@ -389,8 +413,9 @@ def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
 @contextmanager
 def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """
-    Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit, and so are the
-    random generators. Collective: every rank enters it at the same step. Plain `base="all_reduce"` has nothing to show: it is stock.
+    Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit,
+    and so are the random generators. Collective: every rank enters it at the same step. Plain `base="all_reduce"` has
+    nothing to show: it is stock.
 
         with slowmo_hf.consensus(optimizer):
             evaluate(model)
@@ -420,9 +445,9 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             for batch in loader:  # six batches here, four there
                 ...
 
-    In each round workers count by their local steps since the one before, so one that did none moves with the others and adds
-    nothing. Evaluate and save outside of the block: inside, one that has left takes part in rounds alone. Each worker's own weights are in
-    the model afterwards, and every worker has the furthest one's clock.
+    In each round workers count by their local steps since the one before, so one that did none moves with the others
+    and adds nothing. Evaluate and save outside of the block: inside, one that has left takes part in rounds alone.
+    Each worker's own weights are in the model afterwards, and every worker has the furthest one's clock.
 
     Args:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
@@ -433,8 +458,8 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     bare = unwrap(optimizer)
     if bare.config.base != "local_sgd":
         raise ValueError(
-            f"join needs base='local_sgd', got {bare.config.base!r}, whose workers exchange at every step: give all workers equally "
-            "many batches."
+            f"join needs base='local_sgd', got {bare.config.base!r}, whose workers exchange at every step: give all "
+            "workers equally many batches."
         )
     yield
     bare.end()
@@ -442,8 +467,8 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
     """
-    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same step on, where a round is taken in. Call it after every
-    step, from the first one on:
+    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same step on, where a round is taken in.
+    Call it after every step, from the first one on:
 
         if slowmo_hf.stop_requested(optimizer):
             accelerator.save_state(folder)
@@ -461,6 +486,8 @@ def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def last_round(optimizer: torch.optim.Optimizer) -> RoundReport | None:
-    """The report of the last round, or None before the first. `accelerator.log(last_round(optimizer).to_logs())` logs it."""
+    """
+    The report of the last round, or None before the first. `accelerator.log(last_round(optimizer).to_logs())` logs it.
+    """
     outer_loop = unwrap(optimizer).outer_loop
     return outer_loop.last_round if outer_loop else None

@@ -11,36 +11,39 @@ The heart: anchors, the clock, one round (Algorithm 1 of SlowMo, https://hugging
             inner state: reset, maintain or average           line 2
 
 Decisions taken once:
-(a) The inner learning rate of a round is the one in force at its last inner step, per parameter group. It travels in the round's
-    header in fp64 and all ranks use the maximum, so that a step skipped on one rank cannot part them.
+(a) The inner learning rate of a round is the one in force at its last inner step, per parameter group. It travels in
+    the round's header in fp64 and all ranks use the maximum, so that a step skipped on one rank cannot part them.
 (b) Displacement form: r = 1 where no earlier non-zero learning rate exists; a zero leaves the remembered one in place.
-(c) Anchors, velocity and reductions are fp32 at least, and the pseudo-gradient is measured from what was handed back: the anchor
-    rounded to the parameters' dtype. Rounding never enters the velocity.
-(d) Parameters: those with `requires_grad` at the start, tied ones once, in the optimizer's order, compared on all ranks.
+(c) Anchors, velocity and reductions are fp32 at least, and the pseudo-gradient is measured from what was handed back:
+    the anchor rounded to the parameters' dtype. Rounding never enters the velocity.
+(d) Parameters: those with `requires_grad` at the start, tied ones once, in the optimizer's order, compared on all
+    ranks.
 (e) Floating-point buffers that have changed since the start follow `model_buffers`, integer ones take the maximum.
-(f) The clock counts attempted optimizer steps: not micro-batches, not applied steps. With fp16, rank 0 may apply step 3 while
-    rank 1 skips it (an infinite gradient); a counter of applied steps would leave rank 1 behind for good, and a round entered by
-    one rank alone never returns.
-(g) No outer update outside a round: a look shows the average, then gives weights, messages in flight and random generators back as
-    they were.
-(h) The consensus distance, mean ||x_i - mean x||^2 = mean ||x_i - anchor||^2 - ||pseudo_grad||^2, costs no message: the first term
-    rides in the last element of each bucket.
-(i) The exact average contains every exchange of its step, so a round with one sends no gossip: the exchange is left out, and the
-    schedule of exchanges does not move.
-(j) Before a round, before a look that sends, before Trainer gathers and at the end all ranks meet: a small header finds what differs. A
-    rank that ends first takes part in the others' rounds, and workers count by their steps since the last round (gossip: alike, by their
-    mass).
-(k) With `overlap_steps=n` a round of step k begins there (line 6 sets out, buffers are averaged) and is taken in at step k + n. Lines 7
-    and 8 are the same whenever they are done: a look in between does them, and leaves the rest due when it was. The meeting of step k
-    travels too, where nothing but the parameters is averaged: what all have said is heard when the round is taken in, or at the
-    next meeting, so nobody waits for a worker that is less than n steps behind. A worker counts by its share of sync_every steps,
-    which it knows without the others.
-(l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed, reaches the
-    worker's other processes at once.
-(m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly. It takes two stages: behind
-    the computation the second is started at the step that finds the first one here, and at the latest where the round is taken in.
-(n) With `shard_slow_state` the averager hands this worker the sums of its own shard; lines 7 and 8 are done there alone, and the new
-    anchors are handed out to all behind them. A checkpoint holds the whole slow state: the two kinds of run resume each other.
+(f) The clock counts attempted optimizer steps: not micro-batches, not applied steps. With fp16, rank 0 may apply step
+    3 while rank 1 skips it (an infinite gradient); a counter of applied steps would leave rank 1 behind for good, and
+    a round entered by one rank alone never returns.
+(g) No outer update outside a round: a look shows the average, then gives weights, messages in flight and random
+    generators back as they were.
+(h) The consensus distance, mean ||x_i - mean x||^2 = mean ||x_i - anchor||^2 - ||pseudo_grad||^2, costs no message:
+    the first term rides in the last element of each bucket.
+(i) The exact average contains every exchange of its step, so a round with one sends no gossip: the exchange is left
+    out, and the schedule of exchanges does not move.
+(j) Before a round, before a look that sends, before Trainer gathers and at the end all ranks meet: a small header
+    finds what differs. A rank that ends first takes part in the others' rounds, and workers count by their steps since
+    the last round (gossip: alike, by their mass).
+(k) With `overlap_steps=n` a round of step k begins there (line 6 sets out, buffers are averaged) and is taken in at
+    step k + n. Lines 7 and 8 are the same whenever they are done: a look in between does them, and leaves the rest due
+    when it was. The meeting of step k travels too, where nothing but the parameters is averaged: what all have said is
+    heard when the round is taken in, or at the next meeting, so nobody waits for a worker that is less than n steps
+    behind. A worker counts by its share of sync_every steps, which it knows without the others.
+(l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed,
+    reaches the worker's other processes at once.
+(m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly. It takes
+    two stages: behind the computation the second is started at the step that finds the first one here, and at the
+    latest where the round is taken in.
+(n) With `shard_slow_state` the averager hands this worker the sums of its own shard; lines 7 and 8 are done there
+    alone, and the new anchors are handed out to all behind them. A checkpoint holds the whole slow state: the two
+    kinds of run resume each other.
 """
 
 from __future__ import annotations
@@ -85,7 +88,9 @@ class OuterLoop:
         model (`torch.nn.Module`, *optional*): Gives parameters their names, and buffers. Unwrapped.
     """
 
-    def __init__(self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig, model: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig, model: torch.nn.Module | None = None
+    ) -> None:
         self.config = config
         self.inner_optimizer = inner_optimizer
         self.tensors = ModelTensors(inner_optimizer, model)
@@ -96,7 +101,9 @@ class OuterLoop:
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self.departed: Departed | None = None  # a round that travels, or is due
-        self.parameters_alone = False  # what all have found at the last meeting: nothing else is averaged, and nothing was lost
+        self.parameters_alone = (
+            False  # what all have found at the last meeting: nothing else is averaged, and nothing was lost
+        )
         self._stash: list[torch.Tensor] | None = None
         self._shown: list[torch.Tensor] = []
         self._random_state: RandomState | None = None
@@ -111,20 +118,23 @@ class OuterLoop:
 
     def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True) -> None:
         """
-        Compare all ranks, broadcast rank 0's values, take the anchors. Collective: every rank calls it, before the first step.
+        Compare all ranks, broadcast rank 0's values, take the anchors. Collective: every rank calls it, before the
+        first step.
 
         Args:
             attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts.
             broadcast_frozen (`bool`, *optional*, defaults to `True`): False where DDP's constructor has done it.
 
         Raises:
-            ValueError: Ranks differ, a parameter cannot be averaged, or the settings do not fit the number of processes; the same on
-                every rank.
+            ValueError: Ranks differ, a parameter cannot be averaged, or the settings do not fit the number of
+                processes; the same on every rank.
         """
         make_heard()
         self.workers = Workers(self.config, self.tensors.device)
         check_same_everywhere(self.workers, self.config, self.tensors, self._refusal())
-        ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(self.tensors.values(include_frozen=broadcast_frozen))
+        ExactAverager(self.workers.world, self.config.bucket_bytes).broadcast_(
+            self.tensors.values(include_frozen=broadcast_frozen)
+        )
         self.workers.form()
         self.run_id: str = self.workers.world.gather_objects(uuid.uuid4().hex)[0]
         self.averager = self._make_averager()
@@ -145,9 +155,13 @@ class OuterLoop:
         communicator, config = self.workers.between, self.config
         if config.shard_slow_state:
             return ShardedAverager(communicator, config.bucket_bytes, config.slow_state_device)
-        if config.compression == "none" or communicator.world_size == 1:  # alone, a worker sends nothing and quantises nothing
+        if (
+            config.compression == "none" or communicator.world_size == 1
+        ):  # alone, a worker sends nothing and quantises nothing
             return ExactAverager(communicator, config.bucket_bytes, at_once=bool(config.overlap_steps))
-        return CompressedAverager(communicator, config.bucket_bytes, CODES[config.compression], at_once=bool(config.overlap_steps))
+        return CompressedAverager(
+            communicator, config.bucket_bytes, CODES[config.compression], at_once=bool(config.overlap_steps)
+        )
 
     def _make_base(self) -> Base:
         if self.config.base in GOSSIP_BASES and self.workers.leads:
@@ -165,7 +179,10 @@ class OuterLoop:
         return refusal
 
     def _make_outer_optimizer(self) -> None:
-        """Slow momentum works on pieces, as they arrive; another optimizer on anchors in the parameters' shapes, at the end."""
+        """
+        Slow momentum works on pieces, as they arrive; another optimizer on anchors in the parameters' shapes, at the
+        end.
+        """
         groups: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
         if self.config.outer_optimizer == SLOW_MOMENTUM:
             for piece in self._pieces():
@@ -190,7 +207,8 @@ class OuterLoop:
     @torch.no_grad()
     def step(self, inner_lrs: list[float]) -> RoundReport | None:
         """
-        Count one attempted inner step; mix and do a round if they are due. Call it after the inner optimizer, before the scheduler.
+        Count one attempted inner step; mix and do a round if they are due. Call it after the inner optimizer, before
+        the scheduler.
 
         Args:
             inner_lrs (`list[float]`): The learning rate in force, per parameter group.
@@ -218,13 +236,18 @@ class OuterLoop:
 
     @torch.no_grad()
     def average_gradients(self) -> None:
-        """What DDP does at every step, for `base="all_reduce"` where there is none: in a worker of `run_in_process`."""
+        """
+        What DDP does at every step, for `base="all_reduce"` where there is none: in a worker of `run_in_process`.
+        """
         trainable = self.tensors.trainable
         gradients = [p.grad for p in trainable if p.grad is not None]
-        if len(gradients) < len(trainable):  # another worker may lack others, of the same sizes, and nothing would tell
+        if len(gradients) < len(
+            trainable
+        ):  # another worker may lack others, of the same sizes, and nothing would tell
             raise RuntimeError(
-                "base='all_reduce' inside run_in_process averages the gradients of all trainable parameters, as DDP does, and "
-                f"{len(trainable) - len(gradients)} of {len(trainable)} have none. Freeze those that are not used."
+                "base='all_reduce' inside run_in_process averages the gradients of all trainable parameters, as DDP "
+                f"does, and {len(trainable) - len(gradients)} of {len(trainable)} have none. Freeze those that are "
+                "not used."
             )
         ExactAverager(self.workers.world, self.config.bucket_bytes).mean_(gradients)
 
@@ -242,16 +265,27 @@ class OuterLoop:
         return averaged
 
     def refuse_while_shown(self) -> None:
-        """Raise if the average is in the parameters: a step taken there would be lost when the local weights return."""
+        """
+        Raise if the average is in the parameters: a step taken there would be lost when the local weights return.
+        """
         if self.showing_average:
-            raise RuntimeError("a training step was taken while the average is shown: leave consensus() before you train on.")
+            raise RuntimeError(
+                "a training step was taken while the average is shown: leave consensus() before you train on."
+            )
 
     @property
     def workers_agree(self) -> bool:
-        """True where parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are averaged."""
+        """
+        True where parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are
+        averaged.
+        """
         if self.config.base == "all_reduce" or self.attempted_steps == 0:
             return True
-        return self.config.exact_average and not self.config.overlap_steps and self.attempted_steps % self.config.sync_every == 0
+        return (
+            self.config.exact_average
+            and not self.config.overlap_steps
+            and self.attempted_steps % self.config.sync_every == 0
+        )
 
     def _exchange_if_due(self) -> bool:
         """Mix, with a gossip base, but at an exact round; whether a round is due."""
@@ -284,13 +318,19 @@ class OuterLoop:
         self.hear_of_departed()
         return self._say(purpose, inner_lrs)()
 
-    def _say(self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False) -> Callable[[], Agreement]:
+    def _say(
+        self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False
+    ) -> Callable[[], Agreement]:
         """Tell all ranks where this one is; the result waits for theirs, and compares."""
-        count = len(self.tensors.groups)  # another number of groups is a problem, and must not change the message's length
+        count = len(
+            self.tensors.groups
+        )  # another number of groups is a problem, and must not change the message's length
         lrs = ((inner_lrs or []) + [0.0] * count)[:count]
         problem = self.tensors.problem() or self._lost_finiteness
         trained, changed = self.attempted_steps - self._idle_steps, self.tensors.changed_buffers()
-        header = Header(purpose, self.attempted_steps, trained, self.local_steps, lrs, changed, problem, self.stop_asked, ahead)
+        header = Header(
+            purpose, self.attempted_steps, trained, self.local_steps, lrs, changed, problem, self.stop_asked, ahead
+        )
         before = self.workers.bytes_sent
         hear = header.say(self.workers.world, self.workers.roll_call)
         if purpose is not Purpose.ROUND:  # a look, which no report counts
@@ -314,7 +354,8 @@ class OuterLoop:
 
     def meet_before_gathering(self) -> bool:
         """
-        Whether all ranks go into a collective of others together: False where one has ended its training, and will not come. Collective.
+        Whether all ranks go into a collective of others together: False where one has ended its training, and will not
+        come. Collective.
         """
         if self._meets_others and self.workers.world.world_size > 1:
             start = time.perf_counter()
@@ -326,14 +367,15 @@ class OuterLoop:
     @torch.no_grad()
     def end(self, *, all_meet_here: bool = True, others_meet_at: Callable[[int], bool] = lambda step: False) -> None:
         """
-        End training together, with the average shown. Collective: a rank that ends first takes part in the others' rounds until all
-        have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step anyway.
+        End training together, with the average shown. Collective: a rank that ends first takes part in the others'
+        rounds until all have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step
+        anyway.
 
         Args:
-            all_meet_here (`bool`, *optional*, defaults to `True`): False where others may train on from this step: with a gossip base this
-                rank then takes part in their exchanges until all next meet.
-            others_meet_at (`Callable`, *optional*): Whether they meet at a later step that is no round. A meeting that it does not know of
-                is missed, and told after `timeout_seconds`.
+            all_meet_here (`bool`, *optional*, defaults to `True`): False where others may train on from this step:
+                with a gossip base this rank then takes part in their exchanges until all next meet.
+            others_meet_at (`Callable`, *optional*): Whether they meet at a later step that is no round. A meeting that
+                it does not know of is missed, and told after `timeout_seconds`.
         """
         if not self._meets_others:
             self.show_average()
@@ -351,7 +393,9 @@ class OuterLoop:
         if not agreement.same_step:  # an average that is shown is an old one
             self.show_local(give_back_random_state=False)
         self.attempted_steps, self._idle_steps = agreement.trained_steps, 0
-        if passes_on and self.workers_agree:  # nobody has trained since a round: its anchor is the average, and what was mixed since is not
+        if (
+            passes_on and self.workers_agree
+        ):  # nobody has trained since a round: its anchor is the average, and what was mixed since is not
             self.workers.inside.broadcast_outcome(self._back_to_anchors)
             self.inside.broadcast_(self.tensors.trainable)
         if not self.showing_average:
@@ -360,18 +404,26 @@ class OuterLoop:
 
     def _meet_at_end(self) -> Agreement:
         self.hear_of_departed()  # first: an error is told in collectives that come before the others' messages
-        self.averager.start_second_stages(wait=True)  # others may wait for them, and here comes no later step to start them at
+        self.averager.start_second_stages(
+            wait=True
+        )  # others may wait for them, and here comes no later step to start them at
         return self._meet(Purpose.END)
 
     def _back_to_anchors(self) -> None:
-        """On the leader: start from the anchors, as after a round; messages in flight are waited for, and belong to what is left."""
+        """
+        On the leader: start from the anchors, as after a round; messages in flight are waited for, and belong to what
+        is left.
+        """
         self.base.settle()
         self.base.end_average()
         for piece in self._pieces():
             self.base.hand_back_(piece)
 
     def _pass_on(self, others_meet_at: Callable[[int], bool]) -> None:
-        """Out of data: exchange without training, until the others hear of it where all meet. The average does not change."""
+        """
+        Out of data: exchange without training, until the others hear of it where all meet. The average does not
+        change.
+        """
         self.show_local(give_back_random_state=False)
         meet = False
         while not meet:
@@ -430,7 +482,9 @@ class OuterLoop:
         )
         if report.round == 2 and self.workers.index == 0 and self.workers.count > 1:
             exchange_seconds = self._exchange_seconds if self.config.base in GOSSIP_BASES else None
-            log_costs(report, self.config.sync_every, start - self._clock_start - self._exchange_seconds, exchange_seconds)
+            log_costs(
+                report, self.config.sync_every, start - self._clock_start - self._exchange_seconds, exchange_seconds
+            )
         return report
 
     # ---- the round, overlapped ----
@@ -499,7 +553,9 @@ class OuterLoop:
 
     def _note(self, departed: Departed, agreement: Agreement) -> None:
         departed.inner_lrs = agreement.inner_lrs
-        departed.summands = sum(agreement.local_steps[rank] for rank in self.workers.between.ranks) / self.config.sync_every
+        departed.summands = (
+            sum(agreement.local_steps[rank] for rank in self.workers.between.ranks) / self.config.sync_every
+        )
 
     def _average_beside(self, agreement: Agreement) -> None:
         """What an overlapped round averages beside the parameters."""
@@ -512,13 +568,18 @@ class OuterLoop:
         self.hear_of_departed()
         departed = self.departed
         if departed is not None and departed.arrivals is not None:
-            self.workers.roll_call.at(self.attempted_steps, f"the round of step {departed.due_step - self.config.overlap_steps}")
+            self.workers.roll_call.at(
+                self.attempted_steps, f"the round of step {departed.due_step - self.config.overlap_steps}"
+            )
             departed.norms = self._outer_step(departed.arrivals, departed.inner_lrs, departed.summands)
             departed.arrivals = None
             self._refuse_non_finite(departed.norms.drift_square, all_are_here=False)
 
     def forget_departed(self) -> None:
-        """Another state is taken up: what is under way belongs to the run that is left, with what was wrong there, and is waited for."""
+        """
+        Another state is taken up: what is under way belongs to the run that is left, with what was wrong there, and is
+        waited for.
+        """
         with suppress(ValueError):
             self.hear_of_departed()
         if self.departed is not None:
@@ -527,7 +588,9 @@ class OuterLoop:
         self._stay()
 
     def _take_in_if_due(self) -> RoundReport | None:
-        return self._take_in() if self.departed is not None and self.departed.due_step <= self.attempted_steps else None
+        return (
+            self._take_in() if self.departed is not None and self.departed.due_step <= self.attempted_steps else None
+        )
 
     def _take_in(self) -> RoundReport | None:
         """Step k + n: every worker goes on from the new anchor, with the progress it has made meanwhile."""
@@ -537,7 +600,9 @@ class OuterLoop:
         self.hear_of_departed()
         report = self.workers.inside.broadcast_outcome(lambda: self._lead_taking_in(start))
         self.departed = None
-        self.parameters_alone &= math.isfinite(report.pseudo_grad_norm)  # else the next meeting says whose are not, before all else
+        self.parameters_alone &= math.isfinite(
+            report.pseudo_grad_norm
+        )  # else the next meeting says whose are not, before all else
         self.inner_state.reset()
         self._share(self.tensors.trainable, [])
         return self._reported(report)
@@ -553,20 +618,30 @@ class OuterLoop:
     # ---- the parts of a round ----
 
     def _refuse_non_finite(self, square: float, *, all_are_here: bool = True) -> None:
-        """NaN and infinity of one worker are everybody's after an average; the square rode in its messages, so all know it together."""
+        """
+        NaN and infinity of one worker are everybody's after an average; the square rode in its messages, so all know
+        it together.
+        """
         if math.isfinite(square) or self.workers.between.world_size == 1:
             return
         words = (
-            "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and go on from "
-            "the last checkpoint."
+            "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients "
+            "(max_grad_norm), and go on from the last checkpoint."
         )
         if not all_are_here:  # said at the next meeting
             self._lost_finiteness = "" if self.config.exact_average and self.averager.own_is_finite else words
             return
         host = host_name()
         told = self.workers.between.gather_objects((self.workers.world.rank, host, self.averager.own_is_finite))
-        where = [f"rank {rank} on {host}, step {self.attempted_steps}: {words}" for rank, host, is_finite in told if not is_finite]
-        raise ValueError("; ".join(where) or f"step {self.attempted_steps}: the workers' average is not finite, though each one's part is.")
+        where = [
+            f"rank {rank} on {host}, step {self.attempted_steps}: {words}"
+            for rank, host, is_finite in told
+            if not is_finite
+        ]
+        raise ValueError(
+            "; ".join(where)
+            or f"step {self.attempted_steps}: the workers' average is not finite, though each one's part is."
+        )
 
     def _share(self, params: list[torch.Tensor], changed_buffers: list[str]) -> None:
         """What the leader has got reaches the worker's other processes."""
@@ -593,16 +668,24 @@ class OuterLoop:
         return self.averager.over_workers(norms)
 
     def _displacements(self) -> Iterator[Sum]:
-        """Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and that of its squared norm."""
+        """
+        Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and that of its squared
+        norm.
+        """
         self.base.settle()
-        return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(self._buckets, self.base)
+        return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(
+            self._buckets, self.base
+        )
 
     @property
     def _summands(self) -> float:
         return self.averager.total_weight if self.config.exact_average else 1.0
 
     def _outer_step_at_once(self, displacements: Iterator[Sum], summands: float) -> Norms:
-        """The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more meanwhile."""
+        """
+        The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more
+        meanwhile.
+        """
         norms = Norms()
         pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
         for bucket, total, square_sum in displacements:
@@ -670,7 +753,9 @@ class OuterLoop:
 
     @torch.no_grad()
     def show_local(self, *, give_back_random_state: bool = True) -> None:
-        """End a look: local weights and buffers return, bit for bit, and the random generators if they have not yet."""
+        """
+        End a look: local weights and buffers return, bit for bit, and the random generators if they have not yet.
+        """
         self.workers.only_gradients_meet()
         if self._stash is None:
             return
@@ -708,13 +793,15 @@ class OuterLoop:
         Clock, anchors and outer optimizer: all that is equal on every worker at a round's end.
 
         Raises:
-            RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker has but a shard.
+            RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker
+                has but a shard.
         """
         self._refuse_inside_round(self.attempted_steps, "saved")
         if self.config.shard_slow_state and self.workers.count > 1:
             raise RuntimeError(
-                "slow state cannot be saved by one worker with shard_slow_state=True: each has a shard of it. Use accelerator.save_state "
-                "with register_for_checkpointing, which brings them together, or shard_slow_state=False."
+                "slow state cannot be saved by one worker with shard_slow_state=True: each has a shard of it. Use "
+                "accelerator.save_state with register_for_checkpointing, which brings them together, or "
+                "shard_slow_state=False."
             )
         return {
             "version": STATE_VERSION,
@@ -728,7 +815,8 @@ class OuterLoop:
 
     def whole_slow_state(self, *, keep: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """
-        Anchors and velocities over all workers, for a checkpoint. Collective over leaders with `shard_slow_state`; no report counts it.
+        Anchors and velocities over all workers, for a checkpoint. Collective over leaders with `shard_slow_state`; no
+        report counts it.
 
         Args:
             keep (`bool`): False where this process does not write them: what it gets is of no use.
@@ -752,17 +840,24 @@ class OuterLoop:
             ValueError: The state does not fit: version, sizes, or a clock inside a round.
         """
         if state_dict.get("version") != STATE_VERSION:
-            raise ValueError(f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}.")
+            raise ValueError(
+                f"slow state has version {state_dict.get('version')!r}; this package reads {STATE_VERSION}."
+            )
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
         self.show_local()  # the state replaces what a look would give back
         self.forget_departed()
-        self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))  # the leader's part, or its refusal
+        self.workers.inside.broadcast_outcome(
+            lambda: self._load_slow_state(state_dict)
+        )  # the leader's part, or its refusal
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
         self.attempted_steps, self.rounds, self.local_steps = state_dict["attempted_steps"], state_dict["rounds"], 0
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
-            sizes, expected = [t.numel() for t in state_dict[name]], [layout.flat.numel() for layout in self.layouts[: len(own)]]
+            sizes, expected = (
+                [t.numel() for t in state_dict[name]],
+                [layout.flat.numel() for layout in self.layouts[: len(own)]],
+            )
             if sizes != expected:
                 raise ValueError(f"slow state does not fit: {name} have sizes {sizes}, this run has {expected}.")
             self.averager.take_own_(own, state_dict[name])
@@ -771,9 +866,13 @@ class OuterLoop:
             for group, previous in zip(self.outer_optimizer.param_groups, lrs, strict=True):
                 group["previous_inner_lr"] = previous
         else:
-            self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))  # torch keeps the caller's tensors
+            self.outer_optimizer.load_state_dict(
+                copy.deepcopy(state_dict["outer_optimizer"])
+            )  # torch keeps the caller's tensors
         self.averager.drop_residuals()  # each worker's own, which this state does not hold
-        if state_dict["attempted_steps"] % self.config.sync_every == 0:  # inside a round there is all_reduce alone, whose parameters stay
+        if (
+            state_dict["attempted_steps"] % self.config.sync_every == 0
+        ):  # inside a round there is all_reduce alone, whose parameters stay
             for layout, whole in zip(self.layouts, state_dict["anchors"], strict=True):
                 copy_tensors_(layout.params, views_like(whole, layout.params))
             self._back_to_anchors()
@@ -781,16 +880,18 @@ class OuterLoop:
     def _refuse_inside_round(self, attempted_steps: int, verb: str) -> None:
         if attempted_steps and not self.config.exact_average:
             raise RuntimeError(
-                f"training cannot be {verb} with exact_average=False: the workers stay different, and their own weights are not in this "
-                "state. Use exact_average=True."
+                f"training cannot be {verb} with exact_average=False: the workers stay different, and their own "
+                "weights are not in this state. Use exact_average=True."
             )
         if attempted_steps and self.config.overlap_steps:
             raise RuntimeError(
-                f"training cannot be {verb} with overlap_steps={self.config.overlap_steps}: workers are never all the same, and their own "
-                "weights are not in this state. Use accelerator.save_state with register_for_checkpointing, or overlap_steps=0."
+                f"training cannot be {verb} with overlap_steps={self.config.overlap_steps}: workers are never all the "
+                "same, and their own weights are not in this state. Use accelerator.save_state with "
+                "register_for_checkpointing, or overlap_steps=0."
             )
         if attempted_steps % self.config.sync_every and self.config.has_rounds and self.config.base != "all_reduce":
             raise RuntimeError(
                 f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
-                f"{self.config.sync_every}, and the workers' own weights are not in this state. Save at a multiple of sync_every."
+                f"{self.config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
+                "of sync_every."
             )

@@ -35,19 +35,21 @@ def slow_momentum_update_(
 
 
 class SlowMomentum(torch.optim.Optimizer):
-    r"""Slow momentum on the anchors (SlowMo, https://huggingface.co/papers/1910.00643, Algorithm 1).
+    r"""
+    Slow momentum on the anchors (SlowMo, https://huggingface.co/papers/1910.00643, Algorithm 1).
 
         v_t          = beta * (gamma_t / gamma_{t-1}) * v_{t-1} + Delta_t
         anchor_{t+1} = anchor_t - alpha * v_t
 
-    beta is `outer_momentum`, alpha is `outer_lr`, gamma is the inner learning rate, Delta_t is the pseudo-gradient (anchor minus
-    average, in `.grad`), and v = gamma * u with u the paper's slow momentum: nothing is divided by the gamma of this round. Where
-    gamma_t = 0 the paper's u has no value for Delta_t: momentum moves nothing (alpha gamma_t u = 0), the average is kept
-    (anchor - alpha Delta_t), u decays by beta, and the next ratio is taken to the last gamma that was not 0.
+    beta is `outer_momentum`, alpha is `outer_lr`, gamma is the inner learning rate, Delta_t is the pseudo-gradient
+    (anchor minus average, in `.grad`), and v = gamma * u with u the paper's slow momentum: nothing is divided by the
+    gamma of this round. Where gamma_t = 0 the paper's u has no value for Delta_t: momentum moves nothing (alpha
+    gamma_t u = 0), the average is kept (anchor - alpha Delta_t), u decays by beta, and the next ratio is taken to the
+    last gamma that was not 0.
 
     Args:
-        anchors (`Iterable[torch.Tensor]` or parameter groups): fp32 or fp64 tensors. Updated in place. A group per inner
-            parameter group: its entry `inner_lr` is set before `step()`.
+        anchors (`Iterable[torch.Tensor]` or parameter groups): fp32 or fp64 tensors. Updated in place. A group per
+            inner parameter group: its entry `inner_lr` is set before `step()`.
         outer_lr (`float`, *optional*, defaults to `1.0`): Step along `v`. 1.0 with `outer_momentum=0` is Local SGD.
         outer_momentum (`float`, *optional*, defaults to `0.5`): Slow momentum, in [0, 1). With 0 no velocity is kept.
     """
@@ -84,11 +86,15 @@ class SlowMomentum(torch.optim.Optimizer):
             anchor.sub_(pseudo_grad, alpha=outer_lr)
             return velocity
         lr_ratio = group["inner_lr"] / group["previous_inner_lr"] if group["previous_inner_lr"] else 1.0
-        slow_momentum_update_(anchor, pseudo_grad, velocity, outer_lr=outer_lr, outer_momentum=outer_momentum, lr_ratio=lr_ratio)
+        slow_momentum_update_(
+            anchor, pseudo_grad, velocity, outer_lr=outer_lr, outer_momentum=outer_momentum, lr_ratio=lr_ratio
+        )
         return velocity
 
     def end_round(self) -> None:
-        """Remember each group's inner learning rate for the next round's ratio; a zero leaves the last one in place."""
+        """
+        Remember each group's inner learning rate for the next round's ratio; a zero leaves the last one in place.
+        """
         for group in self.param_groups:
             group["previous_inner_lr"] = group["inner_lr"] or group["previous_inner_lr"]
 
@@ -99,10 +105,12 @@ def make_outer_optimizer(config: SlowMoConfig, anchor_groups: list[list[torch.Te
     if config.outer_optimizer == SLOW_MOMENTUM:
         return SlowMomentum(groups, outer_lr=config.outer_lr, outer_momentum=config.outer_momentum)
     try:
-        optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(groups, lr=config.outer_lr, **config.outer_optimizer_arguments())
+        optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(
+            groups, lr=config.outer_lr, **config.outer_optimizer_arguments()
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"outer_optimizer {config.outer_optimizer!r} refuses outer_lr={config.outer_lr} and outer_optimizer_kwargs="
-            f"{config.outer_optimizer_kwargs!r}: {error}."
+            f"outer_optimizer {config.outer_optimizer!r} refuses outer_lr={config.outer_lr} and "
+            f"outer_optimizer_kwargs={config.outer_optimizer_kwargs!r}: {error}."
         ) from error
     return optimizer

@@ -18,8 +18,9 @@ class TrainingOn(Base):
 
         x_i  <-  anchor_{t+1}  +  (x_i at step k + n  -  x_i at step k)
 
-    The progress made meanwhile is kept, and counts in the next round's pseudo-gradient. With beta 0 and alpha 1 this is CoCoD-SGD
-    (https://huggingface.co/papers/1906.12043, Algorithm 1); with slow momentum, line 8 gives `anchor_{t+1}` from the average of step k.
+    The progress made meanwhile is kept, and counts in the next round's pseudo-gradient. With beta 0 and alpha 1 this
+    is CoCoD-SGD (https://huggingface.co/papers/1906.12043, Algorithm 1); with slow momentum, line 8 gives
+    `anchor_{t+1}` from the average of step k.
 
     Args:
         anchors (`list[FlatAnchor]`): The parameters' layout. One copy of them is kept for x_i at step k.
@@ -73,7 +74,8 @@ class Departed:
     Args:
         due_step (`int`): When it is.
         local_steps (`int`): This worker's before it, since the last round.
-        hear (`Callable`, *optional*): Waits for what all have said of it, where its messages went ahead and that is not known yet.
+        hear (`Callable`, *optional*): Waits for what all have said of it, where its messages went ahead and that is
+            not known yet.
         inner_lrs (`list[float]`): Of its step, per parameter group.
         summands (`float`): Total weight of the workers' displacements.
         arrivals (`Iterator`, *optional*): The leader's messages, until the outer update is done.

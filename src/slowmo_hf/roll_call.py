@@ -1,4 +1,7 @@
-"""Who is where: before ranks meet, each leaves its step in the job's key-value store; who goes leaves a word, and the others say it."""
+"""
+Who is where: before ranks meet, each leaves its step in the job's key-value store; who goes leaves a word, and the
+others say it.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,18 @@ from .job_store import JobStore, StoreError
 _ANY = "any"
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
-_going: list[RollCall] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
+_going: list[
+    RollCall
+] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
 
 
 class RollCall:
     """
     The ranks of one training run, on gloo and NCCL alike: in a world of one it does nothing.
 
-    A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host, step and place; two
-    meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and has seen a failure.
+    A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host,
+    step and place; two meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and
+    has seen a failure.
 
     Args:
         timeout_seconds (`float`): A rank that comes later than this is missed.
@@ -87,7 +93,8 @@ class RollCall:
         The same, and wait until every rank has come.
 
         Raises:
-            RuntimeError: A rank has left, has failed, or does not come in time; its first line names rank, host, step and cause.
+            RuntimeError: A rank has left, has failed, or does not come in time; its first line names rank, host, step
+                and cause.
         """
         self.come(step, place)
         if self.store is None:
@@ -117,7 +124,10 @@ class RollCall:
         return True
 
     def somebody_is_gone(self) -> bool:
-        """Whether a rank has given up, or has left and will not come to this meeting; or the store is silent, and nobody can tell."""
+        """
+        Whether a rank has given up, or has left and will not come to this meeting; or the store is silent, and nobody
+        can tell.
+        """
         if self.store is None:
             return False
         if self._has("failed", _ANY) or self.store.silent:
@@ -140,7 +150,8 @@ class RollCall:
 
     def explain(self, error: BaseException | None, ranks: Iterable[int]) -> RuntimeError:
         """
-        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` at most: the others' words may be on their way.
+        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` at most: the others' words may be on
+        their way.
 
         Args:
             error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
@@ -155,7 +166,9 @@ class RollCall:
         for whose in (self.rank, _ANY):
             self._try_to_say(self._key("failed", whose))
         until = time.monotonic() + _ROLL_SECONDS
-        while time.monotonic() < until and not all(self._has("failed", rank) or self._has("left", rank) for rank in others):
+        while time.monotonic() < until and not all(
+            self._has("failed", rank) or self._has("left", rank) for rank in others
+        ):
             time.sleep(0.05)
         if self.store.silent:
             return self._lost(error or StoreError("no answer"))
@@ -163,10 +176,15 @@ class RollCall:
         here = f"It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}"
         if not causes:
             told = [(rank, said) for rank in others if (said := self._get("failed", rank))]
-            causes = [f"rank {rank} on {said['host']} gave up at step {said['step']}, {said['place']}" for rank, said in told]
+            causes = [
+                f"rank {rank} on {said['host']} gave up at step {said['step']}, {said['place']}" for rank, said in told
+            ]
             here = f"So did rank {self.rank} on {self._host} at step {self.step}, {self.place}"
         detail = f" ({first_line(error)})" if error is not None else ""
-        return RuntimeError(f"{'; '.join(causes)}. {here}{detail}. Look at that rank's own log; the last whole checkpoint is untouched.")
+        return RuntimeError(
+            f"{'; '.join(causes)}. {here}{detail}. Look at that rank's own log; the last whole checkpoint is "
+            "untouched."
+        )
 
     def _words(self, rank: int, too_late: bool) -> str:
         """What is known of a rank that is not here."""
@@ -175,12 +193,15 @@ class RollCall:
             return f"rank {rank} on {left['host']} left at step {left['step']}: {left['cause']}"
         seen = next((said for n in (1, 0, -1) if (said := self._get(self._meeting + n, rank))), None)
         if seen is None:
-            return f"rank {rank} (its host is unknown) has not come to {self.place} within timeout_seconds={self.timeout_seconds:g}"
+            return (
+                f"rank {rank} (its host is unknown) has not come to {self.place} within "
+                f"timeout_seconds={self.timeout_seconds:g}"
+            )
         last = f"last seen at step {seen['step']}, {seen['place']}"
         if too_late:
             return (
-                f"rank {rank} on {seen['host']} did not come to step {self.step}, {self.place}, within timeout_seconds="
-                f"{self.timeout_seconds:g}: it is slower than that, or left without a word; {last}"
+                f"rank {rank} on {seen['host']} did not come to step {self.step}, {self.place}, within "
+                f"timeout_seconds={self.timeout_seconds:g}: it is slower than that, or left without a word; {last}"
             )
         return f"rank {rank} on {seen['host']} left without a word after step {seen['step']}; {last}"
 
@@ -220,16 +241,18 @@ class RollCall:
 
     def _lost(self, error: BaseException) -> RuntimeError:
         return RuntimeError(
-            f"rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word: the store does not answer "
-            f"({first_line(error)}). It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}."
+            "rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word: the store "
+            f"does not answer ({first_line(error)}). It was missed at step {self.step}, {self.place}, by rank "
+            f"{self.rank} on {self._host}."
         )
 
 
 @lru_cache
 def _listen() -> None:
     """
-    Once per process: an exception that nobody catches, and the process's end, are told to the others. Where the exception is that of a
-    collective that is not ours, DDP's among a worker's processes, it is told here too in the words of the rank that caused it.
+    Once per process: an exception that nobody catches, and the process's end, are told to the others. Where the
+    exception is that of a collective that is not ours, DDP's among a worker's processes, it is told here too in the
+    words of the rank that caused it.
     """
     earlier = sys.excepthook
 

@@ -17,13 +17,15 @@ class RoundReport:
 
     Args:
         round (`int`): Rounds done so far, this one included.
-        consensus_distance (`float`, *optional*): Mean over workers of ||x_i - mean x||^2 before the average, of a gossip base's numerators
-            with the messages in flight to them; None where a round takes no average (`exact_average=False`): it would cost a message.
-            With `compression` it is off by what quantisation changes in ||anchor - average||^2.
+        consensus_distance (`float`, *optional*): Mean over workers of ||x_i - mean x||^2 before the average, of a
+            gossip base's numerators with the messages in flight to them; None where a round takes no average
+            (`exact_average=False`): it would cost a message. With `compression` it is off by what quantisation changes
+            in ||anchor - average||^2.
         pseudo_grad_norm (`float`): ||anchor - average||.
         velocity_norm (`float`): ||velocity|| after the outer step; 0 where the outer optimizer keeps none of ours.
-        bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each message; with
-            `compression` what its two stages send), and in the exchanges of a gossip base since the last round.
+        bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each
+            message; with `compression` what its two stages send), and in the exchanges of a gossip base since the last
+            round.
         seconds (`float`): Wall time of the same, waiting included.
         utilisation (`float`): Time outside of these over all time, since the last round; looks do not count.
     """
@@ -37,12 +39,16 @@ class RoundReport:
     utilisation: float
 
     def to_logs(self) -> dict[str, float]:
-        """The report under the keys `slowmo/...`, for `accelerator.log` and trackers; what was not measured is left out."""
+        """
+        The report under the keys `slowmo/...`, for `accelerator.log` and trackers; what was not measured is left out.
+        """
         return {f"slowmo/{name}": value for name, value in vars(self).items() if value is not None}
 
 
 class Norms:
-    """Squared norms of a round, summed as its pieces pass: ||pseudo_grad||^2, ||velocity||^2, mean ||x_i - anchor||^2."""
+    """
+    Squared norms of a round, summed as its pieces pass: ||pseudo_grad||^2, ||velocity||^2, mean ||x_i - anchor||^2.
+    """
 
     def __init__(self) -> None:
         self.drift_square = 0.0
@@ -53,7 +59,9 @@ class Norms:
         """The inverse of `squares`."""
         norms = cls()
         norms.drift_square, pseudo_grad, velocity = squares
-        norms._squares = [(torch.tensor(pseudo_grad, dtype=torch.float64), torch.tensor(velocity, dtype=torch.float64))]
+        norms._squares = [
+            (torch.tensor(pseudo_grad, dtype=torch.float64), torch.tensor(velocity, dtype=torch.float64))
+        ]
         return norms
 
     @property
@@ -68,8 +76,9 @@ class Norms:
     @property
     def consensus_distance(self) -> float:
         """
-        mean ||x_i - anchor||^2 - ||pseudo_grad||^2; a NaN stays one. Not below 0: by rounding; and with compression the first term is exact
-        while pseudo_grad is the mean plus what the round before held back, less what this one does, and may be the longer of the two.
+        mean ||x_i - anchor||^2 - ||pseudo_grad||^2; a NaN stays one. Not below 0: by rounding; and with compression
+        the first term is exact while pseudo_grad is the mean plus what the round before held back, less what this one
+        does, and may be the longer of the two.
         """
         distance = self.drift_square - self.pseudo_grad_square
         return distance if math.isnan(distance) else max(0.0, distance)
@@ -87,12 +96,13 @@ class Norms:
 
 def log_costs(report: RoundReport, sync_every: int, compute_seconds: float, exchange_seconds: float | None) -> None:
     """
-    One line: what a step and a round cost here; where nothing is sent between rounds, also which `sync_every` would give 90 % and 95 %
-    utilisation.
+    One line: what a step and a round cost here; where nothing is sent between rounds, also which `sync_every` would
+    give 90 % and 95 % utilisation.
 
     Args:
         compute_seconds (`float`): Since the last round, outside of communication.
-        exchange_seconds (`float`, *optional*): In a gossip base's exchanges since the last round; None for another base.
+        exchange_seconds (`float`, *optional*): In a gossip base's exchanges since the last round; None for another
+            base.
     """
     per_step = max(compute_seconds / sync_every, 1e-9)
     round_seconds = report.seconds - (exchange_seconds or 0.0)
@@ -108,7 +118,10 @@ def log_costs(report: RoundReport, sync_every: int, compute_seconds: float, exch
 
 
 def squared_norm(flat: torch.Tensor) -> torch.Tensor:
-    """The squared 2-norm, 0-dim, in fp64. Rows of 4096 are summed in the tensor's dtype: one fp32 sum over millions is percents low."""
+    """
+    The squared 2-norm, 0-dim, in fp64. Rows of 4096 are summed in the tensor's dtype: one fp32 sum over millions is
+    percents low.
+    """
     rows = flat.numel() // 4096
     tail = flat[rows * 4096 :]
     square = torch.dot(tail, tail).double()

@@ -1,13 +1,14 @@
 """
-Slow state sharded over workers (`shard_slow_state`): of every bucket, worker r alone keeps the anchors and the velocity of shard r.
+Slow state sharded over workers (`shard_slow_state`): of every bucket, worker r alone keeps the anchors and the
+velocity of shard r.
 
-    shard r of every x_i goes to worker r                      all-to-all
-    pseudo_grad = mean_i(anchor - x_i)                         line 6, on shard r by worker r
-    velocity, anchor                                           lines 7 and 8, on shard r by worker r    OuterLoop._outer_step
-    x_i = every shard's anchor                                 all-gather
+    shard r of every x_i goes to worker r    all-to-all
+    pseudo_grad = mean_i(anchor - x_i)       line 6, on shard r by worker r
+    velocity, anchor                         lines 7 and 8, on shard r by worker r    OuterLoop._outer_step
+    x_i = every shard's anchor               all-gather
 
-These are the two halves of a ring all-reduce, with the update between them: its bytes, and 2P/m of slow state in place of 2P. For an
-optimizer's state inside data-parallel training this is ZeRO's first stage (Rajbhandari et al. 2019,
+These are the two halves of a ring all-reduce, with the update between them: its bytes, and 2P/m of slow state in place
+of 2P. For an optimizer's state inside data-parallel training this is ZeRO's first stage (Rajbhandari et al. 2019,
 https://huggingface.co/papers/1910.02054).
 """
 
@@ -33,7 +34,8 @@ class Shard:
 
     Args:
         whole (`Bucket`): The bucket; its pieces have no anchors of their own.
-        own (`Bucket`): The part: `elements` of it in a flat tensor of this worker's shards, the last ones of a bucket filled up.
+        own (`Bucket`): The part: `elements` of it in a flat tensor of this worker's shards, the last ones of a bucket
+            filled up.
     """
 
     whole: Bucket
@@ -52,8 +54,8 @@ class Reduced:
 
 class ShardedAverager(ExactAverager):
     """
-    An average whose sums reach each worker for its own shard alone; what becomes of them there goes to all. Buffers and inner states
-    are averaged as ever.
+    An average whose sums reach each worker for its own shard alone; what becomes of them there goes to all. Buffers
+    and inner states are averaged as ever.
 
     Memory: messages to and from all, of one bucket and the next.
 
@@ -79,8 +81,8 @@ class ShardedAverager(ExactAverager):
 
     def buckets(self, item: FlatAnchor) -> list[Bucket]:
         """
-        Four messages, of a bucket and the next, are there at once, and a fifth while gloo gathers: together no more than `bucket_bytes`,
-        nor than the parameters need.
+        Four messages, of a bucket and the next, are there at once, and a fifth while gloo gathers: together no more
+        than `bucket_bytes`, nor than the parameters need.
         """
         return item.buckets(min(self._longest_message, max(item.flat.nbytes // 5, _LEAST_MESSAGE_BYTES)))
 
@@ -111,7 +113,9 @@ class ShardedAverager(ExactAverager):
     def _messages(self, shard: Shard, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory of what goes to all and comes from all: a row per worker. Two buckets take turns."""
         elements, device = self.workers * shard.own.elements, shard.whole.pieces[0].param.device
-        outgoing, incoming = (self._buffer(elements, shard.own.item.flat.dtype, device, 2 * (number % 2) + side) for side in (0, 1))
+        outgoing, incoming = (
+            self._buffer(elements, shard.own.item.flat.dtype, device, 2 * (number % 2) + side) for side in (0, 1)
+        )
         return outgoing.view(self.workers, -1), incoming.view(self.workers, -1)
 
     def _all_shards(self) -> list[Shard]:
@@ -121,8 +125,8 @@ class ShardedAverager(ExactAverager):
 
     def sums(self, buckets: list[Bucket], base: Base) -> Iterator[Sum]:
         """
-        Every bucket of this worker's with the weighted sums over workers of origin - x_i, and of its squared norm. Its anchors go to all
-        when the next one is asked for: they have been updated by then.
+        Every bucket of this worker's with the weighted sums over workers of origin - x_i, and of its squared norm. Its
+        anchors go to all when the next one is asked for: they have been updated by then.
         """
         for reduced in one_ahead(self._send_all(base)):
             own = reduced.shard.own
@@ -130,7 +134,10 @@ class ShardedAverager(ExactAverager):
             self._hand_out(reduced, own.of(own.item.flat))
 
     def show_mean_(self, buckets: list[Bucket], base: Base) -> float:
-        """Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared norm."""
+        """
+        Put the mean of the workers' x_i into this worker's parameters; returns the mean of the displacements' squared
+        norm.
+        """
         square_sum = 0.0
         for reduced in one_ahead(self._send_all(base)):
             square_sum += reduced.drift_square_sum
@@ -170,7 +177,10 @@ class ShardedAverager(ExactAverager):
         return arrive
 
     def _sum_rows(self, own: Bucket, rows: torch.Tensor, base: Base) -> float:
-        """Into the first row comes the weighted sum of the displacements of all, in the order of workers; returns their squared norm's."""
+        """
+        Into the first row comes the weighted sum of the displacements of all, in the order of workers; returns their
+        squared norm's.
+        """
         square = torch.zeros((), dtype=torch.float64, device=rows.device)
         for piece, total in own.runs(rows[0]):
             origin = base.origin(piece).to(rows.device)
@@ -198,8 +208,8 @@ class ShardedAverager(ExactAverager):
 
     def gather_states(self, states: list[torch.Tensor], *, keep: bool) -> list[torch.Tensor]:
         """
-        Slow states laid out like this worker's shards, brought together in main memory. Collective over workers: one that has no room for
-        them takes part to the end, and raises then.
+        Slow states laid out like this worker's shards, brought together in main memory. Collective over workers: one
+        that has no room for them takes part to the end, and raises then.
 
         Args:
             states (`list[torch.Tensor]`): All anchors, then perhaps all velocities.
@@ -210,7 +220,9 @@ class ShardedAverager(ExactAverager):
         failure: Exception | None = None
         try:
             for state, shards in cuts:
-                found.append(torch.empty(sum(shard.whole.elements for shard in shards) if keep else 0, dtype=state.dtype))
+                found.append(
+                    torch.empty(sum(shard.whole.elements for shard in shards) if keep else 0, dtype=state.dtype)
+                )
         except (RuntimeError, MemoryError) as error:
             failure, keep = error, False
         for index, (state, shards) in enumerate(cuts):
@@ -225,7 +237,9 @@ class ShardedAverager(ExactAverager):
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         """The inverse, without a message."""
-        for state, whole, shards in zip(states, wholes, self._shards, strict=False):  # without momentum there are no velocities
+        for state, whole, shards in zip(
+            states, wholes, self._shards, strict=False
+        ):  # without momentum there are no velocities
             for shard in shards:
                 first = self.communicator.rank * shard.own.elements
                 part = shard.whole.of(whole)[first : first + shard.own.elements]
@@ -233,7 +247,10 @@ class ShardedAverager(ExactAverager):
 
 
 def _part(piece: Piece, first: int, own: Bucket) -> list[Piece]:
-    """What of a piece lies in a shard that begins at `first` of the whole layout, with the parameter's values in its anchors."""
+    """
+    What of a piece lies in a shard that begins at `first` of the whole layout, with the parameter's values in its
+    anchors.
+    """
     flat = own.item.flat
     cached = CACHED_ELEMENTS.get(flat.device.type, own.elements)
     low, high = max(piece.offset, first), min(piece.offset + piece.stop - piece.start, first + own.elements)
@@ -242,7 +259,9 @@ def _part(piece: Piece, first: int, own: Bucket) -> list[Piece]:
         end = min(begin + cached, high)
         offset = own.offset + begin - first
         start = piece.start + begin - piece.offset
-        part = Piece(own.item, piece.param, piece.group, start, start + end - begin, offset, flat[offset : offset + end - begin])
+        part = Piece(
+            own.item, piece.param, piece.group, start, start + end - begin, offset, flat[offset : offset + end - begin]
+        )
         part.anchor.copy_(part.values())
         parts.append(part)
     return parts

@@ -1,4 +1,7 @@
-"""The complete state of an outer loop at one optimizer step, for a checkpoint: what all workers share, and what each has alone."""
+"""
+The complete state of an outer loop at one optimizer step, for a checkpoint: what all workers share, and what each has
+alone.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,29 @@ from .round_report import Norms
 
 SHARED = "shared"
 
-# Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and that is said.
+# Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
+# that is said.
 _FIXED = (
-    *("base", "sync_every", "outer_optimizer", "exact_average", "inner_state", "model_buffers", "topology", "peers", "staleness"),
+    *(
+        "base",
+        "sync_every",
+        "outer_optimizer",
+        "exact_average",
+        "inner_state",
+        "model_buffers",
+        "topology",
+        "peers",
+        "staleness",
+    ),
     "overlap_steps",
 )
 
 
 def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> bool:
-    """Whether this process writes what all workers share: rank 0, and the first process of a machine that does not see its files."""
+    """
+    Whether this process writes what all workers share: rank 0, and the first process of a machine that does not see
+    its files.
+    """
     world = outer_loop.workers.world
     token = folder / f".{outer_loop.run_id}"
 
@@ -72,8 +89,8 @@ def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]
 
 def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:
     """
-    Write this process's part of a checkpoint; every process calls it at the same step. Nothing that may fail on one alone comes first:
-    with `shard_slow_state` workers meet at its beginning, and bring the slow state together.
+    Write this process's part of a checkpoint; every process calls it at the same step. Nothing that may fail on one
+    alone comes first: with `shard_slow_state` workers meet at its beginning, and bring the slow state together.
 
     Args:
         folder (`str`): The checkpoint's.
@@ -99,9 +116,9 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
     }
     if shared and not workers.leads:
         raise CheckpointError(
-            f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got {workers.size}: "
-            f"worker {workers.index} spans machines, and its state would be on another one's disk than this process reads. Put the folder "
-            "on a shared file system, or set processes_per_worker='node'."
+            f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got "
+            f"{workers.size}: worker {workers.index} spans machines, and its state would be on another one's disk "
+            "than this process reads. Put the folder on a shared file system, or set processes_per_worker='node'."
         )
     if shared:
         common = slow if outer_loop.config.exact_average else Contents()
@@ -113,7 +130,9 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
             own.tensors.update(slow.tensors)
             own.objects.update(slow.objects)
         own.objects.update({"inner_optimizer": outer_loop.inner_optimizer.state_dict(), **objects})
-        own.settings.update({key: clock[key] for key in ("run", "attempted_steps", "workers")}, local_steps=outer_loop.local_steps)
+        own.settings.update(
+            {key: clock[key] for key in ("run", "attempted_steps", "workers")}, local_steps=outer_loop.local_steps
+        )
         write_part(folder, f"worker_{workers.index}", own)
 
 
@@ -146,7 +165,9 @@ def _worker_state(outer_loop: OuterLoop) -> Contents:
     if isinstance(base, GossipBase) and not outer_loop.workers_agree:
         base.wait_for_messages()
         state.settings["weight"] = base.weight
-        state.settings["in_flight"] = [[float(w) for w in e.weight.received] if e.weight else [] for e in base.in_flight]
+        state.settings["in_flight"] = [
+            [float(w) for w in e.weight.received] if e.weight else [] for e in base.in_flight
+        ]
         for index, item in enumerate(outer_loop.anchors):
             state.tensors[f"numerator.{index}"] = base.numerators[item]
             for number, exchange in enumerate(base.in_flight):
@@ -165,9 +186,9 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     """
     Take up a checkpoint's state, in place, after `OuterLoop.start`. Every process calls it; nothing is sent.
 
-    On another number of workers all start from the average, which is in the model already, with the shared anchors, velocity and clock;
-    worker i takes the inner optimizer of worker i modulo the old number. Local weights, messages in flight and what compression has held
-    back are dropped.
+    On another number of workers all start from the average, which is in the model already, with the shared anchors,
+    velocity and clock; worker i takes the inner optimizer of worker i modulo the old number. Local weights, messages
+    in flight and what compression has held back are dropped.
 
     Returns:
         `dict`: The `objects` that `write_snapshot` was given.
@@ -182,21 +203,24 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     for key in ("run", "attempted_steps", "workers"):
         if own.settings.get(key) != shared.settings[key]:
             raise CheckpointError(
-                f"{folder}: worker {outer_loop.workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "
-                f"{shared.settings[key]!r}: they are of different saves. Resume from another checkpoint."
+                f"{folder}: worker {outer_loop.workers.index}'s file has {key} {own.settings.get(key)!r}, the shared "
+                f"one has {shared.settings[key]!r}: they are of different saves. Resume from another checkpoint."
             )
     if "inner_optimizer" not in own.objects:
         name = f"worker_{outer_loop.workers.index % shared.settings['workers']}.pt"
-        raise CheckpointError(f"{folder}: {name} is missing or holds no inner optimizer. Resume from another checkpoint.")
+        raise CheckpointError(
+            f"{folder}: {name} is missing or holds no inner optimizer. Resume from another checkpoint."
+        )
     if not same_number:
         if not outer_loop.config.exact_average:
             raise CheckpointError(
-                f"{folder} was saved by {shared.settings['workers']} workers with exact_average=False, where anchors and velocities are "
-                f"each worker's own; this run has {outer_loop.workers.count}. Start as many, or begin a new run from its model."
+                f"{folder} was saved by {shared.settings['workers']} workers with exact_average=False, where anchors "
+                f"and velocities are each worker's own; this run has {outer_loop.workers.count}. Start as many, or "
+                "begin a new run from its model."
             )
         logger.warning(
-            "resumed with %d workers in place of %d: all start from the average with the shared velocity; local weights and messages in "
-            "flight are dropped, inner optimizer states are dealt out in turn",
+            "resumed with %d workers in place of %d: all start from the average with the shared velocity; local "
+            "weights and messages in flight are dropped, inner optimizer states are dealt out in turn",
             outer_loop.workers.count,
             shared.settings["workers"],
         )
@@ -220,39 +244,56 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
 
 
 def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
-    saved, now = SlowMoConfig().to_dict() | shared.settings["config"], outer_loop.config.to_dict()  # an older one lacks later settings
+    saved, now = (
+        SlowMoConfig().to_dict() | shared.settings["config"],
+        outer_loop.config.to_dict(),
+    )  # an older one lacks later settings
     for name in _FIXED:
         if saved.get(name) != now[name]:
             raise CheckpointError(
-                f"{name} is {now[name]!r}, but {folder} was saved with {saved.get(name)!r}, which gives its state its meaning. Set {name}="
-                f"{saved.get(name)!r} to resume; or load its model and begin a new run."
+                f"{name} is {now[name]!r}, but {folder} was saved with {saved.get(name)!r}, which gives its state its "
+                f"meaning. Set {name}={saved.get(name)!r} to resume; or load its model and begin a new run."
             )
-    changed = {name: (saved.get(name), value) for name, value in now.items() if name not in _FIXED and saved.get(name) != value}
+    changed = {
+        name: (saved.get(name), value)
+        for name, value in now.items()
+        if name not in _FIXED and saved.get(name) != value
+    }
     if changed:
-        logger.info("resumed with other settings: %s", ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()))
+        logger.info(
+            "resumed with other settings: %s",
+            ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()),
+        )
     then, here = shared.settings["parameters"], outer_loop.tensors.fingerprint()
     if then != here:
         odd = [line for line in (*then, *here) if (line in then) != (line in here)]
         raise CheckpointError(
-            f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ. Train the same parameters to resume; or "
-            "load its model and begin a new run."
+            f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ. Train the same "
+            "parameters to resume; or load its model and begin a new run."
         )
     for index, layout in enumerate(outer_loop.layouts if outer_loop.config.exact_average else []):
         tensor = shared.tensors.get(f"anchor.{index}")
         if tensor is None or tensor.shape != layout.flat.shape or tensor.dtype != layout.flat.dtype:
-            raise CheckpointError(f"{folder}: anchor {index} does not fit: {None if tensor is None else tuple(tensor.shape)}.")
+            raise CheckpointError(
+                f"{folder}: anchor {index} does not fit: {None if tensor is None else tuple(tensor.shape)}."
+            )
 
 
 def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
     averager, anchors, velocities = outer_loop.averager, outer_loop.anchors, outer_loop.velocities
-    averager.take_own_([item.flat for item in anchors], [state.tensors[f"anchor.{index}"] for index in range(len(anchors))])
+    averager.take_own_(
+        [item.flat for item in anchors], [state.tensors[f"anchor.{index}"] for index in range(len(anchors))]
+    )
     # A run that had no momentum has no velocity: it starts at 0.
     saved = [
-        state.tensors.get(f"velocity.{index}", torch.zeros(()).expand(layout.flat.shape)) for index, layout in enumerate(outer_loop.layouts)
+        state.tensors.get(f"velocity.{index}", torch.zeros(()).expand(layout.flat.shape))
+        for index, layout in enumerate(outer_loop.layouts)
     ]
     averager.take_own_(velocities, saved[: len(velocities)])
     if isinstance(outer_loop.outer_optimizer, SlowMomentum):
-        for group, previous in zip(outer_loop.outer_optimizer.param_groups, state.settings["previous_inner_lrs"], strict=True):
+        for group, previous in zip(
+            outer_loop.outer_optimizer.param_groups, state.settings["previous_inner_lrs"], strict=True
+        ):
             group["previous_inner_lr"] = previous
     else:
         outer_loop.outer_optimizer.load_state_dict(state.objects["outer_optimizer"])

@@ -1,4 +1,7 @@
-"""The start of a run: every rank shows what it has, a difference is an error on all of them, and one table says what runs."""
+"""
+The start of a run: every rank shows what it has, a difference is an error on all of them, and one table says what
+runs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from .workers import Workers
 
 def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None) -> None:
     """
-    Compare settings, parameters, the inner optimizer, learning rates and versions of all ranks, before any value is exchanged.
+    Compare settings, parameters, the inner optimizer, learning rates and versions of all ranks, before any value is
+    exchanged.
 
     Args:
         refusal (`str`, *optional*): Why this rank cannot start.
@@ -47,7 +51,10 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
 
 
 def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Its class, and what its groups say of how it steps: numbers, flags and tuples of them. The learning rate has its own line."""
+    """
+    Its class, and what its groups say of how it steps: numbers, flags and tuples of them. The learning rate has its
+    own line.
+    """
     return [f"inner optimizer {type(optimizer).__module__}.{type(optimizer).__qualname__}"] + [
         f"inner optimizer group {index}: {key} = {value!r}"
         for index, group in enumerate(optimizer.param_groups)
@@ -65,8 +72,8 @@ def _is_plain(value: Any) -> bool:
 
 def _versions() -> list[str]:
     """
-    Of the code that runs here, which may be newer than what an editable install remembers; of transformers, which a custom loop need
-    not import, the installed one's.
+    Of the code that runs here, which may be newer than what an editable install remembers; of transformers, which a
+    custom loop need not import, the installed one's.
     """
     try:
         transformers = importlib.metadata.version("transformers")
@@ -86,9 +93,9 @@ def _difference(everywhere: list[list[str]], hosts: list[str]) -> str:
         only_here = [line for line in everywhere[0] if line not in set(lines)]
         if only_there or only_here or lines != everywhere[0]:
             return (
-                f"ranks differ at the start: rank 0 on {hosts[0]} has {only_here[:3] or 'another order'}, rank {rank} on {hosts[rank]} has "
-                f"{only_there[:3] or 'another order'}. All ranks must start with the same settings, model, learning rates and library "
-                "versions."
+                f"ranks differ at the start: rank 0 on {hosts[0]} has {only_here[:3] or 'another order'}, rank {rank} "
+                f"on {hosts[rank]} has {only_there[:3] or 'another order'}. All ranks must start with the same "
+                "settings, model, learning rates and library versions."
             )
     raise AssertionError("no difference found")
 
@@ -105,7 +112,9 @@ def log_start(workers: Workers, config: SlowMoConfig, inner_state: str) -> None:
     where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
     lines = [f"{workers.count} workers, {where}:"]
     lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
-    lines += [f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)]
+    lines += [
+        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
+    ]
     lines += [f"  {name} = {value}" for name, value in config.to_dict().items()]
     lines += [f"  inner_state in effect = {inner_state}"]
     logger.info("%s", "\n".join(lines))
@@ -114,22 +123,27 @@ def log_start(workers: Workers, config: SlowMoConfig, inner_state: str) -> None:
 
 def _warn(workers: Workers, config: SlowMoConfig, machines: int, rows: list[tuple[str, str, str, int]]) -> None:
     """What the table shows and a reader may overlook."""
-    loopback = [f"{name} (rank {r}) resolves to {address}" for r, (name, address, _, _) in enumerate(rows) if address.startswith("127.")]
+    loopback = [
+        f"{name} (rank {r}) resolves to {address}"
+        for r, (name, address, _, _) in enumerate(rows)
+        if address.startswith("127.")
+    ]
     if machines > 1 and loopback and "gloo" in workers.world.backend and not _interface_is_set():
         logger.warning(
-            "the host name %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the interface that reaches the "
-            "others (docs/launch.md).",
+            "the host name %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the interface "
+            "that reaches the others (docs/launch.md).",
             "; ".join(loopback),
             machines,
         )
     if workers.world.world_size == 1:
         logger.warning(
-            "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu --num_processes 2` starts "
-            "one process; see docs/launch.md."
+            "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu "
+            "--num_processes 2` starts one process; see docs/launch.md."
         )
     elif workers.count == 1:
         logger.warning(
-            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set processes_per_worker=1.",
+            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set "
+            "processes_per_worker=1.",
             workers.size,
         )
     if config.outer_optimizer == "slow_momentum" and config.outer_momentum == 0 and config.outer_lr == 1:

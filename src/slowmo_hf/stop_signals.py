@@ -22,8 +22,9 @@ _REPLACED = ("transformers.trainer_jit_checkpoint", __name__)
 
 class StopSignals:
     """
-    Listens until `release`. A handler of the user's own is left in place. A signal repeated after `PASSED_ON_SECONDS` does what it did
-    before; sooner, it is the same one: schedulers signal every process of a job, and launchers pass on what they get.
+    Listens until `release`. A handler of the user's own is left in place. A signal repeated after `PASSED_ON_SECONDS`
+    does what it did before; sooner, it is the same one: schedulers signal every process of a job, and launchers pass
+    on what they get.
 
     Args:
         on_signal (`Callable`): A bound method, held weakly; called once, with the signal's name, in the main thread.

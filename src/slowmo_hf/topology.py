@@ -16,22 +16,23 @@ class Topology:
         P_k[i][j] = 1 / (1 + targets of j)    if i = j or i is a target of j at exchange k, else 0
         x_i       = sum over j of P_k[i][j] * x_j
 
-    Uniform weights: a worker keeps the same share that it sends to each target. Columns sum to 1 (mass is conserved). As everybody
-    gets as many messages as it sends, rows sum to 1 too, and the push-sum weights of a synchronous exchange stay 1.
+    Uniform weights: a worker keeps the same share that it sends to each target. Columns sum to 1 (mass is conserved).
+    As everybody gets as many messages as it sends, rows sum to 1 too, and the push-sum weights of a synchronous
+    exchange stay 1.
 
-    Workers take seats 0 to n-1, in order unless said otherwise. Each exchange uses the next `peers` entries of a cyclic list of
-    distances d; seats are counted modulo their number.
+    Workers take seats 0 to n-1, in order unless said otherwise. Each exchange uses the next `peers` entries of a
+    cyclic list of distances d; seats are counted modulo their number.
 
-    - `"exponential"`: seat s sends to s + d; d = 1, 2, 4, ..., 2^floor(log2(n-1)); where `peers` is larger than this list, 3, 5, 6, 7, ...
-      follow until it is as long.
-    - `"bipartite_exponential"`: even seat s and odd seat s + d exchange; d = 1, 3, 5, 9, 17, ... (1 + 2^j) below n; then 7, 11, 13, ...
-      likewise. In an odd world worker k mod n idles, and the others close ranks.
-    - `"ring"`: seat s sends to s + 1, with 2 peers to s - 1 too. `symmetric` with 1 peer: seats 0-1, 2-3, ... exchange; seat 0 is
-      worker k mod n, and in an odd world the worker before it idles.
+    - `"exponential"`: seat s sends to s + d; d = 1, 2, 4, ..., 2^floor(log2(n-1)); where `peers` is larger than this
+      list, 3, 5, 6, 7, ... follow until it is as long.
+    - `"bipartite_exponential"`: even seat s and odd seat s + d exchange; d = 1, 3, 5, 9, 17, ... (1 + 2^j) below n;
+      then 7, 11, 13, ... likewise. In an odd world worker k mod n idles, and the others close ranks.
+    - `"ring"`: seat s sends to s + 1, with 2 peers to s - 1 too. `symmetric` with 1 peer: seats 0-1, 2-3, ...
+      exchange; seat 0 is worker k mod n, and in an odd world the worker before it idles.
     - `"complete"`: everybody sends to everybody.
 
-    Source: Stochastic Gradient Push (SGP, Assran et al. 2019, https://huggingface.co/papers/1811.10792): the directed exponential graph;
-    for D-PSGD a bipartite exponential one, whose exchanges are two-sided.
+    Source: Stochastic Gradient Push (SGP, Assran et al. 2019, https://huggingface.co/papers/1811.10792): the directed
+    exponential graph; for D-PSGD a bipartite exponential one, whose exchanges are two-sided.
 
     Args:
         name (`str`):
@@ -67,7 +68,9 @@ class Topology:
 
     def _check_peers(self) -> None:
         if self.peers < 1:
-            raise ValueError(f"peers must be >= 1, got {self.peers}. Use base='local_sgd' to exchange nothing between rounds.")
+            raise ValueError(
+                f"peers must be >= 1, got {self.peers}. Use base='local_sgd' to exchange nothing between rounds."
+            )
         limits = {"workers - 1": self.workers - 1}
         if self.name == "ring":
             limits["2 in a ring, a neighbour on each side"] = 2
@@ -76,21 +79,27 @@ class Topology:
         for rule, most in limits.items():
             if self.peers > max(1, most):
                 raise ValueError(
-                    f"peers must be <= {rule}, got {self.peers} with workers={self.workers} and topology={self.name!r}. "
-                    f"Use peers={max(1, most)}, or a topology with more links."
+                    f"peers must be <= {rule}, got {self.peers} with workers={self.workers} and "
+                    f"topology={self.name!r}. Use peers={max(1, most)}, or a topology with more links."
                 )
         if self.name == "complete" and self.peers not in (1, self.workers - 1):
             raise ValueError(
-                f"peers does not apply to topology='complete', where everybody sends to all {self.workers - 1} others, got {self.peers}. "
-                "Leave peers at 1."
+                f"peers does not apply to topology='complete', where everybody sends to all {self.workers - 1} "
+                f"others, got {self.peers}. Leave peers at 1."
             )
 
     def targets(self, worker: int, exchange: int) -> list[int]:
-        """The workers that `worker` sends to at an exchange (0, 1, 2, ...), in the order of the distances; empty where it idles."""
+        """
+        The workers that `worker` sends to at an exchange (0, 1, 2, ...), in the order of the distances; empty where it
+        idles.
+        """
         return self._reached(worker, exchange, 1)
 
     def sources(self, worker: int, exchange: int) -> list[int]:
-        """The workers that `worker` receives from: entry i belongs to the distance of `targets`' entry i. The targets if `symmetric`."""
+        """
+        The workers that `worker` receives from: entry i belongs to the distance of `targets`' entry i. The targets if
+        `symmetric`.
+        """
         return self._reached(worker, exchange, 1 if self.symmetric else -1)
 
     def weight(self, worker: int, exchange: int) -> float:
@@ -98,7 +107,10 @@ class Topology:
         return 1 / (1 + len(self.targets(worker, exchange)))
 
     def mixing_matrix(self, exchange: int) -> list[list[float]]:
-        """P_k of the class docstring, `workers` rows of `workers` shares: row i is what worker i gets. Columns sum to 1, and rows too."""
+        """
+        P_k of the class docstring, `workers` rows of `workers` shares: row i is what worker i gets. Columns sum to 1,
+        and rows too.
+        """
         matrix = [[0.0] * self.workers for _ in range(self.workers)]
         for sender in range(self.workers):
             weight = self.weight(sender, exchange)
@@ -120,32 +132,34 @@ class Topology:
     @property
     def connected_within(self) -> int:
         """
-        Exchanges after which, from any exchange on, every worker has heard (directly or not) of every other; 0 in a world of one.
-        Often exact, else an upper bound: the comments say what is proved and what was simulated.
+        Exchanges after which, from any exchange on, every worker has heard (directly or not) of every other; 0 in a
+        world of one. Often exact, else an upper bound: the comments say what is proved and what was simulated.
         """
         n, odd = self.workers, self.workers % 2
         if self._degree == n - 1:
             return min(1, n - 1)  # everybody hears everybody; a world of one has nobody to hear
         if self.name == "exponential":
-            # L powers of two lie below n, and every distance is a sum of some of them, in any order: it is travelled if each power has
-            # an exchange to itself. In L exchanges each power comes up `peers` times, and each exchange offers `peers` of them: a
-            # regular bipartite graph, so Hall's theorem gives each its own. With peers > L every exchange offers all powers.
+            # L powers of two lie below n, and every distance is a sum of some of them, in any order: it is travelled
+            # if each power has an exchange to itself. In L exchanges each power comes up `peers` times, and each
+            # exchange offers `peers` of them: a regular bipartite graph, so Hall's theorem gives each its own. With
+            # peers > L every exchange offers all powers.
             return (n - 1).bit_length()
         if self.name == "ring" and not self._paired:
             return n // 2 if self.peers == 2 else n - 1
         if self.name == "ring":
-            # News spreads as an interval with two ends. Even world: both move at every exchange. Odd world: idling makes an end wait,
-            # but of the 2t moves of t exchanges at most 3 are lost before the ends meet.
+            # News spreads as an interval with two ends. Even world: both move at every exchange. Odd world: idling
+            # makes an end wait, but of the 2t moves of t exchanges at most 3 are lost before the ends meet.
             return n // 2 + 2 * odd
         if self.peers == n // 2:
-            # Everybody hears the whole other side, and at the next exchange, through it, its own. Odd: who idles in between and the
-            # idler before, who takes that seat, reach the last ones at a third exchange.
+            # Everybody hears the whole other side, and at the next exchange, through it, its own. Odd: who idles in
+            # between and the idler before, who takes that seat, reach the last ones at a third exchange.
             return 2 + odd
-        # m distances 1 + a with a = 0, 2, 4, 8, ... Even world: a path picks exchanges and walks +d, -d, +d, ..., so the ones cancel
-        # and alternating sums of the a remain. Powers of two in order make every even number in reach that way (a run of ones in
-        # binary is 2^end - 2^start), and m + 1 exchanges, the list and its first entry again, reach all n seats. This proves
-        # peers = 1 and, as every exchange then offers all m, peers >= m; in between, even worlds to 2048 were simulated. Odd
-        # worlds were simulated to 129: idling costs at most as much again.
+        # m distances 1 + a with a = 0, 2, 4, 8, ... Even world: a path picks exchanges and walks +d, -d, +d, ..., so
+        # the ones cancel and alternating sums of the a remain. Powers of two in order make every even number in reach
+        # that way (a run of ones in binary is 2^end - 2^start), and m + 1 exchanges, the list and its first entry
+        # again, reach all n seats. This proves peers = 1 and, as every exchange then offers all m, peers >= m; in
+        # between, even worlds to 2048 were simulated. Odd worlds were simulated to 129: idling costs at most as much
+        # again.
         m = (n - 2).bit_length()
         return (1 + odd) * m + 1
 
@@ -182,7 +196,10 @@ class Topology:
         return [worker for worker in range(n) if n % 2 == 0 or worker != exchange % n]
 
     def _reached(self, worker: int, exchange: int, way: int) -> list[int]:
-        """The workers at this exchange's distances from `worker`, forwards (`way` 1) or back (-1); pairs know one way only."""
+        """
+        The workers at this exchange's distances from `worker`, forwards (`way` 1) or back (-1); pairs know one way
+        only.
+        """
         assert 0 <= worker < self.workers, worker
         seats, distances = self._seats(exchange), self._distances()
         if worker not in seats:

@@ -1,4 +1,7 @@
-"""A Trainer run's checkpoints: our part of each is written before Trainer's own, sealed after it, pushed, and found again on resume."""
+"""
+A Trainer run's checkpoints: our part of each is written before Trainer's own, sealed after it, pushed, and found again
+on resume.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ class TrainerCheckpoints:
     Makes Trainer's checkpoints complete, whole or absent, from `begin` to `end` of a training run.
 
     Args:
-        args (`TrainingArguments`): The run's. While it lasts, `save_total_limit` is hidden from Trainer, which would delete the last whole
-            checkpoint before the new one is finished, and kept here; so is `hub_strategy`, for Trainer would push a checkpoint before it is
-            whole. Without a shared file system `save_on_each_node` is set.
+        args (`TrainingArguments`): The run's. While it lasts, `save_total_limit` is hidden from Trainer, which would
+            delete the last whole checkpoint before the new one is finished, and kept here; so is `hub_strategy`, for
+            Trainer would push a checkpoint before it is whole. Without a shared file system `save_on_each_node` is
+            set.
         outer_loop (`OuterLoop`): Started.
     """
 
@@ -94,7 +98,9 @@ class TrainerCheckpoints:
         over = max(0, len(found) - max(limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:
             logger.info("deleting %s: save_total_limit=%d", path, limit)
-            shutil.rmtree(_set_aside(path), ignore_errors=True)  # under another name: a half-deleted folder is no checkpoint
+            shutil.rmtree(
+                _set_aside(path), ignore_errors=True
+            )  # under another name: a half-deleted folder is no checkpoint
 
     # ---- resuming ----
 
@@ -104,7 +110,8 @@ class TrainerCheckpoints:
 
         Args:
             state (`TrainerState`): The resumed one.
-            recorded (`dict`, *optional*): What `trainer_state.json` says of our part: its run and folder. None: a stock run's.
+            recorded (`dict`, *optional*): What `trainer_state.json` says of our part: its run and folder. None: a
+                stock run's.
 
         Returns:
             `dict`: State dictionaries of this worker's own scheduler and scaler.
@@ -114,8 +121,8 @@ class TrainerCheckpoints:
         """
         if not recorded or not recorded.get("run"):
             logger.warning(
-                "resumed at step %d from a checkpoint without local training's state: its weights and optimizer are taken, slow momentum "
-                "starts fresh, and every worker takes rank 0's inner optimizer state",
+                "resumed at step %d from a checkpoint without local training's state: its weights and optimizer are "
+                "taken, slow momentum starts fresh, and every worker takes rank 0's inner optimizer state",
                 state.global_step,
             )
             return {}
@@ -130,7 +137,9 @@ class TrainerCheckpoints:
             folder = self._find(state, recorded)
             objects.update(read_snapshot(str(folder), self.outer_loop))
             if self.outer_loop.attempted_steps != state.global_step:
-                raise CheckpointError(f"{folder} is of step {self.outer_loop.attempted_steps}, Trainer's of step {state.global_step}.")
+                raise CheckpointError(
+                    f"{folder} is of step {self.outer_loop.attempted_steps}, Trainer's of step {state.global_step}."
+                )
 
         for act in (verify, take_up):  # nobody reads what a keeper has found damaged
             together(self.outer_loop, "the checkpoint cannot be resumed", act)
@@ -144,17 +153,21 @@ class TrainerCheckpoints:
         if isinstance(asked, str):
             candidates.insert(0, Path(asked))
         for folder in candidates:
-            # A checkpoint of the same step may be another run's. A damaged manifest tells no run: it is refused later, by name.
+            # A checkpoint of the same step may be another run's. A damaged manifest tells no run: it is refused later,
+            # by name.
             if (folder / FOLDER).is_dir() and run_of(folder) in (recorded["run"], None):
                 return folder
         raise CheckpointError(
-            f"the part of local training is in none of {', '.join(map(str, candidates))}. Say where the checkpoint is: "
-            "TrainingArguments(resume_from_checkpoint=...)."
+            f"the part of local training is in none of {', '.join(map(str, candidates))}. Say where the checkpoint "
+            "is: TrainingArguments(resume_from_checkpoint=...)."
         )
 
 
 def set_aside_unfinished(args: TrainingArguments) -> None:
-    """Rename checkpoints that a killed run left unfinished, so that `resume_from_checkpoint=True` takes the newest whole one."""
+    """
+    Rename checkpoints that a killed run left unfinished, so that `resume_from_checkpoint=True` takes the newest whole
+    one.
+    """
     if args.local_process_index == 0:
         for path in _checkpoints(Path(str(args.output_dir))):
             if not is_whole(path):

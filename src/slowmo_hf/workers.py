@@ -13,8 +13,9 @@ _WORD_SECONDS = 4.0  # for a leader that has failed to find the cause and tell i
 
 def worker_size(config: SlowMoConfig) -> int:
     """
-    Processes per worker in this job, what `processes_per_worker` comes to. `"auto"` is a machine's where the job spans several
-    machines with several processes each, else 1; it is 1 with `base="all_reduce"`, where gradients are averaged over all anyway.
+    Processes per worker in this job, what `processes_per_worker` comes to. `"auto"` is a machine's where the job spans
+    several machines with several processes each, else 1; it is 1 with `base="all_reduce"`, where gradients are
+    averaged over all anyway.
     """
     world_size = processes_in_job()
     on_machine = processes_on_machine(world_size)
@@ -27,9 +28,10 @@ class Workers:
     """
     The processes of the job, cut into workers of neighbouring ranks.
 
-    `world` is every process. `inside` is this worker's own, and `gradients` the same for DDP; its first process, the leader, is the only
-    one that holds anchors and talks to other workers (`between`, and `gossip`); what it learns travels on inside. With
-    `base="all_reduce"` gradients keep all workers equal, so each does the outer update for itself and talks to nobody.
+    `world` is every process. `inside` is this worker's own, and `gradients` the same for DDP; its first process, the
+    leader, is the only one that holds anchors and talks to other workers (`between`, and `gossip`); what it learns
+    travels on inside. With `base="all_reduce"` gradients keep all workers equal, so each does the outer update for
+    itself and talks to nobody.
 
     Args:
         config (`SlowMoConfig`): The settings.
@@ -48,33 +50,47 @@ class Workers:
     def refusal(self) -> str | None:
         """Why the job cannot be cut into such workers, or None."""
         if is_in_process() and self.size > 1:
-            return f"processes_per_worker must be 1 inside run_in_process, where no DDP averages gradients, got {self.size}."
+            return (
+                "processes_per_worker must be 1 inside run_in_process, where no DDP averages gradients, got "
+                f"{self.size}."
+            )
         if self.world.world_size % self.size == 0:
             return None
         return (
-            f"processes_per_worker must divide the number of processes, got {self.config.processes_per_worker} (here {self.size}) "
-            f"with {self.world.world_size} processes. Start a multiple of it, or set processes_per_worker=1."
+            f"processes_per_worker must divide the number of processes, got {self.config.processes_per_worker} (here "
+            f"{self.size}) with {self.world.world_size} processes. Start a multiple of it, or set "
+            "processes_per_worker=1."
         )
 
     def form(self) -> None:
         """Make the groups. Collective, after all ranks have been found to agree on the settings."""
         timeout, world = self.config.timeout_seconds, range(self.world.world_size)
         cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
-        # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its word.
+        # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its
+        # word.
         witness, longer, word = self.roll_call, 2 * timeout + 10, _WORD_SECONDS
         self.inside = _mine(
-            [Communicator(longer, self.device, ranks, purpose="inside", witness=witness, patience_seconds=word) for ranks in cut]
+            [
+                Communicator(longer, self.device, ranks, purpose="inside", witness=witness, patience_seconds=word)
+                for ranks in cut
+            ]
         )
-        self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])  # DDP's
+        self.gradients = _mine(
+            [Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut]
+        )  # DDP's
         self.only_gradients_meet()
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
-        purpose = "behind" if self.config.overlap_steps else "rounds"  # a header must not queue behind messages that travel for long
+        purpose = (
+            "behind" if self.config.overlap_steps else "rounds"
+        )  # a header must not queue behind messages that travel for long
         self.between = Communicator(timeout, self.device, leaders, purpose=purpose, witness=witness)
         if self.config.base in GOSSIP_BASES:
             self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
             if self.gossip.member:
-                self.gossip.gather_header([0.0])  # NCCL wants every rank in a group's first call; in an exchange some may idle
+                self.gossip.gather_header(
+                    [0.0]
+                )  # NCCL wants every rank in a group's first call; in an exchange some may idle
 
     def only_gradients_meet(self) -> None:
         """Training goes on: only a worker's own processes meet in collectives that are not ours."""
@@ -87,7 +103,11 @@ class Workers:
     @property
     def bytes_sent(self) -> int:
         """Payload that this worker has sent to others, since the groups were made; headers of meetings included."""
-        return self.world.bytes_sent + self.between.bytes_sent + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)
+        return (
+            self.world.bytes_sent
+            + self.between.bytes_sent
+            + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)
+        )
 
 
 def _mine(communicators: list[Communicator]) -> Communicator:
