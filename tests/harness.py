@@ -37,12 +37,14 @@ def warnings_are_errors() -> None:
         warnings.filterwarnings(action, message=message, category=category)  # type: ignore[arg-type]
 
 
+# Imported once by the fork server; `frozen_heap` comes last. A module that fails there is left out silently.
+PRELOADED = ["torch", "transformers", "accelerate", "slowmo_hf", "transformers.trainer", "torch._dynamo"]
+
+
 def fork_server() -> Any:
     """One fork server for the test session: a worker starts in tens of milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers", "accelerate", "slowmo_hf", "transformers.trainer", "torch._dynamo"]
-    )
+    context.set_forkserver_preload([*PRELOADED, "frozen_heap"])
     return context
 
 
