@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 
 train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images.
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
-		recipes/image_classification.py $(ARGS)
+		recipes/image/train.py $(ARGS)
 
 test: $(VENV)/.test  ## Lint, types and all tests. ARGS="-m 'not slow'" leaves the slow ones out.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -3,7 +3,7 @@ Hosts of one's own on one machine: network namespaces joined by a bridge, each b
 iproute2.
 
     with Hosts(4, mbit_per_s=100) as hosts:
-        hosts.launch("recipes/image_classification.py", "--max_steps", "24")
+        hosts.launch("recipes/image/train.py", "--max_steps", "24")
         print(hosts.bytes_sent(0))
 
 Everything is in namespaces of its own, and goes with the `with` block, also after an error or Ctrl-C.

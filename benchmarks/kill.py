@@ -4,7 +4,7 @@ for bit, with a run that was never killed.
 
     python benchmarks/kill.py --points 200 --seed 0
 
-A point is one launch of a real job, `recipes/image_classification.py` (Trainer) or `benchmarks/kill_accelerate.py` (a
+A point is one launch of a real job, `recipes/image/train.py` (Trainer) or `benchmarks/kill_accelerate.py` (a
 custom loop), under `accelerate launch --max_restarts`, with one kill, or two where the second meets the resume.
 Moments are drawn from the list of those that the uninterrupted run of the same job passed through
 (`benchmarks/kill_switch.py`). The record is written after every point, and the same command goes on where it was
@@ -26,14 +26,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import HfArgumentParser
+
 from kill_runs import SAVE_STEPS, Job, Kill, Run, differences, first_steps, launch, met
 from round_cost import hardware, versions
-from transformers import HfArgumentParser
 
 # ---- jobs ----
 
 RECIPE = (
-    "recipes/image_classification.py --resume_from_checkpoint true --width 4 --max_train_samples 64 "
+    "recipes/image/train.py --resume_from_checkpoint true --width 4 --max_train_samples 64 "
     "--max_eval_samples 32 --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --num_train_epochs 2 "
     f"--logging_steps 3 --disable_tqdm 1 --save_strategy steps --save_steps {SAVE_STEPS} --eval_strategy steps "
     "--eval_steps 4 --sync_every 3 --timeout_seconds 60"

@@ -2,7 +2,7 @@
 Runs a script unchanged, notes the moments that each process passes through, and kills the process (SIGKILL) at chosen
 ones.
 
-    accelerate launch ... benchmarks/kill_switch.py recipes/image_classification.py --output_dir ...
+    accelerate launch ... benchmarks/kill_switch.py recipes/image/train.py --output_dir ...
 
 The launcher runs it in the script's place; `benchmarks/kill.py` and `tests/test_kill.py` do so. It reads three
 environment variables:

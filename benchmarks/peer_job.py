@@ -35,9 +35,8 @@ from transformers import HfArgumentParser, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from image_data import normalised
-
 import slowmo_hf
+from image.data import normalised
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 

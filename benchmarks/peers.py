@@ -28,13 +28,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+from safetensors.torch import save_file
+from transformers import HfArgumentParser
+
 from hosts import Hosts, why_not
-from image_data import SmallImages, load_images, make_dataset
+from image.data import SmallImages, load_images, make_dataset
 from peer_job import SYSTEMS, Training, package, period
 from records import mean_sd, mean_with_interval
 from round_cost import hardware, versions
-from safetensors.torch import save_file
-from transformers import HfArgumentParser
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
 TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is measured to

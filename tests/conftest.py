@@ -7,6 +7,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+
 from harness import warnings_are_errors
 
 torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """
-Preloaded last by the fork server, whose workers inherit 400,000 objects: frozen, they are left out of every collection,
-so that a worker's first one does not copy their memory page by page.
+Preloaded last by the fork server, whose workers inherit 400,000 objects: frozen, they are left out of every
+collection, so that a worker's first one does not copy their memory page by page.
 """
 
 import gc

@@ -11,13 +11,17 @@ import tempfile
 from collections import Counter
 
 import pytest
-import test_wire
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import test_wire
 from harness import run_workers
 from reference import slowmo_reference
-from safetensors.torch import load_file
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
 from tiny import (
     Recorder,
     Regression,
@@ -32,10 +36,6 @@ from tiny import (
     values,
     warmup_and_decay,
 )
-from torch import nn
-from transformers import Trainer, TrainerCallback
-
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
 
 STEPS, ACCUMULATION = 10, 2
 PLAIN = SlowMoConfig(base="all_reduce", outer_momentum=0, sync_every=3, timeout_seconds=30)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from harness import run_workers
 
 sys.path.insert(

@@ -19,8 +19,12 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from harness import run_workers
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from harness import run_workers
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from tiny import (
     Heard,
     Hub,
@@ -36,10 +40,6 @@ from tiny import (
     sentences,
     values,
 )
-from torch.nn.parallel import DistributedDataParallel
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 
 STEPS, TAU = 10, 4
 CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=30)

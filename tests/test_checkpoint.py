@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from harness import run_workers
 from safetensors.torch import load_file
-from tiny import Hub, Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf.snapshot
+from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from slowmo_hf.checkpoint import CheckpointError, seal, verify_checkpoint
+from tiny import Hub, Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
 
 STEPS, EPOCH, MIDDLE = 9, 6, 5  # rounds end at 4 and 8, an epoch at 6
 CONFIG = SlowMoConfig(sync_every=4, outer_momentum=0.5, timeout_seconds=30)

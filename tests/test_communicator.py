@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
 
+from harness import run_workers
 from slowmo_hf.communicator import Communicator, host_and_address, machines_in_job
 
 CPU = torch.device("cpu")

@@ -10,10 +10,9 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
-from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 import slowmo_hf
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.averager import Base, ExactAverager, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
@@ -29,6 +28,7 @@ from slowmo_hf.compression import (
     shard_elements,
 )
 from slowmo_hf.snapshot import read_snapshot, write_snapshot
+from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 CPU = torch.device("cpu")
 WIDE = (torch.float32, torch.float64)

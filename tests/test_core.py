@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
-from harness import run_workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
 from slowmo_hf.averager import ExactAverager, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator

@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
-from tiny import Recorder, Regression, Rows, arguments, equal, follow, mean, recorded
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
+from tiny import Recorder, Regression, Rows, arguments, equal, follow, mean, recorded
 
 pytestmark = pytest.mark.cuda
 

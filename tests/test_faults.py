@@ -18,15 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import fork_server, launcher_store, run_workers, warnings_are_errors
-from tiny import Heard, Regression, Rows, arguments, values
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
+from harness import fork_server, launcher_store, run_workers, warnings_are_errors
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.roll_call import RollCall
+from tiny import Heard, Regression, Rows, arguments, values
 
 TIMEOUT_SECONDS = 5
 HOST = socket.gethostname()

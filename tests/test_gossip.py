@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round, run_in_process
 from slowmo_hf.averager import flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator

@@ -17,9 +17,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW
+from transformers import Trainer, TrainerCallback
+
 from harness import run_workers
 from reference import gossip_reference
-from safetensors.torch import load_file
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
+from slowmo_hf.averager import views_like
+from slowmo_hf.gossip import GossipBase, make_topology
 from tiny import (
     Heard,
     OutOfMemoryOnce,
@@ -36,14 +44,6 @@ from tiny import (
     two_groups,
     values,
 )
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
-from transformers import Trainer, TrainerCallback
-
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
-from slowmo_hf.averager import views_like
-from slowmo_hf.gossip import GossipBase, make_topology
 
 STEPS, TAU, NEVER = 10, 4, 10**6
 EPS = 2.0**-23

@@ -5,6 +5,7 @@ measures.
 
 import pytest
 import torch
+
 from reference import gossip_reference, slowmo_reference
 
 HALF = [[0.5, 0.5], [0.5, 0.5]]

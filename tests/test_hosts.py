@@ -23,7 +23,7 @@ from hosts import CONFIG, Hosts, why_not  # noqa: E402
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 FLAGS = ["--max_train_samples", "800", "--max_eval_samples", "40", "--eval_strategy", "no", "--logging_steps", "12"]
-RECIPE = str(ROOT / "recipes" / "image_classification.py")
+RECIPE = str(ROOT / "recipes" / "image" / "train.py")
 
 
 def namespaces():

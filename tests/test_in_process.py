@@ -10,15 +10,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from harness import run_workers
-from reference import gossip_reference, slowmo_reference
-from tiny import Regression, Rows, two_groups, values, warmup_and_decay
 
 import slowmo_hf
+from harness import run_workers
+from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.communicator import Communicator, processes_in_job, rank_in_job
 from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.gossip import make_topology
+from tiny import Regression, Rows, two_groups, values, warmup_and_decay
 
 STEPS = 11
 CASES = {

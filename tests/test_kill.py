@@ -22,7 +22,6 @@ import kill
 import kill_runs
 import kill_switch
 from kill_runs import Kill, Run
-
 from slowmo_hf.checkpoint import Contents, seal, write_part
 
 # ---- jobs ----

@@ -12,12 +12,12 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
-from tiny import Heard, Regression, Rows, arguments, values
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
+from harness import run_workers
 from slowmo_hf import REQUEUE_EXIT_CODE, SlowMoCallback, SlowMoConfig, SlowMoOptimizer
+from tiny import Heard, Regression, Rows, arguments, values
 
 STEPS = 14
 

@@ -15,8 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+
 from harness import run_workers
 from reference import gossip_reference, slowmo_reference
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
+from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.gossip import make_topology
+from slowmo_hf.isolation import ddp_wrappers
+from slowmo_hf.outer_loop import OuterLoop
 from tiny import (
     Recorder,
     Regression,
@@ -32,12 +38,6 @@ from tiny import (
     values,
     warmup_and_decay,
 )
-
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
-from slowmo_hf.config import GOSSIP_BASES
-from slowmo_hf.gossip import make_topology
-from slowmo_hf.isolation import ddp_wrappers
-from slowmo_hf.outer_loop import OuterLoop
 
 # ---- 2 workers of 2 processes are 2 workers, each with both processes' batches ----
 

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from harness import run_workers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, Adam, lr_scheduler
 
 import slowmo_hf
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 START = (1.0, -2.0, 3.0)

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness import run_workers
-from tiny import Regression, Rows, equal, two_groups, values, warmup_and_decay
 
 import slowmo_hf
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.communicator import Arrival, Communicator
 from slowmo_hf.compression import BLOCK, CODES, dequantise, quantise
+from tiny import Regression, Rows, equal, two_groups, values, warmup_and_decay
 
 STEPS = 14
 LR = 0.05

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_workers
 from PIL import Image
 from safetensors.torch import load_file
+
+from harness import run_workers
 from tiny import equal, values
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import image_classification
-import image_presets
-from small_resnet import make_model
+from image import presets as image_presets
+from image import train as image_classification
+from image.small_resnet import make_model
 
 LABELS = [str(number) for number in range(10)]
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
 
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus
 
 GAMMA = 0.1

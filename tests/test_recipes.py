@@ -17,17 +17,18 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from PIL import Image
-from tiny import ends_with_one_line
 from transformers import AutoModelForImageClassification, EvalPrediction
+
+from tiny import ends_with_one_line
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import image_classification as recipe  # noqa: E402
-import image_data  # noqa: E402
-from image_data import Batch, DataError, load_images  # noqa: E402
-from small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
+from image import data as image_data  # noqa: E402
+from image import train as recipe  # noqa: E402
+from image.data import Batch, DataError, load_images  # noqa: E402
+from image.small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
 
 LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 SHORT = (
@@ -61,7 +62,7 @@ def run_recipe(output_dir: Path, flags: str, launcher: str = LAUNCHER):
     command = [
         sys.executable,
         *launcher.split(),
-        "recipes/image_classification.py",
+        "recipes/image/train.py",
         "--output_dir",
         str(output_dir),
         *flags.split(),
@@ -209,7 +210,7 @@ def test_defaults_meet_at_logs():
 
 
 def test_wrong_flag_ends_with_one_line():
-    with pytest.raises(SystemExit, match=r"^image_classification.py: sync_every must be >= 1 optimizer step, got 0"):
+    with pytest.raises(SystemExit, match=r"^train.py: sync_every must be >= 1 optimizer step, got 0"):
         recipe.parse(["--sync_every", "0"])
 
 
@@ -247,7 +248,7 @@ def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, sai
 
 
 def test_an_error_of_many_lines_ends_as_one():
-    with pytest.raises(SystemExit, match=r"^image_classification.py: no such column: - image - label$"):
+    with pytest.raises(SystemExit, match=r"^train.py: no such column: - image - label$"):
         recipe.end(ValueError("no such column:\n  - image\n  - label\n"))
 
 
@@ -917,7 +918,7 @@ def test_several_machines(tmp_path):
     flags = f"--num_processes 2 --mixed_precision no --main_process_ip 127.0.0.1 --main_process_port {port}"
     commands = [
         f"{sys.executable} -m accelerate.commands.launch --config_file recipes/configs/several_machines.yaml "
-        f"--machine_rank {rank} {flags} recipes/image_classification.py {SHORT} --max_steps 4 --sync_every 2 "
+        f"--machine_rank {rank} {flags} recipes/image/train.py {SHORT} --max_steps 4 --sync_every 2 "
         f"--output_dir {tmp_path}"
         for rank in (0, 1)
     ]

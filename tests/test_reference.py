@@ -8,13 +8,13 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
+
 from harness import run_workers
 from reference import gossip_reference, slowmo_reference
-from tiny import Regression, Rows, two_groups, warmup_and_decay
-
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.gossip import make_topology
+from tiny import Regression, Rows, two_groups, warmup_and_decay
 
 STEPS, ACCUMULATION, BATCH = 12, 2, 3
 LR = 0.05

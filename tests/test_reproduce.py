@@ -17,11 +17,10 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import reproduce  # noqa: E402
-import small_images  # noqa: E402
-import studies  # noqa: E402
-import translation_data  # noqa: E402
-from studies import Run  # noqa: E402
+from studies import plan as studies  # noqa: E402
+from studies import reproduce, small_images  # noqa: E402
+from studies.plan import Run  # noqa: E402
+from translation import data as translation_data  # noqa: E402
 
 RUN = Run("table1", "image_classification", "local_sgd", 0.5, 0.1, seed=3, workers=4, batch_size=5)
 
@@ -69,7 +68,7 @@ def test_names_and_settings_of_image_runs_stay():
         },
     }
     (run,) = (run for run in studies.table1("image_classification", TUNED, 1) if run.base == "sgp" and run.slowmo)
-    assert run.name == "table1_image_classification_sgp_outer_momentum-0.5_inner_lr-0.1_seed-1"
+    assert run.name == "image_classification/table1/sgp_beta0.5_lr0.1_seed1"
     assert list(asdict(run).items()) == list(settings.items())
     assert run.matches({"run": settings})
 
@@ -171,7 +170,9 @@ def test_tuning_takes_the_smaller_nll_of_translation():
 
 def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
     path = tmp_path / f"{RUN.name}.json"
+    assert path.name == "local_sgd_beta0.5_lr0.1_workers4_batch5_seed3.json"
     assert reproduce.find_record(RUN, tmp_path) is None
+    path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"run": asdict(RUN), "metrics": {}}))
     assert reproduce.find_record(RUN, tmp_path) is not None
     path.write_text(path.read_text()[:-5])
@@ -259,23 +260,23 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
 
 def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, images):
     """Nothing is trained and nothing written; a damaged record says nothing, one of another task neither."""
-    told = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}
-    for task, (name, digest) in told.items():
-        (tmp_path / f"tuning_{task}_sgp_seed-0.json").write_text(
-            json.dumps({"dataset": name, "dataset_sha256": digest})
-        )
-    (tmp_path / "sweep_image_classification_sgp_seed-0.json").write_text("{")
-    before = sorted(tmp_path.iterdir())
+    others = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}
+    for task, (name, digest) in others.items():
+        for study, told in (("tuning", json.dumps({"dataset": name, "dataset_sha256": digest})), ("sweep", "{")):
+            path = tmp_path / task / study / "sgp_seed0.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(told)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: images)
     monkeypatch.setattr(small_images, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(
         reproduce.SettingError,
-        match=r"^dataset_name must be .* 'other' with SHA-256 c0ffeec0ffee as in tuning_.*got 'mine'.* Set --",
+        match=r"^dataset_name must be .* 'other' with SHA-256 c0ffeec0ffee as in .*tuning/sgp.*got 'mine'.* Set --",
     ):
         reproduce.run_one(RUN, "mine", str(tmp_path))
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
     same = {"dataset": images.name, "dataset_sha256": images.sha256}
-    (tmp_path / "tuning_image_classification_sgp_seed-0.json").write_text(json.dumps(same))
+    (tmp_path / "image_classification" / "tuning" / "sgp_seed0.json").write_text(json.dumps(same))
     monkeypatch.setattr(small_images, "train", lambda *_: same)
     assert reproduce.run_one(RUN, "mine", str(tmp_path))["dataset"] == images.name
 
@@ -305,14 +306,14 @@ def test_bad_input_ends_with_one_line_that_names_the_flag(monkeypatch, tmp_path,
 def test_the_clusters_commands_are_the_papers_rows():
     images, translations = (reproduce.paper_commands(task) for task in ("image_classification", "translation"))
     assert len(images) == 2 * 4 * 2
-    assert images[1].endswith("recipes/image_classification.py --preset cifar10 --base local_sgd")
+    assert images[1].endswith("recipes/image/train.py --preset cifar10 --base local_sgd")
     assert images[2].endswith("--preset cifar10 --base sgp --outer_momentum 0")
     assert len(translations) == 3 * 2
 
 
 # ---- the committed records ----
 
-COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.glob("*.json"))]
+COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.rglob("*.json"))]
 FIELDS = {
     *(
         "study",

@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
-from tiny import Recorder, arguments, bert, equal, recorded, sentences
 from transformers import Trainer
 
+from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
+from tiny import Recorder, arguments, bert, equal, recorded, sentences
 
 STEPS = 9
 CASES = {

@@ -11,14 +11,14 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
-from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 import slowmo_hf
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoint import CheckpointError, read_part
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.snapshot import read_snapshot, together, write_snapshot
+from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 STEPS = 9
 CONFIGS = {

@@ -19,13 +19,11 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import reproduce  # noqa: E402
-import small_runs  # noqa: E402
-import small_translation  # noqa: E402
-from studies import Run  # noqa: E402
-from translation_data import SHIPPED, DataError  # noqa: E402
-from translation_model import MODEL_SIZES, make_transformer, translate  # noqa: E402
-from translation_tokens import TokenBatches  # noqa: E402
+from studies import reproduce, small_runs, small_translation  # noqa: E402
+from studies.plan import Run  # noqa: E402
+from translation.data import SHIPPED, DataError  # noqa: E402
+from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
+from translation.tokens import TokenBatches  # noqa: E402
 
 RUN = Run("table1", "translation", "local_sgd", 0.5, 0.02, seed=3, sync_every=3, workers=2, epochs=3, batch_size=80)
 TINY = {"d_model": 16, "ffn": 32, "heads": 2, "layers": 1, "dropout": 0.0}

@@ -13,9 +13,9 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
 
 import slowmo_hf
+from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.outer_loop import OuterLoop
 

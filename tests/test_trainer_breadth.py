@@ -10,8 +10,14 @@ import string
 
 import pytest
 import torch
-from harness import run_workers
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from harness import run_workers
+from slowmo_hf import SlowMoCallback, SlowMoConfig
 from tiny import (
     QUIET,
     OutOfMemoryOnce,
@@ -28,12 +34,6 @@ from tiny import (
     sentences,
     values,
 )
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback
-
-from slowmo_hf import SlowMoCallback, SlowMoConfig
 
 TAU, STEPS = 3, 8
 CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=30)

@@ -14,24 +14,24 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from harness import run_workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ends_with_one_line
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
+from harness import run_workers
 from slowmo_hf import SlowMoConfig
+from tiny import ends_with_one_line
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import translation as recipe  # noqa: E402
-import translation_model as transformer  # noqa: E402
-import translation_tokens as tokens  # noqa: E402
-from bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds  # noqa: E402
-from translation_data import NEWSTESTS, DataError, load_corpus  # noqa: E402
-from translation_trainer import average_last  # noqa: E402
+from translation import model as transformer  # noqa: E402
+from translation import tokens  # noqa: E402
+from translation import train as recipe  # noqa: E402
+from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds  # noqa: E402
+from translation.data import NEWSTESTS, DataError, load_corpus  # noqa: E402
+from translation.trainer import average_last  # noqa: E402
 
 LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
@@ -125,7 +125,7 @@ def run_recipe(output_dir: Path, flags: str):
     command = [
         sys.executable,
         *LAUNCHER.split(),
-        "recipes/translation.py",
+        "recipes/translation/train.py",
         "--output_dir",
         str(output_dir),
         *flags.split(),
@@ -495,8 +495,8 @@ def test_tokenizer_is_one_for_both_languages(tokenizer):
 def test_tokenizer_is_the_same_on_every_machine(tokenizer, tmp_path):
     """Another process, with another number of threads and another hash seed."""
     code = (
-        f"import sys; sys.path.insert(0, {str(RECIPES)!r})\nimport translation_tokens as t\nfrom translation_data "
-        "import load_corpus\n"
+        f"import sys; sys.path.insert(0, {str(RECIPES)!r})\n"
+        "from translation import tokens as t\nfrom translation.data import load_corpus\n"
         "rows = load_corpus(max_train_samples=2000).train\nprint(t.train_tokenizer(t.sentences_of(rows), "
         "1000).backend_tokenizer.to_str())"
     )

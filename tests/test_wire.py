@@ -7,11 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_workers
-from tiny import Rows, SmallNorm, bert, sentences
 from torch.profiler import ProfilerActivity, profile
 
+from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
+from tiny import Rows, SmallNorm, bert, sentences
 
 TAU = 4
 COLLECTIVES = (

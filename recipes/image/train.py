@@ -1,0 +1,336 @@
+"""
+Image classification by workers that meet every few steps: a stock `Trainer` and one `SlowMoCallback`.
+
+    accelerate launch --config_file recipes/configs/cpu_two_processes.yaml recipes/image/train.py
+
+With no flags: two processes, the shipped Fashion-MNIST subset, a small ResNet, slow momentum on. Every field
+of `SlowMoConfig` and of `TrainingArguments` is a flag. At the end: a table, a JSON record in `--output_dir` and, with
+`--plot`, a picture.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
+
+from image.data import (
+    Batch,
+    DataError,
+    ImageSets,
+    LargeImages,
+    SmallImages,
+    crop_padding,
+    load_images,
+    make_dataset,
+    mean_and_std,
+)
+from image.presets import PRESETS, step_decay, zero_last_norms
+from image.small_resnet import ARCHITECTURES, make_model
+from paper_rows import set_preset
+from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
+from slowmo_hf import SlowMoCallback, SlowMoConfig
+
+
+@dataclass
+class ScriptArguments:
+    """What is learned, and what is left behind."""
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "The paper's settings, as defaults that other flags override: model, data, batch, schedule.",
+            "choices": list(PRESETS),
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name on the Hub, or a folder: images as train/<class>/* and test/<class>/*, train*.parquet and "
+            "test*.parquet, or what DatasetDict.save_to_disk wrote. The shipped images by default."
+        },
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images; image, or what the known set calls it."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the class labels; label, or what the known set calls it."}
+    )
+    train_split: str = field(
+        default="train",
+        metadata={"help": "Split to train on: its name, or its folder's, or how its Parquet files' names start."},
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to test on; by default test or, where there is none, validation or val."},
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use only the first rows (evenly spread ones where rows are sorted by class), for a dry run."
+        },
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for test rows."})
+    architecture: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the small ResNet for images up to 64 pixels, else resnet50.",
+            "choices": ["auto", *ARCHITECTURES],
+        },
+    )
+    width: int = field(default=32, metadata={"help": "Channels of the small ResNet's stem and first stage."})
+    zero_init_residual: bool = field(
+        default=False, metadata={"help": "Start with the last BatchNorm of every residual branch at 0."}
+    )
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Linear warm-up, with --decay_epochs."})
+    decay_epochs: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "The learning rate falls to a tenth at each of these, in place of --lr_scheduler_type and "
+            "--warmup_steps."
+        },
+    )
+    inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD, --optim sgd."})
+    plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width must be >= 1 channel, got {self.width}. Set --width.")
+        if self.warmup_epochs and not self.decay_epochs:
+            raise ValueError(
+                f"warmup_epochs is for --decay_epochs, got {self.warmup_epochs} without. Set --warmup_steps."
+            )
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """TrainingArguments with this recipe's defaults."""
+
+    output_dir: str | None = field(
+        default="outputs/image_classification", metadata={"help": "Model, record and plot go here."}
+    )
+    num_train_epochs: float = field(default=8, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch per process."})
+    per_device_eval_batch_size: int = field(default=250, metadata={"help": "Test batch per process."})
+    learning_rate: float = field(
+        default=0.1, metadata={"help": "Peak inner learning rate; slow momentum multiplies it by 1/(1-beta)."}
+    )
+    optim: str = field(
+        default="sgd",
+        metadata={
+            "help": "sgd: SGD with Nesterov momentum (--inner_momentum) and weight decay on every parameter, as is "
+            "usual for ResNets. Any other of Trainer's optimizers is made by Trainer, from its own flags "
+            "(--adam_beta1, --optim_args, ...), without weight decay on biases; set --learning_rate for it."
+        },
+    )
+    weight_decay: float = field(
+        default=5e-4, metadata={"help": "Weight decay of the inner optimizer; which parameters: see --optim."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a fraction of all steps."})
+    logging_steps: float = field(
+        default=60, metadata={"help": "A multiple of sync_every, so that logging waits for nobody."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to test the average."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, ..."})
+    use_cpu: bool = field(
+        default=not torch.cuda.is_available(), metadata={"help": "On by default where there is no GPU."}
+    )
+    average_tokens_across_devices: bool = field(
+        default=False,
+        metadata={"help": "Off: the ResNets' loss is a mean over images already, and would be scaled by the world."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Page-locked batches, for GPUs."}
+    )
+
+
+def main() -> None:
+    """Parse, train, test, and write down what came out."""
+    script, config, args = parse(sys.argv[1:])
+    try:
+        sets = load_images(
+            script.dataset_name,
+            script.image_column,
+            script.label_column,
+            script.train_split,
+            script.test_split,
+            script.max_train_samples,
+            script.max_eval_samples,
+        )
+        transformers.set_seed(args.seed)
+        trainer = make_trainer(script, config, args, sets)
+    except (DataError, SettingError) as error:
+        end(error)
+    if trainer.is_world_process_zero():
+        print_choices(script, args, sets)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        record = make_record(config, trainer, sets, metrics, seconds)
+        write_record(record, Path(args.output_dir) / "record.json")
+        print_table(record, {"accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}"})
+        if script.plot:
+            curves = {"loss": "training loss", "slowmo/consensus_distance": "consensus distance"}
+            plot(trainer.state.log_history, Path(args.output_dir) / "training.png", curves)
+
+
+def end(error: object) -> NoReturn:
+    """End the program with one line."""
+    end_program(__file__, error)
+
+
+def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTrainingArguments]:
+    """Every field of the three is a flag; a wrong value ends the program with one line that says what is allowed."""
+    parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
+    parser.error = end  # argparse's own would print all flags first
+    try:
+        set_preset(parser, flags, PRESETS)
+        script, config, args = parser.parse_args_into_dataclasses(flags)
+        _check_optimizer_flags(script, args)
+    except ValueError as error:
+        end(error)
+    return script, config, args
+
+
+def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> None:
+    """No flag is ignored in silence."""
+    if args.optim == "sgd" and args.optim_args:
+        raise SettingError(
+            f"optim_args is for other optimizers than sgd, got {args.optim_args!r}. Use --inner_momentum and "
+            "--weight_decay."
+        )
+    if args.optim_args and any(part.count("=") != 1 for part in args.optim_args.split(",")):
+        raise SettingError(
+            f"optim_args must be name=value, several of them with commas between, got {args.optim_args!r}."
+        )
+    if args.optim != "sgd" and script.inner_momentum != ScriptArguments.inner_momentum:
+        raise SettingError(
+            f"inner_momentum is for --optim sgd, got {script.inner_momentum} with --optim {args.optim.value}. Leave "
+            "it out, or use this optimizer's own flags, such as --adam_beta1 or --optim_args."
+        )
+
+
+def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingArguments, sets: ImageSets) -> Trainer:
+    """A stock Trainer with its optimizer; the callback is the one line that makes workers local."""
+    train, test = (
+        make_dataset(sets.train, sets, seed=args.seed if args.data_seed is None else args.data_seed),
+        make_dataset(sets.test, sets),
+    )
+    mean, std = mean_and_std(train)
+    model = make_model(sets.image_size, sets.channels, sets.label_names, script.width, script.architecture)
+    if script.zero_init_residual:
+        zero_last_norms(model)
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            data_collator=Batch(mean, std, crop_padding=crop_padding(sets.image_size), flip=True),
+            compute_metrics=accuracy,
+            optimizers=(make_sgd(model, script.inner_momentum, args) if args.optim == "sgd" else None, None),
+            callbacks=[NewDraws(train), SlowMoCallback(config)],
+        )
+        if script.decay_epochs:
+            steps = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+            trainer.lr_scheduler = step_decay(
+                trainer.create_optimizer(), steps, script.warmup_epochs, script.decay_epochs
+            )
+        # Now, not in train(): a wrong setting or a package that is not installed is the user's to mend.
+        trainer.create_optimizer()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise SettingError(error) from error
+    return trainer
+
+
+class NewDraws(TrainerCallback):
+    """Other crops and flips in every pass, the same ones where a pass is resumed."""
+
+    def __init__(self, train: SmallImages | LargeImages) -> None:
+        self.train = train
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The pass that begins or goes on, counted as Trainer does."""
+        self.train.set_epoch(
+            state.global_step // math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+        )
+
+
+def make_sgd(model: torch.nn.Module, momentum: float, args: TrainingArguments) -> torch.optim.SGD:
+    """
+    With Nesterov momentum, and weight decay on every parameter; Trainer's own sgd has no momentum, and leaves biases
+    alone.
+    """
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=args.learning_rate,
+        momentum=momentum,
+        nesterov=momentum > 0,
+        weight_decay=args.weight_decay,
+    )
+
+
+def print_choices(script: ScriptArguments, args: TrainingArguments, sets: ImageSets) -> None:
+    """What was chosen where the user might expect another choice."""
+    if script.test_split is None and sets.test_split != "test":
+        print(f"test_split was not given: the test images are those of {sets.test_split!r}", flush=True)
+    if args.optim != "sgd" and args.learning_rate == RecipeTrainingArguments.learning_rate:
+        print(
+            f"learning_rate={args.learning_rate} was chosen for sgd, not for {args.optim.value}: set --learning_rate",
+            flush=True,
+        )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Fraction of test images whose largest logit is the label's."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+
+
+def make_record(
+    config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """Everything that a reader needs to judge the run, and to run it again."""
+    tests = {entry["step"]: entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
+    return {
+        "study": "single",
+        "task": "image_classification",
+        "dataset": sets.name,
+        "train_rows": len(sets.train),
+        "test_rows": len(sets.test),
+        "test_split": sets.test_split,
+        "metrics": {"test_accuracy": metrics["eval_accuracy"], "test_loss": metrics["eval_loss"]},
+        "curve": [{"step": step, "test_accuracy": value} for step, value in tests.items()],
+        **describe_run(config, trainer, seconds, [datasets]),
+    }
+
+
+if __name__ == "__main__":
+    main()

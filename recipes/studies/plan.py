@@ -1,0 +1,232 @@
+"""
+What `reproduce.py` runs: the rows of the paper's Table 1, the grids they were tuned on, and the sweeps, as plain data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from slowmo_hf import SlowMoConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What differs between the tasks.
+
+    Args:
+        bases (`tuple[str, ...]`): The rows of the paper's Table 1, in the order in which the table is filled.
+        learning_rates (`tuple[float, ...]`): Of the inner optimizer; each base takes the best without slow momentum.
+        momenta (`tuple[float, ...]`): Of slow momentum, at that learning rate.
+        metric (`str`): The final validation metric by which tuning chooses.
+        smaller_is_better (`bool`): Of that metric.
+        seeds (`int`), pair_seeds (`int`): Per row of the table; of the Local SGD pair, at least.
+        sizes (`dict[str, Any]`): Fields of `Run` with other values than its own.
+        sync_every (`dict[str, int]`): Bases with another period than `Run`'s own.
+    """
+
+    bases: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    momenta: tuple[float, ...]
+    metric: str
+    smaller_is_better: bool
+    seeds: int
+    pair_seeds: int
+    sizes: dict[str, Any] = field(default_factory=dict)
+    sync_every: dict[str, int] = field(default_factory=dict)
+
+    def best(self, results: dict[float, float]) -> float:
+        """The setting with the best result."""
+        return (min if self.smaller_is_better else max)(results, key=lambda setting: results[setting])
+
+
+TASKS = {
+    "image_classification": Task(
+        bases=("local_sgd", "all_reduce", "sgp", "osgp"),
+        learning_rates=(0.2, 0.4, 0.8),
+        momenta=(0.3, 0.5, 0.7),
+        metric="validation_accuracy",
+        smaller_is_better=False,
+        seeds=5,
+        pair_seeds=8,
+    ),
+    "translation": Task(
+        bases=("local_sgd", "all_reduce", "sgp"),
+        learning_rates=(0.002, 0.004, 0.008),  # Vaswani et al. give 0.0046 for this width and warm-up
+        momenta=(0.3, 0.5, 0.7),
+        metric="validation_nll",
+        smaller_is_better=True,
+        seeds=3,
+        pair_seeds=3,
+        sizes={"epochs": 22, "batch_size": 128},  # 7,436 steps: 154 rounds of 48
+        sync_every={"sgp": 48},  # as in the paper
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning on seed 0 has chosen for a base; None where its runs are not all there yet."""
+
+    inner_lr: float | None = None
+    outer_momentum: float | None = None
+
+
+# What a record's name says of a setting that is not the task's own.
+SHORT: dict[str, Callable[[Any], str]] = {
+    "sync_every": lambda value: f"tau{value}",
+    "workers": lambda value: f"workers{value}",
+    "inner_state": str,
+    "exact_average": lambda value: "average" if value else "no-average",
+    "epochs": lambda value: f"epochs{value}",
+    "batch_size": lambda value: f"batch{value}",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training run of several workers in one process.
+
+    Args:
+        study (`str`): table1, sweep or tuning.
+        task (`str`): image_classification or translation.
+        inner_lr (`float`): Peak learning rate of the inner optimizer.
+        epochs (`int`): Passes over the training data, all workers together.
+        batch_size (`int`): Per worker and step: images; tokens of translation, padding included (`make_batches`).
+    """
+
+    study: str
+    task: str
+    base: str
+    outer_momentum: float
+    inner_lr: float
+    seed: int
+    sync_every: int = 12  # the paper's for every base on CIFAR-10
+    workers: int = 8
+    inner_state: str = "auto"
+    exact_average: bool = True
+    epochs: int = 8
+    batch_size: int = 16
+
+    @property
+    def config(self) -> SlowMoConfig:
+        """The package's settings."""
+        return SlowMoConfig(
+            base=self.base,
+            sync_every=self.sync_every,
+            outer_momentum=self.outer_momentum,
+            inner_state=self.inner_state,
+            exact_average=self.exact_average,
+        )
+
+    @property
+    def slowmo(self) -> bool:
+        """Whether slow momentum is on."""
+        return self.outer_momentum > 0
+
+    @property
+    def name(self) -> str:
+        """Of its record, below the folder of records: every setting that is not the task's own."""
+        own = make_run(self.study, self.task, self.base, self.outer_momentum, self.inner_lr, self.seed)
+        told = [word(getattr(self, key)) for key, word in SHORT.items() if getattr(self, key) != getattr(own, key)]
+        words = [self.base, f"beta{self.outer_momentum}", f"lr{self.inner_lr}", *told, f"seed{self.seed}"]
+        return f"{self.task}/{self.study}/{'_'.join(words)}"
+
+    def matches(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this very run."""
+        return json.loads(json.dumps(asdict(self))) == record.get("run")
+
+
+def make_run(
+    study: str, task: str, base: str, outer_momentum: float, inner_lr: float, seed: int, **others: Any
+) -> Run:
+    """
+    A run of the task's own size and period. Gossip without slow momentum never averages exactly, as in the paper.
+    """
+    sizes = {**TASKS[task].sizes, "exact_average": outer_momentum > 0 or base not in ("sgp", "osgp")}
+    if base in TASKS[task].sync_every:
+        sizes["sync_every"] = TASKS[task].sync_every[base]
+    return Run(study, task, base, outer_momentum, inner_lr, seed, **{**sizes, **others})
+
+
+def without_slowmo(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that another's gain is measured against."""
+    return {**run, "outer_momentum": 0.0, "exact_average": run["base"] not in ("sgp", "osgp")}
+
+
+def tuning(task: str, tuned: dict[str, Tuned]) -> list[Run]:
+    """Learning rates without slow momentum, for every base; then, where one has been chosen, momenta."""
+    runs = []
+    for base in TASKS[task].bases:
+        runs += [make_run("tuning", task, base, 0.0, lr, seed=0) for lr in TASKS[task].learning_rates]
+        lr = tuned[base].inner_lr
+        if lr is not None and base != "all_reduce":
+            runs += [make_run("tuning", task, base, momentum, lr, seed=0) for momentum in TASKS[task].momenta]
+    return runs
+
+
+def choose(records: list[dict[str, Any]], task: str) -> dict[str, Tuned]:
+    """By the tuning records of one task: the best learning rate, then the best momentum at it."""
+    grid, chosen = TASKS[task], {}
+    for base in grid.bases:
+        own = [record for record in records if record["study"] == "tuning" and record["base"] == base]
+        plain = {record["inner_lr"]: record["metrics"][grid.metric] for record in own if not record["slowmo"]}
+        lr = grid.best(plain) if set(plain) >= set(grid.learning_rates) else None
+        slow = {
+            record["outer_momentum"]: record["metrics"][grid.metric]
+            for record in own
+            if record["slowmo"] and record["inner_lr"] == lr
+        }
+        chosen[base] = Tuned(lr, grid.best(slow) if set(slow) >= set(grid.momenta) else None)
+    return chosen
+
+
+def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list[Run]:
+    """
+    Every base with and without slow momentum; the seeds of a pair side by side, so that an interrupted table has
+    pairs. `seeds` instead of the task's own, but the Local SGD pair has the task's at least.
+    """
+    runs, least = [], TASKS[task].pair_seeds
+    seeds = TASKS[task].seeds if seeds is None else seeds
+    for base in TASKS[task].bases:
+        lr, momentum = tuned[base].inner_lr, tuned[base].outer_momentum
+        if lr is None or (momentum is None and base != "all_reduce"):
+            continue
+        # Seed 0 chose the settings, and is left out.
+        for seed in range(1, 1 + (max(least, seeds) if base == "local_sgd" else seeds)):
+            runs.append(make_run("table1", task, base, 0.0, lr, seed))
+            if momentum is not None:
+                runs.append(make_run("table1", task, base, momentum, lr, seed))
+    return runs
+
+
+def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
+    """
+    One setting at a time, around the Local SGD row: the inner state (first, and with the pair's seeds, for the table's
+    Local SGD rows both reset it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
+    """
+    lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
+    if lr is None or momentum is None:
+        return []
+    middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
+    seeds = range(1, 1 + TASKS[task].pair_seeds)
+    runs = [
+        replace(middle, inner_state="maintain", outer_momentum=beta, seed=seed)
+        for seed in seeds
+        for beta in (0.0, momentum)
+    ]
+    runs += [
+        replace(middle, sync_every=tau, outer_momentum=beta) for beta in (momentum, 0.0) for tau in (3, 6, 12, 24, 48)
+    ]
+    runs += [replace(middle, outer_momentum=beta) for beta in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    runs += [replace(middle, inner_state=state) for state in ("reset", "maintain", "average")]
+    runs += [replace(middle, outer_momentum=0.0, inner_state="average")]  # double averaging
+    lr, momentum = tuned["sgp"].inner_lr, tuned["sgp"].outer_momentum
+    if lr is not None and momentum is not None:
+        gossip = make_run("sweep", task, "sgp", momentum, lr, seed=1)
+        runs += [gossip, replace(gossip, exact_average=False), replace(gossip, inner_state="maintain")]
+    return list(dict.fromkeys(runs))

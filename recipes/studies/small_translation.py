@@ -1,0 +1,188 @@
+"""
+One run of `reproduce.py` on translation: several workers in this process, a small Transformer, batches of tokens, BLEU
+at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import sacrebleu
+import tokenizers
+import torch
+from transformers import MarianMTModel, PreTrainedTokenizerFast
+
+from studies.plan import Run
+from studies.small_runs import Job, train_workers
+from translation.bleu import bleu
+from translation.data import DataError, load_corpus
+from translation.model import make_transformer, smoothed_loss, translate
+from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
+
+LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here
+MODEL_SIZE = "mini"
+VOCAB_SIZE = 1000  # of the joint BPE
+MAX_LENGTH = 32  # tokens: a pair with a longer side is left out, of validation and test too
+TOLD_ROWS = 800  # of the training rows, for the training loss of the average
+WARMUP = 0.1  # of the run, linear from 0; then 1/sqrt(step)
+LABEL_SMOOTHING = 0.1
+BETAS = (0.9, 0.98)  # of the inner Adam
+NUM_BEAMS, LENGTH_PENALTY = 4, 0.6
+
+
+@dataclass
+class Part:
+    """Pairs of one split: encoded (`input_ids`, `labels`), and as text."""
+
+    rows: list[dict[str, list[int]]]
+    sources: list[str]
+    targets: list[str]
+
+
+@dataclass
+class Translations:
+    """All that the runs share, read only."""
+
+    name: str
+    sha256: str  # of all sentences that are used
+    tokenizer: PreTrainedTokenizerFast
+    train: Part
+    lengths: np.ndarray  # tokens of source and target of the training pairs, shape (rows, 2)
+    told: Part
+    validation: Part
+    test: Part
+
+
+def load(dataset_name: str | None) -> Translations:
+    """English-German pairs, the shipped help text by default; raises `DataError` where they cannot be used."""
+    try:
+        corpus = load_corpus(dataset_name)
+        tokenizer = train_tokenizer(sentences_of(corpus.train), VOCAB_SIZE)
+        sets = encode_corpus(corpus, tokenizer, MAX_LENGTH)
+        train, validation, test = (_part(rows) for rows in (sets.train, sets.validation, sets.test))
+        if not validation.rows or not test.rows:
+            raise DataError(f"validation and test must hold pairs of at most {MAX_LENGTH} tokens a side, got none.")
+    except DataError as error:
+        said = re.split(r" (?:Set|Mend|Leave) ", str(error))[0]  # flags of translation.py
+        raise DataError(
+            f"{said} Set --dataset_name to other English-German pairs, or leave it out for the shipped help text."
+        ) from error
+    told = slice(0, None, -(-len(train.rows) // TOLD_ROWS))
+    return Translations(
+        name=corpus.name if dataset_name is None or not Path(dataset_name).is_dir() else Path(dataset_name).name,
+        sha256=hashlib.sha256(
+            "\n".join(s for part in (train, validation, test) for s in part.sources + part.targets).encode()
+        ).hexdigest(),
+        tokenizer=tokenizer,
+        train=train,
+        lengths=token_counts(sets.train),
+        told=Part(train.rows[told], train.sources[told], train.targets[told]),
+        validation=validation,
+        test=test,
+    )
+
+
+def _part(rows: datasets.Dataset) -> Part:
+    """Pairs that fit, as lists: a table's rows are slow to take one by one."""
+    rows = rows.select(np.flatnonzero((token_counts(rows) <= MAX_LENGTH).all(axis=1)))
+    encoded = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    return Part(encoded, rows["source"][:], rows["target"][:])
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, then 1/sqrt(step); `step` counts from 0."""
+    done = (step + 1) / max(1, round(WARMUP * steps))
+    return min(done, done**-0.5)
+
+
+def train(run: Run, data: Translations) -> dict[str, Any]:
+    """All workers of one run; the part of its record that they know."""
+    told = train_workers(run, lambda rank: _make_job(run, data, rank))
+    signature = told["curve"][-1].pop("bleu_signature")
+    return {
+        **told,
+        "metrics": _metrics(told["curve"]),
+        "dataset": data.name,
+        "dataset_sha256": data.sha256,
+        "train_rows": len(data.train.rows),
+        "validation_rows": len(data.validation.rows),
+        "test_rows": len(data.test.rows),
+        "model_size": MODEL_SIZE,
+        "vocab_size": len(data.tokenizer),
+        "max_length": MAX_LENGTH,
+        "num_beams": NUM_BEAMS,
+        "length_penalty": LENGTH_PENALTY,
+        "bleu_signature": signature,
+    }
+
+
+def _make_job(run: Run, data: Translations, rank: int) -> Job:
+    torch.manual_seed(run.seed)
+    model = make_transformer(MODEL_SIZE, len(data.tokenizer))
+    torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
+    sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
+
+    def batches(epoch: int) -> TokenBatches:
+        sampler.set_epoch(epoch)
+        return sampler
+
+    def loss(rows: list[int]) -> torch.Tensor:
+        return _losses(model, [data.train.rows[row] for row in rows], LABEL_SMOOTHING)[0]
+
+    return Job(
+        model=model,
+        inner=torch.optim.Adam(model.parameters(), lr=run.inner_lr, betas=BETAS, fused=True),
+        learning_rate_factor=lambda step: learning_rate_factor(step, run.epochs * len(sampler)),
+        batches=batches,
+        loss=loss,
+        look=lambda last: {**_look(model, data), **(_scores(model, data) if last else {})},
+    )
+
+
+def _losses(model: MarianMTModel, rows: list[dict[str, list[int]]], *smoothings: float) -> list[torch.Tensor]:
+    """Mean cross entropy per token, `</s>` included, in nats: one for each label smoothing."""
+    batch = collate(rows)
+    labels = batch.pop("labels")
+    outputs = model(**batch, use_cache=False)
+    return [smoothed_loss(outputs, labels, label_smoothing=smoothing) for smoothing in smoothings]
+
+
+@torch.no_grad()
+def _evaluate(model: MarianMTModel, part: Part) -> tuple[float, float]:
+    """(mean label-smoothed cross entropy, mean NLL) per token of the model as it is, in evaluation mode."""
+    model.eval()
+    total, tokens = torch.zeros(2, dtype=torch.float64), 0
+    for start in range(0, len(part.rows), 100):
+        rows = part.rows[start : start + 100]
+        count = sum(len(row["labels"]) for row in rows)
+        total += count * torch.stack(_losses(model, rows, LABEL_SMOOTHING, 0.0))
+        tokens += count
+    model.train()
+    smoothed, nll = (total / tokens).tolist()
+    return smoothed, nll
+
+
+def _look(model: MarianMTModel, data: Translations) -> dict[str, float]:
+    smoothed, nll = _evaluate(model, data.told)
+    return {"validation_nll": _evaluate(model, data.validation)[1], "training_loss": smoothed, "training_nll": nll}
+
+
+def _scores(model: MarianMTModel, data: Translations) -> dict[str, Any]:
+    """BLEU in percent by beam search, and how it was scored."""
+    scores = {}
+    for name, part in (("validation", data.validation), ("test", data.test)):
+        hypotheses = translate(model, data.tokenizer, part.sources, num_beams=NUM_BEAMS, length_penalty=LENGTH_PENALTY)
+        result = bleu(hypotheses, part.targets)
+        scores |= {f"{name}_bleu": result["score"], "bleu_signature": result["signature"]}
+    return scores
+
+
+def _metrics(curve: list[dict[str, float]]) -> dict[str, float]:
+    """The last look, with BLEU, and the best NLL of all."""
+    return {**curve[-1], "best_validation_nll": min(look["validation_nll"] for look in curve)}

@@ -1,0 +1,340 @@
+"""Sentence pairs for `translation.py`: loading from the Hub or local files, and what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+SHIPPED = Path(__file__).parents[1] / "data" / "en_de_help"
+SHIPPED_NAME = "en_de_help (shipped; BLEU on it is not comparable with WMT's)"
+WMT = ("wmt/wmt14", "wmt/wmt16")
+# WMT's English-German test sets on the Hub: set, split, rows. sacrebleu calls 2014's `wmt14/full`; its `wmt14` has
+# 2,737 rows.
+NEWSTESTS = {
+    "newstest2013": ("wmt/wmt14", "validation", 3000),
+    "newstest2014": ("wmt/wmt14", "test", 3003),
+    "newstest2015": ("wmt/wmt16", "validation", 2169),
+    "newstest2016": ("wmt/wmt16", "test", 2999),
+}
+LOCAL_FOLDER = (
+    "a folder that holds a saved DatasetDict, or train*, validation* and test* as .parquet or .jsonl, or text files "
+    "such as train.en and train.de"
+)
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message names the setting, its value, the rule and the flag that mends it."""
+
+
+@dataclass
+class Corpus:
+    """Sentence pairs. Each set has the text columns `source` and `target`; none of its lines is empty."""
+
+    name: str
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+    validation_set: str
+    test_set: str
+    source_lang: str
+    target_lang: str
+    empty_train_rows: int
+
+    @property
+    def shipped(self) -> bool:
+        """Whether this is the help text, whose BLEU is not comparable with WMT's."""
+        return self.name == SHIPPED_NAME
+
+
+@dataclass(frozen=True)
+class Languages:
+    """Where a row holds its sentences."""
+
+    source: str
+    target: str
+    column: str
+
+
+def load_corpus(
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    *,
+    source_lang: str = "en",
+    target_lang: str = "de",
+    translation_column: str = "translation",
+    train_split: str = "train",
+    validation_set: str | None = None,
+    test_set: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> Corpus:
+    """
+    Load sentence pairs to train on, to validate and to test with.
+
+    Args:
+        dataset_name (`str`, *optional*): A name on the Hub, or a folder: a saved DatasetDict; Parquet or JSON-lines
+            files whose names start with their split's; or one text file per language, `<split>.<language>`, line by
+            line. None: the shipped help text.
+        dataset_config (`str`, *optional*): Configuration on the Hub, such as `de-en`; for `wmt/*` the pair's own.
+        source_lang (`str`), target_lang (`str`): Keys in the translation column, or columns, or ends of the text
+            files' names.
+        translation_column (`str`, *optional*, defaults to `"translation"`): Column of `{language: sentence}`; where
+            there is none, columns named after the languages are taken.
+        train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
+        validation_set (`str`, *optional*), test_set (`str`, *optional*): A split of the same set, or one of
+            `NEWSTESTS`. None: newstest2013 and newstest2014 for English-German from `wmt/*` (Ott et al., 2018), else
+            the splits validation and test.
+        max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows.
+
+    Raises:
+        DataError: No such set, no Hub, terms not accepted, or a split, column or language that is not there, or lines
+            that are empty.
+    """
+    if source_lang == target_lang:
+        raise DataError(
+            f"source_lang and target_lang must differ, got {source_lang!r} for both. Set --source_lang or "
+            "--target_lang."
+        )
+    languages = Languages(source_lang, target_lang, translation_column)
+    protocol = dataset_name in WMT and {source_lang, target_lang} == {"en", "de"}
+    validation_set = validation_set or ("newstest2013" if protocol else "validation")
+    test_set = test_set or ("newstest2014" if protocol else "test")
+    splits = _load_splits(dataset_name, dataset_config, languages)
+    train, empty = _train_rows(_pick(splits, train_split, "train_split"), languages, train_split, max_train_samples)
+    return Corpus(
+        name=SHIPPED_NAME if dataset_name is None else dataset_name,
+        train=train,
+        validation=_eval_rows(splits, validation_set, "validation_set", languages, max_eval_samples),
+        test=_eval_rows(splits, test_set, "test_set", languages, max_eval_samples),
+        validation_set=validation_set,
+        test_set=test_set,
+        source_lang=source_lang,
+        target_lang=target_lang,
+        empty_train_rows=empty,
+    )
+
+
+# ---- the three sets ----
+
+
+def _train_rows(
+    rows: datasets.Dataset, languages: Languages, split: str, limit: int | None
+) -> tuple[datasets.Dataset, int]:
+    """Pairs without an empty side, and how many had one."""
+    rows = _first(_pairs(rows, languages, "train_split"), limit, "max_train_samples")
+    empty = _empty(rows)
+    if empty.all():
+        raise DataError(
+            f"train_split must hold sentence pairs, got {split!r}, whose {len(rows)} rows are all empty. Set "
+            "--train_split."
+        )
+    _check_languages(rows, languages)
+    return (rows.select(np.flatnonzero(~empty)) if empty.any() else rows), int(empty.sum())
+
+
+def _eval_rows(
+    splits: Mapping[str, Any], name: str, flag: str, languages: Languages, limit: int | None
+) -> datasets.Dataset:
+    """A split of the training set, or a test set of WMT; every row counts in BLEU, so none is left out."""
+    if name in splits or name not in NEWSTESTS:
+        rows, expected = _pick(splits, name, flag), None
+    else:
+        rows, expected = _load_newstest(name, flag, languages)
+    rows = _pairs(rows, languages, flag)
+    if expected not in (None, len(rows)):
+        raise DataError(
+            f"{flag} {name} must have {expected} rows, got {len(rows)}: BLEU would not be comparable. Set --{flag}."
+        )
+    rows = _first(rows, limit, "max_eval_samples")
+    empty = np.flatnonzero(_empty(rows))
+    if len(empty) or not len(rows):
+        first = f"{len(empty)} empty lines, the first in row {empty[0]}" if len(empty) else "no rows"
+        raise DataError(f"{flag} must hold sentence pairs, got {name!r} with {first}. Mend it, or set --{flag}.")
+    return rows
+
+
+def _load_newstest(name: str, flag: str, languages: Languages) -> tuple[datasets.Dataset, int]:
+    if {languages.source, languages.target} != {"en", "de"}:
+        raise DataError(
+            f"{flag}={name} is English and German, got {languages.source} and {languages.target}. Set --{flag} to a "
+            "split of your data."
+        )
+    hub_name, split, expected = NEWSTESTS[name]
+    return _from_hub(hub_name, "de-en", flag, split=split), expected
+
+
+def _pick(splits: Mapping[str, Any], name: str, flag: str) -> datasets.Dataset:
+    if name not in splits:
+        others = "" if flag == "train_split" else f", or of {list(NEWSTESTS)}"
+        raise DataError(f"{flag} must be one of the splits {list(splits)}{others}, got {name!r}. Set --{flag}.")
+    found = splits[name]
+    return found() if callable(found) else found
+
+
+def _first(rows: datasets.Dataset, limit: int | None, flag: str) -> datasets.Dataset:
+    if limit is not None and limit < 1:
+        raise DataError(f"{flag} must be >= 1 row, got {limit}. Leave --{flag} out to use all.")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+# ---- columns, lines, languages ----
+
+
+def _pairs(rows: datasets.Dataset, languages: Languages, flag: str) -> datasets.Dataset:
+    """Only the columns `source` and `target`."""
+    prefix = f"{languages.column}." if languages.column in rows.column_names else ""
+    if not prefix and not {languages.source, languages.target} <= set(rows.column_names):
+        raise DataError(
+            f"translation_column must be one of the columns {rows.column_names} of --{flag}, got "
+            f"{languages.column!r}, and there are no columns {languages.source!r} and {languages.target!r} either. "
+            "Set --translation_column, or --source_lang and --target_lang."
+        )
+    kind = rows.features[languages.column] if prefix else None
+    if prefix and not isinstance(kind, dict | datasets.Translation):
+        raise DataError(f"translation_column must hold {{language: sentence}}, got {kind}. Set --translation_column.")
+    rows = rows.flatten()
+    there = sorted(name.removeprefix(prefix) for name in rows.column_names if name.startswith(prefix))
+    for setting, language, column in (
+        ("source_lang", languages.source, "source"),
+        ("target_lang", languages.target, "target"),
+    ):
+        if language not in there:
+            raise DataError(f"{setting} must be one of the languages {there}, got {language!r}. Set --{setting}.")
+        kind = rows.features[prefix + language]
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise DataError(f"{setting} must name text, got {language!r} of type {kind}. Set --{setting}.")
+        rows = rows.rename_column(prefix + language, column)
+    return rows.select_columns(["source", "target"])
+
+
+def _empty(rows: datasets.Dataset) -> np.ndarray:
+    """Per row, whether a side is missing or white space only."""
+    table = rows.with_format("arrow")[:]
+    sides = [pc.equal(pc.utf8_trim_whitespace(pc.fill_null(table[column], "")), "") for column in ("source", "target")]
+    return pc.or_(*sides).to_numpy()
+
+
+def _check_languages(rows: datasets.Dataset, languages: Languages) -> None:
+    """A column that was copied, or a text that was never translated, trains nothing."""
+    table = rows.with_format("arrow")[:]
+    same = int(pc.sum(pc.fill_null(pc.equal(table["source"], table["target"]), False)).as_py())
+    if same > len(rows) / 2:
+        raise DataError(
+            f"{languages.source} and {languages.target} must be different languages, got the same sentence on both "
+            f"sides in {same} of {len(rows)} training rows. Set --source_lang and --target_lang, or mend the data."
+        )
+
+
+# ---- the Hub and folders ----
+
+
+def _load_splits(dataset_name: str | None, config: str | None, languages: Languages) -> Mapping[str, Any]:
+    """Splits, or functions that load them, by name."""
+    folder = SHIPPED if dataset_name is None else Path(dataset_name)
+    if folder.is_dir():
+        return _load_folder(folder, languages)
+    if folder.exists() or folder.is_absolute() or str(dataset_name).startswith("."):
+        raise DataError(
+            f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. "
+            "Set --dataset_name."
+        )
+    if config is None and dataset_name in WMT:
+        config = "-".join([language for language in (languages.source, languages.target) if language != "en"] + ["en"])
+    return _from_hub(str(dataset_name), config, "dataset_name")
+
+
+def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
+    if (folder / "dataset_dict.json").is_file():
+        return _read(folder, lambda: datasets.load_from_disk(str(folder)))
+    for end, builder in ((".parquet", "parquet"), (".jsonl", "json")):
+        files: dict[str, list[str]] = {}
+        for path in sorted(folder.glob(f"*{end}")):
+            files.setdefault(re.match("[^.-]*", path.name).group(), []).append(str(path))
+        if files:
+            return {split: _later(folder, builder, paths) for split, paths in files.items()}
+    ends = (languages.source, languages.target)
+    names = sorted(path.stem for path in folder.glob(f"*.{ends[0]}") if path.with_suffix(f".{ends[1]}").is_file())
+    if names:
+        return {
+            name: lambda name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends)
+            for name in names
+        }
+    raise DataError(
+        f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which holds none of these for {ends[0]} and "
+        f"{ends[1]}. Set --dataset_name, or --source_lang and --target_lang."
+    )
+
+
+def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[], datasets.Dataset]:
+    """Splits are read apart: they may differ in columns that nobody wants."""
+    return lambda: _read(folder, lambda: datasets.load_dataset(builder, data_files={"train": paths}, split="train"))
+
+
+def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str]) -> datasets.Dataset:
+    """Two text files, read line by line into columns named after the languages."""
+    stamps = tuple(
+        (path.stat().st_size, path.stat().st_mtime_ns) for path in paths
+    )  # a file that changed is not taken from the cache
+    settings = {
+        "paths": tuple(map(str, paths)),
+        "languages": languages,
+        "stamps": stamps,
+    }  # datasets would divide lists into shards
+    features = datasets.Features({language: datasets.Value("string") for language in languages})
+    return _read(folder, lambda: datasets.Dataset.from_generator(_lines, gen_kwargs=settings, features=features))
+
+
+def _lines(paths: tuple[str, str], languages: tuple[str, str], stamps: tuple[Any, ...]) -> Iterator[dict[str, str]]:
+    """Only `\\n` ends a line: other marks occur inside sentences, in one language and not in the other."""
+    with (
+        open(paths[0], encoding="utf-8", newline="\n") as source,
+        open(paths[1], encoding="utf-8", newline="\n") as target,
+    ):
+        try:
+            for pair in zip(source, target, strict=True):
+                yield {language: line.rstrip("\r\n") for language, line in zip(languages, pair, strict=True)}
+        except ValueError as error:
+            raise DataError(f"{paths[0]} and {paths[1]} must have equally many lines ({error})") from error
+
+
+def _read(folder: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # datasets lets through errors of many libraries; what went wrong is often in the cause
+        cause = error.__cause__ or error
+        raise DataError(
+            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set "
+            "--dataset_name."
+        ) from error
+
+
+def _from_hub(name: str, config: str | None, flag: str, **settings: Any) -> Any:
+    try:
+        return datasets.load_dataset(name, config, **settings)
+    except Exception as error:  # as for files
+        raise DataError(_hub_message(name, config, flag, error)) from error
+
+
+def _hub_message(name: str, config: str | None, flag: str, error: Exception) -> str:
+    """What went wrong with the Hub, and the way out."""
+    what = f"{flag} needs {name!r}{f' ({config})' if config else ''}, which cannot be loaded: "
+    if "gated" in str(error):
+        page = f"https://huggingface.co/datasets/{name}"
+        return (
+            f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or set "
+            f"--{flag}."
+        )
+    if any(isinstance(cause, ConnectionError | TimeoutError) for cause in (error, error.__cause__, error.__context__)):
+        way_out = {
+            "dataset_name": "Leave --dataset_name and --preset out for the shipped help text, or set it to "
+            f"{LOCAL_FOLDER}.",
+        }.get(flag, f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}.")
+        return f"{what}the Hub is not reachable ({type(error).__name__}: {error}). {way_out}"
+    return f"{what}{type(error).__name__}: {error} Set --{flag}, or --dataset_config (such as de-en)."

@@ -1,0 +1,164 @@
+"""
+The Transformer of Vaswani et al. for `translation.py`: its shape, its loss, its translations. Nothing here needs a
+Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+
+from translation.tokens import EOS, NO_LABEL, PAD, POSITIONS, padded
+
+EXTRA_TOKENS = 50  # a translation may be this much longer than the batch's longest source, as in Vaswani et al.
+# Vaswani et al., table 3. `tiny` is for the shipped help text on two CPU cores, `mini` for several workers on one.
+MODEL_SIZES = {
+    "mini": {"d_model": 64, "ffn": 256, "heads": 4, "layers": 1, "dropout": 0.0},
+    "tiny": {"d_model": 128, "ffn": 512, "heads": 4, "layers": 2, "dropout": 0.1},
+    "base": {"d_model": 512, "ffn": 2048, "heads": 8, "layers": 6, "dropout": 0.1},
+    "big": {"d_model": 1024, "ffn": 4096, "heads": 16, "layers": 6, "dropout": 0.3},
+}
+
+
+def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -> MarianMTModel:
+    """
+    The Transformer of Vaswani et al. (2017) as Marian's: sinusoidal positions, layer norm after each residual sum,
+    ReLU, and one matrix for both embeddings and the output. Weights are drawn with variance 1 / d_model, embeddings
+    then scaled by its root.
+
+    Args:
+        size (`str`): One of `MODEL_SIZES`.
+        vocab_size (`int`): `len(tokenizer)`.
+        dropout (`float`, *optional*): Another than the size's own.
+    """
+    shape = MODEL_SIZES[size]
+    names = {"layers": "layers", "ffn_dim": "ffn", "attention_heads": "heads"}
+    sides = {f"{side}_{name}": shape[ours] for side in ("encoder", "decoder") for name, ours in names.items()}
+    config = MarianConfig(
+        vocab_size=vocab_size,
+        d_model=shape["d_model"],
+        dropout=shape["dropout"] if dropout is None else dropout,
+        init_std=shape["d_model"] ** -0.5,
+        scale_embedding=True,
+        activation_function="relu",
+        max_position_embeddings=POSITIONS,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        forced_eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+        **sides,
+    )
+    model = MarianMTModel(config)
+    model.generation_config.update(max_length=POSITIONS, suppress_tokens=[PAD], **beam_settings())
+    return model
+
+
+def smoothed_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, label_smoothing: float
+) -> torch.Tensor:
+    """
+    Cross-entropy in nats with label smoothing, a sum over `num_items_in_batch`: Trainer's count of labels in all
+    micro-batches of a step; where it is None, of these labels.
+    """
+    total = torch.nn.functional.cross_entropy(
+        outputs.logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=NO_LABEL,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return total / (labels.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@torch.no_grad()
+def sentence_nll(model: MarianMTModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Negative log-likelihood of each sentence's labels, in nats, shape (rows,)."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits.float()
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch["labels"], ignore_index=NO_LABEL, reduction="none"
+    ).sum(dim=1)
+
+
+def beam_settings(num_beams: int = 4, length_penalty: float = 0.6) -> dict[str, Any]:
+    """
+    For `generate` and generation configs. Sums of log-probabilities are divided by length ** `length_penalty`, as in
+    fairseq, and the search stops with `num_beams` finished translations. With one beam it is greedy, and neither has a
+    meaning.
+    """
+    search = num_beams > 1
+    return {"num_beams": num_beams, "length_penalty": length_penalty if search else 1.0, "early_stopping": search}
+
+
+@torch.no_grad()
+def generate(
+    model: MarianMTModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_beams: int = 4,
+    length_penalty: float = 0.6,
+) -> torch.Tensor:
+    """
+    Beam search, tokens of shape (rows, longest). Sums of log-probabilities are divided by length ** `length_penalty`,
+    as in fairseq; it stops with `num_beams` finished translations, or `EXTRA_TOKENS` after the length of the longest
+    source.
+    """
+    beams = (
+        {"length_penalty": length_penalty, "early_stopping": True}
+        if num_beams > 1
+        else {"length_penalty": 1.0, "early_stopping": False}
+    )
+    longest = min(input_ids.shape[1] + EXTRA_TOKENS, POSITIONS)
+    return model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        num_beams=num_beams,
+        max_length=longest,
+        do_sample=False,
+        **beams,
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray | torch.Tensor) -> list[str]:
+    """Text of every row; negative ids are padding."""
+    tokens = np.asarray(tokens)
+    return tokenizer.batch_decode(np.where(tokens < 0, PAD, tokens), skip_special_tokens=True)
+
+
+def translate(
+    model: MarianMTModel,
+    tokenizer: PreTrainedTokenizerFast,
+    sentences: Sequence[str],
+    *,
+    num_beams: int = 4,
+    length_penalty: float = 0.6,
+    batch_size: int = 64,
+) -> list[str]:
+    """Translate sentences, in batches of similar length; the translations come in the sentences' order."""
+    encoded = tokenizer(list(sentences), truncation=True, max_length=POSITIONS)["input_ids"]
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    translations = [""] * len(encoded)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        input_ids = padded([encoded[row] for row in rows], PAD).to(model.device)
+        tokens = generate(model, input_ids, input_ids.ne(PAD).long(), num_beams, length_penalty)
+        for row, text in zip(rows, decode(tokenizer, tokens.cpu()), strict=True):
+            translations[row] = text
+    model.train(was_training)
+    return translations
+
+
+def average_checkpoints(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
+    """Mean of the parameters that `save_pretrained` wrote into each folder, summed in float64."""
+    total: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        for name, value in AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict().items():
+            total[name] = total.get(name, 0) + value.double()
+    return {name: value / len(folders) for name, value in total.items()}

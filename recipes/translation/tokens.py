@@ -1,0 +1,246 @@
+"""
+Tokens for `translation.py`: one BPE for both languages, and batches of equal numbers of tokens. Nothing here needs a
+Trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import gather_object
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from records import SettingError
+from translation.data import Corpus, DataError
+
+PAD, EOS = 0, 1  # ids of <pad>, which also starts every translation (Marian's habit), and </s>
+NO_LABEL = -100  # where there is nothing to predict
+POSITIONS = 1024  # longest sentence in tokens
+
+
+# ---- tokens ----
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    One byte-level BPE for both languages (Sennrich et al., 2016): no unknown tokens, and decoding gives the text back.
+    The same sentences give the same tokenizer, whatever the machine and the number of its threads.
+
+    Args:
+        vocab_size (`int`): Tokens, with `<pad>`, `</s>` and 256 bytes; fewer where the text has no more pairs to
+            merge.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def sentences_of(rows: datasets.Dataset) -> Iterator[str]:
+    """Both sides of every pair."""
+    for batch in rows.iter(1000):
+        yield from batch["source"]
+        yield from batch["target"]
+
+
+def tokenizer_name(corpus: Corpus, vocab_size: int) -> str:
+    """A folder's name that says what the tokenizer was trained on."""
+    name = f"{corpus.name} {corpus.source_lang} {corpus.target_lang} {len(corpus.train)} {vocab_size}"
+    return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")[-120:]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Whole or not at all; on a shared disk several machines do it at once, and the first one's stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = tempfile.mkdtemp(dir=folder.parent)
+    tokenizer.save_pretrained(beside)
+    try:
+        Path(beside).rename(folder)
+    except OSError:
+        shutil.rmtree(beside)
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """
+    Training it is deterministic, so machines without a shared disk agree; data or versions may differ, and nobody
+    would notice.
+    """
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    if len(set(gather_object([digest]))) > 1:
+        raise SettingError(
+            f"tokenizer_dir must hold the same tokenizer on all machines, got different ones in {str(folder)!r}. Copy "
+            "rank 0's there, or set --tokenizer_dir to a folder that all share."
+        )
+
+
+# ---- rows ----
+
+
+@dataclass
+class TokenSets:
+    """The corpus in tokens: training rows that fit, validation and test rows sorted by length."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+
+
+def encode_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> TokenSets:
+    """
+    Leaves training pairs out whose source or target is longer than `max_length` tokens; raises `DataError` where all
+    are.
+    """
+    train, validation, test = (encode(rows, tokenizer) for rows in (corpus.train, corpus.validation, corpus.test))
+    fits = np.flatnonzero((token_counts(train) <= max_length).all(axis=1))
+    if not len(fits):
+        raise DataError(
+            f"max_length must leave training pairs, got {max_length} tokens, and all are longer. Set --max_length."
+        )
+    train = train.select(fits) if len(fits) < len(train) else train
+    return TokenSets(corpus, tokenizer, train, sort_by_length(validation), sort_by_length(test))
+
+
+def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerFast) -> datasets.Dataset:
+    """
+    Adds `input_ids` and `labels`, each ending with `</s>` and cut at `POSITIONS`, and `row`, the place in the set.
+    """
+    return rows.map(_encode, batched=True, with_indices=True, fn_kwargs={"tokenizer": tokenizer})
+
+
+def _encode(
+    batch: dict[str, list[str]], places: list[int], tokenizer: PreTrainedTokenizerFast
+) -> dict[str, list[Any]]:
+    source, target = (
+        tokenizer(batch[side], truncation=True, max_length=POSITIONS)["input_ids"] for side in ("source", "target")
+    )
+    return {"input_ids": source, "labels": target, "row": places}
+
+
+def sort_by_length(rows: datasets.Dataset) -> datasets.Dataset:
+    """Encoded rows by source tokens, so that a beam search seldom waits for one long sentence."""
+    return rows.select(np.argsort(token_counts(rows)[:, 0], kind="stable"))
+
+
+def token_counts(rows: datasets.Dataset) -> np.ndarray:
+    """Of source and target, shape (rows, 2)."""
+    table = rows.select_columns(["input_ids", "labels"]).with_format("arrow")[:]
+    return np.stack([pc.list_value_length(table[column]).to_numpy() for column in ("input_ids", "labels")], axis=1)
+
+
+# ---- batches ----
+
+
+def make_batches(lengths: np.ndarray, max_tokens: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
+    """
+    Rows of similar length together, in batches of at most `max_tokens` tokens, in random order. Tokens are counted as
+    fairseq counts them: rows times the longest source or target, padding included.
+
+    Rows are sorted by target and source length, equal ones in the epoch's own order; so every epoch has equally many
+    batches, of the same sizes, with other rows in them.
+
+    Args:
+        lengths (`np.ndarray`): Tokens of source and target, shape (rows, 2).
+        max_tokens (`int`): A row longer than this is a batch of its own.
+        seed (`int`), epoch (`int`): The same pair gives the same batches.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    shuffled = generator.permutation(len(lengths))
+    order = shuffled[np.lexsort(lengths[shuffled].T)]
+    batches: list[list[int]] = []
+    longest = 0
+    for row, length in zip(order.tolist(), lengths.max(axis=1)[order].tolist(), strict=True):
+        longest = max(longest, length)
+        if not batches or longest * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+            longest = length
+        batches[-1].append(row)
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+class TokenBatches(torch.utils.data.Sampler[list[int]]):
+    """
+    A batch sampler over `make_batches` for one of several ranks: rank r takes batches r, r + world_size, ... All ranks
+    have equally many; where the last ones lack some, these are the epoch's first.
+
+    It does the sharding itself, so `accelerator.prepare` must not: Accelerate's `BatchSamplerShard` hides `set_epoch`
+    from a loader that skips batches after a resume, which would skip in another epoch's order.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, max_tokens: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.lengths, self.max_tokens, self.seed = lengths, max_tokens, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.in_all = len(make_batches(lengths, max_tokens, seed))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Epoch whose order the next iteration has."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.in_all / self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = make_batches(self.lengths, self.max_tokens, self.seed, self.epoch)
+        for step in range(len(self)):
+            yield batches[(step * self.world_size + self.rank) % len(batches)]
+
+    def padding(self) -> float:
+        """Share of all positions, source and target, that hold padding."""
+        batches = make_batches(self.lengths, self.max_tokens, self.seed)
+        positions = sum(len(batch) * self.lengths[batch].max(axis=0).sum() for batch in batches)
+        return float(1 - self.lengths.sum() / positions)
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """
+    Encoded rows as padded int64 tensors of shape (rows, longest): `input_ids`, `attention_mask`, `labels`, and
+    `decoder_input_ids`, which are the labels one place later.
+    """
+    input_ids = padded([row["input_ids"] for row in rows], PAD)
+    labels = padded([row["labels"] for row in rows], NO_LABEL)
+    before = torch.cat([torch.full((len(labels), 1), PAD), labels[:, :-1]], dim=1)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": input_ids.ne(PAD).long(),
+        "labels": labels,
+        "decoder_input_ids": before.masked_fill(before == NO_LABEL, PAD),
+    }
+
+
+def padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Sequences of ids as one int64 tensor, filled up on the right."""
+    return pad_sequence([torch.as_tensor(sequence) for sequence in sequences], batch_first=True, padding_value=value)
