@@ -237,8 +237,8 @@ def _check_same_data(data: Any, task: str, dataset_name: str | None, folder: Pat
         if record and record["dataset_sha256"] != data.sha256:
             raise SettingError(
                 f"dataset_name must be what the records in {str(folder)!r} are of, {record['dataset']!r} with SHA-256 "
-                f"{record['dataset_sha256'][:12]} as in {path.relative_to(folder)}, got {dataset_name!r}, which is {data.name!r} "
-                f"with {data.sha256[:12]}. Set --dataset_name, or --records to another folder."
+                f"{record['dataset_sha256'][:12]} as in {path.relative_to(folder)}, got {dataset_name!r}, which is "
+                f"{data.name!r} with {data.sha256[:12]}. Set --dataset_name, or --records to another folder."
             )
 
 

@@ -3,7 +3,7 @@ Translation by workers that meet every few steps: a `Seq2SeqTrainer` with batche
 
     accelerate launch --config_file recipes/configs/cpu_two_processes.yaml recipes/translation/train.py
 
-With no flags: two processes, the English-German help text beside this file, a tiny Transformer, slow momentum on. Help
+With no flags: two processes, the shipped English-German help text, a tiny Transformer, slow momentum on. Help
 text repeats itself: its BLEU is not comparable with WMT's. `--preset wmt16 --base sgp` takes the settings of a row of
 the paper's table, on WMT'16 English-German from the Hub; flags beside it win. Every field of `SlowMoConfig` and of
 `Seq2SeqTrainingArguments` is a flag. At the end: a table, a JSON record, the translations of the test set and, with
