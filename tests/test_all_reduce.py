@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import test_wire
-from harness import run_workers
+from harness import patience, run_workers
 from reference import slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
 from tiny import (
@@ -38,8 +38,8 @@ from tiny import (
 )
 
 STEPS, ACCUMULATION = 10, 2
-PLAIN = SlowMoConfig(base="all_reduce", outer_momentum=0, sync_every=3, timeout_seconds=30)
-SLOW = SlowMoConfig(base="all_reduce", outer_momentum=0.5, sync_every=4, timeout_seconds=30)
+PLAIN = SlowMoConfig(base="all_reduce", outer_momentum=0, sync_every=3, timeout_seconds=patience(30))
+SLOW = SlowMoConfig(base="all_reduce", outer_momentum=0.5, sync_every=4, timeout_seconds=patience(30))
 
 
 def same(left, right):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import run_workers
+from harness import patience, run_workers
 
 sys.path.insert(
     0, str(Path(__file__).parents[1] / "benchmarks")
@@ -166,7 +166,9 @@ def test_the_command_writes_a_record(tmp_path):
         "--step_width",
         "16",
     ]
-    subprocess.run([*command, "--output", str(output)], cwd=ROOT, check=True, capture_output=True, timeout=150)
+    subprocess.run(
+        [*command, "--output", str(output)], cwd=ROOT, check=True, capture_output=True, timeout=patience(150)
+    )
     record = json.loads(output.read_text())
     assert record["command"].startswith("python benchmarks/round_cost.py --parts step")
     assert record["step"]["ours"]["n"] == 2

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from tiny import (
     Heard,
@@ -42,7 +42,7 @@ from tiny import (
 )
 
 STEPS, TAU = 10, 4
-CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=30)
+CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=patience(30))
 
 
 def rank():
@@ -348,7 +348,7 @@ def test_refusals_are_the_same_on_every_rank(tmp_path):
         assert first == ""
         for name, (error, seconds) in result["different"].items():
             assert error == ranks[0]["different"][name][0], name
-            assert seconds < 10
+            assert seconds < patience(10)
             if name == "nothing":
                 assert error == ""
             else:

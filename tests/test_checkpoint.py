@@ -20,18 +20,18 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf.snapshot
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from slowmo_hf.checkpoint import CheckpointError, seal, verify_checkpoint
 from tiny import Hub, Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
 
 STEPS, EPOCH, MIDDLE = 9, 6, 5  # rounds end at 4 and 8, an epoch at 6
-CONFIG = SlowMoConfig(sync_every=4, outer_momentum=0.5, timeout_seconds=30)
-PLAIN = SlowMoConfig.local_sgd(4, timeout_seconds=30)
+CONFIG = SlowMoConfig(sync_every=4, outer_momentum=0.5, timeout_seconds=patience(30))
+PLAIN = SlowMoConfig.local_sgd(4, timeout_seconds=patience(30))
 GOSSIP = {
-    "sgp": SlowMoConfig(base="sgp", sync_every=4, timeout_seconds=30),
-    "osgp": SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=30),
-    "own anchors": SlowMoConfig(base="sgp", sync_every=4, exact_average=False, timeout_seconds=30),
+    "sgp": SlowMoConfig(base="sgp", sync_every=4, timeout_seconds=patience(30)),
+    "osgp": SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=patience(30)),
+    "own anchors": SlowMoConfig(base="sgp", sync_every=4, exact_average=False, timeout_seconds=patience(30)),
 }
 
 
@@ -332,7 +332,7 @@ def _check_refusals(here, folder):
             None,
         ),
         "emptied tensors": (five, resealed(_swap_tensors), CONFIG, None),
-        "sync_every": (five, lambda t: None, SlowMoConfig(sync_every=3, timeout_seconds=30), None),
+        "sync_every": (five, lambda t: None, SlowMoConfig(sync_every=3, timeout_seconds=patience(30)), None),
         "base": (five, lambda t: None, GOSSIP["sgp"], None),
         "parameters": (folder / "frozen" / "checkpoint-5", lambda t: None, CONFIG, Frozen("head")),
         "wide": (five, lambda t: None, CONFIG, Wide()),
@@ -634,7 +634,7 @@ def _check_places(here, folder, first):
     same_end(first, train(folder / "new", resume=str(kept), resume_from_checkpoint=str(kept)), STEPS - MIDDLE)
 
     copy(here / "run" / "checkpoint-5", folder / "restored")
-    other = SlowMoConfig(sync_every=7, timeout_seconds=30)
+    other = SlowMoConfig(sync_every=7, timeout_seconds=patience(30))
     restored = train(folder / "restored", other, resume=True, restore_callback_states_from_checkpoint=True)
     same_end(first, restored, STEPS - MIDDLE)
 
@@ -695,7 +695,7 @@ def test_a_checkpoint_from_the_hub_goes_on(tmp_path, strategy, name):
 def _check_own_disks(folder):
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     rank = dist.get_rank()
-    config = SlowMoConfig(sync_every=4, processes_per_worker=1, timeout_seconds=30)
+    config = SlowMoConfig(sync_every=4, processes_per_worker=1, timeout_seconds=patience(30))
     mine = folder / f"machine-{rank}"
     first = train(mine / "run", config, save_total_limit=5)
     assert first["args"] == {"save_total_limit": 5, "save_on_each_node": False, "hub_strategy": "every_save"}
@@ -724,7 +724,7 @@ def test_machines_without_a_shared_file_system(tmp_path):
 
 def _check_a_worker_over_own_disks(folder):
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    config = SlowMoConfig(sync_every=4, processes_per_worker=2, timeout_seconds=30)
+    config = SlowMoConfig(sync_every=4, processes_per_worker=2, timeout_seconds=patience(30))
     mine = folder / f"machine-{dist.get_rank()}"
     with pytest.raises(CheckpointError) as error:
         train(mine, config)
@@ -747,7 +747,7 @@ def _check_models(folder):
     cases = {
         "buffers averaged": (CONFIG, SmallNorm, torch.float32),
         "buffers local": (
-            SlowMoConfig(sync_every=4, model_buffers="local", timeout_seconds=30),
+            SlowMoConfig(sync_every=4, model_buffers="local", timeout_seconds=patience(30)),
             SmallNorm,
             torch.float32,
         ),

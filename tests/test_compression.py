@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import slowmo_hf
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.averager import Base, ExactAverager, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
@@ -238,13 +238,15 @@ def test_what_is_held_back_is_not_applied_many_times_where_one_worker_is_left(na
 
 STEPS = 9
 CONFIGS = {
-    "int8": SlowMoConfig(sync_every=3, compression="int8", outer_momentum=0.6, timeout_seconds=30),
-    "int8, buckets": SlowMoConfig(sync_every=3, compression="int8", bucket_bytes=1024, timeout_seconds=30),
+    "int8": SlowMoConfig(sync_every=3, compression="int8", outer_momentum=0.6, timeout_seconds=patience(30)),
+    "int8, buckets": SlowMoConfig(sync_every=3, compression="int8", bucket_bytes=1024, timeout_seconds=patience(30)),
     "int8, buckets, overlapped": SlowMoConfig(
-        sync_every=4, overlap_steps=2, compression="int8", bucket_bytes=1024, timeout_seconds=30
+        sync_every=4, overlap_steps=2, compression="int8", bucket_bytes=1024, timeout_seconds=patience(30)
     ),
-    "bf16, diloco": SlowMoConfig.diloco(sync_every=4, compression="bf16", timeout_seconds=30),
-    "bf16, state averaged": SlowMoConfig.local_sgd(3, compression="bf16", inner_state="average", timeout_seconds=30),
+    "bf16, diloco": SlowMoConfig.diloco(sync_every=4, compression="bf16", timeout_seconds=patience(30)),
+    "bf16, state averaged": SlowMoConfig.local_sgd(
+        3, compression="bf16", inner_state="average", timeout_seconds=patience(30)
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
 from slowmo_hf.averager import ExactAverager, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
@@ -339,7 +339,7 @@ def _refused():
     for dtype in (torch.complex64, torch.float32):
         weight = torch.nn.Parameter(torch.ones(2, dtype=dtype))
         rank = torch.distributed.get_rank()
-        config = SlowMoConfig(sync_every=3 + rank, timeout_seconds=20)
+        config = SlowMoConfig(sync_every=3 + rank, timeout_seconds=patience(20))
         optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
         weight.grad = torch.ones_like(weight)
         with pytest.raises(ValueError) as error:

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
 from tiny import Recorder, Regression, Rows, arguments, equal, follow, mean, recorded
 
 pytestmark = pytest.mark.cuda
 
 TAU, STEPS = 3, 8
-CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=60)
+CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=patience(60))
 
 
 def rank():
@@ -197,7 +197,7 @@ def check_gossip(device):
     for base in ("sgp", "osgp", "dpsgd"):
         weight = nn.Parameter(torch.arange(5.0, device=device))
         optimizer = SlowMoOptimizer(
-            torch.optim.SGD([weight], lr=0.1), SlowMoConfig(base=base, sync_every=4, timeout_seconds=60)
+            torch.optim.SGD([weight], lr=0.1), SlowMoConfig(base=base, sync_every=4, timeout_seconds=patience(60))
         )
         for step in range(6):
             weight.grad = weight.detach() - (rank() + 1) * (step + 1)
@@ -224,7 +224,9 @@ def check_sharded(device):
     results, places = {}, {}
     for name, settings in SHARDED.items():
         weight = nn.Parameter(torch.arange(501.0, device=device))
-        config = SlowMoConfig(sync_every=4, outer_momentum=0.5, bucket_bytes=1024, timeout_seconds=60, **settings)
+        config = SlowMoConfig(
+            sync_every=4, outer_momentum=0.5, bucket_bytes=1024, timeout_seconds=patience(60), **settings
+        )
         optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
         for step in range(6):
             weight.grad = weight.detach() - (rank() + 1) * (step + 1)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainerCallback
 
-from harness import run_workers
+from harness import patience, run_workers
 from reference import gossip_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
 from slowmo_hf.averager import views_like
@@ -51,7 +51,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 
 
 def gossip(base, sync_every=TAU, **settings):
-    return SlowMoConfig(base=base, sync_every=sync_every, timeout_seconds=30, **settings)
+    return SlowMoConfig(base=base, sync_every=sync_every, timeout_seconds=patience(30), **settings)
 
 
 BASES = {

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness import patience
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -52,7 +54,7 @@ def test_four_machines_train_what_one_does_and_send_what_theory_says(tmp_path):
                 str(steps),
                 "--output_dir",
                 str(tmp_path / str(steps)),
-                timeout_seconds=120,
+                timeout_seconds=patience(120),
             )
             sent[steps] = [hosts.bytes_sent(host) - earlier for host, earlier in enumerate(before)]
             records[steps] = json.loads((tmp_path / str(steps) / "record.json").read_text())
@@ -98,7 +100,7 @@ def test_hosts_go_after_an_error():
 def test_a_host_that_prints_much_is_not_stopped_by_it():
     with Hosts(1) as hosts:
         counting = hosts.start(0, "seq", "200000")
-        assert counting.wait(timeout=20) == 0
+        assert counting.wait(timeout=patience(20)) == 0
         assert hosts.printed(counting).splitlines() == [str(number) for number in range(1, 200_001)]
 
 

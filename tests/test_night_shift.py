@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import REQUEUE_EXIT_CODE, SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from tiny import Heard, Regression, Rows, arguments, values
 
@@ -41,7 +41,9 @@ def _train(folder, base, callbacks, resume=None, **settings):
         train_dataset=Rows(60, torch.float32),
         callbacks=[
             *callbacks,
-            SlowMoCallback(SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=20, **settings)),
+            SlowMoCallback(
+                SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=patience(20), **settings)
+            ),
         ],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -99,7 +101,7 @@ def _custom_loop(number):
     """The step at which each rank saw the wish; the loop goes on to a round's end after the signal, and no further."""
     model, rows = Regression(torch.float32), Rows(4, torch.float32)
     optimizer = SlowMoOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=20)
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
     )
     early = number < 0
     assert not slowmo_hf.stop_requested(optimizer)

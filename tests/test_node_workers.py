@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from harness import run_workers
+from harness import patience, run_workers
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
 from slowmo_hf.config import GOSSIP_BASES
@@ -343,7 +343,8 @@ class Listener(logging.Handler):
 def _start(local_world_sizes, settings):
     os.environ["LOCAL_WORLD_SIZE"] = local_world_sizes[dist.get_rank()]
     loop = OuterLoop(
-        torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1), SlowMoConfig(timeout_seconds=20, **settings)
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1),
+        SlowMoConfig(timeout_seconds=patience(20), **settings),
     )
     loop.start()
     return loop.workers
@@ -832,7 +833,7 @@ def test_a_parameter_set_changed_on_a_follower_is_an_error_on_every_rank(faults)
         follower = 3 - case // 2 * 2
         for changed, *_ in faults:
             step, words, seconds = changed[case]
-            assert (step, seconds < 5) == (6, True), "at the round, in time"
+            assert (step, seconds < patience(5)) == (6, True), "at the round, in time"
             assert re.match(
                 rf"ValueError: rank {follower} on \S+, step 6: the parameter set changed after the start", words
             ), words
@@ -841,7 +842,7 @@ def test_a_parameter_set_changed_on_a_follower_is_an_error_on_every_rank(faults)
 
 def test_different_steps_are_an_error_on_every_rank(faults):
     for _, (step, words, seconds), *_ in faults:
-        assert (step, seconds < 5) == (3, True)
+        assert (step, seconds < patience(5)) == (3, True)
         assert words.startswith("RuntimeError: ranks met at different places: rank 0 on ")
         assert re.search(r"rank 0 on \S+ at step 3, the round; .*rank 2 on \S+ at step 6, the round", words)
 
@@ -850,7 +851,7 @@ def test_different_steps_inside_a_worker_are_an_error_on_every_rank(faults):
     for _, _, fault, *_ in faults:
         assert fault is not None, "nobody noticed"
         step, words, seconds = fault
-        assert (step, seconds < 5) == (3, True)
+        assert (step, seconds < patience(5)) == (3, True)
         assert re.search(r"ranks met at different places: .*rank 3 on \S+ at step 6, the round", words)
 
 
@@ -867,10 +868,10 @@ def test_a_leaders_error_reaches_its_follower(faults):
     others, theirs = [fault[-1] for fault in faults[:2]], [fault[-1] for fault in faults[2:]]
     for step, words, seconds in theirs:
         assert (step, words) == (6, "RuntimeError: boom")
-        assert seconds < 2
+        assert seconds < patience(2)
     for step, words, seconds in others:
         assert (step, words) == (6, others[0][1])
-        assert seconds < 9
+        assert seconds < patience(9)
 
 
 # ---- state: each its own, or the leader's for all ----

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import SGD, Adam, lr_scheduler
 
 import slowmo_hf
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 START = (1.0, -2.0, 3.0)
@@ -114,7 +114,7 @@ def error_of(call, *args, **kwargs):
 
 
 def tau(n, **settings):
-    return SlowMoConfig(sync_every=n, timeout_seconds=20, **settings)
+    return SlowMoConfig(sync_every=n, timeout_seconds=patience(20), **settings)
 
 
 def close(left, right, tolerance=1e-12):
@@ -876,7 +876,7 @@ def check_all_round_trips():
     check_round_trip(lambda p: SGD(p, lr=0.1), tau(2))
     check_round_trip(lambda p: SGD(p, lr=0.1, momentum=0.9), tau(4, inner_state="maintain"))
     check_round_trip(lambda p: Adam(p, lr=0.1), tau(2))
-    check_round_trip(lambda p: SGD(p, lr=0.1), SlowMoConfig.diloco(sync_every=2, timeout_seconds=20))
+    check_round_trip(lambda p: SGD(p, lr=0.1), SlowMoConfig.diloco(sync_every=2, timeout_seconds=patience(20)))
 
 
 def test_state_dict_round_trip_continues_bitwise():
@@ -886,7 +886,7 @@ def test_state_dict_round_trip_continues_bitwise():
 MOMENTUM = [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: Adam(p, lr=0.1)]
 SAVED = [
     tau(4),
-    SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=20),
+    SlowMoConfig(base="osgp", sync_every=4, timeout_seconds=patience(20)),
     SlowMoConfig(base="sgp", sync_every=3, exact_average=False),
 ]
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 import slowmo_hf
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.communicator import Arrival, Communicator
 from slowmo_hf.compression import BLOCK, CODES, dequantise, quantise
@@ -298,7 +298,7 @@ def test_many_buckets_travel_together():
 # ---- the meeting travels too ----
 
 AHEAD = SlowMoConfig(
-    sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=20
+    sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=patience(20)
 )  # rounds at 6, 12 and 18; from 12 on ahead
 
 
@@ -600,7 +600,7 @@ def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels
             average = sum(steps[i] * x[i] for i in (0, 1)) / sum(steps)
             velocity = 0.5 * velocity + (anchor - average)
             anchor, then, steps = anchor - velocity, list(x), [0, 0]
-    config = SlowMoConfig(sync_every=2, overlap_steps=1, compression=compression, timeout_seconds=20)
+    config = SlowMoConfig(sync_every=2, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
     for end, rounds in run_workers(_leaves_early, 2, config, (6, 3)):
         assert end == pytest.approx(anchor, abs=1e-12)
         assert rounds == 3
@@ -632,7 +632,7 @@ def test_an_end_hears_of_a_round_before_it_waits_for_its_messages(compression):
     At 6 both count, and it is taken in at 7; from there on rank 1 alone trains, and alone counts: its 3 in the buffer
     is all's.
     """
-    config = SlowMoConfig.local_sgd(6, overlap_steps=1, compression=compression, timeout_seconds=20)
+    config = SlowMoConfig.local_sgd(6, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
     at_6 = 1 + 7 * 0.9**6
     at_7 = (8 * 0.9**6 + at_6) / 2 + (1 + 7 * 0.9**7 - at_6)
     for end, seen in run_workers(_ends_before_a_buffer_changes, 2, config):
@@ -659,7 +659,7 @@ def _drops_a_run_in_flight(config):
 
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_runs_in_turn_are_the_same_whatever_is_left_in_flight(compression):
-    config = SlowMoConfig.local_sgd(4, overlap_steps=3, compression=compression, timeout_seconds=20)
+    config = SlowMoConfig.local_sgd(4, overlap_steps=3, compression=compression, timeout_seconds=patience(20))
     for ends in run_workers(_drops_a_run_in_flight, 2, config):
         assert ends == [ends[0]] * 3
 
@@ -682,7 +682,7 @@ def _meets_nan(config):
 
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_nan_on_one_rank_is_told_at_the_next_meeting(compression):
-    config = SlowMoConfig.local_sgd(3, overlap_steps=1, compression=compression, timeout_seconds=20)
+    config = SlowMoConfig.local_sgd(3, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
     first, second = run_workers(_meets_nan, 2, config)
     assert first == second
     step, words = first
@@ -692,7 +692,7 @@ def test_nan_on_one_rank_is_told_at_the_next_meeting(compression):
 
 
 def _loads_after_nan(folder, compression):
-    config = SlowMoConfig.local_sgd(3, overlap_steps=1, compression=compression, timeout_seconds=20)
+    config = SlowMoConfig.local_sgd(3, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
     accelerator = Accelerator(cpu=True)
     bare, rows = Regression(), Rows(STEPS * 16)
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(two_groups(bare, "sgd", LR), config))
@@ -754,7 +754,7 @@ def test_a_worker_that_left_before_takes_in_what_the_others_have(compression):
         if step == 6:
             x[0] = anchor + (x[0] - then[0])
     x[1] = anchor + (x[1] - then[1])
-    config = SlowMoConfig.local_sgd(4, overlap_steps=2, compression=compression, timeout_seconds=20)
+    config = SlowMoConfig.local_sgd(4, overlap_steps=2, compression=compression, timeout_seconds=patience(20))
     results = run_workers(_leaves_before_the_due_step, 2, config)
     assert [taken for _, taken in results] == [True, True]
     assert [weight for weight, _ in results] == pytest.approx(x, abs=1e-12)

@@ -19,6 +19,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from PIL import Image
 from transformers import AutoModelForImageClassification, EvalPrediction
 
+from harness import patience
 from tiny import ends_with_one_line
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def run_recipe(output_dir: Path, flags: str, launcher: str = LAUNCHER):
         *flags.split(),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(150))
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
     return said, json.loads((output_dir / "record.json").read_text())
@@ -899,7 +900,7 @@ def test_slurm_script_signals_its_tasks_waits_for_them_and_asks_for_a_requeue(tm
         time.sleep(0.1)
     time.sleep(0.2)  # srun's trap is set
     job.terminate()
-    assert job.wait(timeout=20) == 0
+    assert job.wait(timeout=patience(20)) == 0
     assert (tmp_path / "log").read_text().splitlines()[1:] == [
         "scancel --signal=TERM 7.0",
         "srun ends",
@@ -930,7 +931,7 @@ def test_several_machines(tmp_path):
         for command in commands
     ]
     try:
-        said = [launcher.communicate(timeout=150)[0] for launcher in launchers]
+        said = [launcher.communicate(timeout=patience(150))[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.kill()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import slowmo_hf
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoint import CheckpointError, read_part
 from slowmo_hf.outer_loop import OuterLoop
@@ -53,7 +53,7 @@ class Mixed(Regression):
 def make_config(settings, shard):
     if not shard:
         settings = {name: value for name, value in settings.items() if name != "slow_state_device"}
-    return SlowMoConfig(**settings, shard_slow_state=shard, timeout_seconds=30)
+    return SlowMoConfig(**settings, shard_slow_state=shard, timeout_seconds=patience(30))
 
 
 def begin(config, rank, inner="sgd"):
@@ -316,7 +316,9 @@ def test_the_files_are_those_of_a_plain_run(tmp_path):
 
 def no_room(folder, processes):
     """Rank 0, which writes the shared part, finds no memory for it; what all are told."""
-    config = SlowMoConfig(sync_every=2, processes_per_worker=processes, shard_slow_state=True, timeout_seconds=30)
+    config = SlowMoConfig(
+        sync_every=2, processes_per_worker=processes, shard_slow_state=True, timeout_seconds=patience(30)
+    )
     param = torch.nn.Parameter(torch.zeros(501))
     model = torch.nn.ParameterList([param])
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import slowmo_hf
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.outer_loop import OuterLoop
 
@@ -243,7 +243,7 @@ def check_differences():
         lr = rest[0] if rest else 0.1
         params = rest[1] if len(rest) > 1 else [p for p in model.parameters() if p.requires_grad]
         make = rest[2] if len(rest) > 2 else torch.optim.SGD
-        optimizer = SlowMoOptimizer(make(params, lr=lr), SlowMoConfig(timeout_seconds=20, **settings))
+        optimizer = SlowMoOptimizer(make(params, lr=lr), SlowMoConfig(timeout_seconds=patience(20), **settings))
         before, start = values(model), time.monotonic()
         words = ""
         try:
@@ -292,7 +292,7 @@ def check_a_rank_of_its_own_is_no_difference():
     )
     if rank() == 1:
         inner.param_groups[0] = dict(reversed(inner.param_groups[0].items()))
-    optimizer = SlowMoOptimizer(inner, SlowMoConfig(timeout_seconds=20))
+    optimizer = SlowMoOptimizer(inner, SlowMoConfig(timeout_seconds=patience(20)))
     model()
     assert optimizer.outer_loop is not None
 
@@ -395,7 +395,7 @@ def check_parted_clocks():
     """Rank 1 has, by a fault, counted four steps more: with tau 4 both come to a round, at steps 4 and 8."""
     model = Net(1.0)
     optimizer = torch.optim.SGD([model.first, model.second], lr=0.1)
-    loop = OuterLoop(optimizer, SlowMoConfig(sync_every=4, timeout_seconds=20), model)
+    loop = OuterLoop(optimizer, SlowMoConfig(sync_every=4, timeout_seconds=patience(20)), model)
     loop.start()
     loop.attempted_steps += by_rank(0, 4)
     with torch.no_grad():

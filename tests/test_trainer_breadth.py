@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from tiny import (
     QUIET,
@@ -36,7 +36,7 @@ from tiny import (
 )
 
 TAU, STEPS = 3, 8
-CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=30)
+CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=patience(30))
 EPS = 2.0**-23  # float32: twice what one rounding does, so enough for a mean, and for the anchors of two rounds
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
-from harness import run_workers
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig
 from tiny import ends_with_one_line
 
@@ -130,7 +130,7 @@ def run_recipe(output_dir: Path, flags: str):
         str(output_dir),
         *flags.split(),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=patience(170))
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
     return said, json.loads((output_dir / "record.json").read_text())

@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from harness import patience
+
 
 class Rows(Dataset):
     """Regression rows, the same on every rank."""
@@ -118,7 +120,7 @@ def train_node_workers(**settings: Any) -> tuple[Regression, Any]:
     from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
     accelerator, bare, rows = Accelerator(cpu=True), Regression(), Rows(64)
-    config = SlowMoConfig(sync_every=2, processes_per_worker=2, timeout_seconds=30, **settings)
+    config = SlowMoConfig(sync_every=2, processes_per_worker=2, timeout_seconds=patience(30), **settings)
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config))
     for step in range(4):
         start = 16 * step + 4 * torch.distributed.get_rank()

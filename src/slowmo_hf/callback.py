@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import gc
+import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
-        """Tell the callback its Trainer. Optional: without it, it finds the one whose callbacks hold it."""
+        """Tell the callback its Trainer. Optional: without it, it knows the one that calls its events."""
         self._trainer = weakref.ref(trainer)
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -87,14 +88,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
         make_heard()
-        self._follow(state)
+        self._follow()
         callbacks: Any = state.stateful_callbacks
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
         refuse_unsupported()
         optimizer = _raw_optimizer(kwargs["optimizer"])
         outer_loop = OuterLoop(optimizer, self.config, kwargs["model"])
-        wrappers = ddp_wrappers(kwargs["model"].parameters())
+        wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
         if args.world_size != processes_in_job():
             raise RuntimeError(
                 f"torch.distributed has {processes_in_job()} processes, but TrainingArguments.world_size is "
@@ -385,21 +386,20 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._find_trainer().log(logs)
         control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out
 
-    def _follow(self, state: TrainerState) -> None:
-        """Of all Trainers that hold this callback, the one whose event this is: an earlier one may still be alive."""
-        for trainer in (o for o in gc.get_objects() if issubclass(type(o), Trainer)):
-            if getattr(trainer, "state", None) is state:
-                self._trainer = weakref.ref(trainer)
+    def _follow(self) -> None:
+        """The Trainer whose event this is: of all that hold this callback, the one that is calling it."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, Trainer):
+                self._trainer = weakref.ref(caller)
+                return
+            frame = frame.f_back
 
     def _find_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer else None
         if trainer is None:
-            trainers = [o for o in gc.get_objects() if issubclass(type(o), Trainer)]
-            holders = [t for t in trainers if self in t.callback_handler.callbacks]
-            if not holders:
-                raise RuntimeError("no Trainer holds this SlowMoCallback: call callback.attach(trainer).")
-            trainer = holders[-1]
-            self._trainer = weakref.ref(trainer)
+            raise RuntimeError("no Trainer is known to this SlowMoCallback: call callback.attach(trainer).")
         return trainer
 
 

@@ -210,7 +210,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
             return
-        wrappers = ddp_wrappers(p for group in self.param_groups for p in group["params"])
+        wrappers = ddp_wrappers((p for group in self.param_groups for p in group["params"]), within=module)
         if wrappers:
             self._start([ddp.module for ddp in wrappers], wrappers)
         elif held == own:
