@@ -3,18 +3,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two files at a time keep two cores busy; with three, tests that measure time fail.
+# Two tests at a time keep two cores busy; with three, tests that measure time fail.
 TEST_PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
 
-.PHONY: train test
+.PHONY: train test test-fast lint
 
 train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images.
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
 		recipes/image/train.py $(ARGS)
 
-test: $(VENV)/.test  ## Lint, types and all tests. ARGS="-m 'not slow'" leaves the slow ones out.
+test: lint  ## Linter, types and all tests. ARGS="tests/test_core.py -k two_rounds" runs some of them.
+	$(PYTEST) $(ARGS)
+
+test-fast: lint  ## The same without the tests that take long or start a script as a user does.
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.test  ## Linter and types.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

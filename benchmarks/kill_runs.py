@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,50 +90,54 @@ class Run:
 # ---- a launch ----
 
 
-def launch(job: Job, folder: Path, kills: tuple[Kill, ...] = ()) -> Run:
-    """Run a job, in a new folder, through all its kills."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "notes").mkdir(parents=True)
-    start = time.perf_counter()
-    with (folder / "said").open("w") as said:
-        process = subprocess.Popen(
-            _command(job, folder, len(kills)),
-            cwd=ROOT,
-            env=_environment(folder, kills),
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
-        try:
-            exit_code = process.wait(ATTEMPT_SECONDS * (len(kills) + 1))
-        except subprocess.TimeoutExpired:
-            exit_code = -1
-        finally:
-            _end(process)
-    return Run(
-        folder, exit_code, time.perf_counter() - start, (folder / "said").read_text(), _read_notes(folder / "notes")
-    )
+Launcher = Callable[[list[str], int, dict[str, str], Path, int], int]
 
 
-def _command(job: Job, folder: Path, restarts: int) -> list[str]:
-    script, *flags = job.command.split()
-    launcher = (
-        "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml --num_processes "
-        f"{job.processes}"
-    )
+def accelerate_launch(
+    command: list[str], processes: int, environment: dict[str, str], said: Path, restarts: int
+) -> int:
+    """
+    `accelerate launch` of a script and its flags, which prints into `said`; its exit code, -1 of one that hangs.
+    """
+    launcher = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
     # c10d and the variable below: with torch 2.13 a launcher's own store keeps the dead attempt's addresses, which the
     # next one's ranks take for each other's, and hang (https://github.com/pytorch/pytorch/issues/135712). A store in a
     # file needs no port.
-    restarting = f"--rdzv_backend c10d --rdzv_conf store_type=file --max_restarts {restarts}"
-    switch = ["benchmarks/kill_switch.py", script, "--output_dir", str(folder / "out")]
-    return [sys.executable, *launcher.split(), *restarting.split(), *switch, *flags]
+    restarting = (
+        f"--num_processes {processes} --rdzv_backend c10d --rdzv_conf store_type=file --max_restarts {restarts}"
+    )
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *launcher.split(), *restarting.split(), *command],
+            cwd=ROOT,
+            env={**environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(ATTEMPT_SECONDS * (restarts + 1))
+        except subprocess.TimeoutExpired:
+            return -1
+        finally:
+            _end(process)
+
+
+def launch(job: Job, folder: Path, kills: tuple[Kill, ...] = (), launcher: Launcher = accelerate_launch) -> Run:
+    """Run a job, in a new folder, through all its kills."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "notes").mkdir(parents=True)
+    script, *flags = job.command.split()
+    command = ["benchmarks/kill_switch.py", script, "--output_dir", str(folder / "out"), *flags]
+    start, said = time.perf_counter(), folder / "said"
+    exit_code = launcher(command, job.processes, _environment(folder, kills), said, len(kills))
+    return Run(folder, exit_code, time.perf_counter() - start, said.read_text(), _read_notes(folder / "notes"))
 
 
 def _environment(folder: Path, kills: tuple[Kill, ...]) -> dict[str, str]:
     plan = json.dumps([asdict(kill) for kill in kills])
     ours = {"KILL_NOTES": str(folder / "notes"), "KILL_WATCHED": str(folder / "out"), "KILL_PLAN": plan}
     libraries = {
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
         "PYTHONFAULTHANDLER": "1",

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tiny import Heard, Regression, Rows, arguments, values
 
 TIMEOUT_SECONDS = patience(5)
 HOST = socket.gethostname()
+SIDE_BY_SIDE = 6  # tests, of two to four processes each
 
 
 # ---- faults, by the rank they happen on ----
@@ -276,10 +278,29 @@ def _run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None
         return [path.read_text() if path.exists() else "" for path in told], seconds
 
 
-@pytest.mark.parametrize("case", TABLE)
-def test_a_fault_on_one_rank_is_an_error_on_the_other(case):
-    fault, base, words = TABLE[case]
-    (told,), seconds = _run_apart(_train, fault, base)
+@pytest.fixture(scope="module")
+def _under_way(request):
+    """The ranks of all tests marked `apart`: they mostly wait for each other, so they do it side by side."""
+    marks = {
+        item.nodeid: item.get_closest_marker("apart") for item in request.session.items if item.path == request.path
+    }
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        yield {name: pool.submit(_run_apart, *mark.args, **mark.kwargs) for name, mark in marks.items() if mark}
+        pool.shutdown(cancel_futures=True)  # where a test stops the session
+
+
+@pytest.fixture
+def apart(request, _under_way):
+    """What `_run_apart` gives for this test's mark."""
+    return _under_way[request.node.nodeid].result()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, marks=pytest.mark.apart(_train, *case), id=name) for name, (*case, words) in TABLE.items()],
+)
+def test_a_fault_on_one_rank_is_an_error_on_the_other(apart, words):
+    (told,), seconds = apart
     assert re.match(f"RuntimeError: (optimizer step \\d+: )?{words}", told), told
     assert seconds < TIMEOUT_SECONDS + patience(13), f"{seconds:.1f} s"  # 3: processes start
 
@@ -289,9 +310,18 @@ def _freezes_with_the_store(rank, base):
     _train(1 - rank, freezes, base)  # the table's faults meet rank 1
 
 
-@pytest.mark.parametrize("base", ["local_sgd", "sgp"])
-def test_a_rank_that_freezes_with_the_store_is_an_error_on_the_others(base):
-    told, seconds = _run_apart(_freezes_with_the_store, base, world_size=3, survivors=(1, 2), store_lives_with=0)
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(
+            base,
+            marks=pytest.mark.apart(_freezes_with_the_store, base, world_size=3, survivors=(1, 2), store_lives_with=0),
+        )
+        for base in ("local_sgd", "sgp")
+    ],
+)
+def test_a_rank_that_freezes_with_the_store_is_an_error_on_the_others(apart, base):
+    told, seconds = apart
     for words in told:
         first = words.splitlines()[0]
         assert "rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word" in first, (
@@ -319,10 +349,10 @@ def _freezes_inside_a_worker(rank):
     trainer.train()
 
 
-@pytest.mark.slow
-def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_others():
+@pytest.mark.apart(_freezes_inside_a_worker, world_size=4, survivors=(0, 2, 3))
+def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_others(apart):
     """Ranks 0 and 1 are one worker: rank 0 waits for 1 in DDP, whose own error names nobody."""
-    told, seconds = _run_apart(_freezes_inside_a_worker, world_size=4, survivors=(0, 2, 3))
+    told, seconds = apart
     assert re.match(
         rf"RuntimeError: rank 1 {WHERE} did not come to step 5, training, {IN_TIME}",
         told[0],
@@ -350,8 +380,9 @@ def _meets_a_closed_connection(rank):
     dist.all_reduce(flat, group=group)
 
 
-def test_a_collective_after_one_that_timed_out_is_told_as_late_too():
-    (told,), _ = _run_apart(_meets_a_closed_connection)
+@pytest.mark.apart(_meets_a_closed_connection, world_size=2)
+def test_a_collective_after_one_that_timed_out_is_told_as_late_too(apart):
+    (told,), _ = apart
     late = rf"RuntimeError: rank 1 {WHERE} did not come to step 6, training, {LATE}"
     assert re.match(late, told), told
     assert "(Application timeout caused pair closure)" in told
@@ -369,22 +400,27 @@ def _leader_freezes_in_the_round(rank):
         optimizer.step()
 
 
-@pytest.mark.slow
-def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too():
+@pytest.mark.apart(_leader_freezes_in_the_round, world_size=4, survivors=(1, 2, 3))
+def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too(apart):
     """
     Rank 2 leads the other worker and misses it in the sum; rank 1 waits for its leader's word, and sees that another
     has given up.
     """
-    told, seconds = _run_apart(_leader_freezes_in_the_round, world_size=4, survivors=(1, 2, 3))
+    told, seconds = apart
     for words in told:
         assert f"rank 0 on {HOST}" in words.splitlines()[0], words
     assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"  # 10: four processes start
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("base", ["local_sgd", "sgp"])
-def test_every_survivor_of_four_names_the_dead_rank(base):
-    told, seconds = _run_apart(_train, is_killed, base, world_size=4, survivors=(0, 2, 3))
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, marks=pytest.mark.apart(_train, is_killed, base, world_size=4, survivors=(0, 2, 3)))
+        for base in ("local_sgd", "sgp")
+    ],
+)
+def test_every_survivor_of_four_names_the_dead_rank(apart, base):
+    told, seconds = apart
     for words in told:
         assert (
             f"rank 1 on {HOST} left without a word after step 4" in words.splitlines()[0]
@@ -418,8 +454,9 @@ def _not_a_number(rank):
             model.head.weight.data[0, 0] = float("nan")
 
 
-def test_not_a_number_on_one_rank_is_the_same_error_on_both():
-    (first, second), _ = _run_apart(_not_a_number, survivors=(0, 1))
+@pytest.mark.apart(_not_a_number, survivors=(0, 1))
+def test_not_a_number_on_one_rank_is_the_same_error_on_both(apart):
+    (first, second), _ = apart
     assert first == second
     assert first.startswith(f"ValueError: rank 1 on {HOST}, step 8: its parameters are not finite"), first
 
@@ -783,8 +820,9 @@ def _different_looks(rank):
                 pass
 
 
-def test_a_look_on_one_rank_alone_is_told_on_both():
-    (first, second), seconds = _run_apart(_different_looks, survivors=(0, 1))
+@pytest.mark.apart(_different_looks, survivors=(0, 1))
+def test_a_look_on_one_rank_alone_is_told_on_both(apart):
+    (first, second), seconds = apart
     places = f"rank 0 on {HOST} at step 8, the round; rank 1 on {HOST} at step 6, a look at the average"
     assert first == second
     assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
@@ -816,9 +854,10 @@ def _evaluate_after_each_pass(rank):
     trainer.train()
 
 
-def test_passes_of_other_lengths_that_end_in_evaluations_are_told_on_both():
+@pytest.mark.apart(_evaluate_after_each_pass, survivors=(0, 1))
+def test_passes_of_other_lengths_that_end_in_evaluations_are_told_on_both(apart):
     """Rank 1's pass ends at step 4, in a round that both did; nobody evaluates there while the other trains on."""
-    (first, second), seconds = _run_apart(_evaluate_after_each_pass, survivors=(0, 1))
+    (first, second), seconds = apart
     places = (
         f"rank 0 on {HOST} at step 6, a log, an evaluation or a save; rank 1 on {HOST} at step 4, a log, an "
         "evaluation or a save"

@@ -22,6 +22,7 @@ import kill
 import kill_runs
 import kill_switch
 from kill_runs import Kill, Run
+from launcher import launch
 from slowmo_hf.checkpoint import Contents, seal, write_part
 
 # ---- jobs ----
@@ -34,6 +35,7 @@ KILLS = {
     "Accelerate, all_reduce": ("the library's files", "the resume"),
     "Accelerate, no average": ("in a step", "our files"),
 }
+REALLY_LAUNCHED = ("Accelerate, sgp",)  # by `accelerate launch`; the others by launcher.py
 RESUME_MOMENTS = 12  # a resume of these jobs has more of them
 
 
@@ -42,12 +44,12 @@ RESUME_MOMENTS = 12  # a resume of these jobs has more of them
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
     """Two kills, or three, each in an attempt of its own; the last attempt goes to the end."""
-    job = kill.JOBS[name]
-    reference = kill_runs.launch(job, tmp_path / "never killed")
+    job, launcher = kill.JOBS[name], kill_runs.accelerate_launch if name in REALLY_LAUNCHED else launch
+    reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launcher)
     assert reference.exit_code == 0, reference.said[-4000:]
     assert [len(set(weights)) for weights in reference.weights(0)] == [16, 16]
     kills = kill.draw_many(KILLS[name], reference, [RESUME_MOMENTS] * job.processes, random.Random(name))
-    run = kill_runs.launch(job, tmp_path / "killed", kills)
+    run = kill_runs.launch(job, tmp_path / "killed", kills, launcher)
     assert kill_runs.differences(reference, run, kills) == [], f"{kills}\n{run.said[-4000:]}"
     assert min(kill.resume_moments(run)) >= RESUME_MOMENTS
 

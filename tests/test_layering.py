@@ -160,10 +160,11 @@ def _modules() -> dict[str, Path]:
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("module", _modules())
-def test_imports_run_downwards_only(module):
-    words = broken_rules(module, _modules()[module].read_text())
-    assert not words, "\n" + "\n".join(words)
+def test_imports_run_downwards_only(subtests):
+    for module, path in _modules().items():
+        with subtests.test(module):
+            words = broken_rules(module, path.read_text())
+            assert not words, "\n" + "\n".join(words)
 
 
 def test_there_is_no_cycle():
@@ -182,8 +183,13 @@ def test_the_table_holds_nothing_twice_and_nothing_stale():
     assert not stale, f"LAYERS names modules that do not exist: {', '.join(stale)}. Take them out."
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_programs_use_public_names_only(path):
+def test_programs_use_public_names_only(subtests):
+    for path in PROGRAMS:
+        with subtests.test(path.relative_to(ROOT).as_posix()):
+            check_program(path)
+
+
+def check_program(path):
     name = path.relative_to(ROOT).as_posix()
     used = {(name, what): line for what, line in internals_used(path.read_text()).items()}
     words = [

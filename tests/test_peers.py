@@ -246,27 +246,31 @@ FIELDS = (
 )
 
 
-@pytest.mark.parametrize("path", sorted(RECORDS.glob("peers*.json")), ids=lambda path: path.stem)
-def test_records_are_whole(path):
+def test_records_are_whole(subtests):
     """Utilisation is c over the step, theory's bytes are this program's."""
-    for row in json.loads(path.read_text())["rows"]:
-        assert row["system"] in SYSTEMS
-        if "not_run" not in row:
-            assert set(FIELDS) <= set(row)
-            assert row["utilisation"] == pytest.approx(row["compute_seconds_per_step"] / row["seconds_per_step"])
-            assert row["theory_bytes"] == peers.payload_bytes(
-                row["system"], row["parameters"], row["hosts"], row["sync_every"]
-            )
+    for path in sorted(RECORDS.glob("peers*.json")):
+        for number, row in enumerate(json.loads(path.read_text())["rows"]):
+            with subtests.test(path.stem, row=number, system=row["system"]):
+                assert row["system"] in SYSTEMS
+                if "not_run" not in row:
+                    assert set(FIELDS) <= set(row)
+                    assert row["utilisation"] == pytest.approx(
+                        row["compute_seconds_per_step"] / row["seconds_per_step"]
+                    )
+                    assert row["theory_bytes"] == peers.payload_bytes(
+                        row["system"], row["parameters"], row["hosts"], row["sync_every"]
+                    )
 
 
-def test_the_tables_of_the_page_are_those_of_the_records():
+def test_the_tables_of_the_page_are_those_of_the_records(subtests):
     page = (RECORDS.parent / "README.md").read_text()
     rows = json.loads((RECORDS / "peers.json").read_text())["rows"]
     seeds = json.loads((RECORDS / "peers_compression.json").read_text())["rows"]
     raced = json.loads((RECORDS / "peers_same_seconds.json").read_text())["rows"]
     tables = peers.table(rows), peers.table2(rows), peers.spread(seeds), peers.same_seconds_table(raced)
     for line in "\n".join(tables).splitlines():
-        assert line in page
+        with subtests.test(line):
+            assert line in page
 
 
 def test_the_table_of_the_readme_is_that_of_the_record():

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, EvalPrediction
 
 from harness import patience
+from launcher import run_script
 from tiny import ends_with_one_line
 
 ROOT = Path(__file__).parent.parent
@@ -58,20 +59,19 @@ RECORD_KEYS = {
 # ---- the job, as a user starts it ----
 
 
-def run_recipe(output_dir: Path, flags: str, launcher: str = LAUNCHER):
-    """What the program said, and its record."""
-    command = [
-        sys.executable,
-        *launcher.split(),
-        "recipes/image/train.py",
-        "--output_dir",
-        str(output_dir),
-        *flags.split(),
-    ]
+def run_recipe(output_dir: Path, flags: str, launcher: str | None = None):
+    """What the program said, and its record. Without a `launcher` the fork server starts its two processes."""
+    command = ["recipes/image/train.py", "--output_dir", str(output_dir), *flags.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(150))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-4000:]
+    if launcher is None:
+        said = run_script(command, 2, environment, output_dir)
+    else:
+        command = [sys.executable, *launcher.split(), *command]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(150)
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-4000:]
     return said, json.loads((output_dir / "record.json").read_text())
 
 
@@ -79,7 +79,9 @@ def run_recipe(output_dir: Path, flags: str, launcher: str = LAUNCHER):
 def short_run(tmp_path_factory):
     """Two workers, 24 steps, sync_every 5: 4 rounds, and an end inside the fifth."""
     folder = tmp_path_factory.mktemp("recipe")
-    said, record = run_recipe(folder, f"{SHORT} --num_train_epochs 2 --sync_every 5 --plot --report_to tensorboard")
+    said, record = run_recipe(
+        folder, f"{SHORT} --num_train_epochs 2 --sync_every 5 --plot --report_to tensorboard", LAUNCHER
+    )
     return folder, said, record
 
 

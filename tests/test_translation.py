@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
-from harness import patience, run_workers
+from harness import run_workers
+from launcher import run_script
 from slowmo_hf import SlowMoConfig
 from tiny import ends_with_one_line
 
@@ -33,7 +34,6 @@ from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_
 from translation.data import NEWSTESTS, DataError, load_corpus  # noqa: E402
 from translation.trainer import average_last  # noqa: E402
 
-LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
 RECORD_KEYS = {
     *(
@@ -121,18 +121,9 @@ def write_text(folder: Path, sets: dict[str, list[dict[str, str]]]) -> str:
 
 
 def run_recipe(output_dir: Path, flags: str):
-    """What the program said, and its record."""
-    command = [
-        sys.executable,
-        *LAUNCHER.split(),
-        "recipes/translation/train.py",
-        "--output_dir",
-        str(output_dir),
-        *flags.split(),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=patience(170))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-4000:]
+    """What the program said, and its record; two processes."""
+    command = ["recipes/translation/train.py", "--output_dir", str(output_dir), *flags.split()]
+    said = run_script(command, 2, ENVIRONMENT, output_dir)
     return said, json.loads((output_dir / "record.json").read_text())
 
 
