@@ -146,3 +146,21 @@ def test_pip_would_install_this_package_alone(wheel, tmp_path):
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert {item["metadata"]["name"] for item in report["install"]} <= {"slowmo-hf"}
+
+
+def test_transformers_is_imported_with_the_callback():
+    """Custom loops need no Trainer; a name is there when it is asked for, and for editors before."""
+    program = """
+import json, sys
+import torch, accelerate
+before = "transformers" in sys.modules
+import slowmo_hf
+names, after = dir(slowmo_hf), "transformers" in sys.modules
+callback = slowmo_hf.SlowMoCallback
+print(json.dumps([before, after, "transformers" in sys.modules, names, callback is slowmo_hf.SlowMoCallback]))
+"""
+    before, after, asked, names, same = json.loads(_run("-c", program, cwd=ROOT).splitlines()[-1])
+    assert (before, after, asked, same) == (False, False, True, True)
+    assert set(slowmo_hf.__all__) <= set(names)
+    with pytest.raises(AttributeError, match="module 'slowmo_hf' has no attribute 'SlowMoCalback'"):
+        slowmo_hf.SlowMoCalback  # noqa: B018
