@@ -132,9 +132,8 @@ class Hosts:
                 subprocess.run(["tc", "-n", name, "qdisc", "delete", "dev", link, "root"], capture_output=True)
                 if mbit_per_s is not None:
                     rate = f"{round(1000 * mbit_per_s)}kbit"
-                    burst = str(
-                        max(65536, round(mbit_per_s * 1e6 / 8 / 250))
-                    )  # what the rate gives in 4 ms, the kernel's tick
+                    # What the rate gives in 4 ms, the kernel's tick.
+                    burst = str(max(65536, round(mbit_per_s * 1e6 / 8 / 250)))
                     _run(
                         "tc",
                         "-n",

@@ -80,6 +80,7 @@ STRATA = {
     "any instant": (*STEP_KINDS, "message", "our file", "their file", "seal", "rotation", "evaluation"),
     "the resume": (*STEP_KINDS, "message", "our file", "their file", "seal"),
 }
+# In any four steps.
 MIDWAY = (
     "in a step",
     "in a message",
@@ -88,7 +89,7 @@ MIDWAY = (
     "the seal",
     "evaluation",
     "any instant",
-)  # in any four steps
+)
 MAX_DELAY_MS = 30.0
 
 

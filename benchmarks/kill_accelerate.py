@@ -63,9 +63,8 @@ class Training:
     """Everything that one process trains with."""
 
     def __init__(self, config: SlowMoConfig, args: LoopArguments) -> None:
-        order = DataLoaderConfiguration(
-            use_seedable_sampler=True, data_seed=42
-        )  # an epoch's order depends on its number alone
+        # An epoch's order depends on its number alone.
+        order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=42)
         self.args, self.accelerator, self.step = args, Accelerator(dataloader_config=order), 0
         set_seed(42)
         model = SmallNet(PretrainedConfig())

@@ -127,9 +127,8 @@ class Switch:
     def _kind_of(self, path: Path, event: str = "", args: tuple[Any, ...] = ()) -> str:
         parts = path.relative_to(self.watched).parts
         is_folder = len(parts) == 1 and not path.suffix
-        if event in ("shutil.rmtree", "os.rmdir") or (
-            event == "os.remove" and args[1] != -1
-        ):  # rmtree works from descriptors
+        # rmtree works from descriptors.
+        if event in ("shutil.rmtree", "os.rmdir") or (event == "os.remove" and args[1] != -1):
             return ROTATION
         if is_folder and event in ("open", "os.rename"):  # a checkpoint on its way out
             return ROTATION

@@ -35,6 +35,5 @@ def set_preset(
         exact_average=not gossip_alone,
     )
     if asked.base == "all_reduce":
-        parser.set_defaults(
-            processes_per_worker=SlowMoConfig.processes_per_worker
-        )  # has no workers of several processes
+        # Has no workers of several processes.
+        parser.set_defaults(processes_per_worker=SlowMoConfig.processes_per_worker)

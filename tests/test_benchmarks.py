@@ -14,9 +14,8 @@ import torch
 
 from harness import patience, run_workers
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "benchmarks")
-)  # as a folder: fairscale installs a package of this name
+# As a folder: fairscale installs a package of this name.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import round_cost
 from round_cost import BenchmarkArguments, Textbook, outer_step_of, ratio

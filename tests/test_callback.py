@@ -434,9 +434,8 @@ def _check_history(ranks):
         for entry, steps in zip(slow, [(2, 4, 6), (8, 10, 12), (14,)], strict=True):
             reports = [result["reports"][step] for step in steps]
             header, payload = 8 * (6 + 2), 4 * (result["elements"] + 1)
-            assert entry["slowmo/bytes_sent"] == len(steps) * (
-                header + payload
-            )  # a ring of two sends each message once
+            # A ring of two sends each message once.
+            assert entry["slowmo/bytes_sent"] == len(steps) * (header + payload)
             assert entry["slowmo/seconds"] == pytest.approx(sum(r.seconds for r in reports))
             assert entry["slowmo/utilisation"] == pytest.approx(sum(r.utilisation for r in reports) / len(reports))
             assert 0 < entry["slowmo/utilisation"] < 1
@@ -637,9 +636,8 @@ def check_push(folder):
 
     def keep(uploaded, place):
         weights = load_file(uploaded / "model.safetensors")
-        pushed.append(
-            {name: value.clone() for name, value in weights.items()}
-        )  # the file is written again, and is mapped
+        # The file is written again, and is mapped.
+        pushed.append({name: value.clone() for name, value in weights.items()})
 
     transformers.trainer.hf_api = lambda: Hub(keep)
     recorder = Recorder()

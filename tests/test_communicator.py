@@ -92,9 +92,8 @@ def test_broadcast_of_every_dtype_and_objects():
     for tensors, objects in run_workers(check_broadcast_and_objects, 3):
         for found, expected in zip(tensors, broadcast_values(0), strict=True):
             assert found.dtype == expected.dtype
-            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), (
-                found.dtype
-            )  # bit for bit, NaN and -0 too
+            # Bit for bit, NaN and -0 too.
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), found.dtype
         assert objects == [{"rank": r, "words": ["a"] * r} for r in range(3)]
 
 

@@ -156,9 +156,8 @@ def telescope(rank, name, elements, bucket_bytes):
     for number in range(ROUNDS):
         weights = WEIGHTS[number % len(WEIGHTS)]
         averager.weigh(weights)
-        param.data = torch.randn(elements, generator=draw, dtype=torch.float64) * 10.0 ** (
-            number % 5 - 2
-        )  # the anchor is 0
+        # The anchor is 0.
+        param.data = torch.randn(elements, generator=draw, dtype=torch.float64) * 10.0 ** (number % 5 - 2)
         true -= param.data * averager.weight / averager.total_weight
         square = 0.0
         for bucket, total, square_sum in averager.sums(buckets, Base()):
@@ -189,9 +188,8 @@ def test_what_is_applied_and_what_is_held_back_is_what_was_true(name, elements, 
     for rank, (_, _, _, _, owned, buckets) in enumerate(workers):
         for offset, size in buckets:
             first = rank * len(owned[offset])
-            mine = max(
-                0, min(size - first, len(owned[offset]))
-            )  # the rest of the last shards is filling, and holds nothing
+            # The rest of the last shards is filling, and holds nothing.
+            mine = max(0, min(size - first, len(owned[offset])))
             held[offset + first : offset + first + mine] += owned[offset][:mine]
             assert not owned[offset][mine:].any()
     assert held.abs().max() > 0
@@ -494,9 +492,8 @@ def other(config, **settings):
 
 
 SAVED = SlowMoConfig(sync_every=3, compression="int8", bucket_bytes=1024)
-BEHIND = SlowMoConfig(
-    sync_every=3, overlap_steps=2, compression="int8", bucket_bytes=1024
-)  # saved while the round of 6 is under way
+# Saved while the round of 6 is under way.
+BEHIND = SlowMoConfig(sync_every=3, overlap_steps=2, compression="int8", bucket_bytes=1024)
 RESUMED = {  # settings, workers: bit for bit, own and shard residuals kept, what the log says
     "same": ({}, 2, True, (True, True), ""),
     "same, overlapped": ({}, 2, True, (True, True), ""),
@@ -534,9 +531,8 @@ def resumer(folder, step, config, rank, trained_before):
     for before in range(4 if trained_before else 1):
         step_once(before)
     read_snapshot(f"{folder}/{step}", optimizer.outer_loop)
-    if (
-        step == 5 and not config.overlap_steps
-    ):  # at a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors
+    # At a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors.
+    if step == 5 and not config.overlap_steps:
         for piece in optimizer.outer_loop._pieces():
             optimizer.outer_loop.base.hand_back_(piece)
     held = held_back(optimizer)

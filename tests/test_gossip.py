@@ -145,9 +145,8 @@ def test_bf16_parameters_have_fp32_numerators_that_lose_nothing(staleness):
     config = SlowMoConfig(base="osgp", staleness=staleness)
     steps = _mix(config, 4, 20, dtype=torch.bfloat16, size=1e-2)
     total = _sum_at_start(4, torch.bfloat16) + sum(own.moved for after in steps for own in after)
-    assert torch.allclose(
-        sum(own.mass_x for own in steps[-1]), total, rtol=0, atol=2e-5
-    )  # bf16 sums alone would be off by 1e-2
+    # bf16 sums alone would be off by 1e-2.
+    assert torch.allclose(sum(own.mass_x for own in steps[-1]), total, rtol=0, atol=2e-5)
     (numerator,) = _base(SlowMoConfig(base="sgp"), _start(0, torch.bfloat16)).numerators.values()
     assert numerator.dtype == torch.float32
 

@@ -42,10 +42,11 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 
 # Who alone may reach a package of others.
 ONLY = {
+    # What talks to other processes; the group that keeps DDP inside a worker.
     "torch.distributed": (
         "communicator",
         "isolation",
-    ),  # what talks to other processes; the group that keeps DDP inside a worker
+    ),
     "transformers": ("callback", "trainer_checkpoints"),  # custom loops need no Trainer
 }
 

@@ -73,12 +73,13 @@ def _signalled(folder, base, number, settings, step):
         ("osgp", signal.SIGUSR1, {}, 8),
         ("all_reduce", signal.SIGTERM, {}, 8),
         ("sgp", signal.SIGTERM, {"exact_average": False}, 8),
+        # The round of 8 goes ahead, and is heard of where it is taken in.
         (
             "local_sgd",
             signal.SIGTERM,
             {"overlap_steps": 2},
             10,
-        ),  # the round of 8 goes ahead, and is heard of where it is taken in
+        ),
     ],
 )
 def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, number, settings, step):

@@ -56,10 +56,11 @@ CASES = [  # (inner optimizer, settings)
     ("sgd", _pairs(sync_every=5, base="sgp")),
     ("adamw", _pairs(sync_every=4, base="osgp", staleness=1)),
     ("sgd", _pairs(sync_every=5, base="sgp", exact_average=False, inner_state="maintain")),
+    # One worker: nothing between, the outer update still acts.
     (
         "sgd",
         SlowMoConfig(processes_per_worker=4, sync_every=4),
-    ),  # one worker: nothing between, the outer update still acts
+    ),
 ]
 
 
@@ -231,9 +232,8 @@ def _train_again_and_again():
 
     model, recorder, callback = Regression(), Gradients(), SlowMoCallback(_pairs(sync_every=3))
     args = arguments(tempfile.mkdtemp(), max_steps=6, max_grad_norm=0, lr_scheduler_type="constant")
-    sgd = torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9
-    )  # the last round resets its momentum, so stock training is stock
+    # The last round resets its momentum, so stock training is stock.
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     trainer = Trainer(
         model=model, args=args, train_dataset=Rows(200), optimizers=(sgd, None), callbacks=[recorder, callback]
     )

@@ -693,9 +693,8 @@ def check_scaler_behind_accelerate(clip):
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        assert (
-            not accelerator.optimizer_step_was_skipped
-        )  # every attempt is a step to Accelerate: schedulers stay together too
+        # Every attempt is a step to Accelerate: schedulers stay together too.
+        assert not accelerator.optimizer_step_was_skipped
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / (3 + 2 * step))
         assert optimizer.optimizer.outer_loop.rounds == (step + 1) // 2
     assert_skipped_on_one_rank_alone(accelerator.scaler)

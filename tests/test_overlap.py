@@ -30,10 +30,11 @@ CASES = {  # sync_every 5: rounds at 5 and 10
         "sgd",
     ),
     "diloco": (SlowMoConfig.diloco(sync_every=5, overlap_steps=1), "adamw"),
+    # 14 is a round: in flight at the end.
     "to the last step": (
         SlowMoConfig(sync_every=7, outer_momentum=0.6, overlap_steps=6),
         "sgd",
-    ),  # 14 is a round: in flight at the end
+    ),
 }
 
 
@@ -297,9 +298,8 @@ def test_many_buckets_travel_together():
 
 # ---- the meeting travels too ----
 
-AHEAD = SlowMoConfig(
-    sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=patience(20)
-)  # rounds at 6, 12 and 18; from 12 on ahead
+# Rounds at 6, 12 and 18; from 12 on ahead.
+AHEAD = SlowMoConfig(sync_every=6, outer_momentum=0.5, overlap_steps=3, timeout_seconds=patience(20))
 
 
 class Still(torch.nn.Module):
@@ -816,10 +816,11 @@ def test_memory_is_one_copy_more_and_messages_for_all():
         kept = [*loop.averager._buffers.values(), *getattr(loop.base, "departed", {}).values()]
         return sum(t.nbytes for t in kept), sum(p.nbytes for p in model.parameters())
 
+    # Messages kept: two of 2048 bytes, or all, of 4096.
     for bucket_bytes, plain, overlapped in (
         (2**20, 1, 1),
         (4096, 2, 5),
-    ):  # messages kept: two of 2048 bytes, or all, of 4096
+    ):
         for overlap_steps, messages in ((0, plain), (2, overlapped)):
             (kept, size), _ = run_in_process(lambda rank, n=overlap_steps, size=bucket_bytes: count(rank, n, size), 2)
             payload = size if messages != 2 else 4096

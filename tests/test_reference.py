@@ -33,10 +33,11 @@ GOSSIP_CASES = [
     ("adamw", SlowMoConfig(base="osgp", sync_every=5, outer_momentum=0.6)),
     ("sgd", SlowMoConfig(base="osgp", sync_every=12, staleness=2, topology="complete")),
     ("adamw", SlowMoConfig(base="osgp", sync_every=7, exact_average=False)),  # a round with messages in flight
+    # 3 workers: uneven weights.
     (
         "sgd",
         SlowMoConfig(base="osgp", sync_every=9, topology="bipartite_exponential", outer_lr=0.9),
-    ),  # 3 workers: uneven weights
+    ),
 ]
 
 

@@ -63,9 +63,8 @@ def begin(config, rank, inner="sgd"):
     optimizer = SlowMoOptimizer(optimizer, config)
 
     def step_once(step):
-        for group, factor in zip(
-            optimizer.param_groups, (1, 2, 3), strict=True
-        ):  # another ratio of learning rates per group
+        # Another ratio of learning rates per group.
+        for group, factor in zip(optimizer.param_groups, (1, 2, 3), strict=True):
             group["lr"] *= 1 - 0.03 * factor
         start = 32 * step + 4 * rank
         model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"].backward()
@@ -105,9 +104,8 @@ def assert_same_runs(plain, sharded):
         assert all(same(a, b) for a, b in zip(after + shown, other_after + other_shown, strict=True))
         for mine, other in zip(reports, other_reports, strict=True):
             for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"):
-                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-8), (
-                    name
-                )  # a small difference of squares
+                # A small difference of squares.
+                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-8), name
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -177,9 +175,8 @@ def test_bytes_and_memory(workers, bucket_bytes):
         assert plain_state == 2 * elements
         assert 2 * elements / workers <= state <= 2 * (elements / workers + buckets)
         assert buckets == math.ceil(4 * elements / (min(bucket_bytes, 4 * elements) // 5 // 4 * 4))
-        assert (
-            messages <= 0.8 * min(bucket_bytes, 4 * elements) + 4 * workers * 4
-        )  # rounded up; a fifth of room for gloo's own copy
+        # Rounded up; a fifth of room for gloo's own copy.
+        assert messages <= 0.8 * min(bucket_bytes, 4 * elements) + 4 * workers * 4
 
 
 def uneven():

@@ -134,9 +134,8 @@ def test_all_reduce_is_one_adam_on_the_mean_gradient(data):
     for rank in range(2):
         ours = dict(jobs[rank].model.named_parameters())
         for name, expected in model.named_parameters():
-            if not name.endswith(
-                "k_proj.bias"
-            ):  # attention does not depend on it: its gradient is rounding, which Adam makes large
+            # Attention does not depend on it: its gradient is rounding, which Adam makes large.
+            if not name.endswith("k_proj.bias"):
                 torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 

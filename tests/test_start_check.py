@@ -114,9 +114,8 @@ def _missing():
 def _order():
     model = Net(1.0 + rank())
     params = [model.first, model.second]
-    model.second, model.first = by_rank(
-        (model.second, model.first), (model.first, model.second)
-    )  # same names, other places
+    # Same names, other places.
+    model.second, model.first = by_rank((model.second, model.first), (model.first, model.second))
     return model, {}, 0.1, params
 
 

@@ -149,9 +149,8 @@ def test_loop_settings(tmp_path):
     ranks = run_workers(check_loop_settings, 2, str(tmp_path), None)
     follow_loop_settings(ranks)
     for _, norms, computed in ranks:
-        assert norms == pytest.approx(
-            [1e-2] * STEPS, rel=5e-6
-        )  # torch divides by the norm + 1e-6, and norms here are above ¼
+        # torch divides by the norm + 1e-6, and norms here are above ¼.
+        assert norms == pytest.approx([1e-2] * STEPS, rel=5e-6)
         assert computed == {torch.bfloat16}
     assert ranks[0][0]["bf16 parameters"]["final"]["body.weight"].dtype == torch.bfloat16
     for out, _, _ in ranks:  # checkpointing computes the same gradients again
@@ -299,9 +298,8 @@ def test_torch_compile(tmp_path):
     for name in ("compiled", "plain"):
         assert follow_float32([out[name] for out in ranks]) == STEPS // TAU
     for out in ranks:
-        assert equal(
-            out["compiled"]["final"], out["plain"]["final"]
-        )  # aot_eager runs the same kernels in the same order
+        # aot_eager runs the same kernels in the same order.
+        assert equal(out["compiled"]["final"], out["plain"]["final"])
 
 
 # ---- generation in evaluation ----
@@ -425,9 +423,8 @@ def test_lora_sends_adapters_only(tmp_path):
     assert follow_float32(runs) == STEPS // TAU
     for recording, sent, everything, adapters, groups in ranks:
         assert adapters < everything / 10
-        assert sent == [4 * (adapters + 1) + 8 * (6 + groups)] * (
-            STEPS // TAU
-        )  # a ring of two sends each message once
+        # A ring of two sends each message once.
+        assert sent == [4 * (adapters + 1) + 8 * (6 + groups)] * (STEPS // TAU)
         frozen = [name for name in recording["start"] if name not in recording["trained"]]
         assert frozen
         for name in frozen:

@@ -107,9 +107,8 @@ def load_images(
     )
 
 
-Loaded = tuple[
-    datasets.Dataset, datasets.Dataset, str
-]  # rows to train on, rows to test on, the name of the split these are
+# Rows to train on, rows to test on, the name of the split these are.
+Loaded = tuple[datasets.Dataset, datasets.Dataset, str]
 
 
 def _load(dataset_name: str | None, train_split: str, test_split: str | None) -> Loaded:

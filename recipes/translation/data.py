@@ -279,14 +279,14 @@ def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[], dataset
 
 def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str]) -> datasets.Dataset:
     """Two text files, read line by line into columns named after the languages."""
-    stamps = tuple(
-        (path.stat().st_size, path.stat().st_mtime_ns) for path in paths
-    )  # a file that changed is not taken from the cache
+    # A file that changed is not taken from the cache.
+    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    # Datasets would divide lists into shards.
     settings = {
         "paths": tuple(map(str, paths)),
         "languages": languages,
         "stamps": stamps,
-    }  # datasets would divide lists into shards
+    }
     features = datasets.Features({language: datasets.Value("string") for language in languages})
     return _read(folder, lambda: datasets.Dataset.from_generator(_lines, gen_kwargs=settings, features=features))
 

@@ -300,9 +300,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._end(args, state, events)
         if self._checkpoints and control.should_evaluate:
-            self._folder(
-                args, state
-            )  # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save
+            # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save.
+            self._folder(args, state)
         if self._checkpoints and control.should_save:
             self._checkpoints.write(self._folder(args, state), self._states(events))
 

@@ -428,9 +428,8 @@ def job_store() -> Any:
     The job's key-value store (`set`, `get`, `check`, `delete_key`), which lives in the launcher or with rank 0; None
     in a worker of `run_in_process`, where nobody can be missed.
     """
-    return (
-        None if is_in_process() else dist.distributed_c10d._get_default_store()
-    )  # private; tests/test_faults.py holds it
+    # Private; tests/test_faults.py holds it.
+    return None if is_in_process() else dist.distributed_c10d._get_default_store()
 
 
 def leave_job() -> None:

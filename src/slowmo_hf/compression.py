@@ -219,9 +219,8 @@ class CompressedAverager(ExactAverager):
         messages = list(self._send_all(buckets, base, weight, unit=weight))
         self._first_stages = deque(messages)
         self.communicator.owe(lambda: self.start_second_stages(wait=True))
-        if (
-            not self.communicator.fails_cleanly
-        ):  # NCCL wants one order over all its communicators: not one that depends on what is here
+        # NCCL wants one order over all its communicators: not one that depends on what is here.
+        if not self.communicator.fails_cleanly:
             self.start_second_stages(wait=True)
         return self._results(messages)
 

@@ -345,9 +345,8 @@ class SlowMoConfig:
         if task not in _PAPER_TASKS:
             raise ValueError(f"task must be one of {', '.join(_PAPER_TASKS)}, got {task!r}.")
         sync_every = 48 if base in GOSSIP_BASES and task != "cifar10" else 12
-        inner_state = (
-            "auto" if base == "all_reduce" and outer_momentum == 0 else _PAPER_TASKS[task]
-        )  # AR-SGD has no rounds
+        # AR-SGD has no rounds.
+        inner_state = "auto" if base == "all_reduce" and outer_momentum == 0 else _PAPER_TASKS[task]
         return cls(base=base, sync_every=sync_every, outer_momentum=outer_momentum, inner_state=inner_state)
 
     @classmethod

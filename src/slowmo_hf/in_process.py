@@ -304,9 +304,8 @@ class Wire:
         def take(brought: dict[int, Any]) -> None:
             objects[:] = [copy.deepcopy(brought[rank]) for rank in group.ranks]
 
-        self._meet(
-            "all_gather_object", copy.deepcopy(value), group, take, False
-        )  # who takes it last may come after a change
+        # Who takes it last may come after a change.
+        self._meet("all_gather_object", copy.deepcopy(value), group, take, False)
 
     def broadcast(self, tensor: torch.Tensor, src: int, group: Any = None, async_op: bool = False) -> Work:
         """The tensor of `src`, a rank in the job."""

@@ -125,9 +125,8 @@ def _refuse_communication_hooks(wrappers: list[Any]) -> None:
     would tell.
     """
     for ddp in wrappers:
-        hook = ddp._get_ddp_logging_data().get(
-            "comm_hook"
-        )  # also the built-in ones, which DDP does not list elsewhere
+        # Also the built-in ones, which DDP does not list elsewhere.
+        hook = ddp._get_ddp_logging_data().get("comm_hook")
         if hook:
             raise ValueError(
                 f"a DDP communication hook ({hook}) averages gradients over all processes of the job and cannot be "

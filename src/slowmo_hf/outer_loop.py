@@ -101,9 +101,8 @@ class OuterLoop:
         self.rounds = 0
         self.last_round: RoundReport | None = None
         self.departed: Departed | None = None  # a round that travels, or is due
-        self.parameters_alone = (
-            False  # what all have found at the last meeting: nothing else is averaged, and nothing was lost
-        )
+        # What all have found at the last meeting: nothing else is averaged, and nothing was lost.
+        self.parameters_alone = False
         self._stash: list[torch.Tensor] | None = None
         self._shown: list[torch.Tensor] = []
         self._random_state: RandomState | None = None
@@ -155,9 +154,8 @@ class OuterLoop:
         communicator, config = self.workers.between, self.config
         if config.shard_slow_state:
             return ShardedAverager(communicator, config.bucket_bytes, config.slow_state_device)
-        if (
-            config.compression == "none" or communicator.world_size == 1
-        ):  # alone, a worker sends nothing and quantises nothing
+        # Alone, a worker sends nothing and quantises nothing.
+        if config.compression == "none" or communicator.world_size == 1:
             return ExactAverager(communicator, config.bucket_bytes, at_once=bool(config.overlap_steps))
         return CompressedAverager(
             communicator, config.bucket_bytes, CODES[config.compression], at_once=bool(config.overlap_steps)
@@ -241,9 +239,8 @@ class OuterLoop:
         """
         trainable = self.tensors.trainable
         gradients = [p.grad for p in trainable if p.grad is not None]
-        if len(gradients) < len(
-            trainable
-        ):  # another worker may lack others, of the same sizes, and nothing would tell
+        # Another worker may lack others, of the same sizes, and nothing would tell.
+        if len(gradients) < len(trainable):
             raise RuntimeError(
                 "base='all_reduce' inside run_in_process averages the gradients of all trainable parameters, as DDP "
                 f"does, and {len(trainable) - len(gradients)} of {len(trainable)} have none. Freeze those that are "
@@ -322,9 +319,8 @@ class OuterLoop:
         self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False
     ) -> Callable[[], Agreement]:
         """Tell all ranks where this one is; the result waits for theirs, and compares."""
-        count = len(
-            self.tensors.groups
-        )  # another number of groups is a problem, and must not change the message's length
+        # Another number of groups is a problem, and must not change the message's length.
+        count = len(self.tensors.groups)
         lrs = ((inner_lrs or []) + [0.0] * count)[:count]
         problem = self.tensors.problem() or self._lost_finiteness
         trained, changed = self.attempted_steps - self._idle_steps, self.tensors.changed_buffers()
@@ -393,9 +389,8 @@ class OuterLoop:
         if not agreement.same_step:  # an average that is shown is an old one
             self.show_local(give_back_random_state=False)
         self.attempted_steps, self._idle_steps = agreement.trained_steps, 0
-        if (
-            passes_on and self.workers_agree
-        ):  # nobody has trained since a round: its anchor is the average, and what was mixed since is not
+        # Nobody has trained since a round: its anchor is the average, and what was mixed since is not.
+        if passes_on and self.workers_agree:
             self.workers.inside.broadcast_outcome(self._back_to_anchors)
             self.inside.broadcast_(self.tensors.trainable)
         if not self.showing_average:
@@ -404,9 +399,8 @@ class OuterLoop:
 
     def _meet_at_end(self) -> Agreement:
         self.hear_of_departed()  # first: an error is told in collectives that come before the others' messages
-        self.averager.start_second_stages(
-            wait=True
-        )  # others may wait for them, and here comes no later step to start them at
+        # Others may wait for them, and here comes no later step to start them at.
+        self.averager.start_second_stages(wait=True)
         return self._meet(Purpose.END)
 
     def _back_to_anchors(self) -> None:
@@ -600,9 +594,8 @@ class OuterLoop:
         self.hear_of_departed()
         report = self.workers.inside.broadcast_outcome(lambda: self._lead_taking_in(start))
         self.departed = None
-        self.parameters_alone &= math.isfinite(
-            report.pseudo_grad_norm
-        )  # else the next meeting says whose are not, before all else
+        # Else the next meeting says whose are not, before all else.
+        self.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
         self.inner_state.reset()
         self._share(self.tensors.trainable, [])
         return self._reported(report)
@@ -846,9 +839,8 @@ class OuterLoop:
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
         self.show_local()  # the state replaces what a look would give back
         self.forget_departed()
-        self.workers.inside.broadcast_outcome(
-            lambda: self._load_slow_state(state_dict)
-        )  # the leader's part, or its refusal
+        # The leader's part, or its refusal.
+        self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
         self.attempted_steps, self.rounds, self.local_steps = state_dict["attempted_steps"], state_dict["rounds"], 0
 
@@ -866,13 +858,11 @@ class OuterLoop:
             for group, previous in zip(self.outer_optimizer.param_groups, lrs, strict=True):
                 group["previous_inner_lr"] = previous
         else:
-            self.outer_optimizer.load_state_dict(
-                copy.deepcopy(state_dict["outer_optimizer"])
-            )  # torch keeps the caller's tensors
+            # torch keeps the caller's tensors.
+            self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))
         self.averager.drop_residuals()  # each worker's own, which this state does not hold
-        if (
-            state_dict["attempted_steps"] % self.config.sync_every == 0
-        ):  # inside a round there is all_reduce alone, whose parameters stay
+        # Inside a round there is all_reduce alone, whose parameters stay.
+        if state_dict["attempted_steps"] % self.config.sync_every == 0:
             for layout, whole in zip(self.layouts, state_dict["anchors"], strict=True):
                 copy_tensors_(layout.params, views_like(whole, layout.params))
             self._back_to_anchors()

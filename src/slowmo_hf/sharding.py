@@ -237,9 +237,8 @@ class ShardedAverager(ExactAverager):
 
     def take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         """The inverse, without a message."""
-        for state, whole, shards in zip(
-            states, wholes, self._shards, strict=False
-        ):  # without momentum there are no velocities
+        # Without momentum there are no velocities.
+        for state, whole, shards in zip(states, wholes, self._shards, strict=False):
             for shard in shards:
                 first = self.communicator.rank * shard.own.elements
                 part = shard.whole.of(whole)[first : first + shard.own.elements]

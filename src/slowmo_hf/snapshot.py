@@ -244,10 +244,11 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
 
 
 def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
+    # An older one lacks later settings.
     saved, now = (
         SlowMoConfig().to_dict() | shared.settings["config"],
         outer_loop.config.to_dict(),
-    )  # an older one lacks later settings
+    )
     for name in _FIXED:
         if saved.get(name) != now[name]:
             raise CheckpointError(

@@ -98,9 +98,8 @@ class TrainerCheckpoints:
         over = max(0, len(found) - max(limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:
             logger.info("deleting %s: save_total_limit=%d", path, limit)
-            shutil.rmtree(
-                _set_aside(path), ignore_errors=True
-            )  # under another name: a half-deleted folder is no checkpoint
+            # Under another name: a half-deleted folder is no checkpoint.
+            shutil.rmtree(_set_aside(path), ignore_errors=True)
 
     # ---- resuming ----
 

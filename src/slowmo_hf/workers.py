@@ -75,22 +75,19 @@ class Workers:
                 for ranks in cut
             ]
         )
-        self.gradients = _mine(
-            [Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut]
-        )  # DDP's
+        # DDP's.
+        self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])
         self.only_gradients_meet()
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
-        purpose = (
-            "behind" if self.config.overlap_steps else "rounds"
-        )  # a header must not queue behind messages that travel for long
+        # A header must not queue behind messages that travel for long.
+        purpose = "behind" if self.config.overlap_steps else "rounds"
         self.between = Communicator(timeout, self.device, leaders, purpose=purpose, witness=witness)
         if self.config.base in GOSSIP_BASES:
             self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
             if self.gossip.member:
-                self.gossip.gather_header(
-                    [0.0]
-                )  # NCCL wants every rank in a group's first call; in an exchange some may idle
+                # NCCL wants every rank in a group's first call; in an exchange some may idle.
+                self.gossip.gather_header([0.0])
 
     def only_gradients_meet(self) -> None:
         """Training goes on: only a worker's own processes meet in collectives that are not ours."""
