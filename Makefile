@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python, git and make. Each makes .venv, installs what it needs and goes.
+# Commands that do everything on a fresh machine with Python, git and make. Each makes .venv, installs what it needs and goes.
 # pip honours PIP_CONSTRAINT, for example to choose torch's CPU build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two files at a time keep two cores busy; with three, tests that measure time fail.
 TEST_PROCESSES ?= 2
 
-.PHONY: train test
+.PHONY: train test gpu
 
 train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images.
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
@@ -15,6 +15,10 @@ train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real image
 test: $(VENV)/.test  ## Lint, types and all tests. ARGS="-m 'not slow'" leaves the slow ones out.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+
+# GPU_PYTHON=python3 takes a Python that has torch, transformers, accelerate and pytest already, and installs nothing.
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)  ## All that wants a CUDA device. ARGS="--minutes 9"; the next call goes on.
+	PYTHONPATH=src $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
