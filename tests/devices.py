@@ -19,6 +19,8 @@ def take(device: str) -> None:
     """In a worker process, before all else: every rank is on the first card, and what it computes can be repeated."""
     if device == "cpu":
         return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]  # of several cards Trainer would use all
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it once; without it deterministic mode raises
     torch.cuda.set_device(0)
     if dist.is_initialized():

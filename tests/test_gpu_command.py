@@ -82,16 +82,16 @@ def test_what_would_not_end_in_time_is_not_started(root):
 
 
 def test_what_does_not_end_in_time_is_ended_and_waits_for_more_time(root):
-    """It and what it has started: the child would write after two seconds."""
-    child = "import time; time.sleep(2); open('late', 'w')"
+    """It and what it has started: the child would write after a second."""
+    child = "import time; time.sleep(1); open('late', 'w')"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    found = [made_up("slow", code, seconds=0.1), made_up("next")]
-    assert run(root, found, minutes=1 / 60)[0] == {"slow": "stopped", "next": "left"}
+    found = [made_up("slow", code, seconds=0.1), made_up("next", seconds=5)]
+    assert run(root, found, minutes=0.5 / 60)[0] == {"slow": "stopped", "next": "left"}
     assert record(root, "slow")["exit_code"] is None
-    assert run(root, found, minutes=1 / 60)[0] == {"slow": "left", "next": "left"}, "no longer than last time"
-    time.sleep(1.5)
+    assert run(root, found, minutes=0.5 / 60)[0] == {"slow": "left", "next": "left"}, "no longer than last time"
+    time.sleep(1)
     assert not (root / "late").exists()
-    assert run(root, found, minutes=2.5 / 60)[0]["slow"] == "stopped"
+    assert run(root, found, minutes=1.8 / 60)[0]["slow"] == "stopped"
 
 
 @pytest.mark.parametrize("file", ["src/package.py", "part.py"])
