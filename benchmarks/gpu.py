@@ -59,6 +59,9 @@ class GpuArguments:
     )
     only: str | None = field(default=None, metadata={"help": "This slice alone."})
     again: str | None = field(default=None, metadata={"help": "Run this slice though its record is there."})
+    commit: str | None = field(
+        default=None, metadata={"help": "For the records, of a copy without git: the commit that it is of."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": f"Folder of CIFAR-10 for the study; by default one of {', '.join(IMAGES)}."}
     )
@@ -181,10 +184,12 @@ class Records:
     Args:
         folder (`Path`): Made with the first record.
         device (`dict`): Of this run: a record of another one does not count.
+        commit (`str`, *optional*): In place of what git says.
     """
 
-    def __init__(self, folder: Path, device: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, device: dict[str, Any], commit: str | None = None) -> None:
         self.folder, self.device = folder, device
+        self.environment = environment([]) | ({"commit": commit} if commit else {})
 
     def current(self, slice_: Slice) -> dict[str, Any] | None:
         """The slice's record, where it is of these sources and this device."""
@@ -205,7 +210,7 @@ class Records:
             "date": date,
             "device": self.device,
             "hardware": hardware(),
-            **environment([]),
+            **self.environment,
             "sources": digest(slice_),
             **entries,
         }
@@ -357,7 +362,7 @@ def main() -> None:
         chosen = choose(slices(args.device, args.dataset_name), args.only, args.again)
     except ValueError as error:
         sys.exit(f"gpu.py: {error}")
-    records = Records(ROOT / (args.output or OUTPUT[args.device]), device_facts(args.device))
+    records = Records(ROOT / (args.output or OUTPUT[args.device]), device_facts(args.device), args.commit)
     states = run_slices(chosen, records, args.minutes, args.again)
     print(f"\n{table(states)}\nrecords in {records.folder}")
     sys.exit(any(state == "failed" for state, _ in states.values()))

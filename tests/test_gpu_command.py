@@ -180,7 +180,8 @@ def test_the_exit_code_says_whether_a_slice_failed(root, monkeypatch, capsys):
             gpu.main()
         return ended.value.code
 
-    assert exit_code("--only", "good") == 0
+    assert exit_code("--only", "good", "--commit", "abc") == 0
+    assert record(root, "good")["commit"] == "abc"
     assert exit_code() == 1
     assert "failed   1  bad" in capsys.readouterr().out
     assert exit_code("--only", "ugly") == "gpu.py: only must be one of bad, good, got 'ugly'."
