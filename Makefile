@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python, git and make. Each makes .venv, installs what it needs and goes.
+# Commands that do everything on a fresh machine with Python, git and make. Each makes .venv, installs what it needs and goes.
 # pip honours PIP_CONSTRAINT, for example to choose torch's CPU build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
 
-.PHONY: train test test-fast lint
+.PHONY: train test test-fast lint gpu
 
 train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images.
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
@@ -21,6 +21,10 @@ test-fast: lint  ## The same without the tests that take long or start a script 
 
 lint: $(VENV)/.test  ## Linter and types.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# GPU_PYTHON=python3 takes a Python that has torch, transformers, accelerate and pytest already, and installs nothing.
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)  ## All that wants a CUDA device. ARGS="--minutes 9"; the next call goes on.
+	PYTHONPATH=src $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

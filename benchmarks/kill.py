@@ -29,7 +29,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from kill_runs import SAVE_STEPS, Job, Kill, Run, differences, first_steps, launch, met
-from round_cost import hardware, versions
+from measuring import hardware, versions
 
 # ---- jobs ----
 

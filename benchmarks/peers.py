@@ -33,9 +33,9 @@ from transformers import HfArgumentParser
 
 from hosts import Hosts, why_not
 from image.data import SmallImages, load_images, make_dataset
+from measuring import hardware, versions
 from peer_job import SYSTEMS, Training, package, period
 from records import mean_sd, mean_with_interval
-from round_cost import hardware, versions
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
 TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is measured to

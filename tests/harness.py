@@ -92,7 +92,8 @@ def run_workers(
     check: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", time_limit_seconds: float = 90
 ) -> list[Any]:
     """
-    Run `check(*args)` in `world_size` processes, one thread each, under the environment that torchrun sets.
+    Run `check(*args)` in `world_size` processes, one thread each, under the environment that torchrun sets; with
+    another backend than gloo in fresh ones, which import all anew.
 
     Args:
         check (`Callable`): A module-level function. It finds its rank in `torch.distributed`.
@@ -105,7 +106,8 @@ def run_workers(
         AssertionError: A rank failed (the first one's traceback is shown) or the time limit passed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = fork_server()
+        # CUDA cannot be used in a process forked from one that has asked for it, which an import may do.
+        context = fork_server() if backend == "gloo" else multiprocessing.get_context("spawn")
         store = launcher_store(world_size)
         workers = [
             context.Process(

@@ -18,7 +18,9 @@ from harness import patience, run_workers
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import round_cost
-from round_cost import BenchmarkArguments, Textbook, outer_step_of, ratio
+import round_parts
+from measuring import ratio
+from round_parts import BenchmarkArguments, Textbook, outer_step_of
 
 ROOT = Path(__file__).parent.parent
 TINY = BenchmarkArguments(
@@ -130,7 +132,7 @@ def test_three_forms_of_the_arithmetic_are_one():
 def local_training_of_linear(model):
     optimizer = round_cost.SlowMoOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
-        round_cost.SlowMoConfig(outer_momentum=round_cost.BETA, sync_every=1),
+        round_cost.SlowMoConfig(outer_momentum=round_parts.BETA, sync_every=1),
     )
     model(torch.zeros(1, 5))
     return optimizer
@@ -142,7 +144,7 @@ def test_a_round_of_parts_is_a_round():
     p back.
     """
     params = [torch.arange(6.0).view(2, 3), torch.tensor([7.0])]
-    parts = round_cost.Parts(params)
+    parts = round_parts.Parts(params)
     parts.flat.zero_()
     parts.copy_in()
     parts.arithmetic()

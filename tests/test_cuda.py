@@ -1,6 +1,6 @@
 """
-What needs a CUDA device: a real GradScaler in Trainer, bf16, two gloo ranks on one GPU, NCCL, peak memory. Skipped
-without one.
+On a CUDA device: Trainer with a real GradScaler and with bf16, two gloo ranks on one card, gossip, NCCL with one rank.
+What can run on the CPU runs there too.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from devices import BACKENDS, join_alone, on_each_device, rank, take
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
 from tiny import Recorder, Regression, Rows, arguments, equal, follow, mean, recorded
 
-pytestmark = pytest.mark.cuda
-
 TAU, STEPS = 3, 8
 CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=patience(60))
+PRECISIONS = {"cpu": ["bf16"], "cuda": ["fp16", "bf16"]}  # accelerate refuses fp16 on a CPU
+FIRST_SCALE = 2.0**8  # the default of 65536 overflows by itself here
 
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+# ---- Trainer ----
 
 
 def on_cpu(recording):
@@ -48,7 +47,7 @@ class Overflow(TrainerCallback):
         self.skipped.append(all(torch.equal(a, b) for a, b in zip(self.before, model.parameters(), strict=True)))
 
 
-def check_trainer(folder, precision):
+def check_trainer(folder, precision, device):
     recorder, overflow = Recorder(), Overflow()
     # max_grad_norm=0: clipping would unscale before on_pre_optimizer_step, and the scaler would not see our infinity
     trainer = Trainer(
@@ -57,7 +56,7 @@ def check_trainer(folder, precision):
             folder,
             max_steps=STEPS,
             learning_rate=1e-2,
-            use_cpu=False,
+            use_cpu=device == "cpu",
             max_grad_norm=0,
             eval_strategy="steps",
             eval_steps=4,
@@ -67,26 +66,21 @@ def check_trainer(folder, precision):
         eval_dataset=Rows(16, torch.float32),
         callbacks=[recorder, *([overflow] if precision == "fp16" else []), SlowMoCallback(CONFIG)],
     )
-    trainer.train()
     scaler = trainer.accelerator.scaler
-    assert next(trainer.model.parameters()).is_cuda
+    if precision == "fp16":
+        scaler.load_state_dict({**scaler.state_dict(), "scale": FIRST_SCALE})
+    trainer.train()
+    assert next(trainer.model.parameters()).device.type == device
     return on_cpu(recorded(trainer, recorder)), overflow.skipped, scaler is not None and scaler.get_scale()
 
 
-def check_two_ranks_on_one_gpu(folder):
-    torch.cuda.set_device(0)
-    import os
-
-    os.environ["LOCAL_RANK"] = "0"
-    return {precision: check_trainer(f"{folder}/{precision}", precision) for precision in ("fp16", "bf16")}
+def check_precisions(folder, device):
+    take(device)
+    return {precision: check_trainer(f"{folder}/{precision}", precision, device) for precision in PRECISIONS[device]}
 
 
-def check_both_precisions(folder):
-    return {precision: check_trainer(f"{folder}/{precision}", precision) for precision in ("fp16", "bf16")}
-
-
-def follow_both(ranks):
-    for precision in ("fp16", "bf16"):
+def follow_all(ranks, device):
+    for precision in PRECISIONS[device]:
         runs = [result[precision][0] for result in ranks]
         assert follow(runs, CONFIG, tolerance=1e-5) == STEPS // TAU
         for step in (4, 8):
@@ -94,105 +88,112 @@ def follow_both(ranks):
                 average = mean([run["after"][step - 1] for run in runs], name)
                 torch.testing.assert_close(runs[0]["evaluated"][step][name].double(), average, rtol=1e-5, atol=1e-5)
     for number, result in enumerate(ranks):
-        skipped = result["fp16"][1]
-        assert len(skipped) == STEPS, "every attempt is counted"
-        assert skipped[1] == (number == len(ranks) - 1), "the infinite gradient was skipped where it was"
-        assert result["fp16"][2] > 0
         assert result["bf16"][2] is False
+        if device == "cuda":
+            _, skipped, scale = result["fp16"]
+            assert skipped == [step == 1 and number == len(ranks) - 1 for step in range(STEPS)], (
+                "where the infinity was"
+            )
+            assert scale == FIRST_SCALE / (2 if number == len(ranks) - 1 else 1)
 
 
-def test_one_gpu_alone(tmp_path):
-    follow_both(run_workers(check_both_precisions, 1, str(tmp_path), backend="nccl"))
+@on_each_device
+def test_one_process_under_trainer(tmp_path, device):
+    follow_all(run_workers(check_precisions, 1, str(tmp_path), device, backend=BACKENDS[device]), device)
 
 
-def test_two_gloo_ranks_on_one_gpu(tmp_path):
-    ranks = run_workers(check_two_ranks_on_one_gpu, 2, str(tmp_path), backend="cpu:gloo,cuda:gloo")
-    follow_both(ranks)
+@on_each_device
+def test_two_ranks_under_trainer(tmp_path, device):
+    ranks = run_workers(check_precisions, 2, str(tmp_path), device, backend=BACKENDS[device])
+    follow_all(ranks, device)
     assert equal(ranks[0]["bf16"][0]["final"], ranks[1]["bf16"][0]["final"])
 
 
-def check_nccl(folder):
-    """The harness makes no process group for one process: NCCL with one rank is made here."""
-    torch.cuda.set_device(0)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1, device_id=torch.device("cuda", 0)
-    )
-    rows, results = Rows(64, torch.float32), []
-    for config in (None, SlowMoConfig.local_sgd(sync_every=2)):
-        model = Regression(torch.float32).cuda()
-        inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        ddp = nn.parallel.DistributedDataParallel(model, device_ids=[0])
-        optimizer = SlowMoOptimizer(inner, config) if config else inner
+# ---- a world of one: NCCL ----
+
+ALONE = {
+    "plain": {},
+    "overlapped": {"overlap_steps": 1},
+    "int8": {"compression": "int8"},
+    "sharded": {"shard_slow_state": True},
+    "sharded, on the cpu": {"shard_slow_state": True, "slow_state_device": "cpu"},
+}
+
+
+def check_alone(folder, device):
+    take(device)
+    join_alone(device, folder)
+    rows, results, rounds = Rows(64, torch.float32), {}, {}
+    for name, settings in {"stock": None, **ALONE}.items():
+        model = Regression(torch.float32).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ddp = nn.parallel.DistributedDataParallel(model, device_ids=[0] if device == "cuda" else None)
+        if settings is not None:
+            optimizer = SlowMoOptimizer(optimizer, SlowMoConfig.local_sgd(sync_every=2, **settings))
         for step in range(6):
             optimizer.zero_grad()
-            ddp(rows.x[8 * step : 8 * step + 8].cuda(), rows.y[8 * step : 8 * step + 8].cuda())["loss"].backward()
+            batch = slice(8 * step, 8 * step + 8)
+            ddp(rows.x[batch].to(device), rows.y[batch].to(device))["loss"].backward()
             optimizer.step()
-        results.append({name: value.cpu() for name, value in model.state_dict().items()})
-        rounds = last_round(optimizer).round if config else 0
+        if settings is not None:
+            rounds[name] = last_round(optimizer).round
+        results[name] = {key: value.cpu() for key, value in model.state_dict().items()}
     dist.destroy_process_group()
     return results, rounds
 
 
-def test_nccl_with_one_rank(tmp_path):
-    [((stock, ours), rounds)] = run_workers(check_nccl, 1, str(tmp_path), backend="nccl")
-    assert rounds == 3
-    for name, value in stock.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+@on_each_device
+def test_one_rank_alone_is_stock_training(tmp_path, device):
+    """β = 0: the average of one worker is itself. The last overlapped round is still due at the end."""
+    [(results, rounds)] = run_workers(check_alone, 1, str(tmp_path), device, backend=BACKENDS[device])
+    assert rounds == {name: 2 if name == "overlapped" else 3 for name in ALONE}
+    for name in ALONE:
+        for key, value in results["stock"].items():
+            torch.testing.assert_close(results[name][key], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {key}")
 
 
-BUCKET_BYTES = 2**20
+def check_collectives(folder, device):
+    """Every collective of the package with the dtypes that it sends, on a group of one."""
+    take(device)
+    join_alone(device, folder)
+    for dtype in (torch.float32, torch.float64):
+        flat = torch.arange(5, dtype=dtype, device=device)
+        dist.all_reduce(flat, async_op=True).wait()
+        assert flat.tolist() == [0, 1, 2, 3, 4]
+    whole = torch.tensor([3, -4], device=device)
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX, async_op=True).wait()
+    assert whole.tolist() == [3, -4]
+    header = torch.tensor([1.0, 2.5], dtype=torch.float64, device=device)
+    rows = [torch.empty_like(header)]
+    dist.all_gather(rows, header, async_op=True).wait()
+    assert torch.equal(rows[0], header)
+    sent, received = (
+        torch.arange(16, dtype=torch.uint8, device=device),
+        torch.zeros(16, dtype=torch.uint8, device=device),
+    )
+    dist.all_to_all_single(received, sent, async_op=True).wait()
+    assert torch.equal(received, sent)
+    gathered = torch.zeros(1, 16, dtype=torch.uint8, device=device)
+    dist.all_gather(list(gathered), sent, async_op=True).wait()
+    assert torch.equal(gathered[0], sent)
+    dist.broadcast(sent, src=0, async_op=True).wait()
+    told = [None]
+    dist.all_gather_object(told, "word")
+    assert told == ["word"]
+    dist.destroy_process_group()
 
 
-def check_memory():
-    torch.cuda.set_device(0)
-    results = {}
-    for stash in ("same", "cpu"):
-        model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).cuda()
-        payload = sum(p.numel() * p.element_size() for p in model.parameters())
-        config = SlowMoConfig(sync_every=2, outer_momentum=0.5, bucket_bytes=BUCKET_BYTES, stash_device=stash)
-        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), config)
-        batch = torch.randn(4, 1024, device="cuda")
-
-        def step(model=model, optimizer=optimizer, batch=batch):
-            optimizer.zero_grad(set_to_none=False)
-            model(batch).square().mean().backward()
-            optimizer.step()
-
-        model(batch).square().mean().backward()  # starts: anchors, velocity and bucket are there from here on
-        base = torch.cuda.memory_allocated() - 2 * payload  # without parameters and gradients
-        optimizer.step()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        optimizer.step()
-        round_peak = torch.cuda.max_memory_allocated() - before
-        assert last_round(optimizer).round == 1
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with consensus(optimizer):
-            pass
-        look_peak = torch.cuda.max_memory_allocated() - before
-        results[stash] = {"payload": payload, "kept": base, "round": round_peak, "look": look_peak}
-        del model, optimizer, step
-        torch.cuda.empty_cache()
-    return results
+@on_each_device
+def test_the_backend_takes_what_the_package_sends(tmp_path, device):
+    run_workers(check_collectives, 1, str(tmp_path), device, backend=BACKENDS[device])
 
 
-def test_peak_memory_of_a_round_and_a_look():
-    [results] = run_workers(check_memory, 1, backend="nccl")
-    slack = 4 * BUCKET_BYTES + 2**20
-    for stash, sizes in results.items():
-        payload = sizes["payload"]
-        assert sizes["kept"] <= (2 if stash == "same" else 4) * payload + slack, "anchors and velocity, and one bucket"
-        assert sizes["round"] <= slack, "a round works bucket by bucket"
-        assert sizes["look"] <= (payload if stash == "same" else 0) + slack
-    assert results["same"]["look"] >= results["same"]["payload"]
+# ---- gossip ----
 
 
 def check_gossip(device):
     """Six steps of every gossip base; two ranks may share a GPU, and gloo's messages go through main memory."""
-    if device == "cuda":
-        torch.cuda.set_device(0)
+    take(device)
     results = {}
     for base in ("sgp", "osgp", "dpsgd"):
         weight = nn.Parameter(torch.arange(5.0, device=device))
@@ -207,45 +208,9 @@ def check_gossip(device):
     return results
 
 
+@pytest.mark.cuda
 def test_gossip_of_two_gloo_ranks_on_one_gpu_is_that_on_the_cpu():
-    on_gpu = run_workers(check_gossip, 2, "cuda", backend="cpu:gloo,cuda:gloo")
+    on_gpu = run_workers(check_gossip, 2, "cuda", backend=BACKENDS["cuda"])
     for mine, right in zip(on_gpu, run_workers(check_gossip, 2, "cpu"), strict=True):
         for base, weight in right.items():
             torch.testing.assert_close(mine[base], weight, rtol=1e-5, atol=1e-6)
-
-
-def check_sharded(device):
-    """
-    Six steps, with a look inside a round: the plain run, the sharded one, and the one whose slow state lies in main
-    memory.
-    """
-    if device == "cuda":
-        torch.cuda.set_device(0)
-    results, places = {}, {}
-    for name, settings in SHARDED.items():
-        weight = nn.Parameter(torch.arange(501.0, device=device))
-        config = SlowMoConfig(
-            sync_every=4, outer_momentum=0.5, bucket_bytes=1024, timeout_seconds=patience(60), **settings
-        )
-        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
-        for step in range(6):
-            weight.grad = weight.detach() - (rank() + 1) * (step + 1)
-            optimizer.step()
-        with consensus(optimizer):
-            results[name] = weight.detach().cpu().clone()
-        places[name] = {item.flat.device.type for item in optimizer.outer_loop.anchors}
-    return results, places
-
-
-SHARDED = {
-    "plain": {},
-    "sharded": {"shard_slow_state": True},
-    "on the cpu": {"shard_slow_state": True, "slow_state_device": "cpu"},
-}
-
-
-def test_sharded_slow_state_of_two_gloo_ranks_on_one_gpu_is_the_plain_one():
-    for results, places in run_workers(check_sharded, 2, "cuda", backend="cpu:gloo,cuda:gloo"):
-        for name in ("sharded", "on the cpu"):
-            torch.testing.assert_close(results[name], results["plain"], rtol=1e-6, atol=1e-6)
-        assert places == {"plain": {"cuda"}, "sharded": {"cuda"}, "on the cpu": {"cpu"}}

@@ -54,7 +54,7 @@ ONLY = {
 INTERNAL_ATTRIBUTES = ("outer_loop", "isolation")
 INTERNALS = {
     (
-        "benchmarks/round_cost.py",
+        "benchmarks/round_parts.py",
         "outer_loop",
     ): "times the outer optimizer's arithmetic apart from the round around it",
     ("benchmarks/kill_switch.py", "slowmo_hf.communicator.Communicator"): "kills a process in the middle of a message",

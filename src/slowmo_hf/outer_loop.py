@@ -192,7 +192,7 @@ class OuterLoop:
         self.outer_optimizer = make_outer_optimizer(self.config, groups)
         self.velocities: list[torch.Tensor] = []
         if isinstance(self.outer_optimizer, SlowMomentum) and self.config.outer_momentum > 0:
-            velocities = {item: torch.zeros_like(item.flat) for item in self.anchors}
+            velocities = {item: torch.zeros_like(item.flat, pin_memory=item.flat.is_pinned()) for item in self.anchors}
             for piece in self._pieces():
                 self.outer_optimizer.state[piece.anchor]["velocity"] = piece.of(velocities[piece.item])
             self.velocities = list(velocities.values())

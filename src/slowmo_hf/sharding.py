@@ -62,7 +62,8 @@ class ShardedAverager(ExactAverager):
     Args:
         communicator (`Communicator`): The workers.
         bucket_bytes (`int`): Of all messages.
-        state_device (`str`): Where the shards lie: `"same"` as the parameters, or `"cpu"`.
+        state_device (`str`): Where the shards lie: `"same"` as the parameters, or `"cpu"`, in pinned memory where
+            those are on a CUDA device.
     """
 
     def __init__(self, communicator: Communicator, bucket_bytes: int, state_device: str) -> None:
@@ -93,7 +94,11 @@ class ShardedAverager(ExactAverager):
     def _cut(self, layout: FlatAnchor) -> tuple[FlatAnchor, list[Shard]]:
         wholes = self.buckets(layout)
         lengths = [-(-whole.elements // self.workers) for whole in wholes]
-        flat = torch.zeros(sum(lengths), dtype=layout.flat.dtype, device=self._state_device or layout.params[0].device)
+        device = layout.params[0].device
+        beside_gpu = device.type == "cuda" and self._state_device is not None  # every round copies it over: pinned
+        flat = torch.zeros(
+            sum(lengths), dtype=layout.flat.dtype, device=self._state_device or device, pin_memory=beside_gpu
+        )
         item, shards, offset = FlatAnchor(flat, [], []), [], 0
         for whole, length in zip(wholes, lengths, strict=True):
             own = Bucket(item, offset, length, [])

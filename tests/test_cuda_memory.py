@@ -1,0 +1,104 @@
+"""
+The documented bytes of memory (README.md, docs/wire.md), counted on the device: between rounds on any, at the peak of
+a round and of a look on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from devices import BACKENDS, CUDA, take
+from harness import patience, run_workers
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round
+
+WIDTHS = {"cpu": 128, "cuda": 1024}
+BUCKET_BYTES = {"cpu": 2**16, "cuda": 2**20}
+
+# By case: workers, settings, and what lies on the device between rounds, in copies of the fp32 parameters.
+CODES = 2 * (1 + 4 / 256) / 4  # int8 messages to and from all, with a scale for every 256 elements
+CASES = {
+    "plain": (1, {}, 4 / 4 + 4 / 4),
+    "plain, stash on the cpu": (1, {"stash_device": "cpu"}, 4 / 4 + 4 / 4),
+    "overlapped": (1, {"overlap_steps": 1}, 2 + 1 + 1),  # x_i at step k, and all messages at once
+    "sharded alone, on the cpu": (1, {"shard_slow_state": True, "slow_state_device": "cpu"}, 0),
+    "int8": (2, {"compression": "int8"}, 2 + 1 + 1 / 2),  # a worker's residual and a shard owner's
+    "bf16": (2, {"compression": "bf16"}, 2 + 1 + 1 / 2),
+    "overlapped int8": (2, {"compression": "int8", "overlap_steps": 1}, 2 + 1 + 1 + 1 / 2 + CODES),
+    "sharded": (2, {"shard_slow_state": True}, 2 / 2),
+    "sharded, on the cpu": (2, {"shard_slow_state": True, "slow_state_device": "cpu"}, 0),
+}
+
+
+def allocated(device):
+    """Bytes of tensors on a device; on the CPU of those that Python can reach, shared memory once."""
+    gc.collect()  # the case before
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak(device, call):
+    """Bytes that `call` takes at its peak beyond what is there before; None on the CPU."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated() - before if device == "cuda" else None
+
+
+def check_memory(device, names):
+    take(device)
+    return {name: memory_of(device, CASES[name][1]) for name in names}
+
+
+def memory_of(device, settings):
+    width, bucket_bytes = WIDTHS[device], BUCKET_BYTES[device]
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(8))).to(device)
+    batch = torch.randn(4, width, device=device)
+    model(batch).square().mean().backward()  # gradients and cuBLAS's own workspaces are there from here on
+    before = allocated(device)
+    config = SlowMoConfig(
+        sync_every=2, outer_momentum=0.5, bucket_bytes=bucket_bytes, timeout_seconds=patience(60), **settings
+    )
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), config)
+    model(batch)  # starts: anchors, velocity and buckets are there from here on
+    kept = allocated(device) - before
+    optimizer.step()
+    at_round = peak(device, optimizer.step)
+    optimizer.step()  # takes in what was overlapped
+    assert last_round(optimizer).round == 1
+
+    def look():
+        with consensus(optimizer):
+            pass
+
+    at_look = peak(device, look)
+    payload = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = [item.flat for item in optimizer.outer_loop.anchors] + optimizer.outer_loop.velocities
+    found = {"payload": payload, "kept": kept, "round": at_round, "look": at_look}
+    return {**found, "pinned": {state.is_pinned() for state in states if state.device.type == "cpu"}}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_memory_is_as_documented(device, workers):
+    """Two messages with all that is small are less than two buckets; with compression there are four, and a copy."""
+    names = [name for name, case in CASES.items() if case[0] == workers]
+    slack = 4 * BUCKET_BYTES[device] + 2**16 + (2**20 if device == "cuda" else 0)
+    for results in run_workers(check_memory, workers, device, names, backend=BACKENDS[device]):
+        for name, sizes in results.items():
+            copies, payload = CASES[name][2], sizes["payload"]
+            on_cpu = CASES[name][1].get("slow_state_device") == "cpu"
+            if device == "cpu" and on_cpu:
+                copies = 2 / workers  # one place
+            assert copies * payload <= sizes["kept"] <= copies * payload + slack, (name, sizes)
+            if device == "cuda":
+                stash = payload if CASES[name][1].get("stash_device") != "cpu" else 0
+                assert sizes["round"] <= slack, (name, sizes)
+                assert stash <= sizes["look"] <= stash + slack, (name, sizes)
+                assert sizes["pinned"] == ({True} if on_cpu else set()), "main memory beside a card is pinned"
