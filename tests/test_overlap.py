@@ -392,7 +392,7 @@ def looks(model, optimizer):
 
 
 def asks_for_a_stop(model, optimizer):
-    optimizer.outer_loop.stop_asked = True
+    optimizer.outer_loop.status.stop_asked = True
 
 
 def test_what_differs_is_told_on_all_when_it_is_heard_of():
@@ -462,7 +462,7 @@ def _mends(config, processes):
                 shown.tolist(),
                 (mean / ranks).tolist(),
                 optimizer.outer_loop.rounds,
-                optimizer.outer_loop.local_steps,
+                optimizer.outer_loop.clock.local_steps,
             )
     return told, slowmo_hf.last_round(optimizer).round, optimizer.outer_loop.rounds
 

@@ -169,7 +169,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def _on_signal(self, name: str) -> None:
         if self.outer_loop is not None:
-            self.outer_loop.stop_asked = True
+            self.outer_loop.status.stop_asked = True
         logger.warning(
             "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
         )
@@ -200,7 +200,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """
         if self.outer_loop is None:
             return
-        if self.outer_loop.showing_average or not args.load_best_model_at_end:
+        if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
             self._end(args, state, kwargs, pass_end_is_ahead=False)
             self.outer_loop.keep_average()
         self._log(control)
@@ -252,7 +252,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._beyond.undo(state, control)
             self._beyond = None
         if self.outer_loop is not None and self._round_ended:
-            self._stop_with_others(state, control, self.outer_loop.somebody_ended)
+            self._stop_with_others(state, control, self.outer_loop.status.somebody_ended)
         if not self._all_gather(control):
             self._stop_with_others(state, control, True)
         self._look_if_due(args, state, control, kwargs)
@@ -277,6 +277,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             not _gathers(control) or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
         )
 
+    @property
+    def _all_are_asked_to_stop(self) -> bool:
+        return self.outer_loop is not None and self.outer_loop.status.stop_agreed
+
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
         if somebody_ended:
@@ -287,7 +291,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             )
             _stop_at_once(control)  # the rest gathers, and that rank will not come
             self._stopped = False  # nothing is saved, and nobody need come back
-        elif self.outer_loop is not None and self.outer_loop.stop_agreed and state.global_step < state.max_steps:
+        elif (
+            self.outer_loop is not None and self.outer_loop.status.stop_agreed and state.global_step < state.max_steps
+        ):
             control.should_save = control.should_training_stop = self._stopped = True
 
     def _look_if_due(
@@ -312,7 +318,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop is not None and not self._ended:
             self._ended = True
             meetings = _Meetings(args, state, self._planned_end, _steps_per_pass(args, events.get("train_dataloader")))
-            all_stop = state.global_step == self._planned_end or self._stopped or self.outer_loop.somebody_ended
+            all_stop = state.global_step == self._planned_end or self._stopped or self.outer_loop.status.somebody_ended
             all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
             self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
             if self.config.has_rounds:
@@ -359,9 +365,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _after_look(self, verb: str) -> None:
         if self.outer_loop is None or not self._training:
             return
-        if self.outer_loop.showing_average:
-            self.outer_loop.give_back_random_state()
-        elif not self.outer_loop.workers_agree:
+        if self.outer_loop.view.is_shown:
+            self.outer_loop.view.give_back_random_state()
+        elif not self.outer_loop.clock.workers_agree:
             raise RuntimeError(
                 f"one worker's own weights were {verb}, not the average: another callback asked for it after "
                 "SlowMoCallback had looked. Make SlowMoCallback the last callback."

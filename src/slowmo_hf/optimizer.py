@@ -242,7 +242,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
-        outer_loop.stop_asked = self._stop_asked
+        outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
         self._go_on(outer_loop)
 
@@ -274,7 +274,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
         logger.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
         self._stop_asked = True
         if self.outer_loop is not None:
-            self.outer_loop.stop_asked = True
+            self.outer_loop.status.stop_asked = True
 
     def end(self) -> None:
         """Take part in the others' rounds until all have ended. Collective."""
@@ -425,7 +425,7 @@ def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """
     bare = unwrap(optimizer)
     outer_loop = bare.outer_loop
-    if outer_loop is None or outer_loop.showing_average:
+    if outer_loop is None or outer_loop.view.is_shown:
         yield
         return
     bare._go_on(outer_loop)
@@ -482,7 +482,7 @@ def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
     """
     bare = unwrap(optimizer)
     bare.listen_for_stop()
-    return bare.outer_loop is not None and bare.outer_loop.stop_agreed
+    return bare.outer_loop is not None and bare.outer_loop.status.stop_agreed
 
 
 def last_round(optimizer: torch.optim.Optimizer) -> RoundReport | None:

@@ -50,7 +50,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -58,21 +57,23 @@ from typing import Any
 
 import torch
 
+from .account import Account
 from .averager import Base, ExactAverager, Piece, Sum, flat_layouts, views_like
+from .clock import Clock
 from .communicator import host_name
 from .compression import CODES, CompressedAverager
 from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
+from .consensus_view import ConsensusView
 from .gossip import GossipBase, make_topology
-from .header import Agreement, Header, Purpose
 from .inner_state import InnerState
 from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
 from .overlap import Departed, Nothing, TrainingOn
-from .random_state import RandomState
 from .round_report import Norms, RoundReport, log_costs
 from .sharding import ShardedAverager
 from .start_check import check_same_everywhere, log_start
+from .status import Agreement, Purpose, StatusExchange
 from .workers import Workers
 
 STATE_VERSION = 1
@@ -95,23 +96,19 @@ class OuterLoop:
         self.inner_optimizer = inner_optimizer
         self.tensors = ModelTensors(inner_optimizer, model)
         self.inner_state = InnerState(config, self.tensors)
-        self.attempted_steps = 0
-        self.local_steps = 0  # since the last round
-        self._idle_steps = 0  # after this worker's end, in the others' exchanges
-        self.rounds = 0
+        self.clock = Clock(config)
         self.last_round: RoundReport | None = None
         self.departed: Departed | None = None  # a round that travels, or is due
-        # What all have found at the last meeting: nothing else is averaged, and nothing was lost.
-        self.parameters_alone = False
-        self._stash: list[torch.Tensor] | None = None
-        self._shown: list[torch.Tensor] = []
-        self._random_state: RandomState | None = None
-        self._clock_start = self._look_start = time.perf_counter()
-        self._exchange_seconds = 0.0
-        self._lost_finiteness = ""
-        self.stop_asked = False  # this process was: it says so at the next meeting
-        self.stop_agreed = False  # all have heard
-        self.somebody_ended = False  # at the last meeting
+
+    @property
+    def attempted_steps(self) -> int:
+        """The clock, in optimizer steps."""
+        return self.clock.attempted_steps
+
+    @property
+    def rounds(self) -> int:
+        """Begun so far."""
+        return self.clock.rounds
 
     # ---- the start ----
 
@@ -139,7 +136,7 @@ class OuterLoop:
         self.averager = self._make_averager()
         self.inside = ExactAverager(self.workers.inside, self.config.bucket_bytes)
         self.tensors.remember_buffers()
-        self.attempted_steps = attempted_steps
+        self.clock.attempted_steps = attempted_steps
         # Only a leader holds slow state: elsewhere these lists are empty, and so are the loops over them.
         self.layouts = flat_layouts(self.tensors.groups) if self.workers.leads and self.config.has_rounds else []
         self.anchors, self._buckets = self.averager.take_anchors(self.layouts)
@@ -147,8 +144,14 @@ class OuterLoop:
         self.averager.reserve(self._buckets)
         self._make_outer_optimizer()
         log_start(self.workers, self.config, self.inner_state.policy)
-        self._bytes_counted = self.workers.bytes_sent
-        self._clock_start = time.perf_counter()
+        self.account = Account(lambda: self.workers.bytes_sent)
+        self.view = ConsensusView(self.account, self.config.stash_device)
+        self.status = StatusExchange(self.workers, self.tensors, self.clock, self.account, self._weigh)
+
+    def _weigh(self, local_steps: list[int]) -> None:
+        """Workers count by their steps since the last round (gossip: alike, by their mass)."""
+        if self.config.base not in GOSSIP_BASES and self.workers.leads:
+            self.averager.weigh([local_steps[rank] for rank in self.workers.between.ranks])
 
     def _make_averager(self) -> ExactAverager:
         communicator, config = self.workers.between, self.config
@@ -215,22 +218,21 @@ class OuterLoop:
             `RoundReport` of a round, or None between rounds; of an overlapped one when it is taken in.
         """
         self.refuse_while_shown()
-        self.attempted_steps += 1
-        self.local_steps += 1
+        self.clock.step()
         self.workers.roll_call.at(self.attempted_steps, "training")
-        round_is_due = self._exchange_if_due()
-        report = self._take_in_if_due()
-        start = time.perf_counter()
-        if self.departed is not None:
-            self.averager.start_second_stages(wait=False)
-            self._exchange_seconds += time.perf_counter() - start
-        if not round_is_due:
-            return report
-        if self._goes_ahead:
-            hear = self._say(Purpose.ROUND, inner_lrs, ahead=True)
-            self._set_out(start).hear = hear
+        with self.account.communicating():
+            if self.clock.exchange_is_due:
+                self._exchange()
+            report = self._take_in_if_due()
+            if self.departed is not None:
+                self.averager.start_second_stages(wait=False)
+            if not self.clock.round_is_due:
+                return report
+            if not self._goes_ahead:
+                return self._round(self._meet(Purpose.ROUND, inner_lrs))
+            hear = self.status.start(Purpose.ROUND, inner_lrs, ahead=True)
+            self._set_out().hear = hear
             return None
-        return self._round(self._meet(Purpose.ROUND, inner_lrs), start)
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -265,41 +267,17 @@ class OuterLoop:
         """
         Raise if the average is in the parameters: a step taken there would be lost when the local weights return.
         """
-        if self.showing_average:
+        if self.view.is_shown:
             raise RuntimeError(
                 "a training step was taken while the average is shown: leave consensus() before you train on."
             )
 
-    @property
-    def workers_agree(self) -> bool:
-        """
-        True where parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are
-        averaged.
-        """
-        if self.config.base == "all_reduce" or self.attempted_steps == 0:
-            return True
-        return (
-            self.config.exact_average
-            and not self.config.overlap_steps
-            and self.attempted_steps % self.config.sync_every == 0
-        )
-
-    def _exchange_if_due(self) -> bool:
-        """Mix, with a gossip base, but at an exact round; whether a round is due."""
-        round_is_due = self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
-        if self.config.base in GOSSIP_BASES and not (round_is_due and self.config.exact_average):
-            self._exchange()
-        return round_is_due
-
     def _exchange(self) -> None:
-        """One gossip exchange. Its number counts those before it: with exact rounds, all steps but the rounds'."""
-        start = time.perf_counter()
+        """One gossip exchange."""
         self.workers.roll_call.at(self.attempted_steps, "the exchange")
-        rounds_before = self.attempted_steps // self.config.sync_every if self.config.exact_average else 0
-        number = self.attempted_steps - 1 - rounds_before
+        number = self.clock.exchange_number
         self.workers.inside.broadcast_outcome(lambda: self._mix(number))
         self.inside.broadcast_(self.tensors.trainable)
-        self._exchange_seconds += time.perf_counter() - start
 
     def _mix(self, number: int) -> None:
         assert isinstance(self.base, GossipBase)
@@ -313,35 +291,7 @@ class OuterLoop:
     def _meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job."""
         self.hear_of_departed()
-        return self._say(purpose, inner_lrs)()
-
-    def _say(
-        self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False
-    ) -> Callable[[], Agreement]:
-        """Tell all ranks where this one is; the result waits for theirs, and compares."""
-        # Another number of groups is a problem, and must not change the message's length.
-        count = len(self.tensors.groups)
-        lrs = ((inner_lrs or []) + [0.0] * count)[:count]
-        problem = self.tensors.problem() or self._lost_finiteness
-        trained, changed = self.attempted_steps - self._idle_steps, self.tensors.changed_buffers()
-        header = Header(
-            purpose, self.attempted_steps, trained, self.local_steps, lrs, changed, problem, self.stop_asked, ahead
-        )
-        before = self.workers.bytes_sent
-        hear = header.say(self.workers.world, self.workers.roll_call)
-        if purpose is not Purpose.ROUND:  # a look, which no report counts
-            self._bytes_counted += self.workers.bytes_sent - before
-        return lambda: self._heard(hear(), purpose)
-
-    def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
-        self.stop_agreed = self.stop_agreed or agreement.stop
-        self.somebody_ended = agreement.somebody_ended
-        self.parameters_alone = not agreement.changed_buffers
-        if purpose in (Purpose.LOOK, Purpose.GATHER):
-            self.workers.all_may_meet()
-        if self.config.base not in GOSSIP_BASES and self.workers.leads:
-            self.averager.weigh([agreement.local_steps[rank] for rank in self.workers.between.ranks])
-        return agreement
+        return self.status.exchange(purpose, inner_lrs)
 
     @property
     def _meets_others(self) -> bool:
@@ -354,10 +304,8 @@ class OuterLoop:
         come. Collective.
         """
         if self._meets_others and self.workers.world.world_size > 1:
-            start = time.perf_counter()
-            self.hear_of_departed()  # of a round, whose report counts the wait
-            self._exchange_seconds += time.perf_counter() - start
-            return not self._meet(Purpose.GATHER).somebody_ended
+            with self.account.communicating():
+                return not self._meet(Purpose.GATHER).somebody_ended
         return True
 
     @torch.no_grad()
@@ -376,25 +324,25 @@ class OuterLoop:
         if not self._meets_others:
             self.show_average()
             return
-        start = self._look_start = time.perf_counter()
         passes_on = self.config.base in GOSSIP_BASES and not all_meet_here
-        if passes_on:
-            self._pass_on(others_meet_at)
-        while (agreement := self._meet_at_end()).purpose is not Purpose.END:
-            if agreement.purpose is Purpose.ROUND:
+        with self.account.communicating():
+            if passes_on:
+                self._pass_on(others_meet_at)
+            while (agreement := self._meet_at_end()).purpose is not Purpose.END:
+                if agreement.purpose is Purpose.ROUND:
+                    self.show_local(give_back_random_state=False)
+                    self.clock.attempted_steps = agreement.attempted_steps
+                    self._round(agreement)
+            if not agreement.same_step:  # an average that is shown is an old one
                 self.show_local(give_back_random_state=False)
-                self.attempted_steps = agreement.attempted_steps
-                self._round(agreement, start)
-            start = time.perf_counter()
-        if not agreement.same_step:  # an average that is shown is an old one
-            self.show_local(give_back_random_state=False)
-        self.attempted_steps, self._idle_steps = agreement.trained_steps, 0
-        # Nobody has trained since a round: its anchor is the average, and what was mixed since is not.
-        if passes_on and self.workers_agree:
-            self.workers.inside.broadcast_outcome(self._back_to_anchors)
-            self.inside.broadcast_(self.tensors.trainable)
-        if not self.showing_average:
-            self._take_in_if_due()  # the others may have gone on to where it is
+            self.clock.attempted_steps, self.clock.idle_steps = agreement.trained_steps, 0
+            # Nobody has trained since a round: its anchor is the average, and what was mixed since is not.
+            if passes_on and self.clock.workers_agree:
+                self.workers.inside.broadcast_outcome(self._back_to_anchors)
+                self.inside.broadcast_(self.tensors.trainable)
+            if not self.view.is_shown:
+                self._take_in_if_due()  # the others may have gone on to where it is
+        if not self.view.is_shown:
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
 
     def _meet_at_end(self) -> Agreement:
@@ -421,32 +369,32 @@ class OuterLoop:
         self.show_local(give_back_random_state=False)
         meet = False
         while not meet:
-            self.attempted_steps += 1
-            self._idle_steps += 1
-            round_is_due = self._exchange_if_due()
-            meet = round_is_due or others_meet_at(self.attempted_steps)
+            self.clock.idle()
+            if self.clock.exchange_is_due:
+                self._exchange()
+            meet = self.clock.round_is_due or others_meet_at(self.attempted_steps)
 
     # ---- the round ----
 
-    def _round(self, agreement: Agreement, start: float) -> RoundReport | None:
+    def _round(self, agreement: Agreement) -> RoundReport | None:
         """At once, or begun and left to travel."""
         if self.config.overlap_steps:
-            self._depart(agreement, start)
+            self._depart(agreement)
             return None
-        report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement, start))
+        report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement))
         self.inner_state.reset()
         self._share(self.tensors.trainable, agreement.changed_buffers)
-        self.local_steps = 0
+        self.clock.launch()
         return self._reported(report)
 
-    def _lead_round(self, agreement: Agreement, start: float) -> RoundReport:
+    def _lead_round(self, agreement: Agreement) -> RoundReport:
         norms = self._outer_step(self._displacements(), agreement.inner_lrs, self._summands)
         square = norms.drift_square if self.config.exact_average else norms.pseudo_grad_square
         self._refuse_non_finite(square, all_are_here=self.config.exact_average)
         if self.config.averages_at_rounds:
             self.base.end_average()
             self._average_others(agreement)
-        return self._report(self.rounds + 1, norms, start)
+        return self._report(self.rounds + 1, norms)
 
     def _average_others(self, agreement: Agreement) -> None:
         """What else a round makes equal: buffers, and the inner state where it is to be averaged."""
@@ -458,27 +406,15 @@ class OuterLoop:
         self.inner_state.average(self.averager)
 
     def _reported(self, report: RoundReport) -> RoundReport:
-        self.rounds, self.last_round = report.round, report
-        self._clock_start, self._exchange_seconds = time.perf_counter(), 0.0
-        self._bytes_counted = self.workers.bytes_sent
+        self.last_round = report
+        self.account.close()
         return report
 
-    def _report(self, number: int, norms: Norms, start: float) -> RoundReport:
-        now = time.perf_counter()
-        report = RoundReport(
-            round=number,
-            consensus_distance=norms.consensus_distance if self.config.exact_average else None,
-            pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
-            velocity_norm=math.sqrt(norms.velocity_square),
-            bytes_sent=self.workers.bytes_sent - self._bytes_counted,
-            seconds=now - start + self._exchange_seconds,
-            utilisation=(start - self._clock_start - self._exchange_seconds) / max(now - self._clock_start, 1e-9),
-        )
+    def _report(self, number: int, norms: Norms) -> RoundReport:
+        report = self.account.report(number, norms, consensus_is_known=self.config.exact_average)
         if report.round == 2 and self.workers.index == 0 and self.workers.count > 1:
-            exchange_seconds = self._exchange_seconds if self.config.base in GOSSIP_BASES else None
-            log_costs(
-                report, self.config.sync_every, start - self._clock_start - self._exchange_seconds, exchange_seconds
-            )
+            exchange_seconds = self.account.communicated_before if self.config.base in GOSSIP_BASES else None
+            log_costs(report, self.config.sync_every, self.account.computed_seconds, exchange_seconds)
         return report
 
     # ---- the round, overlapped ----
@@ -486,24 +422,24 @@ class OuterLoop:
     @property
     def _goes_ahead(self) -> bool:
         """Whether a round's messages set out before anybody has heard of the others; the same on all."""
-        return bool(self.config.overlap_steps) and self.parameters_alone and self.workers.world.fails_cleanly
+        return bool(self.config.overlap_steps) and self.status.parameters_alone and self.workers.world.fails_cleanly
 
-    def _depart(self, agreement: Agreement, start: float) -> None:
+    def _depart(self, agreement: Agreement) -> None:
         """Step k, where all have met: buffers, which are small, are averaged at once, and displacements set out."""
         self._take_in()  # on a rank that has ended the clock jumps from round to round
         if not agreement.ahead:
             self._average_beside(agreement)  # first: on one connection messages queue
-        departed = self._set_out(start)
+        departed = self._set_out()
         self._note(departed, agreement)
         if agreement.ahead:
             self._average_beside(agreement)
 
-    def _set_out(self, start: float) -> Departed:
+    def _set_out(self) -> Departed:
         """Displacements set out."""
-        self.departed = departed = Departed(self.attempted_steps + self.config.overlap_steps, self.local_steps)
+        due_step, local_steps = self.attempted_steps + self.config.overlap_steps, self.clock.local_steps
+        self.departed = departed = Departed(due_step, local_steps)
         self.workers.inside.broadcast_outcome(lambda: self._lead_departure(departed))
-        self.rounds, self.local_steps = self.rounds + 1, 0
-        self._exchange_seconds += time.perf_counter() - start
+        self.clock.launch()
         return departed
 
     def _lead_departure(self, departed: Departed) -> None:
@@ -533,7 +469,7 @@ class OuterLoop:
                     departed.drain()
             self.averager.drop_residuals()  # what they held back has gone with it
             self.departed = None
-            self.rounds, self.local_steps = self.rounds - 1, self.local_steps + departed.local_steps
+            self.clock.drop(departed.local_steps)
             self._stay()
             raise
         departed.hear = None
@@ -578,7 +514,8 @@ class OuterLoop:
             self.hear_of_departed()
         if self.departed is not None:
             self.departed.drain()
-        self.departed, self._lost_finiteness, self.parameters_alone = None, "", False
+        self.departed = None
+        self.status.forget()
         self._stay()
 
     def _take_in_if_due(self) -> RoundReport | None:
@@ -590,23 +527,22 @@ class OuterLoop:
         """Step k + n: every worker goes on from the new anchor, with the progress it has made meanwhile."""
         if self.departed is None:
             return None
-        start = time.perf_counter()
         self.hear_of_departed()
-        report = self.workers.inside.broadcast_outcome(lambda: self._lead_taking_in(start))
+        report = self.workers.inside.broadcast_outcome(self._lead_taking_in)
         self.departed = None
         # Else the next meeting says whose are not, before all else.
-        self.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
+        self.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
         self.inner_state.reset()
         self._share(self.tensors.trainable, [])
         return self._reported(report)
 
-    def _lead_taking_in(self, start: float) -> RoundReport:
+    def _lead_taking_in(self) -> RoundReport:
         assert isinstance(self.base, TrainingOn)
         assert self.departed is not None
         self.settle()
         assert self.departed.norms is not None
         self.base.take_in_(self._pieces())
-        return self._report(self.rounds, self.departed.norms, start)
+        return self._report(self.rounds, self.departed.norms)
 
     # ---- the parts of a round ----
 
@@ -622,7 +558,7 @@ class OuterLoop:
             "(max_grad_norm), and go on from the last checkpoint."
         )
         if not all_are_here:  # said at the next meeting
-            self._lost_finiteness = "" if self.config.exact_average and self.averager.own_is_finite else words
+            self.status.lost_finiteness = "" if self.config.exact_average and self.averager.own_is_finite else words
             return
         host = host_name()
         told = self.workers.between.gather_objects((self.workers.world.rank, host, self.averager.own_is_finite))
@@ -700,84 +636,54 @@ class OuterLoop:
 
     # ---- looking at the average ----
 
-    @property
-    def showing_average(self) -> bool:
-        """True while the average is in the parameters and the local weights are put by."""
-        return self._stash is not None
-
     @torch.no_grad()
     def show_average(self) -> None:
         """Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway."""
-        if self.showing_average or not self.config.has_rounds:
+        if self.view.is_shown or not self.config.has_rounds:
             return
-        self._look_start = time.perf_counter()
-        self._show([] if self._nothing_to_average else self._meet(Purpose.LOOK).changed_buffers)
+        self.view.begin()
+        try:
+            self._show([] if self._nothing_to_average else self._meet(Purpose.LOOK).changed_buffers)
+        except BaseException:
+            self.view.restore()
+            raise
 
     @property
     def _nothing_to_average(self) -> bool:
-        return self.workers_agree and (self.config.model_buffers == "average" or self.attempted_steps == 0)
+        return self.clock.workers_agree and (self.config.model_buffers == "average" or self.attempted_steps == 0)
 
     def _show(self, changed_buffers: list[str]) -> None:
-        self._random_state = RandomState.take()
         floating, integer = self.tensors.buffers_named(changed_buffers)
-        params = [] if self.workers_agree else self.tensors.trainable
-        device = torch.device("cpu") if self.config.stash_device == "cpu" else None
-        self._shown = [*params, *floating, *integer]
-        self._stash = [t.detach().to(device, copy=True) if device else t.detach().clone() for t in self._shown]
-        if not self._shown:
-            return
-        try:
+        params = [] if self.clock.workers_agree else self.tensors.trainable
+        shown = [*params, *floating, *integer]
+
+        def average_() -> None:
             self.workers.inside.broadcast_outcome(lambda: self._lead_look(bool(params), floating, integer))
-            self.inside.broadcast_(self._shown)
-        except BaseException:
-            self.show_local()
-            raise
+            self.inside.broadcast_(shown)
+
+        self.view.begin()
+        self.view.show(shown, average_)
 
     def _lead_look(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         if params:
             self.settle()
             self.base.settle()
-        before = self.workers.bytes_sent
-        if params:
-            self._refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
-        self.averager.mean_(floating)
-        self.averager.max_(integer)
-        self._bytes_counted += self.workers.bytes_sent - before
+        with self.account.apart():
+            if params:
+                self._refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
+            self.averager.mean_(floating)
+            self.averager.max_(integer)
 
     @torch.no_grad()
     def show_local(self, *, give_back_random_state: bool = True) -> None:
-        """
-        End a look: local weights and buffers return, bit for bit, and the random generators if they have not yet.
-        """
+        """End a look: local weights and buffers return, bit for bit, and random generators if they have not yet."""
         self.workers.only_gradients_meet()
-        if self._stash is None:
-            return
-        copy_tensors_(self._shown, self._stash)
-        self._end_look()
-        if give_back_random_state:
-            self.give_back_random_state()
-        self._clock_start += time.perf_counter() - self._look_start
-
-    def give_back_random_state(self) -> None:
-        """Set every random generator as it was before the look: an evaluation draws from them."""
-        if self._random_state is not None:
-            self._random_state.give_back()
+        self.view.restore(give_back_random_state=give_back_random_state)
 
     def keep_average(self) -> None:
         """End training on the average: what is shown stays."""
         self.show_average()
-        self._end_look()
-        self.give_back_random_state()
-
-    def local_value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter or buffer as this worker has it, also while the average is shown in its place."""
-        for shown, stashed in zip(self._shown, self._stash or [], strict=False):
-            if shown is tensor:
-                return stashed
-        return tensor
-
-    def _end_look(self) -> None:
-        self._stash, self._shown = None, []
+        self.view.keep()
 
     # ---- state ----
 
@@ -814,9 +720,8 @@ class OuterLoop:
         Args:
             keep (`bool`): False where this process does not write them: what it gets is of no use.
         """
-        before = self.workers.bytes_sent
-        whole = self.averager.gather_states([*(item.flat for item in self.anchors), *self.velocities], keep=keep)
-        self._bytes_counted += self.workers.bytes_sent - before
+        with self.account.apart():
+            whole = self.averager.gather_states([*(item.flat for item in self.anchors), *self.velocities], keep=keep)
         return whole[: len(self.anchors)], whole[len(self.anchors) :]
 
     def _outer_state(self) -> dict[str, Any]:
@@ -842,7 +747,8 @@ class OuterLoop:
         # The leader's part, or its refusal.
         self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
-        self.attempted_steps, self.rounds, self.local_steps = state_dict["attempted_steps"], state_dict["rounds"], 0
+        self.clock.attempted_steps, self.clock.rounds = state_dict["attempted_steps"], state_dict["rounds"]
+        self.clock.local_steps = 0
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
         for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .averager import Base, FlatAnchor, Piece, Sum, rounded
-from .header import Agreement
 from .round_report import Norms
+from .status import Agreement
 
 
 class TrainingOn(Base):

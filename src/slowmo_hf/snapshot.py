@@ -108,7 +108,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         "run": outer_loop.run_id,
         "attempted_steps": outer_loop.attempted_steps,
         "rounds": outer_loop.rounds,
-        "parameters_alone": outer_loop.parameters_alone,
+        "parameters_alone": outer_loop.status.parameters_alone,
         "workers": workers.count,
         "processes": workers.world.world_size,
         "config": outer_loop.config.to_dict(),
@@ -131,7 +131,8 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
             own.objects.update(slow.objects)
         own.objects.update({"inner_optimizer": outer_loop.inner_optimizer.state_dict(), **objects})
         own.settings.update(
-            {key: clock[key] for key in ("run", "attempted_steps", "workers")}, local_steps=outer_loop.local_steps
+            {key: clock[key] for key in ("run", "attempted_steps", "workers")},
+            local_steps=outer_loop.clock.local_steps,
         )
         write_part(folder, f"worker_{workers.index}", own)
 
@@ -152,17 +153,17 @@ def _worker_state(outer_loop: OuterLoop) -> Contents:
     tensors = outer_loop.tensors
     changed = tensors.changed_buffers()
     state = Contents(settings={"changed_buffers": changed})
-    if not outer_loop.workers_agree:
+    if not outer_loop.clock.workers_agree:
         for name, param in zip(tensors.names, tensors.trainable, strict=True):
-            state.tensors[f"parameter.{name}"] = outer_loop.local_value(param)
+            state.tensors[f"parameter.{name}"] = outer_loop.view.local_value(param)
     buffers = tensors.buffers()
     for name in changed:
-        state.tensors[f"buffer.{name}"] = outer_loop.local_value(buffers[name])
+        state.tensors[f"buffer.{name}"] = outer_loop.view.local_value(buffers[name])
     if isinstance(outer_loop.averager, CompressedAverager):
         state.settings["bucket_elements"], residuals = outer_loop.averager.residuals()
         state.tensors.update(residuals)
     base = outer_loop.base
-    if isinstance(base, GossipBase) and not outer_loop.workers_agree:
+    if isinstance(base, GossipBase) and not outer_loop.clock.workers_agree:
         base.wait_for_messages()
         state.settings["weight"] = base.weight
         state.settings["in_flight"] = [
@@ -226,12 +227,13 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
         )
     outer_loop.forget_departed()
     outer_loop.run_id = shared.settings["run"]
-    outer_loop.attempted_steps, outer_loop.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
-    outer_loop.parameters_alone = shared.settings.get("parameters_alone", False)
+    clock = outer_loop.clock
+    clock.attempted_steps, clock.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
+    outer_loop.status.parameters_alone = shared.settings.get("parameters_alone", False)
     if outer_loop.workers.leads:
         _put_slow_state(shared if outer_loop.config.exact_average else own, outer_loop)
     outer_loop.inner_optimizer.load_state_dict(own.objects.pop("inner_optimizer"))
-    outer_loop.local_steps = own.settings["local_steps"] if same_number else 0
+    clock.local_steps = own.settings["local_steps"] if same_number else 0
     _put_residuals(own, same_number, outer_loop)
     if same_number:
         _put_worker_state(own, outer_loop)
@@ -318,7 +320,7 @@ def _put_residuals(own: Contents, same_number: bool, outer_loop: OuterLoop) -> N
 
 def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
     tensors = outer_loop.tensors
-    if not outer_loop.workers_agree:
+    if not outer_loop.clock.workers_agree:
         for name, param in zip(tensors.names, tensors.trainable, strict=True):
             param.copy_(own.tensors[f"parameter.{name}"])
     buffers = tensors.buffers()

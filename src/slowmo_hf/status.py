@@ -1,21 +1,25 @@
-"""The header of a meeting: a small message that finds a difference between ranks before anything is mixed."""
+"""The status exchange of all ranks: a small message that finds a difference between them before anything is mixed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 
+from .account import Account
+from .clock import Clock
 from .communicator import Communicator, host_name
 from .log import logger
-from .model_tensors import hash48
+from .model_tensors import ModelTensors, hash48
 from .roll_call import RollCall
+from .workers import Workers
 
 
 class Purpose(IntEnum):
-    """What a rank comes to a meeting for."""
+    """What a rank comes to a status exchange for."""
 
     ROUND = 0
     LOOK = 1  # the average is evaluated or saved, and training goes on
@@ -173,3 +177,74 @@ class Header:
                 lrs,
             )
         return [max(column) for column in zip(*lrs, strict=True)]
+
+
+class StatusExchange:
+    """
+    What this rank tells all others of itself, and what all know of each other since the last exchange.
+
+    Before a round, before a look that sends, before Trainer gathers and at the end all ranks exchange their status. A
+    rank that ends first takes part in the others' rounds.
+
+    Args:
+        workers (`Workers`): All ranks, and this worker's.
+        tensors (`ModelTensors`): Whose problems and changed buffers are told.
+        clock (`Clock`): Where this rank is.
+        account (`Account`): Counts what is sent for a round; other exchanges are apart.
+        weigh (`Callable`): Is given every rank's local steps, where workers count by them.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        tensors: ModelTensors,
+        clock: Clock,
+        account: Account,
+        weigh: Callable[[list[int]], None],
+    ) -> None:
+        self._workers, self._tensors, self._clock, self._account = workers, tensors, clock, account
+        self._weigh = weigh
+        self.stop_asked = False  # this process was: it says so at the next exchange
+        self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
+        self.stop_agreed = False  # all know that a rank was asked to stop
+        self.somebody_ended = False  # at the last exchange
+        # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
+        self.parameters_alone = False
+
+    def exchange(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
+        """Wait for all ranks, and compare. Collective over the job; raises as `Header.say`."""
+        return self.start(purpose, inner_lrs)()
+
+    def start(
+        self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False
+    ) -> Callable[[], Agreement]:
+        """Tell all ranks where this one is; the result waits for theirs, and compares."""
+        # Another number of groups is a problem, and must not change the message's length.
+        count = len(self._tensors.groups)
+        header = Header(
+            purpose,
+            self._clock.attempted_steps,
+            self._clock.trained_steps,
+            self._clock.local_steps,
+            ((inner_lrs or []) + [0.0] * count)[:count],
+            self._tensors.changed_buffers(),
+            self._tensors.problem() or self.lost_finiteness,
+            self.stop_asked,
+            ahead,
+        )
+        with nullcontext() if purpose is Purpose.ROUND else self._account.apart():
+            hear = header.say(self._workers.world, self._workers.roll_call)
+        return lambda: self._heard(hear(), purpose)
+
+    def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
+        self.stop_agreed = self.stop_agreed or agreement.stop
+        self.somebody_ended = agreement.somebody_ended
+        self.parameters_alone = not agreement.changed_buffers
+        if purpose in (Purpose.LOOK, Purpose.GATHER):
+            self._workers.all_may_meet()
+        self._weigh(agreement.local_steps)
+        return agreement
+
+    def forget(self) -> None:
+        """Another state is taken up: what was wrong belongs to the run that is left."""
+        self.lost_finiteness, self.parameters_alone = "", False
