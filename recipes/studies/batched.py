@@ -28,7 +28,7 @@ class BatchedGradients:
         loss (`Callable`): Of one worker: `loss(model, images, labels)`.
         way (`str`, *optional*, defaults to `"batched"`): One pass for all (a convolution has a group per worker); or
             `in_turn`, a pass per worker.
-        channels_last (`bool`, *optional*, defaults to `False`): How the images of a pass lie in memory.
+        channels_last (`bool`, *optional*, defaults to `False`): How the images of a batched pass lie in memory.
     """
 
     def __init__(
@@ -68,9 +68,7 @@ class BatchedGradients:
     def _gradients_of(self, worker: int, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         parameters = {name: whole[worker] for name, whole in self.parameters.items()}
         buffers = {name: whole[worker] for name, whole in self.buffers.items()}
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        loss = self._loss(parameters, buffers, images.contiguous(memory_format=memory_format), labels)
-        return torch.autograd.grad(loss, list(parameters.values()))
+        return torch.autograd.grad(self._loss(parameters, buffers, images, labels), list(parameters.values()))
 
     def _loss(
         self,

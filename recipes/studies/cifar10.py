@@ -46,7 +46,7 @@ class Machine:
 
     @property
     def channels_last(self) -> bool:
-        """How images lie in memory: as tensor cores want them."""
+        """How the images of a batched pass lie in memory: on a GPU as tensor cores want them."""
         return self.device == "cuda"
 
     @property

@@ -27,7 +27,7 @@ class Progress:
     bytes_sent: int = 0
     seconds: float = 0.0  # looks and saves included
     training_seconds: float = 0.0  # without them
-    longest_epoch: float = 0.0  # seconds, its look included
+    longest_epoch: float = 0.0  # of this call, seconds, its look included
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def count(self, report: slowmo_hf.RoundReport | None) -> None:

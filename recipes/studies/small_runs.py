@@ -54,7 +54,8 @@ def _work(run: Run, job: Job, rank: int, keeper: Keeper | None, start: float) ->
     scheduler = torch.optim.lr_scheduler.LambdaLR(job.inner, job.learning_rate_factor)
     kept = KeptWorker(keeper, rank, job.model, optimizer, scheduler) if keeper else None
     progress = kept.take_up() if kept else Progress()
-    for epoch in range(progress.epochs, run.epochs):
+    begun = progress.epochs
+    for epoch in range(begun, run.epochs):
         epoch_start = time.perf_counter()
         for batch in job.batches(epoch):
             job.learn(batch)
@@ -70,7 +71,8 @@ def _work(run: Run, job: Job, rank: int, keeper: Keeper | None, start: float) ->
                 if rank == 0:
                     progress.curve.append({"epoch": progress.epochs, **job.look(is_last)})
         now = time.perf_counter()
-        progress.longest_epoch = max(progress.longest_epoch, now - epoch_start)
+        # The first epoch of a call starts the job, and on a GPU captures its graph: it counts until there is another.
+        progress.longest_epoch = max(progress.longest_epoch if epoch > begun + 1 else 0.0, now - epoch_start)
         progress.seconds, start = progress.seconds + now - start, now
         if kept and kept.end_epoch(progress, run.epochs):
             return None
