@@ -38,7 +38,8 @@ class GpuArguments:
     minutes: float | None = field(
         default=None,
         metadata={
-            "help": "Start no epoch that would not end in this time; the run's state is kept for the next call."
+            "help": "Start no epoch that would not end in this time, imports not counted; the run's state is kept for "
+            "the next call."
         },
     )
     keep_every: int = field(default=25, metadata={"help": "Epochs between two saves of a run's state."})
