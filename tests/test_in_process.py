@@ -14,7 +14,7 @@ import torch
 import slowmo_hf
 from harness import run_workers
 from reference import gossip_reference, slowmo_reference
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process, together
 from slowmo_hf.communicator import Communicator, processes_in_job, rank_in_job
 from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.gossip import make_topology
@@ -402,3 +402,82 @@ def test_join_works_inside():
         return weight.item()
 
     assert run_in_process(work, 2) == pytest.approx([4 - (3 * 3 + 1 * 1) / 4] * 2)
+
+
+# ---- together ----
+
+
+def test_one_call_serves_all_workers():
+    """Items by rank, an entry for each; a call a round, in the turn of the worker that comes last."""
+    calls = []
+
+    def squares(items):
+        calls.append(items)
+        return [item**2 for item in items]
+
+    def work(rank):
+        return [together(squares, 10 * step + rank) for step in range(3)]
+
+    assert run_in_process(work, 4) == [[(10 * step + rank) ** 2 for step in range(3)] for rank in range(4)]
+    assert calls == [[10 * step + rank for rank in range(4)] for step in range(3)]
+    assert run_in_process(lambda rank: together(squares, 5), 1) == [25]
+
+
+def test_nothing_is_copied_and_generators_stay_each_workers_own():
+    """What the one call draws is drawn from the last worker's generator; the others' go on as if alone."""
+    given = [torch.zeros(2) for _ in range(3)]
+
+    def work(rank):
+        torch.manual_seed(rank)
+        got = together(lambda items: [(items[rank], torch.rand(1).item()) for rank in range(len(items))], given[rank])
+        return got, torch.rand(1).item()
+
+    for rank, ((got, _), drawn) in enumerate(run_in_process(work, 3)):
+        assert got is given[rank]
+        alone = torch.Generator().manual_seed(rank)
+        skipped = 3 if rank == 2 else 0
+        assert drawn == pytest.approx(torch.rand(skipped + 1, generator=alone)[-1].item())
+
+
+def _the_call_fails(items):
+    raise ValueError("bad batch")
+
+
+def _catches_it(rank):
+    try:
+        return together(_the_call_fails, rank)
+    except ValueError:
+        return together(lambda items: items, rank)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("work", "words", "cause"),
+    [
+        (lambda rank: together(_the_call_fails, rank), "^together failed: ValueError: bad batch$", ValueError),
+        (_catches_it, "^together failed: ValueError: bad batch$", ValueError),
+        (lambda rank: together(lambda items: items[1:], rank), "^together failed: ValueError: zip", ValueError),
+        (
+            lambda rank: [together(lambda items: items, rank) for _ in range(3 - (rank == 2))],
+            r"worker 0 waits for together, number 2 of workers \[0, 1, 2, 3\]; .*worker 2 has returned",
+            type(None),
+        ),
+        (
+            lambda rank: together(list, rank) if rank else Communicator(5, torch.device("cpu")).gather_objects(rank),
+            "all workers wait for each other: worker 0 waits for all_gather.*; worker 1 waits for together, number 0",
+            type(None),
+        ),
+    ],
+    ids=["fails", "is caught", "too few entries", "one time less", "something else"],
+)
+def test_a_call_that_cannot_serve_all_ends_the_job(work, words, cause):
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match=words) as raised:
+        run_in_process(work, 4)
+    assert type(raised.value.__cause__) is cause
+    assert threading.active_count() == before, "all have ended"
+
+
+def test_together_is_for_workers_alone():
+    with pytest.raises(RuntimeError, match="together must be called by a worker of run_in_process"):
+        together(list, 1)

@@ -19,7 +19,7 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from studies import reproduce, small_runs, small_translation  # noqa: E402
+from studies import reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.plan import Run  # noqa: E402
 from translation.data import SHIPPED, DataError  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
@@ -154,7 +154,7 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data,
     assert metrics["validation_nll"] == curve[2]["validation_nll"]
     assert metrics["best_validation_nll"] == min(look["validation_nll"] for look in curve)
     assert curve[2]["training_loss"] < curve[0]["training_loss"] - 0.5, "it learns"
-    assert set(reproduce.SHOWN["translation"].columns) <= set(metrics)
+    assert set(showing.SHOWN["translation"].columns) <= set(metrics)
     assert found["bleu_signature"] == str(_sacrebleu(data.test.targets, data.test.targets)[1])
     assert found["model"] == f"MarianMTModel, {16 * len(data.tokenizer) + 2224 + 3344:,} parameters", (
         "embedding, encoder, decoder"

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from image.presets import PRESETS
 from slowmo_hf import SlowMoConfig
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning on seed 0 has chosen for a base; None where its runs are not all there yet."""
+
+    inner_lr: float | None = None
+    outer_momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Task:
         seeds (`int`), pair_seeds (`int`): Per row of the table; of the Local SGD pair, at least.
         sizes (`dict[str, Any]`): Fields of `Run` with other values than its own.
         sync_every (`dict[str, int]`): Bases with another period than `Run`'s own.
+        given (`Tuned`, *optional*): The paper's own size, with these settings for every base; nothing is tuned.
     """
 
     bases: tuple[str, ...]
@@ -37,12 +47,14 @@ class Task:
     pair_seeds: int
     sizes: dict[str, Any] = field(default_factory=dict)
     sync_every: dict[str, int] = field(default_factory=dict)
+    given: Tuned | None = None
 
     def best(self, results: dict[float, float]) -> float:
         """The setting with the best result."""
         return (min if self.smaller_is_better else max)(results, key=lambda setting: results[setting])
 
 
+_CIFAR10 = PRESETS["cifar10"]
 TASKS = {
     "image_classification": Task(
         bases=("local_sgd", "all_reduce", "sgp", "osgp"),
@@ -64,15 +76,22 @@ TASKS = {
         sizes={"epochs": 22, "batch_size": 128},  # 7,436 steps: 154 rounds of 48
         sync_every={"sgp": 48},  # as in the paper
     ),
+    "cifar10": Task(
+        bases=("local_sgd", "sgp"),
+        learning_rates=(),
+        momenta=(),
+        metric="test_accuracy",
+        smaller_is_better=False,
+        seeds=3,
+        pair_seeds=1,
+        sizes={
+            "workers": 32,
+            "epochs": _CIFAR10["num_train_epochs"],
+            "batch_size": _CIFAR10["per_device_train_batch_size"],
+        },
+        given=Tuned(_CIFAR10["learning_rate"], _CIFAR10["outer_momentum"]),
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning on seed 0 has chosen for a base; None where its runs are not all there yet."""
-
-    inner_lr: float | None = None
-    outer_momentum: float | None = None
 
 
 # What a record's name says of a setting that is not the task's own.
@@ -83,6 +102,9 @@ SHORT: dict[str, Callable[[Any], str]] = {
     "exact_average": lambda value: "average" if value else "no-average",
     "epochs": lambda value: f"epochs{value}",
     "batch_size": lambda value: f"batch{value}",
+    "architecture": str,
+    "max_train_samples": lambda value: f"rows{value}",
+    "look_every": lambda value: f"look{value}",
 }
 
 
@@ -93,7 +115,7 @@ class Run:
 
     Args:
         study (`str`): table1, sweep or tuning.
-        task (`str`): image_classification or translation.
+        task (`str`): image_classification, translation or cifar10.
         inner_lr (`float`): Peak learning rate of the inner optimizer.
         epochs (`int`): Passes over the training data, all workers together.
         batch_size (`int`): Per worker and step: images; tokens of translation, padding included (`make_batches`).
@@ -132,13 +154,30 @@ class Run:
     def name(self) -> str:
         """Of its record, below the folder of records: every setting that is not the task's own."""
         own = make_run(self.study, self.task, self.base, self.outer_momentum, self.inner_lr, self.seed)
-        told = [word(getattr(self, key)) for key, word in SHORT.items() if getattr(self, key) != getattr(own, key)]
+        mine, others = vars(self), vars(own)
+        told = [word(mine[key]) for key, word in SHORT.items() if mine.get(key) != others.get(key)]
         words = [self.base, f"beta{self.outer_momentum}", f"lr{self.inner_lr}", *told, f"seed{self.seed}"]
         return f"{self.task}/{self.study}/{'_'.join(words)}"
 
     def matches(self, record: dict[str, Any]) -> bool:
         """Whether a record is of this very run."""
         return json.loads(json.dumps(asdict(self))) == record.get("run")
+
+
+@dataclass(frozen=True)
+class PaperRun(Run):
+    """
+    A run of the paper's own size, which a dry run makes smaller.
+
+    Args:
+        architecture (`str`): As `image.small_resnet.make_model` takes it.
+        max_train_samples (`int`, *optional*): The first training images alone, and as many test images.
+        look_every (`int`): Epochs between two looks at the average; there is one after the last epoch too.
+    """
+
+    architecture: str = _CIFAR10["architecture"]
+    max_train_samples: int | None = None
+    look_every: int = 10
 
 
 def make_run(
@@ -150,7 +189,13 @@ def make_run(
     sizes = {**TASKS[task].sizes, "exact_average": outer_momentum > 0 or base not in ("sgp", "osgp")}
     if base in TASKS[task].sync_every:
         sizes["sync_every"] = TASKS[task].sync_every[base]
-    return Run(study, task, base, outer_momentum, inner_lr, seed, **{**sizes, **others})
+    settings = {"study": study, "task": task, "base": base, "outer_momentum": outer_momentum, "inner_lr": inner_lr}
+    return run_of({**settings, "seed": seed, **sizes, **others})
+
+
+def run_of(settings: dict[str, Any]) -> Run:
+    """The run of these settings, such as a record's."""
+    return (PaperRun if TASKS[settings["task"]].given else Run)(**settings)
 
 
 def without_slowmo(run: dict[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def rows_of(epoch: int, rank: int, run: Run, rows: int) -> torch.Tensor:
 def train(run: Run, data: Images) -> dict[str, Any]:
     """All workers of one run; the part of its record that they know."""
     told = train_workers(run, lambda rank: _make_job(run, data, rank))
+    assert told is not None
     return {**told, "metrics": _metrics(told["curve"]), "dataset": data.name, "dataset_sha256": data.sha256}
 
 
@@ -129,7 +130,7 @@ def _make_job(run: Run, data: Images, rank: int) -> Job:
         ),
         learning_rate_factor=lambda step: learning_rate_factor(step, steps),
         batches=lambda epoch: rows_of(epoch, rank, run, rows),
-        loss=lambda batch: _loss(model, data, batch),
+        learn=lambda batch: _loss(model, data, batch).backward(),
         look=lambda last: {
             **_look(model, data),
             **({"test_accuracy": _evaluate(model, data.test)[0]} if last else {}),

@@ -1,5 +1,5 @@
 """
-The part of a small run that every task has: its workers in one process, their training loop, and what they know of it.
+What runs of every task have in common: workers in one process, their training loop, and what they know of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 import slowmo_hf
 from slowmo_hf import SlowMoOptimizer
+from studies.kept import Keeper, KeptWorker, Progress
 from studies.plan import Run
 
 
@@ -24,52 +25,64 @@ class Job:
     Args:
         learning_rate_factor (`Callable`): Of the peak, by optimizer steps from 0.
         batches (`Callable`): This worker's batches of an epoch, which counts from 0; equally many on every worker.
-        loss (`Callable`): Of one batch.
+        learn (`Callable`): Leaves the gradients of one batch in the model's parameters.
         look (`Callable`): Figures of the model as it is, which is then the workers' average; told whether training has
             ended.
+        look_every (`int`, *optional*, defaults to `1`): Epochs between two looks; the last epoch has one.
     """
 
     model: torch.nn.Module
     inner: torch.optim.Optimizer
     learning_rate_factor: Callable[[int], float]
     batches: Callable[[int], Iterable[Any]]
-    loss: Callable[[Any], torch.Tensor]
+    learn: Callable[[Any], Any]
     look: Callable[[bool], dict[str, Any]]
+    look_every: int = 1
 
 
-def train_workers(run: Run, make_job: Callable[[int], Job]) -> dict[str, Any]:
+def train_workers(run: Run, make_job: Callable[[int], Job], keeper: Keeper | None = None) -> dict[str, Any] | None:
     """
-    All workers of one run, `make_job(rank)` each; the first one's part of the record, with a look after every epoch.
+    All workers of one run, `make_job(rank)` each; the first one's part of the record. None where the keeper has left
+    the run for a later call.
     """
     start = time.perf_counter()
-    told = slowmo_hf.run_in_process(lambda rank: _work(run, make_job(rank), rank), run.workers)[0]
-    return {**told, "seconds": time.perf_counter() - start}
+    return slowmo_hf.run_in_process(lambda rank: _work(run, make_job(rank), rank, keeper, start), run.workers)[0]
 
 
-def _work(run: Run, job: Job, rank: int) -> dict[str, Any]:
+def _work(run: Run, job: Job, rank: int, keeper: Keeper | None, start: float) -> dict[str, Any] | None:
     optimizer = SlowMoOptimizer(job.inner, run.config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(job.inner, job.learning_rate_factor)
-    curve: list[dict[str, Any]] = []
-    reports: list[slowmo_hf.RoundReport] = []
-    steps = 0
-    for epoch in range(run.epochs):
+    kept = KeptWorker(keeper, rank, job.model, optimizer, scheduler) if keeper else None
+    progress = kept.take_up() if kept else Progress()
+    begun = progress.epochs
+    for epoch in range(begun, run.epochs):
+        epoch_start = time.perf_counter()
         for batch in job.batches(epoch):
-            job.loss(batch).backward()
+            job.learn(batch)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-            steps += 1
-            report = slowmo_hf.last_round(optimizer)
-            if report and report.round > len(reports):
-                reports.append(report)
-        with slowmo_hf.consensus(optimizer):
-            if rank == 0:
-                curve.append({"epoch": epoch + 1, **job.look(epoch + 1 == run.epochs)})
+            progress.count(slowmo_hf.last_round(optimizer))
+        progress.training_seconds += time.perf_counter() - epoch_start
+        progress.epochs += 1
+        is_last = progress.epochs == run.epochs
+        if progress.epochs % job.look_every == 0 or is_last:
+            with slowmo_hf.consensus(optimizer):
+                if rank == 0:
+                    progress.curve.append({"epoch": progress.epochs, **job.look(is_last)})
+        now = time.perf_counter()
+        # The first epoch of a call starts the job, and on a GPU captures its graph: it counts until there is another.
+        progress.longest_epoch = max(progress.longest_epoch if epoch > begun + 1 else 0.0, now - epoch_start)
+        progress.seconds, start = progress.seconds + now - start, now
+        if kept and kept.end_epoch(progress, run.epochs):
+            return None
     trained = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
     return {
         "model": f"{type(job.model).__name__}, {trained:,} parameters",
-        "curve": curve,
-        "steps": steps,
-        "rounds": len(reports),
-        "bytes_sent_per_worker": sum(report.bytes_sent for report in reports) if run.base != "all_reduce" else None,
+        "curve": progress.curve,
+        "steps": progress.steps,
+        "rounds": progress.rounds,
+        "bytes_sent_per_worker": progress.bytes_sent if run.base != "all_reduce" else None,
+        "seconds": progress.seconds,
+        "seconds_per_epoch": progress.training_seconds / progress.epochs,
     }

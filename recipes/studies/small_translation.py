@@ -104,6 +104,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def train(run: Run, data: Translations) -> dict[str, Any]:
     """All workers of one run; the part of its record that they know."""
     told = train_workers(run, lambda rank: _make_job(run, data, rank))
+    assert told is not None
     signature = told["curve"][-1].pop("bleu_signature")
     return {
         **told,
@@ -132,15 +133,15 @@ def _make_job(run: Run, data: Translations, rank: int) -> Job:
         sampler.set_epoch(epoch)
         return sampler
 
-    def loss(rows: list[int]) -> torch.Tensor:
-        return _losses(model, [data.train.rows[row] for row in rows], LABEL_SMOOTHING)[0]
+    def learn(rows: list[int]) -> None:
+        _losses(model, [data.train.rows[row] for row in rows], LABEL_SMOOTHING)[0].backward()
 
     return Job(
         model=model,
         inner=torch.optim.Adam(model.parameters(), lr=run.inner_lr, betas=BETAS, fused=True),
         learning_rate_factor=lambda step: learning_rate_factor(step, run.epochs * len(sampler)),
         batches=batches,
-        loss=loss,
+        learn=learn,
         look=lambda last: {**_look(model, data), **(_scores(model, data) if last else {})},
     )
 

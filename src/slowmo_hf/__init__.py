@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .accelerate_checkpoints import register_for_checkpointing
 from .checkpoint import verify_checkpoint
 from .config import SlowMoConfig
-from .in_process import run_in_process
+from .in_process import run_in_process, together
 from .optimizer import SlowMoOptimizer, consensus, join, last_round, stop_requested
 from .round_report import RoundReport
 from .stop_signals import REQUEUE_EXIT_CODE
@@ -25,6 +25,7 @@ __all__ = [
     "register_for_checkpointing",
     "run_in_process",
     "stop_requested",
+    "together",
     "verify_checkpoint",
 ]
 __version__ = "0.1.0"

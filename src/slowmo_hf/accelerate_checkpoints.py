@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
+from .communicator import is_in_process
 from .log import logger
 from .optimizer import consensus, unwrap
 from .outer_loop import OuterLoop
@@ -123,7 +124,8 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
     objects: dict[str, Any] = {}
 
     def take_up() -> None:
-        verify_checkpoint(folder)
+        if not is_in_process() or outer_loop.workers.world.rank == 0:  # there all workers read the same disk
+            verify_checkpoint(folder)
         objects.update(read_snapshot(str(folder), outer_loop))
 
     together(outer_loop, f"checkpoint {folder} cannot be resumed", take_up)

@@ -36,7 +36,7 @@ class ConsensusView:
         return self._stash is not None
 
     def begin(self) -> None:
-        """From here to `restore` or `keep` no report counts the seconds: before all ranks come together for the view."""
+        """From here to `restore` or `keep` no report counts the seconds, the wait for all ranks among them."""
         self._paused.enter_context(self._account.paused())
 
     def show(self, tensors: list[torch.Tensor], average_: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ import torch
 from .random_state import RandomState
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 BACKEND = "in_process"
 _here = threading.local()
 
@@ -54,6 +55,26 @@ def run_in_process(work: Callable[[int], T], workers: int) -> list[T]:
     if current() is not None:
         raise RuntimeError("run_in_process was called by one of its own workers: run one job after the other.")
     return World(workers).run(work)
+
+
+def together(call: Callable[[list[Item]], Sequence[T]], item: Item) -> T:
+    """
+    In a worker of `run_in_process`: wait for all, call once for all, and return this worker's entry of the result.
+
+        loss = slowmo_hf.together(losses_of_all, batch)  # losses_of_all([batch of worker 0, of worker 1, ...])
+
+    One batched pass takes the place of one per worker. Every worker calls it, equally often. Nothing is copied. A
+    failure of `call` ends the job, and is its cause.
+
+    Args:
+        call (`Callable`): Takes the items of all workers and returns an entry for each, by rank. The one of the worker
+            that comes last is called, with that worker's random generators.
+        item (`Any`): This worker's.
+    """
+    wire = current()
+    if wire is None:
+        raise RuntimeError("together must be called by a worker of run_in_process, got no such worker's thread.")
+    return wire.together(call, item)
 
 
 def current() -> Wire | None:
@@ -102,16 +123,15 @@ class World:
         at_the_call = RandomState.take()
         for turn in self.turns:
             turn.random_state = at_the_call
-        threads = [
-            threading.Thread(target=self._live, args=(rank, work, results), daemon=True) for rank in range(self.size)
-        ]
+        ranks = range(self.size)
+        threads = [threading.Thread(target=self._live, args=(rank, work, results), daemon=True) for rank in ranks]
         for thread in threads:
             thread.start()
         self.turns[0].may_run.release()
         try:
             self.all_ended.wait()  # no join: one that is interrupted takes a thread that runs on for ended
         except BaseException:  # KeyboardInterrupt
-            self._fail("the caller was interrupted", None)
+            self.fail("the caller was interrupted", None)
             self.all_ended.wait()
             raise
         finally:
@@ -131,7 +151,7 @@ class World:
         except _Ended:
             pass
         except BaseException as error:
-            self._fail(f"worker {rank} failed: {type(error).__name__}: {error}", error)
+            self.fail(f"worker {rank} failed: {type(error).__name__}: {error}", error)
         self.turns[rank].ended = True
         self._pass_on(rank)
 
@@ -161,7 +181,7 @@ class World:
                 f"worker {r} {'has returned' if t.ended else 'waits for ' + t.waits_for}"
                 for r, t in enumerate(self.turns)
             ]
-            self._fail(
+            self.fail(
                 f"all workers wait for each other: {'; '.join(at)}. Every worker must take the same number of steps.",
                 None,
             )
@@ -175,7 +195,8 @@ class World:
         if random_state is not None:
             random_state.give_back()
 
-    def _fail(self, words: str, error: BaseException | None) -> None:
+    def fail(self, words: str, error: BaseException | None) -> None:
+        """End all workers; the first failure is the one that is told."""
         self.failure = self.failure or (words, error)
 
 
@@ -304,7 +325,7 @@ class Wire:
         def take(brought: dict[int, Any]) -> None:
             objects[:] = [copy.deepcopy(brought[rank]) for rank in group.ranks]
 
-        # Who takes it last may come after a change.
+        # Copies of copies: who takes them last may come after a change.
         self._meet("all_gather_object", copy.deepcopy(value), group, take, False)
 
     def broadcast(self, tensor: torch.Tensor, src: int, group: Any = None, async_op: bool = False) -> Work:
@@ -318,6 +339,23 @@ class Wire:
             objects[:] = copy.deepcopy(brought[src])
 
         self._meet("broadcast_object_list", copy.deepcopy(objects), group, take, False)
+
+    def together(self, call: Callable[[list[Item]], Sequence[T]], item: Item) -> T:
+        """The module's `together`."""
+        mine: list[Any] = [item]  # then, after the call, `[item, entry]`
+
+        def take(brought: dict[int, list[Any]]) -> None:
+            if len(mine) == 1:
+                given = [brought[rank] for rank in sorted(brought)]
+                try:
+                    for one, entry in zip(given, call([one[0] for one in given]), strict=True):
+                        one.append(entry)
+                except BaseException as error:  # told here: a worker that catches it must not go on alone
+                    self._world.fail(f"together failed: {type(error).__name__}: {error}", error)
+                    raise
+
+        self._meet("together", mine, self.group.WORLD, take, False)
+        return mine[1]  # type: ignore[no-any-return]
 
     # ---- messages ----
 

@@ -1,0 +1,71 @@
+"""The record of one run of `reproduce.py`: made, found again, and refused beside records of other data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from records import SettingError, environment
+from studies.plan import Run
+
+
+def make_record(
+    run: Run, told: dict[str, Any], libraries: list[ModuleType], command: str, hardware: str
+) -> dict[str, Any]:
+    """What the workers know of a run (`told`), and what is needed to judge it and run it again."""
+    return {
+        "name": run.name,
+        "run": asdict(run),
+        "study": run.study,
+        "task": run.task,
+        "base": run.base,
+        "slowmo": run.slowmo,
+        "exact_average": run.exact_average,
+        "workers": run.workers,
+        "sync_every": run.sync_every,
+        "outer_lr": run.config.outer_lr,
+        "outer_momentum": run.outer_momentum,
+        "inner_lr": run.inner_lr,
+        "inner_state": run.inner_state,
+        "seed": run.seed,
+        **told,
+        **environment(libraries),
+        "command": command,
+        "hardware": hardware,
+    }
+
+
+def outcome(record: dict[str, Any]) -> str:
+    """A run in one line."""
+    metrics = {name: round(value, 4) for name, value in record["metrics"].items()}
+    return f"{record['name']}: {metrics}, {record['seconds']:.0f} s"
+
+
+def check_same_data(data: Any, task: str, dataset_name: str | None, folder: Path) -> None:
+    """Runs on other data than the records beside them would be compared as if they were of the same."""
+    for path in sorted(folder.glob(f"{task}/*/*.json")):
+        record = _read(path)
+        if record and record["dataset_sha256"] != data.sha256:
+            raise SettingError(
+                f"dataset_name must be what the records in {str(folder)!r} are of, {record['dataset']!r} with SHA-256 "
+                f"{record['dataset_sha256'][:12]} as in {path.relative_to(folder)}, got {dataset_name!r}, which is "
+                f"{data.name!r} with {data.sha256[:12]}. Set --dataset_name, or --records to another folder."
+            )
+
+
+def find_record(run: Run, folder: Path) -> dict[str, Any] | None:
+    """The record of this very run; None where there is none, or where it is of other settings or cannot be read."""
+    record = _read(folder / f"{run.name}.json")
+    return record if record and run.matches(record) else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where it is not there, or half written: it is run again."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record
