@@ -5,6 +5,7 @@ Several processes in a test cost one line: `run_workers(check, world_size=3)`; a
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import tempfile
 import time
@@ -56,6 +57,15 @@ def fork_server() -> Any:
     """One fork server for the test session: a worker starts in tens of milliseconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, "frozen_heap"])
+    before = os.environ.get("PYTHONPATH")
+    # Python 3.11 preloads before it takes over sys.path: the server must find this folder by itself.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
     return context
 
 
