@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two tests at a time keep two cores busy; with three, tests that measure time fail.
 TEST_PROCESSES ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 .PHONY: train test test-fast lint gpu
 

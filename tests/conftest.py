@@ -1,13 +1,16 @@
 """Warnings are errors in tests, here and in worker processes; CUDA tests are skipped where there is no CUDA device;
-time limits scale by TEST_PATIENCE; tests that share a fixture of their file run in one process."""
+time limits scale by TEST_PATIENCE; tests of a file that share a fixture run in one process."""
 
+import functools
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from harness import patience, warnings_are_errors
 
@@ -30,5 +33,20 @@ def pytest_collection_modifyitems(config, items):
         own = item.get_closest_marker("timeout")
         seconds = own.args[0] if own else float(config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(patience(seconds)))
-        if any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))  # what they share is made once
+
+
+class FilesThatShare(LoadScopeScheduling):
+    """Tests go to the process that is free, one by one; those of a file with fixtures of its own stay together."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return file if has_shared_fixtures(file) else nodeid
+
+
+@functools.cache
+def has_shared_fixtures(file):
+    return 'scope="module"' in Path(__file__).parents[1].joinpath(file).read_text()
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return FilesThatShare(config, log)

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from harness import patience
+from launcher import run_script
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from hosts import CONFIG, Hosts, why_not  # noqa: E402
+from hosts import Hosts, why_not  # noqa: E402
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 FLAGS = ["--max_train_samples", "800", "--max_eval_samples", "40", "--eval_strategy", "no", "--logging_steps", "12"]
@@ -59,21 +60,8 @@ def test_four_machines_train_what_one_does_and_send_what_theory_says(tmp_path):
             sent[steps] = [hosts.bytes_sent(host) - earlier for host, earlier in enumerate(before)]
             records[steps] = json.loads((tmp_path / str(steps) / "record.json").read_text())
     assert not namespaces()
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    alone = [
-        accelerate,
-        "launch",
-        "--config_file",
-        str(CONFIG),
-        "--num_processes",
-        "4",
-        RECIPE,
-        *FLAGS,
-        "--max_steps",
-        "36",
-    ]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*alone, "--output_dir", str(tmp_path / "alone")], check=True, capture_output=True, env=one_thread)
+    flags = [RECIPE, *FLAGS, "--max_steps", "36", "--output_dir", str(tmp_path / "alone")]
+    run_script(flags, 4, {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "alone")
     on_hosts, on_one = (load_file(tmp_path / folder / "model.safetensors") for folder in ("36", "alone"))
     assert on_hosts.keys() == on_one.keys()
     assert all(torch.equal(on_hosts[name], on_one[name]) for name in on_one)

@@ -771,11 +771,11 @@ def _freeze_on_the_first_follower(rank, bare, loop):
 
 
 def _count_more_in_one_worker(rank, bare, loop):
-    loop.attempted_steps += 3 * (rank >= 2)
+    loop.clock.attempted_steps += 3 * (rank >= 2)
 
 
 def _count_more_on_a_follower(rank, bare, loop):
-    loop.attempted_steps += 3 * (rank == 3)
+    loop.clock.attempted_steps += 3 * (rank == 3)
 
 
 class Boom:

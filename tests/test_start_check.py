@@ -396,7 +396,7 @@ def check_parted_clocks():
     optimizer = torch.optim.SGD([model.first, model.second], lr=0.1)
     loop = OuterLoop(optimizer, SlowMoConfig(sync_every=4, timeout_seconds=patience(20)), model)
     loop.start()
-    loop.attempted_steps += by_rank(0, 4)
+    loop.clock.attempted_steps += by_rank(0, 4)
     with torch.no_grad():
         model.first.add_(rank())
     before = values(model)

@@ -46,7 +46,7 @@ def ddp_wrappers(
             `auto_find_batch_size` and a second `prepare` leave behind. Only a walk over all objects finds them, 0.1 to
             0.2 s once per start, and only where there are other processes.
     """
-    found = {id(m): m for m in (within.modules() if within else ()) if isinstance(m, DistributedDataParallel)}
+    found = {id(m): m for m in (() if within is None else within.modules()) if isinstance(m, DistributedDataParallel)}
     if processes_in_job() > 1:
         found |= {id(o): o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)}
     place = {id(p): index for index, p in enumerate(parameters)}
