@@ -200,6 +200,7 @@ def check_trainer(folder):
     return out
 
 
+@pytest.mark.slow
 def test_trainer_is_stock_bit_for_bit(tmp_path):
     ranks = run_workers(frozen, 2, check_trainer, str(tmp_path))
     for out in ranks:
@@ -299,6 +300,7 @@ def check_wire():
     }
 
 
+@pytest.mark.slow
 def test_every_step_has_the_collectives_of_stock_training():
     for out in run_workers(frozen, 2, check_wire):
         for name, (stock, plain, slow) in out.items():
@@ -422,6 +424,7 @@ def both_surfaces():
     return [[surface(case) for case in CASES] for surface in (_accelerate, _trainer)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_slow_momentum_is_that_of_one_worker_with_everybodys_batch(processes):

@@ -41,6 +41,7 @@ def figures():
     return run_workers(round_cost.measure, 2, TINY)[0]
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_medians_beside_them(figures):
     step, rounds, exchange = figures["step"], figures["round"], figures["exchange"]
     pairs = [
@@ -68,6 +69,7 @@ def test_ratio_by_hand():
     assert not ratio([2.0, 3.0, 4.0], [2.0, 2.0, 2.0], at_least=1.6)["met"]
 
 
+@pytest.mark.slow
 def test_a_round_sends_the_payload_and_little_more(figures):
     """
     Two processes in a ring: 2 (m-1)/m = 1 times the payload, 4 bytes for the consensus distance, a header under 1 KiB.
@@ -76,6 +78,7 @@ def test_a_round_sends_the_payload_and_little_more(figures):
     assert payload < figures["round"]["bytes_sent_per_round_and_process"] <= payload + 4 + 1024
 
 
+@pytest.mark.slow
 def test_memory_is_counted_to_the_byte(figures):
     """
     Two fp32 copies, two messages with one element more each, 16 KiB for what is small; during a look one copy of the
@@ -95,6 +98,7 @@ def test_memory_is_counted_to_the_byte(figures):
         assert case["bytes_per_parameter"]["between rounds"] == pytest.approx(between / case["parameters"], abs=0.005)
 
 
+@pytest.mark.slow
 def test_sharded_slow_state_takes_its_share_of_memory(figures):
     """
     Two processes: half of two fp32 copies, four messages of a fifth of the bucket or of the parameters, 16 KiB for

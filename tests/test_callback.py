@@ -108,6 +108,7 @@ def check_looks(folder):
     return runs
 
 
+@pytest.mark.slow
 def test_looks_see_the_average_and_leave_no_trace(tmp_path):
     ranks = run_workers(check_looks, 2, str(tmp_path))
     for name in ranks[0]:
@@ -243,6 +244,7 @@ def check_ends(folder):
     }
 
 
+@pytest.mark.slow
 def test_the_end(tmp_path):
     ranks = run_workers(check_ends, 2, str(tmp_path))
     for best_run, name, weights in (rank["best"] for rank in ranks):

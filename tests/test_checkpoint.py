@@ -577,6 +577,7 @@ def _check_rotation(folder):
     return True
 
 
+@pytest.mark.slow
 def test_rotation_always_leaves_a_whole_checkpoint(tmp_path):
     run_workers(_check_rotation, 2, tmp_path)
 
@@ -619,6 +620,7 @@ def _check_save_strategies(folder, cases):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", [pytest.param(("epoch", "both"), id="epoch"), pytest.param(("best",), id="best")])
 def test_saves_at_epochs_and_of_the_best_are_whole(tmp_path, cases):
     run_workers(_check_save_strategies, 2, tmp_path, cases)

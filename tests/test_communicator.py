@@ -166,6 +166,7 @@ def check_absent_worker(folder, case):
     return word, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["never comes", "header", "dies", "never starts"])
 def test_a_worker_that_never_comes_is_an_error_in_time(tmp_path, case):
     word, seconds = run_workers(check_absent_worker, 2, str(tmp_path), case, time_limit_seconds=60)[0]

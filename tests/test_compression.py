@@ -216,6 +216,7 @@ def ends_alone(rank, compression, overlap_steps):
     return param.detach().clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overlap_steps", "most"), [("int8", 0, 0.003), ("bf16", 0, 0.001), ("int8", 2, 0.04), ("bf16", 2, 0.01)]
 )
@@ -307,6 +308,7 @@ def expected_bytes(elements_of_buckets, workers, code):
     return (workers - 1) * sum(2 * (size + 8) for size in sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_processes_and_threads_agree_bit_for_bit(workers):
     """
@@ -409,6 +411,7 @@ def convex(rank, name, feedback):
     return float((param.detach()[1:] - 1).square().mean() / 2), float(param.detach()[0])
 
 
+@pytest.mark.slow
 def test_feedback_reaches_the_uncompressed_loss_and_without_it_training_stands_still():
     """The loss starts at 0.5. Tolerance: 1e-3 of that."""
     exact = run_in_process(lambda rank: convex(rank, "none", True), 2)[0][0]
@@ -541,6 +544,7 @@ def resumer(folder, step, config, rank, trained_before):
     return values(model), held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_resume(tmp_path, case):
     settings, workers, is_same, kept, words = RESUMED[case]

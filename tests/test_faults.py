@@ -295,6 +295,7 @@ def apart(request, _under_way):
     return _under_way[request.node.nodeid].result()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [pytest.param(words, marks=pytest.mark.apart(_train, *case), id=name) for name, (*case, words) in TABLE.items()],
@@ -310,6 +311,7 @@ def _freezes_with_the_store(rank, base):
     _train(1 - rank, freezes, base)  # the table's faults meet rank 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [
@@ -349,6 +351,7 @@ def _freezes_inside_a_worker(rank):
     trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.apart(_freezes_inside_a_worker, world_size=4, survivors=(0, 2, 3))
 def test_a_process_that_freezes_inside_a_worker_is_named_by_its_worker_and_by_others(apart):
     """Ranks 0 and 1 are one worker: rank 0 waits for 1 in DDP, whose own error names nobody."""
@@ -380,6 +383,7 @@ def _meets_a_closed_connection(rank):
     dist.all_reduce(flat, group=group)
 
 
+@pytest.mark.slow
 @pytest.mark.apart(_meets_a_closed_connection, world_size=2)
 def test_a_collective_after_one_that_timed_out_is_told_as_late_too(apart):
     (told,), _ = apart
@@ -400,6 +404,7 @@ def _leader_freezes_in_the_round(rank):
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.apart(_leader_freezes_in_the_round, world_size=4, survivors=(1, 2, 3))
 def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too(apart):
     """
@@ -412,6 +417,7 @@ def test_a_leader_that_freezes_in_the_round_is_an_error_on_its_own_processes_too
     assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"  # 10: four processes start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [
@@ -454,6 +460,7 @@ def _not_a_number(rank):
             model.head.weight.data[0, 0] = float("nan")
 
 
+@pytest.mark.slow
 @pytest.mark.apart(_not_a_number, survivors=(0, 1))
 def test_not_a_number_on_one_rank_is_the_same_error_on_both(apart):
     (first, second), _ = apart
@@ -502,6 +509,7 @@ def _slow_but_in_time(base):
     return values(model)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_slow_but_in_time_changes_nothing():
     first, second = run_workers(_slow_but_in_time, 2, "local_sgd")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -820,6 +828,7 @@ def _different_looks(rank):
                 pass
 
 
+@pytest.mark.slow
 @pytest.mark.apart(_different_looks, survivors=(0, 1))
 def test_a_look_on_one_rank_alone_is_told_on_both(apart):
     (first, second), seconds = apart
@@ -854,6 +863,7 @@ def _evaluate_after_each_pass(rank):
     trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.apart(_evaluate_after_each_pass, survivors=(0, 1))
 def test_passes_of_other_lengths_that_end_in_evaluations_are_told_on_both(apart):
     """Rank 1's pass ends at step 4, in a round that both did; nobody evaluates there while the other trains on."""

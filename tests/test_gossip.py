@@ -270,6 +270,7 @@ def _overlap():
     return {(base, *pair): _step_seconds(base, *pair) for base in ("sgp", "osgp") for pair in pairs}
 
 
+@pytest.mark.slow
 def test_the_exchange_is_behind_the_computation():
     for seconds in run_workers(_overlap, 2):
         for (base, compute, message), measured in seconds.items():
@@ -295,6 +296,7 @@ def _stragglers():
     return {staleness: _straggler("osgp" if staleness else "sgp", staleness) for staleness in (0, 1, 3)}
 
 
+@pytest.mark.slow
 def test_a_straggler_delays_others_by_no_more_than_the_staleness_allows():
     """Its message of step 5 is missed at step 5 + staleness, not before."""
     times, _ = run_workers(_stragglers, 2)
@@ -321,6 +323,7 @@ def _fault(folder, kind):
         raise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dies", "dies, osgp", "hangs"])
 def test_a_peer_that_dies_or_hangs_is_named_in_time(tmp_path, kind):
     with pytest.raises(AssertionError):

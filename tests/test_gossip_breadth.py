@@ -394,6 +394,7 @@ def compare_looks(name, alone, watched, averages):
         )
 
 
+@pytest.mark.slow
 def test_trainers_looks_show_the_average_and_leave_no_trace(tmp_path):
     ranks = run_workers(frozen, 3, check_trainer_looks, str(tmp_path))
     model = bert()
@@ -407,6 +408,7 @@ def test_trainers_looks_show_the_average_and_leave_no_trace(tmp_path):
             assert equal(saved, watched[0]["evaluated"][step]), "what was saved is what was shown"
 
 
+@pytest.mark.slow
 def test_accelerates_looks_show_the_average_and_leave_no_trace():
     ranks = run_workers(frozen, 3, check_accelerate_looks)
     for name, config in BASES.items():
@@ -427,6 +429,7 @@ def check_statistics(folder):
     }
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_are_averaged_at_rounds_and_looks(tmp_path):
     ranks = run_workers(frozen, 3, check_statistics, str(tmp_path))
     for name in ranks[0]:
@@ -491,6 +494,7 @@ def by_reference(config, seen, *, accumulation=1, clip=None, skipped=(), momentu
     return gossip_reference(*arguments_, mixing=mixing, staleness=staleness, exact_average=config.exact_average), norms
 
 
+@pytest.mark.slow
 def test_every_worker_clips_its_own_accumulated_gradient(tmp_path):
     ranks = run_workers(frozen, 3, check_clipped, str(tmp_path))
     for name, config in BASES.items():
@@ -542,6 +546,7 @@ def check_precisions(folder):
     return out, {name: model.computed for name, model in autocast.items()}
 
 
+@pytest.mark.slow
 def test_precisions_and_checkpointing(tmp_path):
     ranks = run_workers(frozen, 3, check_precisions, str(tmp_path))
     for name in THREE:
@@ -668,6 +673,7 @@ def check_scalers(folder):
     return out
 
 
+@pytest.mark.slow
 def test_a_step_skipped_on_one_rank(tmp_path):
     """It counts, the exchange happens, and the worker's progress is zero."""
     ranks = run_workers(frozen, 3, check_scalers, str(tmp_path))
@@ -750,6 +756,7 @@ def check_zoo(folder):
     return out
 
 
+@pytest.mark.slow
 def test_parameters_of_every_kind_are_mixed_once(tmp_path):
     ranks = run_workers(frozen, 3, check_zoo, str(tmp_path))
     for name, config in ZOO.items():
@@ -822,6 +829,7 @@ def check_lora(folder):
     return out
 
 
+@pytest.mark.slow
 def test_lora_exchanges_adapters_only(tmp_path):
     from peft import PeftModel
 
@@ -927,6 +935,7 @@ def check_topologies():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [3, 4])
 def test_every_topology_in_small_worlds(workers):
     ranks = run_workers(frozen, workers, check_topologies)
@@ -979,6 +988,7 @@ def check_again(folder):
     return out
 
 
+@pytest.mark.slow
 def test_training_twice_and_after_a_failure(tmp_path):
     ranks = run_workers(frozen, 3, check_again, str(tmp_path))
     for (name, kind), first in ranks[0].items():
@@ -1011,6 +1021,7 @@ def check_resumes(folder):
     return out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
     ranks = run_workers(frozen, 3, check_resumes, str(tmp_path))
     for name, (config, *_) in ranks[0].items():
@@ -1112,6 +1123,7 @@ def check_logs(folder):
     return out
 
 
+@pytest.mark.slow
 def test_logs_of_a_gossip_run(tmp_path):
     ranks = run_workers(frozen, 3, check_logs, str(tmp_path))
     for name, config in LOGS.items():

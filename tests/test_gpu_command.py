@@ -81,6 +81,7 @@ def test_what_would_not_end_in_time_is_not_started(root):
     assert run(root, found, minutes=0.2) == ({"long": "done", "short": "done"}, ["long"])
 
 
+@pytest.mark.slow
 def test_what_does_not_end_in_time_is_ended_and_waits_for_more_time(root):
     """It and what it has started: the child would write after a second."""
     child = "import time; time.sleep(1); open('late', 'w')"

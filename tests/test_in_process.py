@@ -70,6 +70,7 @@ def processes():
     return run_workers(_in_processes, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_threads_train_what_processes_do(processes, case):
     config, name = CASES[case]
@@ -99,6 +100,7 @@ def _pull(config, rank, workers, steps, lr=0.1):
     return torch.stack(after)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_sixteen_workers_by_hand():
     """
@@ -159,6 +161,7 @@ def _ends_of_sixteen(config, rank):
     return [weight.detach().clone() for weight in weights]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SIXTEEN, ids=lambda config: f"{config.base} {config.sync_every}")
 def test_sixteen_workers_against_the_paper(config):
     ends = run_in_process(lambda rank: _ends_of_sixteen(config, rank), 16)

@@ -187,6 +187,7 @@ def _both_surfaces():
     return [(_accelerate(case), _trainer(case)) for case in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 def test_workers_of_two_processes_match_the_paper():
     results = run_workers(_both_surfaces, 4)
@@ -489,6 +490,7 @@ def tapped():
     return run_workers(_both_tapped, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
 def test_only_leaders_talk_to_other_workers(tapped, base):
     for rank, result in enumerate(tapped):
@@ -513,6 +515,7 @@ def test_only_leaders_talk_to_other_workers(tapped, base):
             }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
 def test_bytes_between_workers_are_what_theory_says(tapped, base):
     """
@@ -662,6 +665,7 @@ def asleep():
     return run_workers(_all_asleep, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "norm"])
 def test_workers_do_not_wait_for_each_other_between_rounds(asleep, kind):
     for rank in (0, 1):
@@ -670,6 +674,7 @@ def test_workers_do_not_wait_for_each_other_between_rounds(asleep, kind):
         assert times[5] > 1.8, (rank, times)  # the round, where it must wait
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "norm"])
 def test_processes_of_a_worker_share_gradients_and_buffers(asleep, kind):
     runs = [result[kind] for result in asleep]
@@ -692,6 +697,7 @@ def test_processes_of_a_worker_share_gradients_and_buffers(asleep, kind):
         assert not equal(runs[0]["stepped"][0], runs[1]["stepped"][0]), "their batches are the same"
 
 
+@pytest.mark.slow
 def test_who_uses_a_parameter_is_asked_inside_the_worker(asleep):
     averaged, own = zip(*[result["unused"] for result in asleep], strict=True)
     for rank in (0, 1):  # each head is used by one of two processes
@@ -702,6 +708,7 @@ def test_who_uses_a_parameter_is_asked_inside_the_worker(asleep):
         assert averaged[rank][1] is None, "the other worker's use of a parameter is nobody's business here"
 
 
+@pytest.mark.slow
 def test_gradients_are_the_workers_mean_under_ddps_options(asleep):
     for result in asleep:
         for option, steps in result["variants"][0].items():
@@ -710,6 +717,7 @@ def test_gradients_are_the_workers_mean_under_ddps_options(asleep):
                     torch.testing.assert_close(gradients[name], right, msg=f"{option}: {name}")
 
 
+@pytest.mark.slow
 def test_a_communication_hook_that_would_couple_workers_is_refused(asleep):
     for result in asleep:
         found, own = result["hooked"]
@@ -828,6 +836,7 @@ def faults():
     return run_workers(_faults, 4)
 
 
+@pytest.mark.slow
 def test_a_parameter_set_changed_on_a_follower_is_an_error_on_every_rank(faults):
     for case in range(4):
         follower = 3 - case // 2 * 2
@@ -840,6 +849,7 @@ def test_a_parameter_set_changed_on_a_follower_is_an_error_on_every_rank(faults)
             assert words == faults[0][0][case][1]
 
 
+@pytest.mark.slow
 def test_different_steps_are_an_error_on_every_rank(faults):
     for _, (step, words, seconds), *_ in faults:
         assert (step, seconds < patience(5)) == (3, True)
@@ -847,6 +857,7 @@ def test_different_steps_are_an_error_on_every_rank(faults):
         assert re.search(r"rank 0 on \S+ at step 3, the round; .*rank 2 on \S+ at step 6, the round", words)
 
 
+@pytest.mark.slow
 def test_different_steps_inside_a_worker_are_an_error_on_every_rank(faults):
     for _, _, fault, *_ in faults:
         assert fault is not None, "nobody noticed"
@@ -855,11 +866,13 @@ def test_different_steps_inside_a_worker_are_an_error_on_every_rank(faults):
         assert re.search(r"ranks met at different places: .*rank 3 on \S+ at step 6, the round", words)
 
 
+@pytest.mark.slow
 def test_a_worker_of_several_processes_needs_ddp(faults):
     for *_, words, _ in faults:
         assert all("needs a DistributedDataParallel wrapper that averages gradients" in word for word in words), words
 
 
+@pytest.mark.slow
 def test_a_leaders_error_reaches_its_follower(faults):
     """
     Rank 2 fails in the second round: rank 3 says the same at once; rank 0 waits for timeout_seconds, and rank 1 for
@@ -943,6 +956,7 @@ def resumed():
     return run_workers(_all_resumed, 4)
 
 
+@pytest.mark.slow
 def test_followers_hold_no_slow_state(resumed):
     trainable = sum(p.numel() for p in Regression().parameters())
     for index, (_, config) in enumerate(STATES):
@@ -968,6 +982,7 @@ EVERY_WAY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "index"), EVERY_WAY)
 def test_a_run_goes_on_bit_for_bit_from_its_state(resumed, way, index):
     sgd = STATES[index][0] == "sgd"

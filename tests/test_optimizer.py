@@ -277,6 +277,7 @@ def test_an_optimizer_that_never_trained_is_collected_with_its_hook():
     assert [ref() for ref in left] == [None] * 6
 
 
+@pytest.mark.slow
 def test_listeners_come_and_go_one_by_one():
     """
     Many in turn leave nothing; the one that is left still starts, and takes its hook away; a started one is collected
@@ -1001,10 +1002,12 @@ def check_save_state_missing_lines(folder):
     return words
 
 
+@pytest.mark.slow
 def test_save_state_goes_on_bit_for_bit(tmp_path):
     run_workers(check_every_save_state, 2, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_save_state_of_compressed_rounds_goes_on_bit_for_bit(tmp_path):
     run_workers(check_wire_save_state, 2, str(tmp_path))
 

@@ -258,6 +258,7 @@ def _two_stages(config):
     return events
 
 
+@pytest.mark.slow
 def test_the_second_stage_of_a_compressed_round_travels_too():
     """
     It sets out at the first step that finds the first one here; with one step of overlap it has to be waited for.
@@ -343,6 +344,7 @@ def sleeps(model, optimizer):
     time.sleep(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_nobody_waits_for_a_worker_that_is_less_than_n_steps_behind(compression):
     """
@@ -428,6 +430,7 @@ def _refused_after_an_end(config):
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_a_refusal_keeps_its_cause_where_a_rank_has_ended(compression):
     config = dataclasses.replace(AHEAD, compression=compression, timeout_seconds=6)
@@ -657,6 +660,7 @@ def _drops_a_run_in_flight(config):
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "int8"])
 def test_runs_in_turn_are_the_same_whatever_is_left_in_flight(compression):
     config = SlowMoConfig.local_sgd(4, overlap_steps=3, compression=compression, timeout_seconds=patience(20))

@@ -53,6 +53,7 @@ def metadata(wheel):
         return email.message_from_bytes(archive.read(name))
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -148,6 +149,7 @@ def test_pip_would_install_this_package_alone(wheel, tmp_path):
     assert {item["metadata"]["name"] for item in report["install"]} <= {"slowmo-hf"}
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_with_the_callback():
     """Custom loops need no Trainer; a name is there when it is asked for, and for editors before."""
     program = """

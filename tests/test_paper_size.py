@@ -286,6 +286,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_what_was_left(folder, tmp_path, monkeypatch, capsys):
     """
     The first call leaves its first run after an epoch, the second ends it and starts no other, the third does the

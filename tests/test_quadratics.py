@@ -78,6 +78,7 @@ def _predicted_floor(workers, alpha, beta):
     return [anchor, shrunk + of_steps[1] / workers, shrunk + of_steps[1]]
 
 
+@pytest.mark.slow
 def test_the_noise_floor_falls_as_one_over_the_number_of_workers():
     """
     Every worker's gradient is h x + σ ξ, ξ independent normal. One inner step of the mean over m workers is

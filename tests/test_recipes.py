@@ -364,6 +364,7 @@ def write_images(folder: Path, files: dict[str, int | list[str]], size: int = 32
     return str(folder)
 
 
+@pytest.mark.slow
 def test_shipped_images():
     sets = load_images(None)
     assert (len(sets.train), len(sets.test), sets.image_size, sets.channels) == (10_000, 2_000, 28, 1)

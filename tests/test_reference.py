@@ -130,6 +130,7 @@ def _all_cases(surface, cases, dtype):
     return [surface(case, dtype) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("surface", [_accelerate, _trainer])
 @pytest.mark.parametrize("workers", [2, 3, 4])

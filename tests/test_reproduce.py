@@ -228,6 +228,7 @@ def images():
     return small_images.load(str(RECIPES / "data" / "fashion_mnist"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["local_sgd", "osgp", "all_reduce"])
 def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, images, base):
     small = replace(images, train=small_images.Part(images.train.images[:240], images.train.labels[:240]))
@@ -258,6 +259,7 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
     assert again["metrics"] == found["metrics"], "the same run, bit for bit"
 
 
+@pytest.mark.slow
 def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, images):
     """Nothing is trained and nothing written; a damaged record says nothing, one of another task neither."""
     others = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}

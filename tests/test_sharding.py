@@ -108,6 +108,7 @@ def assert_same_runs(plain, sharded):
                 assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-8), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", CONFIGS)
 def test_the_run_is_the_plain_one_bit_for_bit(case, workers):
@@ -153,6 +154,7 @@ def one_round(config, elements):
     return slowmo_hf.last_round(optimizer).bytes_sent, state, messages, len(loop._buckets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4, 7])
 @pytest.mark.parametrize("bucket_bytes", [2**22, 2**14])
 def test_bytes_and_memory(workers, bucket_bytes):
@@ -279,6 +281,7 @@ def resumer(folder, step, config, rank):
     return state_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_resume(tmp_path, case):
     """
@@ -362,6 +365,7 @@ def test_no_report_counts_what_a_checkpoint_sends(tmp_path):
         assert second == first
 
 
+@pytest.mark.slow
 def test_a_state_dict_of_a_plain_run_is_taken_up_and_none_is_given():
     def work(rank):
         model, optimizer, step_once = begin(make_config(SAVED, False), rank)

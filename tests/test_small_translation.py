@@ -139,6 +139,7 @@ def test_all_reduce_is_one_adam_on_the_mean_gradient(data):
                 torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["local_sgd", "sgp", "all_reduce"])
 def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data, base):
     monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: data)

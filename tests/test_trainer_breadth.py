@@ -495,6 +495,7 @@ def check_sft(folder):
     return recorded(trainer, recorder), trainer.state.log_history
 
 
+@pytest.mark.slow
 def test_trl_sft_trainer(tmp_path):
     ranks = run_workers(check_sft, 2, str(tmp_path))
     runs = [recording for recording, _ in ranks]

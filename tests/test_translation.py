@@ -752,6 +752,7 @@ def see_batches(folder: str) -> tuple:
     return seen, len(loader), len(trainer.train_dataset)
 
 
+@pytest.mark.slow
 def test_ranks_share_every_epoch(tmp_path):
     """
     Three ranks, equally many batches each, none twice but to fill up; none above 256 tokens; another order in the
@@ -789,6 +790,7 @@ def resume_in_the_second_epoch(folder: str) -> list:
     return made
 
 
+@pytest.mark.slow
 def test_resume_skips_exactly(tmp_path):
     """In the second epoch, whose order is its own: bit for bit the run that was never stopped."""
     for whole, resumed in run_workers(resume_in_the_second_epoch, 2, str(tmp_path)):
@@ -804,6 +806,7 @@ def evaluate_on_ranks(folder: str) -> tuple:
     return metrics, texts, {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_row_once(tmp_path):
     """
     Seven rows in batches of two on two ranks: one row fills up the last batches, and Seq2SeqTrainer would score it
@@ -844,6 +847,7 @@ def average_on_ranks(folder: str) -> dict:
     return found, trainer.model.model.shared.weight.detach().clone()
 
 
+@pytest.mark.slow
 def test_all_ranks_have_the_average(tmp_path):
     (found, ours), (_, theirs) = run_workers(average_on_ranks, 2, str(tmp_path))
     assert found == 2

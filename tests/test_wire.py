@@ -130,6 +130,7 @@ def _all_counts():
     }
 
 
+@pytest.mark.slow
 def test_no_collective_between_rounds_and_a_round_moves_what_theory_says():
     for counts in run_workers(_all_counts, 2):
         for name, (steps, trainable) in counts.items():
@@ -203,6 +204,7 @@ def _all_times():
     }
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_sleeping_rank_before_the_round():
     awake, _ = run_workers(_all_times, 2)
     assert awake["stock trainer"][4] > 1.5, "the control: DDP waits for the sleeper at every step"
