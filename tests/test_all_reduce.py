@@ -6,7 +6,6 @@ momentum.
 from __future__ import annotations
 
 import copy
-import gc
 import tempfile
 from collections import Counter
 
@@ -53,15 +52,6 @@ def same(left, right):
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     return left == right
-
-
-def frozen(check, *args):
-    """
-    Every Trainer run collects garbage and searches the objects alive; what the imports have made needs neither, each
-    time.
-    """
-    gc.freeze()
-    return check(*args)
 
 
 # ---- without an outer update: stock training ----
@@ -202,7 +192,7 @@ def check_trainer(folder):
 
 @pytest.mark.slow
 def test_trainer_is_stock_bit_for_bit(tmp_path):
-    ranks = run_workers(frozen, 2, check_trainer, str(tmp_path))
+    ranks = run_workers(check_trainer, 2, str(tmp_path))
     for out in ranks:
         for name, (stock, ours) in out.items():
             assert len(stock["after"]) == (4 if name == "resumed" else STEPS)
@@ -280,7 +270,7 @@ def check_accelerate():
 
 
 def test_accelerate_is_stock_bit_for_bit():
-    ranks = run_workers(frozen, 2, check_accelerate)
+    ranks = run_workers(check_accelerate, 2)
     for (stock, stock_state, stock_flags), (ours, our_state, flags) in ranks:
         assert same(stock, ours)
         assert same(stock_state, our_state)
@@ -302,7 +292,7 @@ def check_wire():
 
 @pytest.mark.slow
 def test_every_step_has_the_collectives_of_stock_training():
-    for out in run_workers(frozen, 2, check_wire):
+    for out in run_workers(check_wire, 2):
         for name, (stock, plain, slow) in out.items():
             assert len(stock) == STEPS
             assert all(calls for calls, _ in stock), "the counter must see something"
@@ -428,7 +418,7 @@ def both_surfaces():
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_slow_momentum_is_that_of_one_worker_with_everybodys_batch(processes):
-    ranks = run_workers(frozen, processes, both_surfaces)
+    ranks = run_workers(both_surfaces, processes)
     for surface in (0, 1):
         for index, case in enumerate(CASES):
             runs = [out[surface][index] for out in ranks]
@@ -466,7 +456,7 @@ def check_statistics():
 
 
 def test_buffers_are_never_averaged():
-    ranks = run_workers(frozen, 2, check_statistics)
+    ranks = run_workers(check_statistics, 2)
     for first, second in zip(*ranks, strict=True):
         for step in range(6):
             assert not torch.equal(
@@ -510,7 +500,7 @@ def check_accelerate_saves(folder):
 
 
 def test_a_state_saved_inside_a_round_continues_bit_for_bit(tmp_path):
-    for out in run_workers(frozen, 2, check_accelerate_saves, str(tmp_path)):
+    for out in run_workers(check_accelerate_saves, 2, str(tmp_path)):
         for save_at, (through, resumed) in out.items():
             for step, (left, right) in enumerate(zip(through[save_at:], resumed, strict=True), start=save_at + 1):
                 assert equal(left, right), f"saved at step {save_at}, sync_every 4: step {step} differs"

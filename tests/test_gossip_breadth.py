@@ -6,7 +6,6 @@ from what each rank held before and after every exchange, with mixing matrices i
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
 from collections.abc import Callable
@@ -67,15 +66,6 @@ THREE = ("sgp", "osgp 2", "dpsgd")
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def frozen(check, *args):
-    """
-    Every Trainer run collects garbage and searches the objects alive; what the imports have made needs neither, each
-    time.
-    """
-    gc.freeze()
-    return check(*args)
 
 
 # ---- by hand ----
@@ -396,7 +386,7 @@ def compare_looks(name, alone, watched, averages):
 
 @pytest.mark.slow
 def test_trainers_looks_show_the_average_and_leave_no_trace(tmp_path):
-    ranks = run_workers(frozen, 3, check_trainer_looks, str(tmp_path))
+    ranks = run_workers(check_trainer_looks, 3, str(tmp_path))
     model = bert()
     for name, config in BASES.items():
         alone, watched = ([out[name][which] for out in ranks] for which in (0, 1))
@@ -410,7 +400,7 @@ def test_trainers_looks_show_the_average_and_leave_no_trace(tmp_path):
 
 @pytest.mark.slow
 def test_accelerates_looks_show_the_average_and_leave_no_trace():
-    ranks = run_workers(frozen, 3, check_accelerate_looks)
+    ranks = run_workers(check_accelerate_looks, 3)
     for name, config in BASES.items():
         alone, watched = ([out[name][which] for out in ranks] for which in (0, 1))
         compare_looks(name, alone, watched, follow_gossip(alone, config))
@@ -431,7 +421,7 @@ def check_statistics(folder):
 
 @pytest.mark.slow
 def test_batch_norm_statistics_are_averaged_at_rounds_and_looks(tmp_path):
-    ranks = run_workers(frozen, 3, check_statistics, str(tmp_path))
+    ranks = run_workers(check_statistics, 3, str(tmp_path))
     for name in ranks[0]:
         runs = [out[name] for out in ranks]
         follow_gossip(runs, BASES[name])
@@ -496,7 +486,7 @@ def by_reference(config, seen, *, accumulation=1, clip=None, skipped=(), momentu
 
 @pytest.mark.slow
 def test_every_worker_clips_its_own_accumulated_gradient(tmp_path):
-    ranks = run_workers(frozen, 3, check_clipped, str(tmp_path))
+    ranks = run_workers(check_clipped, 3, str(tmp_path))
     for name, config in BASES.items():
         for surface in (0, 1):
             runs = [out[name][surface] for out in ranks]
@@ -548,7 +538,7 @@ def check_precisions(folder):
 
 @pytest.mark.slow
 def test_precisions_and_checkpointing(tmp_path):
-    ranks = run_workers(frozen, 3, check_precisions, str(tmp_path))
+    ranks = run_workers(check_precisions, 3, str(tmp_path))
     for name in THREE:
         config = BASES[name]
         runs = {kind: [out[name, kind] for out, _ in ranks] for kind in ("autocast", "bf16", "bf16 fading")}
@@ -676,7 +666,7 @@ def check_scalers(folder):
 @pytest.mark.slow
 def test_a_step_skipped_on_one_rank(tmp_path):
     """It counts, the exchange happens, and the worker's progress is zero."""
-    ranks = run_workers(frozen, 3, check_scalers, str(tmp_path))
+    ranks = run_workers(check_scalers, 3, str(tmp_path))
     for name, config in BASES.items():
         exchanges = STEPS - STEPS // TAU if config.exact_average else STEPS
         for surface in (0, 1):
@@ -758,7 +748,7 @@ def check_zoo(folder):
 
 @pytest.mark.slow
 def test_parameters_of_every_kind_are_mixed_once(tmp_path):
-    ranks = run_workers(frozen, 3, check_zoo, str(tmp_path))
+    ranks = run_workers(check_zoo, 3, str(tmp_path))
     for name, config in ZOO.items():
         for runs in zip(*[out[name] for out in ranks], strict=True):
             averages = follow_gossip(runs, config)
@@ -833,7 +823,7 @@ def check_lora(folder):
 def test_lora_exchanges_adapters_only(tmp_path):
     from peft import PeftModel
 
-    ranks = run_workers(frozen, 3, check_lora, str(tmp_path))
+    ranks = run_workers(check_lora, 3, str(tmp_path))
     for name, config in LORA.items():
         runs, (_, adapters, everything) = [out[name][0] for out in ranks], ranks[0][name]
         assert adapters < everything / 10
@@ -902,7 +892,7 @@ def check_one_process(folder):
 
 
 def test_one_process_is_the_base_optimizer_and_is_warned(tmp_path):
-    [(out, plain)] = run_workers(frozen, 1, check_one_process, str(tmp_path))
+    [(out, plain)] = run_workers(check_one_process, 1, str(tmp_path))
     for (name, beta), (finals, warned) in out.items():
         assert warned == 2, "once by each surface"
         for ours, stock, local in zip(finals, plain, out["local", beta][0], strict=True):
@@ -938,7 +928,7 @@ def check_topologies():
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [3, 4])
 def test_every_topology_in_small_worlds(workers):
-    ranks = run_workers(frozen, workers, check_topologies)
+    ranks = run_workers(check_topologies, workers)
     for name, config in TOPOLOGIES.items():
         runs = [out[name] for out in ranks]
         averages = follow_gossip(runs, config)
@@ -990,7 +980,7 @@ def check_again(folder):
 
 @pytest.mark.slow
 def test_training_twice_and_after_a_failure(tmp_path):
-    ranks = run_workers(frozen, 3, check_again, str(tmp_path))
+    ranks = run_workers(check_again, 3, str(tmp_path))
     for (name, kind), first in ranks[0].items():
         config, runs = BASES[name], [out[name, kind] for out in ranks]
         if kind == "out of memory":
@@ -1023,7 +1013,7 @@ def check_resumes(folder):
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
-    ranks = run_workers(frozen, 3, check_resumes, str(tmp_path))
+    ranks = run_workers(check_resumes, 3, str(tmp_path))
     for name, (config, *_) in ranks[0].items():
         runs = [out[name][1] for out in ranks]
         assert len(runs[0]["after"]) == 6
@@ -1068,7 +1058,7 @@ def check_states():
 
 
 def test_a_state_at_a_round_continues_bit_for_bit():
-    for out in run_workers(frozen, 3, check_states):
+    for out in run_workers(check_states, 3):
         for name, (through, resumed, back) in out.items():
             for step, (right, new, old) in enumerate(zip(through, resumed, back, strict=True), start=2 * TAU + 1):
                 assert equal(right, new), f"{name}: loaded into a new optimizer, step {step} differs"
@@ -1125,7 +1115,7 @@ def check_logs(folder):
 
 @pytest.mark.slow
 def test_logs_of_a_gossip_run(tmp_path):
-    ranks = run_workers(frozen, 3, check_logs, str(tmp_path))
+    ranks = run_workers(check_logs, 3, str(tmp_path))
     for name, config in LOGS.items():
         topology = make_topology(config, 3)
         for me, (history, reports, elements, groups) in enumerate(out[name] for out in ranks):

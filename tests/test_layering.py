@@ -7,6 +7,7 @@ one at the top.
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -38,19 +39,18 @@ LAYERS = [
     ["checkpoint", "communicator", "job_store", "topology", "round_report", "stop_signals"],
     ["in_process"],
     ["clock", "random_state"],
-    ["config", "log"],
+    ["config", "log", "upstream"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}
 
 # Who alone may reach a package of others.
 ONLY = {
-    # What talks to other processes; the group that keeps DDP inside a worker.
-    "torch.distributed": (
-        "communicator",
-        "isolation",
-    ),
+    # What talks to other processes; the group that keeps DDP inside a worker; the job's store, which has no public name.
+    "torch.distributed": ("communicator", "isolation", "upstream"),
     "transformers": ("callback", "trainer_checkpoints"),  # custom loops need no Trainer
 }
+
+TALKERS = ", ".join(ONLY["torch.distributed"])
 
 # Attributes of public objects that are not public themselves, and the programs that reach for one, with their reasons.
 INTERNAL_ATTRIBUTES = ("outer_loop", "isolation")
@@ -170,6 +170,58 @@ def test_imports_run_downwards_only(subtests):
             assert not words, "\n" + "\n".join(words)
 
 
+def private_names_of_others(source: str, own: set[str]) -> list[tuple[int, str]]:
+    """(line, name) of underscored attributes that are defined nowhere in the package: another package's."""
+    found = [(n.lineno, n.attr) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)]
+    return sorted((line, name) for line, name in found if re.match(r"_[a-z]", name) and name not in own)
+
+
+def _defined(source: str) -> set[str]:
+    """Underscored names that a source gives a meaning: functions, classes, fields, what is assigned."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return names
+
+
+# Of torch.optim.Optimizer, on `self`: upstream.py says why they are no functions there.
+INHERITED = {
+    f"_optimizer_{name}_{when}_hooks" for name in ("state_dict", "load_state_dict") for when in ("pre", "post")
+}
+
+
+def test_private_names_of_other_packages_are_in_one_room(subtests):
+    sources = {module: path.read_text() for module, path in _modules().items()}
+    own = INHERITED.union(*(_defined(source) for source in sources.values()))
+    for module, source in sources.items():
+        with subtests.test(module):
+            assert module == "upstream" or private_names_of_others(source, own) == []
+    assert {name for _, name in private_names_of_others(sources["upstream"], own)} >= {
+        "_update_process_group",
+        "_get_default_store",
+        "_shared_state",
+    }
+    assert private_names_of_others("trainer._secret()", own) == [(1, "_secret")]
+
+
+def test_every_private_name_names_the_test_that_holds_it(subtests):
+    source = _modules()["upstream"].read_text()
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", source)
+    for path, name in named:
+        with subtests.test(name):
+            assert f"def {name}(" in (ROOT / path).read_text()
+    functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+    assert len(functions) >= 9
+    for function in functions:
+        with subtests.test(function.name):
+            words = ast.get_docstring(function)
+            assert re.search(r"tests/\w+\.py::test_", words)
+            assert re.search(r">= \d", words), "since which version"
+
+
 def test_there_is_no_cycle():
     """Apart from the table, which could be wrong: what each module leads to, sorted."""
     leads_to = {
@@ -242,12 +294,16 @@ def test_internals_are_excused_in_benchmarks_only():
             "if TYPE_CHECKING:\n    from transformers.trainer import Trainer",
             "only callback, trainer_checkpoints may reach transformers",
         ),
-        ("averager", "from torch import distributed", "only communicator, isolation may reach torch.distributed"),
+        (
+            "averager",
+            "from torch import distributed",
+            f"only {TALKERS} may reach torch.distributed",
+        ),
         ("averager", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
         (
             "averager",
             "import torch as t\nf = t.distributed.barrier",
-            "only communicator, isolation may reach torch.distributed",
+            f"only {TALKERS} may reach torch.distributed",
         ),
         ("gizmo", "import torch", "gizmo.py is not in the table: add it to LAYERS"),
         ("outer_loop", "from .gizmo import Gizmo", "gizmo is not in the table: add it to LAYERS"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import upstream
 from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
 from .communicator import is_in_process
 from .log import logger
@@ -103,7 +104,8 @@ def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
     if accelerator.scaler is None:
         return {}
     schedulers = {
-        f"scheduler.{index}": scheduler.state_dict() for index, scheduler in enumerate(accelerator._schedulers)
+        f"scheduler.{index}": scheduler.state_dict()
+        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator))
     }
     return {"scaler": accelerator.scaler.state_dict(), **schedulers}
 
@@ -131,5 +133,5 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
     together(outer_loop, f"checkpoint {folder} cannot be resumed", take_up)
     if accelerator.scaler is not None and "scaler" in objects:
         accelerator.scaler.load_state_dict(objects["scaler"])
-        for index, scheduler in enumerate(accelerator._schedulers):
+        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
             scheduler.load_state_dict(objects[f"scheduler.{index}"])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerC
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import upstream
 from .communicator import processes_in_job
 from .config import GOSSIP_BASES, SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
@@ -331,10 +330,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Trainer's checkpoint folder of this step; recorded for `trainer_state.json`."""
         trainer = self._find_trainer()
-        folder = (
-            Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
-            / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        )
+        folder = Path(upstream.output_folder(trainer)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         run = self.outer_loop.run_id if self.outer_loop and not args.save_only_model else None
         self.checkpoint = {"run": run, "folder": str(folder)}
         return folder
@@ -393,13 +389,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def _follow(self) -> None:
         """The Trainer whose event this is: of all that hold this callback, the one that is calling it."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, Trainer):
-                self._trainer = weakref.ref(caller)
-                return
-            frame = frame.f_back
+        trainer = upstream.calling_object(Trainer)
+        if trainer is not None:
+            self._trainer = weakref.ref(trainer)
 
     def _find_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer else None

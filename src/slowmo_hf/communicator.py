@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from . import in_process
+from . import in_process, upstream
 
 T = TypeVar("T")
 
@@ -428,8 +428,7 @@ def job_store() -> Any:
     The job's key-value store (`set`, `get`, `check`, `delete_key`), which lives in the launcher or with rank 0; None
     in a worker of `run_in_process`, where nobody can be missed.
     """
-    # Private; tests/test_faults.py holds it.
-    return None if is_in_process() else dist.distributed_c10d._get_default_store()
+    return None if is_in_process() else upstream.default_store()
 
 
 def leave_job() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
+from . import upstream
 from .communicator import processes_in_job
 from .log import logger
 
@@ -24,7 +25,7 @@ def refuse_unsupported() -> None:
     Raises:
         ValueError: The job runs under DeepSpeed, FSDP, Megatron-LM or XLA.
     """
-    if not AcceleratorState._shared_state:
+    if not upstream.accelerate_is_in_use():
         return
     kind = AcceleratorState().distributed_type.name
     if kind in _UNSUPPORTED:
@@ -85,7 +86,7 @@ class Isolation:
         for ddp in self._by_flags:
             _switch_off(ddp)
         for ddp, _ in self._by_group:
-            _set_group(ddp, group or _lonely_group())
+            upstream.set_process_group(ddp, group or _lonely_group())
         norms = [m for ddp in wrappers for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
         self._norms = [(norm, norm.process_group) for norm in norms]
         for norm in norms:
@@ -113,7 +114,7 @@ class Isolation:
         for ddp in self._by_flags:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
         for ddp, group in self._by_group:
-            _set_group(ddp, group)
+            upstream.set_process_group(ddp, group)
         for norm, norm_group in self._norms:
             norm.process_group = norm_group
         self._by_flags, self._by_group, self._norms = [], [], []
@@ -125,8 +126,7 @@ def _refuse_communication_hooks(wrappers: list[Any]) -> None:
     would tell.
     """
     for ddp in wrappers:
-        # Also the built-in ones, which DDP does not list elsewhere.
-        hook = ddp._get_ddp_logging_data().get("comm_hook")
+        hook = upstream.communication_hook(ddp)
         if hook:
             raise ValueError(
                 f"a DDP communication hook ({hook}) averages gradients over all processes of the job and cannot be "
@@ -137,10 +137,6 @@ def _refuse_communication_hooks(wrappers: list[Any]) -> None:
 
 def _switch_off(ddp: Any, inputs: Any = None) -> None:
     ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
-
-
-def _set_group(ddp: Any, group: dist.ProcessGroup) -> None:
-    ddp._update_process_group(group)  # private; torch >= 2.6 (tests/test_wire.py holds it)
 
 
 _lonely: dict[int, dist.ProcessGroup] = {}

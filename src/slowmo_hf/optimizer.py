@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from . import upstream
 from .communicator import is_in_process, processes_in_job
 from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
@@ -152,7 +152,7 @@ class SlowMoOptimizer(torch.optim.Optimizer):
     def _slow_state(self) -> dict[str, Any] | None:
         if self.outer_loop is None:
             return self._pending
-        if self.outer_loop.config.has_rounds and _is_called_by("save_accelerator_state", "accelerate"):
+        if self.outer_loop.config.has_rounds and upstream.is_called_by("save_accelerator_state", "accelerate"):
             if self.saved_beside:
                 return {_BESIDE: True}
             if self.outer_loop.workers.world.world_size > 1:
@@ -379,22 +379,7 @@ def _is_dummy_step() -> bool:
     the schedule is at 0 would stop its own clock, meet the others one step late at every round, and nothing would
     tell.
     """
-    return _is_called_by("_init_optim_state", "distributed.checkpoint")
-
-
-def _is_called_by(function: str, module: str) -> bool:
-    """
-    Whether a function of that name, in a module whose name holds `module`, is a few calls above the caller of this
-    one's caller.
-    """
-    frame = sys._getframe(2)
-    for _ in range(8):  # torch's hooks and AcceleratedOptimizer lie between
-        if frame.f_code.co_name == function and module in frame.f_globals.get("__name__", ""):
-            return True
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
+    return upstream.is_called_by("_init_optim_state", "distributed.checkpoint")
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:

@@ -14,6 +14,7 @@ from accelerate.state import PartialState
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from . import upstream
 from .checkpoint import FOLDER, CheckpointError, is_whole, run_of, seal, verify_checkpoint
 from .log import logger
 from .outer_loop import OuterLoop
@@ -85,7 +86,7 @@ class TrainerCheckpoints:
         if self.args.push_to_hub:
             self.args.hub_strategy = self._given["hub_strategy"]
             try:
-                trainer._push_from_checkpoint(str(folder))
+                upstream.push_checkpoint(trainer, str(folder))
             finally:
                 self.args.hub_strategy = HubStrategy.END
 
