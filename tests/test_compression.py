@@ -580,7 +580,7 @@ def test_resume(tmp_path, case):
 def test_other_bases_refuse_it(base, name):
     with pytest.raises(
         ValueError,
-        match=rf"compression is for .*got compression='{name}' with base='{base}'. Leave compression at 'none'",
+        match=rf"compression='{name}' needs base='local_sgd', got base='{base}': .*Leave compression at 'none'",
     ):
         SlowMoConfig(base=base, compression=name)
 

@@ -6,6 +6,7 @@ contradict.
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from harness import patience, run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round, rules
 from slowmo_hf.averager import ExactAverager, flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.outer_loop import OuterLoop
@@ -272,27 +273,33 @@ def test_every_shape_and_dtype_is_averaged_exactly():
         ({"outer_momentum": float("nan")}, "outer_momentum must be a finite number"),
         ({"outer_lr": 0}, "outer_lr must be > 0"),
         ({"base": "sgd"}, "base must be one of"),
-        ({"topology": "ring"}, "topology is for gossip bases"),
-        ({"peers": 2}, "peers is for gossip bases"),
-        ({"staleness": 0}, "staleness is for base='osgp'"),
-        ({"base": "sgp", "staleness": 2}, "staleness is for base='osgp', .* got staleness=2 with base='sgp'"),
+        (
+            {"topology": "ring"},
+            "topology='ring' needs base='sgp' or base='osgp' or base='dpsgd', got base='local_sgd'",
+        ),
+        ({"peers": 2}, "peers=2 needs base='sgp' or .*, got base='local_sgd'"),
+        ({"staleness": 0}, "staleness=0 needs base='osgp'"),
+        ({"base": "sgp", "staleness": 2}, "staleness=2 needs base='osgp', got base='sgp': .*Leave staleness at 1"),
         ({"base": "osgp", "staleness": -1}, "staleness must be >= 0 steps, got -1"),
         ({"base": "sgp", "topology": "star"}, "topology must be one of"),
         ({"base": "sgp", "peers": 0}, "peers must be >= 1"),
         (
             {"base": "dpsgd", "topology": "exponential"},
-            "topology must be two-sided for base='dpsgd', got 'exponential'",
+            "topology='exponential' needs base='sgp' or base='osgp', got base='dpsgd'",
         ),
-        ({"base": "all_reduce", "processes_per_worker": 2}, "processes_per_worker is for workers that train alone"),
+        (
+            {"base": "all_reduce", "processes_per_worker": 2},
+            "processes_per_worker='2' needs base=.*, got base='all_reduce'",
+        ),
         (
             {"base": "all_reduce", "outer_momentum": 0, "inner_state": "reset"},
-            "inner_state='reset' acts where a round changes",
+            "inner_state='reset' needs a round that changes parameters, got base='all_reduce', outer_momentum=0",
         ),
         (
             {"base": "sgp", "exact_average": False, "inner_state": "average"},
-            "inner_state='average' acts where .* averages them",
+            "inner_state='average' needs a round that averages parameters, got base='sgp', exact_average=False",
         ),
-        ({"exact_average": False}, "exact_average is for gossip bases"),
+        ({"exact_average": False}, "exact_average=False needs base='sgp' or .*, got base='local_sgd'"),
         ({"inner_state": "keep"}, "inner_state must be one of"),
         ({"model_buffers": "mean"}, "model_buffers must be one of"),
         ({"processes_per_worker": 0}, "processes_per_worker must be 'auto', 'node' or a number >= 1, got '0'"),
@@ -306,7 +313,7 @@ def test_every_shape_and_dtype_is_averaged_exactly():
         ({"outer_optimizer": "torch.optim.SGD", "outer_optimizer_kwargs": {"lr": 1}}, "must not hold 'lr'"),
         (
             {"outer_optimizer": "torch.optim.SGD", "outer_momentum": 0.9},
-            "outer_momentum is for outer_optimizer='slow_momentum'",
+            "outer_momentum=0.9 needs outer_optimizer='slow_momentum', got outer_optimizer='torch.optim.SGD'",
         ),
         ({"bucket_bytes": 1}, "bucket_bytes must be >= 1024"),
         ({"timeout_seconds": 0}, "timeout_seconds must be > 0"),
@@ -315,6 +322,19 @@ def test_every_shape_and_dtype_is_averaged_exactly():
 def test_bad_settings_are_refused_at_birth(bad, words):
     with pytest.raises(ValueError, match=words):
         SlowMoConfig(**bad)
+
+
+def test_every_rule_is_about_real_settings_and_the_docs_show_it(subtests):
+    """Each rule is broken by some configuration and kept by the defaults; the page's table is the rules'."""
+    page = (Path(__file__).parents[1] / "docs" / "bases.md").read_text()
+    for line in rules.table().splitlines():
+        with subtests.test(line):
+            assert line in page
+    for rule in rules.RULES:
+        with subtests.test(rule.setting, needs=rule.needs):
+            assert rule.broken_by(SlowMoConfig()) == ""
+            assert hasattr(SlowMoConfig, rule.needs)
+            assert not rule.values or getattr(SlowMoConfig, rule.setting) not in rule.values
 
 
 def test_config_round_trips_and_parses_beside_trainers():

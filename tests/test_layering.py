@@ -40,12 +40,14 @@ LAYERS = [
     ["in_process"],
     ["clock", "random_state"],
     ["config", "log", "upstream"],
+    ["rules"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}
 
 # Who alone may reach a package of others.
 ONLY = {
-    # What talks to other processes; the group that keeps DDP inside a worker; the job's store, which has no public name.
+    # What talks to other processes; the group that keeps DDP inside a worker; the job's store, which has no public
+    # name.
     "torch.distributed": ("communicator", "isolation", "upstream"),
     "transformers": ("callback", "trainer_checkpoints"),  # custom loops need no Trainer
 }

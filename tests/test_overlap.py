@@ -778,12 +778,12 @@ def test_a_worker_that_left_before_takes_in_what_the_others_have(compression):
         ({"overlap_steps": 1.5}, "overlap_steps must be an integer, got 1.5"),
         (
             {"overlap_steps": 2, "base": "sgp"},
-            "overlap_steps is for base='local_sgd'.*got overlap_steps=2 with base='sgp'",
+            "overlap_steps=2 needs base='local_sgd', got base='sgp'",
         ),
-        ({"overlap_steps": 2, "base": "all_reduce"}, "overlap_steps is for base='local_sgd'"),
+        ({"overlap_steps": 2, "base": "all_reduce"}, "overlap_steps=2 needs base='local_sgd'"),
         (
             {"overlap_steps": 2, "inner_state": "average"},
-            "inner_state='average' is averaged at once, and overlap_steps=2",
+            "overlap_steps=2 needs inner_state='auto' or .*, got inner_state='average': .* averaged at once",
         ),
     ],
 )

@@ -407,18 +407,19 @@ def test_the_log_says_that_the_state_is_cut_otherwise(tmp_path):
 
 @pytest.mark.parametrize("base", ["sgp", "osgp", "dpsgd", "all_reduce"])
 def test_other_bases_refuse_it(base):
-    with pytest.raises(
-        ValueError, match=rf"shard_slow_state is for base='local_sgd'.*got shard_slow_state=True with base='{base}'"
-    ):
+    with pytest.raises(ValueError, match=rf"shard_slow_state=True needs base='local_sgd', got base='{base}'"):
         SlowMoConfig(base=base, shard_slow_state=True)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"compression": "int8"}, "needs compression='none', got 'int8'"),
-        ({"overlap_steps": 2}, "needs overlap_steps=0, got 2"),
-        ({"outer_optimizer": "torch.optim.SGD"}, "needs outer_optimizer='slow_momentum', got 'torch.optim.SGD'"),
+        ({"compression": "int8"}, "needs compression='none', got compression='int8'"),
+        ({"overlap_steps": 2}, "needs overlap_steps=0, got overlap_steps=2"),
+        (
+            {"outer_optimizer": "torch.optim.SGD"},
+            "needs outer_optimizer='slow_momentum', got outer_optimizer='torch.optim.SGD'",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, words):
@@ -428,7 +429,7 @@ def test_what_does_not_go_together_is_refused(settings, words):
 
 def test_the_device_alone_is_refused():
     with pytest.raises(
-        ValueError, match="slow_state_device='cpu' is for a slow state that is sharded, got shard_slow_state=False"
+        ValueError, match="slow_state_device='cpu' needs shard_slow_state=True, got shard_slow_state=False"
     ):
         SlowMoConfig(slow_state_device="cpu")
     with pytest.raises(ValueError, match="slow_state_device must be one of same, cpu, got 'disk'"):

@@ -8,8 +8,10 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-SLOW_MOMENTUM = "slow_momentum"
-GOSSIP_BASES = ("sgp", "osgp", "dpsgd")
+from .rules import GOSSIP_BASES as GOSSIP_BASES
+from .rules import SLOW_MOMENTUM as SLOW_MOMENTUM
+from .rules import check
+
 _BASES = ("local_sgd", *GOSSIP_BASES, "all_reduce")
 _CHOICES = {
     "base": _BASES,
@@ -131,8 +133,8 @@ class SlowMoConfig:
         self._check_types()
         self._check_ranges()
         self._check_outer_optimizer()
-        self._check_base()
         self._check_processes_per_worker()
+        check(self)
 
     def _check_types(self) -> None:
         for name, choices in _CHOICES.items():
@@ -195,77 +197,6 @@ class SlowMoConfig:
                 f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer "
                 "optimizer's lr."
             )
-        if self.outer_momentum != type(self).outer_momentum:
-            raise ValueError(
-                f"outer_momentum is for outer_optimizer='slow_momentum', got {self.outer_momentum} with "
-                f"outer_optimizer={self.outer_optimizer!r}. Put the momentum into outer_optimizer_kwargs and leave "
-                "outer_momentum alone."
-            )
-
-    def _check_base(self) -> None:
-        if self.base not in GOSSIP_BASES:
-            self._refuse_options(("topology", "peers", "exact_average"), "is for gossip bases (sgp, osgp, dpsgd)")
-        if self.base != "osgp":
-            self._refuse_options(("staleness",), "is for base='osgp', whose exchange runs behind the computation")
-        if self.base != "local_sgd":
-            self._refuse_options(
-                ("overlap_steps",), "is for base='local_sgd' (osgp's own messages travel behind the computation)"
-            )
-            self._refuse_options(
-                ("compression",), "is for the rounds of base='local_sgd', whose average alone can travel compressed"
-            )
-            self._refuse_options(
-                ("shard_slow_state",), "is for base='local_sgd', whose anchors alone are needed at rounds only"
-            )
-        self._check_sharding()
-        if self.overlap_steps and self.inner_state == "average":
-            raise ValueError(
-                f"inner_state='average' is averaged at once, and overlap_steps={self.overlap_steps} is for rounds "
-                "that do not wait. Use inner_state='maintain' or 'reset', or overlap_steps=0."
-            )
-        if self.base == "all_reduce":
-            self._refuse_options(
-                ("processes_per_worker",),
-                "is for workers that train alone; all_reduce averages gradients over all processes",
-            )
-        if self.base == "dpsgd" and self.topology == "exponential":
-            raise ValueError(
-                "topology must be two-sided for base='dpsgd', got 'exponential', where who sends does not receive "
-                "from the same worker. Use 'auto' (bipartite_exponential), 'ring' or 'complete'; or base='sgp'."
-            )
-        if (self.inner_state == "reset" and not self.has_outer_update) or (
-            self.inner_state == "average" and not self.averages_at_rounds
-        ):
-            raise ValueError(
-                f"inner_state={self.inner_state!r} acts where a round changes parameters (reset) or averages them "
-                f"(average), got base={self.base!r}, exact_average={self.exact_average}, "
-                f"outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr}, where it does not. Use "
-                "inner_state='auto'."
-            )
-
-    def _check_sharding(self) -> None:
-        if not self.shard_slow_state:
-            if self.slow_state_device != "same":
-                raise ValueError(
-                    f"slow_state_device={self.slow_state_device!r} is for a slow state that is sharded, got "
-                    "shard_slow_state=False. Set shard_slow_state=True or leave slow_state_device at 'same'."
-                )
-            return
-        for name, alone in (("outer_optimizer", SLOW_MOMENTUM), ("compression", "none"), ("overlap_steps", 0)):
-            if getattr(self, name) != alone:
-                raise ValueError(
-                    f"shard_slow_state=True needs {name}={alone!r}, got {getattr(self, name)!r}. Set {name}={alone!r} "
-                    "or shard_slow_state=False."
-                )
-
-    def _refuse_options(self, names: tuple[str, ...], rule: str) -> None:
-        for name in names:
-            default = getattr(type(self), name)
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name} {rule}, got {name}={getattr(self, name)!r} with base={self.base!r}. Leave {name} at "
-                    f"{default!r}."
-                )
 
     def _check_processes_per_worker(self) -> None:
         value = self.processes_per_worker
