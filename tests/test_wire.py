@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+import slowmo_hf
 from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from tiny import Rows, SmallNorm, bert, sentences
@@ -229,3 +230,40 @@ def _one_report():
     (model(rows.x) - rows.y).square().mean().backward()
     optimizer.step()
     return last_round(optimizer), sum(p.numel() for p in model.parameters())
+
+
+# ---- the profiler ----
+
+
+def _labels(config):
+    """How often each of the package's labels is in a profile of nine steps and a look inside a round."""
+    weight = torch.nn.Parameter(torch.arange(6.0))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        for step in range(9):
+            weight.grad = weight.detach() - dist.get_rank() * step
+            optimizer.step()
+        with slowmo_hf.consensus(optimizer):
+            pass
+    names = [event.name.removeprefix("slowmo::") for event in prof.events() if event.name.startswith("slowmo::")]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+LABELS = {
+    "plain": (SlowMoConfig(sync_every=TAU), {"round": 2, "status": 3, "consensus": 1}),
+    "overlapped": (
+        SlowMoConfig(sync_every=TAU, overlap_steps=2),
+        {"launch": 2, "apply": 1, "status": 3, "consensus": 1},
+    ),
+    "gossip": (SlowMoConfig(base="sgp", sync_every=TAU), {"exchange": 7, "round": 2, "status": 3, "consensus": 1}),
+}
+
+
+def _all_labels():
+    return {name: _labels(config) for name, (config, _) in LABELS.items()}
+
+
+def test_the_profiler_shows_rounds_exchanges_and_looks_by_name():
+    """Nine steps, a round every four: two rounds, the second overlapped one in flight at the end; seven exchanges."""
+    for found in run_workers(_all_labels, 2):
+        assert found == {name: counts for name, (_, counts) in LABELS.items()}

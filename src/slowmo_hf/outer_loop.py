@@ -56,6 +56,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from .account import Account
 from .averager import Base, ExactAverager, Piece, Sum, flat_layouts, views_like
@@ -276,8 +277,9 @@ class OuterLoop:
         """One gossip exchange."""
         self.workers.roll_call.at(self.attempted_steps, "the exchange")
         number = self.clock.exchange_number
-        self.workers.inside.broadcast_outcome(lambda: self._mix(number))
-        self.inside.broadcast_(self.tensors.trainable)
+        with record_function("slowmo::exchange"):
+            self.workers.inside.broadcast_outcome(lambda: self._mix(number))
+            self.inside.broadcast_(self.tensors.trainable)
 
     def _mix(self, number: int) -> None:
         assert isinstance(self.base, GossipBase)
@@ -381,9 +383,10 @@ class OuterLoop:
         if self.config.overlap_steps:
             self._depart(agreement)
             return None
-        report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement))
-        self.inner_state.reset()
-        self._share(self.tensors.trainable, agreement.changed_buffers)
+        with record_function("slowmo::round"):
+            report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement))
+            self.inner_state.reset()
+            self._share(self.tensors.trainable, agreement.changed_buffers)
         self.clock.launch()
         return self._reported(report)
 
@@ -438,7 +441,8 @@ class OuterLoop:
         """Displacements set out."""
         due_step, local_steps = self.attempted_steps + self.config.overlap_steps, self.clock.local_steps
         self.departed = departed = Departed(due_step, local_steps)
-        self.workers.inside.broadcast_outcome(lambda: self._lead_departure(departed))
+        with record_function("slowmo::launch"):
+            self.workers.inside.broadcast_outcome(lambda: self._lead_departure(departed))
         self.clock.launch()
         return departed
 
@@ -528,7 +532,8 @@ class OuterLoop:
         if self.departed is None:
             return None
         self.hear_of_departed()
-        report = self.workers.inside.broadcast_outcome(self._lead_taking_in)
+        with record_function("slowmo::apply"):
+            report = self.workers.inside.broadcast_outcome(self._lead_taking_in)
         self.departed = None
         # Else the next meeting says whose are not, before all else.
         self.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
@@ -658,8 +663,9 @@ class OuterLoop:
         shown = [*params, *floating, *integer]
 
         def average_() -> None:
-            self.workers.inside.broadcast_outcome(lambda: self._lead_look(bool(params), floating, integer))
-            self.inside.broadcast_(shown)
+            with record_function("slowmo::consensus"):
+                self.workers.inside.broadcast_outcome(lambda: self._lead_look(bool(params), floating, integer))
+                self.inside.broadcast_(shown)
 
         self.view.begin()
         self.view.show(shown, average_)

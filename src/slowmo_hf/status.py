@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+from torch.profiler import record_function
 
 from .account import Account
 from .clock import Clock
@@ -234,7 +235,12 @@ class StatusExchange:
         )
         with nullcontext() if purpose is Purpose.ROUND else self._account.apart():
             hear = header.say(self._workers.world, self._workers.roll_call)
-        return lambda: self._heard(hear(), purpose)
+
+        def heard() -> Agreement:
+            with record_function("slowmo::status"):
+                return self._heard(hear(), purpose)
+
+        return heard
 
     def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
         self.stop_agreed = self.stop_agreed or agreement.stop
