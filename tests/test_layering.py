@@ -30,7 +30,7 @@ LAYERS = [
     ["isolation", "outer_loop"],
     ["inner_state", "overlap", "start_check"],
     ["status"],
-    ["compression", "gossip", "sharding"],
+    ["compression", "gossip", "outer_update", "sharding"],
     ["consensus_view"],
     ["account", "model_tensors"],
     ["averager", "outer_optimizer"],

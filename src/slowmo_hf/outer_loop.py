@@ -48,7 +48,6 @@ Decisions taken once:
 
 from __future__ import annotations
 
-import copy
 import math
 import uuid
 from collections.abc import Callable, Iterator
@@ -60,16 +59,17 @@ from torch.profiler import record_function
 
 from .account import Account
 from .averager import Base, ExactAverager, Piece, Sum, flat_layouts, views_like
+from .checkpoint import Contents
 from .clock import Clock
 from .communicator import host_name
 from .compression import CODES, CompressedAverager
-from .config import GOSSIP_BASES, SLOW_MOMENTUM, SlowMoConfig
+from .config import GOSSIP_BASES, SlowMoConfig
 from .consensus_view import ConsensusView
 from .gossip import GossipBase, make_topology
 from .inner_state import InnerState
 from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
-from .outer_optimizer import SlowMomentum, make_outer_optimizer
+from .outer_update import make_outer_update
 from .overlap import Departed, Nothing, TrainingOn
 from .round_report import Norms, RoundReport, log_costs
 from .sharding import ShardedAverager
@@ -111,6 +111,16 @@ class OuterLoop:
         """Begun so far."""
         return self.clock.rounds
 
+    @property
+    def outer_optimizer(self) -> torch.optim.Optimizer:
+        """Of the anchors."""
+        return self.update.optimizer
+
+    @property
+    def velocities(self) -> list[torch.Tensor]:
+        """Laid out like the anchors; empty where the outer optimizer keeps its own."""
+        return self.update.velocities
+
     # ---- the start ----
 
     def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True) -> None:
@@ -143,7 +153,7 @@ class OuterLoop:
         self.anchors, self._buckets = self.averager.take_anchors(self.layouts)
         self.base = self._make_base()
         self.averager.reserve(self._buckets)
-        self._make_outer_optimizer()
+        self.update = make_outer_update(self.config, self.anchors, self._pieces(), len(self.tensors.groups))
         log_start(self.workers, self.config, self.inner_state.policy)
         self.account = Account(lambda: self.workers.bytes_sent)
         self.view = ConsensusView(self.account, self.config.stash_device)
@@ -180,27 +190,6 @@ class OuterLoop:
                 return str(error)
         return refusal
 
-    def _make_outer_optimizer(self) -> None:
-        """
-        Slow momentum works on pieces, as they arrive; another optimizer on anchors in the parameters' shapes, at the
-        end.
-        """
-        groups: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
-        if self.config.outer_optimizer == SLOW_MOMENTUM:
-            for piece in self._pieces():
-                groups[piece.group].append(piece.anchor)
-        else:
-            for item in self.anchors:
-                for group, anchor in zip(item.groups, item.anchors(), strict=True):
-                    groups[group].append(anchor)
-        self.outer_optimizer = make_outer_optimizer(self.config, groups)
-        self.velocities: list[torch.Tensor] = []
-        if isinstance(self.outer_optimizer, SlowMomentum) and self.config.outer_momentum > 0:
-            velocities = {item: torch.zeros_like(item.flat, pin_memory=item.flat.is_pinned()) for item in self.anchors}
-            for piece in self._pieces():
-                self.outer_optimizer.state[piece.anchor]["velocity"] = piece.of(velocities[piece.item])
-            self.velocities = list(velocities.values())
-
     def _pieces(self) -> list[Piece]:
         return [piece for bucket in self._buckets for piece in bucket.pieces]
 
@@ -221,6 +210,8 @@ class OuterLoop:
         self.refuse_while_shown()
         self.clock.step()
         self.workers.roll_call.at(self.attempted_steps, "training")
+        if self.departed is None and not (self.clock.exchange_is_due or self.clock.round_is_due):
+            return None
         with self.account.communicating():
             if self.clock.exchange_is_due:
                 self._exchange()
@@ -585,21 +576,12 @@ class OuterLoop:
 
     def _outer_step(self, displacements: Iterator[Sum], inner_lrs: list[float], summands: float) -> Norms:
         """Lines 6 to 8, and every worker's new start."""
-        if not isinstance(self.outer_optimizer, SlowMomentum):
-            return self._outer_step_at_once(displacements, summands)
-        for group, inner_lr in zip(self.outer_optimizer.param_groups, inner_lrs, strict=True):
-            group["inner_lr"] = inner_lr
-        norms = Norms()
-        for bucket, total, square_sum in displacements:  # line 6
-            norms.drift_square += square_sum / summands
-            for piece, pseudo_grad in bucket.runs(total):
-                pseudo_grad.div_(summands)
-                velocity = self.outer_optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
-                norms.add(pseudo_grad, velocity)
-                if self.config.has_outer_update:
-                    self.base.hand_back_(piece)
-        self.outer_optimizer.end_round()
+        norms = self.update.update_(displacements, inner_lrs, summands, self._hand_back_)
         return self.averager.over_workers(norms)
+
+    def _hand_back_(self, piece: Piece) -> None:
+        if self.config.has_outer_update:  # else a round changes nothing
+            self.base.hand_back_(piece)
 
     def _displacements(self) -> Iterator[Sum]:
         """
@@ -614,30 +596,6 @@ class OuterLoop:
     @property
     def _summands(self) -> float:
         return self.averager.total_weight if self.config.exact_average else 1.0
-
-    def _outer_step_at_once(self, displacements: Iterator[Sum], summands: float) -> Norms:
-        """
-        The same for another outer optimizer, which may need whole tensors: the pseudo-gradient is one copy more
-        meanwhile.
-        """
-        norms = Norms()
-        pseudo_grads = {item: torch.empty_like(item.flat) for item in self.anchors}
-        for bucket, total, square_sum in displacements:
-            norms.drift_square += square_sum / summands
-            for piece, run in bucket.runs(total):
-                norms.add(torch.div(run, summands, out=piece.of(pseudo_grads[piece.item])), None)
-        gradients: list[list[torch.Tensor]] = [[] for _ in self.tensors.groups]
-        for item, flat in pseudo_grads.items():
-            for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
-                gradients[group].append(gradient)
-        for param_group, own in zip(self.outer_optimizer.param_groups, gradients, strict=True):
-            for anchor, gradient in zip(param_group["params"], own, strict=True):
-                anchor.grad = gradient
-        self.outer_optimizer.step()
-        self.outer_optimizer.zero_grad(set_to_none=True)
-        for piece in self._pieces():
-            self.base.hand_back_(piece)
-        return norms
 
     # ---- looking at the average ----
 
@@ -714,7 +672,7 @@ class OuterLoop:
             "attempted_steps": self.attempted_steps,
             "rounds": self.rounds,
             "anchors": [item.flat for item in self.anchors],
-            "velocities": self.velocities,
+            "velocities": self.update.velocities,
             "outer_optimizer": self._outer_state(),
         }
 
@@ -731,9 +689,10 @@ class OuterLoop:
         return whole[: len(self.anchors)], whole[len(self.anchors) :]
 
     def _outer_state(self) -> dict[str, Any]:
-        if isinstance(self.outer_optimizer, SlowMomentum):
-            return {"previous_inner_lr": [g["previous_inner_lr"] for g in self.outer_optimizer.param_groups]}
-        return self.outer_optimizer.state_dict()
+        saved = self.update.saved()
+        if saved.objects:
+            return saved.objects["outer_optimizer"]  # type: ignore[no-any-return]
+        return {"previous_inner_lr": saved.settings["previous_inner_lrs"]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -757,7 +716,7 @@ class OuterLoop:
         self.clock.local_steps = 0
 
     def _load_slow_state(self, state_dict: dict[str, Any]) -> None:
-        for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.velocities)):
+        for name, own in (("anchors", [item.flat for item in self.anchors]), ("velocities", self.update.velocities)):
             sizes, expected = (
                 [t.numel() for t in state_dict[name]],
                 [layout.flat.numel() for layout in self.layouts[: len(own)]],
@@ -765,13 +724,9 @@ class OuterLoop:
             if sizes != expected:
                 raise ValueError(f"slow state does not fit: {name} have sizes {sizes}, this run has {expected}.")
             self.averager.take_own_(own, state_dict[name])
-        if isinstance(self.outer_optimizer, SlowMomentum):
-            lrs = state_dict["outer_optimizer"]["previous_inner_lr"]
-            for group, previous in zip(self.outer_optimizer.param_groups, lrs, strict=True):
-                group["previous_inner_lr"] = previous
-        else:
-            # torch keeps the caller's tensors.
-            self.outer_optimizer.load_state_dict(copy.deepcopy(state_dict["outer_optimizer"]))
+        outer = state_dict["outer_optimizer"]
+        lrs = {"previous_inner_lrs": outer["previous_inner_lr"]} if "previous_inner_lr" in outer else {}
+        self.update.restore(Contents(settings=lrs, objects={} if lrs else {"outer_optimizer": outer}))
         self.averager.drop_residuals()  # each worker's own, which this state does not hold
         # Inside a round there is all_reduce alone, whose parameters stay.
         if state_dict["attempted_steps"] % self.config.sync_every == 0:

@@ -18,7 +18,6 @@ from .config import SlowMoConfig
 from .gossip import GossipBase
 from .log import logger
 from .outer_loop import OuterLoop
-from .outer_optimizer import SlowMomentum
 from .overlap import Departed, TrainingOn
 from .round_report import Norms
 
@@ -138,14 +137,10 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
 
 
 def _slow_state(outer_loop: OuterLoop, *, keep: bool) -> Contents:
-    outer, state = outer_loop.outer_optimizer, Contents()
+    state = outer_loop.update.saved()
     anchors, velocities = outer_loop.whole_slow_state(keep=keep)
     state.tensors.update({f"anchor.{index}": anchor for index, anchor in enumerate(anchors)})
     state.tensors.update({f"velocity.{index}": velocity for index, velocity in enumerate(velocities)})
-    if isinstance(outer, SlowMomentum):
-        state.settings["previous_inner_lrs"] = [group["previous_inner_lr"] for group in outer.param_groups]
-    else:
-        state.objects["outer_optimizer"] = outer.state_dict()
     return state
 
 
@@ -293,13 +288,7 @@ def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
         for index, layout in enumerate(outer_loop.layouts)
     ]
     averager.take_own_(velocities, saved[: len(velocities)])
-    if isinstance(outer_loop.outer_optimizer, SlowMomentum):
-        for group, previous in zip(
-            outer_loop.outer_optimizer.param_groups, state.settings["previous_inner_lrs"], strict=True
-        ):
-            group["previous_inner_lr"] = previous
-    else:
-        outer_loop.outer_optimizer.load_state_dict(state.objects["outer_optimizer"])
+    outer_loop.update.restore(state)
 
 
 def _put_residuals(own: Contents, same_number: bool, outer_loop: OuterLoop) -> None:
