@@ -4,10 +4,12 @@ Several processes in a test cost one line: `run_workers(check, world_size=3)`; a
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -55,8 +57,17 @@ PRELOADED = [
 
 def fork_server() -> Any:
     """One fork server for the test session: a worker starts in tens of milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "frozen_heap"])
+    with _server_lock:
+        _start_server()
+    return multiprocessing.get_context("forkserver")
+
+
+_server_lock = threading.Lock()
+
+
+@functools.cache
+def _start_server() -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, "frozen_heap"])
     before = os.environ.get("PYTHONPATH")
     # Python 3.11 preloads before it takes over sys.path: the server must find this folder by itself.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
@@ -66,7 +77,6 @@ def fork_server() -> Any:
         del os.environ["PYTHONPATH"]
         if before is not None:
             os.environ["PYTHONPATH"] = before
-    return context
 
 
 def launcher_store(world_size: int) -> torch.distributed.TCPStore:

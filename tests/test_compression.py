@@ -536,7 +536,7 @@ def resumer(folder, step, config, rank, trained_before):
     read_snapshot(f"{folder}/{step}", optimizer.outer_loop)
     # At a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors.
     if step == 5 and not config.overlap_steps:
-        for piece in optimizer.outer_loop._pieces():
+        for piece in optimizer.outer_loop.parts.pieces:
             optimizer.outer_loop.base.hand_back_(piece)
     held = held_back(optimizer)
     for later in range(step + 1, STEPS):

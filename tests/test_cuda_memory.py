@@ -35,7 +35,7 @@ CASES = {
 
 def allocated(device):
     """Bytes of tensors on a device; on the CPU of those that Python can reach, shared memory once."""
-    gc.collect()  # the case before
+    gc.collect()
     if device == "cuda":
         return torch.cuda.memory_allocated()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
@@ -51,12 +51,8 @@ def peak(device, call):
     return torch.cuda.max_memory_allocated() - before if device == "cuda" else None
 
 
-def check_memory(device, names):
-    take(device)
-    return {name: memory_of(device, CASES[name][1]) for name in names}
-
-
 def memory_of(device, settings):
+    take(device)
     width, bucket_bytes = WIDTHS[device], BUCKET_BYTES[device]
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(8))).to(device)
     batch = torch.randn(4, width, device=device)
@@ -84,21 +80,20 @@ def memory_of(device, settings):
     return {**found, "pinned": {state.is_pinned() for state in states if state.device.type == "cpu"}}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_memory_is_as_documented(device, workers):
+def test_memory_is_as_documented(device, name):
     """Two messages with all that is small are less than two buckets; with compression there are four, and a copy."""
-    names = [name for name, case in CASES.items() if case[0] == workers]
+    workers, settings, copies = CASES[name]
+    on_cpu = settings.get("slow_state_device") == "cpu"
+    if device == "cpu" and on_cpu:
+        copies = 2 / workers  # one place
     slack = 4 * BUCKET_BYTES[device] + 2**16 + (2**20 if device == "cuda" else 0)
-    for results in run_workers(check_memory, workers, device, names, backend=BACKENDS[device]):
-        for name, sizes in results.items():
-            copies, payload = CASES[name][2], sizes["payload"]
-            on_cpu = CASES[name][1].get("slow_state_device") == "cpu"
-            if device == "cpu" and on_cpu:
-                copies = 2 / workers  # one place
-            assert copies * payload <= sizes["kept"] <= copies * payload + slack, (name, sizes)
-            if device == "cuda":
-                stash = payload if CASES[name][1].get("stash_device") != "cpu" else 0
-                assert sizes["round"] <= slack, (name, sizes)
-                assert stash <= sizes["look"] <= stash + slack, (name, sizes)
-                assert sizes["pinned"] == ({True} if on_cpu else set()), "main memory beside a card is pinned"
+    for sizes in run_workers(memory_of, workers, device, settings, backend=BACKENDS[device]):
+        payload = sizes["payload"]
+        assert copies * payload <= sizes["kept"] <= copies * payload + slack, sizes
+        if device == "cuda":
+            stash = payload if settings.get("stash_device") != "cpu" else 0
+            assert sizes["round"] <= slack, sizes
+            assert stash <= sizes["look"] <= stash + slack, sizes
+            assert sizes["pinned"] == ({True} if on_cpu else set()), "main memory beside a card is pinned"

@@ -28,6 +28,7 @@ LAYERS = [
     ["trainer_checkpoints"],
     ["snapshot"],
     ["isolation", "outer_loop"],
+    ["round"],
     ["inner_state", "overlap", "start_check"],
     ["status"],
     ["compression", "gossip", "outer_update", "sharding"],

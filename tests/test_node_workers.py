@@ -3,6 +3,7 @@ Workers of several processes: gradients are averaged inside at every step, the l
 """
 
 import copy
+import dataclasses
 import inspect
 import logging
 import os
@@ -798,7 +799,7 @@ class Boom:
 
 def _boom_on_a_leader(rank, bare, loop):
     if rank == 2:
-        loop.averager = Boom()
+        loop.parts = dataclasses.replace(loop.parts, averager=Boom())
 
 
 def _without_ddp():

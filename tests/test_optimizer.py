@@ -257,6 +257,25 @@ def listeners():
     return torch.nn.modules.module._global_forward_pre_hooks
 
 
+@pytest.mark.parametrize("settings", [{}, {"base": "osgp"}, {"overlap_steps": 1}])
+def test_slow_state_goes_with_its_optimizer(settings):
+    """Anchors and velocity take as much memory as the model twice: they must not wait for the garbage collector."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SlowMoOptimizer(SGD([weight], lr=0.1), SlowMoConfig(sync_every=2, **settings))
+    for _ in range(5):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    with slowmo_hf.consensus(optimizer):
+        pass
+    loop = weakref.ref(optimizer.outer_loop)
+    gc.disable()
+    try:
+        del optimizer
+        assert loop() is None
+    finally:
+        gc.enable()
+
+
 def test_an_optimizer_that_never_trained_is_collected_with_its_hook():
     """
     The original of a copy, a prepared run that was given up: neither parameters nor a hook on every forward pass may

@@ -742,7 +742,7 @@ def _leaves_before_the_due_step(config):
             ((model(torch.ones(1, 1).double()) - rank) ** 2 / 2).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    return model.weight.item(), optimizer.outer_loop.departed is None
+    return model.weight.item(), optimizer.outer_loop.in_flight is None
 
 
 @pytest.mark.parametrize("compression", ["none", "int8"])

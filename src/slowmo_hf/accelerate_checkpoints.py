@@ -122,7 +122,7 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
         return
     with suppress(ValueError):
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
-        outer_loop.hear_of_departed()
+        outer_loop.hear()
     objects: dict[str, Any] = {}
 
     def take_up() -> None:

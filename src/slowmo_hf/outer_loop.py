@@ -1,14 +1,16 @@
 """
-The heart: anchors, the clock, one round (Algorithm 1 of SlowMo, https://huggingface.co/papers/1910.00643).
+The heart: the clock drives rounds (Algorithm 1 of SlowMo, https://huggingface.co/papers/1910.00643).
 
     for every optimizer step k = 1, 2, ...                    OuterLoop.step
-        the inner optimizer has stepped, gossip mixes         line 4
-        if k is a multiple of sync_every:                     OuterLoop._round
-            pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}
-            velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u, r = gamma_t / gamma_{t-1}
+        the inner optimizer has stepped, gossip mixes         line 4                        OuterLoop._exchange
+        if k is a multiple of sync_every:                                                   OuterLoop._round
+            pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}   Round.launch
+            velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u           Round.settle
             anchor      = anchor - alpha velocity             line 8
-            x_i         = anchor                              the next round's start
+            x_i         = anchor                              the next round's start        Round.apply
             inner state: reset, maintain or average           line 2
+
+r = gamma_t / gamma_{t-1}. The arithmetic is in `outer_update.py`, one round in `round.py`, what is due in `clock.py`.
 
 Decisions taken once:
 (a) The inner learning rate of a round is the one in force at its last inner step, per parameter group. It travels in
@@ -19,28 +21,26 @@ Decisions taken once:
 (d) Parameters: those with `requires_grad` at the start, tied ones once, in the optimizer's order, compared on all
     ranks.
 (e) Floating-point buffers that have changed since the start follow `model_buffers`, integer ones take the maximum.
-(f) The clock counts attempted optimizer steps: not micro-batches, not applied steps. With fp16, rank 0 may apply step
-    3 while rank 1 skips it (an infinite gradient); a counter of applied steps would leave rank 1 behind for good, and
-    a round entered by one rank alone never returns.
-(g) No outer update outside a round: a look shows the average, then gives weights, messages in flight and random
-    generators back as they were.
+(f) The clock counts attempted optimizer steps: not micro-batches, not applied steps (`Clock` says why).
+(g) No outer update outside a round: the consensus view shows the average, then gives weights, messages in flight and
+    random generators back as they were.
 (h) The consensus distance, mean ||x_i - mean x||^2 = mean ||x_i - anchor||^2 - ||pseudo_grad||^2, costs no message:
     the first term rides in the last element of each bucket.
 (i) The exact average contains every exchange of its step, so a round with one sends no gossip: the exchange is left
     out, and the schedule of exchanges does not move.
-(j) Before a round, before a look that sends, before Trainer gathers and at the end all ranks meet: a small header
-    finds what differs. A rank that ends first takes part in the others' rounds, and workers count by their steps since
-    the last round (gossip: alike, by their mass).
-(k) With `overlap_steps=n` a round of step k begins there (line 6 sets out, buffers are averaged) and is taken in at
-    step k + n. Lines 7 and 8 are the same whenever they are done: a look in between does them, and leaves the rest due
-    when it was. The meeting of step k travels too, where nothing but the parameters is averaged: what all have said is
-    heard when the round is taken in, or at the next meeting, so nobody waits for a worker that is less than n steps
-    behind. A worker counts by its share of sync_every steps, which it knows without the others.
+(j) Before a round, before a consensus view that sends, before Trainer gathers and at the end all ranks exchange their
+    status: a small header finds what differs. A rank that ends first takes part in the others' rounds, and workers
+    count by their steps since the last round (gossip: alike, by their mass).
+(k) With `overlap_steps=n` a round of step k is launched there (buffers are averaged at once) and applied at step
+    k + n. Lines 7 and 8 are the same whenever they are done: a view in between does them, and leaves the rest due when
+    it was. The status exchange of step k travels too, where nothing but the parameters is averaged: what all have said
+    is heard when the round is applied, or at the next exchange, so nobody waits for a worker that is less than n steps
+    late. A worker counts by its share of sync_every steps, which it knows without the others.
 (l) In a worker of several processes the leader alone holds anchors and talks outside; what it learns, or what failed,
     reaches the worker's other processes at once.
-(m) Compression is the averager's, and a round's alone: looks, buffers and inner states are averaged exactly. It takes
-    two stages: behind the computation the second is started at the step that finds the first one here, and at the
-    latest where the round is taken in.
+(m) Compression is the averager's, and a round's alone: views, buffers and inner states are averaged exactly. It takes
+    two stages: of a round in flight the second is started at the step that finds the first one here, and at the latest
+    where the round is applied.
 (n) With `shard_slow_state` the averager hands this worker the sums of its own shard; lines 7 and 8 are done there
     alone, and the new anchors are handed out to all behind them. A checkpoint holds the whole slow state: the two
     kinds of run resume each other.
@@ -48,20 +48,19 @@ Decisions taken once:
 
 from __future__ import annotations
 
-import math
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from .account import Account
-from .averager import Base, ExactAverager, Piece, Sum, flat_layouts, views_like
+from .averager import Base, ExactAverager, flat_layouts, views_like
 from .checkpoint import Contents
 from .clock import Clock
-from .communicator import host_name
 from .compression import CODES, CompressedAverager
 from .config import GOSSIP_BASES, SlowMoConfig
 from .consensus_view import ConsensusView
@@ -70,8 +69,9 @@ from .inner_state import InnerState
 from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_update import make_outer_update
-from .overlap import Departed, Nothing, TrainingOn
-from .round_report import Norms, RoundReport, log_costs
+from .overlap import TrainingOn
+from .round import Parts, Round
+from .round_report import RoundReport
 from .sharding import ShardedAverager
 from .start_check import check_same_everywhere, log_start
 from .status import Agreement, Purpose, StatusExchange
@@ -99,7 +99,7 @@ class OuterLoop:
         self.inner_state = InnerState(config, self.tensors)
         self.clock = Clock(config)
         self.last_round: RoundReport | None = None
-        self.departed: Departed | None = None  # a round that travels, or is due
+        self.in_flight: Round | None = None  # launched, and not applied yet
 
     @property
     def attempted_steps(self) -> int:
@@ -153,16 +153,28 @@ class OuterLoop:
         self.anchors, self._buckets = self.averager.take_anchors(self.layouts)
         self.base = self._make_base()
         self.averager.reserve(self._buckets)
-        self.update = make_outer_update(self.config, self.anchors, self._pieces(), len(self.tensors.groups))
+        pieces = [piece for bucket in self._buckets for piece in bucket.pieces]
+        self.update = make_outer_update(self.config, self.anchors, pieces, len(self.tensors.groups))
         log_start(self.workers, self.config, self.inner_state.policy)
-        self.account = Account(lambda: self.workers.bytes_sent)
+        workers, averager = self.workers, self.averager  # no part refers to this loop: it goes when it is let go
+        self.account = Account(lambda: workers.bytes_sent)
         self.view = ConsensusView(self.account, self.config.stash_device)
-        self.status = StatusExchange(self.workers, self.tensors, self.clock, self.account, self._weigh)
-
-    def _weigh(self, local_steps: list[int]) -> None:
-        """Workers count by their steps since the last round (gossip: alike, by their mass)."""
-        if self.config.base not in GOSSIP_BASES and self.workers.leads:
-            self.averager.weigh([local_steps[rank] for rank in self.workers.between.ranks])
+        weigh = partial(_weigh, self.config, workers, averager)
+        self.status = StatusExchange(workers, self.tensors, self.clock, self.account, weigh)
+        self.parts = Parts(
+            config=self.config,
+            workers=self.workers,
+            tensors=self.tensors,
+            inner_state=self.inner_state,
+            averager=self.averager,
+            inside=self.inside,
+            base=self.base,
+            update=self.update,
+            buckets=self._buckets,
+            clock=self.clock,
+            status=self.status,
+            account=self.account,
+        )
 
     def _make_averager(self) -> ExactAverager:
         communicator, config = self.workers.between, self.config
@@ -190,9 +202,6 @@ class OuterLoop:
                 return str(error)
         return refusal
 
-    def _pieces(self) -> list[Piece]:
-        return [piece for bucket in self._buckets for piece in bucket.pieces]
-
     # ---- the clock ----
 
     @torch.no_grad()
@@ -210,20 +219,19 @@ class OuterLoop:
         self.refuse_while_shown()
         self.clock.step()
         self.workers.roll_call.at(self.attempted_steps, "training")
-        if self.departed is None and not (self.clock.exchange_is_due or self.clock.round_is_due):
+        if self.in_flight is None and not (self.clock.exchange_is_due or self.clock.round_is_due):
             return None
         with self.account.communicating():
             if self.clock.exchange_is_due:
                 self._exchange()
-            report = self._take_in_if_due()
-            if self.departed is not None:
+            report = self._apply_if_due()
+            if self.in_flight is not None:
                 self.averager.start_second_stages(wait=False)
             if not self.clock.round_is_due:
                 return report
             if not self._goes_ahead:
                 return self._round(self._meet(Purpose.ROUND, inner_lrs))
-            hear = self.status.start(Purpose.ROUND, inner_lrs, ahead=True)
-            self._set_out().hear = hear
+            self._round_ahead(inner_lrs)
             return None
 
     @torch.no_grad()
@@ -283,7 +291,7 @@ class OuterLoop:
 
     def _meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job."""
-        self.hear_of_departed()
+        self.hear()
         return self.status.exchange(purpose, inner_lrs)
 
     @property
@@ -334,12 +342,12 @@ class OuterLoop:
                 self.workers.inside.broadcast_outcome(self._back_to_anchors)
                 self.inside.broadcast_(self.tensors.trainable)
             if not self.view.is_shown:
-                self._take_in_if_due()  # the others may have gone on to where it is
+                self._apply_if_due()  # the others may have gone on to where it is
         if not self.view.is_shown:
             self._show([] if self._nothing_to_average else agreement.changed_buffers)
 
     def _meet_at_end(self) -> Agreement:
-        self.hear_of_departed()  # first: an error is told in collectives that come before the others' messages
+        self.hear()  # first: an error is told in collectives that come before the others' messages
         # Others may wait for them, and here comes no later step to start them at.
         self.averager.start_second_stages(wait=True)
         return self._meet(Purpose.END)
@@ -351,7 +359,7 @@ class OuterLoop:
         """
         self.base.settle()
         self.base.end_average()
-        for piece in self._pieces():
+        for piece in self.parts.pieces:
             self.base.hand_back_(piece)
 
     def _pass_on(self, others_meet_at: Callable[[int], bool]) -> None:
@@ -370,232 +378,78 @@ class OuterLoop:
     # ---- the round ----
 
     def _round(self, agreement: Agreement) -> RoundReport | None:
-        """At once, or begun and left to travel."""
-        if self.config.overlap_steps:
-            self._depart(agreement)
-            return None
+        """Of step k, where all have come: applied at once, or launched and left to travel."""
+        if self.in_flight is not None:  # on a rank that has ended the clock jumps from round to round
+            self._apply()
         with record_function("slowmo::round"):
-            report = self.workers.inside.broadcast_outcome(lambda: self._lead_round(agreement))
-            self.inner_state.reset()
-            self._share(self.tensors.trainable, agreement.changed_buffers)
-        self.clock.launch()
-        return self._reported(report)
+            launched = Round(self.parts)
+            if launched.travels and not agreement.ahead:
+                launched.average_beside(agreement)  # first: on one connection messages queue
+            launched.launch()
+            launched.note(agreement)
+            if launched.travels and agreement.ahead:
+                launched.average_beside(agreement)
+            self.in_flight = launched
+            return None if launched.travels else self._apply()
 
-    def _lead_round(self, agreement: Agreement) -> RoundReport:
-        norms = self._outer_step(self._displacements(), agreement.inner_lrs, self._summands)
-        square = norms.drift_square if self.config.exact_average else norms.pseudo_grad_square
-        self._refuse_non_finite(square, all_are_here=self.config.exact_average)
-        if self.config.averages_at_rounds:
-            self.base.end_average()
-            self._average_others(agreement)
-        return self._report(self.rounds + 1, norms)
+    def _round_ahead(self, inner_lrs: list[float]) -> None:
+        """Of step k, launched before anybody has heard of the others."""
+        with record_function("slowmo::round"):
+            hear = self.status.start(Purpose.ROUND, inner_lrs, ahead=True)
+            launched = Round(self.parts)
+            launched.launch(hear)
+            self.in_flight = launched
 
-    def _average_others(self, agreement: Agreement) -> None:
-        """What else a round makes equal: buffers, and the inner state where it is to be averaged."""
-        floating, integer = self.tensors.buffers_named(agreement.changed_buffers)
-        self.averager.start_second_stages(wait=True)  # first: all workers' collectives have one order
-        if self.config.model_buffers == "average":
-            self.averager.mean_(floating)
-        self.averager.max_(integer)
-        self.inner_state.average(self.averager)
+    def _apply_if_due(self) -> RoundReport | None:
+        is_due = self.in_flight is not None and self.in_flight.due_step <= self.attempted_steps
+        return self._apply() if is_due else None
 
-    def _reported(self, report: RoundReport) -> RoundReport:
-        self.last_round = report
+    def _apply(self) -> RoundReport:
+        self.hear()
+        assert self.in_flight is not None
+        try:
+            self.last_round = self.in_flight.apply()
+        except BaseException:
+            if not self.in_flight.travels:  # there was no round
+                self.clock.drop(self.in_flight.local_steps)
+                self.in_flight = None
+            raise
+        self.in_flight = None
         self.account.close()
-        return report
-
-    def _report(self, number: int, norms: Norms) -> RoundReport:
-        report = self.account.report(number, norms, consensus_is_known=self.config.exact_average)
-        if report.round == 2 and self.workers.index == 0 and self.workers.count > 1:
-            exchange_seconds = self.account.communicated_before if self.config.base in GOSSIP_BASES else None
-            log_costs(report, self.config.sync_every, self.account.computed_seconds, exchange_seconds)
-        return report
-
-    # ---- the round, overlapped ----
+        return self.last_round
 
     @property
     def _goes_ahead(self) -> bool:
         """Whether a round's messages set out before anybody has heard of the others; the same on all."""
         return bool(self.config.overlap_steps) and self.status.parameters_alone and self.workers.world.fails_cleanly
 
-    def _depart(self, agreement: Agreement) -> None:
-        """Step k, where all have met: buffers, which are small, are averaged at once, and displacements set out."""
-        self._take_in()  # on a rank that has ended the clock jumps from round to round
-        if not agreement.ahead:
-            self._average_beside(agreement)  # first: on one connection messages queue
-        departed = self._set_out()
-        self._note(departed, agreement)
-        if agreement.ahead:
-            self._average_beside(agreement)
-
-    def _set_out(self) -> Departed:
-        """Displacements set out."""
-        due_step, local_steps = self.attempted_steps + self.config.overlap_steps, self.clock.local_steps
-        self.departed = departed = Departed(due_step, local_steps)
-        with record_function("slowmo::launch"):
-            self.workers.inside.broadcast_outcome(lambda: self._lead_departure(departed))
-        self.clock.launch()
-        return departed
-
-    def _lead_departure(self, departed: Departed) -> None:
-        assert isinstance(self.base, TrainingOn)
-        weight = departed.local_steps / self.config.sync_every
-        if self.tensors.problem():  # which is said at the meeting
-            departed.arrivals = self.averager.sums_at_once(self._buckets, Nothing(), weight)
-            return
-        departed.arrivals = self.averager.sums_at_once(self._buckets, self.base, weight)
-        self.base.depart_(self._pieces())
-
-    def hear_of_departed(self) -> None:
-        """
-        What all have said of a round that went ahead, if that is not known yet. Collective over the job.
-
-        Raises:
-            ValueError, RuntimeError: As at a meeting (`Header.say`); there was no round then.
-        """
-        departed = self.departed
-        if departed is None or departed.hear is None:
-            return
-        try:
-            agreement = departed.hear()
-        except Exception as error:
-            if isinstance(error, ValueError):  # all were there, and have sent; or one has ended, which ends it for all
-                with suppress(RuntimeError):
-                    departed.drain()
-            self.averager.drop_residuals()  # what they held back has gone with it
-            self.departed = None
-            self.clock.drop(departed.local_steps)
-            self._stay()
-            raise
-        departed.hear = None
-        self.workers.roll_call.at(self.attempted_steps, "training")
-        self._note(departed, agreement)
-        self._average_beside(agreement)
-
-    def _stay(self) -> None:
-        if isinstance(self.base, TrainingOn):
-            self.base.away = False
-
-    def _note(self, departed: Departed, agreement: Agreement) -> None:
-        departed.inner_lrs = agreement.inner_lrs
-        departed.summands = (
-            sum(agreement.local_steps[rank] for rank in self.workers.between.ranks) / self.config.sync_every
-        )
-
-    def _average_beside(self, agreement: Agreement) -> None:
-        """What an overlapped round averages beside the parameters."""
-        if agreement.changed_buffers:
-            self.workers.inside.broadcast_outcome(lambda: self._average_others(agreement))
-            self._share([], agreement.changed_buffers)
+    def hear(self) -> None:
+        """What all have said of a round that went ahead, if that is not known yet: `Round.hear`."""
+        if self.in_flight is not None:
+            try:
+                self.in_flight.hear()
+            except Exception:
+                self.in_flight = None
+                raise
 
     def settle(self) -> None:
-        """Wait for an overlapped round's messages, and do its outer update on the leader. It stays due when it was."""
-        self.hear_of_departed()
-        departed = self.departed
-        if departed is not None and departed.arrivals is not None:
-            self.workers.roll_call.at(
-                self.attempted_steps, f"the round of step {departed.due_step - self.config.overlap_steps}"
-            )
-            departed.norms = self._outer_step(departed.arrivals, departed.inner_lrs, departed.summands)
-            departed.arrivals = None
-            self._refuse_non_finite(departed.norms.drift_square, all_are_here=False)
+        """Do the outer update of a round in flight, on the leader. It stays due when it was."""
+        self.hear()
+        if self.in_flight is not None:
+            self.in_flight.settle()
 
-    def forget_departed(self) -> None:
+    def forget_round(self) -> None:
         """
         Another state is taken up: what is under way belongs to the run that is left, with what was wrong there, and is
         waited for.
         """
         with suppress(ValueError):
-            self.hear_of_departed()
-        if self.departed is not None:
-            self.departed.drain()
-        self.departed = None
+            self.hear()
+        if self.in_flight is not None:
+            self.in_flight.drain()
+            self.in_flight.stay()
+        self.in_flight = None
         self.status.forget()
-        self._stay()
-
-    def _take_in_if_due(self) -> RoundReport | None:
-        return (
-            self._take_in() if self.departed is not None and self.departed.due_step <= self.attempted_steps else None
-        )
-
-    def _take_in(self) -> RoundReport | None:
-        """Step k + n: every worker goes on from the new anchor, with the progress it has made meanwhile."""
-        if self.departed is None:
-            return None
-        self.hear_of_departed()
-        with record_function("slowmo::apply"):
-            report = self.workers.inside.broadcast_outcome(self._lead_taking_in)
-        self.departed = None
-        # Else the next meeting says whose are not, before all else.
-        self.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
-        self.inner_state.reset()
-        self._share(self.tensors.trainable, [])
-        return self._reported(report)
-
-    def _lead_taking_in(self) -> RoundReport:
-        assert isinstance(self.base, TrainingOn)
-        assert self.departed is not None
-        self.settle()
-        assert self.departed.norms is not None
-        self.base.take_in_(self._pieces())
-        return self._report(self.rounds, self.departed.norms)
-
-    # ---- the parts of a round ----
-
-    def _refuse_non_finite(self, square: float, *, all_are_here: bool = True) -> None:
-        """
-        NaN and infinity of one worker are everybody's after an average; the square rode in its messages, so all know
-        it together.
-        """
-        if math.isfinite(square) or self.workers.between.world_size == 1:
-            return
-        words = (
-            "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients "
-            "(max_grad_norm), and go on from the last checkpoint."
-        )
-        if not all_are_here:  # said at the next meeting
-            self.status.lost_finiteness = "" if self.config.exact_average and self.averager.own_is_finite else words
-            return
-        host = host_name()
-        told = self.workers.between.gather_objects((self.workers.world.rank, host, self.averager.own_is_finite))
-        where = [
-            f"rank {rank} on {host}, step {self.attempted_steps}: {words}"
-            for rank, host, is_finite in told
-            if not is_finite
-        ]
-        raise ValueError(
-            "; ".join(where)
-            or f"step {self.attempted_steps}: the workers' average is not finite, though each one's part is."
-        )
-
-    def _share(self, params: list[torch.Tensor], changed_buffers: list[str]) -> None:
-        """What the leader has got reaches the worker's other processes."""
-        floating, integer = self.tensors.buffers_named(changed_buffers)
-        state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
-        self.inside.broadcast_([*params, *floating, *integer, *state])
-
-    def _outer_step(self, displacements: Iterator[Sum], inner_lrs: list[float], summands: float) -> Norms:
-        """Lines 6 to 8, and every worker's new start."""
-        norms = self.update.update_(displacements, inner_lrs, summands, self._hand_back_)
-        return self.averager.over_workers(norms)
-
-    def _hand_back_(self, piece: Piece) -> None:
-        if self.config.has_outer_update:  # else a round changes nothing
-            self.base.hand_back_(piece)
-
-    def _displacements(self) -> Iterator[Sum]:
-        """
-        Every bucket with the sum of anchor - x_i, of weight `_summands`, or this one's alone, and that of its squared
-        norm.
-        """
-        self.base.settle()
-        return (self.averager.sums if self.config.exact_average else self.averager.own_displacements)(
-            self._buckets, self.base
-        )
-
-    @property
-    def _summands(self) -> float:
-        return self.averager.total_weight if self.config.exact_average else 1.0
 
     # ---- looking at the average ----
 
@@ -634,7 +488,7 @@ class OuterLoop:
             self.base.settle()
         with self.account.apart():
             if params:
-                self._refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
+                self.parts.refuse_non_finite(self.averager.show_mean_(self._buckets, self.base))
             self.averager.mean_(floating)
             self.averager.max_(integer)
 
@@ -708,7 +562,7 @@ class OuterLoop:
             )
         self._refuse_inside_round(state_dict["attempted_steps"], "resumed")
         self.show_local()  # the state replaces what a look would give back
-        self.forget_departed()
+        self.forget_round()
         # The leader's part, or its refusal.
         self.workers.inside.broadcast_outcome(lambda: self._load_slow_state(state_dict))
         self.inside.broadcast_(self.tensors.trainable)  # the leader has taken its weights from the anchors
@@ -752,3 +606,9 @@ class OuterLoop:
                 f"{self.config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
                 "of sync_every."
             )
+
+
+def _weigh(config: SlowMoConfig, workers: Workers, averager: ExactAverager, local_steps: list[int]) -> None:
+    """Workers count by their steps since the last round (gossip: alike, by their mass)."""
+    if config.base not in GOSSIP_BASES and workers.leads:
+        averager.weigh([local_steps[rank] for rank in workers.between.ranks])

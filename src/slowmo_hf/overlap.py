@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-
 import torch
 
-from .averager import Base, FlatAnchor, Piece, Sum, rounded
-from .round_report import Norms
-from .status import Agreement
+from .averager import Base, FlatAnchor, Piece, rounded
 
 
 class TrainingOn(Base):
@@ -64,34 +59,3 @@ class Nothing(Base):
     def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
         """Write 0."""
         out.zero_()
-
-
-@dataclass
-class Departed:
-    """
-    A round that has begun and is not taken in yet.
-
-    Args:
-        due_step (`int`): When it is.
-        local_steps (`int`): This worker's before it, since the last round.
-        hear (`Callable`, *optional*): Waits for what all have said of it, where its messages went ahead and that is
-            not known yet.
-        inner_lrs (`list[float]`): Of its step, per parameter group.
-        summands (`float`): Total weight of the workers' displacements.
-        arrivals (`Iterator`, *optional*): The leader's messages, until the outer update is done.
-        norms (`Norms`, *optional*): Of the outer update, once it has been done.
-    """
-
-    due_step: int
-    local_steps: int = 0
-    hear: Callable[[], Agreement] | None = None
-    inner_lrs: list[float] = field(default_factory=list)
-    summands: float = 1.0
-    arrivals: Iterator[Sum] | None = None
-    norms: Norms | None = None
-
-    def drain(self) -> None:
-        """Wait for the messages, and leave what they bring."""
-        for _ in self.arrivals or ():
-            pass
-        self.arrivals = None

@@ -18,7 +18,8 @@ from .config import SlowMoConfig
 from .gossip import GossipBase
 from .log import logger
 from .outer_loop import OuterLoop
-from .overlap import Departed, TrainingOn
+from .overlap import TrainingOn
+from .round import Round
 from .round_report import Norms
 
 SHARED = "shared"
@@ -169,9 +170,9 @@ def _worker_state(outer_loop: OuterLoop) -> Contents:
             for number, exchange in enumerate(base.in_flight):
                 for source, received in enumerate(exchange.received):
                     state.tensors[f"message.{number}.{source}.{index}"] = received[item]
-    departed = outer_loop.departed
-    if isinstance(base, TrainingOn) and departed is not None and departed.norms is not None:
-        state.settings["departed"] = {"due_step": departed.due_step, "norms": departed.norms.squares}
+    in_flight = outer_loop.in_flight
+    if isinstance(base, TrainingOn) and in_flight is not None and in_flight.norms is not None:
+        state.settings["departed"] = {"due_step": in_flight.due_step, "norms": in_flight.norms.squares}
         for index, item in enumerate(outer_loop.anchors):
             state.tensors[f"departed.{index}"] = base.departed[item]
     return state
@@ -220,7 +221,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
             outer_loop.workers.count,
             shared.settings["workers"],
         )
-    outer_loop.forget_departed()
+    outer_loop.forget_round()
     outer_loop.run_id = shared.settings["run"]
     clock = outer_loop.clock
     clock.attempted_steps, clock.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
@@ -319,7 +320,7 @@ def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
     base = outer_loop.base
     if isinstance(base, TrainingOn) and "departed" in own.settings:
         due_step, squares = own.settings["departed"]["due_step"], own.settings["departed"]["norms"]
-        outer_loop.departed = Departed(due_step, norms=Norms.of(squares))
+        outer_loop.in_flight = Round(outer_loop.parts, due_step, Norms.of(squares))
         for index, item in enumerate(outer_loop.anchors):
             base.departed[item].copy_(own.tensors[f"departed.{index}"])
         base.away = True
