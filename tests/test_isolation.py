@@ -84,3 +84,25 @@ def on_own_rows():
         model(rows.x[start : start + 4], rows.y[start : start + 4])["loss"].backward()
         optimizer.step()
     return values(model)
+
+
+def two_networks_alone(folder):
+    """One process with a group; both networks are one optimizer's, and the second has a buffer."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    nets = [torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))]
+    first, second = (torch.nn.parallel.DistributedDataParallel(net) for net in nets)
+    optimizer = SlowMoOptimizer(torch.optim.SGD([p for net in nets for p in net.parameters()], lr=0.1), CONFIG)
+    second(first(torch.randn(4, 2))).sum().backward()
+    optimizer.step()
+    found = optimizer.outer_loop.tensors
+    dist.destroy_process_group()
+    return found.names, sorted(found.buffers())
+
+
+def test_both_networks_of_one_optimizer_are_found_in_a_world_of_one(tmp_path):
+    [(names, buffers)] = run_workers(two_networks_alone, 1, str(tmp_path))
+    assert len(names) == 6
+    assert all(name.endswith(("weight", "bias")) for name in names)
+    assert len(buffers) == 3

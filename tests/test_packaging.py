@@ -164,5 +164,6 @@ print(json.dumps([before, after, "transformers" in sys.modules, names, callback 
     before, after, asked, names, same = json.loads(_run("-c", program, cwd=ROOT).splitlines()[-1])
     assert (before, after, asked, same) == (False, False, True, True)
     assert set(slowmo_hf.__all__) <= set(names)
+    assert slowmo_hf.callback.SlowMoCallback is slowmo_hf.SlowMoCallback
     with pytest.raises(AttributeError, match="module 'slowmo_hf' has no attribute 'SlowMoCalback'"):
         slowmo_hf.SlowMoCalback  # noqa: B018

@@ -249,10 +249,10 @@ def _labels(config):
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-ROUNDS = {"round": 2, "launch": 2, "status": 3, "consensus": 1}
+ROUNDS = {"round": 2, "status": 3, "consensus": 1}
 LABELS = {
     "plain": (SlowMoConfig(sync_every=TAU), ROUNDS | {"apply": 2}),
-    "overlapped": (SlowMoConfig(sync_every=TAU, overlap_steps=2), ROUNDS | {"apply": 1}),
+    "overlapped": (SlowMoConfig(sync_every=TAU, overlap_steps=2), ROUNDS | {"launch": 2, "apply": 1}),
     "gossip": (SlowMoConfig(base="sgp", sync_every=TAU), ROUNDS | {"apply": 2, "exchange": 7}),
 }
 

@@ -1,5 +1,6 @@
 """Train Hugging Face models on machines joined by slow links: Local SGD with slow momentum, one callback away."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .accelerate_checkpoints import register_for_checkpointing
@@ -38,6 +39,8 @@ def __getattr__(name: str) -> Any:
 
         globals()[name] = SlowMoCallback
         return SlowMoCallback
+    if name in ("callback", "trainer_checkpoints"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,8 +12,8 @@ from .round_report import Norms, RoundReport
 
 class Account:
     """
-    What a round's report says of time and traffic. What happens `apart` is in no report; what happens while
-    `communicating` is not computation.
+    What a round's report says of time and traffic. Every second is one of three: of computation, of communication
+    (`communicating`), or of neither (`paused`, which wins). What is sent `apart` is in no report.
 
     Args:
         bytes_sent (`Callable`): Payload that this worker has sent so far, in bytes.
@@ -26,66 +26,64 @@ class Account:
 
     def close(self) -> None:
         """A report was made, or training begins: count anew."""
-        self._since = self._communicating_since = time.perf_counter()
-        self._communicated = 0.0
+        self._last = time.perf_counter()
+        self.computed_seconds = self._communicated = 0.0
+        self.communicated_before = 0.0  # seconds since the last round, without the communication under way now
         self._bytes = self._bytes_sent()
+
+    def _mark(self) -> None:
+        """The seconds until now were of the kind in force."""
+        now = time.perf_counter()
+        if self._communicating and not self._paused:
+            self._communicated += now - self._last
+        elif not self._paused:
+            self.computed_seconds += now - self._last
+        self._last = now
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Neither the bytes nor the seconds in here count: what is sent for a look or a save."""
+        """The bytes that are sent in here do not count: for a look, a save, the status before one."""
         before = self._bytes_sent()
         try:
-            with self.paused():
-                yield
+            yield
         finally:
             self._bytes += self._bytes_sent() - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The seconds in here do not count: an evaluation, in which a round's own messages may still be sent."""
-        if self._paused:
-            yield
-            return
-        self._paused, start = True, time.perf_counter()
+        """The seconds in here do not count: an evaluation. A pause in a pause changes nothing."""
+        before = self._paused
+        self._mark()
+        self._paused = True
         try:
             yield
         finally:
-            self._paused = False
-            self._since += time.perf_counter() - start
+            self._mark()
+            self._paused = before
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
-        """Exchanges and rounds, waiting included."""
-        if self._communicating:
-            yield
-            return
-        self._communicating, self._communicating_since = True, time.perf_counter()
+        """Exchanges and rounds, waiting included; within one, another changes nothing."""
+        before = self._communicating
+        self._mark()
+        if not before:
+            self.communicated_before = self._communicated
+        self._communicating = True
         try:
             yield
         finally:
-            self._communicating = False
-            self._communicated += time.perf_counter() - self._communicating_since
-
-    @property
-    def communicated_before(self) -> float:
-        """Seconds of communication since the last round, without what is under way now."""
-        return self._communicated
+            self._mark()
+            self._communicating = before
 
     def report(self, number: int, norms: Norms, *, consensus_is_known: bool) -> RoundReport:
-        """Of a round that ends now, while `communicating`."""
-        now = time.perf_counter()
-        seconds = self._communicated + now - self._communicating_since
+        """Of a round that ends now."""
+        self._mark()
         return RoundReport(
             round=number,
             consensus_distance=norms.consensus_distance if consensus_is_known else None,
             pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
             velocity_norm=math.sqrt(norms.velocity_square),
             bytes_sent=self._bytes_sent() - self._bytes,
-            seconds=seconds,
-            utilisation=(now - self._since - seconds) / max(now - self._since, 1e-9),
+            seconds=self._communicated,
+            utilisation=self.computed_seconds / max(self.computed_seconds + self._communicated, 1e-9),
         )
-
-    @property
-    def computed_seconds(self) -> float:
-        """Since the last round, outside of communication; asked while `communicating`."""
-        return self._communicating_since - self._since - self._communicated

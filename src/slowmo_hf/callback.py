@@ -290,9 +290,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             )
             _stop_at_once(control)  # the rest gathers, and that rank will not come
             self._stopped = False  # nothing is saved, and nobody need come back
-        elif (
-            self.outer_loop is not None and self.outer_loop.status.stop_agreed and state.global_step < state.max_steps
-        ):
+        elif self._all_are_asked_to_stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self._stopped = True
 
     def _look_if_due(

@@ -43,11 +43,10 @@ class Clock:
         """Attempted steps without idle ones."""
         return self.attempted_steps - self.idle_steps
 
-    def launch(self) -> int:
-        """A round begins; its local steps."""
-        local_steps, self.local_steps = self.local_steps, 0
+    def launch(self) -> None:
+        """A round begins."""
         self.rounds += 1
-        return local_steps
+        self.local_steps = 0
 
     def drop(self, local_steps: int) -> None:
         """There was no round: what `launch` has done is undone."""

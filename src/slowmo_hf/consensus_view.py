@@ -45,17 +45,13 @@ class ConsensusView:
 
         Args:
             tensors (`list[torch.Tensor]`): What differs between workers: parameters and buffers.
-            average_ (`Callable`): Writes their average into them. The local values return if it fails.
+            average_ (`Callable`): Writes their average into them. If it fails, `restore` is the caller's.
         """
         self._random_state = RandomState.take()
         self._shown = tensors
         self._stash = [t.detach().to(self._device, copy=True) if self._device else t.detach().clone() for t in tensors]
-        try:
-            if tensors:
-                average_()
-        except BaseException:
-            self.restore()
-            raise
+        if tensors:
+            average_()
 
     def restore(self, *, give_back_random_state: bool = True) -> None:
         """End the view: local values return, and the random generators if they have not yet."""

@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
 from . import upstream
-from .communicator import processes_in_job
 from .log import logger
 
 _UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
@@ -45,10 +44,10 @@ def ddp_wrappers(
         within (`torch.nn.Module`, *optional*): Where to look first: the module that is called, or Trainer's own.
             Others that are alive couple ranks too: those of other networks, and stale ones, which
             `auto_find_batch_size` and a second `prepare` leave behind. Only a walk over all objects finds them, 0.1 to
-            0.2 s once per start, and only where there are other processes.
+            0.2 s once per start.
     """
     found = {id(m): m for m in (() if within is None else within.modules()) if isinstance(m, DistributedDataParallel)}
-    if processes_in_job() > 1:
+    if dist.is_available() and dist.is_initialized():  # no wrapper can be without a group
         found |= {id(o): o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)}
     place = {id(p): index for index, p in enumerate(parameters)}
     first = [

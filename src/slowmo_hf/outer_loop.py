@@ -70,7 +70,7 @@ from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_update import make_outer_update
 from .overlap import TrainingOn
-from .round import Parts, Round
+from .round import Parts, Round, stay
 from .round_report import RoundReport
 from .sharding import ShardedAverager
 from .start_check import check_same_everywhere, log_start
@@ -221,9 +221,10 @@ class OuterLoop:
         self.workers.roll_call.at(self.attempted_steps, "training")
         if self.in_flight is None and not (self.clock.exchange_is_due or self.clock.round_is_due):
             return None
-        with self.account.communicating():
-            if self.clock.exchange_is_due:
+        if self.clock.exchange_is_due:
+            with self.account.communicating():
                 self._exchange()
+        with self.account.communicating():
             report = self._apply_if_due()
             if self.in_flight is not None:
                 self.averager.start_second_stages(wait=False)
@@ -381,24 +382,34 @@ class OuterLoop:
         """Of step k, where all have come: applied at once, or launched and left to travel."""
         if self.in_flight is not None:  # on a rank that has ended the clock jumps from round to round
             self._apply()
+        launched = self.in_flight = Round(self.parts)
         with record_function("slowmo::round"):
-            launched = Round(self.parts)
-            if launched.travels and not agreement.ahead:
-                launched.average_beside(agreement)  # first: on one connection messages queue
-            launched.launch()
-            launched.note(agreement)
-            if launched.travels and agreement.ahead:
-                launched.average_beside(agreement)
-            self.in_flight = launched
-            return None if launched.travels else self._apply()
+            if launched.travels:
+                self._launch(launched, agreement)
+                return None
+            try:
+                launched.launch()
+                launched.note(agreement)
+                return self._apply()
+            except BaseException:
+                launched.drop()
+                self.in_flight = None
+                raise
+
+    def _launch(self, launched: Round, agreement: Agreement) -> None:
+        if not agreement.ahead:
+            launched.average_beside(agreement)  # first: on one connection messages queue
+        launched.launch()
+        launched.note(agreement)
+        if agreement.ahead:
+            launched.average_beside(agreement)
 
     def _round_ahead(self, inner_lrs: list[float]) -> None:
         """Of step k, launched before anybody has heard of the others."""
         with record_function("slowmo::round"):
             hear = self.status.start(Purpose.ROUND, inner_lrs, ahead=True)
-            launched = Round(self.parts)
-            launched.launch(hear)
-            self.in_flight = launched
+            self.in_flight = Round(self.parts)
+            self.in_flight.launch(hear)
 
     def _apply_if_due(self) -> RoundReport | None:
         is_due = self.in_flight is not None and self.in_flight.due_step <= self.attempted_steps
@@ -407,13 +418,7 @@ class OuterLoop:
     def _apply(self) -> RoundReport:
         self.hear()
         assert self.in_flight is not None
-        try:
-            self.last_round = self.in_flight.apply()
-        except BaseException:
-            if not self.in_flight.travels:  # there was no round
-                self.clock.drop(self.in_flight.local_steps)
-                self.in_flight = None
-            raise
+        self.last_round = self.in_flight.apply()
         self.in_flight = None
         self.account.close()
         return self.last_round
@@ -428,9 +433,9 @@ class OuterLoop:
         if self.in_flight is not None:
             try:
                 self.in_flight.hear()
-            except Exception:
-                self.in_flight = None
-                raise
+            finally:
+                if self.in_flight.is_dropped:
+                    self.in_flight = None
 
     def settle(self) -> None:
         """Do the outer update of a round in flight, on the leader. It stays due when it was."""
@@ -447,8 +452,8 @@ class OuterLoop:
             self.hear()
         if self.in_flight is not None:
             self.in_flight.drain()
-            self.in_flight.stay()
         self.in_flight = None
+        stay(self.base)
         self.status.forget()
 
     # ---- looking at the average ----
@@ -462,7 +467,7 @@ class OuterLoop:
         try:
             self._show([] if self._nothing_to_average else self._meet(Purpose.LOOK).changed_buffers)
         except BaseException:
-            self.view.restore()
+            self.show_local()
             raise
 
     @property
@@ -480,7 +485,11 @@ class OuterLoop:
                 self.inside.broadcast_(shown)
 
         self.view.begin()
-        self.view.show(shown, average_)
+        try:
+            self.view.show(shown, average_)
+        except BaseException:
+            self.show_local()
+            raise
 
     def _lead_look(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         if params:

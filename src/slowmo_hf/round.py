@@ -128,6 +128,7 @@ class Round:
         self.agreement: Agreement | None = None
         self.arrivals: Iterator[Sum] | None = None  # the leader's messages, until the outer update is done
         self.norms = norms
+        self.is_counted = self.is_dropped = False  # by the clock; as if it had not been launched
         self._summands = 1.0  # total weight of the workers' displacements
         self._hear: Callable[[], Agreement] | None = None
 
@@ -140,18 +141,14 @@ class Round:
         """
         self._hear = hear
         self.local_steps = self.parts.clock.local_steps
-        with record_function("slowmo::launch"):
-            self.parts.workers.inside.broadcast_outcome(self._launch_on_leader)
+        if self.travels:
+            with record_function("slowmo::launch"):
+                self.parts.workers.inside.broadcast_outcome(self._send_on_leader)
         self.parts.clock.launch()
+        self.is_counted = True
 
-    def _launch_on_leader(self) -> None:
+    def _send_on_leader(self) -> None:
         averager, base, buckets = self.parts.averager, self.parts.base, self.parts.buckets
-        if not self.travels:  # the messages are sent one by one as they are wanted
-            base.settle()
-            is_exact = self.parts.config.exact_average
-            self.arrivals = (averager.sums if is_exact else averager.own_displacements)(buckets, base)
-            self._summands = averager.total_weight if is_exact else 1.0
-            return
         assert isinstance(base, TrainingOn)
         weight = self.local_steps / self.parts.config.sync_every
         if self.parts.tensors.problem():  # which is said at the status exchange
@@ -159,6 +156,15 @@ class Round:
             return
         self.arrivals = averager.sums_at_once(buckets, base, weight)
         base.depart_(self.parts.pieces)
+
+    def _sums_on_leader(self) -> Iterator[Sum]:
+        """Without overlap: messages are sent one by one, as they are wanted."""
+        averager, base, buckets = self.parts.averager, self.parts.base, self.parts.buckets
+        base.settle()
+        if not self.parts.config.exact_average:
+            return averager.own_displacements(buckets, base)
+        self._summands = averager.total_weight
+        return averager.sums(buckets, base)
 
     def note(self, agreement: Agreement) -> None:
         """All ranks have said that they take part."""
@@ -235,6 +241,8 @@ class Round:
         return [] if self.travels or self.agreement is None else self.agreement.changed_buffers
 
     def _apply_on_leader(self) -> RoundReport:
+        if not self.travels:
+            self.arrivals = self._sums_on_leader()
         self.settle()
         assert self.norms is not None
         if self.travels:
@@ -249,9 +257,12 @@ class Round:
 
     def drop(self) -> None:
         """Workers go on as if it had not been launched."""
-        self.parts.averager.drop_residuals()  # what they held back has gone with it
-        self.parts.clock.drop(self.local_steps)
-        self.stay()
+        if self.travels:
+            self.parts.averager.drop_residuals()  # what they held back has gone with it
+            stay(self.parts.base)
+        if self.is_counted:
+            self.parts.clock.drop(self.local_steps)
+        self.is_counted, self.is_dropped = False, True
 
     def drain(self) -> None:
         """Wait for the messages, and leave what they bring."""
@@ -259,7 +270,8 @@ class Round:
             pass
         self.arrivals = None
 
-    def stay(self) -> None:
-        """Workers measure their progress from the anchors again."""
-        if isinstance(self.parts.base, TrainingOn):
-            self.parts.base.away = False
+
+def stay(base: Base) -> None:
+    """Workers measure their progress from the anchors again."""
+    if isinstance(base, TrainingOn):
+        base.away = False

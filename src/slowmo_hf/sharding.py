@@ -4,7 +4,7 @@ velocity of shard r.
 
     shard r of every x_i goes to worker r    all-to-all
     pseudo_grad = mean_i(anchor - x_i)       line 6, on shard r by worker r
-    velocity, anchor                         lines 7 and 8, on shard r by worker r    OuterLoop._outer_step
+    velocity, anchor                         lines 7 and 8, on shard r by worker r    PiecewiseUpdate.update_
     x_i = every shard's anchor               all-gather
 
 These are the two halves of a ring all-reduce, with the update between them: its bytes, and 2P/m of slow state in place

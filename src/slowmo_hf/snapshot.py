@@ -138,8 +138,8 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
 
 
 def _slow_state(outer_loop: OuterLoop, *, keep: bool) -> Contents:
-    state = outer_loop.update.saved()
     anchors, velocities = outer_loop.whole_slow_state(keep=keep)
+    state = outer_loop.update.saved()
     state.tensors.update({f"anchor.{index}": anchor for index, anchor in enumerate(anchors)})
     state.tensors.update({f"velocity.{index}": velocity for index, velocity in enumerate(velocities)})
     return state

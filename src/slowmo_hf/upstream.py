@@ -109,7 +109,7 @@ def calling_object(kind: type) -> Any:
     are given neither Trainer nor Accelerator (transformers >= 4.57;
     tests/test_callback.py::test_one_callback_serves_the_trainer_that_trains).
     """
-    for frame in _callers(100):
+    for frame in _callers(40):
         found = frame.f_locals.get("self")
         if isinstance(found, kind):
             return found

@@ -1,0 +1,140 @@
+"""Rooms of the outer loop by themselves: the account by a clock of its own, the clock, a round that is interrupted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, account
+from slowmo_hf.account import Account
+from slowmo_hf.clock import Clock
+from slowmo_hf.overlap import TrainingOn
+from slowmo_hf.round_report import Norms
+
+
+class Time:
+    """Seconds and bytes that pass when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.bytes = 100.0, 7
+        monkeypatch.setattr(account.time, "perf_counter", lambda: self.now)
+
+    def passes(self, seconds, sent=0):
+        self.now += seconds
+        self.bytes += sent
+
+
+@pytest.fixture
+def time(monkeypatch):
+    return Time(monkeypatch)
+
+
+def report(own):
+    return own.report(1, Norms(), consensus_is_known=False)
+
+
+def test_every_second_is_of_one_kind(time):
+    """
+    3 s computed; 2 s of an exchange, 4 s of an evaluation inside which 5 s are waited for others; 1 s of a round, in
+    which 6 s of a pause count for nothing: 3 s communicated of 6, half.
+    """
+    own = Account(lambda: time.bytes)
+    time.passes(3)
+    with own.communicating():
+        time.passes(2, sent=10)
+    with own.paused():
+        time.passes(4)
+        with own.communicating():
+            time.passes(5)
+    with own.communicating():
+        time.passes(1, sent=20)
+        with own.paused(), own.paused():
+            time.passes(6)
+        assert own.communicated_before == 2.0
+        assert own.computed_seconds == 3.0
+        told = report(own)
+    assert (told.seconds, told.utilisation, told.bytes_sent) == (3.0, 0.5, 30)
+
+
+def test_what_is_sent_apart_is_in_no_report(time):
+    """Its bytes are not, its seconds are: 1 s of 4 was communication."""
+    own = Account(lambda: time.bytes)
+    time.passes(3)
+    with own.communicating(), own.apart():
+        time.passes(1, sent=1000)
+    time.passes(0, sent=5)
+    told = report(own)
+    assert (told.seconds, told.utilisation, told.bytes_sent) == (1.0, 0.75, 5)
+    own.close()
+    time.passes(2)
+    assert (report(own).seconds, report(own).utilisation, report(own).bytes_sent) == (0.0, 1.0, 0)
+
+
+def test_an_error_ends_a_pause(time):
+    own = Account(lambda: time.bytes)
+    with pytest.raises(ValueError, match="boom"), own.communicating(), own.paused(), own.apart():
+        raise ValueError("boom")
+    time.passes(1)
+    assert own.computed_seconds == 0.0
+    assert report(own).utilisation == 1.0
+    assert own.computed_seconds == 1.0
+
+
+def test_the_clock_in_numbers():
+    """Rounds every 3 steps; exchanges at all others, numbered without a gap; an idle step is not a trained one."""
+    clock, due = Clock(SlowMoConfig(base="sgp", sync_every=3)), []
+    for _ in range(7):
+        clock.step()
+        due.append(clock.exchange_number if clock.exchange_is_due else "round" if clock.round_is_due else None)
+        if clock.round_is_due:
+            clock.launch()
+    assert due == [0, 1, "round", 2, 3, "round", 4]
+    assert (clock.rounds, clock.local_steps, clock.trained_steps) == (2, 1, 7)
+    clock.idle()
+    assert (clock.attempted_steps, clock.trained_steps, clock.local_steps) == (8, 7, 1)
+    clock.drop(3)
+    assert (clock.rounds, clock.local_steps) == (1, 4)
+
+
+def trained(steps, **settings):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2, **settings))
+    for _ in range(steps):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    return optimizer.outer_loop
+
+
+def test_a_plain_round_that_fails_is_no_round(monkeypatch):
+    """Two steps stay local, none is counted as a round, and the next one takes all three."""
+    loop = trained(1)
+
+    def boom(*args):
+        raise ValueError("boom")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(loop.update), "update_", boom)
+        with pytest.raises(ValueError, match="boom"):
+            loop.step([0.1])
+    assert (loop.in_flight, loop.rounds, loop.clock.local_steps) == (None, 0, 2)
+    loop.step([0.1])
+    assert loop.step([0.1]).round == 1
+
+
+def test_a_launch_that_is_interrupted_leaves_nothing_to_the_next_run(monkeypatch):
+    """Ctrl-C between the messages and the next step; then another state is taken up."""
+    loop = trained(1, overlap_steps=1)
+    depart_ = TrainingOn.depart_
+
+    def interrupted(self, pieces):
+        depart_(self, pieces)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingOn, "depart_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.step([0.1])
+    assert loop.base.away
+    loop.forget_round()
+    assert not loop.base.away
+    assert loop.in_flight is None
