@@ -45,7 +45,7 @@ RESUME_MOMENTS = 12  # a resume of these jobs has more of them
 def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
     """Two kills, or three, each in an attempt of its own; the last attempt goes to the end."""
     job, launcher = kill.JOBS[name], kill_runs.accelerate_launch if name in REALLY_LAUNCHED else launch
-    reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launcher)
+    reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
     assert reference.exit_code == 0, reference.said[-4000:]
     assert [len(set(weights)) for weights in reference.weights(0)] == [16, 16]
     kills = kill.draw_many(KILLS[name], reference, [RESUME_MOMENTS] * job.processes, random.Random(name))

@@ -70,8 +70,9 @@ def test_an_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
         cwd=elsewhere,
     )
     program = """
-import importlib.metadata, json, torch, slowmo_hf
+import importlib.metadata, json, sys, torch, accelerate, slowmo_hf
 from pathlib import Path
+lean, listed = "transformers" not in sys.modules, dir(slowmo_hf)
 weight = torch.nn.Parameter(torch.tensor([8.0]))
 config = slowmo_hf.SlowMoConfig.lookahead(sync_every=2)
 optimizer = slowmo_hf.SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config)
@@ -85,6 +86,9 @@ print(json.dumps({
     "metadata": importlib.metadata.version("slowmo-hf"),
     "names": sorted(n for n in slowmo_hf.__all__ if hasattr(slowmo_hf, n)),
     "weight": weight.item(),
+    "lean": lean,
+    "listed": listed,
+    "callback": slowmo_hf.callback.SlowMoCallback is slowmo_hf.SlowMoCallback and "transformers" in sys.modules,
 }))
 """
     said = json.loads(_run("-c", program, cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()[-1])
@@ -93,6 +97,11 @@ print(json.dumps({
     assert said["version"] == said["metadata"] == slowmo_hf.__version__
     assert said["names"] == sorted(slowmo_hf.__all__)
     assert said["weight"] == 7.0  # 8, 7, 6, and half the way back
+    assert said["lean"], "transformers comes with the callback: custom loops need no Trainer"
+    assert said["callback"]
+    assert set(slowmo_hf.__all__) <= set(said["listed"])
+    with pytest.raises(AttributeError, match="module 'slowmo_hf' has no attribute 'SlowMoCalback'"):
+        slowmo_hf.SlowMoCalback  # noqa: B018
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
@@ -147,23 +156,3 @@ def test_pip_would_install_this_package_alone(wheel, tmp_path):
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert {item["metadata"]["name"] for item in report["install"]} <= {"slowmo-hf"}
-
-
-@pytest.mark.slow
-def test_transformers_is_imported_with_the_callback():
-    """Custom loops need no Trainer; a name is there when it is asked for, and for editors before."""
-    program = """
-import json, sys
-import torch, accelerate
-before = "transformers" in sys.modules
-import slowmo_hf
-names, after = dir(slowmo_hf), "transformers" in sys.modules
-callback = slowmo_hf.SlowMoCallback
-print(json.dumps([before, after, "transformers" in sys.modules, names, callback is slowmo_hf.SlowMoCallback]))
-"""
-    before, after, asked, names, same = json.loads(_run("-c", program, cwd=ROOT).splitlines()[-1])
-    assert (before, after, asked, same) == (False, False, True, True)
-    assert set(slowmo_hf.__all__) <= set(names)
-    assert slowmo_hf.callback.SlowMoCallback is slowmo_hf.SlowMoCallback
-    with pytest.raises(AttributeError, match="module 'slowmo_hf' has no attribute 'SlowMoCalback'"):
-        slowmo_hf.SlowMoCalback  # noqa: B018
