@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,35 @@ def test_an_address_that_does_not_resolve_is_no_error(monkeypatch):
     assert host_and_address() == ("node7", "unresolved")
     monkeypatch.setattr("socket.gethostbyname", lambda host: {"node7": "10.1.2.3"}[host])
     assert host_and_address() == ("node7", "10.1.2.3")
+
+
+class Late:
+    """Work that ends in the moment between the end of a slice and the look at whether it has ended; well, or not."""
+
+    def __init__(self, failure):
+        self.failure, self.ended = failure, False
+
+    def is_completed(self):
+        return self.ended
+
+    def wait(self, timeout=None):
+        if not self.ended:
+            self.ended = True
+            raise RuntimeError("Operation timed out!")
+        if self.failure:
+            raise RuntimeError(self.failure)
+
+
+class Nobody:
+    """A witness that misses nobody."""
+
+    def somebody_is_gone(self):
+        return False
+
+
+@pytest.mark.parametrize("failure", ["", "Connection closed by peer"])
+def test_what_arrives_just_behind_a_slice_of_waiting_has_arrived(failure):
+    communicator = object.__new__(Communicator)
+    communicator.backend, communicator.witness, communicator.patience_seconds = "gloo", Nobody(), 0.0
+    with pytest.raises(RuntimeError, match=failure) if failure else nullcontext():
+        communicator._wait(Late(failure))

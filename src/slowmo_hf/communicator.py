@@ -197,8 +197,8 @@ class Communicator:
             try:
                 work.wait(timedelta(seconds=SLICE_SECONDS))
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # it has failed, or arrived just behind this slice's end: `wait` tells which
+                    break
                 if gone_since is None and self.witness.somebody_is_gone():
                     gone_since = time.monotonic()
                 if gone_since is not None and time.monotonic() - gone_since >= self.patience_seconds:
