@@ -9,6 +9,7 @@ import atexit
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 
-from harness import PATIENCE, fork_server, launcher_store
+from harness import PATIENCE, fork_server, launcher_store, patience
 
+ROOT = Path(__file__).parents[1]
+ACCELERATE_LAUNCH = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 STOP_SECONDS = 30  # between SIGTERM and SIGKILL, as in torch's launcher
 
 
@@ -119,3 +122,18 @@ def run_script(command: list[str], processes: int, environment: dict[str, str], 
     text = said.read_text()
     assert code == 0, text[-4000:]
     return text
+
+
+def run_really(command: list[str], environment: dict[str, str], launcher: str = ACCELERATE_LAUNCH) -> str:
+    """The same as a user starts it: two processes by `accelerate launch`, or one where `launcher` is empty."""
+    done = subprocess.run(
+        [sys.executable, *launcher.split(), *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(170),
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-4000:]
+    return said

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, EvalPrediction
 
 from harness import patience
-from launcher import run_script
+from launcher import ACCELERATE_LAUNCH, run_really, run_script
 from tiny import ends_with_one_line
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,6 @@ from image import train as recipe  # noqa: E402
 from image.data import Batch, DataError, load_images  # noqa: E402
 from image.small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
 
-LAUNCHER = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
 SHORT = (
     "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps "
     "10 --disable_tqdm 1"
@@ -66,12 +65,7 @@ def run_recipe(output_dir: Path, flags: str, launcher: str | None = None):
     if launcher is None:
         said = run_script(command, 2, environment, output_dir)
     else:
-        command = [sys.executable, *launcher.split(), *command]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(150)
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said[-4000:]
+        said = run_really(command, environment, launcher)
     return said, json.loads((output_dir / "record.json").read_text())
 
 
@@ -80,7 +74,7 @@ def short_run(tmp_path_factory):
     """Two workers, 24 steps, sync_every 5: 4 rounds, and an end inside the fifth."""
     folder = tmp_path_factory.mktemp("recipe")
     said, record = run_recipe(
-        folder, f"{SHORT} --num_train_epochs 2 --sync_every 5 --plot --report_to tensorboard", LAUNCHER
+        folder, f"{SHORT} --num_train_epochs 2 --sync_every 5 --plot --report_to tensorboard", ACCELERATE_LAUNCH
     )
     return folder, said, record
 
