@@ -84,15 +84,23 @@ def launcher_store(world_size: int) -> torch.distributed.TCPStore:
     return torch.distributed.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
 
 
+def rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """What a launcher tells each process of a machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+
+
 def _worker(
     rank: int, world_size: int, port: int, folder: str, backend: str, check: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(ACCELERATE_USE_CPU="true" if backend == "gloo" else "false", OMP_NUM_THREADS="1")
     if world_size > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-        )
+        os.environ.update(rank_environment(rank, world_size))
     warnings_are_errors()
     try:
         if world_size > 1:

@@ -19,10 +19,16 @@ from typing import Any
 
 import torch
 
-from harness import PATIENCE, fork_server, launcher_store, patience
+from harness import fork_server, launcher_store, patience, rank_environment
 
 ROOT = Path(__file__).parents[1]
 ACCELERATE_LAUNCH = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
+RECIPE_ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT / "src"),
+}
 STOP_SECONDS = 30  # between SIGTERM and SIGKILL, as in torch's launcher
 
 
@@ -40,8 +46,6 @@ def launch(command: list[str], processes: int, environment: dict[str, str], said
         store = launcher_store(processes)
         shared = {
             **environment,
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -52,9 +56,7 @@ def launch(command: list[str], processes: int, environment: dict[str, str], said
             "ACCELERATE_MIXED_PRECISION": "no",
         }
         workers = [
-            fork_server().Process(
-                target=_run, args=(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, said)
-            )
+            fork_server().Process(target=_run, args=(command, {**shared, **rank_environment(rank, processes)}, said))
             for rank in range(processes)
         ]
         for worker in workers:
@@ -76,7 +78,7 @@ def _wait(workers: list[Any]) -> int:
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
-        deadline = time.monotonic() + STOP_SECONDS * PATIENCE
+        deadline = time.monotonic() + patience(STOP_SECONDS)
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         return failed
@@ -114,7 +116,9 @@ def _run(command: list[str], environment: dict[str, str], said: Path) -> None:
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def run_script(command: list[str], processes: int, environment: dict[str, str], folder: Path) -> str:
+def run_script(
+    command: list[str], processes: int, folder: Path, environment: dict[str, str] = RECIPE_ENVIRONMENT
+) -> str:
     """What a script printed that ended well; `folder` is where the text lies meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     said = folder / "said.txt"
@@ -124,12 +128,12 @@ def run_script(command: list[str], processes: int, environment: dict[str, str], 
     return text
 
 
-def run_really(command: list[str], environment: dict[str, str], launcher: str = ACCELERATE_LAUNCH) -> str:
+def run_really(command: list[str], launcher: str = ACCELERATE_LAUNCH) -> str:
     """The same as a user starts it: two processes by `accelerate launch`, or one where `launcher` is empty."""
     done = subprocess.run(
         [sys.executable, *launcher.split(), *command],
         cwd=ROOT,
-        env=environment,
+        env=RECIPE_ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=patience(170),

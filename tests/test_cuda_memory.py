@@ -6,13 +6,18 @@ a round and of a look on a CUDA device.
 from __future__ import annotations
 
 import gc
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
 from devices import BACKENDS, CUDA, take
 from harness import patience, run_workers
+from measuring import tensor_bytes
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round
 
 WIDTHS = {"cpu": 128, "cuda": 1024}
@@ -38,8 +43,7 @@ def allocated(device):
     gc.collect()
     if device == "cuda":
         return torch.cuda.memory_allocated()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return tensor_bytes()
 
 
 def peak(device, call):

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
-from harness import fork_server, launcher_store, patience, run_workers, warnings_are_errors
+from harness import fork_server, launcher_store, patience, rank_environment, run_workers, warnings_are_errors
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.roll_call import RollCall
@@ -223,10 +223,7 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
     os.environ.update(
         OMP_NUM_THREADS="1",
         ACCELERATE_USE_CPU="true",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
+        **rank_environment(rank, world_size),
     )
     warnings_are_errors()
     sys.excepthook = lambda kind, error, trace: (

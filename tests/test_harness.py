@@ -55,7 +55,7 @@ def script(tmp_path):
 
 
 def test_a_script_starts_with_its_flags_and_its_ranks(script, tmp_path):
-    said = run_script([script, "0", "--flag"], 2, dict(os.environ), tmp_path)
+    said = run_script([script, "0", "--flag"], 2, tmp_path)
     assert said.splitlines().count("attempt 0: [0, 1] ['0', '--flag']") == 2
     assert not dist.is_initialized()
 

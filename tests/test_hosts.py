@@ -61,7 +61,7 @@ def test_four_machines_train_what_one_does_and_send_what_theory_says(tmp_path):
             records[steps] = json.loads((tmp_path / str(steps) / "record.json").read_text())
     assert not namespaces()
     flags = [RECIPE, *FLAGS, "--max_steps", "36", "--output_dir", str(tmp_path / "alone")]
-    run_script(flags, 4, {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "alone")
+    run_script(flags, 4, tmp_path / "alone")
     on_hosts, on_one = (load_file(tmp_path / folder / "model.safetensors") for folder in ("36", "alone"))
     assert on_hosts.keys() == on_one.keys()
     assert all(torch.equal(on_hosts[name], on_one[name]) for name in on_one)

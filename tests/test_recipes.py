@@ -61,11 +61,7 @@ RECORD_KEYS = {
 def run_recipe(output_dir: Path, flags: str, launcher: str | None = None):
     """What the program said, and its record. Without a `launcher` the fork server starts its two processes."""
     command = ["recipes/image/train.py", "--output_dir", str(output_dir), *flags.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    if launcher is None:
-        said = run_script(command, 2, environment, output_dir)
-    else:
-        said = run_really(command, environment, launcher)
+    said = run_script(command, 2, output_dir) if launcher is None else run_really(command, launcher)
     return said, json.loads((output_dir / "record.json").read_text())
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
 from harness import run_workers
-from launcher import run_really, run_script
+from launcher import RECIPE_ENVIRONMENT, run_really, run_script
 from slowmo_hf import SlowMoConfig
 from tiny import ends_with_one_line
 
@@ -34,7 +33,6 @@ from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_
 from translation.data import NEWSTESTS, DataError, load_corpus  # noqa: E402
 from translation.trainer import average_last  # noqa: E402
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
 RECORD_KEYS = {
     *(
         "study",
@@ -123,7 +121,7 @@ def write_text(folder: Path, sets: dict[str, list[dict[str, str]]]) -> str:
 def run_recipe(output_dir: Path, flags: str, *, really: bool = False):
     """What the program said, and its record; two processes, by `accelerate launch` where `really`."""
     command = ["recipes/translation/train.py", "--output_dir", str(output_dir), *flags.split()]
-    said = run_really(command, ENVIRONMENT) if really else run_script(command, 2, ENVIRONMENT, output_dir)
+    said = run_really(command) if really else run_script(command, 2, output_dir)
     return said, json.loads((output_dir / "record.json").read_text())
 
 
@@ -397,7 +395,7 @@ def test_averaging_refuses_another_run_s_checkpoints(tmp_path):
 def sacrebleu_command(references: Path, hypotheses: Path, *flags: str) -> tuple[float, str]:
     """Score and signature that the command line prints."""
     command = [sys.executable, "-m", "sacrebleu", str(references), "-i", str(hypotheses), "-w", "12", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=RECIPE_ENVIRONMENT)
     said = json.loads(done.stdout)
     return said["score"], said["signature"]
 
@@ -492,7 +490,12 @@ def test_tokenizer_is_the_same_on_every_machine(tokenizer, tmp_path):
         "rows = load_corpus(max_train_samples=2000).train\nprint(t.train_tokenizer(t.sentences_of(rows), "
         "1000).backend_tokenizer.to_str())"
     )
-    environment = {**ENVIRONMENT, "RAYON_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "true", "PYTHONHASHSEED": "7"}
+    environment = {
+        **RECIPE_ENVIRONMENT,
+        "RAYON_NUM_THREADS": "3",
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONHASHSEED": "7",
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip().splitlines()[-1] == tokenizer.backend_tokenizer.to_str()
 

@@ -18,7 +18,7 @@ from image.small_resnet import make_model
 from studies.batched import BatchedGradients
 from studies.kept import Keeper
 from studies.plan import PaperRun
-from studies.small_images import learning_rate_factor, rows_of, steps_per_epoch
+from studies.small_images import Part, learning_rate_factor, rows_of, steps_per_epoch
 from studies.small_runs import Job, train_workers
 
 LIBRARIES = [datasets]  # whose versions matter here
@@ -56,16 +56,8 @@ class Machine:
 
 
 @dataclass
-class Part:
-    """Images of one split, uint8 (rows, 3, size, size), and their labels, on the device."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-
-@dataclass
 class Images:
-    """All that the runs share, read only."""
+    """All that the runs share, on the device, read only. The images of every part are uint8 (rows, 3, size, size)."""
 
     name: str
     sha256: str  # of the training split's pixels and labels

@@ -39,10 +39,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of the inner Nesterov SGD
 
 @dataclass
 class Part:
-    """
-    Images of one split: float32 (rows, 1, size, size), zero mean and unit deviation for evaluation; uint8 for
-    training.
-    """
+    """Images of one split, (rows, channels, size, size), and their labels."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -50,7 +47,10 @@ class Part:
 
 @dataclass
 class Images:
-    """All that the runs share, read only."""
+    """
+    All that the runs share, read only. Images have one channel: uint8 for training, else float32 with zero mean and
+    unit deviation.
+    """
 
     name: str
     sha256: str  # of the training split's pixels and labels

@@ -220,6 +220,9 @@ class Base:
     def end_average(self) -> None:
         """What was under way is in the average."""
 
+    def stay(self) -> None:
+        """There was no round after all: what was launched is not waited for any more."""
+
 
 class ExactAverager:
     """

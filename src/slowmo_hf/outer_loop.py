@@ -70,7 +70,7 @@ from .log import make_heard
 from .model_tensors import ModelTensors, copy_tensors_
 from .outer_update import make_outer_update
 from .overlap import TrainingOn
-from .round import Parts, Round, stay
+from .round import Parts, Round
 from .round_report import RoundReport
 from .sharding import ShardedAverager
 from .start_check import check_same_everywhere, log_start
@@ -156,14 +156,14 @@ class OuterLoop:
         pieces = [piece for bucket in self._buckets for piece in bucket.pieces]
         self.update = make_outer_update(self.config, self.anchors, pieces, len(self.tensors.groups))
         log_start(self.workers, self.config, self.inner_state.policy)
-        workers, averager = self.workers, self.averager  # no part refers to this loop: it goes when it is let go
+        workers = self.workers  # no part refers to this loop: it goes when it is let go
         self.account = Account(lambda: workers.bytes_sent)
         self.view = ConsensusView(self.account, self.config.stash_device)
-        weigh = partial(_weigh, self.config, workers, averager)
+        weigh = partial(_weigh, self.config, workers, self.averager)
         self.status = StatusExchange(workers, self.tensors, self.clock, self.account, weigh)
         self.parts = Parts(
             config=self.config,
-            workers=self.workers,
+            workers=workers,
             tensors=self.tensors,
             inner_state=self.inner_state,
             averager=self.averager,
@@ -171,6 +171,7 @@ class OuterLoop:
             base=self.base,
             update=self.update,
             buckets=self._buckets,
+            pieces=pieces,
             clock=self.clock,
             status=self.status,
             account=self.account,
@@ -219,11 +220,11 @@ class OuterLoop:
         self.refuse_while_shown()
         self.clock.step()
         self.workers.roll_call.at(self.attempted_steps, "training")
-        if self.in_flight is None and not (self.clock.exchange_is_due or self.clock.round_is_due):
-            return None
         if self.clock.exchange_is_due:
             with self.account.communicating():
                 self._exchange()
+        if self.in_flight is None and not self.clock.round_is_due:
+            return None
         with self.account.communicating():
             report = self._apply_if_due()
             if self.in_flight is not None:
@@ -453,7 +454,7 @@ class OuterLoop:
         if self.in_flight is not None:
             self.in_flight.drain()
         self.in_flight = None
-        stay(self.base)
+        self.base.stay()
         self.status.forget()
 
     # ---- looking at the average ----

@@ -165,6 +165,5 @@ class WholeUpdate:
 
     def restore(self, contents: Contents) -> None:
         """As `OuterUpdate.restore`."""
-        self.optimizer.load_state_dict(
-            copy.deepcopy(contents.objects["outer_optimizer"])
-        )  # torch keeps what it is given
+        # torch keeps the tensors that it is given.
+        self.optimizer.load_state_dict(copy.deepcopy(contents.objects["outer_optimizer"]))

@@ -44,6 +44,10 @@ class TrainingOn(Base):
         if not self.away:
             super().hand_back_(piece)
 
+    def stay(self) -> None:
+        """Progress is measured from the anchors again."""
+        self.away = False
+
     def take_in_(self, pieces: list[Piece]) -> None:
         """Step k + n: the anchor and the progress made since step k."""
         for piece in pieces:

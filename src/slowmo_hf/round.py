@@ -54,14 +54,10 @@ class Parts:
     base: Base
     update: OuterUpdate
     buckets: list[Bucket]
+    pieces: list[Piece]  # of all buckets
     clock: Clock
     status: StatusExchange
     account: Account
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """Of all buckets."""
-        return [piece for bucket in self.buckets for piece in bucket.pieces]
 
     def share(self, params: list[torch.Tensor], changed_buffers: list[str]) -> None:
         """What the leader has got reaches the worker's other processes."""
@@ -205,8 +201,10 @@ class Round:
         self.average_beside(agreement)
 
     def settle(self) -> None:
-        """Wait for the messages, and do the outer update on the leader. The round stays due when it was."""
-        self.hear()
+        """
+        Wait for the messages, and do the outer update on the leader; what all say has been heard. The round stays due
+        when it was.
+        """
         if self.arrivals is None:
             return
         parts, clock = self.parts, self.parts.clock
@@ -259,7 +257,7 @@ class Round:
         """Workers go on as if it had not been launched."""
         if self.travels:
             self.parts.averager.drop_residuals()  # what they held back has gone with it
-            stay(self.parts.base)
+            self.parts.base.stay()
         if self.is_counted:
             self.parts.clock.drop(self.local_steps)
         self.is_counted, self.is_dropped = False, True
@@ -269,9 +267,3 @@ class Round:
         for _ in self.arrivals or ():
             pass
         self.arrivals = None
-
-
-def stay(base: Base) -> None:
-    """Workers measure their progress from the anchors again."""
-    if isinstance(base, TrainingOn):
-        base.away = False
