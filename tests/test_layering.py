@@ -24,6 +24,7 @@ PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT
 LAYERS = [
     ["__init__"],  # the public names
     ["accelerate_checkpoints"],
+    ["functions"],
     ["callback", "optimizer"],  # adapters
     ["trainer_checkpoints"],
     ["snapshot"],
@@ -40,7 +41,7 @@ LAYERS = [
     ["checkpoint", "communicator", "job_store", "topology", "round_report", "stop_signals"],
     ["in_process"],
     ["clock", "random_state"],
-    ["config", "log", "upstream"],
+    ["config", "log", "optimizer_wrapper", "upstream"],
     ["rules"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}

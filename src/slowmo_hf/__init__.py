@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from .accelerate_checkpoints import register_for_checkpointing
 from .checkpoint import verify_checkpoint
 from .config import SlowMoConfig
+from .functions import consensus, join, last_round, stop_requested
 from .in_process import run_in_process, together
-from .optimizer import SlowMoOptimizer, consensus, join, last_round, stop_requested
+from .optimizer import SlowMoOptimizer
 from .round_report import RoundReport
 from .stop_signals import REQUEUE_EXIT_CODE
 

@@ -1,0 +1,101 @@
+"""What torch asks of an optimizer that wraps another: its face, the hooks of its state, GradScaler's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """
+    An optimizer with the face of the one inside it: state, groups and defaults are read through, never cached
+    (`load_state_dict` replaces `param_groups`).
+    """
+
+    # GradScaler then calls our step() for every attempt, also one with an infinite gradient, and sets found_inf and
+    # grad_scale.
+    _step_supports_amp_scaling = True
+
+    inner_optimizer: torch.optim.Optimizer
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state."""
+        return self.inner_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner_optimizer.state = state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's parameter groups."""
+        return self.inner_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.inner_optimizer.param_groups = param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self.inner_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner_optimizer.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients."""
+        self.inner_optimizer.zero_grad(set_to_none=set_to_none)
+
+    # ---- the hooks of its state fire as torch's do ----
+
+    def _before_saving(self) -> None:
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+
+    def _after_saving(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = state_dict.copy()  # hooks may change theirs; the caller's is left alone
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def _after_loading(self) -> None:
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    # ---- the step ----
+
+    def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return self.inner_optimizer.step(closure) if closure is not None else self.inner_optimizer.step()
+        if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False):
+            return self._fused_inner_step(found_inf, grad_scale)
+        if found_inf.item():
+            return None
+        if grad_scale is not None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        param.grad.div_(grad_scale.to(param.grad.device))
+        return self.inner_optimizer.step()
+
+    def _fused_inner_step(self, found_inf: torch.Tensor, grad_scale: torch.Tensor | None) -> float | None:
+        inner: Any = self.inner_optimizer
+        inner.found_inf, inner.grad_scale = found_inf, grad_scale
+        try:
+            return inner.step()  # type: ignore[no-any-return]
+        finally:
+            del inner.found_inf, inner.grad_scale
