@@ -42,6 +42,7 @@ LAYERS = [
     ["in_process"],
     ["clock", "random_state"],
     ["config", "log", "optimizer_wrapper", "upstream"],
+    ["presets"],
     ["rules"],
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}
