@@ -39,6 +39,8 @@ LAYERS = [
     ["workers"],
     ["roll_call"],
     ["checkpoint", "communicator", "job_store", "topology", "round_report", "stop_signals"],
+    ["processes"],
+    ["failures", "job"],
     ["in_process"],
     ["clock", "random_state"],
     ["config", "log", "optimizer_wrapper", "upstream"],
@@ -49,9 +51,10 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 
 # Who alone may reach a package of others.
 ONLY = {
-    # What talks to other processes; the group that keeps DDP inside a worker; the job's store, which has no public
-    # name.
-    "torch.distributed": ("communicator", "isolation", "upstream"),
+    # What carries messages; its types of errors; the group that keeps DDP inside a worker; the job's store, which has
+    # no public name.
+    "torch.distributed": ("failures", "isolation", "job", "upstream"),
+    "slowmo_hf.job.wire": ("communicator", "processes"),  # what talks to other processes
     "transformers": ("callback", "trainer_checkpoints"),  # custom loops need no Trainer
 }
 
@@ -305,6 +308,7 @@ def test_internals_are_excused_in_benchmarks_only():
             f"only {TALKERS} may reach torch.distributed",
         ),
         ("averager", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
+        ("averager", "from .job import wire", "only communicator, processes may reach slowmo_hf.job.wire"),
         (
             "averager",
             "import torch as t\nf = t.distributed.barrier",
@@ -325,7 +329,8 @@ def test_the_checker_catches(module, source, words):
             "outer_loop",
             "import torch\nfrom .averager import flat_view\nfrom .config import SlowMoConfig as C\nC.local_sgd(4)",
         ),
-        ("communicator", "import torch.distributed as dist\ndist.barrier()"),
+        ("job", "import torch.distributed as dist\ndist.barrier()"),
+        ("communicator", "from .job import wire\nwire().barrier()"),
         ("callback", "from transformers import Trainer\nfrom .outer_loop import OuterLoop"),
         ("averager", "words = 'torch.distributed, from .callback import SlowMoCallback'  # import transformers"),
     ],

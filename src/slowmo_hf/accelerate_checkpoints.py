@@ -12,8 +12,8 @@ import torch
 
 from . import upstream
 from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
-from .communicator import is_in_process
 from .functions import consensus, unwrap
+from .job import is_in_process
 from .log import logger
 from .outer_loop import OuterLoop
 from .snapshot import finish_together, keeps_files, read_snapshot, together, write_snapshot

@@ -14,9 +14,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import upstream
-from .communicator import processes_in_job
 from .config import GOSSIP_BASES, SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .job import processes_in_job
 from .log import logger, make_heard
 from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop

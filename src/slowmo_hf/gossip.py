@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .averager import MESSAGE_BYTES, Base, Bucket, FlatAnchor, Piece, rounded
-from .communicator import Communicator, Transfer
+from .communicator import Communicator
 from .config import SlowMoConfig
+from .processes import Transfer
 from .topology import Topology
 
 

@@ -10,9 +10,9 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from . import upstream
-from .communicator import is_in_process, processes_in_job
 from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .job import is_in_process, processes_in_job
 from .log import logger
 from .model_tensors import inner_lrs
 from .optimizer_wrapper import OptimizerWrapper

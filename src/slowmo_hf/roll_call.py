@@ -16,17 +16,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from .communicator import (
-    SLICE_SECONDS,
-    first_line,
-    host_name,
-    is_collective_failure,
-    is_timeout,
-    job_store,
-    leave_job,
-    processes_in_job,
-    rank_in_job,
-)
+from .failures import SLICE_SECONDS, first_line, is_collective_failure, is_timeout
+from .job import host_name, job_store, leave_job, processes_in_job, rank_in_job
 from .job_store import JobStore, StoreError
 
 _ANY = "any"

@@ -22,9 +22,9 @@ from torch.profiler import record_function
 from .account import Account
 from .averager import Base, Bucket, ExactAverager, Piece, Sum
 from .clock import Clock
-from .communicator import host_name
 from .config import GOSSIP_BASES, SlowMoConfig
 from .inner_state import InnerState
+from .job import host_name
 from .model_tensors import ModelTensors
 from .outer_update import OuterUpdate
 from .overlap import Nothing, TrainingOn

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from .checkpoint import CheckpointError, Contents, read_part, write_part
-from .communicator import Transfer, host_name
 from .compression import CompressedAverager
 from .config import SlowMoConfig
 from .gossip import GossipBase
+from .job import host_name
 from .log import logger
 from .outer_loop import OuterLoop
 from .overlap import TrainingOn
+from .processes import Transfer
 from .round import Round
 from .round_report import Norms
 

@@ -14,8 +14,8 @@ from typing import Any
 import accelerate
 import torch
 
-from .communicator import host_and_address, host_name, is_in_process, machines_in_job
 from .config import SlowMoConfig
+from .job import host_and_address, host_name, is_in_process, machines_in_job
 from .log import logger
 from .model_tensors import ModelTensors
 from .workers import Workers

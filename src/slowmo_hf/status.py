@@ -12,7 +12,8 @@ from torch.profiler import record_function
 
 from .account import Account
 from .clock import Clock
-from .communicator import Communicator, host_name
+from .communicator import Communicator
+from .job import host_name
 from .log import logger
 from .model_tensors import ModelTensors, hash48
 from .roll_call import RollCall

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .communicator import Communicator, is_in_process, machines_in_job, processes_in_job, processes_on_machine
+from .communicator import Communicator
 from .config import GOSSIP_BASES, SlowMoConfig
+from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
 from .roll_call import RollCall
 
 _WORD_SECONDS = 4.0  # for a leader that has failed to find the cause and tell its worker's processes
