@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
 
         globals()[name] = SlowMoCallback
         return SlowMoCallback
-    if name in ("callback", "trainer_checkpoints"):
+    if name in ("callback", "trainer_checkpoints", "trainer_end", "trainer_saves", "trainer_start"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

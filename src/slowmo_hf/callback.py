@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import upstream
-from .config import GOSSIP_BASES, SlowMoConfig
+from .config import SlowMoConfig
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
-from .job import processes_in_job
-from .log import logger, make_heard
+from .log import make_heard
 from .model_tensors import inner_lrs
 from .outer_loop import OuterLoop
 from .round_report import RoundReport
-from .stop_signals import REQUEUE_EXIT_CODE, StopSignals
-from .trainer_checkpoints import TrainerCheckpoints, set_aside_unfinished
+from .stop_signals import StopSignals
+from .trainer_checkpoints import set_aside_unfinished
+from .trainer_end import Ending, StepTooMany
+from .trainer_saves import TrainerSaves
+from .trainer_start import advise, raw_optimizer, refuse_wrong_launch, switch_off_token_average
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -43,17 +42,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def __init__(self, config: SlowMoConfig | dict[str, Any] | None = None) -> None:
         self.config = SlowMoConfig.from_dict(config) if isinstance(config, dict) else config or SlowMoConfig()
         self.checkpoint: dict[str, Any] | None = None
-        self._checkpoints: TrainerCheckpoints | None = None
         self.outer_loop: OuterLoop | None = None
-        self._isolation: Isolation | None = None
+        self._ending: Ending | None = None
+        self._saves: TrainerSaves | None = None
         self._training = False
-        self._ended = self._stopped = False
-        self._planned_end: int | None = None  # max_steps, where it is the same on all ranks
-        self._stop_signals: StopSignals | None = None
-        self._stock_token_average: bool | None = None
-        self._unlogged: list[RoundReport] = []
+        self._given_back = ExitStack()  # at the end: what is switched off while we train
+        self._unlogged = _Unlogged()
         self._round_ended = False  # at this step
-        self._beyond: _Beyond | None = None
+        self._step_too_many: StepTooMany | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
@@ -90,37 +86,24 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._follow()
         callbacks: Any = state.stateful_callbacks
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
-        self._restore(args)  # a run that failed (auto_find_batch_size) never reached its end
+        self._restore()  # a run that failed (auto_find_batch_size) never reached its end
         refuse_unsupported()
-        optimizer = _raw_optimizer(kwargs["optimizer"])
-        outer_loop = OuterLoop(optimizer, self.config, kwargs["model"])
+        outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
-        if args.world_size != processes_in_job():
-            raise RuntimeError(
-                f"torch.distributed has {processes_in_job()} processes, but TrainingArguments.world_size is "
-                f"{args.world_size}: every process would train on all data. On CPU, set use_cpu=True or "
-                "ACCELERATE_USE_CPU=true (docs/launch.md)."
-            )
-        if args.world_size > 1 and not wrappers:
-            raise RuntimeError(
-                f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so "
-                "it is unknown who averages gradients. Launch with torchrun or accelerate launch."
-            )
-        self.outer_loop = None
+        refuse_wrong_launch(args, wrappers)
+        self.outer_loop = self._ending = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
         if self.config.base != "all_reduce":
-            self._isolation = Isolation(wrappers, outer_loop.workers.gradients.group)
-            self._isolate_tokens(args)
-            _advise(args, self.config)
-        self._take_up_checkpoints(outer_loop, args, state, kwargs)
+            self._given_back.callback(Isolation(wrappers, outer_loop.workers.gradients.group).release)
+            switch_off_token_average(args, self._given_back)
+            advise(args, self.config)
+        if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
+            self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training, self._ended, self._stopped = True, False, False
-        self._unlogged, self._round_ended = [], False
-        if self.config.base in GOSSIP_BASES:
-            plans = set(outer_loop.workers.world.gather_objects(state.max_steps))
-            self._planned_end = plans.pop() if len(plans) == 1 else None
+        self._training, self._round_ended, self._unlogged = True, False, _Unlogged()
+        self._ending = Ending(outer_loop, state.max_steps)
         if self.config.has_rounds:
-            self._stop_signals = StopSignals(self._on_signal)
+            self._given_back.callback(StopSignals(self._ending.on_signal).release)
         if args.eval_on_start:
             # Workers agree, so nothing is sent: it keeps what the evaluation draws from the generators.
             outer_loop.show_average()
@@ -129,26 +112,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
     ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
-        if not self.config.has_rounds:
-            return  # stock training: Trainer's checkpoints are complete
-        self._checkpoints = TrainerCheckpoints(args, outer_loop)
+        self._saves = TrainerSaves(args, outer_loop)
+        self._given_back.callback(self._saves.end)
         if state.global_step:
-            callbacks: Any = state.stateful_callbacks or {}
-            recorded = callbacks.get(type(self).__name__)
-            recorded = recorded[-1] if isinstance(recorded, list) else recorded
             try:
-                objects = self._checkpoints.resume(state, recorded["attributes"]["checkpoint"] if recorded else None)
+                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state, type(self).__name__)
             except Exception:
-                self._restore(args)
+                self._restore()
                 raise
-            for name, own in self._own_objects(events).items():
-                if name in objects:
-                    own.load_state_dict(objects[name])
-
-    def _own_objects(self, events: dict[str, Any]) -> dict[str, Any]:
-        """What else differs between workers: a scaler that skipped a step, and the scheduler that it held back."""
-        scaler = getattr(self._find_trainer().accelerator, "scaler", None)
-        return {} if scaler is None else {"scaler": scaler, "scheduler": events["lr_scheduler"]}
 
     def state(self) -> dict[str, Any]:
         """
@@ -157,36 +128,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """
         return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
-    def _isolate_tokens(self, args: TrainingArguments) -> None:
-        """
-        Trainer would gather the token count at every step and scale the loss for gradients averaged over the world.
-        """
-        self._stock_token_average = args.average_tokens_across_devices
-        if args.average_tokens_across_devices and args.world_size > 1:
-            logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
-        args.average_tokens_across_devices = False
-
-    def _on_signal(self, name: str) -> None:
-        if self.outer_loop is not None:
-            self.outer_loop.status.stop_asked = True
-        logger.warning(
-            "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
-        )
-
-    def _restore(self, args: TrainingArguments) -> None:
-        self._training = False
-        if self._stop_signals is not None:
-            self._stop_signals.release()
-            self._stop_signals = None
-        if self._isolation is not None:
-            self._isolation.release()
-            self._isolation = None
-        if self._checkpoints is not None:
-            self._checkpoints.end()
-            self._checkpoints = None
-        if self._stock_token_average is not None:
-            args.average_tokens_across_devices = self._stock_token_average
-            self._stock_token_average = None
+    def _restore(self) -> None:
+        self._training, self._saves = False, None
+        self._given_back.close()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,21 +141,16 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         Raises:
             SystemExit: A signal asked for the end: with `REQUEUE_EXIT_CODE`, after the save.
         """
-        if self.outer_loop is None:
+        if self.outer_loop is None or self._ending is None:
             return
         if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
-            self._end(args, state, kwargs, pass_end_is_ahead=False)
+            dataloader = kwargs.get("train_dataloader")
+            self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
             self.outer_loop.keep_average()
-        self._log(control)
-        self._restore(args)
+        self._unlogged.log(self._find_trainer(), control)
+        self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
-        if self._stopped:
-            logger.warning(
-                "saved at step %d after a signal: exit code %d asks for a requeue",
-                state.global_step,
-                REQUEUE_EXIT_CODE,
-            )
-            raise SystemExit(REQUEUE_EXIT_CODE)
+        self._ending.exit_if_stopped(state.global_step)
 
     # ---- the clock ----
 
@@ -223,12 +162,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         yet.
         """
         assert self.outer_loop is not None
-        if self._beyond is not None:
+        if self._step_too_many is not None:
             return
-        report = self.outer_loop.step(inner_lrs(_raw_optimizer(kwargs["optimizer"])))
+        report = self.outer_loop.step(inner_lrs(raw_optimizer(kwargs["optimizer"])))
         self._round_ended = report is not None
         if report is not None:
-            self._unlogged.append(report)
+            self._unlogged.rounds.append(report)
 
     # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
 
@@ -240,23 +179,21 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """
         if self.outer_loop is not None:
             self.outer_loop.show_local(give_back_random_state=False)
-            if state.global_step >= state.max_steps and self._beyond is None:
-                self._beyond = _Beyond.of(kwargs["model"], state)
+            if state.global_step >= state.max_steps and self._step_too_many is None:
+                self._step_too_many = StepTooMany.of(kwargs["model"], state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
-        if self._beyond is not None:
-            self._beyond.undo(state, control)
-            self._beyond = None
-        if self.outer_loop is not None and self._round_ended:
-            self._stop_with_others(state, control, self.outer_loop.status.somebody_ended)
-        if not self._all_gather(control):
-            self._stop_with_others(state, control, True)
+        if self._step_too_many is not None:
+            self._step_too_many.undo(state, control)
+            self._step_too_many = None
+        if self._ending is not None:
+            self._ending.stop_with_others(state, control, round_ended=self._round_ended)
         self._look_if_due(args, state, control, kwargs)
         if control.should_log or control.should_training_stop:
-            self._log(control)
+            self._unlogged.log(self._find_trainer(), control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,77 +201,27 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """
         As at a step's end; a rank that stops ends with the others first, and then all do what an epoch's end asks for.
         """
-        if not control.should_training_stop and not self._all_gather(control):
-            control.should_training_stop = True
-        if control.should_training_stop:
-            self._end(args, state, kwargs)
+        if self._ending is not None:
+            if not control.should_training_stop and not self._ending.all_gather(control):
+                control.should_training_stop = True
+            if control.should_training_stop:
+                self._ending.end(self._find_trainer(), args, state, kwargs.get("train_dataloader"))
         self._look_if_due(args, state, control, kwargs)
-
-    def _all_gather(self, control: TrainerControl) -> bool:
-        """Meet before Trainer gathers: False where a rank has ended, and will not come."""
-        return (
-            not _gathers(control) or self._ended or self.outer_loop is None or self.outer_loop.meet_before_gathering()
-        )
-
-    @property
-    def _all_are_asked_to_stop(self) -> bool:
-        return self.outer_loop is not None and self.outer_loop.status.stop_agreed
-
-    def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
-        """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
-        if somebody_ended:
-            logger.warning(
-                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
-                "nothing is evaluated or saved there",
-                state.global_step,
-            )
-            _stop_at_once(control)  # the rest gathers, and that rank will not come
-            self._stopped = False  # nothing is saved, and nobody need come back
-        elif self._all_are_asked_to_stop and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self._stopped = True
 
     def _look_if_due(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]
     ) -> None:
-        if self.outer_loop is None:
+        if self.outer_loop is None or self._ending is None:
             return
         if control.should_evaluate or control.should_save:
             self.outer_loop.show_average()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
-            self._end(args, state, events)
-        if self._checkpoints and control.should_evaluate:
+            self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
+        if self._saves and (control.should_evaluate or control.should_save):
             # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save.
-            self._folder(args, state)
-        if self._checkpoints and control.should_save:
-            self._checkpoints.write(self._folder(args, state), self._states(events))
-
-    def _end(
-        self, args: TrainingArguments, state: TrainerState, events: dict[str, Any], *, pass_end_is_ahead: bool = True
-    ) -> None:
-        """Once: all ranks end together, on the average."""
-        if self.outer_loop is not None and not self._ended:
-            self._ended = True
-            meetings = _Meetings(args, state, self._planned_end, _steps_per_pass(args, events.get("train_dataloader")))
-            all_stop = state.global_step == self._planned_end or self._stopped or self.outer_loop.status.somebody_ended
-            all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
-            self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
-            if self.config.has_rounds:
-                state.global_step = self.outer_loop.attempted_steps
-                # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would
-                # abort in gloo.
-                trainer: Any = self._find_trainer()
-                trainer.current_flos = float(trainer.current_flos)
-
-    def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Trainer's checkpoint folder of this step; recorded for `trainer_state.json`."""
-        trainer = self._find_trainer()
-        folder = Path(upstream.output_folder(trainer)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        run = self.outer_loop.run_id if self.outer_loop and not args.save_only_model else None
-        self.checkpoint = {"run": run, "folder": str(folder)}
-        return folder
-
-    def _states(self, events: dict[str, Any]) -> dict[str, Any]:
-        return {name: own.state_dict() for name, own in self._own_objects(events).items()}
+            self.checkpoint = self._saves.record(self._find_trainer(), state)
+        if self._saves and control.should_save:
+            self._saves.write(self._find_trainer(), events["lr_scheduler"], state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -351,10 +238,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As after an evaluation; then the checkpoint is whole."""
         self._after_look("saved")
-        if self._checkpoints:
-            folder = self._folder(args, state)
-            self._checkpoints.finish(folder, self._states(kwargs), state)
-            self._checkpoints.push(self._find_trainer(), folder)
+        if self._saves:
+            self.checkpoint = self._saves.record(self._find_trainer(), state)
+            self._saves.finish(self._find_trainer(), kwargs["lr_scheduler"], state)
 
     def _after_look(self, verb: str) -> None:
         if self.outer_loop is None or not self._training:
@@ -367,23 +253,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
                 "SlowMoCallback had looked. Make SlowMoCallback the last callback."
             )
 
-    # ---- logs ----
-
-    def _log(self, control: TrainerControl) -> None:
-        """
-        Emit the rounds since the last log through Trainer's own `log`: sums of bytes and seconds, the last round's
-        norms.
-        """
-        if not self._unlogged:
-            return
-        rounds, self._unlogged = self._unlogged, []
-        logs = rounds[-1].to_logs()
-        logs["slowmo/bytes_sent"] = sum(r.bytes_sent for r in rounds)
-        logs["slowmo/seconds"] = sum(r.seconds for r in rounds)
-        logs["slowmo/utilisation"] = sum(r.utilisation for r in rounds) / len(rounds)
-        should_log = control.should_log
-        self._find_trainer().log(logs)
-        control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out
+    # ---- its Trainer ----
 
     def _follow(self) -> None:
         """The Trainer whose event this is: of all that hold this callback, the one that is calling it."""
@@ -399,117 +269,20 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
 
 @dataclass
-class _Meetings:
-    """
-    Where Trainer's own settings make the ranks that train on log, evaluate, save or end.
+class _Unlogged:
+    """The rounds since the last log."""
 
-    Args:
-        planned_end (`int`, *optional*): `max_steps`, where it is the same on all ranks.
-        steps_per_pass (`int`, *optional*): Of the data, where they have a length.
-    """
+    rounds: list[RoundReport] = field(default_factory=list)
 
-    args: TrainingArguments
-    state: TrainerState
-    planned_end: int | None
-    steps_per_pass: int | None
-
-    def at(self, step: int) -> bool:
-        """After a step, or where its pass over the data ends with it."""
-        there, control = self._there(step), TrainerControl()
-        DefaultFlowCallback().on_step_end(self.args, there, control)
-        return _gathers(control) or control.should_training_stop or self.at_pass_end(step)
-
-    def at_pass_end(self, step: int) -> bool:
-        """Where a pass ends with this step, and "epoch" strategies ask for something."""
-        if not self.steps_per_pass or step % self.steps_per_pass:
-            return False
-        there, control = self._there(step), TrainerControl()
-        there.epoch = step / self.steps_per_pass
-        DefaultFlowCallback().on_epoch_end(self.args, there, control)
-        return _gathers(control)
-
-    def _there(self, step: int) -> TrainerState:
-        there = copy.copy(self.state)
-        there.global_step, there.max_steps = step, self.planned_end or step + 1
-        return there
-
-
-@dataclass
-class _Beyond:
-    """
-    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more
-    and stops then.
-
-    Args:
-        kept (`list`): Parameters and buffers with copies of their values.
-        step (`int`), epoch (`float`): Trainer's clock.
-    """
-
-    kept: list[tuple[torch.Tensor, torch.Tensor]]
-    step: int
-    epoch: float
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, state: TrainerState) -> _Beyond:
-        """Keep them."""
-        return cls(
-            [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch
-        )
-
-    @torch.no_grad()
-    def undo(self, state: TrainerState, control: TrainerControl) -> None:
-        """
-        As if it had not been taken; training ends, and what its last step asked for has been done by the run that took
-        it.
-        """
-        for tensor, value in self.kept:
-            tensor.copy_(value)
-        state.global_step, state.epoch = self.step, self.epoch
-        _stop_at_once(control)
-
-
-def _gathers(control: TrainerControl) -> bool:
-    """Whether Trainer is about to meet all ranks in collectives of its own."""
-    return control.should_log or control.should_evaluate or control.should_save
-
-
-def _stop_at_once(control: TrainerControl) -> None:
-    """Training ends, and nothing is logged, evaluated or saved."""
-    control.should_training_stop = True
-    control.should_log = control.should_evaluate = control.should_save = False
-
-
-def _steps_per_pass(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Optimizer steps of a pass over the data, as Trainer counts them; None where they have no length."""
-    try:
-        return max(1, -(-len(dataloader) // args.gradient_accumulation_steps))
-    except TypeError:
-        return None
-
-
-def _raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Behind Accelerate's wrapper. A SlowMoOptimizer there would mean two outer loops over one model."""
-    raw = getattr(optimizer, "optimizer", optimizer)
-    if hasattr(raw, "outer_loop"):
-        raise ValueError("the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both.")
-    assert isinstance(raw, torch.optim.Optimizer)
-    return raw
-
-
-def _advise(args: TrainingArguments, config: SlowMoConfig) -> None:
-    """What couples the ranks because the user asked for it is left alone, and said."""
-    if args.world_size == 1:
-        return
-    if args.logging_strategy == "steps" and config.overlap_steps:
-        logger.info(
-            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", args.logging_steps
-        )
-    elif args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
-        logger.info(
-            "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for "
-            "nobody",
-            args.logging_steps,
-            config.sync_every,
-        )
-    if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
-        logger.warning("include_num_input_tokens_seen gathers at every micro-batch; leave it out for a quiet wire")
+    def log(self, trainer: Trainer, control: TrainerControl) -> None:
+        """Emit them through Trainer's own `log`: sums of bytes and seconds, the last round's norms."""
+        if not self.rounds:
+            return
+        rounds, self.rounds = self.rounds, []
+        logs = rounds[-1].to_logs()
+        logs["slowmo/bytes_sent"] = sum(r.bytes_sent for r in rounds)
+        logs["slowmo/seconds"] = sum(r.seconds for r in rounds)
+        logs["slowmo/utilisation"] = sum(r.utilisation for r in rounds) / len(rounds)
+        should_log = control.should_log
+        trainer.log(logs)
+        control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out
