@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import upstream
-from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
+from .checkpoint import FOLDER, seal, verify_checkpoint
 from .communicator import is_in_process
+from .contents import CheckpointError
 from .log import logger
 from .optimizer import consensus, unwrap
 from .outer_loop import OuterLoop
@@ -122,7 +123,7 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
         return
     with suppress(ValueError):
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
-        outer_loop.hear()
+        outer_loop.in_flight.hear()
     objects: dict[str, Any] = {}
 
     def take_up() -> None:

@@ -123,7 +123,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._stop_signals = StopSignals(self._on_signal)
         if args.eval_on_start:
             # Workers agree, so nothing is sent: it keeps what the evaluation draws from the generators.
-            outer_loop.show_average()
+            outer_loop.consensus.show()
 
     def _take_up_checkpoints(
         self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
@@ -201,7 +201,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             return
         if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
             self._end(args, state, kwargs, pass_end_is_ahead=False)
-            self.outer_loop.keep_average()
+            self.outer_loop.consensus.keep()
         self._log(control)
         self._restore(args)
         self.outer_loop.workers.roll_call.leave("its training ended")
@@ -239,7 +239,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         Give the local weights back. The generators went back after the look: the next batches have been drawn since.
         """
         if self.outer_loop is not None:
-            self.outer_loop.show_local(give_back_random_state=False)
+            self.outer_loop.consensus.restore(give_back_random_state=False)
             if state.global_step >= state.max_steps and self._beyond is None:
                 self._beyond = _Beyond.of(kwargs["model"], state)
 
@@ -299,7 +299,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop is None:
             return
         if control.should_evaluate or control.should_save:
-            self.outer_loop.show_average()
+            self.outer_loop.consensus.show()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._end(args, state, events)
         if self._checkpoints and control.should_evaluate:
