@@ -183,7 +183,7 @@ class Textbook:
 def outer_step_of(optimizer: SlowMoOptimizer) -> Callable[[], None]:
     """The package's arithmetic alone: its outer optimizer's step on a pseudo-gradient that is already there."""
     assert optimizer.outer_loop is not None
-    outer = optimizer.outer_loop.outer_optimizer
+    outer = optimizer.outer_loop.parts.slow.update.optimizer
     anchors = [anchor for group in outer.param_groups for anchor in group["params"]]
     pseudo_grads = [torch.full_like(anchor, 1e-3) for anchor in anchors]
 

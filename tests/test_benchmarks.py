@@ -127,7 +127,9 @@ def test_three_forms_of_the_arithmetic_are_one():
             getattr(textbook, form)()
         expected = [p - (1e-3 if steps == 1 else 2.5e-3) for p in start]
         flat = torch.cat([p.view(-1) for p in expected])
-        anchors = [a for group in optimizer.outer_loop.outer_optimizer.param_groups for a in group["params"]]
+        anchors = [
+            a for group in optimizer.outer_loop.parts.slow.update.optimizer.param_groups for a in group["params"]
+        ]
         torch.testing.assert_close(torch.cat([a.view(-1) for a in anchors]), flat, rtol=0, atol=1e-6)
         for textbook in forms:
             torch.testing.assert_close(torch.cat([a.view(-1) for a in textbook.anchors]), flat, rtol=0, atol=1e-6)

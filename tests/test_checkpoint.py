@@ -466,8 +466,8 @@ class Slow(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if self.found is None:
             (loop,) = (c.outer_loop for c in self.trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback))
-            slow = {f"anchor.{i}": item.flat.clone() for i, item in enumerate(loop.anchors)}
-            slow |= {f"velocity.{i}": velocity.clone() for i, velocity in enumerate(loop.velocities)}
+            slow = {f"anchor.{i}": item.flat.clone() for i, item in enumerate(loop.parts.slow.anchors)}
+            slow |= {f"velocity.{i}": velocity.clone() for i, velocity in enumerate(loop.parts.slow.update.velocities)}
             self.found = slow, loop.attempted_steps, loop.rounds
 
 

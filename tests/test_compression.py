@@ -14,20 +14,16 @@ import torch.distributed as dist
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.averager import Base, ExactAverager, flat_anchors, flat_layouts
+from slowmo_hf.averages import Averages
+from slowmo_hf.codec import BLOCK, BFloat16, Int8
 from slowmo_hf.communicator import Communicator
-from slowmo_hf.compression import (
-    BLOCK,
-    CODES,
-    CompressedAverager,
-    decode_,
-    dequantise,
-    encode_,
-    message_bytes,
-    quantise,
-    shard_elements,
-)
+from slowmo_hf.error_feedback import ErrorFeedback, shard_elements
+from slowmo_hf.layout import flat_anchors, flat_layouts
+from slowmo_hf.names import CODES, find
+from slowmo_hf.reduction import AllReduce, Launch, bytes_per_message
 from slowmo_hf.snapshot import read_snapshot, write_snapshot
+from slowmo_hf.starts import Base
+from slowmo_hf.two_stage import TwoStage
 from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 CPU = torch.device("cpu")
@@ -48,22 +44,22 @@ def test_int8_by_hand(dtype):
     max |x| = 127, so the scale is 1 and codes are the values to the nearest, ties to even. The second block has a
     scale of its own.
     """
-    codes, scales = quantise(
-        torch.cat([block(127, 2.5, 3.5, -2.5, 0.4, -127, dtype=dtype), block(-254, 3, 1, dtype=dtype)]), torch.int8
+    codes, scales = Int8().quantise(
+        torch.cat([block(127, 2.5, 3.5, -2.5, 0.4, -127, dtype=dtype), block(-254, 3, 1, dtype=dtype)])
     )
     assert codes[:7].tolist() == [127, 2, 4, -2, 0, -127, 0]
     assert codes[BLOCK : BLOCK + 4].tolist() == [-127, 2, 0, 0]  # -127, 1.5 and 0.5 steps of 2
     assert scales.tolist() == [1, 2]
-    assert dequantise(codes, scales)[[0, 1, BLOCK, BLOCK + 1]].tolist() == [127, 2, -254, 4]
-    assert dequantise(codes, scales).dtype == scales.dtype == dtype
+    assert Int8().dequantise(codes, scales)[[0, 1, BLOCK, BLOCK + 1]].tolist() == [127, 2, -254, 4]
+    assert Int8().dequantise(codes, scales).dtype == scales.dtype == dtype
 
 
 def test_bf16_by_hand():
     """Numbers from 1 on are 1/128 apart; what lies half-way goes to the even one."""
     given, right = [1 + 1 / 256, 1 + 3 / 256, 1 + 1 / 128, -0.0, 1e30], [1, 1 + 1 / 64, 1 + 1 / 128, 0]
-    codes, scales = quantise(torch.tensor(given, dtype=torch.float64), torch.bfloat16)
-    assert dequantise(codes, scales)[:4].tolist() == right
-    assert abs(float(dequantise(codes, scales)[4]) / 1e30 - 1) <= 2**-8
+    codes, scales = BFloat16().quantise(torch.tensor(given, dtype=torch.float64))
+    assert BFloat16().dequantise(codes, scales)[:4].tolist() == right
+    assert abs(float(BFloat16().dequantise(codes, scales)[4]) / 1e30 - 1) <= 2**-8
 
 
 def hard_values(dtype):
@@ -86,8 +82,8 @@ def hard_values(dtype):
 @pytest.mark.parametrize("name", hard_values(torch.float32))
 def test_int8_is_off_by_half_a_scale_at_most(dtype, name):
     given = hard_values(dtype)[name]
-    codes, scales = quantise(given, torch.int8)
-    error = (given - dequantise(codes, scales)).view(-1, BLOCK).abs()
+    codes, scales = Int8().quantise(given)
+    error = (given - Int8().dequantise(codes, scales)).view(-1, BLOCK).abs()
     assert (error <= scales[:, None] * (0.5 + 1e-4)).all()
     assert (codes.abs() <= 127).all()
     assert (scales > 0).all()
@@ -95,23 +91,23 @@ def test_int8_is_off_by_half_a_scale_at_most(dtype, name):
     assert (scales <= torch.maximum(huge / 127 * (1 + 1e-6), torch.tensor(torch.finfo(dtype).tiny, dtype=dtype))).all()
 
 
-@pytest.mark.parametrize("code", CODES.values(), ids=str)
+@pytest.mark.parametrize("code", [Int8(), BFloat16()], ids=["int8", "bf16"])
 @pytest.mark.parametrize("dtype", WIDE)
 def test_what_a_message_says_and_what_stays_are_the_value(dtype, code):
     """Longer than a processor's cache, so in several runs; bit for bit the quantisation of the whole."""
     torch.manual_seed(0)
     given = torch.randn(2**18 + 3 * BLOCK, dtype=dtype)
     message, left, read = (
-        torch.empty(message_bytes(len(given), code, dtype), dtype=torch.uint8),
+        torch.empty(code.message_bytes(len(given), dtype), dtype=torch.uint8),
         given.clone(),
         torch.empty_like(given),
     )
-    encode_(left, message, code)
-    decode_(message, read, code)
-    assert torch.equal(read, dequantise(*quantise(given, code)))
+    code.encode_(left, message)
+    code.decode_(message, read)
+    assert torch.equal(read, code.dequantise(*code.quantise(given)))
     assert torch.equal(left, given - read)
-    decode_(message, read, code, add=True)
-    assert torch.equal(read, 2 * dequantise(*quantise(given, code)))
+    code.decode_(message, read, add=True)
+    assert torch.equal(read, 2 * code.dequantise(*code.quantise(given)))
 
 
 def test_sizes_by_hand():
@@ -119,23 +115,23 @@ def test_sizes_by_hand():
     int8: 256 codes of a byte and a scale of 4 or 8; 3 blocks have 12 bytes of scales, 780 in all, and 784 is a
     multiple of 8.
     """
-    assert message_bytes(512, torch.int8, torch.float32) == 512 + 8
-    assert message_bytes(768, torch.int8, torch.float32) == 784
-    assert message_bytes(256, torch.int8, torch.float64) == 264
-    assert message_bytes(256, torch.bfloat16, torch.float64) == 512
+    assert Int8().message_bytes(512, torch.float32) == 512 + 8
+    assert Int8().message_bytes(768, torch.float32) == 784
+    assert Int8().message_bytes(256, torch.float64) == 264
+    assert BFloat16().message_bytes(256, torch.float64) == 512
     assert [shard_elements(n, 4) for n in (1, 3, 1024, 1025, 4097)] == [256, 256, 256, 512, 1280]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("code", CODES.values(), ids=str)
+@pytest.mark.parametrize("code", [Int8(), BFloat16()], ids=["int8", "bf16"])
 @pytest.mark.parametrize("dtype", WIDE)
 def test_cuda_rounds_as_the_cpu(dtype, code):
     for name, given in hard_values(dtype).items():
-        codes, scales = quantise(given, code)
-        on_gpu = [part.cpu() for part in quantise(given.cuda(), code)]
+        codes, scales = code.quantise(given)
+        on_gpu = [part.cpu() for part in code.quantise(given.cuda())]
         assert torch.equal(on_gpu[0], codes), name
         assert torch.equal(on_gpu[1], scales), name
-        assert torch.equal(dequantise(codes.cuda(), scales.cuda()).cpu(), dequantise(codes, scales)), name
+        assert torch.equal(code.dequantise(codes.cuda(), scales.cuda()).cpu(), code.dequantise(codes, scales)), name
 
 
 # ---- nothing is lost ----
@@ -148,28 +144,32 @@ def telescope(rank, name, elements, bucket_bytes):
     """Rounds of random displacements in float64: what was applied, what is held back, and what was true."""
     param = torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
     anchors = flat_anchors(flat_layouts([[param]]))
-    averager = CompressedAverager(Communicator(20.0, CPU), bucket_bytes, CODES[name])
-    buckets = [bucket for item in anchors for bucket in averager.buckets(item)]
-    averager.reserve(buckets)
+    averages = Averages(Communicator(20.0, CPU), bucket_bytes // 2)
+    longest = [bytes_per_message(item, bucket_bytes, ahead=False) for item in anchors]
+    buckets = [bucket for item, most in zip(anchors, longest, strict=True) for bucket in item.buckets(most)]
+    feedback = ErrorFeedback(averages, buckets, find(CODES[name])())
+    reduction = TwoStage(averages, feedback, own_memory=False)
     draw = torch.Generator().manual_seed(rank)
     applied, true, squares = torch.zeros(elements).double(), torch.zeros(elements).double(), []
     for number in range(ROUNDS):
         weights = WEIGHTS[number % len(WEIGHTS)]
-        averager.weigh(weights)
+        averages.weigh(weights)
         # The anchor is 0.
         param.data = torch.randn(elements, generator=draw, dtype=torch.float64) * 10.0 ** (number % 5 - 2)
-        true -= param.data * averager.weight / averager.total_weight
+        true -= param.data * averages.weight / averages.total_weight
         square = 0.0
-        for bucket, total, square_sum in averager.sums(buckets, Base()):
-            bucket.of(applied).add_(total / averager.total_weight)
-            square += square_sum / averager.total_weight
-        squares.append((square, averager.weight / averager.total_weight * float(param.data.square().sum())))
-    owned = {bucket.offset: averager._residuals[bucket.item, bucket.offset].owned for bucket in buckets}
+        launch = Launch(reduction)
+        launch.send(Base())
+        for bucket, total, square_sum in launch.sums():
+            bucket.of(applied).add_(total / averages.total_weight)
+            square += square_sum / averages.total_weight
+        squares.append((square, averages.weight / averages.total_weight * float(param.data.square().sum())))
+    owned = {held.bucket.offset: held.owned for held in feedback.residuals}
     return (
         applied,
         true,
         squares,
-        averager.residuals()[1]["residual.0"],
+        reduction.saved().tensors["residual.0"],
         owned,
         [(b.offset, b.elements) for b in buckets],
     )
@@ -287,14 +287,13 @@ def train(config, rank):
         after.append(values(model))
         report = slowmo_hf.last_round(optimizer)
         sent.append(report.bytes_sent if report else 0)
-    optimizer.outer_loop.settle()
+    optimizer.outer_loop.in_flight.settle()
     return after, sent, held_back(optimizer)
 
 
 def held_back(optimizer):
     """Copies of the residuals, by name."""
-    averager = optimizer.outer_loop.averager
-    held = averager.residuals()[1] if isinstance(averager, CompressedAverager) else {}
+    held = optimizer.outer_loop.parts.slow.reduction.saved().tensors
     return {key: part.clone() for key, part in held.items()}
 
 
@@ -304,7 +303,7 @@ def every_config():
 
 def expected_bytes(elements_of_buckets, workers, code):
     """(m-1) shards to their owners and (m-1) copies of the owned one; behind each 8 bytes, weight or squared norm."""
-    sizes = [message_bytes(shard_elements(n, workers), code, wide) for n, wide in elements_of_buckets]
+    sizes = [code.message_bytes(shard_elements(n, workers), wide) for n, wide in elements_of_buckets]
     return (workers - 1) * sum(2 * (size + 8) for size in sizes)
 
 
@@ -340,15 +339,15 @@ def test_processes_and_threads_agree_bit_for_bit(workers):
             header = 9 * 8 * (workers - 1)
             wide, narrow = (31, torch.float64), (400, torch.float32)
             if name == "int8":
-                assert sent[2] == expected_bytes([wide, narrow], workers, torch.int8) + header
+                assert sent[2] == expected_bytes([wide, narrow], workers, Int8()) + header
             if name == "int8, buckets, overlapped":  # taken in at step 6; each message has 1024 bytes
                 narrows = [(256, torch.float32), (144, torch.float32)]
-                assert sent[5] == expected_bytes([wide, *narrows], workers, torch.int8) + header
+                assert sent[5] == expected_bytes([wide, *narrows], workers, Int8()) + header
             if name == "int8, buckets":  # halves of 1024 bytes: 128 elements
                 narrows = [(128, torch.float32)] * 3 + [(16, torch.float32)]
-                assert sent[2] == expected_bytes([wide, *narrows], workers, torch.int8) + header
+                assert sent[2] == expected_bytes([wide, *narrows], workers, Int8()) + header
             if name == "bf16, diloco":
-                assert sent[3] == expected_bytes([wide, narrow], workers, torch.bfloat16) + header
+                assert sent[3] == expected_bytes([wide, narrow], workers, BFloat16()) + header
 
 
 def one_round(config, rank):
@@ -381,7 +380,7 @@ def test_without_compression_nothing_is_new():
     for config in (SlowMoConfig(), SlowMoConfig(compression="int8")):  # alone, a worker quantises nothing either
         _, optimizer, step_once = begin(config, 0)
         step_once(0)
-        assert type(optimizer.outer_loop.averager) is ExactAverager
+        assert type(optimizer.outer_loop.parts.slow.reduction) is AllReduce
     alone = [train(SlowMoConfig(sync_every=3, compression=name), 0)[0][-1] for name in ("none", "int8")]
     assert all(torch.equal(alone[0][key], alone[1][key]) for key in alone[0])
 
@@ -407,7 +406,7 @@ def convex(rank, name, feedback):
         param.grad = param.detach() - target
         optimizer.step()
         if not feedback:
-            optimizer.outer_loop.averager.drop_residuals()
+            optimizer.outer_loop.parts.slow.reduction.forget()
     return float((param.detach()[1:] - 1).square().mean() / 2), float(param.detach()[0])
 
 
@@ -536,7 +535,7 @@ def resumer(folder, step, config, rank, trained_before):
     read_snapshot(f"{folder}/{step}", optimizer.outer_loop)
     # At a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors.
     if step == 5 and not config.overlap_steps:
-        for piece in optimizer.outer_loop.parts.pieces:
+        for piece in optimizer.outer_loop.parts.slow.pieces:
             optimizer.outer_loop.base.hand_back_(piece)
     held = held_back(optimizer)
     for later in range(step + 1, STEPS):

@@ -16,11 +16,12 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round, rules
-from slowmo_hf.averager import ExactAverager, flat_anchors, flat_layouts
-from slowmo_hf.communicator import Communicator
+from slowmo_hf.layout import flat_anchors, flat_layouts
+from slowmo_hf.norms import squared_norm
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
-from slowmo_hf.round_report import squared_norm
+from slowmo_hf.reduction import bytes_per_message
+from tiny import message_memory
 
 
 def test_two_rounds_by_hand():
@@ -171,11 +172,11 @@ def test_rounding_to_bf16_never_enters_the_velocity():
     weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
     loop.start()
-    loop.anchors[0].flat.fill_(1 + 2**-10)
+    loop.parts.slow.anchors[0].flat.fill_(1 + 2**-10)
     report = loop.step([0.1])
-    assert loop.anchors[0].flat.dtype == torch.float32
+    assert loop.parts.slow.anchors[0].flat.dtype == torch.float32
     assert (report.pseudo_grad_norm, report.velocity_norm) == (0.0, 0.0)
-    assert loop.anchors[0].flat.tolist() == [1 + 2**-10] * 2
+    assert loop.parts.slow.anchors[0].flat.tolist() == [1 + 2**-10] * 2
     assert weight.tolist() == [1.0, 1.0]
 
 
@@ -225,8 +226,8 @@ def test_messages_that_are_waited_for_are_many(size, bucket_bytes, at_once, expe
     `bucket_bytes`.
     """
     [layout] = flat_layouts([[torch.nn.Parameter(torch.empty(size // 4, device="meta"))]])
-    averager = ExactAverager(Communicator(20.0, torch.device("cpu")), bucket_bytes, at_once=at_once)
-    assert [4 * bucket.elements for bucket in averager.buckets(layout)] == expected
+    longest = bytes_per_message(layout, bucket_bytes, ahead=at_once)
+    assert [4 * bucket.elements for bucket in layout.buckets(longest)] == expected
 
 
 def _mixed_average():
@@ -415,9 +416,9 @@ def _buffers_of_two_dtypes():
     params = [torch.nn.Parameter(torch.zeros(1000, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
     loop = OuterLoop(torch.optim.SGD(params, lr=0.1), SlowMoConfig(sync_every=1))
     loop.start()
-    reserved = set(loop.averager._buffers)
+    reserved = {memory.data_ptr() for memory in message_memory(loop)}
     loop.step([0.1])
-    return reserved == set(loop.averager._buffers)
+    return reserved == {memory.data_ptr() for memory in message_memory(loop)}
 
 
 def test_a_round_allocates_no_buffer():
@@ -428,7 +429,7 @@ def _buffers_kept(dtype):
     weight = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
     loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
     loop.start()
-    return [(buffer.dtype, buffer.numel()) for buffer in loop.averager._buffers.values()]
+    return [(buffer.dtype, buffer.numel()) for buffer in message_memory(loop)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

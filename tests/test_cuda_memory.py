@@ -79,7 +79,9 @@ def memory_of(device, settings):
 
     at_look = peak(device, look)
     payload = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = [item.flat for item in optimizer.outer_loop.anchors] + optimizer.outer_loop.velocities
+    states = [item.flat for item in optimizer.outer_loop.parts.slow.anchors] + (
+        optimizer.outer_loop.parts.slow.update.velocities
+    )
     found = {"payload": payload, "kept": kept, "round": at_round, "look": at_look}
     return {**found, "pinned": {state.is_pinned() for state in states if state.device.type == "cpu"}}
 

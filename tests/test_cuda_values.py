@@ -18,7 +18,8 @@ from transformers import Trainer
 from devices import BACKENDS, on_each_device, rank, take
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
-from slowmo_hf.compression import BLOCK, CODES, decode_, encode_, message_bytes, quantise
+from slowmo_hf.codec import BLOCK
+from slowmo_hf.names import CODES, find
 from tiny import Recorder, Rows, arguments, bert, equal, sentences, values
 
 # ---- codes ----
@@ -40,11 +41,11 @@ def blocks(dtype):
 def codes(device, code, dtype):
     """Codes and scales, a message and what it leaves over, and the message read, on the CPU."""
     held = blocks(dtype).to(device)
-    made = quantise(held, code)
-    message = torch.zeros(message_bytes(held.numel(), code, dtype), dtype=torch.uint8, device=device)
-    encode_(held, message, code)
+    made = code.quantise(held)
+    message = torch.zeros(code.message_bytes(held.numel(), dtype), dtype=torch.uint8, device=device)
+    code.encode_(held, message)
     read = torch.ones_like(held)
-    decode_(message, read, code, add=True)
+    code.decode_(message, read, add=True)
     return [tensor.cpu() for tensor in (*made, message, held, read)]
 
 
@@ -52,7 +53,7 @@ def codes(device, code, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CODES)
 def test_codes_are_those_of_the_cpu_bit_for_bit(name, dtype, device):
-    mine, right = (codes(where, CODES[name], dtype) for where in (device, "cpu"))
+    mine, right = (codes(where, find(CODES[name])(), dtype) for where in (device, "cpu"))
     for index, (own, other) in enumerate(zip(mine, right, strict=True)):
         assert own.dtype == other.dtype
         assert torch.equal(own.view(torch.uint8), other.view(torch.uint8)), index
@@ -91,7 +92,7 @@ def check_rounds(device):
         with consensus(optimizer):
             results[name] = weight.detach().cpu().clone()
         assert torch.equal(weight.detach().cpu(), local)
-        places[name] = {item.flat.device.type for item in optimizer.outer_loop.anchors}
+        places[name] = {item.flat.device.type for item in optimizer.outer_loop.parts.slow.anchors}
     return results, places
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round, run_in_process
-from slowmo_hf.averager import flat_anchors, flat_layouts
 from slowmo_hf.communicator import Communicator
 from slowmo_hf.gossip import GossipBase, make_topology
+from slowmo_hf.layout import flat_anchors, flat_layouts
 from slowmo_hf.topology import Topology
 
 # ---- many workers in one process ----
@@ -206,7 +206,7 @@ def _identities():
         "complete": complete,
         "local": local,
         "at round": at_round,
-        "weights at round": optimizer.outer_loop.anchors[0].flat.clone(),
+        "weights at round": optimizer.outer_loop.parts.slow.anchors[0].flat.clone(),
         "look": (
             local_weights,
             shown,

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.codec import BLOCK
 from slowmo_hf.communicator import Arrival, Communicator
-from slowmo_hf.compression import BLOCK, CODES, dequantise, quantise
-from tiny import Regression, Rows, equal, two_groups, values, warmup_and_decay
+from slowmo_hf.names import CODES, find
+from tiny import Regression, Rows, equal, message_memory, two_groups, values, warmup_and_decay
 
 STEPS = 14
 LR = 0.05
@@ -75,7 +76,7 @@ class Feedback:
 
     def rounded(self, values):
         blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
-        return dequantise(*quantise(blocks, self.code)).double()[: len(values)]
+        return self.code.dequantise(*self.code.quantise(blocks)).double()[: len(values)]
 
     def mean(self, displacements):
         said = []
@@ -108,7 +109,9 @@ def by_hand(config, name, workers):
         outer = torch.optim.SGD(anchor, lr=config.outer_lr, momentum=0.9, nesterov=True)
     groups = [0, 0, 1, 1]  # body, head
     sizes = [a.numel() for a in anchor]
-    feedback = Feedback(CODES[config.compression], workers, sum(sizes)) if config.compression != "none" else None
+    feedback = (
+        Feedback(find(CODES[config.compression])(), workers, sum(sizes)) if config.compression != "none" else None
+    )
     after, shown = [], {}
     with torch.no_grad():
         for step in range(STEPS):
@@ -287,7 +290,7 @@ def _small_buckets(rank, bucket_bytes):
         model(inputs).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return values(model), len(optimizer.outer_loop._buckets)
+    return values(model), len(optimizer.outer_loop.parts.slow.buckets)
 
 
 def test_many_buckets_travel_together():
@@ -742,7 +745,7 @@ def _leaves_before_the_due_step(config):
             ((model(torch.ones(1, 1).double()) - rank) ** 2 / 2).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    return model.weight.item(), optimizer.outer_loop.in_flight is None
+    return model.weight.item(), not optimizer.outer_loop.in_flight.rounds
 
 
 @pytest.mark.parametrize("compression", ["none", "int8"])
@@ -817,7 +820,7 @@ def test_memory_is_one_copy_more_and_messages_for_all():
         with slowmo_hf.consensus(optimizer):
             pass
         loop = optimizer.outer_loop
-        kept = [*loop.averager._buffers.values(), *getattr(loop.base, "departed", {}).values()]
+        kept = [*message_memory(loop), *getattr(loop.base, "departed", {}).values()]
         return sum(t.nbytes for t in kept), sum(p.nbytes for p in model.parameters())
 
     # Messages kept: two of 2048 bytes, or all, of 4096.

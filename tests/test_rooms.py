@@ -8,8 +8,8 @@ import torch
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, account
 from slowmo_hf.account import Account
 from slowmo_hf.clock import Clock
-from slowmo_hf.overlap import TrainingOn
-from slowmo_hf.round_report import Norms
+from slowmo_hf.norms import Norms
+from slowmo_hf.starts import TrainingOn
 
 
 class Time:
@@ -113,10 +113,10 @@ def test_a_plain_round_that_fails_is_no_round(monkeypatch):
         raise ValueError("boom")
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(loop.update), "update_", boom)
+        patched.setattr(type(loop.parts.slow.update), "update_", boom)
         with pytest.raises(ValueError, match="boom"):
             loop.step([0.1])
-    assert (loop.in_flight, loop.rounds, loop.clock.local_steps) == (None, 0, 2)
+    assert (loop.in_flight.rounds, loop.rounds, loop.clock.local_steps) == ([], 0, 2)
     loop.step([0.1])
     assert loop.step([0.1]).round == 1
 
@@ -135,6 +135,6 @@ def test_a_launch_that_is_interrupted_leaves_nothing_to_the_next_run(monkeypatch
         with pytest.raises(KeyboardInterrupt):
             loop.step([0.1])
     assert loop.base.away
-    loop.forget_round()
+    loop.in_flight.forget()
     assert not loop.base.away
-    assert loop.in_flight is None
+    assert loop.in_flight.rounds == []

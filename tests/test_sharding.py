@@ -18,7 +18,7 @@ from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoint import CheckpointError, read_part
 from slowmo_hf.outer_loop import OuterLoop
 from slowmo_hf.snapshot import read_snapshot, together, write_snapshot
-from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
+from tiny import Heard, Regression, Rows, message_memory, train_node_workers, two_groups, values
 
 STEPS = 9
 CONFIGS = {
@@ -149,9 +149,9 @@ def one_round(config, elements):
     param.grad = torch.ones(elements)
     optimizer.step()
     loop = optimizer.outer_loop
-    state = sum(t.numel() for t in [item.flat for item in loop.anchors] + loop.velocities)
-    messages = sum(t.nbytes for t in loop.averager._buffers.values())
-    return slowmo_hf.last_round(optimizer).bytes_sent, state, messages, len(loop._buckets)
+    state = sum(t.numel() for t in [item.flat for item in loop.parts.slow.anchors] + loop.parts.slow.update.velocities)
+    messages = sum(t.nbytes for t in message_memory(loop))
+    return slowmo_hf.last_round(optimizer).bytes_sent, state, messages, len(loop.parts.slow.buckets)
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_nan_is_named(at_a_look):
 def leaders_alone():
     """Two workers of two processes."""
     model, optimizer = train_node_workers(shard_slow_state=True)
-    return values(model), [item.flat.numel() for item in optimizer.outer_loop.anchors]
+    return values(model), [item.flat.numel() for item in optimizer.outer_loop.parts.slow.anchors]
 
 
 def test_a_workers_leader_alone_holds_its_shard():

@@ -311,7 +311,7 @@ def check_values():
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), SlowMoConfig(sync_every=2)
     )
     model()
-    anchors = [item.flat.clone() for item in optimizer.outer_loop.anchors]
+    anchors = [item.flat.clone() for item in optimizer.outer_loop.parts.slow.anchors]
     return values(model), anchors
 
 

@@ -326,3 +326,8 @@ def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> 
             atol=tolerance,
         )
     return rounds
+
+
+def message_memory(loop: Any) -> list[torch.Tensor]:
+    """What an outer loop keeps for messages, of which none is under way."""
+    return [memory for buffers in loop.parts.slow.averages.pool.free for memory in buffers.flat.values()]

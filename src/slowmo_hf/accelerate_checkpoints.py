@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import upstream
-from .checkpoint import FOLDER, CheckpointError, seal, verify_checkpoint
+from .checkpoint import FOLDER, seal, verify_checkpoint
+from .contents import CheckpointError
 from .functions import consensus, unwrap
 from .job import is_in_process
 from .log import logger
@@ -122,7 +123,7 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
         return
     with suppress(ValueError):
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
-        outer_loop.hear()
+        outer_loop.in_flight.hear()
     objects: dict[str, Any] = {}
 
     def take_up() -> None:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .round_report import Norms, RoundReport
+from .norms import Norms
+from .round_report import RoundReport
 
 
 class Account:

@@ -106,7 +106,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
         if args.eval_on_start:
             # Workers agree, so nothing is sent: it keeps what the evaluation draws from the generators.
-            outer_loop.show_average()
+            outer_loop.consensus.show()
 
     def _take_up_checkpoints(
         self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
@@ -146,7 +146,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
             dataloader = kwargs.get("train_dataloader")
             self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
-            self.outer_loop.keep_average()
+            self.outer_loop.consensus.keep()
         self._unlogged.log(self._find_trainer(), control)
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
@@ -178,7 +178,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         Give the local weights back. The generators went back after the look: the next batches have been drawn since.
         """
         if self.outer_loop is not None:
-            self.outer_loop.show_local(give_back_random_state=False)
+            self.outer_loop.consensus.restore(give_back_random_state=False)
             if state.global_step >= state.max_steps and self._step_too_many is None:
                 self._step_too_many = StepTooMany.of(kwargs["model"], state)
 
@@ -214,7 +214,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop is None or self._ending is None:
             return
         if control.should_evaluate or control.should_save:
-            self.outer_loop.show_average()
+            self.outer_loop.consensus.show()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
         if self._saves and (control.should_evaluate or control.should_save):

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .contents import CheckpointError, Contents
+
 FOLDER = "slowmo"
 MANIFEST = "manifest.json"
 VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file and the reason."""
-
-
-@dataclass
-class Contents:
-    """
-    What one part of a checkpoint holds.
-
-    Args:
-        settings (`dict`): JSON values.
-        tensors (`dict`): By name; any shapes and dtypes, no two of them in one memory.
-        objects (`dict`): State dictionaries of optimizers and the like.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    objects: dict[str, Any] = field(default_factory=dict)
 
 
 def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents) -> None:
@@ -104,7 +85,7 @@ def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
         ) from error
-    return Contents(settings, tensors, objects)
+    return Contents(settings, tensors, objects, str(base))
 
 
 def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any]) -> None:

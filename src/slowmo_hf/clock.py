@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import GOSSIP_BASES, SlowMoConfig
+from .contents import Contents, Restored, Saved
 
 
 @dataclass
@@ -76,10 +77,27 @@ class Clock:
         """
         Parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are averaged.
         """
-        if self.config.base == "all_reduce" or self.attempted_steps == 0:
+        return self.agree_at(self.attempted_steps)
+
+    def agree_at(self, step: int) -> bool:
+        """The same after another step."""
+        if self.config.base == "all_reduce" or step == 0:
             return True
-        return (
-            self.config.exact_average
-            and not self.config.overlap_steps
-            and self.attempted_steps % self.config.sync_every == 0
-        )
+        return self.config.exact_average and not self.config.overlap_steps and step % self.config.sync_every == 0
+
+    # ---- state ----
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`."""
+        everybodys = {"attempted_steps": self.attempted_steps, "rounds": self.rounds}
+        return Saved(Contents(everybodys), Contents({"local_steps": self.local_steps}))
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`: after an average nobody has made a step."""
+        attempted_steps, rounds = saved.shared.count("attempted_steps"), saved.shared.count("rounds")
+        local_steps = saved.own.count("local_steps") if same_number else 0
+
+        def take_up() -> None:
+            self.attempted_steps, self.rounds, self.local_steps = attempted_steps, rounds, local_steps
+
+        return take_up

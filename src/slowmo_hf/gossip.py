@@ -25,10 +25,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .averager import MESSAGE_BYTES, Base, Bucket, FlatAnchor, Piece, rounded
 from .communicator import Communicator
 from .config import SlowMoConfig
+from .contents import CheckpointError, Contents, Restored, Saved
+from .layout import Bucket, FlatAnchor, Piece, rounded
+from .names import TOPOLOGIES, find
 from .processes import Transfer
+from .reduction import MESSAGE_BYTES
+from .starts import Base
 from .topology import Topology
 
 
@@ -52,7 +56,8 @@ def make_topology(config: SlowMoConfig, workers: int) -> Topology:
     """The schedule of exchanges that `config` names; `ValueError` where it does not fit this number of workers."""
     symmetric = config.base == "dpsgd"
     name = config.topology if config.topology != "auto" else "bipartite_exponential" if symmetric else "exponential"
-    return Topology(name, workers, config.peers, symmetric)
+    made: Topology = find(TOPOLOGIES[name])(name, workers, config.peers, symmetric)
+    return made
 
 
 class GossipBase(Base):
@@ -88,7 +93,7 @@ class GossipBase(Base):
         if self.staleness:
             self._mix_behind(number, share)
             return
-        exchange = self.new_exchange()
+        exchange = self._new_exchange()
         self._address(exchange, number)
         for bucket in self._buckets:
             for piece in bucket.pieces:
@@ -103,7 +108,7 @@ class GossipBase(Base):
     def _mix_behind(self, number: int, share: float) -> None:
         """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
         due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
-        exchange = Exchange(due.outgoing, due.incoming) if due else self.new_exchange()
+        exchange = Exchange(due.outgoing, due.incoming) if due else self._new_exchange()
         self._address(exchange, number)
         weight = self.weight * share
         self._send_weight(exchange, weight)
@@ -141,7 +146,7 @@ class GossipBase(Base):
 
     # ---- messages ----
 
-    def new_exchange(self, sources: int = 0) -> Exchange:
+    def _new_exchange(self, sources: int = 0) -> Exchange:
         """
         Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel
         from.
@@ -159,11 +164,6 @@ class GossipBase(Base):
             for _ in range(self._degree)
         ]
         return Exchange(outgoing, incoming, incoming[:sources])
-
-    @property
-    def messages_per_exchange(self) -> int:
-        """Messages to one peer, the weight's own left out."""
-        return len(self._buckets)
 
     def _address(self, exchange: Exchange, number: int) -> None:
         me = self.communicator.rank
@@ -225,19 +225,80 @@ class GossipBase(Base):
                 self.communicator.finish(transfer)
         self._mass = self.weight + sum(float(w) for e in self.in_flight if e.weight for w in e.weight.received)
 
-    def start_from_anchors(self) -> None:
-        """Numerators are the anchors, as after a round."""
-        for item, numerator in self.numerators.items():
-            numerator.copy_(item.flat)
-
-    def start_from_parameters(self) -> None:
-        """Numerators are the parameters, as at the start of a run."""
-        for bucket in self._buckets:
-            for piece in bucket.pieces:
-                piece.of(self.numerators[piece.item]).copy_(piece.values())
-
     def end_average(self) -> None:
         """A round has taken in what was in flight; w = 1 again."""
         self._free.extend(self.in_flight)
         self.in_flight.clear()
         self.weight = 1.0
+
+    # ---- state ----
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`: numerators, weight and messages in flight; nothing where they are the model, 1 and none."""
+        if agree:
+            return Saved()
+        self.wait_for_messages()
+        own = Contents({"weight": self.weight})
+        own.settings["in_flight"] = [
+            [float(weight) for weight in exchange.weight.received] if exchange.weight else []
+            for exchange in self.in_flight
+        ]
+        for index, item in enumerate(self.numerators):
+            own.tensors[f"numerator.{index}"] = self.numerators[item]
+            for number, exchange in enumerate(self.in_flight):
+                for source, received in enumerate(exchange.received):
+                    own.tensors[f"message.{number}.{source}.{index}"] = received[item]
+        return Saved(own=own)
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`; what was in flight belongs to the run that is left."""
+        own = saved.own
+        if not same_number or "weight" not in own.settings:
+            return lambda: self._begin_anew(from_anchors=same_number)
+        weight = own.number("weight", least=0)
+        in_flight = own.number_lists("in_flight", most=self.staleness, least=0)
+        numerators = {item: own.tensor(f"numerator.{i}", item.flat) for i, item in enumerate(self.numerators)}
+        messages = [
+            [
+                {item: own.tensor(f"message.{number}.{source}.{i}", item.flat) for i, item in enumerate(numerators)}
+                for source in range(len(weights))
+            ]
+            for number, weights in enumerate(in_flight)
+        ]
+        if any(len(weights) > self._degree for weights in in_flight):
+            raise CheckpointError(
+                f"{own.source}.json: in_flight has more messages than the {self._degree} that a worker gets at a "
+                "step. Resume from another checkpoint."
+            )
+
+        def take_up() -> None:
+            self.wait_for_messages()
+            self.end_average()
+            self.weight = weight
+            for item, numerator in numerators.items():
+                self.numerators[item].copy_(numerator)
+            for weights, received in zip(in_flight, messages, strict=True):
+                self._put_in_flight(weights, received)
+
+        return take_up
+
+    def _begin_anew(self, *, from_anchors: bool) -> None:
+        """Numerators are the anchors, as after a round; or the parameters, as at the start of a run."""
+        self.wait_for_messages()
+        self.end_average()
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                piece.of(self.numerators[piece.item]).copy_(piece.anchor if from_anchors else piece.values())
+
+    def _put_in_flight(self, weights: list[float], messages: list[dict[FlatAnchor, torch.Tensor]]) -> None:
+        exchange = self._new_exchange(len(weights))
+        for received, message in zip(exchange.received, messages, strict=True):
+            for item, flat in message.items():
+                received[item].copy_(flat)
+        exchange.weight = _arrived([torch.tensor([weight], dtype=torch.float64) for weight in weights])
+        exchange.buckets = [_arrived([]) for _ in self._buckets]
+        self.in_flight.append(exchange)
+
+
+def _arrived(received: list[torch.Tensor]) -> Transfer:
+    return Transfer([], torch.empty(0), received, "a message of a checkpoint", done=True)

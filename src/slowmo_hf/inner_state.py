@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .averager import ExactAverager
+from .averages import Averages
 from .config import SlowMoConfig
 from .model_tensors import ModelTensors, hash48
 
@@ -41,7 +41,7 @@ class InnerState:
             for param in self.tensors.trainable:
                 self.optimizer.state.pop(param, None)
 
-    def average(self, averager: ExactAverager) -> None:
+    def average(self, averages: Averages) -> None:
         """
         Average it over workers, if that is the policy. Every leader does.
 
@@ -51,15 +51,15 @@ class InnerState:
         if self.policy != "average":
             return
         names = [name for name, _ in self.named_tensors()]
-        hashes = averager.communicator.gather_header([hash48(names)])
+        hashes = averages.communicator.gather_header([hash48(names)])
         if (hashes != hashes[0]).any():
-            everywhere = averager.communicator.gather_objects(names)
+            everywhere = averages.communicator.gather_objects(names)
             odd = sorted(set().union(*everywhere) - set(everywhere[0]).intersection(*everywhere))
             raise ValueError(
                 f"inner_state='average' needs the same optimizer state on all workers; only some have {odd[:5]}. A "
                 "parameter was unused there: use inner_state='maintain' or 'reset'."
             )
-        averager.mean_([tensor for _, tensor in self.named_tensors()])
+        averages.mean_([tensor for _, tensor in self.named_tensors()])
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Every floating-point state tensor; a 0-dim one such as `step` is a count, not a direction, and left out."""

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from .averager import flat_view
+from .layout import flat_view
 
 
 class ModelTensors:

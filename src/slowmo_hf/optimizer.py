@@ -132,13 +132,13 @@ class SlowMoOptimizer(OptimizerWrapper):
     def train(self) -> None:
         """Local weights in the parameters (the schedule-free protocol, which Trainer follows before each step)."""
         if self.outer_loop is not None:
-            self.outer_loop.show_local()
+            self.outer_loop.consensus.restore()
 
     def eval(self) -> None:
         """The average in the parameters (Trainer calls it before each evaluation). Collective."""
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
-            self.outer_loop.show_average()
+            self.outer_loop.consensus.show()
 
     # ---- the start ----
 
@@ -189,7 +189,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         """
         self._before_training = act
         if self.outer_loop is not None:
-            self.outer_loop.show_local()  # what is loaded now would be undone by the end of a look
+            self.outer_loop.consensus.restore()  # what is loaded now would be undone by the end of a look
             self._stop_listening = _listen_for_the_first_forward(self)
 
     @property
@@ -220,7 +220,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
         self.outer_loop.end()
-        self.outer_loop.show_local()
+        self.outer_loop.consensus.restore()
 
     def _go_on(self, outer_loop: OuterLoop) -> None:
         act, self._before_training = self._before_training, None

@@ -11,11 +11,16 @@ from typing import Protocol
 
 import torch
 
-from .averager import FlatAnchor, Piece, Sum, views_like
-from .checkpoint import Contents
-from .config import SLOW_MOMENTUM, SlowMoConfig
+from .config import SlowMoConfig
+from .contents import Contents, Restored
+from .layout import Bucket, FlatAnchor, Piece, views_like
+from .names import OUTER_UPDATES, find
+from .norms import Norms
 from .outer_optimizer import SlowMomentum, make_outer_optimizer
-from .round_report import Norms
+
+# What one bucket's messages bring: the weighted sums over workers of the displacements, in a reused buffer, and of
+# their squared norms.
+Sum = tuple[Bucket, torch.Tensor, float]
 
 
 class OuterUpdate(Protocol):
@@ -51,16 +56,17 @@ class OuterUpdate(Protocol):
     def saved(self) -> Contents:
         """What a checkpoint needs beside anchors and velocities."""
 
-    def restore(self, contents: Contents) -> None:
-        """The inverse; copied."""
+    def restore(self, contents: Contents) -> Restored:
+        """Check what `saved` gave; the result takes it up, copied."""
 
 
 def make_outer_update(
     config: SlowMoConfig, anchors: list[FlatAnchor], pieces: list[Piece], groups: int
 ) -> OuterUpdate:
     """The update that `config` names, with one parameter group per inner one, of which there are `groups`."""
-    kind = PiecewiseUpdate if config.outer_optimizer == SLOW_MOMENTUM else WholeUpdate
-    return kind(config, anchors, pieces, groups)
+    named = OUTER_UPDATES.get(config.outer_optimizer)
+    make: Callable[..., OuterUpdate] = find(named) if named else WholeUpdate
+    return make(config, anchors, pieces, groups)
 
 
 class PiecewiseUpdate:
@@ -107,11 +113,15 @@ class PiecewiseUpdate:
             settings={"previous_inner_lrs": [group["previous_inner_lr"] for group in self.optimizer.param_groups]}
         )
 
-    def restore(self, contents: Contents) -> None:
+    def restore(self, contents: Contents) -> Restored:
         """As `OuterUpdate.restore`."""
-        lrs = contents.settings["previous_inner_lrs"]
-        for group, previous in zip(self.optimizer.param_groups, lrs, strict=True):
-            group["previous_inner_lr"] = previous
+        lrs = contents.numbers("previous_inner_lrs", len(self.optimizer.param_groups), least=0)
+
+        def take_up() -> None:
+            for group, previous in zip(self.optimizer.param_groups, lrs, strict=True):
+                group["previous_inner_lr"] = previous
+
+        return take_up
 
 
 class WholeUpdate:
@@ -163,7 +173,8 @@ class WholeUpdate:
         """As `OuterUpdate.saved`."""
         return Contents(objects={"outer_optimizer": self.optimizer.state_dict()})
 
-    def restore(self, contents: Contents) -> None:
+    def restore(self, contents: Contents) -> Restored:
         """As `OuterUpdate.restore`."""
+        state = contents.optimizer("outer_optimizer", self.optimizer)
         # torch keeps the tensors that it is given.
-        self.optimizer.load_state_dict(copy.deepcopy(contents.objects["outer_optimizer"]))
+        return lambda: self.optimizer.load_state_dict(copy.deepcopy(state))

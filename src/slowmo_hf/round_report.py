@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from .log import logger
 
 
@@ -45,55 +43,6 @@ class RoundReport:
         return {f"slowmo/{name}": value for name, value in vars(self).items() if value is not None}
 
 
-class Norms:
-    """
-    Squared norms of a round, summed as its pieces pass: ||pseudo_grad||^2, ||velocity||^2, mean ||x_i - anchor||^2.
-    """
-
-    def __init__(self) -> None:
-        self.drift_square = 0.0
-        self._squares: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-    @classmethod
-    def of(cls, squares: list[float]) -> Norms:
-        """The inverse of `squares`."""
-        norms = cls()
-        norms.drift_square, pseudo_grad, velocity = squares
-        norms._squares = [
-            (torch.tensor(pseudo_grad, dtype=torch.float64), torch.tensor(velocity, dtype=torch.float64))
-        ]
-        return norms
-
-    @property
-    def squares(self) -> list[float]:
-        """All three."""
-        return [self.drift_square, self.pseudo_grad_square, self.velocity_square]
-
-    def add(self, pseudo_grad: torch.Tensor, velocity: torch.Tensor | None) -> None:
-        """Count one piece. Nothing waits for the device here."""
-        self._squares.append((squared_norm(pseudo_grad), None if velocity is None else squared_norm(velocity)))
-
-    @property
-    def consensus_distance(self) -> float:
-        """
-        mean ||x_i - anchor||^2 - ||pseudo_grad||^2; a NaN stays one. Not below 0: by rounding; and with compression
-        the first term is exact while pseudo_grad is the mean plus what the round before held back, less what this one
-        does, and may be the longer of the two.
-        """
-        distance = self.drift_square - self.pseudo_grad_square
-        return distance if math.isnan(distance) else max(0.0, distance)
-
-    @property
-    def pseudo_grad_square(self) -> float:
-        """||pseudo_grad||^2."""
-        return sum(float(square) for square, _ in self._squares)
-
-    @property
-    def velocity_square(self) -> float:
-        """||velocity||^2; 0 where the outer optimizer keeps none of ours."""
-        return sum(float(square) for _, square in self._squares if square is not None)
-
-
 def log_costs(report: RoundReport, sync_every: int, compute_seconds: float, exchange_seconds: float | None) -> None:
     """
     One line: what a step and a round cost here; where nothing is sent between rounds, also which `sync_every` would
@@ -115,16 +64,3 @@ def log_costs(report: RoundReport, sync_every: int, compute_seconds: float, exch
         least = [max(1, math.ceil(u / (1 - u) * round_seconds / per_step - 1e-9)) for u in (0.9, 0.95)]
         advice = f" sync_every >= {least[0]} would give 90 %, >= {least[1]} would give 95 %."
     logger.info("%s, %s bytes sent per round and worker.%s", ", ".join(words), f"{report.bytes_sent:,}", advice)
-
-
-def squared_norm(flat: torch.Tensor) -> torch.Tensor:
-    """
-    The squared 2-norm, 0-dim, in fp64. Rows of 4096 are summed in the tensor's dtype: one fp32 sum over millions is
-    percents low.
-    """
-    rows = flat.numel() // 4096
-    tail = flat[rows * 4096 :]
-    square = torch.dot(tail, tail).double()
-    if rows:
-        square = square + torch.linalg.vector_norm(flat[: rows * 4096].view(rows, 4096), dim=1).double().square().sum()
-    return square

@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, Contents, read_part, write_part
-from .compression import CompressedAverager
+from .checkpoint import read_part, write_part
 from .config import SlowMoConfig
-from .gossip import GossipBase
+from .contents import CheckpointError, Contents, Part, Saved, restore_all, save_all
 from .job import host_name
+from .local_state import InnerOptimizerState
 from .log import logger
 from .outer_loop import OuterLoop
-from .overlap import TrainingOn
-from .processes import Transfer
-from .round import Round
-from .round_report import Norms
 
 SHARED = "shared"
 
@@ -102,19 +98,10 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
     Raises:
         CheckpointError: A worker spans machines that do not share the folder.
     """
-    workers = outer_loop.workers
-    outer_loop.settle()
-    slow = _slow_state(outer_loop, keep=shared or not outer_loop.config.exact_average)
-    clock = {
-        "run": outer_loop.run_id,
-        "attempted_steps": outer_loop.attempted_steps,
-        "rounds": outer_loop.rounds,
-        "parameters_alone": outer_loop.status.parameters_alone,
-        "workers": workers.count,
-        "processes": workers.world.world_size,
-        "config": outer_loop.config.to_dict(),
-        "parameters": outer_loop.tensors.fingerprint(),
-    }
+    workers, loop = outer_loop.workers, outer_loop
+    loop.in_flight.settle()
+    saved = save_all(_parts(loop), agree=loop.clock.workers_agree, keep=shared)
+    header = {"run": loop.run_id, "workers": workers.count}
     if shared and not workers.leads:
         raise CheckpointError(
             f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got "
@@ -122,61 +109,16 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
             "than this process reads. Put the folder on a shared file system, or set processes_per_worker='node'."
         )
     if shared:
-        common = slow if outer_loop.config.exact_average else Contents()
-        write_part(folder, SHARED, Contents({**clock, **common.settings}, common.tensors, common.objects))
+        run = {"processes": workers.world.world_size, "config": loop.config.to_dict()}
+        saved.shared.add(Contents({**header, **run, "parameters": loop.tensors.fingerprint()}))
+        write_part(folder, SHARED, saved.shared)
     if workers.leads:
-        own = _worker_state(outer_loop)
-        if not outer_loop.config.exact_average:
-            own.settings.update(slow.settings)
-            own.tensors.update(slow.tensors)
-            own.objects.update(slow.objects)
-        own.objects.update({"inner_optimizer": outer_loop.inner_optimizer.state_dict(), **objects})
-        own.settings.update(
-            {key: clock[key] for key in ("run", "attempted_steps", "workers")},
-            local_steps=outer_loop.clock.local_steps,
-        )
-        write_part(folder, f"worker_{workers.index}", own)
+        saved.own.add(Contents({**header, "attempted_steps": loop.attempted_steps}, objects=objects))
+        write_part(folder, f"worker_{workers.index}", saved.own)
 
 
-def _slow_state(outer_loop: OuterLoop, *, keep: bool) -> Contents:
-    anchors, velocities = outer_loop.whole_slow_state(keep=keep)
-    state = outer_loop.update.saved()
-    state.tensors.update({f"anchor.{index}": anchor for index, anchor in enumerate(anchors)})
-    state.tensors.update({f"velocity.{index}": velocity for index, velocity in enumerate(velocities)})
-    return state
-
-
-def _worker_state(outer_loop: OuterLoop) -> Contents:
-    tensors = outer_loop.tensors
-    changed = tensors.changed_buffers()
-    state = Contents(settings={"changed_buffers": changed})
-    if not outer_loop.clock.workers_agree:
-        for name, param in zip(tensors.names, tensors.trainable, strict=True):
-            state.tensors[f"parameter.{name}"] = outer_loop.view.local_value(param)
-    buffers = tensors.buffers()
-    for name in changed:
-        state.tensors[f"buffer.{name}"] = outer_loop.view.local_value(buffers[name])
-    if isinstance(outer_loop.averager, CompressedAverager):
-        state.settings["bucket_elements"], residuals = outer_loop.averager.residuals()
-        state.tensors.update(residuals)
-    base = outer_loop.base
-    if isinstance(base, GossipBase) and not outer_loop.clock.workers_agree:
-        base.wait_for_messages()
-        state.settings["weight"] = base.weight
-        state.settings["in_flight"] = [
-            [float(w) for w in e.weight.received] if e.weight else [] for e in base.in_flight
-        ]
-        for index, item in enumerate(outer_loop.anchors):
-            state.tensors[f"numerator.{index}"] = base.numerators[item]
-            for number, exchange in enumerate(base.in_flight):
-                for source, received in enumerate(exchange.received):
-                    state.tensors[f"message.{number}.{source}.{index}"] = received[item]
-    in_flight = outer_loop.in_flight
-    if isinstance(base, TrainingOn) and in_flight is not None and in_flight.norms is not None:
-        state.settings["departed"] = {"due_step": in_flight.due_step, "norms": in_flight.norms.squares}
-        for index, item in enumerate(outer_loop.anchors):
-            state.tensors[f"departed.{index}"] = base.departed[item]
-    return state
+def _parts(loop: OuterLoop) -> list[Part]:
+    return [*loop.saved_parts, InnerOptimizerState(loop.inner_optimizer)]
 
 
 @torch.no_grad()
@@ -195,54 +137,41 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
         CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
     """
     shared = read_part(folder, SHARED)
-    _check(folder, shared, outer_loop)
-    same_number = shared.settings["workers"] == outer_loop.workers.count
-    own = read_part(folder, f"worker_{outer_loop.workers.index % shared.settings['workers']}")
+    _check(shared, outer_loop)
+    workers, then = outer_loop.workers, shared.count("workers", least=1)
+    own = read_part(folder, f"worker_{workers.index % then}")
     for key in ("run", "attempted_steps", "workers"):
-        if own.settings.get(key) != shared.settings[key]:
+        if own.settings.get(key) != shared.settings.get(key):
             raise CheckpointError(
-                f"{folder}: worker {outer_loop.workers.index}'s file has {key} {own.settings.get(key)!r}, the shared "
-                f"one has {shared.settings[key]!r}: they are of different saves. Resume from another checkpoint."
+                f"{folder}: worker {workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "
+                f"{shared.settings.get(key)!r}: they are of different saves. Resume from another checkpoint."
             )
-    if "inner_optimizer" not in own.objects:
-        name = f"worker_{outer_loop.workers.index % shared.settings['workers']}.pt"
-        raise CheckpointError(
-            f"{folder}: {name} is missing or holds no inner optimizer. Resume from another checkpoint."
-        )
+    same_number = then == workers.count
     if not same_number:
-        if not outer_loop.config.exact_average:
-            raise CheckpointError(
-                f"{folder} was saved by {shared.settings['workers']} workers with exact_average=False, where anchors "
-                f"and velocities are each worker's own; this run has {outer_loop.workers.count}. Start as many, or "
-                "begin a new run from its model."
-            )
-        logger.warning(
-            "resumed with %d workers in place of %d: all start from the average with the shared velocity; local "
-            "weights and messages in flight are dropped, inner optimizer states are dealt out in turn",
-            outer_loop.workers.count,
-            shared.settings["workers"],
-        )
-    outer_loop.forget_round()
+        _say_another_number(folder, then, outer_loop)
+    outer_loop.in_flight.forget()
+    restore_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)
     outer_loop.run_id = shared.settings["run"]
-    clock = outer_loop.clock
-    clock.attempted_steps, clock.rounds = shared.settings["attempted_steps"], shared.settings["rounds"]
-    outer_loop.status.parameters_alone = shared.settings.get("parameters_alone", False)
-    if outer_loop.workers.leads:
-        _put_slow_state(shared if outer_loop.config.exact_average else own, outer_loop)
-    outer_loop.inner_optimizer.load_state_dict(own.objects.pop("inner_optimizer"))
-    clock.local_steps = own.settings["local_steps"] if same_number else 0
-    _put_residuals(own, same_number, outer_loop)
-    if same_number:
-        _put_worker_state(own, outer_loop)
-    else:
-        if "departed" in own.settings:
-            outer_loop.inner_state.reset()  # all start from an average that has taken it in
-        if isinstance(outer_loop.base, GossipBase):
-            outer_loop.base.start_from_parameters()
-    return own.objects
+    return {name: value for name, value in own.objects.items() if name != InnerOptimizerState.NAME}
 
 
-def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
+def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
+    now = outer_loop.workers.count
+    if not outer_loop.config.exact_average:
+        raise CheckpointError(
+            f"{folder} was saved by {then} workers with exact_average=False, where anchors and velocities are each "
+            f"worker's own; this run has {now}. Start as many, or begin a new run from its model."
+        )
+    logger.warning(
+        "resumed with %d workers in place of %d: all start from the average with the shared velocity; local weights "
+        "and messages in flight are dropped, inner optimizer states are dealt out in turn",
+        now,
+        then,
+    )
+
+
+def _check(shared: Contents, outer_loop: OuterLoop) -> None:
+    folder = Path(shared.source).parent.parent
     # An older one lacks later settings.
     saved, now = (
         SlowMoConfig().to_dict() | shared.settings["config"],
@@ -271,79 +200,3 @@ def _check(folder: str, shared: Contents, outer_loop: OuterLoop) -> None:
             f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ. Train the same "
             "parameters to resume; or load its model and begin a new run."
         )
-    for index, layout in enumerate(outer_loop.layouts if outer_loop.config.exact_average else []):
-        tensor = shared.tensors.get(f"anchor.{index}")
-        if tensor is None or tensor.shape != layout.flat.shape or tensor.dtype != layout.flat.dtype:
-            raise CheckpointError(
-                f"{folder}: anchor {index} does not fit: {None if tensor is None else tuple(tensor.shape)}."
-            )
-
-
-def _put_slow_state(state: Contents, outer_loop: OuterLoop) -> None:
-    averager, anchors, velocities = outer_loop.averager, outer_loop.anchors, outer_loop.velocities
-    averager.take_own_(
-        [item.flat for item in anchors], [state.tensors[f"anchor.{index}"] for index in range(len(anchors))]
-    )
-    # A run that had no momentum has no velocity: it starts at 0.
-    saved = [
-        state.tensors.get(f"velocity.{index}", torch.zeros(()).expand(layout.flat.shape))
-        for index, layout in enumerate(outer_loop.layouts)
-    ]
-    averager.take_own_(velocities, saved[: len(velocities)])
-    outer_loop.update.restore(state)
-
-
-def _put_residuals(own: Contents, same_number: bool, outer_loop: OuterLoop) -> None:
-    averager, sizes = outer_loop.averager, own.settings.get("bucket_elements")
-    averager.drop_residuals()
-    if sizes is None or not outer_loop.workers.leads:
-        return
-    dropped = ""
-    if not same_number:
-        dropped = "it was saved by another number of workers"
-    elif not isinstance(averager, CompressedAverager):
-        dropped = "compression is off"
-    elif not averager.put_residuals(sizes, own.tensors):
-        dropped = "bucket_bytes now cuts other shards, of whose sums it is"
-    if dropped:
-        logger.warning("what compression has held back is dropped: %s", dropped)
-
-
-def _put_worker_state(own: Contents, outer_loop: OuterLoop) -> None:
-    tensors = outer_loop.tensors
-    if not outer_loop.clock.workers_agree:
-        for name, param in zip(tensors.names, tensors.trainable, strict=True):
-            param.copy_(own.tensors[f"parameter.{name}"])
-    buffers = tensors.buffers()
-    for name in own.settings["changed_buffers"]:
-        buffers[name].copy_(own.tensors[f"buffer.{name}"])
-    tensors.mark_changed(own.settings["changed_buffers"])
-    base = outer_loop.base
-    if isinstance(base, TrainingOn) and "departed" in own.settings:
-        due_step, squares = own.settings["departed"]["due_step"], own.settings["departed"]["norms"]
-        outer_loop.in_flight = Round(outer_loop.parts, due_step, Norms.of(squares))
-        for index, item in enumerate(outer_loop.anchors):
-            base.departed[item].copy_(own.tensors[f"departed.{index}"])
-        base.away = True
-    if not isinstance(base, GossipBase):
-        return
-    base.wait_for_messages()
-    base.end_average()  # what was in flight belongs to the run that is left
-    if "weight" not in own.settings:
-        base.start_from_anchors()
-        return
-    base.weight = own.settings["weight"]
-    for index, item in enumerate(outer_loop.anchors):
-        base.numerators[item].copy_(own.tensors[f"numerator.{index}"])
-    for number, weights in enumerate(own.settings["in_flight"]):
-        exchange = base.new_exchange(len(weights))
-        for index, item in enumerate(outer_loop.anchors):
-            for source, received in enumerate(exchange.received):
-                received[item].copy_(own.tensors[f"message.{number}.{source}.{index}"])
-        exchange.weight = _arrived([torch.tensor([weight], dtype=torch.float64) for weight in weights])
-        exchange.buckets = [_arrived([]) for _ in range(base.messages_per_exchange)]
-        base.in_flight.append(exchange)
-
-
-def _arrived(received: list[torch.Tensor]) -> Transfer:
-    return Transfer([], torch.empty(0), received, "a message of a checkpoint", done=True)

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from .account import Account
 from .clock import Clock
 from .communicator import Communicator
+from .contents import Contents, Restored, Saved
 from .job import host_name
 from .log import logger
 from .model_tensors import ModelTensors, hash48
@@ -251,6 +252,19 @@ class StatusExchange:
             self._workers.all_may_meet()
         self._weigh(agreement.local_steps)
         return agreement
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`."""
+        return Saved(Contents({"parameters_alone": self.parameters_alone}))
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`."""
+        parameters_alone = saved.shared.flag("parameters_alone", default=False)
+
+        def take_up() -> None:
+            self.parameters_alone = parameters_alone
+
+        return take_up
 
     def forget(self) -> None:
         """Another state is taken up: what was wrong belongs to the run that is left."""

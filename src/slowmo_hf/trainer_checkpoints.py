@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import upstream
-from .checkpoint import FOLDER, CheckpointError, is_whole, run_of, seal, verify_checkpoint
+from .checkpoint import FOLDER, is_whole, run_of, seal, verify_checkpoint
+from .contents import CheckpointError
 from .log import logger
 from .outer_loop import OuterLoop
 from .snapshot import finish_together, keeps_files, read_snapshot, together, write_snapshot

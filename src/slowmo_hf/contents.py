@@ -1,0 +1,203 @@
+"""What a checkpoint holds, the checks of what is taken from it, and the parts that save and restore themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+@dataclass
+class Contents:
+    """
+    What one part of a checkpoint holds. What is taken from it is checked: an error names file, field, value and rule.
+
+    Args:
+        settings (`dict`): JSON values.
+        tensors (`dict`): By name; any shapes and dtypes, no two of them in one memory.
+        objects (`dict`): State dictionaries of optimizers and the like.
+        source (`str`): Where it was read, for errors: the files' path without its ending.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+    source: str = "this state"
+
+    def add(self, other: Contents) -> None:
+        """Hold what another holds, too."""
+        for mine, its in zip(self._tables, other._tables, strict=True):
+            twice = mine.keys() & its.keys()
+            assert not twice, twice
+            mine.update(its)
+
+    @property
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        return self.settings, self.tensors, self.objects
+
+    def tensor(self, name: str, like: torch.Tensor, *, finite: bool = True) -> torch.Tensor:
+        """
+        One with the shape and dtype of `like`.
+
+        Args:
+            finite (`bool`, *optional*, defaults to `True`): False where NaN and infinity have a meaning.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            self._refuse("safetensors", name, "is missing")
+        if found.shape != like.shape or found.dtype != like.dtype:
+            self._refuse(
+                "safetensors",
+                name,
+                f"does not fit: it has shape {tuple(found.shape)} and {found.dtype}, this run {tuple(like.shape)} and "
+                f"{like.dtype}",
+            )
+        if finite and found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            self._refuse("safetensors", name, "is not finite (NaN or infinity)")
+        return found
+
+    def count(self, name: str, *, least: int = 0, default: int | None = None) -> int:
+        """A whole number, `least` or more."""
+        value = self.settings.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self._refuse("json", name, f"must be a whole number >= {least}, got {value!r}")
+        return value
+
+    def number(self, name: str, *, least: float = -math.inf) -> float:
+        """A finite number, `least` or more."""
+        return self._number(name, self.settings.get(name), least)
+
+    def numbers(self, name: str, count: int | None = None, *, least: float = -math.inf) -> list[float]:
+        """A list of them, of this length."""
+        values = self.settings.get(name)
+        if not isinstance(values, list) or (count is not None and len(values) != count):
+            self._refuse(
+                "json", name, f"must be a list{f' of {count} numbers' if count is not None else ''}, got {values!r}"
+            )
+        return [self._number(name, value, least) for value in values]
+
+    def number_lists(self, name: str, *, most: int, least: float = -math.inf) -> list[list[float]]:
+        """At most `most` lists of numbers."""
+        lists = self.settings.get(name)
+        if not isinstance(lists, list) or len(lists) > most or not all(isinstance(one, list) for one in lists):
+            self._refuse("json", name, f"must be a list of {most} lists at most, got {lists!r}")
+        return [[self._number(name, value, least) for value in one] for one in lists]
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self.settings.get(name, default)
+        if not isinstance(value, bool):
+            self._refuse("json", name, f"must be true or false, got {value!r}")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        """A list of words."""
+        values = self.settings.get(name)
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            self._refuse("json", name, f"must be a list of names, got {values!r}")
+        return values
+
+    def refuse_unknown(self, name: str, given: list[str], known: Iterable[str]) -> None:
+        """Names that this run does not have."""
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            self._refuse("json", name, f"names {unknown[:3]}, which this run does not have")
+
+    def state(self, name: str) -> Any:
+        """A state dictionary."""
+        if name not in self.objects:
+            self._refuse("pt", name, "is missing")
+        return self.objects[name]
+
+    def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state dictionary of an optimizer with as many groups and parameters as this one."""
+        state = self.state(name)
+        try:
+            saved = [len(group["params"]) for group in state["param_groups"]]
+        except (TypeError, KeyError):
+            self._refuse("pt", name, "is no state of an optimizer")
+        own = [len(group["params"]) for group in optimizer.param_groups]
+        if saved != own:
+            self._refuse("pt", name, f"does not fit: its groups have {saved} parameters, this run's have {own}")
+        return state  # type: ignore[no-any-return]
+
+    def part(self, name: str) -> Contents:
+        """The settings that are an object of their own, with all tensors."""
+        value = self.settings.get(name)
+        if not isinstance(value, dict):
+            self._refuse("json", name, f"must be an object, got {value!r}")
+        return Contents(value, self.tensors, self.objects, self.source)
+
+    def _number(self, name: str, value: Any, least: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+            rule = "a finite number" if least == -math.inf else f"a finite number >= {least:g}"
+            self._refuse("json", name, f"must be {rule}, got {value!r}")
+        return float(value)
+
+    def _refuse(self, ending: str, name: str, words: str) -> NoReturn:
+        file = f"{self.source}.{ending}" if "/" in self.source else self.source
+        raise CheckpointError(f"{file}: {name} {words}. Resume from another checkpoint.")
+
+
+Restored = Callable[[], None]
+
+
+@dataclass
+class Saved:
+    """
+    The state of a training run, as one worker saves it.
+
+    Args:
+        shared (`Contents`): Equal on all workers.
+        own (`Contents`): This worker's alone.
+    """
+
+    shared: Contents = field(default_factory=Contents)
+    own: Contents = field(default_factory=Contents)
+
+
+class Part(Protocol):
+    """What has state that a checkpoint needs."""
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """
+        The state now. May be collective over workers.
+
+        Args:
+            agree (`bool`): All workers' parameters are equal, and in the checkpoint's model.
+            keep (`bool`): False where this process does not write what is shared.
+        """
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """
+        Check what `saved` gave; the result takes it up, in place. Nothing is changed before all parts have checked.
+
+        Args:
+            same_number (`bool`): False where another number of workers saved it: all start from the average.
+
+        Raises:
+            CheckpointError: A value is missing or cannot be; file and field are named.
+        """
+
+
+def save_all(parts: list[Part], *, agree: bool, keep: bool) -> Saved:
+    """What all parts have, together."""
+    saved = Saved()
+    for part in parts:
+        its = part.saved(agree=agree, keep=keep)
+        saved.shared.add(its.shared)
+        saved.own.add(its.own)
+    return saved
+
+
+def restore_all(parts: list[Part], saved: Saved, *, same_number: bool) -> None:
+    """All parts check theirs, then take it up; `CheckpointError` before anything is changed."""
+    for take_up in [part.restore(saved, same_number=same_number) for part in parts]:
+        take_up()

@@ -1,0 +1,27 @@
+"""What names in the settings stand for: a class each, found where it is wanted. A new one is a file and a row here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Codes that a round's average travels in (`compression`): `codec.Code`.
+CODES = {"bf16": "slowmo_hf.codec.BFloat16", "int8": "slowmo_hf.codec.Int8"}
+
+# Who sends to whom (`topology`): called with name, workers, peers and whether exchanges are two-sided.
+TOPOLOGIES = {
+    "exponential": "slowmo_hf.topology.Topology",
+    "bipartite_exponential": "slowmo_hf.topology.Topology",
+    "ring": "slowmo_hf.topology.Topology",
+    "complete": "slowmo_hf.topology.Topology",
+}
+
+# Updates of the anchors that have a name (`outer_optimizer`): `outer_update.OuterUpdate`. Any torch optimizer works by
+# its dotted path.
+OUTER_UPDATES = {"slow_momentum": "slowmo_hf.outer_update.PiecewiseUpdate"}
+
+
+def find(path: str) -> Any:
+    """What a dotted path leads to; `ImportError` or `AttributeError` where that is nothing."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
