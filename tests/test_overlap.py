@@ -21,6 +21,7 @@ from tiny import Regression, Rows, equal, message_memory, two_groups, values, wa
 
 STEPS = 14
 LR = 0.05
+HOW = {"plain": {}, "int8": {"compression": "int8"}, "sharded": {"shard_slow_state": True}}
 CASES = {  # sync_every 5: rounds at 5 and 10
     "local sgd": (SlowMoConfig.local_sgd(5, overlap_steps=2), "sgd"),
     "slow momentum, reset": (SlowMoConfig(sync_every=5, outer_momentum=0.6, overlap_steps=3), "sgd"),
@@ -348,15 +349,18 @@ def sleeps(model, optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_nobody_waits_for_a_worker_that_is_less_than_n_steps_behind(compression):
+@pytest.mark.parametrize("how", HOW)
+def test_nobody_waits_for_a_worker_that_is_less_than_n_steps_behind(how):
     """
-    Rank 1 is a second late for step 12. Rank 0 waits at 15, where the round is taken in; without overlap at 12. Values
-    do not change.
+    Rank 1 is a second late for step 12. Rank 0 waits at 15, where the round is taken in; at 14 where the update stands
+    half-way; without overlap at 12. Values do not change.
     """
     late = {(1, 12): sleeps}
-    for base, waits_at in ((AHEAD, 15), (SlowMoConfig(sync_every=6, outer_momentum=0.5), 12)):
-        config = dataclasses.replace(base, compression=compression)
+    for base, waits_at in (
+        (AHEAD, 14 if how == "sharded" else 15),
+        (SlowMoConfig(sync_every=6, outer_momentum=0.5), 12),
+    ):
+        config = dataclasses.replace(base, **HOW[how])
         first, second = run_workers(_ahead, 2, config, 19, late)
         for rank, told in enumerate(run_workers(_ahead, 2, config, 19, {})):
             assert [values for _, *values in told] == [values for _, *values in (first, second)[rank]]
@@ -434,17 +438,17 @@ def _refused_after_an_end(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_a_refusal_keeps_its_cause_where_a_rank_has_ended(compression):
-    config = dataclasses.replace(AHEAD, compression=compression, timeout_seconds=6)
+@pytest.mark.parametrize("how", HOW)
+def test_a_refusal_keeps_its_cause_where_a_rank_has_ended(how):
+    config = dataclasses.replace(AHEAD, **HOW[how], timeout_seconds=6)
     for words in run_workers(_refused_after_an_end, 2, config):
         assert re.match(r"rank 0 on \S+, step 12: the parameter set changed after the start", words), words
 
 
 def _mends(config, processes):
     """
-    The last rank has another parameter set from step 11 on, which is told at 15, and then the old one again. A look,
-    and their mean.
+    The last rank has another parameter set from step 11 on, which is told at 15 (sharded at 14), and then the old one
+    again. A look, and their mean.
     """
     model, rank, ranks = Still(), dist.get_rank(), dist.get_world_size()
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
@@ -457,7 +461,7 @@ def _mends(config, processes):
         try:
             optimizer.step()
         except ValueError:
-            assert step == 15
+            assert step == 15 - config.shard_slow_state
             if rank == ranks - 1:
                 del optimizer.param_groups[0]["params"][-1]
             mean = model.weight.detach().clone()
@@ -473,18 +477,19 @@ def _mends(config, processes):
     return told, slowmo_hf.last_round(optimizer).round, optimizer.outer_loop.rounds
 
 
-@pytest.mark.parametrize(("processes", "compression"), [(1, "none"), (1, "int8"), (2, "none"), (2, "int8")])
-def test_a_round_that_was_refused_never_was(processes, compression):
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", HOW)
+def test_a_round_that_was_refused_never_was(processes, how):
     """
     Rounds at 6 and 18 are left; the look behind the error is the mean of what the workers have. With two processes a
     worker it is one that does not lead, whose leader has sent its part.
     """
-    config = dataclasses.replace(AHEAD, processes_per_worker=processes, compression=compression)
+    config = dataclasses.replace(AHEAD, processes_per_worker=processes, **HOW[how])
     for (shown, mean, rounds, local_steps), last, rounds_at_18 in run_workers(
         _mends, 2 * processes, config, processes
     ):
         assert shown == pytest.approx(mean, abs=1e-12)
-        assert (rounds, local_steps) == (1, 9)
+        assert (rounds, local_steps) == (1, 9 - config.shard_slow_state)
         assert (last, rounds_at_18) == (1, 2)
 
 
@@ -588,8 +593,8 @@ def _leaves_early(config, batches):
         return model.weight.item(), optimizer.outer_loop.rounds
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])  # one number alone in its block is exact
-def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels(compression):
+@pytest.mark.parametrize("how", HOW)  # one number alone in its block is exact
+def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels(how):
     """
     sync_every 2, n 1, weights by steps since the round before: rounds at 2, 4 and 6, the last one in flight at the
     end.
@@ -606,7 +611,7 @@ def test_a_worker_that_leaves_early_takes_part_and_the_end_takes_in_what_travels
             average = sum(steps[i] * x[i] for i in (0, 1)) / sum(steps)
             velocity = 0.5 * velocity + (anchor - average)
             anchor, then, steps = anchor - velocity, list(x), [0, 0]
-    config = SlowMoConfig(sync_every=2, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
+    config = SlowMoConfig(sync_every=2, overlap_steps=1, **HOW[how], timeout_seconds=patience(20))
     for end, rounds in run_workers(_leaves_early, 2, config, (6, 3)):
         assert end == pytest.approx(anchor, abs=1e-12)
         assert rounds == 3
@@ -632,13 +637,13 @@ def _ends_before_a_buffer_changes(config):
         return model.weight[0].item(), model.seen.item()
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_an_end_hears_of_a_round_before_it_waits_for_its_messages(compression):
+@pytest.mark.parametrize("how", HOW)
+def test_an_end_hears_of_a_round_before_it_waits_for_its_messages(how):
     """
     At 6 both count, and it is taken in at 7; from there on rank 1 alone trains, and alone counts: its 3 in the buffer
     is all's.
     """
-    config = SlowMoConfig.local_sgd(6, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
+    config = SlowMoConfig.local_sgd(6, overlap_steps=1, **HOW[how], timeout_seconds=patience(20))
     at_6 = 1 + 7 * 0.9**6
     at_7 = (8 * 0.9**6 + at_6) / 2 + (1 + 7 * 0.9**7 - at_6)
     for end, seen in run_workers(_ends_before_a_buffer_changes, 2, config):
@@ -664,9 +669,9 @@ def _drops_a_run_in_flight(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_runs_in_turn_are_the_same_whatever_is_left_in_flight(compression):
-    config = SlowMoConfig.local_sgd(4, overlap_steps=3, compression=compression, timeout_seconds=patience(20))
+@pytest.mark.parametrize("how", HOW)
+def test_runs_in_turn_are_the_same_whatever_is_left_in_flight(how):
+    config = SlowMoConfig.local_sgd(4, overlap_steps=3, **HOW[how], timeout_seconds=patience(20))
     for ends in run_workers(_drops_a_run_in_flight, 2, config):
         assert ends == [ends[0]] * 3
 
@@ -687,9 +692,9 @@ def _meets_nan(config):
     return None
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_nan_on_one_rank_is_told_at_the_next_meeting(compression):
-    config = SlowMoConfig.local_sgd(3, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
+@pytest.mark.parametrize("how", HOW)
+def test_nan_on_one_rank_is_told_at_the_next_meeting(how):
+    config = SlowMoConfig.local_sgd(3, overlap_steps=1, **HOW[how], timeout_seconds=patience(20))
     first, second = run_workers(_meets_nan, 2, config)
     assert first == second
     step, words = first
@@ -698,8 +703,8 @@ def test_nan_on_one_rank_is_told_at_the_next_meeting(compression):
     assert "rank 0" not in words
 
 
-def _loads_after_nan(folder, compression):
-    config = SlowMoConfig.local_sgd(3, overlap_steps=1, compression=compression, timeout_seconds=patience(20))
+def _loads_after_nan(folder, how):
+    config = SlowMoConfig.local_sgd(3, overlap_steps=1, **HOW[how], timeout_seconds=patience(20))
     accelerator = Accelerator(cpu=True)
     bare, rows = Regression(), Rows(STEPS * 16)
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(two_groups(bare, "sgd", LR), config))
@@ -729,9 +734,9 @@ def _loads_after_nan(folder, compression):
     return equal(values(bare), good)
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_a_good_checkpoint_is_gone_on_with_after_nan(tmp_path, compression):
-    assert run_workers(_loads_after_nan, 2, str(tmp_path / "saved"), compression) == [True, True]
+@pytest.mark.parametrize("how", HOW)
+def test_a_good_checkpoint_is_gone_on_with_after_nan(tmp_path, how):
+    assert run_workers(_loads_after_nan, 2, str(tmp_path / "saved"), how) == [True, True]
 
 
 def _leaves_before_the_due_step(config):
@@ -748,8 +753,8 @@ def _leaves_before_the_due_step(config):
     return model.weight.item(), not optimizer.outer_loop.in_flight.rounds
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_a_worker_that_left_before_takes_in_what_the_others_have(compression):
+@pytest.mark.parametrize("how", HOW)
+def test_a_worker_that_left_before_takes_in_what_the_others_have(how):
     x = [8.0, 8.0]
     then = []
     for step in range(1, 8):
@@ -761,7 +766,7 @@ def test_a_worker_that_left_before_takes_in_what_the_others_have(compression):
         if step == 6:
             x[0] = anchor + (x[0] - then[0])
     x[1] = anchor + (x[1] - then[1])
-    config = SlowMoConfig.local_sgd(4, overlap_steps=2, compression=compression, timeout_seconds=patience(20))
+    config = SlowMoConfig.local_sgd(4, overlap_steps=2, **HOW[how], timeout_seconds=patience(20))
     results = run_workers(_leaves_before_the_due_step, 2, config)
     assert [taken for _, taken in results] == [True, True]
     assert [weight for weight, _ in results] == pytest.approx(x, abs=1e-12)

@@ -27,6 +27,10 @@ CASES = {
     "node workers": (SlowMoConfig(base="osgp", sync_every=4, processes_per_worker=2), "adamw_torch"),
     "all_reduce": (SlowMoConfig(base="all_reduce", sync_every=4), "sgd"),
     "overlapped": (SlowMoConfig(sync_every=4, outer_momentum=0.6, overlap_steps=2), "sgd"),
+    "overlapped, sharded": (
+        SlowMoConfig(sync_every=4, outer_momentum=0.6, overlap_steps=3, shard_slow_state=True),
+        "sgd",
+    ),
     "overlapped, node workers": (
         SlowMoConfig.diloco(sync_every=4, overlap_steps=3, processes_per_worker=2),
         "adamw_torch",

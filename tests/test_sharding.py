@@ -27,6 +27,12 @@ CONFIGS = {
     "small buckets": ({"sync_every": 3, "outer_momentum": 0.6, "bucket_bytes": 1024}, "sgd"),
     "adam, state averaged": ({"sync_every": 2, "inner_state": "average"}, "adamw"),
     "on the cpu": ({"sync_every": 3, "outer_momentum": 0.6, "slow_state_device": "cpu"}, "sgd"),
+    "overlapped": ({"sync_every": 3, "outer_momentum": 0.6, "outer_lr": 0.8, "overlap_steps": 1}, "sgd"),
+    "overlapped by two": ({"sync_every": 3, "outer_momentum": 0.6, "overlap_steps": 2, "bucket_bytes": 1024}, "sgd"),
+    "overlapped by three": (
+        {"sync_every": 4, "outer_momentum": 0.6, "overlap_steps": 3, "slow_state_device": "cpu"},
+        "adamw",
+    ),
 }
 
 
@@ -105,7 +111,7 @@ def assert_same_runs(plain, sharded):
         for mine, other in zip(reports, other_reports, strict=True):
             for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"):
                 # A small difference of squares.
-                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-8), name
+                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.slow
@@ -119,7 +125,7 @@ def test_the_run_is_the_plain_one_bit_for_bit(case, workers):
         for shard in (False, True)
     ]
     assert_same_runs(*runs)
-    assert len(runs[0][0][2]) == STEPS // settings["sync_every"]
+    assert len(runs[0][0][2]) == (STEPS - settings.get("overlap_steps", 0)) // settings["sync_every"]
     assert not same(runs[0][0][0][0], runs[0][0][0][-1])
 
 
@@ -181,6 +187,32 @@ def test_bytes_and_memory(workers, bucket_bytes):
         assert messages <= 0.8 * min(bucket_bytes, 4 * elements) + 4 * workers * 4
 
 
+@pytest.mark.parametrize("workers", [2, 5])
+def test_bytes_and_memory_overlapped(workers):
+    """
+    The same bytes; messages for all parameters, both ways, and one copy of them beside 2/m of slow state.
+    """
+    elements = 10_007
+
+    def train(rank):
+        param = torch.nn.Parameter(torch.zeros(elements))
+        config = SlowMoConfig(sync_every=3, overlap_steps=2, shard_slow_state=True)
+        optimizer = SlowMoOptimizer(torch.optim.SGD([param], lr=0.1), config)
+        for _ in range(8):
+            param.grad = torch.ones(elements)
+            optimizer.step()
+        loop = optimizer.outer_loop
+        kept = sum(t.nbytes for t in [*message_memory(loop), *loop.base.departed.values()])
+        slow = [item.flat for item in loop.parts.slow.anchors] + loop.parts.slow.update.velocities
+        return slowmo_hf.last_round(optimizer).bytes_sent, kept, sum(t.numel() for t in slow)
+
+    for sent, kept, slow in run_in_process(train, workers):
+        theory = 2 * (workers - 1) / workers * 4 * elements
+        assert theory <= sent <= 1.005 * theory + 1000
+        assert 12 * elements <= kept <= 12 * elements + 2 * 4 * workers
+        assert 2 * elements / workers <= slow <= 2 * (elements / workers + 1)
+
+
 def uneven():
     """Rank 1 ends three steps before the others."""
     config = CONFIGS["slow momentum"][0]
@@ -226,14 +258,16 @@ def test_nan_is_named(at_a_look):
     assert "rank 0 on" not in words
 
 
-def leaders_alone():
-    """Two workers of two processes."""
-    model, optimizer = train_node_workers(shard_slow_state=True)
+def leaders_alone(overlap_steps):
+    """Two workers of two processes; the average at their end."""
+    model, optimizer = train_node_workers(shard_slow_state=True, overlap_steps=overlap_steps)
+    optimizer.eval()
     return values(model), [item.flat.numel() for item in optimizer.outer_loop.parts.slow.anchors]
 
 
-def test_a_workers_leader_alone_holds_its_shard():
-    found = run_workers(leaders_alone, 4)
+@pytest.mark.parametrize("overlap_steps", [0, 1])
+def test_a_workers_leader_alone_holds_its_shard(overlap_steps):
+    found = run_workers(leaders_alone, 4, overlap_steps)
     for rank, (weights, sizes) in enumerate(found):
         assert same(weights, found[0][0])
         assert sizes == ([] if rank % 2 else [16])  # of 31 parameters
@@ -243,6 +277,7 @@ def test_a_workers_leader_alone_holds_its_shard():
 
 
 SAVED = {"sync_every": 3, "outer_momentum": 0.6, "bucket_bytes": 1024}
+IN_FLIGHT = {"overlap_steps": 2}  # launched at 6, updated at 7, due at 8
 RESUMED = {  # sharded when saved and when resumed, other settings, workers
     "sharded": (True, True, {}, 3),
     "sharded, other buckets": (True, True, {"bucket_bytes": 2**20}, 3),
@@ -250,12 +285,17 @@ RESUMED = {  # sharded when saved and when resumed, other settings, workers
     "plain, then sharded": (False, True, {}, 3),
     "sharded, two workers": (True, True, {}, 2),
     "sharded, then plain, five workers": (True, False, {}, 5),
+    "in flight": (True, True, IN_FLIGHT, 3),
+    "in flight, other buckets": (True, True, IN_FLIGHT | {"bucket_bytes": 2**20}, 3),
+    "in flight, sharded, then plain": (True, False, IN_FLIGHT, 3),
+    "in flight, plain, then sharded": (False, True, IN_FLIGHT, 3),
+    "in flight, two workers": (True, True, IN_FLIGHT, 2),
 }
 
 
-def saver(folder, shard, rank):
+def saver(folder, shard, rank, overlap_steps=0):
     """Saved at the end of a round, after 6 of 9 steps, and inside the next, after 7."""
-    model, optimizer, step_once = begin(make_config(SAVED, shard), rank)
+    model, optimizer, step_once = begin(make_config(SAVED | {"overlap_steps": overlap_steps}, shard), rank)
     for step in range(STEPS):
         step_once(step)
         if step in (5, 6):
@@ -289,7 +329,8 @@ def test_resume(tmp_path, case):
     plain one.
     """
     saved_sharded, resumed_sharded, settings, workers = RESUMED[case]
-    saved = run_in_process(lambda rank: saver(tmp_path, saved_sharded, rank), 3)
+    overlap = settings.get("overlap_steps", 0)
+    saved = run_in_process(lambda rank: saver(tmp_path, saved_sharded, rank, overlap), 3)
     for step in (5, 6):
         config = make_config(SAVED | settings, resumed_sharded)
         found = run_in_process(lambda rank, step=step, config=config: resumer(tmp_path, step, config, rank), workers)
@@ -415,7 +456,6 @@ def test_other_bases_refuse_it(base):
     ("settings", "words"),
     [
         ({"compression": "int8"}, "needs compression='none', got compression='int8'"),
-        ({"overlap_steps": 2}, "needs overlap_steps=0, got overlap_steps=2"),
         (
             {"outer_optimizer": "torch.optim.SGD"},
             "needs outer_optimizer='slow_momentum', got outer_optimizer='torch.optim.SGD'",

@@ -82,7 +82,8 @@ class SlowMoConfig(Presets):
             states travel as ever.
         shard_slow_state (`bool`, *optional*, defaults to `False`): Each of m workers keeps 1/m of the anchors and the
             velocity and does the outer update there; the result and the bytes of a round are the same (docs/wire.md).
-            For `base="local_sgd"` with `"slow_momentum"`.
+            For `base="local_sgd"` with `"slow_momentum"`. With `overlap_steps` 2 or more both of its halves travel
+            behind the computation.
         slow_state_device (`str`, *optional*, defaults to `"same"`): Where that shard lies and is updated: the
             parameters' device (`"same"`) or `"cpu"`; with `shard_slow_state` only.
         stash_device (`str`, *optional*, defaults to `"same"`):

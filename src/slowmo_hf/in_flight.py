@@ -33,8 +33,10 @@ class InFlight:
     def advance(self) -> RoundReport | None:
         """Apply what is due at this step, do what is due on the way; the report of the last one applied."""
         report = self.apply_due()
-        for launched in self.rounds:
-            launched.settle_if_due(self.parts.clock.attempted_steps)
+        if any(launched.settles_now for launched in self.rounds):
+            self.hear()
+            for launched in self.rounds:
+                launched.settle_on_the_way()
         if self.rounds:
             self.parts.slow.reduction.start_second_stages(wait=False)
         return report

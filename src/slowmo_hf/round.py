@@ -118,15 +118,20 @@ class Round:
         self.note(agreement)
         self.average_beside(agreement)
 
-    def settle_if_due(self, step: int) -> None:
+    @property
+    def settles_now(self) -> bool:
         """
-        Where the outer update stands in the middle of the messages' way, half of the steps are for each half;
-        elsewhere it is done when the round is applied.
+        Whether the outer update is due on the way: where it stands in the middle of the messages' way, half of the
+        steps are for each half. Elsewhere it is done when the round is applied.
         """
-        if self.parts.slow.reduction.hands_out and step >= self.due_step - self.parts.config.overlap_steps // 2:
-            if not self.is_settled:
-                self.hear()
-                self.parts.on_leader(self.settle)
+        half = self.parts.config.overlap_steps // 2
+        is_due = self.parts.clock.attempted_steps >= self.due_step - half
+        return self.parts.slow.reduction.hands_out and is_due and not self.is_settled
+
+    def settle_on_the_way(self) -> None:
+        """If it is due there, on every process together."""
+        if self.settles_now:
+            self.parts.on_leader(self.settle)
             self.is_settled = True
 
     def settle(self) -> None:

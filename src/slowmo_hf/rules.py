@@ -74,7 +74,6 @@ RULES = (
     Rule("shard_slow_state", "base", ("local_sgd",), "other bases need the anchors, or their layout, at every step"),
     Rule("shard_slow_state", "outer_optimizer", (SLOW_MOMENTUM,), "another optimizer may need whole tensors"),
     Rule("shard_slow_state", "compression", ("none",), "small codes need the origin, which a shard's owner alone has"),
-    Rule("shard_slow_state", "overlap_steps", (0,), "a sharded round is waited for"),
     Rule("slow_state_device", "shard_slow_state", (True,), "a whole slow state lies where the parameters are"),
     Rule(
         "processes_per_worker",
