@@ -94,8 +94,9 @@ class Clock:
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: after an average nobody has made a step."""
-        attempted_steps, rounds = saved.shared.count("attempted_steps"), saved.shared.count("rounds")
-        local_steps = saved.own.count("local_steps") if same_number else 0
+        attempted_steps = saved.shared.count("attempted_steps")
+        rounds = saved.shared.count("rounds", most=attempted_steps)
+        local_steps = saved.own.count("local_steps", most=attempted_steps) if same_number else 0
 
         def take_up() -> None:
             self.attempted_steps, self.rounds, self.local_steps = attempted_steps, rounds, local_steps

@@ -30,6 +30,7 @@ class Contents:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
     source: str = "this state"
+    within: str = ""  # an object of the settings, in which these are
 
     def add(self, other: Contents) -> None:
         """Hold what another holds, too."""
@@ -63,16 +64,32 @@ class Contents:
             self._refuse("safetensors", name, "is not finite (NaN or infinity)")
         return found
 
-    def count(self, name: str, *, least: int = 0, default: int | None = None) -> int:
-        """A whole number, `least` or more."""
-        value = self.settings.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self._refuse("json", name, f"must be a whole number >= {least}, got {value!r}")
+    def count(self, name: str, *, least: int = 0, most: int | None = None) -> int:
+        """A whole number from `least` to `most`."""
+        value = self.settings.get(name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < least
+            or (most is not None and value > most)
+        ):
+            rule = f">= {least}" if most is None else f"from {least} to {most}"
+            self._refuse("json", name, f"must be a whole number {rule}, got {value!r}")
         return value
 
-    def number(self, name: str, *, least: float = -math.inf) -> float:
-        """A finite number, `least` or more."""
-        return self._number(name, self.settings.get(name), least)
+    def fraction(self, name: str, *, most: int) -> float:
+        """A number above 0, `most` or less: of a mass that workers share."""
+        value = self._number(name, self.settings.get(name), 0)
+        if not 0 < value <= most:
+            self._refuse("json", name, f"must be above 0 and <= {most}, got {value!r}")
+        return value
+
+    def word(self, name: str) -> str:
+        """A string."""
+        value = self.settings.get(name)
+        if not isinstance(value, str):
+            self._refuse("json", name, f"must be a string, got {value!r}")
+        return value
 
     def numbers(self, name: str, count: int | None = None, *, least: float = -math.inf) -> list[float]:
         """A list of them, of this length."""
@@ -121,19 +138,21 @@ class Contents:
         state = self.state(name)
         try:
             saved = [len(group["params"]) for group in state["param_groups"]]
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, AttributeError):
             self._refuse("pt", name, "is no state of an optimizer")
         own = [len(group["params"]) for group in optimizer.param_groups]
+        if not isinstance(state.get("state"), dict):
+            self._refuse("pt", name, "is no state of an optimizer")
         if saved != own:
             self._refuse("pt", name, f"does not fit: its groups have {saved} parameters, this run's have {own}")
         return state  # type: ignore[no-any-return]
 
     def part(self, name: str) -> Contents:
-        """The settings that are an object of their own, with all tensors."""
+        """The settings in an object of their own."""
         value = self.settings.get(name)
         if not isinstance(value, dict):
             self._refuse("json", name, f"must be an object, got {value!r}")
-        return Contents(value, self.tensors, self.objects, self.source)
+        return Contents(value, source=self.source, within=f"{name}.")
 
     def _number(self, name: str, value: Any, least: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
@@ -143,7 +162,7 @@ class Contents:
 
     def _refuse(self, ending: str, name: str, words: str) -> NoReturn:
         file = f"{self.source}.{ending}" if "/" in self.source else self.source
-        raise CheckpointError(f"{file}: {name} {words}. Resume from another checkpoint.")
+        raise CheckpointError(f"{file}: {self.within}{name} {words}. Resume from another checkpoint.")
 
 
 Restored = Callable[[], None]

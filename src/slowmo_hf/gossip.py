@@ -255,7 +255,7 @@ class GossipBase(Base):
         own = saved.own
         if not same_number or "weight" not in own.settings:
             return lambda: self._begin_anew(from_anchors=same_number)
-        weight = own.number("weight", least=0)
+        weight = own.fraction("weight", most=self.topology.workers)
         in_flight = own.number_lists("in_flight", most=self.staleness, least=0)
         numerators = {item: own.tensor(f"numerator.{i}", item.flat) for i, item in enumerate(self.numerators)}
         messages = [

@@ -152,20 +152,17 @@ class InFlight:
         return saved
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
-        """As `Part.restore`: after the slow state."""
+        """As `Part.restore`; first, for it waits for what is under way."""
         parts = self.parts
-        if "departed" not in saved.own.settings:
-            return lambda: None
-        if not same_number:
-            return parts.inner_state.reset  # all start from an average that has taken it in
-        if not parts.config.overlap_steps:
-            return lambda: None
-        departed = saved.own.part("departed")
-        due_step = departed.count("due_step")
+        if "departed" not in saved.own.settings or not same_number or not parts.config.overlap_steps:
+            return self.forget
+        step, departed = saved.shared.count("attempted_steps"), saved.own.part("departed")
+        due_step = departed.count("due_step", least=step, most=step + parts.config.overlap_steps)
         norms = Norms.of(departed.numbers("norms", 3, least=0))
         anchors = parts.slow.whole_anchors(saved.shared)
 
         def take_up() -> None:
+            self.forget()
             launched = Round(parts, due_step, norms)
             if parts.workers.leads:
                 launched.launched = Launch(parts.slow.reduction, ahead=1.0)

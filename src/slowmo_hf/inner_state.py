@@ -6,7 +6,10 @@ import torch
 
 from .averages import Averages
 from .config import SlowMoConfig
+from .contents import Contents, Restored, Saved
 from .model_tensors import ModelTensors, hash48
+
+OBJECT = "inner_optimizer"  # in a checkpoint
 
 
 class InnerState:
@@ -69,3 +72,22 @@ class InnerState:
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step" and value.dim() > 0:
                     found.append((f"{name}.{key}{list(value.shape)}", value))
         return found
+
+    # ---- state ----
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`, in torch's own form."""
+        return Saved(own=Contents(objects={OBJECT: self.optimizer.state_dict()}))
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`: with another number of workers they are dealt out in turn."""
+        state = saved.own.optimizer(OBJECT, self.optimizer)
+        # Then all start from an average that has taken in what was in flight.
+        round_ends = "departed" in saved.own.settings and not same_number
+
+        def take_up() -> None:
+            self.optimizer.load_state_dict(state)
+            if round_ends:
+                self.reset()
+
+        return take_up

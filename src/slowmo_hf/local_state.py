@@ -1,8 +1,6 @@
-"""What a worker has alone: its weights, buffers and inner optimizer."""
+"""What a worker has alone: its weights and buffers."""
 
 from __future__ import annotations
-
-import torch
 
 from .clock import Clock
 from .consensus_view import ConsensusView
@@ -54,26 +52,3 @@ class LocalTensors:
             tensors.mark_changed(changed)
 
         return take_up
-
-
-class InnerOptimizerState:
-    """
-    Of the inner optimizer, in torch's own form.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): It.
-    """
-
-    NAME = "inner_optimizer"
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def saved(self, *, agree: bool, keep: bool) -> Saved:
-        """As `Part.saved`."""
-        return Saved(own=Contents(objects={self.NAME: self._optimizer.state_dict()}))
-
-    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
-        """As `Part.restore`: with another number of workers they are dealt out in turn."""
-        state = saved.own.optimizer(self.NAME, self._optimizer)
-        return lambda: self._optimizer.load_state_dict(state)

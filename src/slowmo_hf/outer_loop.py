@@ -165,7 +165,7 @@ class OuterLoop:
     def saved_parts(self) -> list[Part]:
         """What a checkpoint holds of it, in the order in which it is taken up."""
         local = LocalTensors(self.tensors, self.view, self.clock)
-        return [self.clock, self.status, self.parts.slow, local, self.base, self.in_flight]
+        return [self.in_flight, self.clock, self.status, self.parts.slow, local, self.base]
 
     def state_dict(self) -> dict[str, Any]:
         """As `state_dict.state_dict`."""

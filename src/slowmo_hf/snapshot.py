@@ -14,8 +14,8 @@ import torch
 from .checkpoint import read_part, write_part
 from .config import SlowMoConfig
 from .contents import CheckpointError, Contents, Part, Saved, restore_all, save_all
+from .inner_state import OBJECT
 from .job import host_name
-from .local_state import InnerOptimizerState
 from .log import logger
 from .outer_loop import OuterLoop
 
@@ -118,7 +118,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
 
 
 def _parts(loop: OuterLoop) -> list[Part]:
-    return [*loop.saved_parts, InnerOptimizerState(loop.inner_optimizer)]
+    return [*loop.saved_parts, loop.inner_state]
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     """
     shared = read_part(folder, SHARED)
     _check(shared, outer_loop)
-    workers, then = outer_loop.workers, shared.count("workers", least=1)
+    workers, run, then = outer_loop.workers, shared.word("run"), shared.count("workers", least=1)
     own = read_part(folder, f"worker_{workers.index % then}")
     for key in ("run", "attempted_steps", "workers"):
         if own.settings.get(key) != shared.settings.get(key):
@@ -149,10 +149,9 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     same_number = then == workers.count
     if not same_number:
         _say_another_number(folder, then, outer_loop)
-    outer_loop.in_flight.forget()
     restore_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)
-    outer_loop.run_id = shared.settings["run"]
-    return {name: value for name, value in own.objects.items() if name != InnerOptimizerState.NAME}
+    outer_loop.run_id = run
+    return {name: value for name, value in own.objects.items() if name != OBJECT}
 
 
 def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
@@ -174,7 +173,7 @@ def _check(shared: Contents, outer_loop: OuterLoop) -> None:
     folder = Path(shared.source).parent.parent
     # An older one lacks later settings.
     saved, now = (
-        SlowMoConfig().to_dict() | shared.settings["config"],
+        SlowMoConfig().to_dict() | shared.part("config").settings,
         outer_loop.config.to_dict(),
     )
     for name in _FIXED:
@@ -193,7 +192,7 @@ def _check(shared: Contents, outer_loop: OuterLoop) -> None:
             "resumed with other settings: %s",
             ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()),
         )
-    then, here = shared.settings["parameters"], outer_loop.tensors.fingerprint()
+    then, here = shared.names("parameters"), outer_loop.tensors.fingerprint()
     if then != here:
         odd = [line for line in (*then, *here) if (line in then) != (line in here)]
         raise CheckpointError(

@@ -60,7 +60,6 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], in_flight: InFlight, 
     shared = _contents(state)
     step = shared.count("attempted_steps")
     _refuse_inside_round(parts, step, "resumed")
-    in_flight.forget()
 
     def restore() -> None:
         try:
