@@ -29,11 +29,13 @@ class _Known:
             the two. The next run in the group finishes them first.
         owed (`dict`): Likewise collectives that this rank has yet to start, and others of the group may have started,
             by group.
+        notes (`dict`): What the runs in a group leave for each other, by group and name.
     """
 
     groups: dict[tuple[int, tuple[int, ...], str, float], Any] = field(default_factory=dict)
     under_way: dict[int, list[Transfer]] = field(default_factory=dict)
     owed: dict[int, Callable[[], None]] = field(default_factory=dict)
+    notes: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
 
 
 _of_process = _Known()
@@ -118,6 +120,10 @@ class Processes:
             _known().owed.pop(id(self.group), None)
         else:
             _known().owed[id(self.group)] = start
+
+    def notes(self, name: str) -> list[Any]:
+        """What the runs of this process in this group have left for each other under a name, to be added to."""
+        return _known().notes.setdefault(id(self.group), {}).setdefault(name, [])
 
     @property
     def fails_cleanly(self) -> bool:

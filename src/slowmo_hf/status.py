@@ -70,13 +70,41 @@ class Agreement:
     ahead: bool
 
 
+class Speaker:
+    """
+    One optimizer of a program among all that start there, which share one status exchange: its messages have one
+    length, and say whose they are, so that two optimizers never wait for each other crosswise.
+
+    Args:
+        world (`Communicator`): All ranks.
+        tensors (`ModelTensors`): Its parameters.
+    """
+
+    def __init__(self, world: Communicator, tensors: ModelTensors) -> None:
+        self._groups_of_all = world.notes("groups of optimizers")  # the same on all ranks: starts are collective
+        self.number = len(self._groups_of_all)
+        self._groups_of_all.append(len(tensors.groups))
+        self._tensors = tensors
+
+    @property
+    def words(self) -> str:
+        """For errors."""
+        names = self._tensors.names
+        return f"optimizer {self.number} (of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+
+    def padded(self, inner_lrs: list[float]) -> list[float]:
+        """As many as the optimizer with the most groups has."""
+        return inner_lrs + [0.0] * (max(self._groups_of_all) - len(inner_lrs))
+
+
 @dataclass(frozen=True)
 class Header:
     """
     What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *inner_lrs]. The
-    flags are 1 for a problem, 2 for a stop and 4 for messages that are ahead.
+    flags are 1 for a problem, 2 for a stop, 4 for messages that are ahead, and 8 times the optimizer's number.
 
     Args:
+        speaker (`Speaker`): The optimizer that it speaks for.
         purpose (`Purpose`): What it comes for.
         attempted_steps (`int`): Its clock.
         trained_steps (`int`): The same without steps that only passed messages on.
@@ -88,6 +116,7 @@ class Header:
         ahead (`bool`): Whether the round's messages set out with it.
     """
 
+    speaker: Speaker
     purpose: Purpose
     attempted_steps: int
     trained_steps: int
@@ -108,8 +137,9 @@ class Header:
         """
         (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
-        mine += [bool(self.problem) + 2 * self.stop + 4 * self.ahead, hash48(self.changed_buffers)]
-        arrive = world.start_gather_header([*mine, *self.inner_lrs])
+        flags = bool(self.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
+        mine += [flags, hash48(self.changed_buffers)]
+        arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
 
         def hear() -> Agreement:
             roll_call.at(self.attempted_steps, self.purpose.words)
@@ -121,6 +151,8 @@ class Header:
         purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]
         steps = [int(step) for step in rows[:, 1]]
         flags = [int(flag) for flag in rows[:, 4]]
+        if len({flag // 8 for flag in flags}) > 1:
+            self._tell_speakers(world, steps)
         if any(flag & 1 for flag in flags):
             self._tell_problems(world, steps)
         rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
@@ -134,11 +166,19 @@ class Header:
             trained_steps=int(rows[:, 2].max()),
             same_step=len(set(steps)) == 1,
             local_steps=[int(count) for count in rows[:, 3]],
-            inner_lrs=self._agree_on_lrs(rows[rounds, 6:].tolist()) if rounds else [],
+            inner_lrs=self._agree_on_lrs(rows[rounds, 6 : 6 + len(self.inner_lrs)].tolist()) if rounds else [],
             changed_buffers=changed,
             somebody_ended=Purpose.END in purposes,
             stop=any(flag & 2 for flag in flags),
             ahead=any(flag & 4 for flag in flags),
+        )
+
+    def _tell_speakers(self, world: Communicator, steps: list[int]) -> None:
+        told = world.gather_objects((host_name(), self.speaker.words))
+        at = [f"rank {r} on {host} at step {steps[r]} of {words}" for r, (host, words) in enumerate(told)]
+        raise RuntimeError(
+            f"ranks wait for each other with different optimizers: {'; '.join(at)}. Step, evaluate and save the "
+            "optimizers of a program in the same order on every rank."
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
@@ -207,6 +247,7 @@ class StatusExchange:
     ) -> None:
         self._workers, self._tensors, self._clock, self._account = workers, tensors, clock, account
         self._weigh = weigh
+        self._speaker = Speaker(workers.world, tensors)
         self.stop_asked = False  # this process was: it says so at the next exchange
         self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
         self.stop_agreed = False  # all know that a rank was asked to stop
@@ -225,6 +266,7 @@ class StatusExchange:
         # Another number of groups is a problem, and must not change the message's length.
         count = len(self._tensors.groups)
         header = Header(
+            self._speaker,
             purpose,
             self._clock.attempted_steps,
             self._clock.trained_steps,

@@ -1,0 +1,98 @@
+"""Several optimizers in one program share one status exchange, which says whose a message is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import slowmo_hf
+from harness import patience, run_workers
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+
+
+def make(rank, sizes, **settings):
+    """An optimizer with a parameter group per size."""
+    torch.manual_seed(0)
+    groups = [{"params": [torch.nn.Parameter(torch.randn(size))], "lr": 0.1 / (i + 1)} for i, size in enumerate(sizes)]
+    config = SlowMoConfig(sync_every=2, timeout_seconds=patience(20), **settings)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(groups), config)
+    draw = torch.Generator().manual_seed(100 * rank + len(sizes))
+
+    def step():
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.randn(param.shape, generator=draw)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def weights(optimizer):
+    return [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+
+
+def train(rank, kinds, steps):
+    """All of them, in turn: their weights, and what a view shows."""
+    made = [make(rank, sizes, **settings) for sizes, settings in kinds]
+    for _ in range(steps):
+        for _, step in made:
+            step()
+    found = []
+    for optimizer, _ in made:
+        with slowmo_hf.consensus(optimizer):
+            shown = weights(optimizer)
+        found += [*weights(optimizer), *shown]
+    return found
+
+
+def in_turn_and_alone():
+    kinds = [((3,), {}), ((5, 7, 2), {"overlap_steps": 1}), ((4, 4), {"base": "sgp"})]
+    rank = dist.get_rank()
+    alone = [value for kind in kinds for value in train(rank, [kind], 5)]
+    return train(rank, kinds, 5), alone
+
+
+def test_each_trains_as_it_would_alone():
+    """Bit for bit, with other numbers of groups, one of them overlapped, so that its status is heard of later."""
+    for together, alone in run_workers(in_turn_and_alone, 2):
+        assert len(together) == 12
+        assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def crosswise(rank, other, settings):
+    """In one order at step 1, where both start; rank 1 in another at step 2, where both have a round."""
+    made = [make(rank, (3,), **settings), make(rank, other, **settings)]
+    try:
+        for turn in range(4):
+            for _, step in reversed(made) if (turn, rank) == (1, 1) else made:
+                step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def crosswise_over_gloo(other, settings):
+    return crosswise(dist.get_rank(), other, settings)
+
+
+@pytest.mark.parametrize("other", [(3,), (5, 5)])
+@pytest.mark.parametrize("settings", [{}, {"overlap_steps": 1}])
+def test_crosswise_is_told_on_every_rank(settings, other):
+    for words in run_workers(crosswise_over_gloo, 2, other, settings):
+        assert re.match(
+            r"ranks wait for each other with different optimizers: rank 0 on \S+ at step 2 of optimizer 0 \(of "
+            r"parameter 0\); rank 1 on \S+ at step 2 of optimizer 1 \(of parameter 0( and 1 more)?\). Step, evaluate",
+            words,
+        ), words
+
+
+def test_crosswise_in_one_process():
+    def work(rank):
+        words = crosswise(rank, (5, 5), {})
+        assert not words, words
+
+    with pytest.raises(RuntimeError, match="ranks wait for each other with different optimizers"):
+        run_in_process(work, 2)
