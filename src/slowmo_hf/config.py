@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .names import CODES, OUTER_UPDATES, TOPOLOGIES, find
 from .presets import Presets
 from .rules import GOSSIP_BASES as GOSSIP_BASES
 from .rules import SLOW_MOMENTUM as SLOW_MOMENTUM
@@ -18,10 +18,8 @@ _CHOICES = {
     "base": _BASES,
     "inner_state": ("auto", "reset", "maintain", "average"),
     "model_buffers": ("average", "local"),
-    "topology": ("auto", "exponential", "bipartite_exponential", "ring", "complete"),
     "slow_state_device": ("same", "cpu"),
     "stash_device": ("same", "cpu"),
-    "compression": ("none", "bf16", "int8"),
 }
 
 
@@ -137,7 +135,8 @@ class SlowMoConfig(Presets):
         check(self)
 
     def _check_types(self) -> None:
-        for name, choices in _CHOICES.items():
+        tables = {"topology": ("auto", *TOPOLOGIES), "compression": ("none", *CODES)}
+        for name, choices in (_CHOICES | tables).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("sync_every", "peers", "staleness", "overlap_steps", "bucket_bytes"):
@@ -182,11 +181,11 @@ class SlowMoConfig(Presets):
             )
 
     def _check_outer_optimizer(self) -> None:
-        if self.outer_optimizer == SLOW_MOMENTUM:
+        if self.outer_optimizer in OUTER_UPDATES:
             if self.outer_optimizer_kwargs is not None:
                 raise ValueError(
                     "outer_optimizer_kwargs is for a dotted-path outer_optimizer, got "
-                    f"{self.outer_optimizer_kwargs!r} with outer_optimizer='slow_momentum'. Set outer_lr and "
+                    f"{self.outer_optimizer_kwargs!r} with outer_optimizer={self.outer_optimizer!r}. Set outer_lr and "
                     "outer_momentum instead."
                 )
             return
@@ -226,9 +225,8 @@ class SlowMoConfig(Presets):
 
     def outer_optimizer_class(self) -> type[Any]:
         """The class that a dotted-path `outer_optimizer` names; `ValueError` where there is none."""
-        module, _, name = self.outer_optimizer.rpartition(".")
         try:
-            found = getattr(importlib.import_module(module), name)
+            found = find(self.outer_optimizer)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 "outer_optimizer must be 'slow_momentum' or the dotted path of a torch optimizer such as "

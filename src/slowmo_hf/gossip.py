@@ -33,7 +33,7 @@ from .names import TOPOLOGIES, find
 from .processes import Transfer
 from .reduction import MESSAGE_BYTES
 from .starts import Base
-from .topology import Topology
+from .topology import Schedule
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Exchange:
     buckets: list[Transfer] = field(default_factory=list)
 
 
-def make_topology(config: SlowMoConfig, workers: int) -> Topology:
+def make_topology(config: SlowMoConfig, workers: int) -> Schedule:
     """The schedule of exchanges that `config` names; `ValueError` where it does not fit this number of workers."""
     symmetric = config.base == "dpsgd"
     name = config.topology if config.topology != "auto" else "bipartite_exponential" if symmetric else "exponential"
-    made: Topology = find(TOPOLOGIES[name])(name, workers, config.peers, symmetric)
+    made: Schedule = find(TOPOLOGIES[name])(name, workers, config.peers, symmetric)
     return made
 
 

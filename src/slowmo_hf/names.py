@@ -8,7 +8,7 @@ from typing import Any
 # Codes that a round's average travels in (`compression`): `codec.Code`.
 CODES = {"bf16": "slowmo_hf.codec.BFloat16", "int8": "slowmo_hf.codec.Int8"}
 
-# Who sends to whom (`topology`): called with name, workers, peers and whether exchanges are two-sided.
+# Who sends to whom (`topology`): `topology.Schedule`.
 TOPOLOGIES = {
     "exponential": "slowmo_hf.topology.Topology",
     "bipartite_exponential": "slowmo_hf.topology.Topology",

@@ -33,10 +33,6 @@ class OuterUpdate(Protocol):
 
     velocities: list[torch.Tensor]
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Holds anchors, or pieces of them."""
-
     def update_(
         self,
         displacements: Iterator[Sum],
@@ -54,7 +50,10 @@ class OuterUpdate(Protocol):
         """
 
     def saved(self) -> Contents:
-        """What a checkpoint needs beside anchors and velocities."""
+        """
+        What a checkpoint needs beside anchors and velocities, the same on all workers: settings, or the state of an
+        optimizer under `"outer_optimizer"`.
+        """
 
     def restore(self, contents: Contents) -> Restored:
         """Check what `saved` gave; the result takes it up, copied."""

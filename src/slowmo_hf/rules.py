@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+
+from .names import OUTER_UPDATES
 
 GOSSIP_BASES = ("sgp", "osgp", "dpsgd")
 SLOW_MOMENTUM = "slow_momentum"
@@ -17,14 +20,14 @@ class Rule:
     Args:
         setting (`str`): Whose.
         needs (`str`): The other setting, or a name of `MEANS`.
-        allowed (`tuple`): The other's values that will do.
+        allowed (`Collection`): The other's values that will do.
         because (`str`): Why.
         values (`tuple`, *optional*): The setting's values that have this need; all but its default where it is empty.
     """
 
     setting: str
     needs: str
-    allowed: tuple[Any, ...]
+    allowed: Collection[Any]
     because: str
     values: tuple[Any, ...] = ()
 
@@ -46,7 +49,7 @@ class Rule:
         )
 
 
-def _either(name: str, allowed: tuple[Any, ...]) -> str:
+def _either(name: str, allowed: Collection[Any]) -> str:
     return " or ".join(f"{name}={value!r}" for value in allowed)
 
 
@@ -72,7 +75,7 @@ RULES = (
     Rule("overlap_steps", "inner_state", ("auto", "reset", "maintain"), "inner states are averaged at once, and wait"),
     Rule("compression", "base", ("local_sgd",), "the average of a round alone can travel compressed"),
     Rule("shard_slow_state", "base", ("local_sgd",), "other bases need the anchors, or their layout, at every step"),
-    Rule("shard_slow_state", "outer_optimizer", (SLOW_MOMENTUM,), "another optimizer may need whole tensors"),
+    Rule("shard_slow_state", "outer_optimizer", OUTER_UPDATES, "another optimizer may need whole tensors"),
     Rule("shard_slow_state", "compression", ("none",), "small codes need the origin, which a shard's owner alone has"),
     Rule("slow_state_device", "shard_slow_state", (True,), "a whole slow state lies where the parameters are"),
     Rule(
@@ -81,7 +84,7 @@ RULES = (
         ("local_sgd", *GOSSIP_BASES),
         "all_reduce averages gradients over all processes, and has no workers that train alone",
     ),
-    Rule("outer_momentum", "outer_optimizer", (SLOW_MOMENTUM,), "another has its own, in outer_optimizer_kwargs"),
+    Rule("outer_momentum", "outer_optimizer", OUTER_UPDATES, "another has its own, in outer_optimizer_kwargs"),
     Rule("inner_state", "has_outer_update", (True,), "elsewhere there is nothing to reset for", values=("reset",)),
     Rule("inner_state", "averages_at_rounds", (True,), "elsewhere no average is taken", values=("average",)),
 )

@@ -16,6 +16,7 @@ from .model_tensors import copy_tensors_
 from .parts import Parts
 
 VERSION = 1
+_OLD_NAMES = {"previous_inner_lrs": "previous_inner_lr"}  # of the outer update's settings, in a checkpoint and here
 _LISTS = {"anchors": "anchor", "velocities": "velocity"}  # here and in a checkpoint
 
 
@@ -43,7 +44,9 @@ def state_dict(parts: Parts) -> dict[str, Any]:
         name: [flat for key, flat in shared.tensors.items() if key.startswith(f"{kind}.")]
         for name, kind in _LISTS.items()
     }
-    outer = shared.objects.get("outer_optimizer") or {"previous_inner_lr": shared.settings["previous_inner_lrs"]}
+    update = parts.slow.update.saved()
+    settings = {_OLD_NAMES.get(name, name): value for name, value in update.settings.items()}
+    outer = update.objects.get("outer_optimizer", settings)
     steps = {name: shared.settings[name] for name in ("attempted_steps", "rounds")}
     return {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
 
@@ -91,9 +94,11 @@ def _contents(state: dict[str, Any]) -> Contents:
     tensors = {f"{kind}.{index}": flat for name, kind in _LISTS.items() for index, flat in enumerate(state[name])}
     settings = {name: state[name] for name in ("attempted_steps", "rounds")}
     outer = state["outer_optimizer"]
-    if "previous_inner_lr" in outer:
-        return Contents({**settings, "previous_inner_lrs": outer["previous_inner_lr"]}, tensors, source="slow state")
-    return Contents(settings, tensors, {"outer_optimizer": outer}, "slow state")
+    if "param_groups" in outer:
+        return Contents(settings, tensors, {"outer_optimizer": outer}, "slow state")
+    new_names = {old: new for new, old in _OLD_NAMES.items()}
+    settings.update({new_names.get(name, name): value for name, value in outer.items()})
+    return Contents(settings, tensors, source="slow state")
 
 
 def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str) -> None:

@@ -4,8 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 _NAMES = ("exponential", "bipartite_exponential", "ring", "complete")
+
+
+class Schedule(Protocol):
+    """
+    What a gossip base needs of a topology: called with name, workers, peers and whether exchanges must be two-sided;
+    the same on every rank.
+    """
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+
+    @property
+    def cycle_length(self) -> int:
+        """Exchanges until it repeats."""
+
+    def targets(self, worker: int, exchange: int) -> list[int]:
+        """Whom `worker` sends to at an exchange (0, 1, 2, ...)."""
+
+    def sources(self, worker: int, exchange: int) -> list[int]:
+        """Whom it receives from."""
+
+    def weight(self, worker: int, exchange: int) -> float:
+        """The share of its mass that it keeps, and that each of its messages carries."""
 
 
 @dataclass(frozen=True)

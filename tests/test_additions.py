@@ -1,0 +1,147 @@
+"""A code, a topology and an outer update that are made up here: one file and one row of `names.py` each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import slowmo_hf
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, names, run_in_process
+from slowmo_hf.codec import BLOCK
+
+CODE = '''
+import torch
+from slowmo_hf.codec import Code
+
+class Halves(Code):
+    """To the nearest multiple of 1/2, in a byte."""
+
+    dtype, has_scales = torch.int8, False
+
+    def quantise(self, values):
+        return (2 * values).round().clamp(-127, 127).to(torch.int8), values.new_empty(0)
+
+    def dequantise(self, codes, scales):
+        return codes.to(scales.dtype) / 2
+'''
+
+TOPOLOGY = '''
+class Second:
+    """Everybody sends to the second next."""
+
+    cycle_length = 1
+
+    def __init__(self, name, workers, peers, symmetric):
+        self.workers = workers
+
+    def targets(self, worker, exchange):
+        return [(worker + 2) % self.workers]
+
+    def sources(self, worker, exchange):
+        return [(worker - 2) % self.workers]
+
+    def weight(self, worker, exchange):
+        return 0.5
+'''
+
+OUTER_UPDATE = '''
+from slowmo_hf.contents import Contents
+from slowmo_hf.norms import Norms
+
+class Signs:
+    """One outer_lr along the signs of the pseudo-gradient; counts its rounds."""
+
+    def __init__(self, config, anchors, pieces, groups):
+        self.lr, self.rounds, self.velocities = config.outer_lr, 0, []
+
+    def update_(self, displacements, inner_lrs, summands, hand_back_):
+        norms = Norms()
+        for bucket, total, square in displacements:
+            norms.drift_square += square / summands
+            for piece, run in bucket.runs(total):
+                norms.add(run.div_(summands), None)
+                piece.anchor.sub_(run.sign(), alpha=self.lr)
+                hand_back_(piece)
+        self.rounds += 1
+        return norms
+
+    def saved(self):
+        return Contents({"signed_rounds": self.rounds})
+
+    def restore(self, contents):
+        rounds = contents.count("signed_rounds")
+        return lambda: setattr(self, "rounds", rounds)
+'''
+
+
+@pytest.fixture
+def add(tmp_path, monkeypatch):
+    """Writes the file, and adds the row."""
+
+    def add(table, name, source, made):
+        (tmp_path / f"made_up_{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(getattr(names, table), name, f"made_up_{name}.{made}")
+
+    return add
+
+
+def one_round(rank, config, displacements, wraps=lambda optimizer: None):
+    """From 0, by a displacement per worker; the weights after the step."""
+    weight = torch.nn.Parameter(torch.zeros(len(displacements[rank])))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config)
+    weight.grad = torch.tensor(displacements[rank])
+    optimizer.step()
+    return weight.detach().tolist(), optimizer
+
+
+def test_a_code(add):
+    """
+    x_i = -d_i. Two workers round theirs to 1/2, and the sum of both again: 0.7 + 0.7 is 0.5 + 0.5, and (1.2 + 3.1) is
+    1 + 3. Bytes: a block each way, and 8 of a rider.
+    """
+    add("CODES", "halves", CODE, "Halves")
+    config = SlowMoConfig.local_sgd(1, compression="halves")
+    for weight, optimizer in run_in_process(lambda rank: one_round(rank, config, [[0.7, 1.2], [0.7, 3.1]]), 2):
+        assert weight == [-0.5, -2.0]
+        header = 8 * 7  # of the status exchange
+        assert slowmo_hf.last_round(optimizer).bytes_sent == 2 * (BLOCK + 8) + header
+    with pytest.raises(ValueError, match="compression must be one of none, bf16, int8, halves, got 'thirds'"):
+        SlowMoConfig(compression="thirds")
+
+
+def test_a_topology(add):
+    """Five workers at -0, ..., -4: each has the mean of its own and the second last one's."""
+    add("TOPOLOGIES", "second", TOPOLOGY, "Second")
+    config = SlowMoConfig(base="sgp", topology="second", sync_every=9)
+    found = run_in_process(lambda rank: one_round(rank, config, [[float(worker)] for worker in range(5)])[0], 5)
+    assert found == [[-(worker + (worker - 2) % 5) / 2] for worker in range(5)]
+    with pytest.raises(ValueError, match="topology='second' needs base='sgp' or base='osgp' or base='dpsgd'"):
+        SlowMoConfig(topology="second")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_an_outer_update(add, shard, tmp_path):
+    """The mean displacements are 2, -1 and 0: the weights go by 0.25 against their signs, then go on after a load."""
+    add("OUTER_UPDATES", "signs", OUTER_UPDATE, "Signs")
+    config = SlowMoConfig(sync_every=1, outer_optimizer="signs", outer_lr=0.25, shard_slow_state=shard)
+
+    def work(rank):
+        weight, optimizer = one_round(rank, config, [[3.0, 1.0, -1.0], [1.0, -3.0, 1.0]])
+        rounds = None if shard else loaded(config, optimizer).outer_loop.parts.slow.update.rounds
+        return weight, rounds, slowmo_hf.last_round(optimizer).pseudo_grad_norm
+
+    for weight, rounds, norm in run_in_process(work, 2):
+        assert weight == [-0.25, 0.25, 0.0]
+        assert rounds == (None if shard else 1)
+        assert norm == pytest.approx(5**0.5)
+
+
+def loaded(config, optimizer):
+    """Another optimizer that has taken up this one's state."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    other = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config)
+    other.load_state_dict(optimizer.state_dict())
+    weight.grad = torch.zeros(3)
+    other._started()
+    return other
