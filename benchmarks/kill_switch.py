@@ -192,7 +192,7 @@ def install(switch: Switch) -> None:
     from accelerate import Accelerator
     from torch.nn.parallel import DistributedDataParallel
 
-    from slowmo_hf.communicator import Communicator
+    from slowmo_hf.wire.communicator import Communicator
 
     def before_forward(module: torch.nn.Module, args: Any) -> None:
         if module is switch.model and not torch.is_grad_enabled():

@@ -50,7 +50,7 @@ def warnings_are_errors() -> None:
 
 # Imported once by the fork server; `frozen_heap` comes last. A module that fails there is left out silently.
 PRELOADED = [
-    *("torch", "transformers", "accelerate", "slowmo_hf", "slowmo_hf.callback", "transformers.trainer"),
+    *("torch", "transformers", "accelerate", "slowmo_hf", "slowmo_hf.adapters.callback", "transformers.trainer"),
     *("transformers.models.bert.modeling_bert", "torch._dynamo", "pytest"),
 ]
 

@@ -7,11 +7,11 @@ import torch
 
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, names, run_in_process
-from slowmo_hf.codec import BLOCK
+from slowmo_hf.algorithm.codec import BLOCK
 
 CODE = '''
 import torch
-from slowmo_hf.codec import Code
+from slowmo_hf.algorithm.codec import Code
 
 class Halves(Code):
     """To the nearest multiple of 1/2, in a byte."""
@@ -46,7 +46,7 @@ class Second:
 
 OUTER_UPDATE = '''
 from slowmo_hf.contents import Contents
-from slowmo_hf.norms import Norms
+from slowmo_hf.algorithm.norms import Norms
 
 class Signs:
     """One outer_lr along the signs of the pseudo-gradient; counts its rounds."""

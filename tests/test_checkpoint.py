@@ -19,10 +19,11 @@ import transformers
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
-import slowmo_hf.snapshot
+import slowmo_hf.checkpoints.state
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from slowmo_hf.checkpoint import CheckpointError, seal, verify_checkpoint
+from slowmo_hf.checkpoints.files import seal, verify_checkpoint
+from slowmo_hf.contents import CheckpointError
 from tiny import Hub, Recorder, Regression, Rows, SmallNorm, arguments, equal, recorded, values
 
 STEPS, EPOCH, MIDDLE = 9, 6, 5  # rounds end at 4 and 8, an epoch at 6
@@ -801,19 +802,19 @@ class DiskFails(TrainerCallback):
 
 def _check_disk_error(folder):
     words = {}
-    write_part = slowmo_hf.snapshot.write_part
+    write_part = slowmo_hf.checkpoints.state.write_part
 
     def failing(checkpoint, name, contents):
         if checkpoint.endswith("-7") and dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
         write_part(checkpoint, name, contents)
 
-    slowmo_hf.snapshot.write_part = failing
+    slowmo_hf.checkpoints.state.write_part = failing
     for name, watchers in {"error": [], "full": [DiskFails()]}.items():
         with pytest.raises(CheckpointError) as error:
             train(folder / name, watchers=watchers)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        slowmo_hf.snapshot.write_part = write_part
+        slowmo_hf.checkpoints.state.write_part = write_part
         words[name] = str(error.value)
         dist.barrier()
         assert whole(folder / name) == {f"checkpoint-{step}" for step in range(1, 7)}

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from harness import patience, run_workers
-from slowmo_hf.communicator import Communicator
-from slowmo_hf.job import host_and_address, machines_in_job
+from slowmo_hf.wire.communicator import Communicator
+from slowmo_hf.wire.job import host_and_address, machines_in_job
 
 CPU = torch.device("cpu")
 

@@ -14,16 +14,16 @@ import torch.distributed as dist
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.averages import Averages
-from slowmo_hf.codec import BLOCK, BFloat16, Int8
-from slowmo_hf.communicator import Communicator
-from slowmo_hf.error_feedback import ErrorFeedback, shard_elements
-from slowmo_hf.layout import flat_anchors, flat_layouts
+from slowmo_hf.algorithm.codec import BLOCK, BFloat16, Int8
+from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
+from slowmo_hf.algorithm.starts import Base
+from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
 from slowmo_hf.names import CODES, find
-from slowmo_hf.reduction import AllReduce, Launch, bytes_per_message
-from slowmo_hf.snapshot import read_snapshot, write_snapshot
-from slowmo_hf.starts import Base
-from slowmo_hf.two_stage import TwoStage
+from slowmo_hf.wire.averages import Averages
+from slowmo_hf.wire.communicator import Communicator
+from slowmo_hf.wire.error_feedback import ErrorFeedback, shard_elements
+from slowmo_hf.wire.reduction import AllReduce, Launch, bytes_per_message
+from slowmo_hf.wire.two_stage import TwoStage
 from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round, rules
-from slowmo_hf.layout import flat_anchors, flat_layouts
-from slowmo_hf.norms import squared_norm
-from slowmo_hf.outer_loop import OuterLoop
-from slowmo_hf.outer_optimizer import SlowMomentum, slow_momentum_update_
-from slowmo_hf.reduction import bytes_per_message
+from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
+from slowmo_hf.algorithm.norms import squared_norm
+from slowmo_hf.algorithm.slow_momentum import SlowMomentum, slow_momentum_update_
+from slowmo_hf.training.outer_loop import OuterLoop
+from slowmo_hf.wire.reduction import bytes_per_message
 from tiny import message_memory
 
 

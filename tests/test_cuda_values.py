@@ -18,7 +18,7 @@ from transformers import Trainer
 from devices import BACKENDS, on_each_device, rank, take
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
-from slowmo_hf.codec import BLOCK
+from slowmo_hf.algorithm.codec import BLOCK
 from slowmo_hf.names import CODES, find
 from tiny import Recorder, Rows, arguments, bert, equal, sentences, values
 

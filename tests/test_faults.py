@@ -25,8 +25,8 @@ from transformers import Trainer, TrainerCallback
 import slowmo_hf
 from harness import fork_server, launcher_store, patience, rank_environment, run_workers, warnings_are_errors
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
-from slowmo_hf.communicator import Communicator
-from slowmo_hf.roll_call import RollCall
+from slowmo_hf.wire.communicator import Communicator
+from slowmo_hf.wire.roll_call import RollCall
 from tiny import Heard, Regression, Rows, arguments, values
 
 TIMEOUT_SECONDS = patience(5)
@@ -239,7 +239,7 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
         pass
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    from slowmo_hf.roll_call import _at_exit  # multiprocessing's children skip atexit
+    from slowmo_hf.wire.roll_call import _at_exit  # multiprocessing's children skip atexit
 
     _at_exit()
     os._exit(0)

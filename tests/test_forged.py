@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.checkpoint import read_part, write_part
+from slowmo_hf.checkpoints.files import read_part, write_part
+from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
 from slowmo_hf.contents import CheckpointError, Contents
-from slowmo_hf.snapshot import read_snapshot, write_snapshot
 
 STEPS = 7
 CASES = {  # inner optimizer, settings; saved after 7 steps, inside a round or while one is in flight

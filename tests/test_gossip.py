@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round, run_in_process
-from slowmo_hf.communicator import Communicator
-from slowmo_hf.gossip import GossipBase, make_topology
-from slowmo_hf.layout import flat_anchors, flat_layouts
-from slowmo_hf.topology import Topology
+from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
+from slowmo_hf.algorithm.topology import Topology
+from slowmo_hf.wire.communicator import Communicator
+from slowmo_hf.wire.gossip import GossipBase, make_topology
 
 # ---- many workers in one process ----
 

@@ -25,8 +25,8 @@ from transformers import Trainer, TrainerCallback
 from harness import patience, run_workers
 from reference import gossip_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
-from slowmo_hf.gossip import GossipBase, make_topology
-from slowmo_hf.layout import views_like
+from slowmo_hf.algorithm.layout import views_like
+from slowmo_hf.wire.gossip import GossipBase, make_topology
 from tiny import (
     Heard,
     OutOfMemoryOnce,

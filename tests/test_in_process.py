@@ -15,10 +15,10 @@ import slowmo_hf
 from harness import run_workers
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process, together
-from slowmo_hf.communicator import Communicator
 from slowmo_hf.config import GOSSIP_BASES
-from slowmo_hf.gossip import make_topology
-from slowmo_hf.job import processes_in_job, rank_in_job
+from slowmo_hf.wire.communicator import Communicator
+from slowmo_hf.wire.gossip import make_topology
+from slowmo_hf.wire.job import processes_in_job, rank_in_job
 from tiny import Regression, Rows, two_groups, values, warmup_and_decay
 
 STEPS = 11

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
-from slowmo_hf.isolation import ddp_wrappers
+from slowmo_hf.adapters.isolation import ddp_wrappers
 from tiny import Recorder, Regression, Rows, arguments, equal, follow, recorded, values
 
 CONFIG = SlowMoConfig(sync_every=3, outer_momentum=0.5)

@@ -23,7 +23,7 @@ import kill_runs
 import kill_switch
 from kill_runs import Kill, Run
 from launcher import launch
-from slowmo_hf.checkpoint import Contents, seal, write_part
+from slowmo_hf.checkpoints.files import Contents, seal, write_part
 
 # ---- jobs ----
 

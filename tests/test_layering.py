@@ -19,40 +19,50 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "slowmo_hf"
 PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
-# From the top down. A module imports from lower rows only, so two of one row never know each other: the adapters, for
-# one.
+# From the top down: wings, which are folders, and in each the modules. A module imports from lower rows only, so two
+# of one row never know each other.
+WINGS = {
+    "": [["__init__"]],  # the public names
+    "adapters": [
+        ["accelerate_checkpoints"],
+        ["callback", "functions"],
+        ["optimizer", "trainer_end", "trainer_saves"],
+        ["isolation", "optimizer_wrapper", "stop_signals", "trainer_checkpoints", "trainer_start"],
+    ],
+    "checkpoints": [["state"], ["files"]],
+    "training": [
+        ["outer_loop"],
+        ["ending", "gradients", "state_dict"],
+        ["consensus"],
+        ["in_flight"],
+        ["round"],
+        ["parts", "start_check"],
+        ["local_state", "slow_state", "status"],
+        ["consensus_view", "inner_state"],
+        ["account", "model_tensors"],
+        ["clock", "report"],
+    ],
+    "wire": [
+        ["error_feedback", "gossip", "sharding"],
+        ["two_stage"],
+        ["reduction"],
+        ["averages", "workers"],
+        ["communicator", "roll_call"],
+        ["processes"],
+        ["failures", "job", "job_store"],
+        ["in_process"],
+    ],
+    "algorithm": [
+        ["outer_update"],
+        ["codec", "slow_momentum", "starts"],
+        ["layout", "norms", "topology"],
+    ],
+    "ground": [["config"], ["presets"], ["rules"], ["contents", "log", "names", "random_state", "upstream"]],
+}
 LAYERS = [
-    ["__init__"],  # the public names
-    ["accelerate_checkpoints"],
-    ["functions"],
-    ["callback", "optimizer"],  # adapters
-    ["trainer_end", "trainer_saves", "trainer_start"],
-    ["trainer_checkpoints"],
-    ["snapshot"],
-    ["isolation", "outer_loop"],
-    ["ending", "gradients", "state_dict"],
-    ["consensus"],
-    ["in_flight"],
-    ["round"],
-    ["parts", "start_check"],
-    ["status"],
-    ["gossip", "slow_state"],
-    ["error_feedback", "inner_state", "local_state", "sharding", "two_stage"],
-    ["consensus_view", "reduction"],
-    ["account", "averages", "model_tensors", "outer_update"],
-    ["outer_optimizer", "starts"],
-    ["codec"],
-    ["layout", "norms"],
-    ["workers"],
-    ["roll_call"],
-    ["checkpoint", "communicator", "job_store", "topology", "round_report", "stop_signals"],
-    ["processes"],
-    ["failures", "job"],
-    ["in_process"],
-    ["clock", "random_state"],
-    ["config", "contents", "log", "names", "optimizer_wrapper", "upstream"],
-    ["presets"],
-    ["rules"],
+    [name if wing in ("", "ground") else f"{wing}.{name}" for name in row]
+    for wing, rows in WINGS.items()
+    for row in rows
 ]
 LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in row}
 
@@ -60,10 +70,16 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 ONLY = {
     # What carries messages; its types of errors; the group that keeps DDP inside a worker; the job's store, which has
     # no public name.
-    "torch.distributed": ("failures", "isolation", "job", "upstream"),
-    "slowmo_hf.job.wire": ("communicator", "processes"),  # what talks to other processes
+    "torch.distributed": ("wire.failures", "adapters.isolation", "wire.job", "upstream"),
+    "slowmo_hf.wire.job.wire": ("wire.communicator", "wire.processes"),  # what talks to other processes
     # Custom loops need no Trainer.
-    "transformers": ("callback", "trainer_checkpoints", "trainer_end", "trainer_saves", "trainer_start"),
+    "transformers": (
+        "adapters.callback",
+        "adapters.trainer_checkpoints",
+        "adapters.trainer_end",
+        "adapters.trainer_saves",
+        "adapters.trainer_start",
+    ),
 }
 
 TALKERS = ", ".join(ONLY["torch.distributed"])
@@ -76,15 +92,19 @@ INTERNALS = {
         "benchmarks/round_parts.py",
         "outer_loop",
     ): "times the outer optimizer's arithmetic apart from the round around it",
-    ("benchmarks/kill_switch.py", "slowmo_hf.communicator.Communicator"): "kills a process in the middle of a message",
+    (
+        "benchmarks/kill_switch.py",
+        "slowmo_hf.wire.communicator.Communicator",
+    ): "kills a process in the middle of a message",
 }
 
 
-def names_reached(source: str) -> set[tuple[int, str]]:
+def names_reached(source: str, module: str = "") -> set[tuple[int, str]]:
     """
-    (line, absolute dotted name) of all that a source imports, or reaches through what it has imported; relative to the
-    package.
+    (line, absolute dotted name) of all that a source imports, or reaches through what it has imported. Relative names
+    are those of a module of the package.
     """
+    package = ["slowmo_hf", *module.split(".")[:-1]]
     found: set[tuple[int, str]] = set()
     bound: dict[str, str] = {}  # name in the source: what it stands for
     chains: list[tuple[int, list[str]]] = []
@@ -95,11 +115,12 @@ def names_reached(source: str) -> set[tuple[int, str]]:
                 first = alias.name.split(".")[0]
                 bound[alias.asname or first] = alias.name if alias.asname else first
         elif isinstance(node, ast.ImportFrom):
-            origin = ".".join(part for part in ("slowmo_hf" if node.level else "", node.module) if part)
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 bound[alias.asname or alias.name] = f"{origin}.{alias.name}"
                 found.add((node.lineno, f"{origin}.{alias.name}"))
-        elif isinstance(node, ast.Call) and (name := _imported_by_call(node)):
+        elif isinstance(node, ast.Call) and (name := _imported_by_call(node, ".".join(package))):
             found.add((node.lineno, name))
         elif isinstance(node, ast.Attribute):
             chains.append((node.lineno, _chain(node)))
@@ -107,7 +128,7 @@ def names_reached(source: str) -> set[tuple[int, str]]:
     return found
 
 
-def _imported_by_call(call: ast.Call) -> str:
+def _imported_by_call(call: ast.Call, package: str) -> str:
     """
     The name that `importlib.import_module("a.b")` imports; empty for other calls and for names that are computed.
     """
@@ -118,7 +139,7 @@ def _imported_by_call(call: ast.Call) -> str:
     ):
         return ""
     name = str(call.args[0].value)
-    return f"slowmo_hf{name}" if name.startswith(".") else name
+    return f"{package}{name}" if name.startswith(".") else name
 
 
 def _chain(node: ast.AST) -> list[str]:
@@ -131,13 +152,13 @@ def _chain(node: ast.AST) -> list[str]:
 
 
 def _own_module(dotted: str) -> str | None:
-    """The module of the package that a dotted name leads to; None for other packages."""
+    """The module of the package that a dotted name leads to; None for other packages, and for a wing's folder."""
     root, *rest = dotted.split(".")
     if root != "slowmo_hf":
         return None
-    if not rest or (rest[0] not in LEVEL and (rest[0] in slowmo_hf.__all__ or rest[0].startswith("__"))):
+    if not rest or (rest[0] in slowmo_hf.__all__ or rest[0].startswith("__")):
         return "__init__"
-    return rest[0]
+    return rest[0] if rest[0] not in WINGS else ".".join(rest[:2]) if rest[1:] else None
 
 
 def _is_within(dotted: str, package: str) -> bool:
@@ -151,7 +172,7 @@ def broken_rules(module: str, source: str) -> list[str]:
             f"{module}.py is not in the table: add it to LAYERS in tests/test_layering.py, above all that it imports."
         ]
     words = []
-    for line, dotted in sorted(names_reached(source)):
+    for line, dotted in sorted(names_reached(source, module)):
         where, other = f"{module}.py, line {line}: {dotted}", _own_module(dotted)
         if other is not None and other not in LEVEL:
             words.append(f"{where}: {other} is not in the table: add it to LAYERS in tests/test_layering.py.")
@@ -177,7 +198,9 @@ def internals_used(source: str) -> dict[str, int]:
 
 
 def _modules() -> dict[str, Path]:
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+    """By dotted name below the package; a wing's `__init__.py` says what it is, and imports nothing."""
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {name: path for name, path in found.items() if not name.endswith(".__init__")}
 
 
 def test_imports_run_downwards_only(subtests):
@@ -185,6 +208,26 @@ def test_imports_run_downwards_only(subtests):
         with subtests.test(module):
             words = broken_rules(module, path.read_text())
             assert not words, "\n" + "\n".join(words)
+
+
+def test_rooms_are_small(subtests):
+    """No file above 400 lines, no class above 250, the heart under 200."""
+    assert len(_modules()["training.outer_loop"].read_text().splitlines()) < 200
+    for module, path in _modules().items():
+        source = path.read_text()
+        with subtests.test(module):
+            assert len(source.splitlines()) <= 400
+            classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+            long = [c.name for c in classes if c.end_lineno - c.lineno + 1 > 250]
+            assert not long, f"{', '.join(long)}: above 250 lines"
+
+
+def test_every_wing_is_in_the_docs():
+    """And every room of it, by name."""
+    words = (ROOT / "docs" / "internals.md").read_text()
+    for wing, rows in WINGS.items():
+        for name in [name for row in rows for name in row if wing]:
+            assert f"`{name}`" in words or (name.startswith("trainer_") and "`trainer_*`" in words), name
 
 
 def private_names_of_others(source: str, own: set[str]) -> list[tuple[int, str]]:
@@ -242,7 +285,7 @@ def test_every_private_name_names_the_test_that_holds_it(subtests):
 def test_there_is_no_cycle():
     """Apart from the table, which could be wrong: what each module leads to, sorted."""
     leads_to = {
-        module: {other for _, dotted in names_reached(path.read_text()) if (other := _own_module(dotted))}
+        module: {other for _, dotted in names_reached(path.read_text(), module) if (other := _own_module(dotted))}
         for module, path in _modules().items()
     }
     TopologicalSorter(leads_to).prepare()  # CycleError tells the cycle
@@ -285,46 +328,67 @@ def test_internals_are_excused_in_benchmarks_only():
 @pytest.mark.parametrize(
     ("module", "source", "words"),
     [
-        ("averages", "from .outer_loop import OuterLoop", "outer_loop is no lower than averages"),
-        ("callback", "from .optimizer import consensus", "optimizer is no lower than callback"),
         (
-            "outer_loop",
-            "def late():\n    from slowmo_hf import callback",
-            "line 2: slowmo_hf.callback: imports run downwards only",
+            "wire.averages",
+            "from ..training.outer_loop import OuterLoop",
+            "training.outer_loop is no lower than wire.averages",
         ),
-        ("outer_loop", "from . import callback as c", "callback is no lower than outer_loop"),
-        ("communicator", "import slowmo_hf\nprint(slowmo_hf.__version__)", "__init__ is no lower than communicator"),
+        (
+            "adapters.optimizer",
+            "from .functions import consensus",
+            "adapters.functions is no lower than adapters.optimizer",
+        ),
+        (
+            "training.outer_loop",
+            "def late():\n    from slowmo_hf.adapters import callback",
+            "line 2: slowmo_hf.adapters.callback: imports run downwards only",
+        ),
+        (
+            "training.outer_loop",
+            "from ..adapters import callback as c",
+            "adapters.callback is no lower than training.outer_loop",
+        ),
+        ("training.round", "from . import in_flight", "training.in_flight is no lower than training.round"),
+        (
+            "wire.communicator",
+            "import slowmo_hf\nprint(slowmo_hf.__version__)",
+            "__init__ is no lower than wire.communicator",
+        ),
         ("config", "from slowmo_hf import SlowMoOptimizer", "__init__ is no lower than config"),
         (
-            "averages",
-            "import importlib\nimportlib.import_module('slowmo_hf.callback')",
-            "callback is no lower than averages",
+            "wire.averages",
+            "import importlib\nimportlib.import_module('slowmo_hf.adapters.callback')",
+            "adapters.callback is no lower than wire.averages",
         ),
         (
-            "averages",
-            "from importlib import import_module\nimport_module('.callback', __package__)",
-            "callback is no lower than averages",
+            "wire.averages",
+            "from importlib import import_module\nimport_module('.two_stage', __package__)",
+            "wire.two_stage is no lower than wire.averages",
         ),
-        ("averages", "from .averages import Pool", "averages is no lower than averages"),
+        ("wire.averages", "from .averages import Pool", "wire.averages is no lower than wire.averages"),
         (
-            "optimizer",
+            "adapters.optimizer",
             "if TYPE_CHECKING:\n    from transformers.trainer import Trainer",
             f"only {ADAPTERS_OF_TRAINER} may reach transformers",
         ),
         (
-            "averages",
+            "wire.averages",
             "from torch import distributed",
             f"only {TALKERS} may reach torch.distributed",
         ),
-        ("averages", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
-        ("averages", "from .job import wire", "only communicator, processes may reach slowmo_hf.job.wire"),
+        ("wire.averages", "import torch\ntorch.distributed.barrier()", "line 2: torch.distributed"),
         (
-            "averages",
+            "wire.averages",
+            "from .job import wire",
+            "only wire.communicator, wire.processes may reach slowmo_hf.wire.job.wire",
+        ),
+        (
+            "wire.averages",
             "import torch as t\nf = t.distributed.barrier",
             f"only {TALKERS} may reach torch.distributed",
         ),
-        ("gizmo", "import torch", "gizmo.py is not in the table: add it to LAYERS"),
-        ("outer_loop", "from .gizmo import Gizmo", "gizmo is not in the table: add it to LAYERS"),
+        ("training.gizmo", "import torch", "training.gizmo.py is not in the table: add it to LAYERS"),
+        ("training.outer_loop", "from .gizmo import Gizmo", "training.gizmo is not in the table: add it to LAYERS"),
     ],
 )
 def test_the_checker_catches(module, source, words):
@@ -335,13 +399,13 @@ def test_the_checker_catches(module, source, words):
     ("module", "source"),
     [
         (
-            "outer_loop",
-            "import torch\nfrom .layout import flat_view\nfrom .config import SlowMoConfig as C\nC.local_sgd(4)",
+            "training.outer_loop",
+            "import torch\nfrom ..algorithm.layout import flat_view\nfrom ..config import SlowMoConfig as C\nC.a",
         ),
-        ("job", "import torch.distributed as dist\ndist.barrier()"),
-        ("communicator", "from .job import wire\nwire().barrier()"),
-        ("callback", "from transformers import Trainer\nfrom .outer_loop import OuterLoop"),
-        ("averages", "words = 'torch.distributed, from .callback import SlowMoCallback'  # import transformers"),
+        ("wire.job", "import torch.distributed as dist\ndist.barrier()"),
+        ("wire.communicator", "from .job import wire\nwire().barrier()"),
+        ("adapters.callback", "from transformers import Trainer\nfrom ..training.outer_loop import OuterLoop"),
+        ("wire.averages", "words = 'torch.distributed, from .callback import SlowMoCallback'  # import transformers"),
     ],
 )
 def test_the_checker_lets_pass(module, source):
@@ -351,10 +415,13 @@ def test_the_checker_lets_pass(module, source):
 @pytest.mark.parametrize(
     ("source", "used"),
     [
-        ("from slowmo_hf.outer_loop import OuterLoop", ["slowmo_hf.outer_loop.OuterLoop"]),
+        (
+            "from slowmo_hf.training.outer_loop import OuterLoop",
+            ["slowmo_hf.training.outer_loop.OuterLoop"],
+        ),
         ("from slowmo_hf.config import SlowMoConfig", ["slowmo_hf.config.SlowMoConfig"]),
-        ("import slowmo_hf.averages", ["slowmo_hf.averages"]),
-        ("import slowmo_hf as s\ns.averages", ["slowmo_hf.averages"]),
+        ("import slowmo_hf.wire.averages", ["slowmo_hf.wire.averages"]),
+        ("import slowmo_hf as s\ns.wire.averages", ["slowmo_hf.wire", "slowmo_hf.wire.averages"]),
         ("prepared.optimizer.outer_loop.rounds", ["outer_loop"]),
         (
             "import slowmo_hf\nfrom slowmo_hf import SlowMoConfig\nSlowMoConfig.bmuf(block_momentum=0.5), "

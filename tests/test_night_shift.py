@@ -150,20 +150,20 @@ def _handlers():
     heard = []
     own = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     dead, ear = Ear(heard), Ear(heard)
-    earlier = slowmo_hf.stop_signals.StopSignals(dead.hear)  # of a run that failed
-    signals = slowmo_hf.stop_signals.StopSignals(ear.hear)
+    earlier = slowmo_hf.adapters.stop_signals.StopSignals(dead.hear)  # of a run that failed
+    signals = slowmo_hf.adapters.stop_signals.StopSignals(ear.hear)
     assert _how_a_fork_dies() == signal.SIGTERM, "a pool ends its workers so"
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGUSR1, "SIGTERM"]
-    slowmo_hf.stop_signals.PASSED_ON_SECONDS = -1.0
+    slowmo_hf.adapters.stop_signals.PASSED_ON_SECONDS = -1.0
     assert _how_a_fork_dies() == signal.SIGTERM
     signals.release()
     earlier.release()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     signal.signal(signal.SIGUSR1, own)
-    thread = threading.Thread(target=lambda: slowmo_hf.stop_signals.StopSignals(ear.hear))
+    thread = threading.Thread(target=lambda: slowmo_hf.adapters.stop_signals.StopSignals(ear.hear))
     thread.start()
     thread.join()
     return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -19,10 +19,10 @@ import torch.distributed.distributed_c10d as c10d
 from harness import patience, run_workers
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
+from slowmo_hf.adapters.isolation import ddp_wrappers
 from slowmo_hf.config import GOSSIP_BASES
-from slowmo_hf.gossip import make_topology
-from slowmo_hf.isolation import ddp_wrappers
-from slowmo_hf.outer_loop import OuterLoop
+from slowmo_hf.training.outer_loop import OuterLoop
+from slowmo_hf.wire.gossip import make_topology
 from tiny import (
     Recorder,
     Regression,

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.codec import BLOCK
-from slowmo_hf.communicator import Arrival, Communicator
+from slowmo_hf.algorithm.codec import BLOCK
 from slowmo_hf.names import CODES, find
+from slowmo_hf.wire.communicator import Arrival, Communicator
 from tiny import Regression, Rows, equal, message_memory, two_groups, values, warmup_and_decay
 
 STEPS = 14

@@ -88,7 +88,7 @@ print(json.dumps({
     "weight": weight.item(),
     "lean": lean,
     "listed": listed,
-    "callback": slowmo_hf.callback.SlowMoCallback is slowmo_hf.SlowMoCallback and "transformers" in sys.modules,
+    "callback": slowmo_hf.SlowMoCallback.__name__ == "SlowMoCallback" and "transformers" in sys.modules,
 }))
 """
     said = json.loads(_run("-c", program, cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()[-1])

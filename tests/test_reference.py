@@ -13,7 +13,7 @@ from harness import run_workers
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.config import GOSSIP_BASES
-from slowmo_hf.gossip import make_topology
+from slowmo_hf.wire.gossip import make_topology
 from tiny import Regression, Rows, two_groups, warmup_and_decay
 
 STEPS, ACCUMULATION, BATCH = 12, 2, 3

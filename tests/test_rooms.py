@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, account
-from slowmo_hf.account import Account
-from slowmo_hf.clock import Clock
-from slowmo_hf.norms import Norms
-from slowmo_hf.starts import TrainingOn
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+from slowmo_hf.algorithm.norms import Norms
+from slowmo_hf.algorithm.starts import TrainingOn
+from slowmo_hf.training import account
+from slowmo_hf.training.account import Account
+from slowmo_hf.training.clock import Clock
 
 
 class Time:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
-from slowmo_hf.outer_loop import OuterLoop
+from slowmo_hf.training.outer_loop import OuterLoop
 
 
 class Net(torch.nn.Module):

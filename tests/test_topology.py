@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowmo_hf.topology import Topology
+from slowmo_hf.algorithm.topology import Topology
 
 NAMES = ("exponential", "bipartite_exponential", "ring", "complete")
 

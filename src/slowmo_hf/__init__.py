@@ -1,19 +1,18 @@
 """Train Hugging Face models on machines joined by slow links: Local SGD with slow momentum, one callback away."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from .accelerate_checkpoints import register_for_checkpointing
-from .checkpoint import verify_checkpoint
+from .adapters.accelerate_checkpoints import register_for_checkpointing
+from .adapters.functions import consensus, join, last_round, stop_requested
+from .adapters.optimizer import SlowMoOptimizer
+from .adapters.stop_signals import REQUEUE_EXIT_CODE
+from .checkpoints.files import verify_checkpoint
 from .config import SlowMoConfig
-from .functions import consensus, join, last_round, stop_requested
-from .in_process import run_in_process, together
-from .optimizer import SlowMoOptimizer
-from .round_report import RoundReport
-from .stop_signals import REQUEUE_EXIT_CODE
+from .training.report import RoundReport
+from .wire.in_process import run_in_process, together
 
 if TYPE_CHECKING:
-    from .callback import SlowMoCallback
+    from .adapters.callback import SlowMoCallback
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
@@ -36,12 +35,10 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`SlowMoCallback` comes when it is asked for, and transformers with it: custom loops need no Trainer."""
     if name == "SlowMoCallback":
-        from .callback import SlowMoCallback
+        from .adapters.callback import SlowMoCallback
 
         globals()[name] = SlowMoCallback
         return SlowMoCallback
-    if name in ("callback", "trainer_checkpoints", "trainer_end", "trainer_saves", "trainer_start"):
-        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -63,8 +63,9 @@ class SlowMoConfig(Presets):
             ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A number (an `int` is taken too).
             `"auto"`: a machine's where the job spans several machines with several processes each, else 1.
         topology (`str`, *optional*, defaults to `"auto"`):
-            Who sends to whom (`slowmo_hf.topology.Topology`): `"exponential"`, `"bipartite_exponential"`, `"ring"` or
-            `"complete"`; gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the others.
+            Who sends to whom (`slowmo_hf.algorithm.topology.Topology`): `"exponential"`, `"bipartite_exponential"`,
+            `"ring"` or `"complete"`; gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the
+            others.
         peers (`int`, *optional*, defaults to `1`):
             Workers each sends to per exchange; gossip bases only.
         staleness (`int`, *optional*, defaults to `1`):

@@ -6,19 +6,19 @@ import importlib
 from typing import Any
 
 # Codes that a round's average travels in (`compression`): `codec.Code`.
-CODES = {"bf16": "slowmo_hf.codec.BFloat16", "int8": "slowmo_hf.codec.Int8"}
+CODES = {"bf16": "slowmo_hf.algorithm.codec.BFloat16", "int8": "slowmo_hf.algorithm.codec.Int8"}
 
 # Who sends to whom (`topology`): `topology.Schedule`.
 TOPOLOGIES = {
-    "exponential": "slowmo_hf.topology.Topology",
-    "bipartite_exponential": "slowmo_hf.topology.Topology",
-    "ring": "slowmo_hf.topology.Topology",
-    "complete": "slowmo_hf.topology.Topology",
+    "exponential": "slowmo_hf.algorithm.topology.Topology",
+    "bipartite_exponential": "slowmo_hf.algorithm.topology.Topology",
+    "ring": "slowmo_hf.algorithm.topology.Topology",
+    "complete": "slowmo_hf.algorithm.topology.Topology",
 }
 
 # Updates of the anchors that have a name (`outer_optimizer`): `outer_update.OuterUpdate`. Any torch optimizer works by
 # its dotted path.
-OUTER_UPDATES = {"slow_momentum": "slowmo_hf.outer_update.PiecewiseUpdate"}
+OUTER_UPDATES = {"slow_momentum": "slowmo_hf.algorithm.outer_update.PiecewiseUpdate"}
 
 
 def find(path: str) -> Any:

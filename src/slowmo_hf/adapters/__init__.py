@@ -1,0 +1,1 @@
+"""What users hold: Trainer's callback, the optimizer of custom loops, and their checkpoints."""

@@ -1,0 +1,288 @@
+"""SlowMoCallback: Trainer's events drive the outer loop; nothing else in the user's script changes."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .. import upstream
+from ..config import SlowMoConfig
+from ..log import make_heard
+from ..training.model_tensors import inner_lrs
+from ..training.outer_loop import OuterLoop
+from ..training.report import RoundReport
+from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .stop_signals import StopSignals
+from .trainer_checkpoints import set_aside_unfinished
+from .trainer_end import Ending, StepTooMany
+from .trainer_saves import TrainerSaves
+from .trainer_start import advise, raw_optimizer, refuse_wrong_launch, switch_off_token_average
+
+
+class SlowMoCallback(TrainerCallback, ExportableState):
+    """
+    Turns a stock `Trainer` run into Local SGD with slow momentum (SlowMo, https://huggingface.co/papers/1910.00643).
+
+        Trainer(..., callbacks=[SlowMoCallback()]).train()
+
+    is all there is to write. Evaluation and saved models see the workers' average; training then goes on from the
+    local weights; at the end the model is the average. Make it the last callback, so that it sees what the others ask
+    for.
+
+    Args:
+        config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults
+            where it is None.
+    """
+
+    def __init__(self, config: SlowMoConfig | dict[str, Any] | None = None) -> None:
+        self.config = SlowMoConfig.from_dict(config) if isinstance(config, dict) else config or SlowMoConfig()
+        self.checkpoint: dict[str, Any] | None = None
+        self.outer_loop: OuterLoop | None = None
+        self._ending: Ending | None = None
+        self._saves: TrainerSaves | None = None
+        self._training = False
+        self._given_back = ExitStack()  # at the end: what is switched off while we train
+        self._unlogged = _Unlogged()
+        self._round_ended = False  # at this step
+        self._step_too_many: StepTooMany | None = None
+        self._trainer: weakref.ref[Trainer] | None = None
+
+    def attach(self, trainer: Trainer) -> SlowMoCallback:
+        """Tell the callback its Trainer. Optional: without it, it knows the one that calls its events."""
+        self._trainer = weakref.ref(trainer)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    @property
+    def last_round(self) -> RoundReport | None:
+        """The report of the last round, or None before the first."""
+        return self.outer_loop.last_round if self.outer_loop else None
+
+    @property
+    def workers(self) -> int:
+        """Workers in this job, processes over processes per worker; 0 before training starts."""
+        return self.outer_loop.workers.count if self.outer_loop else 0
+
+    # ---- the start and the end ----
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set aside what a killed run left unfinished."""
+        make_heard()
+        set_aside_unfinished(args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare and equalise the ranks, switch off what couples them, take the anchors."""
+        make_heard()
+        self._follow()
+        callbacks: Any = state.stateful_callbacks
+        callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
+        self._restore()  # a run that failed (auto_find_batch_size) never reached its end
+        refuse_unsupported()
+        outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
+        wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
+        refuse_wrong_launch(args, wrappers)
+        self.outer_loop = self._ending = None
+        outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
+        if self.config.base != "all_reduce":
+            self._given_back.callback(Isolation(wrappers, outer_loop.workers.gradients.group).release)
+            switch_off_token_average(args, self._given_back)
+            advise(args, self.config)
+        if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
+            self._take_up_checkpoints(outer_loop, args, state, kwargs)
+        self.outer_loop = outer_loop
+        self._training, self._round_ended, self._unlogged = True, False, _Unlogged()
+        self._ending = Ending(outer_loop, state.max_steps)
+        if self.config.has_rounds:
+            self._given_back.callback(StopSignals(self._ending.on_signal).release)
+        if args.eval_on_start:
+            # Workers agree, so nothing is sent: it keeps what the evaluation draws from the generators.
+            outer_loop.consensus.show()
+
+    def _take_up_checkpoints(
+        self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
+    ) -> None:
+        """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
+        self._saves = TrainerSaves(args, outer_loop)
+        self._given_back.callback(self._saves.end)
+        if state.global_step:
+            try:
+                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state, type(self).__name__)
+            except Exception:
+                self._restore()
+                raise
+
+    def state(self) -> dict[str, Any]:
+        """
+        What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the
+        checkpoint is.
+        """
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
+
+    def _restore(self) -> None:
+        self._training, self._saves = False, None
+        self._given_back.close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was.
+
+        Raises:
+            SystemExit: A signal asked for the end: with `REQUEUE_EXIT_CODE`, after the save.
+        """
+        if self.outer_loop is None or self._ending is None:
+            return
+        if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
+            dataloader = kwargs.get("train_dataloader")
+            self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
+            self.outer_loop.consensus.keep()
+        self._unlogged.log(self._find_trainer(), control)
+        self._restore()
+        self.outer_loop.workers.roll_call.leave("its training ended")
+        self._ending.exit_if_stopped(state.global_step)
+
+    # ---- the clock ----
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped
+        yet.
+        """
+        assert self.outer_loop is not None
+        if self._step_too_many is not None:
+            return
+        report = self.outer_loop.step(inner_lrs(raw_optimizer(kwargs["optimizer"])))
+        self._round_ended = report is not None
+        if report is not None:
+            self._unlogged.rounds.append(report)
+
+    # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Give the local weights back. The generators went back after the look: the next batches have been drawn since.
+        """
+        if self.outer_loop is not None:
+            self.outer_loop.consensus.restore(give_back_random_state=False)
+            if state.global_step >= state.max_steps and self._step_too_many is None:
+                self._step_too_many = StepTooMany.of(kwargs["model"], state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
+        if self._step_too_many is not None:
+            self._step_too_many.undo(state, control)
+            self._step_too_many = None
+        if self._ending is not None:
+            self._ending.stop_with_others(state, control, round_ended=self._round_ended)
+        self._look_if_due(args, state, control, kwargs)
+        if control.should_log or control.should_training_stop:
+            self._unlogged.log(self._find_trainer(), control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        As at a step's end; a rank that stops ends with the others first, and then all do what an epoch's end asks for.
+        """
+        if self._ending is not None:
+            if not control.should_training_stop and not self._ending.all_gather(control):
+                control.should_training_stop = True
+            if control.should_training_stop:
+                self._ending.end(self._find_trainer(), args, state, kwargs.get("train_dataloader"))
+        self._look_if_due(args, state, control, kwargs)
+
+    def _look_if_due(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]
+    ) -> None:
+        if self.outer_loop is None or self._ending is None:
+            return
+        if control.should_evaluate or control.should_save:
+            self.outer_loop.consensus.show()
+        elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
+            self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
+        if self._saves and (control.should_evaluate or control.should_save):
+            # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save.
+            self.checkpoint = self._saves.record(self._find_trainer(), state)
+        if self._saves and control.should_save:
+            self._saves.write(self._find_trainer(), events["lr_scheduler"], state)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the average was what Trainer saw; undo what the evaluation drew from the random generators."""
+        self._after_look("evaluated")
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """As after an evaluation."""
+        self._after_look("predicted with")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As after an evaluation; then the checkpoint is whole."""
+        self._after_look("saved")
+        if self._saves:
+            self.checkpoint = self._saves.record(self._find_trainer(), state)
+            self._saves.finish(self._find_trainer(), kwargs["lr_scheduler"], state)
+
+    def _after_look(self, verb: str) -> None:
+        if self.outer_loop is None or not self._training:
+            return
+        if self.outer_loop.view.is_shown:
+            self.outer_loop.view.give_back_random_state()
+        elif not self.outer_loop.clock.workers_agree:
+            raise RuntimeError(
+                f"one worker's own weights were {verb}, not the average: another callback asked for it after "
+                "SlowMoCallback had looked. Make SlowMoCallback the last callback."
+            )
+
+    # ---- its Trainer ----
+
+    def _follow(self) -> None:
+        """The Trainer whose event this is: of all that hold this callback, the one that is calling it."""
+        trainer = upstream.calling_object(Trainer)
+        if trainer is not None:
+            self._trainer = weakref.ref(trainer)
+
+    def _find_trainer(self) -> Trainer:
+        trainer = self._trainer() if self._trainer else None
+        if trainer is None:
+            raise RuntimeError("no Trainer is known to this SlowMoCallback: call callback.attach(trainer).")
+        return trainer
+
+
+@dataclass
+class _Unlogged:
+    """The rounds since the last log."""
+
+    rounds: list[RoundReport] = field(default_factory=list)
+
+    def log(self, trainer: Trainer, control: TrainerControl) -> None:
+        """Emit them through Trainer's own `log`: sums of bytes and seconds, the last round's norms."""
+        if not self.rounds:
+            return
+        rounds, self.rounds = self.rounds, []
+        logs = rounds[-1].to_logs()
+        logs["slowmo/bytes_sent"] = sum(r.bytes_sent for r in rounds)
+        logs["slowmo/seconds"] = sum(r.seconds for r in rounds)
+        logs["slowmo/utilisation"] = sum(r.utilisation for r in rounds) / len(rounds)
+        should_log = control.should_log
+        trainer.log(logs)
+        control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out

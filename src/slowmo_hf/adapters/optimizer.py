@@ -1,0 +1,320 @@
+"""SlowMoOptimizer: local training with rounds, for custom loops under Accelerate."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .. import upstream
+from ..config import SlowMoConfig
+from ..log import logger
+from ..training.model_tensors import inner_lrs
+from ..training.outer_loop import OuterLoop
+from ..wire.job import is_in_process, processes_in_job
+from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .optimizer_wrapper import OptimizerWrapper
+from .stop_signals import StopSignals
+
+_SLOW_STATE = "slowmo"
+_BESIDE = "beside"
+
+
+class SlowMoOptimizer(OptimizerWrapper):
+    """
+    Wraps an optimizer so that every worker trains alone for `sync_every` steps and then takes part in a round (SlowMo,
+    https://huggingface.co/papers/1910.00643, Algorithm 1).
+
+        model, optimizer, loader = accelerator.prepare(model, SlowMoOptimizer(optimizer, config), loader)
+
+    is all there is to write. At the first forward pass of a module with its parameters it compares all ranks,
+    broadcasts rank 0's values, takes the anchors and isolates the DDP wrapper. What else is wanted are module
+    functions that take the prepared or the bare optimizer: `consensus`, `last_round`, `register_for_checkpointing`.
+
+    Args:
+        inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
+        config (`SlowMoConfig`, *optional*): The settings; the defaults where it is None.
+
+    Raises:
+        TypeError: `inner_optimizer` is no torch optimizer.
+    """
+
+    config: SlowMoConfig
+    _pending: dict[str, Any] | None
+
+    def __init__(self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig | None = None) -> None:
+        _check_arguments(inner_optimizer, config)
+        # Optimizer.__init__ would take the parameter groups for its own. Its __setstate__ gives hooks and profiling
+        # alone.
+        self.__setstate__({"inner_optimizer": inner_optimizer, "config": config or SlowMoConfig(), "_pending": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.outer_loop: OuterLoop | None = None
+        self.isolation: Isolation | None = None
+        self.saved_beside = False
+        self._before_training: Callable[[OuterLoop], None] | None = None
+        self._stop_signals: StopSignals | None = None
+        self._stop_asked = False
+        super().__setstate__(state)
+        self._stop_listening = _listen_for_the_first_forward(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "inner_optimizer": self.inner_optimizer,
+            "config": self.config,
+            "_pending": self.outer_loop.state_dict() if self.outer_loop else self._pending,
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, before training starts.
+
+        Raises:
+            ValueError: Training has started: the anchors are taken.
+        """
+        if self.outer_loop is not None:
+            raise ValueError(
+                "the parameter set cannot change after the start: add parameter groups before the first forward pass."
+            )
+        self.inner_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        The inner optimizer's state, and the slow state under `"slowmo"` once training has started; hooks fire as
+        torch's do.
+
+        Raises:
+            RuntimeError: Training is inside a round.
+        """
+        self._before_saving()
+        state_dict: dict[str, Any] = self.inner_optimizer.state_dict()
+        slow = self._slow_state()
+        if slow is not None:
+            state_dict = {**state_dict, _SLOW_STATE: slow}
+        return self._after_saving(state_dict)
+
+    def _slow_state(self) -> dict[str, Any] | None:
+        if self.outer_loop is None:
+            return self._pending
+        if self.outer_loop.config.has_rounds and upstream.is_called_by("save_accelerator_state", "accelerate"):
+            if self.saved_beside:
+                return {_BESIDE: True}
+            if self.outer_loop.workers.world.world_size > 1:
+                raise RuntimeError(
+                    "accelerator.save_state saves rank 0's optimizer alone, and workers differ. Add one line after "
+                    "accelerator.prepare: slowmo_hf.register_for_checkpointing(accelerator, optimizer)."
+                )
+        return self.outer_loop.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Load `state_dict()`'s result. A stock optimizer's has no slow state: before the start that begins fresh, later
+        it goes on.
+        """
+        state_dict = self._before_loading(state_dict)
+        slow = state_dict.get(_SLOW_STATE)
+        if slow is not None and _BESIDE in slow:
+            if not self.saved_beside:
+                raise RuntimeError(
+                    "every worker's own state lies beside this one. Call "
+                    "slowmo_hf.register_for_checkpointing(accelerator, optimizer) before accelerator.load_state."
+                )
+            slow = None
+        if self.outer_loop is None:
+            self._pending = slow
+        elif slow is not None:
+            self.outer_loop.load_state_dict(slow)  # first: it may refuse
+        self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
+        self._after_loading()
+
+    def train(self) -> None:
+        """Local weights in the parameters (the schedule-free protocol, which Trainer follows before each step)."""
+        if self.outer_loop is not None:
+            self.outer_loop.consensus.restore()
+
+    def eval(self) -> None:
+        """The average in the parameters (Trainer calls it before each evaluation). Collective."""
+        if self.outer_loop is not None:
+            self._go_on(self.outer_loop)
+            self.outer_loop.consensus.show()
+
+    # ---- the start ----
+
+    def _on_forward(self, module: torch.nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return  # an evaluation before training, perhaps on one rank alone: the start is collective
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        held = own & {id(p) for p in module.parameters()}
+        if not held:
+            return
+        if self.outer_loop is not None:
+            self._go_on(self.outer_loop)
+            return
+        wrappers = self._wrappers(within=module)
+        if wrappers:
+            self._start([ddp.module for ddp in wrappers], wrappers)
+        elif held == own:
+            self._start([module], [])
+
+    def _wrappers(self, within: torch.nn.Module | None = None) -> list[Any]:
+        return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)
+
+    def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
+        self._stop_listening()  # the start's own work must not start it again
+        model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
+        try:
+            refuse_unsupported()
+            outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
+            outer_loop.start(broadcast_frozen=not wrappers)
+            if not wrappers:
+                _refuse_separate_gradients(self.config, outer_loop.workers.size)
+        except BaseException:
+            self._stop_listening = _listen_for_the_first_forward(self)
+            raise
+        if self.config.base != "all_reduce":
+            self.isolation = Isolation(wrappers, outer_loop.workers.gradients.group)
+        if self._pending is not None:
+            outer_loop.load_state_dict(self._pending)
+            self._pending = None
+        outer_loop.status.stop_asked = self._stop_asked
+        self.outer_loop = outer_loop
+        self._go_on(outer_loop)
+
+    def before_training(self, act: Callable[[OuterLoop], None]) -> None:
+        """
+        Call `act` before training starts or goes on, at the next forward pass, step or look: a checkpoint is taken up
+        there.
+        """
+        self._before_training = act
+        if self.outer_loop is not None:
+            self.outer_loop.consensus.restore()  # what is loaded now would be undone by the end of a look
+            self._stop_listening = _listen_for_the_first_forward(self)
+
+    @property
+    def awaits_a_checkpoint(self) -> bool:
+        """Whether one was loaded that has not been taken up."""
+        return self._before_training is not None
+
+    def listen_for_stop(self) -> None:
+        """From now on SIGTERM and SIGUSR1 are a wish to save and stop."""
+        if self._stop_signals is None:
+            if not self.config.has_rounds:
+                raise ValueError(
+                    "base='all_reduce' without an outer update has no rounds at which ranks could agree to stop."
+                )
+            self._stop_signals = StopSignals(self._on_signal)
+
+    def _on_signal(self, name: str) -> None:
+        logger.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
+        self._stop_asked = True
+        if self.outer_loop is not None:
+            self.outer_loop.status.stop_asked = True
+
+    def end(self) -> None:
+        """Take part in the others' rounds until all have ended. Collective."""
+        if self.outer_loop is None:  # this worker had no data at all, but the others wait for it
+            wrappers = self._wrappers()
+            self._start([ddp.module for ddp in wrappers], wrappers)
+        assert self.outer_loop is not None
+        self._go_on(self.outer_loop)
+        self.outer_loop.end()
+        self.outer_loop.consensus.restore()
+
+    def _go_on(self, outer_loop: OuterLoop) -> None:
+        act, self._before_training = self._before_training, None
+        if act is not None:
+            self._stop_listening()
+            act(outer_loop)
+
+    def _started(self) -> OuterLoop:
+        if self.outer_loop is None:
+            if self._wrappers():
+                raise RuntimeError(
+                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still "
+                    "averages gradients. Call the model that accelerator.prepare returned."
+                )
+            logger.warning(
+                "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
+            )
+            self._start([], [])
+        assert self.outer_loop is not None
+        self._go_on(self.outer_loop)
+        return self.outer_loop
+
+    # ---- the step ----
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """
+        One attempted inner step, and a round if `sync_every` of them are done. Collective only then.
+
+        Args:
+            closure (`Callable`, *optional*): Handed to the inner optimizer.
+
+        Returns:
+            The closure's loss, if any.
+        """
+        if _is_dummy_step():
+            return self._inner_step(closure)
+        outer_loop = self._started()
+        outer_loop.refuse_while_shown()
+        if self.isolation is not None:
+            self.isolation.settle()
+        if self.config.base == "all_reduce" and is_in_process():
+            closure = outer_loop.averaging(closure)
+        loss = self._inner_step(closure)
+        outer_loop.step(inner_lrs(self.inner_optimizer))
+        return loss
+
+
+def _check_arguments(inner_optimizer: Any, config: Any) -> None:
+    if not isinstance(inner_optimizer, torch.optim.Optimizer):
+        raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
+    if isinstance(inner_optimizer, SlowMoOptimizer):
+        raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
+    if type(inner_optimizer).__name__ == "AcceleratedOptimizer":
+        raise TypeError(
+            "inner_optimizer was prepared already: wrap first, accelerator.prepare(SlowMoOptimizer(optimizer))."
+        )
+    if config is not None and not isinstance(config, SlowMoConfig):
+        raise TypeError(
+            f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...)."
+        )
+
+
+def _refuse_separate_gradients(config: SlowMoConfig, worker_size: int) -> None:
+    """Without DDP's wrapper nobody averages the gradients of a worker's processes."""
+    if is_in_process() or processes_in_job() == 1 or (worker_size == 1 and config.base != "all_reduce"):
+        return
+    raise RuntimeError(
+        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper that "
+        "averages gradients, and none of the model was found. Train the model that accelerator.prepare returned, or "
+        "use processes_per_worker=1 and another base."
+    )
+
+
+def _listen_for_the_first_forward(optimizer: SlowMoOptimizer) -> Callable[[], Any]:
+    """
+    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks
+    lives as long as the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that
+    never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook on every module.
+    """
+    alive = weakref.ref(optimizer)
+
+    def on_forward(module: torch.nn.Module, args: Any) -> None:
+        listener = alive()
+        if listener is not None:
+            listener._on_forward(module, args)
+
+    return weakref.finalize(optimizer, register_module_forward_pre_hook(on_forward).remove)
+
+
+def _is_dummy_step() -> bool:
+    """
+    torch.distributed.checkpoint makes a fresh optimizer's state by a step with learning rates and gradients of zero,
+    which must not count. It is known by its caller, never by those zeros: a rank whose batch gives no gradient while
+    the schedule is at 0 would stop its own clock, meet the others one step late at every round, and nothing would
+    tell.
+    """
+    return upstream.is_called_by("_init_optim_state", "distributed.checkpoint")

@@ -1,0 +1,182 @@
+"""The end of training, of all ranks together: who stops, and where Trainer makes the others meet until then."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..config import GOSSIP_BASES
+from ..log import logger
+from ..training.outer_loop import OuterLoop
+from .stop_signals import REQUEUE_EXIT_CODE
+
+
+class Ending:
+    """
+    Ends a training run on all ranks together.
+
+    Args:
+        outer_loop (`OuterLoop`): Started.
+        max_steps (`int`): Trainer's, on this rank. Collective with a gossip base: where all ranks plan the same end,
+            they need not ask for it.
+    """
+
+    def __init__(self, outer_loop: OuterLoop, max_steps: int) -> None:
+        self.outer_loop = outer_loop
+        self.ended = self.stopped = False
+        self._planned_end: int | None = None  # max_steps, where it is the same on all ranks
+        if outer_loop.config.base in GOSSIP_BASES:
+            plans = set(outer_loop.workers.world.gather_objects(max_steps))
+            self._planned_end = plans.pop() if len(plans) == 1 else None
+
+    def on_signal(self, name: str) -> None:
+        """Ask all ranks to save and stop."""
+        self.outer_loop.status.stop_asked = True
+        logger.warning(
+            "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
+        )
+
+    def all_gather(self, control: TrainerControl) -> bool:
+        """Meet before Trainer gathers: False where a rank has ended, and will not come."""
+        return not _gathers(control) or self.ended or self.outer_loop.meet_before_gathering()
+
+    def stop_with_others(self, state: TrainerState, control: TrainerControl, *, round_ended: bool) -> None:
+        """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
+        if round_ended:
+            self._stop_with_others(state, control, self.outer_loop.status.somebody_ended)
+        if not self.all_gather(control):
+            self._stop_with_others(state, control, True)
+
+    def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
+        if somebody_ended:
+            logger.warning(
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
+                "nothing is evaluated or saved there",
+                state.global_step,
+            )
+            _stop_at_once(control)  # the rest gathers, and that rank will not come
+            self.stopped = False  # nothing is saved, and nobody need come back
+        elif self.outer_loop.status.stop_agreed and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.stopped = True
+
+    def end(
+        self,
+        trainer: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        dataloader: Any,
+        *,
+        pass_end_is_ahead: bool = True,
+    ) -> None:
+        """Once: all ranks end together, on the average."""
+        if self.ended:
+            return
+        self.ended = True
+        meetings = _Meetings(args, state, self._planned_end, _steps_per_pass(args, dataloader))
+        all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
+        all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
+        self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
+        if self.outer_loop.config.has_rounds:
+            state.global_step = self.outer_loop.attempted_steps
+            # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would
+            # abort in gloo.
+            trainer.current_flos = float(trainer.current_flos)
+
+    def exit_if_stopped(self, step: int) -> None:
+        """Raise `SystemExit` with `REQUEUE_EXIT_CODE` where a signal asked for the end, and the save is done."""
+        if self.stopped:
+            logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", step, REQUEUE_EXIT_CODE)
+            raise SystemExit(REQUEUE_EXIT_CODE)
+
+
+@dataclass
+class _Meetings:
+    """
+    Where Trainer's own settings make the ranks that train on log, evaluate, save or end.
+
+    Args:
+        planned_end (`int`, *optional*): `max_steps`, where it is the same on all ranks.
+        steps_per_pass (`int`, *optional*): Of the data, where they have a length.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    planned_end: int | None
+    steps_per_pass: int | None
+
+    def at(self, step: int) -> bool:
+        """After a step, or where its pass over the data ends with it."""
+        there, control = self._there(step), TrainerControl()
+        DefaultFlowCallback().on_step_end(self.args, there, control)
+        return _gathers(control) or control.should_training_stop or self.at_pass_end(step)
+
+    def at_pass_end(self, step: int) -> bool:
+        """Where a pass ends with this step, and "epoch" strategies ask for something."""
+        if not self.steps_per_pass or step % self.steps_per_pass:
+            return False
+        there, control = self._there(step), TrainerControl()
+        there.epoch = step / self.steps_per_pass
+        DefaultFlowCallback().on_epoch_end(self.args, there, control)
+        return _gathers(control)
+
+    def _there(self, step: int) -> TrainerState:
+        there = copy.copy(self.state)
+        there.global_step, there.max_steps = step, self.planned_end or step + 1
+        return there
+
+
+@dataclass
+class StepTooMany:
+    """
+    Before a step too many: Trainer, resumed from a checkpoint of the last step in the middle of a pass, takes one more
+    and stops then.
+
+    Args:
+        kept (`list`): Parameters and buffers with copies of their values.
+        step (`int`), epoch (`float`): Trainer's clock.
+    """
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]]
+    step: int
+    epoch: float
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, state: TrainerState) -> StepTooMany:
+        """Keep them."""
+        return cls(
+            [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch
+        )
+
+    @torch.no_grad()
+    def undo(self, state: TrainerState, control: TrainerControl) -> None:
+        """
+        As if it had not been taken; training ends, and what its last step asked for has been done by the run that took
+        it.
+        """
+        for tensor, value in self.kept:
+            tensor.copy_(value)
+        state.global_step, state.epoch = self.step, self.epoch
+        _stop_at_once(control)
+
+
+def _gathers(control: TrainerControl) -> bool:
+    """Whether Trainer is about to meet all ranks in collectives of its own."""
+    return control.should_log or control.should_evaluate or control.should_save
+
+
+def _stop_at_once(control: TrainerControl) -> None:
+    """Training ends, and nothing is logged, evaluated or saved."""
+    control.should_training_stop = True
+    control.should_log = control.should_evaluate = control.should_save = False
+
+
+def _steps_per_pass(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Optimizer steps of a pass over the data, as Trainer counts them; None where they have no length."""
+    try:
+        return max(1, -(-len(dataloader) // args.gradient_accumulation_steps))
+    except TypeError:
+        return None

@@ -1,0 +1,74 @@
+"""What is checked, switched off and said when a Trainer starts to train."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..config import SlowMoConfig
+from ..log import logger
+from ..wire.job import processes_in_job
+
+
+def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Behind Accelerate's wrapper. A SlowMoOptimizer there would mean two outer loops over one model."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(raw, "outer_loop"):
+        raise ValueError("the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both.")
+    assert isinstance(raw, torch.optim.Optimizer)
+    return raw
+
+
+def refuse_wrong_launch(args: TrainingArguments, wrappers: list[Any]) -> None:
+    """
+    Refuse a launch in which every process would train on all data, or in which it is unknown who averages gradients.
+
+    Args:
+        wrappers (`list`): The model's, of `DistributedDataParallel`.
+    """
+    if args.world_size != processes_in_job():
+        raise RuntimeError(
+            f"torch.distributed has {processes_in_job()} processes, but TrainingArguments.world_size is "
+            f"{args.world_size}: every process would train on all data. On CPU, set use_cpu=True or "
+            "ACCELERATE_USE_CPU=true (docs/launch.md)."
+        )
+    if args.world_size > 1 and not wrappers:
+        raise RuntimeError(
+            f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so "
+            "it is unknown who averages gradients. Launch with torchrun or accelerate launch."
+        )
+
+
+def switch_off_token_average(args: TrainingArguments, given_back: ExitStack) -> None:
+    """
+    Trainer would gather the token count at every step and scale the loss for gradients averaged over the world.
+
+    Args:
+        given_back (`ExitStack`): What gives the argument back.
+    """
+    if args.average_tokens_across_devices and args.world_size > 1:
+        logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
+    given_back.callback(setattr, args, "average_tokens_across_devices", args.average_tokens_across_devices)
+    args.average_tokens_across_devices = False
+
+
+def advise(args: TrainingArguments, config: SlowMoConfig) -> None:
+    """What couples the ranks because the user asked for it is left alone, and said."""
+    if args.world_size == 1:
+        return
+    if args.logging_strategy == "steps" and config.overlap_steps:
+        logger.info(
+            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", args.logging_steps
+        )
+    elif args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
+        logger.info(
+            "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for "
+            "nobody",
+            args.logging_steps,
+            config.sync_every,
+        )
+    if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
+        logger.warning("include_num_input_tokens_seen gathers at every micro-batch; leave it out for a quiet wire")

@@ -1,0 +1,179 @@
+"""
+The outer update: lines 6 to 8 of Algorithm 1 on the anchors, piece by piece as messages arrive, or on whole tensors
+when all are here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from ..config import SlowMoConfig
+from ..contents import Contents, Restored
+from ..names import OUTER_UPDATES, find
+from .layout import Bucket, FlatAnchor, Piece, views_like
+from .norms import Norms
+from .slow_momentum import SlowMomentum, make_outer_optimizer
+
+# What one bucket's messages bring: the weighted sums over workers of the displacements, in a reused buffer, and of
+# their squared norms.
+Sum = tuple[Bucket, torch.Tensor, float]
+
+
+class OuterUpdate(Protocol):
+    """
+    What a round does with the average.
+
+    Attributes:
+        velocities (`list[torch.Tensor]`): Flat, laid out like the anchors; empty where the optimizer keeps its own.
+    """
+
+    velocities: list[torch.Tensor]
+
+    def update_(
+        self,
+        displacements: Iterator[Sum],
+        inner_lrs: list[float],
+        summands: float,
+        hand_back_: Callable[[Piece], None],
+    ) -> Norms:
+        """
+        One round: the pseudo-gradient is the sum of displacements over `summands`, the anchors are updated, and every
+        piece of them is handed back.
+
+        Args:
+            displacements (`Iterator[Sum]`): Of every bucket, each in memory that the next one may use.
+            inner_lrs (`list[float]`): Of the round, per inner parameter group.
+        """
+
+    def saved(self) -> Contents:
+        """
+        What a checkpoint needs beside anchors and velocities, the same on all workers: settings, or the state of an
+        optimizer under `"outer_optimizer"`.
+        """
+
+    def restore(self, contents: Contents) -> Restored:
+        """Check what `saved` gave; the result takes it up, copied."""
+
+
+def make_outer_update(
+    config: SlowMoConfig, anchors: list[FlatAnchor], pieces: list[Piece], groups: int
+) -> OuterUpdate:
+    """The update that `config` names, with one parameter group per inner one, of which there are `groups`."""
+    named = OUTER_UPDATES.get(config.outer_optimizer)
+    make: Callable[..., OuterUpdate] = find(named) if named else WholeUpdate
+    return make(config, anchors, pieces, groups)
+
+
+class PiecewiseUpdate:
+    """Slow momentum: each piece goes through lines 6 to 8 and back to its parameter while it is in the cache."""
+
+    def __init__(self, config: SlowMoConfig, anchors: list[FlatAnchor], pieces: list[Piece], groups: int) -> None:
+        of_group: list[list[torch.Tensor]] = [[] for _ in range(groups)]
+        for piece in pieces:
+            of_group[piece.group].append(piece.anchor)
+        optimizer = make_outer_optimizer(config, of_group)
+        assert isinstance(optimizer, SlowMomentum)
+        self.optimizer = optimizer
+        self.velocities: list[torch.Tensor] = []
+        if config.outer_momentum > 0:
+            flat = {item: torch.zeros_like(item.flat, pin_memory=item.flat.is_pinned()) for item in anchors}
+            for piece in pieces:
+                optimizer.state[piece.anchor]["velocity"] = piece.of(flat[piece.item])
+            self.velocities = list(flat.values())
+
+    def update_(
+        self,
+        displacements: Iterator[Sum],
+        inner_lrs: list[float],
+        summands: float,
+        hand_back_: Callable[[Piece], None],
+    ) -> Norms:
+        """As `OuterUpdate.update_`."""
+        for group, inner_lr in zip(self.optimizer.param_groups, inner_lrs, strict=True):
+            group["inner_lr"] = inner_lr
+        norms = Norms()
+        for bucket, total, square_sum in displacements:
+            norms.drift_square += square_sum / summands
+            for piece, pseudo_grad in bucket.runs(total):
+                pseudo_grad.div_(summands)  # line 6
+                velocity = self.optimizer.update_(piece.anchor, pseudo_grad, piece.group)  # lines 7 and 8
+                norms.add(pseudo_grad, velocity)
+                hand_back_(piece)
+        self.optimizer.end_round()
+        return norms
+
+    def saved(self) -> Contents:
+        """As `OuterUpdate.saved`."""
+        return Contents(
+            settings={"previous_inner_lrs": [group["previous_inner_lr"] for group in self.optimizer.param_groups]}
+        )
+
+    def restore(self, contents: Contents) -> Restored:
+        """As `OuterUpdate.restore`."""
+        lrs = contents.numbers("previous_inner_lrs", len(self.optimizer.param_groups), least=0)
+
+        def take_up() -> None:
+            for group, previous in zip(self.optimizer.param_groups, lrs, strict=True):
+                group["previous_inner_lr"] = previous
+
+        return take_up
+
+
+class WholeUpdate:
+    """
+    Any torch optimizer, which may need whole tensors: the pseudo-gradient is one copy of the parameters more
+    meanwhile.
+    """
+
+    def __init__(self, config: SlowMoConfig, anchors: list[FlatAnchor], pieces: list[Piece], groups: int) -> None:
+        of_group: list[list[torch.Tensor]] = [[] for _ in range(groups)]
+        for item in anchors:
+            for group, anchor in zip(item.groups, item.anchors(), strict=True):
+                of_group[group].append(anchor)
+        self.optimizer = make_outer_optimizer(config, of_group)
+        self.velocities: list[torch.Tensor] = []
+        self._anchors, self._pieces = anchors, pieces
+
+    def update_(
+        self,
+        displacements: Iterator[Sum],
+        inner_lrs: list[float],
+        summands: float,
+        hand_back_: Callable[[Piece], None],
+    ) -> Norms:
+        """As `OuterUpdate.update_`; the optimizer has a learning rate of its own, `outer_lr`."""
+        norms = Norms()
+        pseudo_grads = {item: torch.empty_like(item.flat) for item in self._anchors}
+        for bucket, total, square_sum in displacements:
+            norms.drift_square += square_sum / summands
+            for piece, run in bucket.runs(total):
+                norms.add(torch.div(run, summands, out=piece.of(pseudo_grads[piece.item])), None)  # line 6
+        self._set_gradients(pseudo_grads)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for piece in self._pieces:
+            hand_back_(piece)
+        return norms
+
+    def _set_gradients(self, pseudo_grads: dict[FlatAnchor, torch.Tensor]) -> None:
+        gradients: list[list[torch.Tensor]] = [[] for _ in self.optimizer.param_groups]
+        for item, flat in pseudo_grads.items():
+            for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
+                gradients[group].append(gradient)
+        for param_group, own in zip(self.optimizer.param_groups, gradients, strict=True):
+            for anchor, gradient in zip(param_group["params"], own, strict=True):
+                anchor.grad = gradient
+
+    def saved(self) -> Contents:
+        """As `OuterUpdate.saved`."""
+        return Contents(objects={"outer_optimizer": self.optimizer.state_dict()})
+
+    def restore(self, contents: Contents) -> Restored:
+        """As `OuterUpdate.restore`."""
+        state = contents.optimizer("outer_optimizer", self.optimizer)
+        # torch keeps the tensors that it is given.
+        return lambda: self.optimizer.load_state_dict(copy.deepcopy(state))

@@ -1,0 +1,1 @@
+"""Checkpoints: files that are whole or absent, and what is in them."""

@@ -1,0 +1,201 @@
+"""
+The complete state of an outer loop at one optimizer step, for a checkpoint: what all workers share, and what each has
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import SlowMoConfig
+from ..contents import CheckpointError, Contents, Part, Saved, restore_all, save_all
+from ..log import logger
+from ..training.inner_state import OBJECT
+from ..training.outer_loop import OuterLoop
+from ..wire.job import host_name
+from .files import read_part, write_part
+
+SHARED = "shared"
+
+# Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
+# that is said.
+_FIXED = (
+    *(
+        "base",
+        "sync_every",
+        "outer_optimizer",
+        "exact_average",
+        "inner_state",
+        "model_buffers",
+        "topology",
+        "peers",
+        "staleness",
+    ),
+    "overlap_steps",
+)
+
+
+def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> bool:
+    """
+    Whether this process writes what all workers share: rank 0, and the first process of a machine that does not see
+    its files.
+    """
+    world = outer_loop.workers.world
+    token = folder / f".{outer_loop.run_id}"
+
+    def leave_token() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if world.rank == 0:
+            token.touch()
+
+    together(outer_loop, f"{folder} cannot be written", leave_token)
+    sees_it = token.exists()
+    world.gather_objects(None)  # all have looked
+    if world.rank == 0:
+        token.unlink()
+    return world.rank == 0 if sees_it else local_rank == 0
+
+
+def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
+    """
+    Do it on every rank. Collective.
+
+    Raises:
+        CheckpointError: It failed on some; the same words on all, with rank, host and reason.
+    """
+    failure = ""
+    try:
+        act()
+    except Exception as error:  # safetensors and torch.save raise their own; one rank alone must never leave
+        failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    failures = outer_loop.workers.world.gather_objects((host_name(), failure))
+    told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
+    if told:
+        raise CheckpointError(f"{words}. {'; '.join(told)}")
+
+
+def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]) -> None:
+    """Act on a checkpoint once the files of every rank are there. Collective; raises as `together`."""
+    outer_loop.workers.world.gather_objects(None)
+    together(outer_loop, f"checkpoint {folder} cannot be finished", act)
+
+
+def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:
+    """
+    Write this process's part of a checkpoint; every process calls it at the same step. Nothing that may fail on one
+    alone comes first: with `shard_slow_state` workers meet at its beginning, and bring the slow state together.
+
+    Args:
+        folder (`str`): The checkpoint's.
+        outer_loop (`OuterLoop`): The average may be shown: the local weights are taken from where they are put by.
+        shared (`bool`): Whether this process also writes what all workers share: one on every file system.
+        objects (`dict`): State dictionaries of each worker's own: scheduler, scaler.
+
+    Raises:
+        CheckpointError: A worker spans machines that do not share the folder.
+    """
+    workers, loop = outer_loop.workers, outer_loop
+    loop.in_flight.settle()
+    saved = save_all(_parts(loop), agree=loop.clock.workers_agree, keep=shared)
+    header = {"run": loop.run_id, "workers": workers.count}
+    if shared and not workers.leads:
+        raise CheckpointError(
+            f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got "
+            f"{workers.size}: worker {workers.index} spans machines, and its state would be on another one's disk "
+            "than this process reads. Put the folder on a shared file system, or set processes_per_worker='node'."
+        )
+    if shared:
+        run = {"processes": workers.world.world_size, "config": loop.config.to_dict()}
+        saved.shared.add(Contents({**header, **run, "parameters": loop.tensors.fingerprint()}))
+        write_part(folder, SHARED, saved.shared)
+    if workers.leads:
+        saved.own.add(Contents({**header, "attempted_steps": loop.attempted_steps}, objects=objects))
+        write_part(folder, f"worker_{workers.index}", saved.own)
+
+
+def _parts(loop: OuterLoop) -> list[Part]:
+    return [*loop.saved_parts, loop.inner_state]
+
+
+@torch.no_grad()
+def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
+    """
+    Take up a checkpoint's state, in place, after `OuterLoop.start`. Every process calls it; nothing is sent.
+
+    On another number of workers all start from the average, which is in the model already, with the shared anchors,
+    velocity and clock; worker i takes the inner optimizer of worker i modulo the old number. Local weights, messages
+    in flight and what compression has held back are dropped.
+
+    Returns:
+        `dict`: The `objects` that `write_snapshot` was given.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
+    """
+    shared = read_part(folder, SHARED)
+    _check(shared, outer_loop)
+    workers, run, then = outer_loop.workers, shared.word("run"), shared.count("workers", least=1)
+    own = read_part(folder, f"worker_{workers.index % then}")
+    for key in ("run", "attempted_steps", "workers"):
+        if own.settings.get(key) != shared.settings.get(key):
+            raise CheckpointError(
+                f"{folder}: worker {workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "
+                f"{shared.settings.get(key)!r}: they are of different saves. Resume from another checkpoint."
+            )
+    same_number = then == workers.count
+    if not same_number:
+        _say_another_number(folder, then, outer_loop)
+    restore_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)
+    outer_loop.run_id = run
+    return {name: value for name, value in own.objects.items() if name != OBJECT}
+
+
+def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
+    now = outer_loop.workers.count
+    if not outer_loop.config.exact_average:
+        raise CheckpointError(
+            f"{folder} was saved by {then} workers with exact_average=False, where anchors and velocities are each "
+            f"worker's own; this run has {now}. Start as many, or begin a new run from its model."
+        )
+    logger.warning(
+        "resumed with %d workers in place of %d: all start from the average with the shared velocity; local weights "
+        "and messages in flight are dropped, inner optimizer states are dealt out in turn",
+        now,
+        then,
+    )
+
+
+def _check(shared: Contents, outer_loop: OuterLoop) -> None:
+    folder = Path(shared.source).parent.parent
+    # An older one lacks later settings.
+    saved, now = (
+        SlowMoConfig().to_dict() | shared.part("config").settings,
+        outer_loop.config.to_dict(),
+    )
+    for name in _FIXED:
+        if saved.get(name) != now[name]:
+            raise CheckpointError(
+                f"{name} is {now[name]!r}, but {folder} was saved with {saved.get(name)!r}, which gives its state its "
+                f"meaning. Set {name}={saved.get(name)!r} to resume; or load its model and begin a new run."
+            )
+    changed = {
+        name: (saved.get(name), value)
+        for name, value in now.items()
+        if name not in _FIXED and saved.get(name) != value
+    }
+    if changed:
+        logger.info(
+            "resumed with other settings: %s",
+            ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()),
+        )
+    then, here = shared.names("parameters"), outer_loop.tensors.fingerprint()
+    if then != here:
+        odd = [line for line in (*then, *here) if (line in then) != (line in here)]
+        raise CheckpointError(
+            f"{folder} is of another model or parameter set: {odd[:3] or 'another order'} differ. Train the same "
+            "parameters to resume; or load its model and begin a new run."
+        )

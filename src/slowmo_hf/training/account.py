@@ -1,0 +1,90 @@
+"""The account: seconds and bytes since the last round, for its report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..algorithm.norms import Norms
+from .report import RoundReport
+
+
+class Account:
+    """
+    What a round's report says of time and traffic. Every second is one of three: of computation, of communication
+    (`communicating`), or of neither (`paused`, which wins). What is sent `apart` is in no report.
+
+    Args:
+        bytes_sent (`Callable`): Payload that this worker has sent so far, in bytes.
+    """
+
+    def __init__(self, bytes_sent: Callable[[], int]) -> None:
+        self._bytes_sent = bytes_sent
+        self._paused = self._communicating = False
+        self.close()
+
+    def close(self) -> None:
+        """A report was made, or training begins: count anew."""
+        self._last = time.perf_counter()
+        self.computed_seconds = self._communicated = 0.0
+        self.communicated_before = 0.0  # seconds since the last round, without the communication under way now
+        self._bytes = self._bytes_sent()
+
+    def _mark(self) -> None:
+        """The seconds until now were of the kind in force."""
+        now = time.perf_counter()
+        if self._communicating and not self._paused:
+            self._communicated += now - self._last
+        elif not self._paused:
+            self.computed_seconds += now - self._last
+        self._last = now
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The bytes that are sent in here do not count: for a look, a save, the status before one."""
+        before = self._bytes_sent()
+        try:
+            yield
+        finally:
+            self._bytes += self._bytes_sent() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The seconds in here do not count: an evaluation. A pause in a pause changes nothing."""
+        before = self._paused
+        self._mark()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._mark()
+            self._paused = before
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Exchanges and rounds, waiting included; within one, another changes nothing."""
+        before = self._communicating
+        self._mark()
+        if not before:
+            self.communicated_before = self._communicated
+        self._communicating = True
+        try:
+            yield
+        finally:
+            self._mark()
+            self._communicating = before
+
+    def report(self, number: int, norms: Norms, *, consensus_is_known: bool) -> RoundReport:
+        """Of a round that ends now."""
+        self._mark()
+        return RoundReport(
+            round=number,
+            consensus_distance=norms.consensus_distance if consensus_is_known else None,
+            pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
+            velocity_norm=math.sqrt(norms.velocity_square),
+            bytes_sent=self._bytes_sent() - self._bytes,
+            seconds=self._communicated,
+            utilisation=self.computed_seconds / max(self.computed_seconds + self._communicated, 1e-9),
+        )

@@ -1,0 +1,104 @@
+"""The clock: a worker's optimizer steps, and what is due at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import GOSSIP_BASES, SlowMoConfig
+from ..contents import Contents, Restored, Saved
+
+
+@dataclass
+class Clock:
+    """
+    Where one worker is. Attempted optimizer steps are counted: not micro-batches, not applied steps. With fp16, rank 0
+    may apply step 3 while rank 1 skips it (an infinite gradient); a counter of applied steps would leave rank 1 behind
+    for good, and a round entered by one rank alone never returns.
+
+    Args:
+        config (`SlowMoConfig`): Says what is due when.
+        attempted_steps (`int`): Since the start of training, idle ones included.
+        local_steps (`int`): Of these, since the last round.
+        idle_steps (`int`): Of these, after this worker's end, in the others' exchanges.
+        rounds (`int`): Begun so far.
+    """
+
+    config: SlowMoConfig
+    attempted_steps: int = 0
+    local_steps: int = 0
+    idle_steps: int = 0
+    rounds: int = 0
+
+    def step(self) -> None:
+        """One attempted inner step."""
+        self.attempted_steps += 1
+        self.local_steps += 1
+
+    def idle(self) -> None:
+        """One step of the others, which this worker takes part in without training."""
+        self.attempted_steps += 1
+        self.idle_steps += 1
+
+    @property
+    def trained_steps(self) -> int:
+        """Attempted steps without idle ones."""
+        return self.attempted_steps - self.idle_steps
+
+    def launch(self) -> None:
+        """A round begins."""
+        self.rounds += 1
+        self.local_steps = 0
+
+    def drop(self, local_steps: int) -> None:
+        """There was no round: what `launch` has done is undone."""
+        self.rounds -= 1
+        self.local_steps += local_steps
+
+    # ---- what is due ----
+
+    @property
+    def round_is_due(self) -> bool:
+        """A round begins at this step."""
+        return self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
+
+    @property
+    def exchange_is_due(self) -> bool:
+        """A gossip base exchanges at every step, but at an exact round, which contains every exchange of its step."""
+        return self.config.base in GOSSIP_BASES and not (self.round_is_due and self.config.exact_average)
+
+    @property
+    def exchange_number(self) -> int:
+        """Counts the exchanges before this step's: with exact rounds all steps but the rounds'."""
+        rounds_before = self.attempted_steps // self.config.sync_every if self.config.exact_average else 0
+        return self.attempted_steps - 1 - rounds_before
+
+    @property
+    def workers_agree(self) -> bool:
+        """
+        Parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are averaged.
+        """
+        return self.agree_at(self.attempted_steps)
+
+    def agree_at(self, step: int) -> bool:
+        """The same after another step."""
+        if self.config.base == "all_reduce" or step == 0:
+            return True
+        return self.config.exact_average and not self.config.overlap_steps and step % self.config.sync_every == 0
+
+    # ---- state ----
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`."""
+        everybodys = {"attempted_steps": self.attempted_steps, "rounds": self.rounds}
+        return Saved(Contents(everybodys), Contents({"local_steps": self.local_steps}))
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`: after an average nobody has made a step."""
+        attempted_steps = saved.shared.count("attempted_steps")
+        rounds = saved.shared.count("rounds", most=attempted_steps)
+        local_steps = saved.own.count("local_steps", most=attempted_steps) if same_number else 0
+
+        def take_up() -> None:
+            self.attempted_steps, self.rounds, self.local_steps = attempted_steps, rounds, local_steps
+
+        return take_up

@@ -1,0 +1,84 @@
+"""The consensus view: the workers' average in the parameters, and the local weights back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+
+from ..random_state import RandomState
+from .account import Account
+from .model_tensors import copy_tensors_
+
+
+class ConsensusView:
+    """
+    Parameters and buffers that show the average for a while. There is no outer update in it: local weights and random
+    generators come back as they were, and no report counts its seconds.
+
+    Args:
+        account (`Account`): Of the rounds.
+        stash_device (`str`): Where local values wait: `"same"` as they are on, or `"cpu"`.
+    """
+
+    def __init__(self, account: Account, stash_device: str) -> None:
+        self._account = account
+        self._device = torch.device("cpu") if stash_device == "cpu" else None
+        self._shown: list[torch.Tensor] = []
+        self._stash: list[torch.Tensor] | None = None
+        self._random_state: RandomState | None = None
+        self._paused = ExitStack()
+
+    @property
+    def is_shown(self) -> bool:
+        """True while the average is in the parameters and the local weights are put by."""
+        return self._stash is not None
+
+    def begin(self) -> None:
+        """From here to `restore` or `keep` no report counts the seconds, the wait for all ranks among them."""
+        self._paused.enter_context(self._account.paused())
+
+    def show(self, tensors: list[torch.Tensor], average_: Callable[[], None]) -> None:
+        """
+        Put the local values by, and have the average written in their place.
+
+        Args:
+            tensors (`list[torch.Tensor]`): What differs between workers: parameters and buffers.
+            average_ (`Callable`): Writes their average into them. If it fails, `restore` is the caller's.
+        """
+        self._random_state = RandomState.take()
+        self._shown = tensors
+        self._stash = [t.detach().to(self._device, copy=True) if self._device else t.detach().clone() for t in tensors]
+        if tensors:
+            average_()
+
+    def restore(self, *, give_back_random_state: bool = True) -> None:
+        """End the view: local values return, and the random generators if they have not yet."""
+        if self._stash is not None:
+            copy_tensors_(self._shown, self._stash)
+            self._end()
+            if give_back_random_state:
+                self.give_back_random_state()
+        self._paused.close()
+
+    def keep(self) -> None:
+        """End the view; what is shown stays."""
+        self._end()
+        self.give_back_random_state()
+        self._paused.close()
+
+    def give_back_random_state(self) -> None:
+        """Set every random generator as it was before the view: an evaluation draws from them."""
+        if self._random_state is not None:
+            self._random_state.give_back()
+
+    def local_value(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or buffer as this worker has it, also while the average is shown in its place."""
+        for shown, stashed in zip(self._shown, self._stash or [], strict=False):
+            if shown is tensor:
+                return stashed
+        return tensor
+
+    def _end(self) -> None:
+        self._stash, self._shown = None, []

@@ -1,0 +1,172 @@
+"""The rounds in flight, in the order in which they were launched; without overlap each is applied at once."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from torch.profiler import record_function
+
+from ..algorithm.norms import Norms
+from ..contents import Restored, Saved
+from ..wire.reduction import Launch
+from .parts import Parts
+from .report import RoundReport
+from .round import Round
+from .status import Agreement, Purpose
+
+
+class InFlight:
+    """
+    Launches and applies them.
+
+    Args:
+        parts (`Parts`): What they work on.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.rounds: list[Round] = []
+        self.last: RoundReport | None = None
+
+    # ---- what is due ----
+
+    def advance(self) -> RoundReport | None:
+        """Apply what is due at this step, do what is due on the way; the report of the last one applied."""
+        report = self.apply_due()
+        if any(launched.settles_now for launched in self.rounds):
+            self.hear()
+            for launched in self.rounds:
+                launched.settle_on_the_way()
+        if self.rounds:
+            self.parts.slow.reduction.start_second_stages(wait=False)
+        return report
+
+    def apply_due(self) -> RoundReport | None:
+        """Apply what is due at this step, or was before."""
+        report = None
+        while self.rounds and self.rounds[0].due_step <= self.parts.clock.attempted_steps:
+            report = self.apply()
+        return report
+
+    def launch(self, inner_lrs: list[float]) -> RoundReport | None:
+        """The round of this step; its report, if it is applied at once."""
+        if not self._goes_ahead:
+            return self.launch_agreed(self.meet(Purpose.ROUND, inner_lrs))
+        with record_function("slowmo::round"):
+            hear = self.parts.status.start(Purpose.ROUND, inner_lrs, ahead=True)
+            self.rounds.append(Round(self.parts))
+            self.rounds[-1].launch(hear)
+        return None
+
+    @property
+    def _goes_ahead(self) -> bool:
+        """Whether a round's messages set out before anybody has heard of the others; the same on all."""
+        parts = self.parts
+        return bool(parts.config.overlap_steps) and parts.status.parameters_alone and parts.workers.world.fails_cleanly
+
+    def launch_agreed(self, agreement: Agreement) -> RoundReport | None:
+        """Of this step, where all have come: applied at once, or launched and left to travel."""
+        while self.rounds:  # on a rank that has ended the clock jumps from round to round
+            self.apply()
+        launched = Round(self.parts)
+        self.rounds.append(launched)
+        with record_function("slowmo::round"):
+            if launched.travels:
+                self._launch_beside(launched, agreement)
+                return None
+            try:
+                launched.launch()
+                launched.note(agreement)
+                return self.apply()
+            except BaseException:
+                launched.drop()
+                self.rounds.remove(launched)
+                raise
+
+    def _launch_beside(self, launched: Round, agreement: Agreement) -> None:
+        if not agreement.ahead:
+            launched.average_beside(agreement)  # first: on one connection messages queue
+        launched.launch()
+        launched.note(agreement)
+        if agreement.ahead:
+            launched.average_beside(agreement)
+
+    def apply(self) -> RoundReport:
+        """The first one in flight."""
+        self.hear()
+        self.last = self.rounds[0].apply()
+        del self.rounds[0]
+        self.parts.account.close()
+        return self.last
+
+    # ---- what all have said ----
+
+    def meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
+        """Wait for all ranks, and compare; what was said of rounds that went ahead comes first. Collective."""
+        self.hear()
+        return self.parts.status.exchange(purpose, inner_lrs)
+
+    def hear(self) -> None:
+        """What all have said of rounds that went ahead, if that is not known yet: `Round.hear`."""
+        try:
+            for launched in self.rounds:
+                launched.hear()
+        finally:
+            self.rounds = [launched for launched in self.rounds if not launched.is_dropped]
+
+    def settle(self) -> None:
+        """Do the outer updates of rounds in flight, on the leader. They stay due when they were."""
+        self.hear()
+        for launched in self.rounds:
+            launched.settle()
+
+    def start_what_others_wait_for(self) -> None:
+        """Before a meeting of ranks that have no later step to start it at: second stages of messages that travel."""
+        self.hear()  # first: an error is told in collectives that come before the others' messages
+        self.parts.slow.reduction.start_second_stages(wait=True)
+        if self.parts.slow.reduction.hands_out:
+            self.parts.on_leader(self.settle)
+
+    def forget(self) -> None:
+        """
+        Another state is taken up: what is under way belongs to the run that is left, with what was wrong there, and is
+        waited for.
+        """
+        with suppress(ValueError):
+            self.hear()
+        for launched in self.rounds:
+            launched.drain()
+        self.rounds = []
+        self.parts.base.stay()
+        self.parts.status.forget()
+
+    # ---- state ----
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`: those in flight have been settled."""
+        saved = Saved()
+        for launched in self.rounds:
+            if launched.norms is None:  # the leader has them, and writes
+                continue
+            saved.own.settings["departed"] = {"due_step": launched.due_step, "norms": launched.norms.squares}
+        return saved
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`; first, for it waits for what is under way."""
+        parts = self.parts
+        if "departed" not in saved.own.settings or not same_number or not parts.config.overlap_steps:
+            return self.forget
+        step, departed = saved.shared.count("attempted_steps"), saved.own.part("departed")
+        due_step = departed.count("due_step", least=step, most=step + parts.config.overlap_steps)
+        norms = Norms.of(departed.numbers("norms", 3, least=0))
+        anchors = parts.slow.whole_anchors(saved.shared)
+
+        def take_up() -> None:
+            self.forget()
+            launched = Round(parts, due_step, norms)
+            if parts.workers.leads:
+                launched.launched = Launch(parts.slow.reduction, ahead=1.0)
+                parts.slow.reduction.land_(launched.launched, anchors)
+            self.rounds.append(launched)
+
+        return take_up

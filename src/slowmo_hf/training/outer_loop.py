@@ -1,0 +1,177 @@
+"""
+The heart: the clock drives rounds (Algorithm 1 of SlowMo, https://huggingface.co/papers/1910.00643).
+
+    for every optimizer step k = 1, 2, ...                    OuterLoop.step
+        the inner optimizer has stepped, gossip mixes         line 4                        Parts.exchange
+        if k is a multiple of sync_every:                     Clock.round_is_due            InFlight.launch
+            pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}   Round.launch
+            velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u           Round.settle
+            anchor      = anchor - alpha velocity             line 8
+            x_i         = anchor                              the next round's start        Round.apply
+            inner state: reset, maintain or average           line 2
+
+r = gamma_t / gamma_{t-1}. The arithmetic is in `algorithm/slow_momentum.py`, one round in `round.py`, what is due in
+`clock.py`; the decisions behind it are in docs/internals.md.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..config import SlowMoConfig
+from ..contents import Part
+from ..log import make_heard
+from ..wire.averages import Averages
+from ..wire.workers import Workers
+from .clock import Clock
+from .consensus import Consensus
+from .ending import end_together
+from .gradients import averaging
+from .in_flight import InFlight
+from .inner_state import InnerState
+from .local_state import LocalTensors
+from .model_tensors import ModelTensors
+from .parts import Parts, refusal
+from .report import RoundReport
+from .start_check import check_same_everywhere, log_start
+from .state_dict import load_state_dict, state_dict
+from .status import Purpose
+
+
+class OuterLoop:
+    """
+    Local training of one worker, and its rounds with the others.
+
+    Args:
+        inner_optimizer (`torch.optim.Optimizer`): Holds the parameters. Only its state is touched, at a round's end.
+        config (`SlowMoConfig`): The settings.
+        model (`torch.nn.Module`, *optional*): Gives parameters their names, and buffers. Unwrapped.
+    """
+
+    def __init__(
+        self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig, model: torch.nn.Module | None = None
+    ) -> None:
+        self.config = config
+        self.inner_optimizer = inner_optimizer
+        self.tensors = ModelTensors(inner_optimizer, model)
+        self.inner_state = InnerState(config, self.tensors)
+        self.clock = Clock(config)
+
+    def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True) -> None:
+        """
+        Compare all ranks, broadcast rank 0's values, take the anchors. Collective: every rank calls it, before the
+        first step.
+
+        Args:
+            attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts.
+            broadcast_frozen (`bool`, *optional*, defaults to `True`): False where DDP's constructor has done it.
+
+        Raises:
+            ValueError: Ranks differ, a parameter cannot be averaged, or the settings do not fit the number of
+                processes; the same on every rank.
+        """
+        make_heard()
+        self.workers = workers = Workers(self.config, self.tensors.device)
+        check_same_everywhere(workers, self.config, self.tensors, refusal(self.config, workers, self.tensors))
+        Averages(workers.world, self.config.bucket_bytes // 2).broadcast_(
+            self.tensors.values(include_frozen=broadcast_frozen)
+        )
+        workers.form()
+        self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
+        self.tensors.remember_buffers()
+        self.clock.attempted_steps = attempted_steps
+        self.parts = parts = Parts.make(self.config, workers, self.tensors, self.inner_state, self.clock)
+        log_start(workers, self.config, self.inner_state.policy)
+        # No part refers to this loop: it goes when it is let go.
+        self.account, self.status, self.view, self.base = parts.account, parts.status, parts.view, parts.base
+        self.in_flight = InFlight(parts)
+        self.consensus = Consensus(parts, self.in_flight)
+
+    # ---- the clock ----
+
+    @torch.no_grad()
+    def step(self, inner_lrs: list[float]) -> RoundReport | None:
+        """
+        Count one attempted inner step; mix and do a round if they are due. Call it after the inner optimizer, before
+        the scheduler.
+
+        Args:
+            inner_lrs (`list[float]`): The learning rate in force, per parameter group.
+
+        Returns:
+            `RoundReport` of a round, or None between rounds; of an overlapped one when it is applied.
+        """
+        self.refuse_while_shown()
+        self.clock.step()
+        self.workers.roll_call.at(self.attempted_steps, "training")
+        if self.clock.exchange_is_due:
+            with self.account.communicating():
+                self.parts.exchange()
+        if not self.in_flight.rounds and not self.clock.round_is_due:
+            return None
+        with self.account.communicating():
+            report = self.in_flight.advance()
+            return self.in_flight.launch(inner_lrs) if self.clock.round_is_due else report
+
+    @property
+    def attempted_steps(self) -> int:
+        """The clock, in optimizer steps."""
+        return self.clock.attempted_steps
+
+    @property
+    def rounds(self) -> int:
+        """Begun so far."""
+        return self.clock.rounds
+
+    @property
+    def last_round(self) -> RoundReport | None:
+        """The report of the last round that was applied."""
+        return self.in_flight.last
+
+    def averaging(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
+        """As `gradients.averaging`."""
+        return averaging(self.parts, closure)
+
+    def refuse_while_shown(self) -> None:
+        """
+        Raise if the average is in the parameters: a step taken there would be lost when the local weights return.
+        """
+        if self.view.is_shown:
+            raise RuntimeError(
+                "a training step was taken while the average is shown: leave consensus() before you train on."
+            )
+
+    def meet_before_gathering(self) -> bool:
+        """
+        Whether all ranks go into a collective of others together: False where one has ended its training, and will not
+        come. Collective.
+        """
+        if self.parts.meets_others and self.workers.world.world_size > 1:
+            with self.account.communicating():
+                return not self.in_flight.meet(Purpose.GATHER).somebody_ended
+        return True
+
+    def end(self, **where: Any) -> None:
+        """As `ending.end_together`."""
+        end_together(self.parts, self.in_flight, self.consensus, **where)
+
+    # ---- state ----
+
+    @property
+    def saved_parts(self) -> list[Part]:
+        """What a checkpoint holds of it, in the order in which it is taken up."""
+        local = LocalTensors(self.tensors, self.view, self.clock)
+        return [self.in_flight, self.clock, self.status, self.parts.slow, local, self.base]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `state_dict.state_dict`."""
+        return state_dict(self.parts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `state_dict.load_state_dict`; copied in place. Collective among the processes of a worker."""
+        self.consensus.restore()  # the state replaces what a view would give back
+        load_state_dict(self.parts, self.saved_parts, self.in_flight, state)

@@ -1,0 +1,221 @@
+"""
+One round: launched at a multiple of sync_every, applied there or `overlap_steps` later. Without overlap it is the same
+round with a delay of 0.
+
+    launch    step k: displacements set out (line 6)
+    hear      what all ranks say of it, where it set out before they had
+    settle    the outer update (lines 7 and 8), once, by whoever needs the new anchors first
+    apply     step k + delay: every worker goes on from them
+    drop      there was no round after all
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from torch.profiler import record_function
+
+from ..algorithm.layout import Piece
+from ..algorithm.norms import Norms
+from ..algorithm.outer_update import Sum
+from ..algorithm.starts import Nothing, TrainingOn
+from ..wire.reduction import Launch, own_displacements
+from .parts import Parts
+from .report import RoundReport
+from .status import Agreement
+
+
+class Round:
+    """
+    What one round knows of itself.
+
+    Args:
+        parts (`Parts`): What it works on.
+        due_step (`int`, *optional*): When it is applied; `overlap_steps` from now where it is None.
+        norms (`Norms`, *optional*): Of its outer update, of a round that is restored after it was done.
+    """
+
+    def __init__(self, parts: Parts, due_step: int | None = None, norms: Norms | None = None) -> None:
+        self.parts = parts
+        delay = parts.config.overlap_steps
+        self.travels = delay > 0
+        self.due_step = parts.clock.attempted_steps + delay if due_step is None else due_step
+        self.begun_at = self.due_step - delay
+        self.local_steps = 0  # this worker's before it, since the last round
+        self.agreement: Agreement | None = None
+        self.launched: Launch | None = None  # the leader's messages
+        self.norms = norms
+        self.is_counted = self.is_dropped = False  # by the clock; as if it had not been launched
+        self.is_settled = norms is not None  # on time; a view may have needed it before
+        self._summands = 1.0  # total weight of the workers' displacements
+        self._hear: Callable[[], Agreement] | None = None
+
+    # ---- step k ----
+
+    def launch(self, hear: Callable[[], Agreement] | None = None) -> None:
+        """
+        Displacements set out. With `hear` they do so before anybody has heard of the others: it waits for what all
+        say.
+        """
+        self._hear = hear
+        self.local_steps = self.parts.clock.local_steps
+        if self.travels:
+            with record_function("slowmo::launch"):
+                self.parts.on_leader(self._send_on_leader)
+        self.parts.clock.launch()
+        self.is_counted = True
+
+    def _send_on_leader(self) -> None:
+        base, slow = self.parts.base, self.parts.slow
+        assert isinstance(base, TrainingOn)
+        self.launched = Launch(slow.reduction, ahead=self.local_steps / self.parts.config.sync_every)
+        if self.parts.tensors.problem():  # which is said at the status exchange
+            self.launched.send(Nothing())
+            return
+        self.launched.send(base)
+        base.depart_(slow.whole_pieces)
+
+    def note(self, agreement: Agreement) -> None:
+        """All ranks have said that they take part."""
+        self.agreement = agreement
+        if self.travels:
+            ranks = self.parts.workers.between.ranks
+            weights = [agreement.local_steps[rank] / self.parts.config.sync_every for rank in ranks]
+            self._summands = sum(weights)
+            if self.launched is not None:
+                self.launched.weights = weights
+
+    def average_beside(self, agreement: Agreement) -> None:
+        """What an overlapped round averages beside the parameters, at once."""
+        if agreement.changed_buffers:
+            others = agreement.changed_buffers
+            self.parts.on_leader(lambda: self.parts.average_others(others))
+            self.parts.share([], others)
+
+    # ---- until step k + delay ----
+
+    def hear(self) -> None:
+        """
+        What all have said of a round that went ahead, if that is not known yet. Collective over the job.
+
+        Raises:
+            ValueError, RuntimeError: As at a status exchange (`Header.say`); there was no round then.
+        """
+        if self._hear is None:
+            return
+        try:
+            agreement = self._hear()
+        except Exception as error:
+            if isinstance(error, ValueError):  # all were there, and have sent; or one has ended, which ends it for all
+                with suppress(RuntimeError):
+                    self.drain()
+            self.drop()
+            raise
+        self._hear = None
+        self.parts.workers.roll_call.at(self.parts.clock.attempted_steps, "training")
+        self.note(agreement)
+        self.average_beside(agreement)
+
+    @property
+    def settles_now(self) -> bool:
+        """
+        Whether the outer update is due on the way: where it stands in the middle of the messages' way, half of the
+        steps are for each half. Elsewhere it is done when the round is applied.
+        """
+        half = self.parts.config.overlap_steps // 2
+        is_due = self.parts.clock.attempted_steps >= self.due_step - half
+        return self.parts.slow.reduction.hands_out and is_due and not self.is_settled
+
+    def settle_on_the_way(self) -> None:
+        """If it is due there, on every process together."""
+        if self.settles_now:
+            self.parts.on_leader(self.settle)
+            self.is_settled = True
+
+    def settle(self) -> None:
+        """
+        Wait for the messages, and do the outer update on the leader; what all say has been heard. The round stays due
+        when it was.
+        """
+        if self.norms is not None or not self.parts.workers.leads:
+            return
+        parts, clock = self.parts, self.parts.clock
+        if self.travels:
+            parts.workers.roll_call.at(clock.attempted_steps, f"the round of step {self.begun_at}")
+        assert self.agreement is not None
+        slow = parts.slow
+        sums = self._sums()
+        norms = slow.update.update_(sums, self.agreement.inner_lrs, self._summands, self._hand_back_)
+        self.norms = Norms.of(slow.reduction.summed(norms.squares))
+        if not parts.config.exact_average:
+            parts.refuse_non_finite(self.norms.pseudo_grad_square, own_is_finite=False, all_are_here=False)
+            return
+        assert self.launched is not None
+        parts.refuse_non_finite(
+            self.norms.drift_square, own_is_finite=self.launched.own_is_finite, all_are_here=not self.travels
+        )
+
+    def _sums(self) -> Iterator[Sum]:
+        parts = self.parts
+        if not self.travels:
+            parts.base.settle()
+        if not parts.config.exact_average:
+            return own_displacements(parts.slow.averages, parts.slow.buckets, parts.base)
+        if self.launched is None:  # without overlap messages are sent one by one, as they are wanted
+            self.launched = Launch(parts.slow.reduction)
+            self._summands = parts.slow.averages.total_weight
+            self.launched.send(parts.base)
+        return self.launched.sums()
+
+    def _hand_back_(self, piece: Piece) -> None:
+        # A round may change nothing; or all get it from who has updated it.
+        if self.parts.config.has_outer_update and not self.parts.slow.reduction.hands_out:
+            self.parts.base.hand_back_(piece)
+
+    # ---- step k + delay ----
+
+    def apply(self) -> RoundReport:
+        """Every worker goes on from the new anchor, with the progress that it has made meanwhile."""
+        with record_function("slowmo::apply"):
+            report = self.parts.workers.inside.broadcast_outcome(self._apply_on_leader)
+            self.parts.inner_state.reset()
+            self.parts.share(self.parts.tensors.trainable, self._others)
+        # Else the next status exchange says whose are not, before all else.
+        self.parts.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
+        return report
+
+    @property
+    def _others(self) -> list[str]:
+        """Buffers that are averaged with the parameters; where those travel, they were beside them."""
+        return [] if self.travels or self.agreement is None else self.agreement.changed_buffers
+
+    def _apply_on_leader(self) -> RoundReport:
+        base, slow = self.parts.base, self.parts.slow
+        self.settle()
+        assert self.norms is not None
+        if self.travels:
+            assert isinstance(base, TrainingOn)
+            assert self.launched is not None
+            base.take_in_(slow.reduction.new_anchors(self.launched))
+        elif self.parts.config.averages_at_rounds:
+            base.end_average()
+            self.parts.average_others(self._others)
+        return self.parts.report(self.norms)
+
+    # ---- no round after all ----
+
+    def drop(self) -> None:
+        """Workers go on as if it had not been launched."""
+        if self.travels:
+            self.parts.slow.reduction.forget()  # what they held back has gone with it
+            self.parts.base.stay()
+        if self.is_counted:
+            self.parts.clock.drop(self.local_steps)
+        self.is_counted, self.is_dropped = False, True
+
+    def drain(self) -> None:
+        """Wait for the messages, and leave what they bring."""
+        if self.launched is not None:
+            self.launched.drain()

@@ -1,0 +1,155 @@
+"""
+The start of a run: every rank shows what it has, a difference is an error on all of them, and one table says what
+runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import sys
+from typing import Any
+
+import accelerate
+import torch
+
+from ..config import SlowMoConfig
+from ..log import logger
+from ..wire.job import host_and_address, host_name, is_in_process, machines_in_job
+from ..wire.workers import Workers
+from .model_tensors import ModelTensors
+
+
+def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None) -> None:
+    """
+    Compare settings, parameters, the inner optimizer, learning rates and versions of all ranks, before any value is
+    exchanged.
+
+    Args:
+        refusal (`str`, *optional*): Why this rank cannot start.
+
+    Raises:
+        ValueError: They differ, or a rank cannot start; the same words on every rank.
+    """
+    communicator = workers.world
+    lines = [
+        f"processes per worker = {workers.size}",
+        *(f"SlowMoConfig.{name} = {value!r}" for name, value in config.to_dict().items()),
+        *(f"inner learning rate of group {index} = {lr!r}" for index, lr in enumerate(tensors.initial_lrs)),
+        *_inner_optimizer(tensors.optimizer),
+        *_versions(),
+        *tensors.fingerprint(),
+    ]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    everywhere = communicator.gather_objects((digest, refusal, host_name()))
+    refusals = [f"rank {rank} on {host}: {refusal}" for rank, (_, refusal, host) in enumerate(everywhere) if refusal]
+    if refusals:
+        raise ValueError("; ".join(refusals))
+    if len({digest for digest, _, _ in everywhere}) > 1:
+        raise ValueError(_difference(communicator.gather_objects(lines), [host for _, _, host in everywhere]))
+
+
+def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+    """
+    Its class, and what its groups say of how it steps: numbers, flags and tuples of them. The learning rate has its
+    own line.
+    """
+    return [f"inner optimizer {type(optimizer).__module__}.{type(optimizer).__qualname__}"] + [
+        f"inner optimizer group {index}: {key} = {value!r}"
+        for index, group in enumerate(optimizer.param_groups)
+        for key, value in sorted(group.items())
+        if key not in ("params", "lr") and _is_plain(value)
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    """No tensors: their words name the device, which is another on every rank."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _versions() -> list[str]:
+    """
+    Of the code that runs here, which may be newer than what an editable install remembers; of transformers, which a
+    custom loop need not import, the installed one's.
+    """
+    try:
+        transformers = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:  # never an error on one rank: the others would wait for it
+        transformers = "not installed"
+    return [
+        f"slowmo_hf {sys.modules['slowmo_hf'].__version__}",
+        f"torch {torch.__version__}",
+        f"accelerate {accelerate.__version__}",
+        f"transformers {transformers}",
+    ]
+
+
+def _difference(everywhere: list[list[str]], hosts: list[str]) -> str:
+    for rank, lines in enumerate(everywhere):
+        only_there = [line for line in lines if line not in set(everywhere[0])]
+        only_here = [line for line in everywhere[0] if line not in set(lines)]
+        if only_there or only_here or lines != everywhere[0]:
+            return (
+                f"ranks differ at the start: rank 0 on {hosts[0]} has {only_here[:3] or 'another order'}, rank {rank} "
+                f"on {hosts[rank]} has {only_there[:3] or 'another order'}. All ranks must start with the same "
+                "settings, model, learning rates and library versions."
+            )
+    raise AssertionError("no difference found")
+
+
+def log_start(workers: Workers, config: SlowMoConfig, inner_state: str) -> None:
+    """One table on rank 0: every rank's host, address, backend and worker, and the whole effective configuration."""
+    communicator = workers.world
+    machines = machines_in_job(communicator.world_size)
+    host, address = host_and_address()
+    rows = communicator.gather_objects((host, address, communicator.backend, workers.index))
+    if communicator.rank:
+        return
+    each = "one process each" if workers.size == 1 else f"{workers.size} processes each"
+    where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
+    lines = [f"{workers.count} workers, {where}:"]
+    lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
+    lines += [
+        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
+    ]
+    lines += [f"  {name} = {value}" for name, value in config.to_dict().items()]
+    lines += [f"  inner_state in effect = {inner_state}"]
+    logger.info("%s", "\n".join(lines))
+    _warn(workers, config, machines, rows)
+
+
+def _warn(workers: Workers, config: SlowMoConfig, machines: int, rows: list[tuple[str, str, str, int]]) -> None:
+    """What the table shows and a reader may overlook."""
+    loopback = [
+        f"{name} (rank {r}) resolves to {address}"
+        for r, (name, address, _, _) in enumerate(rows)
+        if address.startswith("127.")
+    ]
+    if machines > 1 and loopback and "gloo" in workers.world.backend and not _interface_is_set():
+        logger.warning(
+            "the host name %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the interface "
+            "that reaches the others (docs/launch.md).",
+            "; ".join(loopback),
+            machines,
+        )
+    if workers.world.world_size == 1:
+        logger.warning(
+            "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu "
+            "--num_processes 2` starts one process; see docs/launch.md."
+        )
+    elif workers.count == 1:
+        logger.warning(
+            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set "
+            "processes_per_worker=1.",
+            workers.size,
+        )
+    if config.outer_optimizer == "slow_momentum" and config.outer_momentum == 0 and config.outer_lr == 1:
+        name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
+        logger.info("slow momentum is off: this is %s", name)
+
+
+def _interface_is_set() -> bool:
+    return bool(os.environ.get("GLOO_SOCKET_IFNAME"))

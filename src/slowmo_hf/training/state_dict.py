@@ -1,0 +1,122 @@
+"""
+The slow state as a dictionary, for `SlowMoOptimizer.state_dict`: what all workers share at a round's end. A checkpoint
+(`checkpoints/state.py`) has the same in files, and every worker's own beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..algorithm.layout import views_like
+from ..contents import CheckpointError, Contents, Part, Saved, restore_all, save_all
+from .in_flight import InFlight
+from .model_tensors import copy_tensors_
+from .parts import Parts
+
+VERSION = 1
+_OLD_NAMES = {"previous_inner_lrs": "previous_inner_lr"}  # of the outer update's settings, in a checkpoint and here
+_LISTS = {"anchors": "anchor", "velocities": "velocity"}  # here and in a checkpoint
+
+
+def state_dict(parts: Parts) -> dict[str, Any]:
+    """
+    All that is equal on every worker at a round's end.
+
+    Raises:
+        RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker has
+            but a shard.
+    """
+    config = parts.config
+    _refuse_inside_round(parts, parts.clock.attempted_steps, "saved")
+    if config.shard_slow_state and parts.workers.count > 1:
+        raise RuntimeError(
+            "slow state cannot be saved by one worker with shard_slow_state=True: each has a shard of it. Use "
+            "accelerator.save_state with register_for_checkpointing, which brings them together, or "
+            "shard_slow_state=False."
+        )
+    saved = save_all([parts.clock, parts.status, parts.slow], agree=True, keep=True)
+    shared = saved.shared
+    if not config.exact_average:  # at the start, where they still are
+        shared.add(saved.own)
+    lists = {
+        name: [flat for key, flat in shared.tensors.items() if key.startswith(f"{kind}.")]
+        for name, kind in _LISTS.items()
+    }
+    update = parts.slow.update.saved()
+    settings = {_OLD_NAMES.get(name, name): value for name, value in update.settings.items()}
+    outer = update.objects.get("outer_optimizer", settings)
+    steps = {name: shared.settings[name] for name in ("attempted_steps", "rounds")}
+    return {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
+
+
+@torch.no_grad()
+def load_state_dict(parts: Parts, saved_parts: list[Part], in_flight: InFlight, state: dict[str, Any]) -> None:
+    """
+    Take up a state of `state_dict()`; copied in place. Collective among the processes of a worker.
+
+    Raises:
+        ValueError: The state does not fit: version, sizes, values.
+        RuntimeError: It is of a clock inside a round.
+    """
+    shared = _contents(state)
+    step = shared.count("attempted_steps")
+    _refuse_inside_round(parts, step, "resumed")
+
+    def restore() -> None:
+        try:
+            restore_all(saved_parts, Saved(shared, shared), same_number=False)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None  # of a kind that the worker's other processes can be told
+
+    # The leader's slow state, or its refusal; each process's clock.
+    parts.on_leader(restore)
+    restore_all([parts.clock], Saved(shared, shared), same_number=False)
+    parts.on_leader(lambda: _take_weights(parts, shared, step))
+    parts.inside.broadcast_(parts.tensors.trainable)
+
+
+def _take_weights(parts: Parts, shared: Contents, step: int) -> None:
+    """From the anchors. Inside a round there is all_reduce alone, whose parameters stay."""
+    if step % parts.config.sync_every == 0:
+        for layout, whole in parts.slow.whole_anchors(shared).items():
+            copy_tensors_(layout.params, views_like(whole, layout.params))
+        parts.back_to_anchors()
+
+
+def _contents(state: dict[str, Any]) -> Contents:
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"slow state has version {state.get('version')!r}; this package reads {VERSION}. Load it with the package "
+            "that saved it."
+        )
+    tensors = {f"{kind}.{index}": flat for name, kind in _LISTS.items() for index, flat in enumerate(state[name])}
+    settings = {name: state[name] for name in ("attempted_steps", "rounds")}
+    outer = state["outer_optimizer"]
+    if "param_groups" in outer:
+        return Contents(settings, tensors, {"outer_optimizer": outer}, "slow state")
+    new_names = {old: new for new, old in _OLD_NAMES.items()}
+    settings.update({new_names.get(name, name): value for name, value in outer.items()})
+    return Contents(settings, tensors, source="slow state")
+
+
+def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str) -> None:
+    config = parts.config
+    if attempted_steps and not config.exact_average:
+        raise RuntimeError(
+            f"training cannot be {verb} with exact_average=False: the workers stay different, and their own "
+            "weights are not in this state. Use exact_average=True."
+        )
+    if attempted_steps and config.overlap_steps:
+        raise RuntimeError(
+            f"training cannot be {verb} with overlap_steps={config.overlap_steps}: workers are never all the "
+            "same, and their own weights are not in this state. Use accelerator.save_state with "
+            "register_for_checkpointing, or overlap_steps=0."
+        )
+    if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
+        raise RuntimeError(
+            f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
+            f"{config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
+            "of sync_every."
+        )

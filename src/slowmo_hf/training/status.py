@@ -1,0 +1,313 @@
+"""The status exchange of all ranks: a small message that finds a difference between them before anything is mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch.profiler import record_function
+
+from ..contents import Contents, Restored, Saved
+from ..log import logger
+from ..wire.communicator import Communicator
+from ..wire.job import host_name
+from ..wire.roll_call import RollCall
+from ..wire.workers import Workers
+from .account import Account
+from .clock import Clock
+from .model_tensors import ModelTensors, hash48
+
+
+class Purpose(IntEnum):
+    """What a rank comes to a status exchange for."""
+
+    ROUND = 0
+    LOOK = 1  # the average is evaluated or saved, and training goes on
+    END = 2  # out of data, or asked to stop
+    GATHER = 3  # Trainer's own collectives follow: a log, an evaluation, a save
+
+    @property
+    def words(self) -> str:
+        """For errors."""
+        return {
+            Purpose.ROUND: "the round",
+            Purpose.LOOK: "a look at the average",
+            Purpose.END: "the end of its training",
+            Purpose.GATHER: "a log, an evaluation or a save",
+        }[self]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    What all ranks go on with, the same on all.
+
+    Args:
+        purpose (`Purpose`): That of the ranks that train on, where there are any.
+        attempted_steps (`int`): The clock: the furthest one's, for ranks that have ended may be behind.
+        trained_steps (`int`): The same without the steps of ranks that have ended and only pass messages on.
+        same_step (`bool`): Whether all ranks' clocks agree.
+        local_steps (`list[int]`): Every rank's steps since the last round.
+        inner_lrs (`list[float]`): The largest, by parameter group.
+        changed_buffers (`list[str]`): All that have changed anywhere.
+        somebody_ended (`bool`): Whether a rank came for the end.
+        stop (`bool`): Whether a rank was asked to save and stop.
+        ahead (`bool`): Whether the round's messages have set out before this was heard.
+    """
+
+    purpose: Purpose
+    attempted_steps: int
+    trained_steps: int
+    same_step: bool
+    local_steps: list[int]
+    inner_lrs: list[float]
+    changed_buffers: list[str]
+    somebody_ended: bool
+    stop: bool
+    ahead: bool
+
+
+class Speaker:
+    """
+    One optimizer of a program among all that start there, which share one status exchange: its messages have one
+    length, and say whose they are, so that two optimizers never wait for each other crosswise.
+
+    Args:
+        world (`Communicator`): All ranks.
+        tensors (`ModelTensors`): Its parameters.
+    """
+
+    def __init__(self, world: Communicator, tensors: ModelTensors) -> None:
+        self._groups_of_all = world.notes("groups of optimizers")  # the same on all ranks: starts are collective
+        self.number = len(self._groups_of_all)
+        self._groups_of_all.append(len(tensors.groups))
+        self._tensors = tensors
+
+    @property
+    def words(self) -> str:
+        """For errors."""
+        names = self._tensors.names
+        return f"optimizer {self.number} (of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+
+    def padded(self, inner_lrs: list[float]) -> list[float]:
+        """As many as the optimizer with the most groups has."""
+        return inner_lrs + [0.0] * (max(self._groups_of_all) - len(inner_lrs))
+
+
+@dataclass(frozen=True)
+class Header:
+    """
+    What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *inner_lrs]. The
+    flags are 1 for a problem, 2 for a stop, 4 for messages that are ahead, and 8 times the optimizer's number.
+
+    Args:
+        speaker (`Speaker`): The optimizer that it speaks for.
+        purpose (`Purpose`): What it comes for.
+        attempted_steps (`int`): Its clock.
+        trained_steps (`int`): The same without steps that only passed messages on.
+        local_steps (`int`): Its steps since the last round.
+        inner_lrs (`list[float]`): The learning rate in force at its last inner step, per parameter group.
+        changed_buffers (`list[str]`): Names of the buffers that have changed here since the start.
+        problem (`str`): Why it cannot take part; empty where it can.
+        stop (`bool`): Whether this process was asked to save and stop.
+        ahead (`bool`): Whether the round's messages set out with it.
+    """
+
+    speaker: Speaker
+    purpose: Purpose
+    attempted_steps: int
+    trained_steps: int
+    local_steps: int
+    inner_lrs: list[float]
+    changed_buffers: list[str]
+    problem: str
+    stop: bool
+    ahead: bool = False
+
+    def say(self, world: Communicator, roll_call: RollCall) -> Callable[[], Agreement]:
+        """
+        Start to exchange headers; the result waits for all, and says what all go on with. Collective over the job.
+
+        Raises:
+            ValueError: A rank has a problem.
+            RuntimeError: Ranks met at different steps or places, or one is missing. Each is the same on every rank.
+        """
+        (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
+        mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
+        flags = bool(self.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
+        mine += [flags, hash48(self.changed_buffers)]
+        arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
+
+        def hear() -> Agreement:
+            roll_call.at(self.attempted_steps, self.purpose.words)
+            return self._agree(arrive(), world)
+
+        return hear
+
+    def _agree(self, rows: torch.Tensor, world: Communicator) -> Agreement:
+        purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]
+        steps = [int(step) for step in rows[:, 1]]
+        flags = [int(flag) for flag in rows[:, 4]]
+        if len({flag // 8 for flag in flags}) > 1:
+            self._tell_speakers(world, steps)
+        if any(flag & 1 for flag in flags):
+            self._tell_problems(world, steps)
+        rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
+        self._compare_places(world, purposes, steps)
+        changed = self.changed_buffers
+        if (rows[:, 5] != rows[0, 5]).any():
+            changed = sorted(set().union(*world.gather_objects(changed)))
+        return Agreement(
+            purpose=next((purpose for purpose in purposes if purpose is not Purpose.END), Purpose.END),
+            attempted_steps=max(steps),
+            trained_steps=int(rows[:, 2].max()),
+            same_step=len(set(steps)) == 1,
+            local_steps=[int(count) for count in rows[:, 3]],
+            inner_lrs=self._agree_on_lrs(rows[rounds, 6 : 6 + len(self.inner_lrs)].tolist()) if rounds else [],
+            changed_buffers=changed,
+            somebody_ended=Purpose.END in purposes,
+            stop=any(flag & 2 for flag in flags),
+            ahead=any(flag & 4 for flag in flags),
+        )
+
+    def _tell_speakers(self, world: Communicator, steps: list[int]) -> None:
+        told = world.gather_objects((host_name(), self.speaker.words))
+        at = [f"rank {r} on {host} at step {steps[r]} of {words}" for r, (host, words) in enumerate(told)]
+        raise RuntimeError(
+            f"ranks wait for each other with different optimizers: {'; '.join(at)}. Step, evaluate and save the "
+            "optimizers of a program in the same order on every rank."
+        )
+
+    def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
+        told = world.gather_objects((host_name(), self.problem))
+        raise ValueError(
+            "; ".join(
+                f"rank {rank} on {host}, step {steps[rank]}: {problem}"
+                for rank, (host, problem) in enumerate(told)
+                if problem
+            )
+        )
+
+    def _compare_places(self, world: Communicator, purposes: list[Purpose], steps: list[int]) -> None:
+        """
+        All at one place and step; but a rank that has ended takes part in the others' rounds, tells them before they
+        gather anything, and may end at a step of its own.
+        """
+        going = {(purpose, step) for purpose, step in zip(purposes, steps, strict=True) if purpose is not Purpose.END}
+        with_ended_ranks = {(purpose, max(steps)) for purpose in (Purpose.ROUND, Purpose.GATHER)}
+        if not going or (len(going) == 1 and (Purpose.END not in purposes or going <= with_ended_ranks)):
+            return
+        hosts = world.gather_objects(host_name())
+        at = [
+            f"rank {rank} on {host} at step {step}, {purpose.words}"
+            for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))
+        ]
+        raise RuntimeError(
+            f"ranks met at different places: {'; '.join(at)}. Every rank must take the same number of steps and look "
+            "at the same ones: give all ranks equally many batches (even_batches=True) and the same settings; or, in "
+            "a custom loop, use slowmo_hf.join."
+        )
+
+    def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
+        if any(row != lrs[0] for row in lrs):
+            logger.warning(
+                "step %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on "
+                "one rank does this.",
+                self.attempted_steps,
+                lrs,
+            )
+        return [max(column) for column in zip(*lrs, strict=True)]
+
+
+class StatusExchange:
+    """
+    What this rank tells all others of itself, and what all know of each other since the last exchange.
+
+    Before a round, before a look that sends, before Trainer gathers and at the end all ranks exchange their status. A
+    rank that ends first takes part in the others' rounds.
+
+    Args:
+        workers (`Workers`): All ranks, and this worker's.
+        tensors (`ModelTensors`): Whose problems and changed buffers are told.
+        clock (`Clock`): Where this rank is.
+        account (`Account`): Counts what is sent for a round; other exchanges are apart.
+        weigh (`Callable`): Is given every rank's local steps, where workers count by them.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        tensors: ModelTensors,
+        clock: Clock,
+        account: Account,
+        weigh: Callable[[list[int]], None],
+    ) -> None:
+        self._workers, self._tensors, self._clock, self._account = workers, tensors, clock, account
+        self._weigh = weigh
+        self._speaker = Speaker(workers.world, tensors)
+        self.stop_asked = False  # this process was: it says so at the next exchange
+        self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
+        self.stop_agreed = False  # all know that a rank was asked to stop
+        self.somebody_ended = False  # at the last exchange
+        # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
+        self.parameters_alone = False
+
+    def exchange(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
+        """Wait for all ranks, and compare. Collective over the job; raises as `Header.say`."""
+        return self.start(purpose, inner_lrs)()
+
+    def start(
+        self, purpose: Purpose, inner_lrs: list[float] | None = None, *, ahead: bool = False
+    ) -> Callable[[], Agreement]:
+        """Tell all ranks where this one is; the result waits for theirs, and compares."""
+        # Another number of groups is a problem, and must not change the message's length.
+        count = len(self._tensors.groups)
+        header = Header(
+            self._speaker,
+            purpose,
+            self._clock.attempted_steps,
+            self._clock.trained_steps,
+            self._clock.local_steps,
+            ((inner_lrs or []) + [0.0] * count)[:count],
+            self._tensors.changed_buffers(),
+            self._tensors.problem() or self.lost_finiteness,
+            self.stop_asked,
+            ahead,
+        )
+        with nullcontext() if purpose is Purpose.ROUND else self._account.apart():
+            hear = header.say(self._workers.world, self._workers.roll_call)
+
+        def heard() -> Agreement:
+            with record_function("slowmo::status"):
+                return self._heard(hear(), purpose)
+
+        return heard
+
+    def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
+        self.stop_agreed = self.stop_agreed or agreement.stop
+        self.somebody_ended = agreement.somebody_ended
+        self.parameters_alone = not agreement.changed_buffers
+        if purpose in (Purpose.LOOK, Purpose.GATHER):
+            self._workers.all_may_meet()
+        self._weigh(agreement.local_steps)
+        return agreement
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`."""
+        return Saved(Contents({"parameters_alone": self.parameters_alone}))
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`."""
+        parameters_alone = saved.shared.flag("parameters_alone", default=False)
+
+        def take_up() -> None:
+            self.parameters_alone = parameters_alone
+
+        return take_up
+
+    def forget(self) -> None:
+        """Another state is taken up: what was wrong belongs to the run that is left."""
+        self.lost_finiteness, self.parameters_alone = "", False

@@ -1,0 +1,115 @@
+"""Averages of any list of tensors over some processes, and the memory that messages lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..algorithm.layout import FlatAnchor, wide_dtype
+from .communicator import Communicator
+
+
+class Buffers:
+    """Message memory of what is under way together, by device, dtype and slot; each grows to what is asked of it."""
+
+    def __init__(self) -> None:
+        self.flat: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+
+    def get(self, elements: int, dtype: torch.dtype, device: torch.device, slot: int = 0) -> torch.Tensor:
+        """The first `elements` of one, with whatever it held."""
+        key = (device, dtype, slot)
+        if key not in self.flat or self.flat[key].numel() < elements:
+            self.flat[key] = torch.empty(elements, dtype=dtype, device=device)
+        return self.flat[key][:elements]
+
+
+class Pool:
+    """Buffers that are used again: whoever sends takes some, and gives them back when all has arrived."""
+
+    def __init__(self) -> None:
+        self.free: list[Buffers] = []
+
+    def take(self) -> Buffers:
+        """Nobody else's until they are given back; those of a launch that is dropped never are."""
+        return self.free.pop() if self.free else Buffers()
+
+    def give(self, buffers: Buffers) -> None:
+        """All that was under way in them has arrived."""
+        self.free.append(buffers)
+
+    @contextmanager
+    def lent(self) -> Iterator[Buffers]:
+        """For collectives that are waited for."""
+        buffers = self.take()
+        yield buffers
+        self.give(buffers)
+
+
+class Averages:
+    """
+    Means, maxima and copies of lists of tensors over the processes of a communicator.
+
+    Args:
+        communicator (`Communicator`): The processes.
+        longest_message (`int`): In bytes.
+        pool (`Pool`, *optional*): For messages; one of its own where it is None.
+    """
+
+    def __init__(self, communicator: Communicator, longest_message: int, pool: Pool | None = None) -> None:
+        self.communicator = communicator
+        self.pool = pool or Pool()
+        self._longest_message = longest_message
+        self.weights, self.total_weight = [1.0] * communicator.world_size, float(communicator.world_size)
+
+    def weigh(self, weights: list[int]) -> None:
+        """From now on process i counts for weights[i] of their sum; equal ones, and all 0, are the plain mean."""
+        even = len(set(weights)) == 1
+        self.weights = [1.0 if even else float(weight) for weight in weights]
+        self.total_weight = sum(self.weights)
+
+    @property
+    def weight(self) -> float:
+        """This process's."""
+        return self.weights[self.communicator.rank]
+
+    def mean_(self, tensors: list[torch.Tensor]) -> None:
+        """Replace floating-point tensors by their mean, in place, every element exactly once."""
+        self._each_bucket(tensors, wide_dtype, self._mean_)
+
+    def _mean_(self, flat: torch.Tensor) -> None:
+        if self.weight != 1:
+            flat.mul_(self.weight)
+        self.communicator.start_sum_(flat)()
+        flat.div_(self.total_weight)
+
+    def max_(self, tensors: list[torch.Tensor]) -> None:
+        """Replace integer and boolean tensors by their maximum, in place."""
+        self._each_bucket(tensors, lambda _: torch.int64, self.communicator.max_)
+
+    def broadcast_(self, tensors: list[torch.Tensor]) -> None:
+        """Replace tensors of any dtype by the first process's, bit for bit."""
+        self._each_bucket(tensors, lambda dtype: dtype, self.communicator.broadcast_)
+
+    def _each_bucket(
+        self,
+        tensors: list[torch.Tensor],
+        wire_dtype: Callable[[torch.dtype], torch.dtype],
+        collective: Callable[[torch.Tensor], None],
+    ) -> None:
+        if self.communicator.world_size == 1 or not tensors:
+            return
+        queues: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for tensor in tensors:
+            queues.setdefault((tensor.device, wire_dtype(tensor.dtype)), []).append(tensor)
+        with self.pool.lent() as buffers:
+            for (device, dtype), queue in queues.items():
+                shape_only = torch.empty(sum(t.numel() for t in queue), dtype=dtype, device="meta")
+                for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self._longest_message):
+                    flat = buffers.get(bucket.elements, dtype, device)
+                    for piece, run in bucket.runs(flat):
+                        run.copy_(piece.values())
+                    collective(flat)
+                    for piece, run in bucket.runs(flat):
+                        piece.values().copy_(run)

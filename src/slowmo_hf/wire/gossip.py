@@ -1,0 +1,304 @@
+r"""
+Push-sum gossip between rounds: SGP, D-PSGD and, with messages behind the computation, OSGP (Assran et al. 2019,
+stochastic gradient push).
+
+Worker i keeps a numerator x_i and a push-sum weight w_i (1 after a round); its parameters hold the de-biased
+z_i = x_i / w_i, where gradients are taken. After optimizer step k (an inner step moved the parameters from z to z'):
+
+    x <- x + (z' - z)                          the base optimizer's whole step, taken at z    GossipBase._absorb
+    send p (x, w) to each peer; keep p (x, w)  p = 1 / (1 + peers)                            GossipBase._send
+    x, w <- x, w + the messages of step k - staleness                                         GossipBase._take_in
+    z <- x / w
+
+A message is taken in exactly `staleness` steps after it was sent, never earlier and never later, so a run is
+deterministic. Messages in flight hold part of the mass (w < 1 meanwhile): sum x and sum w over workers and messages
+never change but by gradients. With staleness 0 and uniform weights on a regular graph, or a two-sided one, w is 1
+throughout and stays home.
+
+D-PSGD is the same with a two-sided topology, whose mixing matrices are doubly stochastic: no second machinery.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from ..algorithm.layout import Bucket, FlatAnchor, Piece, rounded
+from ..algorithm.starts import Base
+from ..algorithm.topology import Schedule
+from ..config import SlowMoConfig
+from ..contents import CheckpointError, Contents, Restored, Saved
+from ..names import TOPOLOGIES, find
+from .communicator import Communicator
+from .processes import Transfer
+from .reduction import MESSAGE_BYTES
+
+
+@dataclass
+class Exchange:
+    """
+    The messages of one optimizer step, and the memory that they lie in; flat tensors are laid out like the anchors.
+    """
+
+    outgoing: dict[FlatAnchor, torch.Tensor]
+    incoming: list[dict[FlatAnchor, torch.Tensor]]
+    received: list[dict[FlatAnchor, torch.Tensor]] = field(default_factory=list)  # those of this step's sources
+    targets: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    tag: int = 0
+    weight: Transfer | None = None
+    buckets: list[Transfer] = field(default_factory=list)
+
+
+def make_topology(config: SlowMoConfig, workers: int) -> Schedule:
+    """The schedule of exchanges that `config` names; `ValueError` where it does not fit this number of workers."""
+    symmetric = config.base == "dpsgd"
+    name = config.topology if config.topology != "auto" else "bipartite_exponential" if symmetric else "exponential"
+    made: Schedule = find(TOPOLOGIES[name])(name, workers, config.peers, symmetric)
+    return made
+
+
+class GossipBase(Base):
+    """
+    One worker's numerators, weight and messages in flight.
+
+    Args:
+        config (`SlowMoConfig`): Its topology, peers, staleness and `exact_average`.
+        communicator (`Communicator`): The workers, on a process group of their own.
+        anchors (`list[FlatAnchor]`): The parameters' layout; the numerators start from them.
+    """
+
+    def __init__(self, config: SlowMoConfig, communicator: Communicator, anchors: list[FlatAnchor]) -> None:
+        self.communicator = communicator
+        self.exact_average = config.exact_average
+        self.topology = make_topology(config, communicator.world_size)
+        self.staleness = config.staleness if config.base == "osgp" else 0
+        self.weight = self._mass = 1.0
+        self.in_flight: deque[Exchange] = deque()
+        self.numerators = {item: item.flat.clone() for item in anchors}
+        # Behind the computation few large ones are better (`ExactAverager.buckets`).
+        message_bytes = config.bucket_bytes if self.staleness else min(MESSAGE_BYTES, config.bucket_bytes)
+        self._buckets = [bucket for item in anchors for bucket in item.buckets(message_bytes)]
+        self._degree = max(len(self.topology.sources(communicator.rank, k)) for k in range(self.topology.cycle_length))
+        self._free: list[Exchange] = []
+
+    # ---- one exchange ----
+
+    @torch.no_grad()
+    def mix_(self, number: int) -> None:
+        """Absorb the inner step, send, take in what is due, de-bias; exchange `number` of the schedule."""
+        share = self.topology.weight(self.communicator.rank, number)
+        if self.staleness:
+            self._mix_behind(number, share)
+            return
+        exchange = self._new_exchange()
+        self._address(exchange, number)
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                self._absorb(exchange, piece, share)
+            self._send(exchange, bucket)
+        for bucket, transfer in zip(self._buckets, exchange.buckets, strict=True):
+            self.communicator.finish(transfer)
+            for piece in bucket.pieces:
+                self._take_in(exchange.received, piece, self.weight)
+        self._free.append(exchange)
+
+    def _mix_behind(self, number: int, share: float) -> None:
+        """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
+        due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
+        exchange = Exchange(due.outgoing, due.incoming) if due else self._new_exchange()
+        self._address(exchange, number)
+        weight = self.weight * share
+        self._send_weight(exchange, weight)
+        if due and due.weight:
+            self.communicator.finish(due.weight)
+            weight += sum(float(received) for received in due.weight.received)
+        for index, bucket in enumerate(self._buckets):
+            if due:
+                self.communicator.finish(due.buckets[index])
+            for piece in bucket.pieces:
+                self._absorb(exchange, piece, share)
+                self._take_in(due.received if due else [], piece, weight)
+            self._send(exchange, bucket)
+        self.weight = weight
+        self.in_flight.append(exchange)
+
+    def _absorb(self, exchange: Exchange | None, piece: Piece, share: float) -> None:
+        """
+        x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same.
+        """
+        x = piece.of(self.numerators[piece.item])
+        if self.weight == 1 and piece.param.dtype == x.dtype:
+            torch.mul(piece.values(), share, out=x)  # x = z
+        else:
+            x.add_(piece.values() - rounded(x / self.weight, piece.param.dtype)).mul_(share)
+        if exchange and exchange.outgoing is not self.numerators:
+            piece.of(exchange.outgoing[piece.item]).copy_(x)
+
+    def _take_in(self, received: list[dict[FlatAnchor, torch.Tensor]], piece: Piece, weight: float) -> None:
+        """x <- x + the messages that are due; the parameter is z = x / w."""
+        x = piece.of(self.numerators[piece.item])
+        for flat in received:
+            x.add_(piece.of(flat[piece.item]).to(x.device))
+        piece.values().copy_(x if weight == 1 else x / weight)
+
+    # ---- messages ----
+
+    def _new_exchange(self, sources: int = 0) -> Exchange:
+        """
+        Memory for one: the numerators themselves go out, unless they move on meanwhile or lie where they cannot travel
+        from.
+        """
+        if self._free:
+            used = self._free.pop()
+            return Exchange(used.outgoing, used.incoming, used.incoming[:sources])
+        wire = self.communicator.wire_device
+        in_place = self.staleness == 0 and all(flat.device == wire for flat in self.numerators.values())
+        outgoing = (
+            self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}
+        )
+        incoming = [
+            {item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()}
+            for _ in range(self._degree)
+        ]
+        return Exchange(outgoing, incoming, incoming[:sources])
+
+    def _address(self, exchange: Exchange, number: int) -> None:
+        me = self.communicator.rank
+        exchange.targets, exchange.sources = self.topology.targets(me, number), self.topology.sources(me, number)
+        exchange.received = exchange.incoming[: len(exchange.sources)]
+        exchange.tag = number * (len(self._buckets) + 1)
+        exchange.weight, exchange.buckets = None, []
+
+    def _send(self, exchange: Exchange, bucket: Bucket) -> None:
+        into = [bucket.of(flat[bucket.item]) for flat in exchange.received]
+        message, tag = bucket.of(exchange.outgoing[bucket.item]), exchange.tag + 1 + len(exchange.buckets)
+        exchange.buckets.append(self.communicator.exchange(message, exchange.targets, into, exchange.sources, tag))
+
+    def _send_weight(self, exchange: Exchange, weight: float) -> None:
+        message = torch.tensor([weight], dtype=torch.float64, device=self.communicator.wire_device)
+        into = [torch.empty_like(message) for _ in exchange.sources]
+        exchange.weight = self.communicator.exchange(message, exchange.targets, into, exchange.sources, exchange.tag)
+
+    # ---- what the outer loop asks ----
+
+    def origin(self, piece: Piece) -> torch.Tensor:
+        """The anchor, where all workers have the same; else 0."""
+        return piece.anchor if self.exact_average else torch.zeros_like(piece.anchor[:1])
+
+    def displacement_(self, piece: Piece, out: torch.Tensor) -> None:
+        """
+        Write W origin - (x + the messages in flight to this worker) into `out`, W their mass. Over workers the W sum
+        to m, so the mean is that of origin - x; and a worker with more or less than its share shows no distance for
+        it.
+        """
+        out.copy_(self.origin(piece)).mul_(self._mass).sub_(piece.of(self.numerators[piece.item]))
+        for exchange in self.in_flight:
+            for flat in exchange.received:
+                out.sub_(piece.of(flat[piece.item]).to(out.device))
+
+    def own_displacement_(self, piece: Piece, out: torch.Tensor) -> None:
+        """Write anchor - z into `out`."""
+        torch.sub(piece.anchor, piece.of(self.numerators[piece.item]) / self.weight, out=out)
+
+    def hand_back_(self, piece: Piece) -> None:
+        """x = w anchor; the parameter is the anchor."""
+        torch.mul(piece.anchor, 1.0 if self.exact_average else self.weight, out=piece.of(self.numerators[piece.item]))
+        self._take_in([], piece, 1.0 if self.exact_average else self.weight)
+
+    def settle(self) -> None:
+        """Absorb the last inner step, and wait for the messages in flight; they stay due when they were."""
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                self._absorb(None, piece, 1.0)
+        self.wait_for_messages()
+
+    def wait_for_messages(self) -> None:
+        """
+        Wait for the messages in flight; they stay due when they were. The parameters are not looked at: they may show
+        the average.
+        """
+        for exchange in self.in_flight:
+            for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
+                self.communicator.finish(transfer)
+        self._mass = self.weight + sum(float(w) for e in self.in_flight if e.weight for w in e.weight.received)
+
+    def end_average(self) -> None:
+        """A round has taken in what was in flight; w = 1 again."""
+        self._free.extend(self.in_flight)
+        self.in_flight.clear()
+        self.weight = 1.0
+
+    # ---- state ----
+
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`: numerators, weight and messages in flight; nothing where they are the model, 1 and none."""
+        if agree:
+            return Saved()
+        self.wait_for_messages()
+        own = Contents({"weight": self.weight})
+        own.settings["in_flight"] = [
+            [float(weight) for weight in exchange.weight.received] if exchange.weight else []
+            for exchange in self.in_flight
+        ]
+        for index, item in enumerate(self.numerators):
+            own.tensors[f"numerator.{index}"] = self.numerators[item]
+            for number, exchange in enumerate(self.in_flight):
+                for source, received in enumerate(exchange.received):
+                    own.tensors[f"message.{number}.{source}.{index}"] = received[item]
+        return Saved(own=own)
+
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`; what was in flight belongs to the run that is left."""
+        own = saved.own
+        if not same_number or "weight" not in own.settings:
+            return lambda: self._begin_anew(from_anchors=same_number)
+        weight = own.fraction("weight", most=self.topology.workers)
+        in_flight = own.number_lists("in_flight", most=self.staleness, least=0)
+        numerators = {item: own.tensor(f"numerator.{i}", item.flat) for i, item in enumerate(self.numerators)}
+        messages = [
+            [
+                {item: own.tensor(f"message.{number}.{source}.{i}", item.flat) for i, item in enumerate(numerators)}
+                for source in range(len(weights))
+            ]
+            for number, weights in enumerate(in_flight)
+        ]
+        if any(len(weights) > self._degree for weights in in_flight):
+            raise CheckpointError(
+                f"{own.source}.json: in_flight has more messages than the {self._degree} that a worker gets at a "
+                "step. Resume from another checkpoint."
+            )
+
+        def take_up() -> None:
+            self.wait_for_messages()
+            self.end_average()
+            self.weight = weight
+            for item, numerator in numerators.items():
+                self.numerators[item].copy_(numerator)
+            for weights, received in zip(in_flight, messages, strict=True):
+                self._put_in_flight(weights, received)
+
+        return take_up
+
+    def _begin_anew(self, *, from_anchors: bool) -> None:
+        """Numerators are the anchors, as after a round; or the parameters, as at the start of a run."""
+        self.wait_for_messages()
+        self.end_average()
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                piece.of(self.numerators[piece.item]).copy_(piece.anchor if from_anchors else piece.values())
+
+    def _put_in_flight(self, weights: list[float], messages: list[dict[FlatAnchor, torch.Tensor]]) -> None:
+        exchange = self._new_exchange(len(weights))
+        for received, message in zip(exchange.received, messages, strict=True):
+            for item, flat in message.items():
+                received[item].copy_(flat)
+        exchange.weight = _arrived([torch.tensor([weight], dtype=torch.float64) for weight in weights])
+        exchange.buckets = [_arrived([]) for _ in self._buckets]
+        self.in_flight.append(exchange)
+
+
+def _arrived(received: list[torch.Tensor]) -> Transfer:
+    return Transfer([], torch.empty(0), received, "a message of a checkpoint", done=True)

@@ -1,0 +1,258 @@
+"""
+Line 6 in two stages, over owners: of every bucket, worker r owns shard r.
+
+    shard r of what every worker brings goes to worker r     all-to-all
+    worker r sums them
+    what comes of the sum goes to all                        all-gather
+
+`Ends` says what is packed, summed and handed out: numbers in few bytes (`error_feedback.py`), or the shards of a slow
+state that its owner alone has (`sharding.py`), which it updates between the two stages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..algorithm.layout import Bucket, FlatAnchor, Piece
+from ..algorithm.outer_update import Sum
+from ..algorithm.starts import Base
+from ..contents import Contents, Restored
+from .averages import Averages, Buffers
+from .communicator import Arrival, Communicator
+from .reduction import OWN_SLOTS, Launch, Memory, Message
+
+
+class Ends(Protocol):
+    """
+    What happens at the ends of both stages. Rows have shape (workers, bytes), one per worker.
+
+    Attributes:
+        at_owner (`bool`): Whether the outer update is done by each shard's owner, between the stages.
+        buckets (`list[Bucket]`): What messages carry, of the whole layout.
+    """
+
+    at_owner: bool
+    buckets: list[Bucket]
+
+    def row_bytes(self, number: int) -> int:
+        """Of bucket `number`: bytes for one owner."""
+
+    def reserve(self, memory: Memory) -> None:
+        """Make what a round needs beside the rows."""
+
+    def pack_(self, number: int, launch: Launch, base: Base, rows: torch.Tensor) -> torch.Tensor:
+        """Write what each owner gets into its row; the squared norm of what this worker brings, 0-dim."""
+
+    def sum_(self, number: int, launch: Launch, rows: torch.Tensor) -> Sum:
+        """Of every worker's row, this worker's shard: its bucket, the sum, that of the squared norms."""
+
+    def share(self, number: int, launch: Launch, total: Sum, square: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The bytes that go to all, in the memory of the first row or elsewhere, not in the other rows."""
+
+    def gathered(self, number: int, launch: Launch, rows: torch.Tensor) -> Sum:
+        """The whole bucket with what has come from all owners: sums; or new anchors, a view, where those update."""
+
+    def saved(self) -> Contents:
+        """As `Reduction.saved`."""
+
+    def restore(self, contents: Contents) -> Restored:
+        """As `Reduction.restore`."""
+
+    def forget(self) -> None:
+        """As `Reduction.forget`."""
+
+
+class TwoStage:
+    """
+    A reduction over owners.
+
+    Memory: messages to and from all, of one bucket and the next; of all buckets where they set out together.
+
+    Args:
+        averages (`Averages`): The workers.
+        ends (`Ends`): What travels.
+        own_memory (`bool`): As `AllReduce`'s.
+    """
+
+    def __init__(self, averages: Averages, ends: Ends, *, own_memory: bool) -> None:
+        self.averages, self.ends = averages, ends
+        self.hands_out = ends.at_owner
+        self._communicator, self._own_memory = averages.communicator, own_memory
+        self._first_stages: deque[tuple[_TwoStages, Launch]] = deque()
+
+    def reserve(self, buffers: Buffers) -> None:
+        """As `AllReduce.reserve`."""
+        self.ends.reserve(buffers.get)
+        for number in range(len(self.ends.buckets)):
+            self._rows(number, buffers.get)
+
+    def _rows(self, number: int, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory of the messages to all and from all."""
+        workers, bucket = self._communicator.world_size, self.ends.buckets[number]
+        device, row = bucket.pieces[0].param.device, self.ends.row_bytes(number)
+        slot = OWN_SLOTS + 2 * number if self._own_memory else 2 * (number % 2)
+        outgoing, incoming = (memory(workers * row, torch.uint8, device, slot + side) for side in (0, 1))
+        return outgoing.view(workers, row), incoming.view(workers, row)
+
+    def start(self, launch: Launch, base: Base) -> Iterator[Message]:
+        """
+        As `Reduction.start`. Where nothing is to be updated between the stages, second ones set out when first ones
+        have come, at the latest when the sums are read.
+        """
+        for number in range(len(self.ends.buckets)):
+            message = self._send(number, launch, base)
+            if launch.is_ahead and isinstance(message, _TwoStages):
+                self._first_stages.append((message, launch))
+                self._communicator.owe(lambda: self.start_second_stages(wait=True))
+            yield message
+        # NCCL wants one order over all its communicators: not one that depends on what is here.
+        if not self._communicator.fails_cleanly:
+            self.start_second_stages(wait=True)
+
+    def _send(self, number: int, launch: Launch, base: Base) -> _TwoStages | _UpdatedBetween:
+        outgoing, incoming = self._rows(number, launch.memory)
+        launch.own_squares.append(self.ends.pack_(number, launch, base, outgoing))
+        square = launch.weight * launch.own_squares[-1]
+        to_owners = self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
+        kind = _UpdatedBetween if self.hands_out else _TwoStages
+        return kind(self._communicator, self.ends, number, square, outgoing, incoming, to_owners)
+
+    def start_second_stages(self, *, wait: bool) -> None:
+        """In the buckets' order, the same on all workers."""
+        while self._first_stages and (wait or self._first_stages[0][0].to_owners.is_here()):
+            message, launch = self._first_stages.popleft()
+            message.start_second_stage(launch)
+            if not self._first_stages:
+                self._communicator.owe(None)
+
+    def new_anchors(self, launch: Launch) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """As `Reduction.new_anchors`: what has come from every shard's owner."""
+        if not self.hands_out:
+            yield from ((piece, piece.anchor) for bucket in self.ends.buckets for piece in bucket.pieces)
+            return
+        for message in launch.messages:
+            assert isinstance(message, _UpdatedBetween)
+            message.arrived()
+        for number in range(len(self.ends.buckets)):
+            bucket, anchors, _ = self.ends.gathered(number, launch, self._rows(number, launch.memory)[0])
+            yield from bucket.runs(anchors)
+        launch.close()
+
+    def land_(self, launch: Launch, anchors: dict[FlatAnchor, torch.Tensor]) -> None:
+        """As `Reduction.land_`."""
+        for number in range(len(self.ends.buckets) if self.hands_out else 0):
+            bucket, here, _ = self.ends.gathered(number, launch, self._rows(number, launch.memory)[0])
+            here.copy_(bucket.of(anchors[bucket.item]))
+
+    def summed(self, values: list[float]) -> list[float]:
+        """As `Reduction.summed`: where an owner updates, it has counted its own shards."""
+        return self._communicator.gather_header(values).sum(0).tolist() if self.hands_out else values
+
+    def saved(self) -> Contents:
+        """As `Reduction.saved`."""
+        return self.ends.saved()
+
+    def restore(self, contents: Contents) -> Restored:
+        """As `Reduction.restore`."""
+        return self.ends.restore(contents)
+
+    def forget(self) -> None:
+        """As `Reduction.forget`."""
+        self._first_stages.clear()
+        self._communicator.owe(None)
+        self.ends.forget()
+
+
+@dataclass(eq=False)
+class _InTwoStages:
+    """One bucket's, under way."""
+
+    communicator: Communicator
+    ends: Ends
+    number: int
+    square: torch.Tensor  # weighted: of what this worker brought
+    outgoing: torch.Tensor  # then what comes from all owners
+    incoming: torch.Tensor
+    to_owners: Arrival
+    to_all: Callable[[], None] | None = None
+
+    def share(self, launch: Launch, total: Sum) -> None:
+        """Start the second stage."""
+        mine = self.ends.share(self.number, launch, total, self.square, self.incoming)
+        self.to_all = self.communicator.start_all_gather(self.outgoing, mine)
+
+
+@dataclass(eq=False)
+class _TwoStages(_InTwoStages):
+    """
+    The second stage is started by whoever comes first, `start_second_stages` between steps or the one who wants the
+    result. A failure is the result's: between steps a leader would fail alone.
+    """
+
+    failure: RuntimeError | None = None
+
+    def start_second_stage(self, launch: Launch) -> None:
+        """Wait for the first, and start it; once."""
+        if self.to_all is not None or self.failure is not None:
+            return
+        try:
+            self.to_owners()
+            self.share(launch, self.ends.sum_(self.number, launch, self.incoming))
+        except RuntimeError as failure:
+            self.failure = failure
+
+    def result(self, launch: Launch) -> Sum:
+        """Wait for both."""
+        self.start_second_stage(launch)
+        if self.failure is not None:
+            raise self.failure
+        assert self.to_all is not None
+        self.to_all()
+        return self.ends.gathered(self.number, launch, self.outgoing)
+
+    def updated(self, launch: Launch) -> None:
+        """All have used the same."""
+
+    def drain(self, launch: Launch) -> None:
+        """Wait for both, and leave what they bring."""
+        self.result(launch)
+
+
+@dataclass(eq=False)
+class _UpdatedBetween(_InTwoStages):
+    """
+    Where a shard's owner does the outer update between the stages the second brings new anchors: into the parameters
+    at once where they are waited for.
+    """
+
+    total: Sum | None = None
+
+    def result(self, launch: Launch) -> Sum:
+        """Wait for the first stage: this worker's shard."""
+        self.to_owners()
+        self.total = self.ends.sum_(self.number, launch, self.incoming)
+        return self.total
+
+    def updated(self, launch: Launch) -> None:
+        """Start the second."""
+        assert self.total is not None
+        self.share(launch, self.total)
+        if not launch.is_ahead:
+            self.arrived()
+            bucket, anchors, _ = self.ends.gathered(self.number, launch, self.outgoing)
+            for piece, run in bucket.runs(anchors):
+                piece.values().copy_(run)
+
+    def arrived(self) -> None:
+        """Wait for the second, if it was started."""
+        if self.to_all is not None:
+            self.to_all()
+
+    def drain(self, launch: Launch) -> None:
+        """Wait for what is under way."""
+        self.to_owners() if self.to_all is None else self.to_all()

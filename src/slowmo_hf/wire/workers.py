@@ -1,0 +1,112 @@
+"""Which processes form a worker, and over which groups they talk: all of the job, inside a worker, between workers."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import GOSSIP_BASES, SlowMoConfig
+from .communicator import Communicator
+from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
+from .roll_call import RollCall
+
+_WORD_SECONDS = 4.0  # for a leader that has failed to find the cause and tell its worker's processes
+
+
+def worker_size(config: SlowMoConfig) -> int:
+    """
+    Processes per worker in this job, what `processes_per_worker` comes to. `"auto"` is a machine's where the job spans
+    several machines with several processes each, else 1; it is 1 with `base="all_reduce"`, where gradients are
+    averaged over all anyway.
+    """
+    world_size = processes_in_job()
+    on_machine = processes_on_machine(world_size)
+    if config.processes_per_worker == "auto":
+        return on_machine if machines_in_job(world_size) > 1 and config.base != "all_reduce" else 1
+    return on_machine if config.processes_per_worker == "node" else int(config.processes_per_worker)
+
+
+class Workers:
+    """
+    The processes of the job, cut into workers of neighbouring ranks.
+
+    `world` is every process. `inside` is this worker's own, and `gradients` the same for DDP; its first process, the
+    leader, is the only one that holds anchors and talks to other workers (`between`, and `gossip`); what it learns
+    travels on inside. With `base="all_reduce"` gradients keep all workers equal, so each does the outer update for
+    itself and talks to nobody.
+
+    Args:
+        config (`SlowMoConfig`): The settings.
+        device (`torch.device`): Where the parameters are.
+    """
+
+    def __init__(self, config: SlowMoConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.roll_call = RollCall(config.timeout_seconds)
+        self.roll_call.enter(0, "the start")
+        self.world = Communicator(config.timeout_seconds, device, witness=self.roll_call)
+        self.size = worker_size(config)
+        self.count = max(1, self.world.world_size // self.size)
+        self.index = self.world.rank // self.size
+
+    def refusal(self) -> str | None:
+        """Why the job cannot be cut into such workers, or None."""
+        if is_in_process() and self.size > 1:
+            return (
+                "processes_per_worker must be 1 inside run_in_process, where no DDP averages gradients, got "
+                f"{self.size}."
+            )
+        if self.world.world_size % self.size == 0:
+            return None
+        return (
+            f"processes_per_worker must divide the number of processes, got {self.config.processes_per_worker} (here "
+            f"{self.size}) with {self.world.world_size} processes. Start a multiple of it, or set "
+            "processes_per_worker=1."
+        )
+
+    def form(self) -> None:
+        """Make the groups. Collective, after all ranks have been found to agree on the settings."""
+        timeout, world = self.config.timeout_seconds, range(self.world.world_size)
+        cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
+        # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its
+        # word.
+        witness, longer, word = self.roll_call, 2 * timeout + 10, _WORD_SECONDS
+        self.inside = _mine(
+            [
+                Communicator(longer, self.device, ranks, purpose="inside", witness=witness, patience_seconds=word)
+                for ranks in cut
+            ]
+        )
+        # DDP's.
+        self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])
+        self.only_gradients_meet()
+        self.leads = self.inside.rank == 0
+        leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
+        # A header must not queue behind messages that travel for long.
+        purpose = "behind" if self.config.overlap_steps else "rounds"
+        self.between = Communicator(timeout, self.device, leaders, purpose=purpose, witness=witness)
+        if self.config.base in GOSSIP_BASES:
+            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
+            if self.gossip.member:
+                # NCCL wants every rank in a group's first call; in an exchange some may idle.
+                self.gossip.gather_header([0.0])
+
+    def only_gradients_meet(self) -> None:
+        """Training goes on: only a worker's own processes meet in collectives that are not ours."""
+        self.roll_call.coupled = self.gradients.ranks
+
+    def all_may_meet(self) -> None:
+        """After a meeting for a log, an evaluation or a save: Trainer gathers over the whole job."""
+        self.roll_call.coupled = self.world.ranks
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this worker has sent to others, since the groups were made; headers of meetings included."""
+        return (
+            self.world.bytes_sent
+            + self.between.bytes_sent
+            + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)
+        )
+
+
+def _mine(communicators: list[Communicator]) -> Communicator:
+    return next(communicator for communicator in communicators if communicator.member)
