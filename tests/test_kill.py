@@ -23,7 +23,8 @@ import kill_runs
 import kill_switch
 from kill_runs import Kill, Run
 from launcher import launch
-from slowmo_hf.checkpoints.files import Contents, seal, write_part
+from slowmo_hf.checkpoints.files import seal, write_part
+from slowmo_hf.contents import Contents
 
 # ---- jobs ----
 
