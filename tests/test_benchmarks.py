@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import round_cost
 import round_parts
+import speed
 from measuring import ratio
 from round_parts import BenchmarkArguments, Textbook, outer_step_of
 
@@ -205,3 +206,26 @@ def test_the_record_of_a_slow_link_is_whole():
     assert record["exchange"]["plain exchange"]["median_ms"] == pytest.approx(needed_ms, rel=0.02), (
         "the link was what the record says"
     )
+
+
+@pytest.mark.slow
+def test_speed_compares_two_checkouts():
+    """Of this one with itself, tiny: every part of every setting, and ratios of the medians beside them."""
+    args = speed.SpeedArguments(restarts=1, turns=3, tensors=2, side=4)
+    figures = speed.compare(args, {"new": ROOT / "src", "before": ROOT / "src"})
+    assert set(figures) == set(speed.SETTINGS)
+    for parts in figures.values():
+        assert set(parts) == {"start", "local step", "round", "view"}
+        for figure in parts.values():
+            medians = [figure[name]["median_ms"] for name in ("new", "before")]
+            assert min(medians) > 0
+            assert figure["new / before"]["n"] == 3
+            assert figure["new / before"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=0.05)
+
+
+def test_the_record_of_speed_has_enough_turns():
+    record = json.loads((ROOT / "benchmarks" / "records" / "speed.json").read_text())
+    for parts in record["figures"].values():
+        for figure in parts.values():
+            assert figure["new / before"]["n"] >= 20
+            assert figure["new / before"]["met"] == (figure["new / before"]["ratio"] <= speed.AT_MOST)
