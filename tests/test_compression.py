@@ -148,7 +148,7 @@ def telescope(rank, name, elements, bucket_bytes):
     longest = [bytes_per_message(item, bucket_bytes, ahead=False) for item in anchors]
     buckets = [bucket for item, most in zip(anchors, longest, strict=True) for bucket in item.buckets(most)]
     feedback = ErrorFeedback(averages, buckets, find(CODES[name])())
-    reduction = TwoStage(averages, feedback, own_memory=False)
+    reduction = TwoStage(averages, feedback, ahead=False)
     draw = torch.Generator().manual_seed(rank)
     applied, true, squares = torch.zeros(elements).double(), torch.zeros(elements).double(), []
     for number in range(ROUNDS):

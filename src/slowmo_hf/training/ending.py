@@ -19,17 +19,17 @@ def end_together(
     in_flight: InFlight,
     consensus: Consensus,
     *,
-    all_meet_here: bool = True,
-    others_meet_at: Callable[[int], bool] = lambda step: False,
+    all_meet_here: bool,
+    others_meet_at: Callable[[int], bool],
 ) -> None:
     """
     End training with the average shown. Collective: a rank that ends first takes part in the others' rounds until all
     have ended, and then has the furthest one's clock. With `base="all_reduce"` ranks go in step anyway.
 
     Args:
-        all_meet_here (`bool`, *optional*, defaults to `True`): False where others may train on from this step: with a
+        all_meet_here (`bool`): False where others may train on from this step: with a
             gossip base this rank then takes part in their exchanges until all next meet.
-        others_meet_at (`Callable`, *optional*): Whether they meet at a later step that is no round. A meeting that it
+        others_meet_at (`Callable`): Whether they meet at a later step that is no round. A meeting that it
             does not know of is missed, and told after `timeout_seconds`.
     """
     if not parts.meets_others:

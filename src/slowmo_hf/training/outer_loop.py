@@ -155,9 +155,11 @@ class OuterLoop:
                 return not self.in_flight.meet(Purpose.GATHER).somebody_ended
         return True
 
-    def end(self, **where: Any) -> None:
+    def end(self, *, all_meet_here: bool = True, others_meet_at: Callable[[int], bool] = lambda step: False) -> None:
         """As `ending.end_together`."""
-        end_together(self.parts, self.in_flight, self.consensus, **where)
+        end_together(
+            self.parts, self.in_flight, self.consensus, all_meet_here=all_meet_here, others_meet_at=others_meet_at
+        )
 
     # ---- state ----
 

@@ -61,7 +61,7 @@ class SlowState:
         averages, ahead = self.averages, bool(config.overlap_steps)
         if config.shard_slow_state:
             self._shards = Shards(averages, self.layouts, config.bucket_bytes, config.slow_state_device, ahead=ahead)
-            over_owners = TwoStage(averages, self._shards, own_memory=ahead)
+            over_owners = TwoStage(averages, self._shards, ahead=ahead)
             return self._shards.anchors, self._shards.own_buckets, over_owners, over_owners
         anchors = flat_anchors(self.layouts)
         buckets = [
@@ -74,7 +74,7 @@ class SlowState:
             exact = AllReduce(averages, buckets, own_memory=ahead)
             return anchors, buckets, exact, exact
         code: Code = find(CODES[config.compression])()
-        in_few_bytes = TwoStage(averages, ErrorFeedback(averages, buckets, code), own_memory=ahead)
+        in_few_bytes = TwoStage(averages, ErrorFeedback(averages, buckets, code), ahead=ahead)
         return anchors, buckets, AllReduce(averages, buckets, own_memory=False), in_few_bytes
 
     @property

@@ -76,26 +76,26 @@ class TwoStage:
     Args:
         averages (`Averages`): The workers.
         ends (`Ends`): What travels.
-        own_memory (`bool`): As `AllReduce`'s.
+        ahead (`bool`): Whether rounds set out together.
     """
 
-    def __init__(self, averages: Averages, ends: Ends, *, own_memory: bool) -> None:
+    def __init__(self, averages: Averages, ends: Ends, *, ahead: bool) -> None:
         self.averages, self.ends = averages, ends
         self.hands_out = ends.at_owner
-        self._communicator, self._own_memory = averages.communicator, own_memory
+        self._communicator, self._ahead = averages.communicator, ahead
         self._first_stages: deque[tuple[_TwoStages, Launch]] = deque()
 
     def reserve(self, buffers: Buffers) -> None:
         """As `AllReduce.reserve`."""
         self.ends.reserve(buffers.get)
         for number in range(len(self.ends.buckets)):
-            self._rows(number, buffers.get)
+            self._rows(number, buffers.get, ahead=self._ahead)
 
-    def _rows(self, number: int, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, number: int, memory: Memory, *, ahead: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory of the messages to all and from all."""
         workers, bucket = self._communicator.world_size, self.ends.buckets[number]
         device, row = bucket.pieces[0].param.device, self.ends.row_bytes(number)
-        slot = OWN_SLOTS + 2 * number if self._own_memory else 2 * (number % 2)
+        slot = OWN_SLOTS + 2 * number if ahead else 2 * (number % 2)
         outgoing, incoming = (memory(workers * row, torch.uint8, device, slot + side) for side in (0, 1))
         return outgoing.view(workers, row), incoming.view(workers, row)
 
@@ -115,7 +115,7 @@ class TwoStage:
             self.start_second_stages(wait=True)
 
     def _send(self, number: int, launch: Launch, base: Base) -> _TwoStages | _UpdatedBetween:
-        outgoing, incoming = self._rows(number, launch.memory)
+        outgoing, incoming = self._rows(number, launch.memory, ahead=launch.is_ahead)
         launch.own_squares.append(self.ends.pack_(number, launch, base, outgoing))
         square = launch.weight * launch.own_squares[-1]
         to_owners = self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
@@ -139,14 +139,18 @@ class TwoStage:
             assert isinstance(message, _UpdatedBetween)
             message.arrived()
         for number in range(len(self.ends.buckets)):
-            bucket, anchors, _ = self.ends.gathered(number, launch, self._rows(number, launch.memory)[0])
+            bucket, anchors, _ = self.ends.gathered(
+                number, launch, self._rows(number, launch.memory, ahead=launch.is_ahead)[0]
+            )
             yield from bucket.runs(anchors)
         launch.close()
 
     def land_(self, launch: Launch, anchors: dict[FlatAnchor, torch.Tensor]) -> None:
         """As `Reduction.land_`."""
         for number in range(len(self.ends.buckets) if self.hands_out else 0):
-            bucket, here, _ = self.ends.gathered(number, launch, self._rows(number, launch.memory)[0])
+            bucket, here, _ = self.ends.gathered(
+                number, launch, self._rows(number, launch.memory, ahead=launch.is_ahead)[0]
+            )
             here.copy_(bucket.of(anchors[bucket.item]))
 
     def summed(self, values: list[float]) -> list[float]:
