@@ -32,7 +32,7 @@ WINGS = {
     "checkpoints": [["state"], ["files"]],
     "training": [
         ["outer_loop"],
-        ["ending", "gradients", "state_dict"],
+        ["ending", "gradients", "slow_state_dict"],
         ["consensus"],
         ["in_flight"],
         ["round"],

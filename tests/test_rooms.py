@@ -88,12 +88,12 @@ def test_the_clock_in_numbers():
         clock.step()
         due.append(clock.exchange_number if clock.exchange_is_due else "round" if clock.round_is_due else None)
         if clock.round_is_due:
-            clock.launch()
+            clock.begin_round()
     assert due == [0, 1, "round", 2, 3, "round", 4]
     assert (clock.rounds, clock.local_steps, clock.trained_steps) == (2, 1, 7)
     clock.idle()
     assert (clock.attempted_steps, clock.trained_steps, clock.local_steps) == (8, 7, 1)
-    clock.drop(3)
+    clock.drop_round(3)
     assert (clock.rounds, clock.local_steps) == (1, 4)
 
 

@@ -107,14 +107,13 @@ class SlowMoConfig(Presets):
     exact_average: bool = _help("Exact average at a round (line 6); False is for gossip bases only.", True)
     model_buffers: str = _help("Changing floating-point buffers at a round: average or local.", "average")
     processes_per_worker: str = _help("auto, node or a number of processes.", "auto")
-    topology: str = _help(
-        "Who sends to whom: auto, exponential, bipartite_exponential, ring or complete; gossip bases only.", "auto"
-    )
+    topology: str = _help(f"Who sends to whom: {', '.join(['auto', *TOPOLOGIES])}; gossip bases only.", "auto")
     peers: int = _help("Peers per exchange; gossip bases only.", 1)
     staleness: int = _help("Optimizer steps that a message is in flight; base osgp only.", 1)
     overlap_steps: int = _help("Steps of training while the average of a round travels; base local_sgd.", 0)
     compression: str = _help(
-        "What a round's average travels in: none, bf16 or int8, with error feedback; base local_sgd only.", "none"
+        f"What a round's average travels in: {', '.join(['none', *CODES])}, with error feedback; base local_sgd only.",
+        "none",
     )
     shard_slow_state: bool = _help(
         "Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.", False

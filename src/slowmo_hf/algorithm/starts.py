@@ -9,6 +9,8 @@ import torch
 from ..contents import Contents, Restored, Saved
 from .layout import FlatAnchor, Piece, rounded
 
+IN_FLIGHT = "departed"  # a setting of a checkpoint that was saved while a round was in flight
+
 
 class Base:
     """
@@ -135,7 +137,7 @@ class TrainingOn(Base):
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`."""
-        if "departed" not in saved.own.settings or not same_number:
+        if IN_FLIGHT not in saved.own.settings or not same_number:
             return self.stay
         flat = {item: saved.own.tensor(f"departed.{i}", own) for i, (item, own) in enumerate(self.departed.items())}
 

@@ -1,6 +1,20 @@
 """
 The complete state of an outer loop at one optimizer step, for a checkpoint: what all workers share, and what each has
-alone.
+alone. Every part writes its own fields and checks them again; here stand those of the whole.
+
+    shared  run, workers, processes, config, parameters                    here
+            attempted_steps, rounds                                        Clock
+            parameters_alone                                               StatusExchange
+            anchor.i, velocity.i (own with exact_average=False)            SlowState
+            previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
+    own     run, workers, attempted_steps, and the caller's objects        here
+            local_steps                                                    Clock
+            changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
+            workers differ
+            the object inner_optimizer                                     InnerState
+            bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
+            departed, departed.i                                           InFlight, TrainingOn, of a round in flight
+            weight, in_flight, numerator.i, message.k.source.i             GossipBase, inside a round
 """
 
 from __future__ import annotations
@@ -24,17 +38,15 @@ SHARED = "shared"
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
 # that is said.
 _FIXED = (
-    *(
-        "base",
-        "sync_every",
-        "outer_optimizer",
-        "exact_average",
-        "inner_state",
-        "model_buffers",
-        "topology",
-        "peers",
-        "staleness",
-    ),
+    "base",
+    "sync_every",
+    "outer_optimizer",
+    "exact_average",
+    "inner_state",
+    "model_buffers",
+    "topology",
+    "peers",
+    "staleness",
     "overlap_steps",
 )
 

@@ -44,13 +44,13 @@ class Clock:
         """Attempted steps without idle ones."""
         return self.attempted_steps - self.idle_steps
 
-    def launch(self) -> None:
+    def begin_round(self) -> None:
         """A round begins."""
         self.rounds += 1
         self.local_steps = 0
 
-    def drop(self, local_steps: int) -> None:
-        """There was no round: what `launch` has done is undone."""
+    def drop_round(self, local_steps: int) -> None:
+        """There was no round: what `begin_round` has done is undone."""
         self.rounds -= 1
         self.local_steps += local_steps
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from torch.profiler import record_function
 
 from ..algorithm.norms import Norms
+from ..algorithm.starts import IN_FLIGHT
 from ..contents import Restored, Saved
 from ..wire.reduction import Launch
 from .parts import Parts
@@ -33,10 +34,10 @@ class InFlight:
     def advance(self) -> RoundReport | None:
         """Apply what is due at this step, do what is due on the way; the report of the last one applied."""
         report = self.apply_due()
-        if any(launched.settles_now for launched in self.rounds):
+        if any(one.settles_now for one in self.rounds):
             self.hear()
-            for launched in self.rounds:
-                launched.settle_on_the_way()
+            for one in self.rounds:
+                one.settle_on_the_way()
         if self.rounds:
             self.parts.slow.reduction.start_second_stages(wait=False)
         return report
@@ -109,16 +110,16 @@ class InFlight:
     def hear(self) -> None:
         """What all have said of rounds that went ahead, if that is not known yet: `Round.hear`."""
         try:
-            for launched in self.rounds:
-                launched.hear()
+            for one in self.rounds:
+                one.hear()
         finally:
-            self.rounds = [launched for launched in self.rounds if not launched.is_dropped]
+            self.rounds = [one for one in self.rounds if not one.is_dropped]
 
     def settle(self) -> None:
         """Do the outer updates of rounds in flight, on the leader. They stay due when they were."""
         self.hear()
-        for launched in self.rounds:
-            launched.settle()
+        for one in self.rounds:
+            one.settle()
 
     def start_what_others_wait_for(self) -> None:
         """Before a meeting of ranks that have no later step to start it at: second stages of messages that travel."""
@@ -134,8 +135,8 @@ class InFlight:
         """
         with suppress(ValueError):
             self.hear()
-        for launched in self.rounds:
-            launched.drain()
+        for one in self.rounds:
+            one.drain()
         self.rounds = []
         self.parts.base.stay()
         self.parts.status.forget()
@@ -145,28 +146,27 @@ class InFlight:
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`: those in flight have been settled."""
         saved = Saved()
-        for launched in self.rounds:
-            if launched.norms is None:  # the leader has them, and writes
-                continue
-            saved.own.settings["departed"] = {"due_step": launched.due_step, "norms": launched.norms.squares}
+        for one in self.rounds:  # at most one: overlap_steps < sync_every
+            if one.norms is not None:  # the leader has them, and writes
+                saved.own.settings[IN_FLIGHT] = {"due_step": one.due_step, "norms": one.norms.squares}
         return saved
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`; first, for it waits for what is under way."""
         parts = self.parts
-        if "departed" not in saved.own.settings or not same_number or not parts.config.overlap_steps:
+        if IN_FLIGHT not in saved.own.settings or not same_number or not parts.config.overlap_steps:
             return self.forget
-        step, departed = saved.shared.count("attempted_steps"), saved.own.part("departed")
+        step, departed = saved.shared.count("attempted_steps"), saved.own.part(IN_FLIGHT)
         due_step = departed.count("due_step", least=step, most=step + parts.config.overlap_steps)
         norms = Norms.of(departed.numbers("norms", 3, least=0))
         anchors = parts.slow.whole_anchors(saved.shared)
 
         def take_up() -> None:
             self.forget()
-            launched = Round(parts, due_step, norms)
+            one = Round(parts, due_step, norms)
             if parts.workers.leads:
-                launched.launched = Launch(parts.slow.reduction, ahead=1.0)
-                parts.slow.reduction.land_(launched.launched, anchors)
-            self.rounds.append(launched)
+                one.messages = Launch(parts.slow.reduction, ahead=1.0)
+                parts.slow.reduction.land_(one.messages, anchors)
+            self.rounds.append(one)
 
         return take_up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..algorithm.starts import IN_FLIGHT
 from ..config import SlowMoConfig
 from ..contents import Contents, Restored, Saved
 from ..wire.averages import Averages
@@ -83,7 +84,7 @@ class InnerState:
         """As `Part.restore`: with another number of workers they are dealt out in turn."""
         state = saved.own.optimizer(OBJECT, self.optimizer)
         # Then all start from an average that has taken in what was in flight.
-        round_ends = "departed" in saved.own.settings and not same_number
+        round_ends = IN_FLIGHT in saved.own.settings and not same_number
 
         def take_up() -> None:
             self.optimizer.load_state_dict(state)

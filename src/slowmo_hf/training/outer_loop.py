@@ -4,8 +4,9 @@ The heart: the clock drives rounds (Algorithm 1 of SlowMo, https://huggingface.c
     for every optimizer step k = 1, 2, ...                    OuterLoop.step
         the inner optimizer has stepped, gossip mixes         line 4                        Parts.exchange
         if k is a multiple of sync_every:                     Clock.round_is_due            InFlight.launch
-            pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}   Round.launch
-            velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u           Round.settle
+            x_i sets out                                                                    Round.launch
+            pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}   Round.settle
+            velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u           slow_momentum_update_
             anchor      = anchor - alpha velocity             line 8
             x_i         = anchor                              the next round's start        Round.apply
             inner state: reset, maintain or average           line 2
@@ -37,8 +38,8 @@ from .local_state import LocalTensors
 from .model_tensors import ModelTensors
 from .parts import Parts, refusal
 from .report import RoundReport
+from .slow_state_dict import load_state_dict, state_dict
 from .start_check import check_same_everywhere, log_start
-from .state_dict import load_state_dict, state_dict
 from .status import Purpose
 
 
@@ -170,10 +171,10 @@ class OuterLoop:
         return [self.in_flight, self.clock, self.status, self.parts.slow, local, self.base]
 
     def state_dict(self) -> dict[str, Any]:
-        """As `state_dict.state_dict`."""
+        """As `slow_state_dict.state_dict`."""
         return state_dict(self.parts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `state_dict.load_state_dict`; copied in place. Collective among the processes of a worker."""
+        """As `slow_state_dict.load_state_dict`; copied in place. Collective among the processes of a worker."""
         self.consensus.restore()  # the state replaces what a view would give back
         load_state_dict(self.parts, self.saved_parts, self.in_flight, state)

@@ -2,9 +2,9 @@
 One round: launched at a multiple of sync_every, applied there or `overlap_steps` later. Without overlap it is the same
 round with a delay of 0.
 
-    launch    step k: displacements set out (line 6)
+    launch    step k: what workers bring sets out; without overlap bucket by bucket, while the round is settled
     hear      what all ranks say of it, where it set out before they had
-    settle    the outer update (lines 7 and 8), once, by whoever needs the new anchors first
+    settle    sums arrive (line 6), and the outer update is done (lines 7, 8): once, by whoever needs it first
     apply     step k + delay: every worker goes on from them
     drop      there was no round after all
 """
@@ -45,7 +45,7 @@ class Round:
         self.begun_at = self.due_step - delay
         self.local_steps = 0  # this worker's before it, since the last round
         self.agreement: Agreement | None = None
-        self.launched: Launch | None = None  # the leader's messages
+        self.messages: Launch | None = None  # the leader's
         self.norms = norms
         self.is_counted = self.is_dropped = False  # by the clock; as if it had not been launched
         self.is_settled = norms is not None  # on time; a view may have needed it before
@@ -64,17 +64,17 @@ class Round:
         if self.travels:
             with record_function("slowmo::launch"):
                 self.parts.on_leader(self._send_on_leader)
-        self.parts.clock.launch()
+        self.parts.clock.begin_round()
         self.is_counted = True
 
     def _send_on_leader(self) -> None:
         base, slow = self.parts.base, self.parts.slow
         assert isinstance(base, TrainingOn)
-        self.launched = Launch(slow.reduction, ahead=self.local_steps / self.parts.config.sync_every)
+        self.messages = Launch(slow.reduction, ahead=self.local_steps / self.parts.config.sync_every)
         if self.parts.tensors.problem():  # which is said at the status exchange
-            self.launched.send(Nothing())
+            self.messages.send(Nothing())
             return
-        self.launched.send(base)
+        self.messages.send(base)
         base.depart_(slow.whole_pieces)
 
     def note(self, agreement: Agreement) -> None:
@@ -84,8 +84,8 @@ class Round:
             ranks = self.parts.workers.between.ranks
             weights = [agreement.local_steps[rank] / self.parts.config.sync_every for rank in ranks]
             self._summands = sum(weights)
-            if self.launched is not None:
-                self.launched.weights = weights
+            if self.messages is not None:
+                self.messages.weights = weights
 
     def average_beside(self, agreement: Agreement) -> None:
         """What an overlapped round averages beside the parameters, at once."""
@@ -152,9 +152,9 @@ class Round:
         if not parts.config.exact_average:
             parts.refuse_non_finite(self.norms.pseudo_grad_square, own_is_finite=False, all_are_here=False)
             return
-        assert self.launched is not None
+        assert self.messages is not None
         parts.refuse_non_finite(
-            self.norms.drift_square, own_is_finite=self.launched.own_is_finite, all_are_here=not self.travels
+            self.norms.drift_square, own_is_finite=self.messages.own_is_finite, all_are_here=not self.travels
         )
 
     def _sums(self) -> Iterator[Sum]:
@@ -163,11 +163,11 @@ class Round:
             parts.base.settle()
         if not parts.config.exact_average:
             return own_displacements(parts.slow.averages, parts.slow.buckets, parts.base)
-        if self.launched is None:  # without overlap messages are sent one by one, as they are wanted
-            self.launched = Launch(parts.slow.reduction)
+        if self.messages is None:  # without overlap messages are sent one by one, as they are wanted
+            self.messages = Launch(parts.slow.reduction)
             self._summands = parts.slow.averages.total_weight
-            self.launched.send(parts.base)
-        return self.launched.sums()
+            self.messages.send(parts.base)
+        return self.messages.sums()
 
     def _hand_back_(self, piece: Piece) -> None:
         # A round may change nothing; or all get it from who has updated it.
@@ -197,8 +197,8 @@ class Round:
         assert self.norms is not None
         if self.travels:
             assert isinstance(base, TrainingOn)
-            assert self.launched is not None
-            base.take_in_(slow.reduction.new_anchors(self.launched))
+            assert self.messages is not None
+            base.take_in_(slow.reduction.new_anchors(self.messages))
         elif self.parts.config.averages_at_rounds:
             base.end_average()
             self.parts.average_others(self._others)
@@ -212,10 +212,10 @@ class Round:
             self.parts.slow.reduction.forget()  # what they held back has gone with it
             self.parts.base.stay()
         if self.is_counted:
-            self.parts.clock.drop(self.local_steps)
+            self.parts.clock.drop_round(self.local_steps)
         self.is_counted, self.is_dropped = False, True
 
     def drain(self) -> None:
         """Wait for the messages, and leave what they bring."""
-        if self.launched is not None:
-            self.launched.drain()
+        if self.messages is not None:
+            self.messages.drain()

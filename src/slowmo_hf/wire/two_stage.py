@@ -83,7 +83,7 @@ class TwoStage:
         self.averages, self.ends = averages, ends
         self.hands_out = ends.at_owner
         self._communicator, self._ahead = averages.communicator, ahead
-        self._first_stages: deque[tuple[_TwoStages, Launch]] = deque()
+        self._first_stages: deque[tuple[_UpdatedByAll, Launch]] = deque()
 
     def reserve(self, buffers: Buffers) -> None:
         """As `AllReduce.reserve`."""
@@ -106,7 +106,7 @@ class TwoStage:
         """
         for number in range(len(self.ends.buckets)):
             message = self._send(number, launch, base)
-            if launch.is_ahead and isinstance(message, _TwoStages):
+            if launch.is_ahead and isinstance(message, _UpdatedByAll):
                 self._first_stages.append((message, launch))
                 self._communicator.owe(lambda: self.start_second_stages(wait=True))
             yield message
@@ -114,12 +114,12 @@ class TwoStage:
         if not self._communicator.fails_cleanly:
             self.start_second_stages(wait=True)
 
-    def _send(self, number: int, launch: Launch, base: Base) -> _TwoStages | _UpdatedBetween:
+    def _send(self, number: int, launch: Launch, base: Base) -> _UpdatedByAll | _UpdatedByOwner:
         outgoing, incoming = self._rows(number, launch.memory, ahead=launch.is_ahead)
         launch.own_squares.append(self.ends.pack_(number, launch, base, outgoing))
         square = launch.weight * launch.own_squares[-1]
         to_owners = self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
-        kind = _UpdatedBetween if self.hands_out else _TwoStages
+        kind = _UpdatedByOwner if self.hands_out else _UpdatedByAll
         return kind(self._communicator, self.ends, number, square, outgoing, incoming, to_owners)
 
     def start_second_stages(self, *, wait: bool) -> None:
@@ -136,7 +136,7 @@ class TwoStage:
             yield from ((piece, piece.anchor) for bucket in self.ends.buckets for piece in bucket.pieces)
             return
         for message in launch.messages:
-            assert isinstance(message, _UpdatedBetween)
+            assert isinstance(message, _UpdatedByOwner)
             message.arrived()
         for number in range(len(self.ends.buckets)):
             bucket, anchors, _ = self.ends.gathered(
@@ -192,7 +192,7 @@ class _InTwoStages:
 
 
 @dataclass(eq=False)
-class _TwoStages(_InTwoStages):
+class _UpdatedByAll(_InTwoStages):
     """
     The second stage is started by whoever comes first, `start_second_stages` between steps or the one who wants the
     result. A failure is the result's: between steps a leader would fail alone.
@@ -228,7 +228,7 @@ class _TwoStages(_InTwoStages):
 
 
 @dataclass(eq=False)
-class _UpdatedBetween(_InTwoStages):
+class _UpdatedByOwner(_InTwoStages):
     """
     Where a shard's owner does the outer update between the stages the second brings new anchors: into the parameters
     at once where they are waited for.
