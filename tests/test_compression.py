@@ -169,7 +169,7 @@ def telescope(rank, name, elements, bucket_bytes):
         applied,
         true,
         squares,
-        reduction.saved().tensors["residual.0"],
+        reduction.saved(agree=False, keep=True).own.tensors["residual.0"],
         owned,
         [(b.offset, b.elements) for b in buckets],
     )
@@ -293,7 +293,7 @@ def train(config, rank):
 
 def held_back(optimizer):
     """Copies of the residuals, by name."""
-    held = optimizer.outer_loop.parts.slow.reduction.saved().tensors
+    held = optimizer.outer_loop.parts.slow.reduction.saved(agree=False, keep=True).own.tensors
     return {key: part.clone() for key, part in held.items()}
 
 

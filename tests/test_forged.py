@@ -114,7 +114,11 @@ def state_of(model, optimizer):
     """Copies of all that a restore could change."""
     loop = optimizer.outer_loop
     slow = loop.parts.slow
-    held = [*(item.flat for item in slow.anchors), *slow.update.velocities, *slow.reduction.saved().tensors.values()]
+    held = [
+        *(item.flat for item in slow.anchors),
+        *slow.update.velocities,
+        *slow.reduction.saved(agree=False, keep=True).own.tensors.values(),
+    ]
     inner = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     base = [*getattr(loop.base, "numerators", {}).values(), *getattr(loop.base, "departed", {}).values()]
     tensors = [*model.parameters(), *model.buffers(), *held, *inner, *base]

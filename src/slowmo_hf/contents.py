@@ -216,7 +216,12 @@ def save_all(parts: list[Part], *, agree: bool, keep: bool) -> Saved:
     return saved
 
 
-def restore_all(parts: list[Part], saved: Saved, *, same_number: bool) -> None:
-    """All parts check theirs, then take it up; `CheckpointError` before anything is changed."""
-    for take_up in [part.restore(saved, same_number=same_number) for part in parts]:
-        take_up()
+def check_all(parts: list[Part], saved: Saved, *, same_number: bool) -> Restored:
+    """All parts check theirs, `CheckpointError`; the result takes everything up, in their order."""
+    acts = [part.restore(saved, same_number=same_number) for part in parts]
+
+    def take_up() -> None:
+        for act in acts:
+            act()
+
+    return take_up

@@ -123,7 +123,7 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
         return
     with suppress(ValueError):
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
-        outer_loop.in_flight.hear()
+        outer_loop.in_flight.start_what_others_wait_for()
     objects: dict[str, Any] = {}
 
     def take_up() -> None:

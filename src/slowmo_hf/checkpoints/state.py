@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ..config import SlowMoConfig
-from ..contents import CheckpointError, Contents, Part, Saved, restore_all, save_all
+from ..contents import CheckpointError, Contents, Part, Saved, check_all, save_all
 from ..log import logger
 from ..training.inner_state import OBJECT
 from ..training.outer_loop import OuterLoop
@@ -161,7 +161,7 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
     same_number = then == workers.count
     if not same_number:
         _say_another_number(folder, then, outer_loop)
-    restore_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)
+    check_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)()
     outer_loop.run_id = run
     return {name: value for name, value in own.objects.items() if name != OBJECT}
 

@@ -10,7 +10,7 @@ from ..config import GOSSIP_BASES
 from .consensus import Consensus
 from .in_flight import InFlight
 from .parts import Parts
-from .status import Agreement, Purpose
+from .status import Purpose
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def end_together(
         if passes_on:
             consensus.restore(give_back_random_state=False)
             _pass_on(parts, others_meet_at)
-        while (agreement := _meet(in_flight)).purpose is not Purpose.END:
+        while (agreement := in_flight.meet(Purpose.END)).purpose is not Purpose.END:
             if agreement.purpose is Purpose.ROUND:
                 consensus.restore(give_back_random_state=False)
                 clock.attempted_steps = agreement.attempted_steps
@@ -56,11 +56,6 @@ def end_together(
             in_flight.apply_due()  # the others may have gone on to where it is
     if not parts.view.is_shown:
         consensus.show_buffers_of([] if consensus.nothing_to_average else agreement.changed_buffers)
-
-
-def _meet(in_flight: InFlight) -> Agreement:
-    in_flight.start_what_others_wait_for()  # here comes no later step to start it at
-    return in_flight.meet(Purpose.END)
 
 
 def _pass_on(parts: Parts, others_meet_at: Callable[[int], bool]) -> None:

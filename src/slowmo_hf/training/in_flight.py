@@ -9,7 +9,6 @@ from torch.profiler import record_function
 from ..algorithm.norms import Norms
 from ..algorithm.starts import IN_FLIGHT
 from ..contents import Restored, Saved
-from ..wire.reduction import Launch
 from .parts import Parts
 from .report import RoundReport
 from .round import Round
@@ -103,8 +102,8 @@ class InFlight:
     # ---- what all have said ----
 
     def meet(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
-        """Wait for all ranks, and compare; what was said of rounds that went ahead comes first. Collective."""
-        self.hear()
+        """Wait for all ranks, and compare. Collective."""
+        self.start_what_others_wait_for()
         return self.parts.status.exchange(purpose, inner_lrs)
 
     def hear(self) -> None:
@@ -122,10 +121,12 @@ class InFlight:
             one.settle()
 
     def start_what_others_wait_for(self) -> None:
-        """Before a meeting of ranks that have no later step to start it at: second stages of messages that travel."""
+        """
+        Before all meet: a rank that has ended comes here from another place, and has no later step to start it at.
+        """
         self.hear()  # first: an error is told in collectives that come before the others' messages
         self.parts.slow.reduction.start_second_stages(wait=True)
-        if self.parts.slow.reduction.hands_out:
+        if self.rounds and self.parts.slow.reduction.updates_at_owners:
             self.parts.on_leader(self.settle)
 
     def forget(self) -> None:
@@ -164,9 +165,7 @@ class InFlight:
         def take_up() -> None:
             self.forget()
             one = Round(parts, due_step, norms)
-            if parts.workers.leads:
-                one.messages = Launch(parts.slow.reduction, ahead=1.0)
-                parts.slow.reduction.land_(one.messages, anchors)
+            one.messages = parts.slow.reduction.landed(anchors) if parts.workers.leads else None
             self.rounds.append(one)
 
         return take_up

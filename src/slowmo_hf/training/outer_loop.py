@@ -153,6 +153,8 @@ class OuterLoop:
         """
         if self.parts.meets_others and self.workers.world.world_size > 1:
             with self.account.communicating():
+                self.in_flight.start_what_others_wait_for()
+            with self.account.paused():  # for others' logs nobody computes, and no round communicates
                 return not self.in_flight.meet(Purpose.GATHER).somebody_ended
         return True
 
@@ -167,8 +169,8 @@ class OuterLoop:
     @property
     def saved_parts(self) -> list[Part]:
         """What a checkpoint holds of it, in the order in which it is taken up."""
-        local = LocalTensors(self.tensors, self.view, self.clock)
-        return [self.in_flight, self.clock, self.status, self.parts.slow, local, self.base]
+        slow, local = self.parts.slow, LocalTensors(self.tensors, self.view, self.clock)
+        return [self.in_flight, self.clock, self.status, slow, slow.reduction, local, self.base]
 
     def state_dict(self) -> dict[str, Any]:
         """As `slow_state_dict.state_dict`."""
@@ -176,5 +178,4 @@ class OuterLoop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `slow_state_dict.load_state_dict`; copied in place. Collective among the processes of a worker."""
-        self.consensus.restore()  # the state replaces what a view would give back
-        load_state_dict(self.parts, self.saved_parts, self.in_flight, state)
+        load_state_dict(self.parts, self.saved_parts, self.consensus, state)

@@ -48,7 +48,7 @@ class Round:
         self.messages: Launch | None = None  # the leader's
         self.norms = norms
         self.is_counted = self.is_dropped = False  # by the clock; as if it had not been launched
-        self.is_settled = norms is not None  # on time; a view may have needed it before
+        self.was_settled_on_the_way = norms is not None  # on time; a view may have needed it before
         self._summands = 1.0  # total weight of the workers' displacements
         self._hear: Callable[[], Agreement] | None = None
 
@@ -126,13 +126,13 @@ class Round:
         """
         half = self.parts.config.overlap_steps // 2
         is_due = self.parts.clock.attempted_steps >= self.due_step - half
-        return self.parts.slow.reduction.hands_out and is_due and not self.is_settled
+        return self.parts.slow.reduction.updates_at_owners and is_due and not self.was_settled_on_the_way
 
     def settle_on_the_way(self) -> None:
         """If it is due there, on every process together."""
         if self.settles_now:
             self.parts.on_leader(self.settle)
-            self.is_settled = True
+            self.was_settled_on_the_way = True
 
     def settle(self) -> None:
         """
@@ -170,8 +170,7 @@ class Round:
         return self.messages.sums()
 
     def _hand_back_(self, piece: Piece) -> None:
-        # A round may change nothing; or all get it from who has updated it.
-        if self.parts.config.has_outer_update and not self.parts.slow.reduction.hands_out:
+        if self.parts.config.has_outer_update:  # else a round changes nothing
             self.parts.base.hand_back_(piece)
 
     # ---- step k + delay ----
@@ -197,7 +196,6 @@ class Round:
         assert self.norms is not None
         if self.travels:
             assert isinstance(base, TrainingOn)
-            assert self.messages is not None
             base.take_in_(slow.reduction.new_anchors(self.messages))
         elif self.parts.config.averages_at_rounds:
             base.end_average()

@@ -9,13 +9,12 @@ from ..algorithm.layout import Bucket, FlatAnchor, Piece, flat_anchors
 from ..algorithm.outer_update import OuterUpdate, make_outer_update
 from ..config import SlowMoConfig
 from ..contents import Contents, Restored, Saved
-from ..log import logger
 from ..names import CODES, find
 from ..wire.averages import Averages
 from ..wire.error_feedback import ErrorFeedback
-from ..wire.reduction import HELD_BACK, AllReduce, Reduction, bytes_per_message
+from ..wire.reduction import AllReduce, Reduction, bytes_per_message
 from ..wire.sharding import MESSAGES_AT_ONCE, Shards
-from ..wire.two_stage import TwoStage
+from ..wire.two_stage import TwoStage, TwoStageAtOwners
 from ..wire.workers import Workers
 from .account import Account
 
@@ -61,7 +60,7 @@ class SlowState:
         averages, ahead = self.averages, bool(config.overlap_steps)
         if config.shard_slow_state:
             self._shards = Shards(averages, self.layouts, config.bucket_bytes, config.slow_state_device, ahead=ahead)
-            over_owners = TwoStage(averages, self._shards, ahead=ahead)
+            over_owners = TwoStageAtOwners(averages, self._shards, ahead=ahead)
             return self._shards.anchors, self._shards.own_buckets, over_owners, over_owners
         anchors = flat_anchors(self.layouts)
         buckets = [
@@ -94,11 +93,7 @@ class SlowState:
         names = [f"{kind}.{index}" for kind in ("anchor", "velocity") for index in range(len(self.anchors))]
         whole = Contents(tensors=dict(zip(names, states, strict=False)))  # without momentum there are no velocities
         whole.add(self.update.saved())
-        held_back = self.reduction.saved()
-        if self._is_shared:
-            return Saved(whole, held_back)
-        held_back.add(whole)
-        return Saved(own=held_back)
+        return Saved(whole) if self._is_shared else Saved(own=whole)
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: of the whole this worker's part."""
@@ -111,35 +106,18 @@ class SlowState:
             else torch.zeros((), dtype=layout.flat.dtype).expand(layout.flat.shape)
             for index, layout in enumerate(self.layouts[: len(self.update.velocities)])
         ]
-        acts = [
-            self.update.restore(contents) if self.layouts else _nothing,
-            self._restore_held_back(saved, same_number),
-        ]
+        take_up_update = self.update.restore(contents) if self.layouts else _nothing
 
         def take_up() -> None:
             self._take_own_([item.flat for item in self.anchors], anchors)
             self._take_own_(self.update.velocities, velocities)
-            for act in acts:
-                act()
+            take_up_update()
 
         return take_up
 
     def whole_anchors(self, contents: Contents) -> dict[FlatAnchor, torch.Tensor]:
         """Those of a checkpoint, by layout."""
         return {layout: contents.tensor(f"anchor.{i}", layout.flat) for i, layout in enumerate(self.layouts)}
-
-    def _restore_held_back(self, saved: Saved, same_number: bool) -> Restored:
-        """What compression held back is a worker's own."""
-        if not self.layouts:
-            return _nothing
-        if same_number or HELD_BACK not in saved.own.settings:
-            return self.reduction.restore(saved.own)
-
-        def drop() -> None:
-            self.reduction.forget()
-            logger.warning("what compression has held back is dropped: it was saved by another number of workers")
-
-        return drop
 
     def _take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         if self._shards:

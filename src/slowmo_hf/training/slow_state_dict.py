@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..algorithm.layout import views_like
-from ..contents import CheckpointError, Contents, Part, Saved, restore_all, save_all
-from .in_flight import InFlight
+from ..contents import CheckpointError, Contents, Part, Restored, Saved, check_all, save_all
+from .consensus import Consensus
 from .model_tensors import copy_tensors_
 from .parts import Parts
 
@@ -52,27 +52,35 @@ def state_dict(parts: Parts) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_state_dict(parts: Parts, saved_parts: list[Part], in_flight: InFlight, state: dict[str, Any]) -> None:
+def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus, state: dict[str, Any]) -> None:
     """
     Take up a state of `state_dict()`; copied in place. Collective among the processes of a worker.
 
     Raises:
-        ValueError: The state does not fit: version, sizes, values.
+        ValueError: The state does not fit: version, sizes, values. Nothing has been changed.
         RuntimeError: It is of a clock inside a round.
     """
     shared = _contents(state)
     step = shared.count("attempted_steps")
     _refuse_inside_round(parts, step, "resumed")
+    take_up: list[Restored] = []
 
-    def restore() -> None:
+    def check() -> None:
+        if len(state["velocities"]) != len(parts.slow.update.velocities):
+            raise ValueError(
+                f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
+                f"{len(parts.slow.update.velocities)}. Set outer_momentum as it was."
+            )
         try:
-            restore_all(saved_parts, Saved(shared, shared), same_number=False)
+            take_up.append(check_all(saved_parts, Saved(shared, shared), same_number=False))
         except CheckpointError as error:
             raise ValueError(str(error)) from None  # of a kind that the worker's other processes can be told
 
-    # The leader's slow state, or its refusal; each process's clock.
-    parts.on_leader(restore)
-    restore_all([parts.clock], Saved(shared, shared), same_number=False)
+    parts.on_leader(check)
+    if not parts.workers.leads:
+        take_up.append(check_all(saved_parts, Saved(shared, shared), same_number=False))
+    consensus.restore()  # the state replaces what a view would give back
+    take_up[0]()
     parts.on_leader(lambda: _take_weights(parts, shared, step))
     parts.inside.broadcast_(parts.tensors.trainable)
 

@@ -26,7 +26,10 @@ class Buffers:
 
 
 class Pool:
-    """Buffers that are used again: whoever sends takes some, and gives them back when all has arrived."""
+    """
+    Buffers that are used again: whoever sends takes some, and gives them back when all has arrived. One set is kept,
+    the last that was given; a view while a round is in flight has more for a while.
+    """
 
     def __init__(self) -> None:
         self.free: list[Buffers] = []
@@ -37,7 +40,7 @@ class Pool:
 
     def give(self, buffers: Buffers) -> None:
         """All that was under way in them has arrived."""
-        self.free.append(buffers)
+        self.free = [buffers]
 
     @contextmanager
     def lent(self) -> Iterator[Buffers]:
@@ -54,12 +57,11 @@ class Averages:
     Args:
         communicator (`Communicator`): The processes.
         longest_message (`int`): In bytes.
-        pool (`Pool`, *optional*): For messages; one of its own where it is None.
     """
 
-    def __init__(self, communicator: Communicator, longest_message: int, pool: Pool | None = None) -> None:
+    def __init__(self, communicator: Communicator, longest_message: int) -> None:
         self.communicator = communicator
-        self.pool = pool or Pool()
+        self.pool = Pool()
         self._longest_message = longest_message
         self.weights, self.total_weight = [1.0] * communicator.world_size, float(communicator.world_size)
 

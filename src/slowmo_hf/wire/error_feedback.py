@@ -30,10 +30,10 @@ from ..algorithm.layout import Bucket, FlatAnchor
 from ..algorithm.norms import squared_norm
 from ..algorithm.outer_update import Sum
 from ..algorithm.starts import Base
-from ..contents import Contents, Restored
+from ..contents import Contents, Restored, Saved
 from ..log import logger
 from .averages import Averages
-from .reduction import HELD_BACK, Launch, Memory
+from .reduction import HELD_BACK, OTHER_NUMBER, Launch, Memory
 
 _RIDER_BYTES = 8  # one fp64 behind each shard: its sender's weight, then its owner's squared norm
 
@@ -74,8 +74,6 @@ class ErrorFeedback:
         buckets (`list[Bucket]`): Of the anchors.
         code (`Code`): How to round.
     """
-
-    at_owner = False
 
     def __init__(self, averages: Averages, buckets: list[Bucket], code: Code) -> None:
         self.averages, self.buckets, self.code = averages, buckets, code
@@ -145,12 +143,12 @@ class ErrorFeedback:
 
     # ---- state ----
 
-    def saved(self) -> Contents:
+    def saved(self) -> Saved:
         """What is held back; and the buckets' sizes, which cut the shards."""
         tensors = {f"shard_residual.{number}": held.owned for number, held in enumerate(self.residuals)}
         for index, of_item in enumerate(self._by_item()):
             tensors[f"residual.{index}"] = torch.cat([held.own[: held.bucket.elements] for held in of_item])
-        return Contents({HELD_BACK: self._sizes}, tensors)
+        return Saved(own=Contents({HELD_BACK: self._sizes}, tensors))
 
     @property
     def _sizes(self) -> list[int]:
@@ -162,37 +160,38 @@ class ErrorFeedback:
             found.setdefault(held.bucket.item, []).append(held)
         return list(found.values())
 
-    def restore(self, contents: Contents) -> Restored:
+    def restore(self, own: Contents, *, same_number: bool) -> Restored:
         """
         Check it. Where buckets have other sizes the shard owner's do not fit, and are dropped with a warning; where
         compression was off nothing was held back.
         """
-        if HELD_BACK not in contents.settings:
+        if HELD_BACK not in own.settings or not self.residuals:
             return self.forget
-        own = [
-            (held, held.bucket.of(contents.tensor(f"residual.{index}", of_item[0].bucket.item.flat)))
+        if not same_number:
+            return lambda: self._drop(OTHER_NUMBER)
+        residuals = [
+            (held, held.bucket.of(own.tensor(f"residual.{index}", of_item[0].bucket.item.flat)))
             for index, of_item in enumerate(self._by_item())
             for held in of_item
         ]
-        fits = contents.numbers(HELD_BACK) == self._sizes
+        fits = own.numbers(HELD_BACK) == self._sizes
         owned = [
-            (held.owned, contents.tensor(f"shard_residual.{number}", held.owned))
+            (held.owned, own.tensor(f"shard_residual.{number}", held.owned))
             for number, held in enumerate(self.residuals if fits else [])
         ]
 
         def take_up() -> None:
-            self.forget()
-            for held, residual in own:
+            self.forget() if fits else self._drop("bucket_bytes now cuts other shards, of whose sums it is")
+            for held, residual in residuals:
                 held.own[: held.bucket.elements].copy_(residual)
             for mine, residual in owned:
                 mine.copy_(residual)
-            if not fits:
-                logger.warning(
-                    "what compression has held back is dropped: bucket_bytes now cuts other shards, of whose sums "
-                    "it is"
-                )
 
         return take_up
+
+    def _drop(self, why: str) -> None:
+        self.forget()
+        logger.warning("what compression has held back is dropped: %s", why)
 
     def forget(self) -> None:
         """Begin with nothing held back."""

@@ -78,7 +78,7 @@ class GossipBase(Base):
         self.weight = self._mass = 1.0
         self.in_flight: deque[Exchange] = deque()
         self.numerators = {item: item.flat.clone() for item in anchors}
-        # Behind the computation few large ones are better (`ExactAverager.buckets`).
+        # Behind the computation few large ones are better (`bytes_per_message`).
         message_bytes = config.bucket_bytes if self.staleness else min(MESSAGE_BYTES, config.bucket_bytes)
         self._buckets = [bucket for item in anchors for bucket in item.buckets(message_bytes)]
         self._degree = max(len(self.topology.sources(communicator.rank, k)) for k in range(self.topology.cycle_length))

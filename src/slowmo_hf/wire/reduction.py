@@ -14,7 +14,7 @@ from ..algorithm.layout import Bucket, FlatAnchor, Piece
 from ..algorithm.norms import squared_norm
 from ..algorithm.outer_update import Sum
 from ..algorithm.starts import Base
-from ..contents import Contents, Restored
+from ..contents import Contents, Restored, Saved
 from ..log import logger
 from .averages import Averages, Buffers
 
@@ -27,6 +27,7 @@ Memory = Callable[[int, torch.dtype, torch.device, int], torch.Tensor]  # elemen
 MESSAGE_BYTES = 16 * 2**20
 _MOST_MESSAGES = 8
 HELD_BACK = "bucket_elements"  # a setting of a checkpoint whose run held back something in its reduction
+OTHER_NUMBER = "it was saved by another number of workers"
 OWN_SLOTS = 2  # buffers from here on belong to one message each
 
 
@@ -59,11 +60,12 @@ class Reduction(Protocol):
 
     Attributes:
         averages (`Averages`): The workers, their weights and message memory.
-        hands_out (`bool`): Whether a launch itself hands new anchors to all workers: each has updated a part.
+        updates_at_owners (`bool`): Whether each worker updates a part: an update is then collective, and new anchors
+            travel behind it.
     """
 
     averages: Averages
-    hands_out: bool
+    updates_at_owners: bool
 
     def reserve(self, buffers: Buffers) -> None:
         """Make what a launch needs now, so that a round allocates nothing."""
@@ -79,20 +81,26 @@ class Reduction(Protocol):
             wait (`bool`): For first stages that are still under way; else those stay as they are.
         """
 
-    def new_anchors(self, launch: Launch) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def read(self, launch: Launch) -> None:
+        """All its sums have been used."""
+
+    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Behind the outer update: every piece of the parameters with its new anchor."""
 
-    def land_(self, launch: Launch, anchors: dict[FlatAnchor, torch.Tensor]) -> None:
-        """Of a checkpoint's round, whose update is done: what a launch would bring, whole new anchors by layout."""
+    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
+        """
+        Of a checkpoint's round, whose update is done: a launch whose new anchors, by layout, have come; None where
+        they are in the anchors.
+        """
 
     def summed(self, values: list[float]) -> list[float]:
         """Of the whole model, from those of the pieces that this worker updates."""
 
-    def saved(self) -> Contents:
-        """What one round holds back for the next."""
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`: what one round holds back for the next."""
 
-    def restore(self, contents: Contents) -> Restored:
-        """Check it; the result takes it up."""
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`."""
 
     def forget(self) -> None:
         """Begin with nothing held back, and nothing under way."""
@@ -150,11 +158,13 @@ class Launch:
         """
         if self.is_ahead:
             self.reduction.start_second_stages(wait=True)
-        for message in self.messages if self.is_ahead else one_ahead(self.messages):
+        messages = self.messages
+        if not self.is_ahead:  # a generator, which holds this launch: after an error it goes with its frame
+            messages, self.messages = one_ahead(messages), ()
+        for message in messages:
             yield message.result(self)
             message.updated(self)
-        if not (self.reduction.hands_out and self.is_ahead):
-            self.close()
+        self.reduction.read(self)
 
     @property
     def own_is_finite(self) -> bool:
@@ -189,7 +199,7 @@ class AllReduce:
             two take turns.
     """
 
-    hands_out = False
+    updates_at_owners = False
 
     def __init__(self, averages: Averages, buckets: list[Bucket], *, own_memory: bool) -> None:
         self.averages, self.buckets = averages, buckets
@@ -221,24 +231,29 @@ class AllReduce:
     def start_second_stages(self, *, wait: bool) -> None:
         """One stage is all."""
 
-    def new_anchors(self, launch: Launch) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def read(self, launch: Launch) -> None:
+        """As `Reduction.read`."""
+        launch.close()
+
+    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
         """This worker has updated them all."""
         return ((piece, piece.anchor) for bucket in self.buckets for piece in bucket.pieces)
 
-    def land_(self, launch: Launch, anchors: dict[FlatAnchor, torch.Tensor]) -> None:
+    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
         """They are in the anchors."""
+        return None
 
     def summed(self, values: list[float]) -> list[float]:
         """They are of the whole model."""
         return values
 
-    def saved(self) -> Contents:
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
         """Nothing is held back."""
-        return Contents()
+        return Saved()
 
-    def restore(self, contents: Contents) -> Restored:
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """Nothing is taken up."""
-        return nothing_held_back(contents)
+        return nothing_held_back(saved.own, same_number=same_number)
 
     def forget(self) -> None:
         """Nothing is held back."""
@@ -261,12 +276,13 @@ class _AllReduced:
         self._wait()
 
 
-def nothing_held_back(contents: Contents) -> Restored:
+def nothing_held_back(own: Contents, *, same_number: bool) -> Restored:
     """For reductions that hold nothing back: what another kind did is dropped, and that is said."""
 
     def take_up() -> None:
-        if HELD_BACK in contents.settings:
-            logger.warning("what compression has held back is dropped: compression is off")
+        if HELD_BACK in own.settings:
+            why = "compression is off" if same_number else OTHER_NUMBER
+            logger.warning("what compression has held back is dropped: %s", why)
 
     return take_up
 
@@ -297,7 +313,5 @@ def show_mean_(reduction: Reduction, base: Base) -> tuple[float, bool]:
         square += square_sum
         for piece, run in bucket.runs(total):
             run.div_(weight)
-            torch.sub(base.shown_from(piece).to(run.device), run, out=run)
-            if not reduction.hands_out:
-                piece.values().copy_(run)
+            piece.values().copy_(torch.sub(base.shown_from(piece).to(run.device), run, out=run))
     return reduction.summed([square / weight])[0], launch.own_is_finite

@@ -23,7 +23,7 @@ from ..algorithm.layout import CACHED_ELEMENTS, Bucket, FlatAnchor, Piece, round
 from ..algorithm.norms import squared_norm
 from ..algorithm.outer_update import Sum
 from ..algorithm.starts import Base
-from ..contents import Contents, Restored
+from ..contents import Contents, Restored, Saved
 from .averages import Averages
 from .reduction import Launch, Memory, nothing_held_back
 
@@ -58,8 +58,6 @@ class Shards:
             those are on a CUDA device.
         ahead (`bool`): Whether messages travel behind the computation.
     """
-
-    at_owner = True
 
     def __init__(
         self, averages: Averages, layouts: list[FlatAnchor], bucket_bytes: int, state_device: str, *, ahead: bool
@@ -163,13 +161,13 @@ class Shards:
 
     # ---- state ----
 
-    def saved(self) -> Contents:
+    def saved(self) -> Saved:
         """Nothing is held back."""
-        return Contents()
+        return Saved()
 
-    def restore(self, contents: Contents) -> Restored:
+    def restore(self, own: Contents, *, same_number: bool) -> Restored:
         """Nothing is taken up."""
-        return nothing_held_back(contents)
+        return nothing_held_back(own, same_number=same_number)
 
     def forget(self) -> None:
         """Nothing is held back."""

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..algorithm.layout import Bucket, FlatAnchor, Piece
 from ..algorithm.outer_update import Sum
 from ..algorithm.starts import Base
-from ..contents import Contents, Restored
+from ..contents import Contents, Restored, Saved
 from .averages import Averages, Buffers
 from .communicator import Arrival, Communicator
 from .reduction import OWN_SLOTS, Launch, Memory, Message
@@ -32,11 +32,9 @@ class Ends(Protocol):
     What happens at the ends of both stages. Rows have shape (workers, bytes), one per worker.
 
     Attributes:
-        at_owner (`bool`): Whether the outer update is done by each shard's owner, between the stages.
         buckets (`list[Bucket]`): What messages carry, of the whole layout.
     """
 
-    at_owner: bool
     buckets: list[Bucket]
 
     def row_bytes(self, number: int) -> int:
@@ -57,11 +55,11 @@ class Ends(Protocol):
     def gathered(self, number: int, launch: Launch, rows: torch.Tensor) -> Sum:
         """The whole bucket with what has come from all owners: sums; or new anchors, a view, where those update."""
 
-    def saved(self) -> Contents:
-        """As `Reduction.saved`."""
+    def saved(self) -> Saved:
+        """What one round holds back for the next."""
 
-    def restore(self, contents: Contents) -> Restored:
-        """As `Reduction.restore`."""
+    def restore(self, own: Contents, *, same_number: bool) -> Restored:
+        """Check it; the result takes it up."""
 
     def forget(self) -> None:
         """As `Reduction.forget`."""
@@ -69,7 +67,7 @@ class Ends(Protocol):
 
 class TwoStage:
     """
-    A reduction over owners.
+    A reduction over owners. All update.
 
     Memory: messages to and from all, of one bucket and the next; of all buckets where they set out together.
 
@@ -79,14 +77,15 @@ class TwoStage:
         ahead (`bool`): Whether rounds set out together.
     """
 
+    updates_at_owners = False
+
     def __init__(self, averages: Averages, ends: Ends, *, ahead: bool) -> None:
         self.averages, self.ends = averages, ends
-        self.hands_out = ends.at_owner
         self._communicator, self._ahead = averages.communicator, ahead
         self._first_stages: deque[tuple[_UpdatedByAll, Launch]] = deque()
 
     def reserve(self, buffers: Buffers) -> None:
-        """As `AllReduce.reserve`."""
+        """As `Reduction.reserve`."""
         self.ends.reserve(buffers.get)
         for number in range(len(self.ends.buckets)):
             self._rows(number, buffers.get, ahead=self._ahead)
@@ -101,12 +100,11 @@ class TwoStage:
 
     def start(self, launch: Launch, base: Base) -> Iterator[Message]:
         """
-        As `Reduction.start`. Where nothing is to be updated between the stages, second ones set out when first ones
-        have come, at the latest when the sums are read.
+        As `Reduction.start`. Second stages set out when first ones have come, at the latest when the sums are read.
         """
         for number in range(len(self.ends.buckets)):
-            message = self._send(number, launch, base)
-            if launch.is_ahead and isinstance(message, _UpdatedByAll):
+            message = _UpdatedByAll(**self._send(number, launch, base))
+            if launch.is_ahead:
                 self._first_stages.append((message, launch))
                 self._communicator.owe(lambda: self.start_second_stages(wait=True))
             yield message
@@ -114,13 +112,19 @@ class TwoStage:
         if not self._communicator.fails_cleanly:
             self.start_second_stages(wait=True)
 
-    def _send(self, number: int, launch: Launch, base: Base) -> _UpdatedByAll | _UpdatedByOwner:
+    def _send(self, number: int, launch: Launch, base: Base) -> dict[str, Any]:
+        """The first stage of bucket `number`: what its message knows."""
         outgoing, incoming = self._rows(number, launch.memory, ahead=launch.is_ahead)
         launch.own_squares.append(self.ends.pack_(number, launch, base, outgoing))
-        square = launch.weight * launch.own_squares[-1]
-        to_owners = self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
-        kind = _UpdatedByOwner if self.hands_out else _UpdatedByAll
-        return kind(self._communicator, self.ends, number, square, outgoing, incoming, to_owners)
+        return {
+            "communicator": self._communicator,
+            "ends": self.ends,
+            "number": number,
+            "square": launch.weight * launch.own_squares[-1],
+            "outgoing": outgoing,
+            "incoming": incoming,
+            "to_owners": self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1)),
+        }
 
     def start_second_stages(self, *, wait: bool) -> None:
         """In the buckets' order, the same on all workers."""
@@ -130,46 +134,79 @@ class TwoStage:
             if not self._first_stages:
                 self._communicator.owe(None)
 
-    def new_anchors(self, launch: Launch) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """As `Reduction.new_anchors`: what has come from every shard's owner."""
-        if not self.hands_out:
-            yield from ((piece, piece.anchor) for bucket in self.ends.buckets for piece in bucket.pieces)
-            return
-        for message in launch.messages:
-            assert isinstance(message, _UpdatedByOwner)
-            message.arrived()
-        for number in range(len(self.ends.buckets)):
-            bucket, anchors, _ = self.ends.gathered(
-                number, launch, self._rows(number, launch.memory, ahead=launch.is_ahead)[0]
-            )
-            yield from bucket.runs(anchors)
+    def read(self, launch: Launch) -> None:
+        """As `Reduction.read`."""
         launch.close()
 
-    def land_(self, launch: Launch, anchors: dict[FlatAnchor, torch.Tensor]) -> None:
-        """As `Reduction.land_`."""
-        for number in range(len(self.ends.buckets) if self.hands_out else 0):
-            bucket, here, _ = self.ends.gathered(
-                number, launch, self._rows(number, launch.memory, ahead=launch.is_ahead)[0]
-            )
-            here.copy_(bucket.of(anchors[bucket.item]))
+    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """As `Reduction.new_anchors`."""
+        return ((piece, piece.anchor) for bucket in self.ends.buckets for piece in bucket.pieces)
+
+    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
+        """As `Reduction.landed`."""
+        return None
 
     def summed(self, values: list[float]) -> list[float]:
-        """As `Reduction.summed`: where an owner updates, it has counted its own shards."""
-        return self._communicator.gather_header(values).sum(0).tolist() if self.hands_out else values
+        """As `Reduction.summed`."""
+        return values
 
-    def saved(self) -> Contents:
-        """As `Reduction.saved`."""
+    def saved(self, *, agree: bool, keep: bool) -> Saved:
+        """As `Part.saved`."""
         return self.ends.saved()
 
-    def restore(self, contents: Contents) -> Restored:
-        """As `Reduction.restore`."""
-        return self.ends.restore(contents)
+    def restore(self, saved: Saved, *, same_number: bool) -> Restored:
+        """As `Part.restore`."""
+        return self.ends.restore(saved.own, same_number=same_number)
 
     def forget(self) -> None:
         """As `Reduction.forget`."""
         self._first_stages.clear()
         self._communicator.owe(None)
         self.ends.forget()
+
+
+class TwoStageAtOwners(TwoStage):
+    """The same where each shard's owner does the outer update, between the stages: the second brings new anchors."""
+
+    updates_at_owners = True
+
+    def start(self, launch: Launch, base: Base) -> Iterator[Message]:
+        """As `Reduction.start`. Second stages set out behind the update."""
+        for number in range(len(self.ends.buckets)):
+            yield _UpdatedByOwner(**self._send(number, launch, base))
+
+    def read(self, launch: Launch) -> None:
+        """Ahead, new anchors are under way."""
+        if not launch.is_ahead:
+            launch.close()
+
+    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """As `Reduction.new_anchors`: what has come from every shard's owner."""
+        assert launch is not None
+        for message in launch.messages:
+            assert isinstance(message, _UpdatedByOwner)
+            message.arrived()
+        for number in range(len(self.ends.buckets)):
+            bucket, anchors = self._anchors(number, launch)
+            yield from bucket.runs(anchors)
+        launch.close()
+
+    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
+        """As `Reduction.landed`."""
+        launch = Launch(self, ahead=1.0)
+        for number in range(len(self.ends.buckets)):
+            bucket, here = self._anchors(number, launch)
+            here.copy_(bucket.of(anchors[bucket.item]))
+        return launch
+
+    def _anchors(self, number: int, launch: Launch) -> tuple[Bucket, torch.Tensor]:
+        rows, _ = self._rows(number, launch.memory, ahead=launch.is_ahead)
+        bucket, anchors, _ = self.ends.gathered(number, launch, rows)
+        return bucket, anchors
+
+    def summed(self, values: list[float]) -> list[float]:
+        """As `Reduction.summed`: every owner has counted its own shards."""
+        return self._communicator.gather_header(values).sum(0).tolist()
 
 
 @dataclass(eq=False)
@@ -212,11 +249,7 @@ class _UpdatedByAll(_InTwoStages):
 
     def result(self, launch: Launch) -> Sum:
         """Wait for both."""
-        self.start_second_stage(launch)
-        if self.failure is not None:
-            raise self.failure
-        assert self.to_all is not None
-        self.to_all()
+        self.drain(launch)
         return self.ends.gathered(self.number, launch, self.outgoing)
 
     def updated(self, launch: Launch) -> None:
@@ -224,7 +257,11 @@ class _UpdatedByAll(_InTwoStages):
 
     def drain(self, launch: Launch) -> None:
         """Wait for both, and leave what they bring."""
-        self.result(launch)
+        self.start_second_stage(launch)
+        if self.failure is not None:
+            raise self.failure
+        assert self.to_all is not None
+        self.to_all()
 
 
 @dataclass(eq=False)
