@@ -49,10 +49,10 @@ class SpeedArguments:
     """Against what, and how often."""
 
     before: str | None = field(default=None, metadata={"help": "Folder `src` of the other checkout."})
-    restarts: int = field(default=4, metadata={"help": "How often all processes are started anew."})
-    turns: int = field(default=10, metadata={"help": "Of each checkout, between two starts."})
+    restarts: int = field(default=5, metadata={"help": "How often all processes are started anew."})
+    turns: int = field(default=12, metadata={"help": "Of each checkout, between two starts."})
     tensors: int = field(default=64, metadata={"help": "Of the model, square."})
-    side: int = field(default=128, metadata={"help": "Of each tensor."})
+    side: int = field(default=64, metadata={"help": "Of each tensor."})
     output: str = field(
         default=str(ROOT / "benchmarks" / "records" / "speed.json"), metadata={"help": "Where the record is written."}
     )

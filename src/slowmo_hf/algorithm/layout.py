@@ -58,7 +58,8 @@ class Piece:
 
     def values(self) -> torch.Tensor:
         """The parameter's own elements, a view made anew: its memory may have been replaced."""
-        return flat_view(self.param)[self.start : self.stop]
+        flat = flat_view(self.param)
+        return flat if flat.numel() == self.stop - self.start else flat[self.start : self.stop]
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """This run of another flat tensor, laid out like `item.flat`."""

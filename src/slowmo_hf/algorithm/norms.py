@@ -61,9 +61,14 @@ def squared_norm(flat: torch.Tensor) -> torch.Tensor:
     The squared 2-norm, 0-dim, in fp64. Rows of 4096 are summed in the tensor's dtype: one fp32 sum over millions is
     percents low.
     """
-    rows = flat.numel() // 4096
-    tail = flat[rows * 4096 :]
-    square = torch.dot(tail, tail).double()
-    if rows:
-        square = square + torch.linalg.vector_norm(flat[: rows * 4096].view(rows, 4096), dim=1).double().square().sum()
+    rows, rest = divmod(flat.numel(), 4096)
+    if not rows:
+        short: torch.Tensor = torch.dot(flat, flat)
+        return short.double()
+    square: torch.Tensor = (
+        torch.linalg.vector_norm(flat[: rows * 4096].view(rows, 4096), dim=1).double().square().sum()
+    )
+    if rest:
+        tail = flat[rows * 4096 :]
+        square = square + torch.dot(tail, tail).double()
     return square

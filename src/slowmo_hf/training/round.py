@@ -147,7 +147,9 @@ class Round:
         assert self.agreement is not None
         slow = parts.slow
         sums = self._sums()
-        norms = slow.update.update_(sums, self.agreement.inner_lrs, self._summands, self._hand_back_)
+        # A round may change nothing.
+        hand_back_ = parts.base.hand_back_ if parts.config.has_outer_update else _leave
+        norms = slow.update.update_(sums, self.agreement.inner_lrs, self._summands, hand_back_)
         self.norms = Norms.of(slow.reduction.summed(norms.squares))
         if not parts.config.exact_average:
             parts.refuse_non_finite(self.norms.pseudo_grad_square, own_is_finite=False, all_are_here=False)
@@ -168,10 +170,6 @@ class Round:
             self._summands = parts.slow.averages.total_weight
             self.messages.send(parts.base)
         return self.messages.sums()
-
-    def _hand_back_(self, piece: Piece) -> None:
-        if self.parts.config.has_outer_update:  # else a round changes nothing
-            self.parts.base.hand_back_(piece)
 
     # ---- step k + delay ----
 
@@ -217,3 +215,7 @@ class Round:
         """Wait for the messages, and leave what they bring."""
         if self.messages is not None:
             self.messages.drain()
+
+
+def _leave(piece: Piece) -> None:
+    """The parameter stays as it is."""

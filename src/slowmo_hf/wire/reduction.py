@@ -216,16 +216,17 @@ class AllReduce:
 
     def start(self, launch: Launch, base: Base) -> Iterator[Message]:
         """As `Reduction.start`. The squared norm rides in the last element of its bucket's message."""
+        weight = launch.weight
         for number, bucket in enumerate(self.buckets):
             message = launch.memory(*self._place(bucket, number))
             squares = []
             for piece, run in bucket.runs(message):
                 base.displacement_(piece, run)
                 squares.append(squared_norm(run))
-                if launch.weight != 1:
-                    run.mul_(launch.weight)
+                if weight != 1:
+                    run.mul_(weight)
             launch.own_squares.append(torch.stack(squares).sum())
-            message[-1] = launch.weight * launch.own_squares[-1]
+            message[-1] = weight * launch.own_squares[-1]
             yield _AllReduced(bucket, message, self.averages.communicator.start_sum_(message))
 
     def start_second_stages(self, *, wait: bool) -> None:
@@ -311,7 +312,9 @@ def show_mean_(reduction: Reduction, base: Base) -> tuple[float, bool]:
     weight, square = reduction.averages.total_weight, 0.0
     for bucket, total, square_sum in launch.sums():
         square += square_sum
+        elsewhere = bucket.item.flat.device != total.device  # a slow state in main memory
         for piece, run in bucket.runs(total):
             run.div_(weight)
-            piece.values().copy_(torch.sub(base.shown_from(piece).to(run.device), run, out=run))
+            origin = base.shown_from(piece)
+            piece.values().copy_(torch.sub(origin.to(run.device) if elsewhere else origin, run, out=run))
     return reduction.summed([square / weight])[0], launch.own_is_finite
