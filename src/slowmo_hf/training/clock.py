@@ -29,6 +29,10 @@ class Clock:
     idle_steps: int = 0
     rounds: int = 0
 
+    def __post_init__(self) -> None:
+        # Asked at every step.
+        self._has_rounds, self._gossips = self.config.has_rounds, self.config.base in GOSSIP_BASES
+
     def step(self) -> None:
         """One attempted inner step."""
         self.attempted_steps += 1
@@ -59,12 +63,12 @@ class Clock:
     @property
     def round_is_due(self) -> bool:
         """A round begins at this step."""
-        return self.config.has_rounds and self.attempted_steps % self.config.sync_every == 0
+        return self._has_rounds and self.attempted_steps % self.config.sync_every == 0
 
     @property
     def exchange_is_due(self) -> bool:
         """A gossip base exchanges at every step, but at an exact round, which contains every exchange of its step."""
-        return self.config.base in GOSSIP_BASES and not (self.round_is_due and self.config.exact_average)
+        return self._gossips and not (self.round_is_due and self.config.exact_average)
 
     @property
     def exchange_number(self) -> int:

@@ -107,16 +107,17 @@ class OuterLoop:
             `RoundReport` of a round, or None between rounds; of an overlapped one when it is applied.
         """
         self.refuse_while_shown()
-        self.clock.step()
-        self.workers.roll_call.at(self.attempted_steps, "training")
-        if self.clock.exchange_is_due:
+        clock = self.clock
+        clock.step()
+        self.workers.roll_call.at(clock.attempted_steps, "training")
+        if clock.exchange_is_due:
             with self.account.communicating():
                 self.parts.exchange()
-        if not self.in_flight.rounds and not self.clock.round_is_due:
+        if not self.in_flight.rounds and not clock.round_is_due:
             return None
         with self.account.communicating():
             report = self.in_flight.advance()
-            return self.in_flight.launch(inner_lrs) if self.clock.round_is_due else report
+            return self.in_flight.launch(inner_lrs) if clock.round_is_due else report
 
     @property
     def attempted_steps(self) -> int:
