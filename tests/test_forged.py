@@ -106,7 +106,6 @@ ALLOWED = {
     ("bucket_elements", "gone"),  # compression was off
     ("departed", "gone"),  # no round was in flight
     ("weight", "gone"),  # workers agreed
-    ("velocity.0", "gone"),  # a run without momentum has none
 }
 
 

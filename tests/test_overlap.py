@@ -15,6 +15,7 @@ import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.algorithm.codec import BLOCK
+from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
 from slowmo_hf.names import CODES, find
 from slowmo_hf.wire.communicator import Arrival, Communicator
 from tiny import Regression, Rows, equal, message_memory, two_groups, values, warmup_and_decay
@@ -846,3 +847,68 @@ def test_equal_is_not_vacuous():
     )
     assert equal(first[0][0][3], second[0][0][3])
     assert not equal(first[0][0][5], second[0][0][5])
+
+
+# ---- ranks that end, resume or load while a round is in flight ----
+
+
+def some_steps(rank, config, steps):
+    """An optimizer that has made them, on gradients of its own."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1, momentum=0.9), config)
+    draw = torch.Generator().manual_seed(rank)
+    for _ in range(steps):
+        weight.grad = torch.randn(300, generator=draw)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("ends_at", "logs_at"), [(4, 4), (5, 5), (4, 5), (8, 9)])
+def test_a_rank_that_has_ended_meets_one_that_gathers_before_the_update(how, ends_at, logs_at):
+    """Neither waits for the other crosswise: the one that gathers is told that somebody has ended."""
+    config = SlowMoConfig(sync_every=4, overlap_steps=3, **HOW[how])
+
+    def work(rank):
+        loop = some_steps(rank, config, ends_at if rank == 0 else logs_at).outer_loop
+        all_go = loop.meet_before_gathering() if rank else None
+        loop.end()
+        loop.consensus.restore()
+        return all_go, loop.attempted_steps
+
+    assert run_in_process(work, 2) == [(None, logs_at), (False, logs_at)]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_on_another_number_of_workers_a_round_in_flight_has_reset_the_inner_state(tmp_path, how):
+    config = SlowMoConfig(sync_every=4, overlap_steps=2, **HOW[how])
+
+    def save(rank):
+        loop = some_steps(rank, config, 5).outer_loop
+        write_snapshot(str(tmp_path), loop, shared=rank == 0, objects={})
+
+    def resume(rank):
+        optimizer = some_steps(rank, config, 1)
+        read_snapshot(str(tmp_path), optimizer.outer_loop)
+        return len(optimizer.state)
+
+    run_in_process(save, 2)
+    assert run_in_process(resume, 2) == [1, 1]
+    assert run_in_process(resume, 3) == [0, 0, 0]
+
+
+def test_a_view_in_flight_keeps_no_memory():
+    """Its messages are beside those of a sharded round, and go."""
+
+    def work(rank):
+        config = SlowMoConfig(sync_every=4, overlap_steps=3, shard_slow_state=True, bucket_bytes=1024)
+        optimizer = some_steps(rank, config, 8)
+        loop = optimizer.outer_loop
+        with slowmo_hf.consensus(optimizer):
+            pass
+        loop.in_flight.apply()
+        return sum(memory.nbytes for memory in message_memory(loop))
+
+    # To and from all, for 300 elements in two messages, each filled up to a multiple of two.
+    assert run_in_process(work, 2) == [2 * 4 * 300] * 2

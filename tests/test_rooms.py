@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+import slowmo_hf
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.algorithm import slow_momentum
 from slowmo_hf.algorithm.norms import Norms
 from slowmo_hf.algorithm.starts import TrainingOn
 from slowmo_hf.training import account
@@ -139,3 +144,57 @@ def test_a_launch_that_is_interrupted_leaves_nothing_to_the_next_run(monkeypatch
     loop.in_flight.forget()
     assert not loop.base.away
     assert loop.in_flight.rounds == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"shard_slow_state": True}, {"compression": "int8"}])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_round_that_fails_half_way_lets_its_memory_go(settings, workers, monkeypatch):
+    """Without the garbage collector. The first round is as ever, the second fails at its first piece."""
+    update_, armed = slow_momentum.slow_momentum_update_, []
+
+    def fails(*args, **settings):
+        if armed:
+            raise MemoryError("no room")
+        update_(*args, **settings)
+
+    monkeypatch.setattr(slow_momentum, "slow_momentum_update_", fails)
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.zeros(2000))
+        config = SlowMoConfig(sync_every=1, bucket_bytes=1024, **settings)
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+        weight.grad = torch.ones(2000)
+        optimizer.step()
+        optimizer.outer_loop.workers.world.gather_objects(None)  # all have had the first
+        armed.append(rank)
+        gc.collect()
+        gc.disable()
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        anchors = [weakref.ref(item.flat) for item in optimizer.outer_loop.parts.slow.anchors]
+        del optimizer
+        return [anchor() is None for anchor in anchors]
+
+    try:
+        assert run_in_process(work, workers) == [[True]] * workers
+    finally:
+        gc.enable()
+
+
+def test_a_state_that_is_refused_leaves_the_view():
+    """The average stays shown, and the local weights come back behind it."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=4))
+        weight.grad = torch.full((3,), float(rank))
+        optimizer.step()
+        local, state = weight.tolist(), optimizer.inner_optimizer.state_dict()
+        with slowmo_hf.consensus(optimizer):
+            shown = weight.tolist()
+            with pytest.raises(ValueError, match="slow state has version 7; this package reads 1"):
+                optimizer.load_state_dict({**state, "slowmo": {"version": 7}})
+            assert weight.tolist() == shown != local
+        assert weight.tolist() == local
+
+    run_in_process(work, 2)

@@ -24,13 +24,14 @@ class Contents:
         tensors (`dict`): By name; any shapes and dtypes, no two of them in one memory.
         objects (`dict`): State dictionaries of optimizers and the like.
         source (`str`): Where it was read, for errors: the files' path without its ending.
+        within (`str`): For errors: the object of the settings that these are in, and a dot.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
     source: str = "this state"
-    within: str = ""  # an object of the settings, in which these are
+    within: str = ""
 
     def add(self, other: Contents) -> None:
         """Hold what another holds, too."""

@@ -99,11 +99,12 @@ class SlowState:
         """As `Part.restore`: of the whole this worker's part."""
         contents = saved.shared if self._is_shared else saved.own
         anchors = list(self.whole_anchors(contents).values())
+        # A run that had no momentum has no velocity: it starts at 0.
+        starts_at_0 = saved.shared.settings.get("config", {}).get("outer_momentum") == 0
         velocities = [
-            # A run that had no momentum has none: it starts at 0.
-            contents.tensor(f"velocity.{index}", layout.flat)
-            if f"velocity.{index}" in contents.tensors
-            else torch.zeros((), dtype=layout.flat.dtype).expand(layout.flat.shape)
+            torch.zeros((), dtype=layout.flat.dtype).expand(layout.flat.shape)
+            if starts_at_0
+            else contents.tensor(f"velocity.{index}", layout.flat)
             for index, layout in enumerate(self.layouts[: len(self.update.velocities)])
         ]
         take_up_update = self.update.restore(contents) if self.layouts else _nothing
