@@ -151,12 +151,9 @@ class Checkout:
         }
 
     def end(self) -> None:
-        """Let the processes go."""
+        """Let the processes go: they read to the end of their input."""
         for process in self.processes:
-            assert process.stdin
-            process.stdin.close()
-        for process in self.processes:
-            process.wait()
+            process.communicate()
 
 
 def compare(args: SpeedArguments, sources: dict[str, Path]) -> dict[str, Any]:

@@ -125,9 +125,14 @@ class InFlight:
         Before all meet: a rank that has ended comes here from another place, and has no later step to start it at.
         """
         self.hear()  # first: an error is told in collectives that come before the others' messages
-        self.parts.slow.reduction.start_second_stages(wait=True)
-        if self.rounds and self.parts.slow.reduction.updates_at_owners:
-            self.parts.on_leader(self.settle)
+        if self.rounds:
+            self.parts.on_leader(self._start_on_leader)
+
+    def _start_on_leader(self) -> None:
+        reduction = self.parts.slow.reduction
+        reduction.start_second_stages(wait=True)
+        if reduction.updates_at_owners:
+            self.settle()
 
     def forget(self) -> None:
         """
