@@ -229,3 +229,7 @@ def test_the_record_of_speed_has_enough_turns():
         for figure in parts.values():
             assert figure["new / before"]["n"] >= 20
             assert figure["new / before"]["met"] == (figure["new / before"]["ratio"] <= speed.AT_MOST)
+    words = (ROOT / "benchmarks" / "README.md").read_text()
+    for setting, parts in record["figures"].items():
+        ratios = [f"{parts[part]['new / before']['ratio']:.3f}" for part in ("start", "local step", "round", "view")]
+        assert f"| {setting} | {' | '.join(ratios)} |" in words
