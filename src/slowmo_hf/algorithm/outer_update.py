@@ -16,7 +16,7 @@ from ..contents import Contents, Restored
 from ..names import OUTER_UPDATES, find
 from .layout import Bucket, FlatAnchor, Piece, views_like
 from .norms import Norms
-from .slow_momentum import SlowMomentum, make_outer_optimizer
+from .slow_momentum import SlowMomentum
 
 # What one bucket's messages bring: the weighted sums over workers of the displacements, in a reused buffer, and of
 # their squared norms.
@@ -75,14 +75,14 @@ class PiecewiseUpdate:
         of_group: list[list[torch.Tensor]] = [[] for _ in range(groups)]
         for piece in pieces:
             of_group[piece.group].append(piece.anchor)
-        optimizer = make_outer_optimizer(config, of_group)
-        assert isinstance(optimizer, SlowMomentum)
-        self.optimizer = optimizer
+        self.optimizer = SlowMomentum(
+            [{"params": own} for own in of_group], outer_lr=config.outer_lr, outer_momentum=config.outer_momentum
+        )
         self.velocities: list[torch.Tensor] = []
         if config.outer_momentum > 0:
             flat = {item: torch.zeros_like(item.flat, pin_memory=item.flat.is_pinned()) for item in anchors}
             for piece in pieces:
-                optimizer.state[piece.anchor]["velocity"] = piece.of(flat[piece.item])
+                self.optimizer.state[piece.anchor]["velocity"] = piece.of(flat[piece.item])
             self.velocities = list(flat.values())
 
     def update_(
@@ -134,7 +134,15 @@ class WholeUpdate:
         for item in anchors:
             for group, anchor in zip(item.groups, item.anchors(), strict=True):
                 of_group[group].append(anchor)
-        self.optimizer = make_outer_optimizer(config, of_group)
+        try:
+            self.optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(
+                [{"params": own} for own in of_group], lr=config.outer_lr, **config.outer_optimizer_arguments()
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"outer_optimizer {config.outer_optimizer!r} refuses outer_lr={config.outer_lr} and "
+                f"outer_optimizer_kwargs={config.outer_optimizer_kwargs!r}: {error}."
+            ) from error
         self.velocities: list[torch.Tensor] = []
         self._anchors, self._pieces = anchors, pieces
 

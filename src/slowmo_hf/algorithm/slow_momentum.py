@@ -1,4 +1,4 @@
-"""The outer update: slow momentum on the anchors. Any torch optimizer may stand in its place."""
+"""Slow momentum on the anchors: the update rule (lines 7 and 8)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-
-from ..config import SLOW_MOMENTUM, SlowMoConfig
 
 
 @torch.no_grad()
@@ -97,20 +95,3 @@ class SlowMomentum(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             group["previous_inner_lr"] = group["inner_lr"] or group["previous_inner_lr"]
-
-
-def make_outer_optimizer(config: SlowMoConfig, anchor_groups: list[list[torch.Tensor]]) -> torch.optim.Optimizer:
-    """The outer optimizer that `config` names, with one parameter group per inner parameter group."""
-    groups = [{"params": anchors} for anchors in anchor_groups]
-    if config.outer_optimizer == SLOW_MOMENTUM:
-        return SlowMomentum(groups, outer_lr=config.outer_lr, outer_momentum=config.outer_momentum)
-    try:
-        optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(
-            groups, lr=config.outer_lr, **config.outer_optimizer_arguments()
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"outer_optimizer {config.outer_optimizer!r} refuses outer_lr={config.outer_lr} and "
-            f"outer_optimizer_kwargs={config.outer_optimizer_kwargs!r}: {error}."
-        ) from error
-    return optimizer
