@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import time
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ def make(rank, sizes, **settings):
     """An optimizer with a parameter group per size."""
     torch.manual_seed(0)
     groups = [{"params": [torch.nn.Parameter(torch.randn(size))], "lr": 0.1 / (i + 1)} for i, size in enumerate(sizes)]
-    config = SlowMoConfig(sync_every=2, timeout_seconds=patience(20), **settings)
+    config = SlowMoConfig(**{"sync_every": 2, "timeout_seconds": patience(20)} | settings)
     optimizer = SlowMoOptimizer(torch.optim.SGD(groups), config)
     draw = torch.Generator().manual_seed(100 * rank + len(sizes))
 
@@ -60,6 +62,26 @@ def test_each_trains_as_it_would_alone():
     for together, alone in run_workers(in_turn_and_alone, 2):
         assert len(together) == 12
         assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def travelling(naps):
+    """Two optimizers whose rounds travel in two stages, on ranks that are fast and slow in turn."""
+    rank = dist.get_rank()
+    draw, made = random.Random(rank), []
+    for size in (3000, 70_000):
+        made.append(make(rank, (size,), sync_every=4, overlap_steps=3, compression="int8"))
+    for _ in range(24):
+        for _, step in made:
+            step()
+            time.sleep(draw.random() * naps)
+    return [weights(optimizer)[0] for optimizer, _ in made]
+
+
+def test_rounds_of_two_optimizers_travel_apart():
+    """Second stages set out in whatever order first ones have come, on each rank by itself."""
+    hurried, slow = (run_workers(travelling, 3, naps) for naps in (0.0, 0.01))
+    for one, other in zip(hurried, slow, strict=True):
+        assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 
 def crosswise(rank, other, settings):

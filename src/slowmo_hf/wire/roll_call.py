@@ -42,7 +42,7 @@ class RollCall:
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
-        self.rank = rank_in_job()
+        self.rank, self.has_left = rank_in_job(), False
         self.world_size = processes_in_job()
         store = job_store() if self.world_size > 1 else None
         self.store = JobStore(store, timeout_seconds) if store is not None else None
@@ -132,6 +132,7 @@ class RollCall:
 
     def leave(self, cause: str) -> None:
         """Leave a last word for ranks that will miss this one; never raises."""
+        self.has_left = True
         if self in _going:
             _going.remove(self)
             self._hurry()

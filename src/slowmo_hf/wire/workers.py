@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from ..config import GOSSIP_BASES, SlowMoConfig
@@ -82,13 +84,25 @@ class Workers:
         self.leads = self.inside.rank == 0
         leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
         # A header must not queue behind messages that travel for long.
-        purpose = "behind" if self.config.overlap_steps else "rounds"
-        self.between = Communicator(timeout, self.device, leaders, purpose=purpose, witness=witness)
+        purpose, wire = "behind" if self.config.overlap_steps else "rounds", self._own_wire()
+        self.between = Communicator(timeout, self.device, leaders, purpose=purpose + wire, witness=witness)
         if self.config.base in GOSSIP_BASES:
-            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip", witness=witness)
+            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip" + wire, witness=witness)
             if self.gossip.member:
                 # NCCL wants every rank in a group's first call; in an exchange some may idle.
                 self.gossip.gather_header([0.0])
+
+    def _own_wire(self) -> str:
+        """
+        Optimizers that live in one program have groups of their own: of those that travel, what sets out when depends
+        on what has come, on each rank by itself. Whoever trains in turn uses the same ones again. Collective.
+        """
+        living = self.world.notes("wires")
+        living[:] = [(number, those) for number, those in living if (it := those()) and not it.roll_call.has_left]
+        mine = max((number + 1 for number, _ in living), default=0)
+        number = int(self.world.gather_header([mine]).max())
+        living.append((number, weakref.ref(self)))
+        return f" {number}" if number else ""
 
     def only_gradients_meet(self) -> None:
         """Training goes on: only a worker's own processes meet in collectives that are not ours."""
