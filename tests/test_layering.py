@@ -27,7 +27,7 @@ WINGS = {
         ["accelerate_checkpoints"],
         ["callback", "functions"],
         ["optimizer", "trainer_end", "trainer_saves"],
-        ["isolation", "optimizer_wrapper", "stop_signals", "trainer_checkpoints", "trainer_start"],
+        ["exit_notice", "isolation", "optimizer_wrapper", "stop_signals", "trainer_checkpoints", "trainer_start"],
     ],
     "checkpoints": [["state"], ["files"]],
     "training": [

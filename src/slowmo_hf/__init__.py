@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .adapters.accelerate_checkpoints import register_for_checkpointing
-from .adapters.functions import consensus, join, last_round, stop_requested
+from .adapters.functions import consensus, finish, join, last_round, stop_requested
 from .adapters.optimizer import SlowMoOptimizer
 from .adapters.stop_signals import REQUEUE_EXIT_CODE
 from .checkpoints.files import verify_checkpoint
@@ -21,6 +21,7 @@ __all__ = [
     "SlowMoConfig",
     "SlowMoOptimizer",
     "consensus",
+    "finish",
     "join",
     "last_round",
     "register_for_checkpointing",

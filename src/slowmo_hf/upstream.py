@@ -53,6 +53,14 @@ def accelerate_is_in_use() -> bool:
     return bool(AcceleratorState._shared_state)
 
 
+def prepared_optimizers(accelerator: Any) -> list[Any]:
+    """
+    `Accelerator._optimizers`, accelerate >= 1.1: those that `prepare` took
+    (tests/test_finish.py::test_end_training_finishes).
+    """
+    return list(accelerator._optimizers)
+
+
 def prepared_schedulers(accelerator: Any) -> list[Any]:
     """
     `Accelerator._schedulers`, accelerate >= 1.1: those that `prepare` took

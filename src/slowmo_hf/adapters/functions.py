@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.accelerator import Accelerator
 
+from .. import upstream
 from ..training.report import RoundReport
 from .optimizer import SlowMoOptimizer
 
@@ -76,7 +79,50 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             "workers equally many batches."
         )
     yield
-    bare.end()
+    outer_loop = bare.begun()
+    outer_loop.end()
+    outer_loop.consensus.restore()
+
+
+def finish(optimizer: torch.optim.Optimizer) -> None:
+    """
+    End training: the exact average of all workers' weights stays in the model, on every rank, also behind a run that
+    is shorter than `sync_every`. Evaluate and save behind it:
+
+        for batch in loader:
+            ...
+        slowmo_hf.finish(optimizer)
+        evaluate(model)
+        accelerator.save_model(model, folder)
+
+    Collective: every rank calls it, with gossip bases after equally many steps; with `base="local_sgd"` a rank that
+    comes first takes part in the others' rounds. Once more it changes nothing. `accelerator.end_training()` calls it.
+    With `base="all_reduce"` and no outer update workers have one model anyway.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
+    """
+    bare = unwrap(optimizer)
+    if bare.outer_loop is None or bare.finished_at != bare.outer_loop.attempted_steps:
+        outer_loop = bare.begun()
+        outer_loop.finish()
+        bare.finished_at = outer_loop.attempted_steps
+
+
+def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Accelerator], None]:
+    """`Accelerator.end_training` that first finishes what the accelerator has prepared."""
+
+    @functools.wraps(end_training)
+    def finish_first(self: Accelerator) -> None:
+        for prepared in upstream.prepared_optimizers(self):
+            if isinstance(getattr(prepared, "optimizer", None), SlowMoOptimizer):
+                finish(prepared)
+        end_training(self)
+
+    return finish_first
+
+
+Accelerator.end_training = _finish_first(Accelerator.end_training)  # type: ignore[method-assign]
 
 
 def stop_requested(optimizer: torch.optim.Optimizer) -> bool:

@@ -15,6 +15,7 @@ from ..log import logger
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process, processes_in_job
+from .exit_notice import tell_at_exit
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .optimizer_wrapper import OptimizerWrapper
 from .stop_signals import StopSignals
@@ -55,6 +56,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
         self.saved_beside = False
+        self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._before_training: Callable[[OuterLoop], None] | None = None
         self._stop_signals: StopSignals | None = None
         self._stop_asked = False
@@ -180,6 +182,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             self._pending = None
         outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
+        tell_at_exit(self)
         self._go_on(outer_loop)
 
     def before_training(self, act: Callable[[OuterLoop], None]) -> None:
@@ -212,15 +215,14 @@ class SlowMoOptimizer(OptimizerWrapper):
         if self.outer_loop is not None:
             self.outer_loop.status.stop_asked = True
 
-    def end(self) -> None:
-        """Take part in the others' rounds until all have ended. Collective."""
-        if self.outer_loop is None:  # this worker had no data at all, but the others wait for it
+    def begun(self) -> OuterLoop:
+        """The outer loop, also of a worker that had no data at all: the others wait for it. Collective there."""
+        if self.outer_loop is None:
             wrappers = self._wrappers()
             self._start([ddp.module for ddp in wrappers], wrappers)
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
-        self.outer_loop.end()
-        self.outer_loop.consensus.restore()
+        return self.outer_loop
 
     def _go_on(self, outer_loop: OuterLoop) -> None:
         act, self._before_training = self._before_training, None

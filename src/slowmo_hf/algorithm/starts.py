@@ -58,6 +58,9 @@ class Base:
     def stay(self) -> None:
         """There was no round after all: what was launched is not waited for any more."""
 
+    def begin_anew(self) -> None:
+        """x_i is what the parameters are now, and nothing is under way."""
+
     # ---- state ----
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
@@ -113,6 +116,10 @@ class TrainingOn(Base):
 
     def stay(self) -> None:
         """Progress is measured from the anchors again."""
+        self.away = False
+
+    def begin_anew(self) -> None:
+        """As `Base.begin_anew`."""
         self.away = False
 
     def take_in_(self, anchors: Iterable[tuple[Piece, torch.Tensor]]) -> None:

@@ -147,6 +147,13 @@ class InFlight:
         self.parts.base.stay()
         self.parts.status.forget()
 
+    def finish(self) -> None:
+        """Training has ended on an average that has taken in what is under way."""
+        for one in self.rounds:
+            one.drain()
+        self.rounds = []
+        self.parts.base.begin_anew()
+
     # ---- state ----
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:

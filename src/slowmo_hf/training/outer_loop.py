@@ -165,6 +165,12 @@ class OuterLoop:
             self.parts, self.in_flight, self.consensus, all_meet_here=all_meet_here, others_meet_at=others_meet_at
         )
 
+    def finish(self) -> None:
+        """End training together: the average stays, and all would go on from it. Collective."""
+        self.end()
+        self.consensus.keep()
+        self.in_flight.finish()
+
     # ---- state ----
 
     @property

@@ -231,6 +231,17 @@ class GossipBase(Base):
         self.in_flight.clear()
         self.weight = 1.0
 
+    def begin_anew(self) -> None:
+        """As `Base.begin_anew`; messages in flight belong to what is left."""
+        self._drop_messages()
+        for bucket in self._buckets:
+            for piece in bucket.pieces:
+                piece.of(self.numerators[piece.item]).copy_(piece.values())
+
+    def _drop_messages(self) -> None:
+        self.wait_for_messages()
+        self.end_average()
+
     # ---- state ----
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
@@ -254,7 +265,7 @@ class GossipBase(Base):
         """As `Part.restore`; what was in flight belongs to the run that is left."""
         own = saved.own
         if not same_number or "weight" not in own.settings:
-            return lambda: self._begin_anew(from_anchors=same_number)
+            return self._begin_from_anchors if same_number else self.begin_anew
         weight = own.fraction("weight", most=self.topology.workers)
         in_flight = own.number_lists("in_flight", most=self.staleness, least=0)
         numerators = {item: own.tensor(f"numerator.{i}", item.flat) for i, item in enumerate(self.numerators)}
@@ -272,8 +283,7 @@ class GossipBase(Base):
             )
 
         def take_up() -> None:
-            self.wait_for_messages()
-            self.end_average()
+            self._drop_messages()
             self.weight = weight
             for item, numerator in numerators.items():
                 self.numerators[item].copy_(numerator)
@@ -282,13 +292,11 @@ class GossipBase(Base):
 
         return take_up
 
-    def _begin_anew(self, *, from_anchors: bool) -> None:
-        """Numerators are the anchors, as after a round; or the parameters, as at the start of a run."""
-        self.wait_for_messages()
-        self.end_average()
-        for bucket in self._buckets:
-            for piece in bucket.pieces:
-                piece.of(self.numerators[piece.item]).copy_(piece.anchor if from_anchors else piece.values())
+    def _begin_from_anchors(self) -> None:
+        """As after a round."""
+        self._drop_messages()
+        for item, numerator in self.numerators.items():
+            numerator.copy_(item.flat)
 
     def _put_in_flight(self, weights: list[float], messages: list[dict[FlatAnchor, torch.Tensor]]) -> None:
         exchange = self._new_exchange(len(weights))

@@ -1,0 +1,48 @@
+"""What a process is told that exits inside a round: its model has one worker's own weights."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from typing import Any
+
+from ..log import logger
+
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def tell_at_exit(optimizer: Any) -> None:
+    """
+    Say so when the process ends, once per job, unless it fails or was asked to stop.
+
+    Args:
+        optimizer (`SlowMoOptimizer`): Its training has begun.
+    """
+    if not _told:
+        atexit.unregister(_tell)
+        atexit.register(_tell)
+    _told.add(optimizer)
+
+
+def _tell() -> None:
+    if getattr(sys, "last_value", None) is None:  # else the process has failed, and says why
+        for optimizer in _told:
+            words = _unfinished(optimizer)
+            if words:
+                logger.warning(words)
+
+
+def _unfinished(optimizer: Any) -> str:
+    loop = optimizer.outer_loop
+    if loop is None or not loop.parts.meets_others or loop.workers.count == 1 or loop.workers.world.rank:
+        return ""
+    clock = loop.clock
+    is_average = clock.workers_agree or optimizer.finished_at == clock.attempted_steps
+    if is_average or loop.status.stop_agreed:  # a run that was asked to stop has saved, and goes on later
+        return ""
+    return (
+        f"training ended at step {clock.attempted_steps}, {clock.local_steps} steps after the last round: what was "
+        "evaluated or saved since is one worker's own model. Add slowmo_hf.finish(optimizer) behind the last step: "
+        "the average of all workers stays in the model then."
+    )
