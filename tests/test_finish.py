@@ -10,6 +10,8 @@ import slowmo_hf
 from harness import patience, run_workers
 from launcher import run_really, run_script
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
+from tiny import train_node_workers
 
 KINDS = {
     "local sgd": {"sync_every": 4},
@@ -71,6 +73,32 @@ def test_the_exact_average_stays(kind):
             assert not torch.equal(local, kept)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "all-reduce"])
+def test_a_run_that_has_finished_can_be_saved_and_gone_on_with(tmp_path, kind):
+    """Another run takes it up, and both make the same steps from the average on, bit for bit."""
+
+    def work(rank):
+        weight, optimizer, step = begin(rank, **KINDS[kind])
+        for _ in range(10):
+            step()
+        slowmo_hf.finish(optimizer)
+        write_snapshot(str(tmp_path), optimizer.outer_loop, shared=rank == 0, objects={})
+        optimizer.outer_loop.workers.world.gather_objects(None)
+        other, resumed, _ = begin(rank, **KINDS[kind])
+        other.grad = torch.zeros_like(other)
+        resumed.step()
+        with torch.no_grad():
+            other.copy_(weight)  # the model is in the checkpoint beside
+        read_snapshot(str(tmp_path), resumed.outer_loop)
+        for _ in range(7):
+            step()
+            other.grad = weight.grad.clone()
+            resumed.step()
+            assert torch.equal(other, weight)
+
+    run_in_process(work, 2)
+
+
 def uneven():
     """Rank 1 has fewer batches, and ends first."""
     weight, optimizer, step = begin(dist.get_rank(), sync_every=4)
@@ -84,6 +112,23 @@ def test_a_rank_that_ends_first_takes_part():
     (one, step), (other, same_step) = run_workers(uneven, 2)
     assert torch.equal(one, other)
     assert step == same_step == 10
+
+
+def in_pairs():
+    """Two workers of two processes, a round in flight: what a view shows, what stays."""
+    model, optimizer = train_node_workers(overlap_steps=1)
+    with slowmo_hf.consensus(optimizer):
+        shown = [param.detach().clone() for param in model.parameters()]
+    slowmo_hf.finish(optimizer)
+    return shown, [param.detach().clone() for param in model.parameters()]
+
+
+def test_workers_of_several_processes():
+    found = run_workers(in_pairs, 4)
+    for shown, kept in found:
+        assert all(torch.equal(one, other) for one, other in zip(kept, found[0][1], strict=True))
+        for one, other in zip(shown, kept, strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-15)
 
 
 SCRIPT = """
