@@ -14,7 +14,7 @@ import torch
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoints.files import read_part, write_part
-from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, read_snapshot, read_together, write_snapshot
 from slowmo_hf.contents import CheckpointError, Contents
 
 STEPS = 7
@@ -168,3 +168,29 @@ def test_every_wrong_value_is_told_with_file_and_field(tmp_path, case, subtests)
                 continue
             assert f"{tmp_path}/slowmo/{part}." in words or "they are of different saves" in words, words
             assert field in words, words
+
+
+def test_a_file_that_is_wrong_on_one_rank_changes_none(tmp_path):
+    """Worker 1's own: both are told, and train on as if nothing had been read."""
+
+    def work(rank):
+        model, optimizer = train("sgd", {"sync_every": 4})
+        loop = optimizer.outer_loop
+        write_snapshot(str(tmp_path), loop, shared=rank == 0, objects={})
+        loop.workers.world.gather_objects(None)
+        if rank == 1:
+            true = read_part(tmp_path, "worker_1")
+            write_part(
+                tmp_path, "worker_1", Contents({**true.settings, "local_steps": -1}, true.tensors, true.objects)
+            )
+        with torch.no_grad():
+            for param in model.parameters():  # what would be undone
+                param.add_(1)
+        before = state_of(model, optimizer)
+        with pytest.raises(CheckpointError, match=r"rank 1 on .*worker_1\.json: local_steps must be a whole number"):
+            read_together(loop, "it cannot be resumed", lambda: check_snapshot(str(tmp_path), loop))
+        now = state_of(model, optimizer)
+        assert now[1] == before[1]
+        assert all(torch.equal(one, other) for one, other in zip(now[0], before[0], strict=True))
+
+    run_in_process(work, 2)

@@ -12,7 +12,7 @@ import torch
 
 from .. import upstream
 from ..checkpoints.files import FOLDER, seal, verify_checkpoint
-from ..checkpoints.state import finish_together, keeps_files, read_snapshot, together, write_snapshot
+from ..checkpoints.state import check_snapshot, finish_together, keeps_files, read_together, together, write_snapshot
 from ..contents import CheckpointError
 from ..log import logger
 from ..training.outer_loop import OuterLoop
@@ -124,14 +124,13 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
     with suppress(ValueError):
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
         outer_loop.in_flight.start_what_others_wait_for()
-    objects: dict[str, Any] = {}
 
-    def take_up() -> None:
+    def check() -> Callable[[], dict[str, Any]]:
         if not is_in_process() or outer_loop.workers.world.rank == 0:  # there all workers read the same disk
             verify_checkpoint(folder)
-        objects.update(read_snapshot(str(folder), outer_loop))
+        return check_snapshot(str(folder), outer_loop)
 
-    together(outer_loop, f"checkpoint {folder} cannot be resumed", take_up)
+    objects = read_together(outer_loop, f"checkpoint {folder} cannot be resumed", check)
     if accelerator.scaler is not None and "scaler" in objects:
         accelerator.scaler.load_state_dict(objects["scaler"])
         for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .. import upstream
 from ..checkpoints.files import FOLDER, is_whole, run_of, seal, verify_checkpoint
-from ..checkpoints.state import finish_together, keeps_files, read_snapshot, together, write_snapshot
+from ..checkpoints.state import check_snapshot, finish_together, keeps_files, read_together, together, write_snapshot
 from ..contents import CheckpointError
 from ..log import logger
 from ..training.outer_loop import OuterLoop
@@ -127,23 +128,18 @@ class TrainerCheckpoints:
                 state.global_step,
             )
             return {}
-        objects: dict[str, Any] = {}
 
         def verify() -> None:
             folder = self._find(state, recorded)
             if self.keeper:
                 verify_checkpoint(folder)
 
-        def take_up() -> None:
-            folder = self._find(state, recorded)
-            objects.update(read_snapshot(str(folder), self.outer_loop))
-            if self.outer_loop.attempted_steps != state.global_step:
-                raise CheckpointError(
-                    f"{folder} is of step {self.outer_loop.attempted_steps}, Trainer's of step {state.global_step}."
-                )
+        def check() -> Callable[[], dict[str, Any]]:
+            return check_snapshot(str(self._find(state, recorded)), self.outer_loop, state.global_step)
 
-        for act in (verify, take_up):  # nobody reads what a keeper has found damaged
-            together(self.outer_loop, "the checkpoint cannot be resumed", act)
+        words = "the checkpoint cannot be resumed"
+        together(self.outer_loop, words, verify)  # nobody reads what a keeper has found damaged
+        objects = read_together(self.outer_loop, words, check)
         logger.info("resumed at step %d with every worker's own state", state.global_step)
         return objects
 

@@ -90,6 +90,23 @@ def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None
         raise CheckpointError(f"{words}. {'; '.join(told)}")
 
 
+def read_together(
+    outer_loop: OuterLoop, words: str, check: Callable[[], Callable[[], dict[str, Any]]]
+) -> dict[str, Any]:
+    """
+    Take up a checkpoint once every rank has checked its part. Collective; raises as `together`, and then no rank has
+    changed.
+
+    Args:
+        check (`Callable`): Returns what `check_snapshot` does.
+    """
+    take_up: list[Callable[[], dict[str, Any]]] = []
+    objects: dict[str, Any] = {}
+    together(outer_loop, words, lambda: take_up.append(check()))
+    together(outer_loop, words, lambda: objects.update(take_up[0]()))
+    return objects
+
+
 def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]) -> None:
     """Act on a checkpoint once the files of every rank are there. Collective; raises as `together`."""
     outer_loop.workers.world.gather_objects(None)
@@ -133,17 +150,25 @@ def _parts(loop: OuterLoop) -> list[Part]:
     return [*loop.saved_parts, loop.inner_state]
 
 
-@torch.no_grad()
 def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
+    """`check_snapshot`, and take it up at once: where all processes see the same files."""
+    return check_snapshot(folder, outer_loop)()
+
+
+def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None) -> Callable[[], dict[str, Any]]:
     """
-    Take up a checkpoint's state, in place, after `OuterLoop.start`. Every process calls it; nothing is sent.
+    Check a checkpoint's state, after `OuterLoop.start`. Every process calls it, and none takes up what the result does
+    before all have checked: their own files may be damaged on one alone. Nothing is sent.
 
     On another number of workers all start from the average, which is in the model already, with the shared anchors,
     velocity and clock; worker i takes the inner optimizer of worker i modulo the old number. Local weights, messages
     in flight and what compression has held back are dropped.
 
+    Args:
+        step (`int`, *optional*): Trainer's, which it must be of.
+
     Returns:
-        `dict`: The `objects` that `write_snapshot` was given.
+        `Callable`: Takes it up, in place, and returns the `objects` that `write_snapshot` was given.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
@@ -158,12 +183,20 @@ def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
                 f"{folder}: worker {workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "
                 f"{shared.settings.get(key)!r}: they are of different saves. Resume from another checkpoint."
             )
+    if step is not None and shared.count("attempted_steps") != step:
+        raise CheckpointError(f"{folder} is of step {shared.count('attempted_steps')}, Trainer's of step {step}.")
     same_number = then == workers.count
     if not same_number:
         _say_another_number(folder, then, outer_loop)
-    check_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)()
-    outer_loop.run_id = run
-    return {name: value for name, value in own.objects.items() if name != OBJECT}
+    take_up_parts = check_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)
+
+    @torch.no_grad()
+    def take_up() -> dict[str, Any]:
+        take_up_parts()
+        outer_loop.run_id = run
+        return {name: value for name, value in own.objects.items() if name != OBJECT}
+
+    return take_up
 
 
 def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:

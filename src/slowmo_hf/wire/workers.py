@@ -100,7 +100,7 @@ class Workers:
         living = self.world.notes("wires")
         living[:] = [(number, those) for number, those in living if (it := those()) and not it.roll_call.has_left]
         mine = max((number + 1 for number, _ in living), default=0)
-        number = int(self.world.gather_header([mine]).max())
+        number = max(self.world.gather_objects(mine))
         living.append((number, weakref.ref(self)))
         return f" {number}" if number else ""
 
