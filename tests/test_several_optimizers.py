@@ -84,6 +84,22 @@ def test_rounds_of_two_optimizers_travel_apart():
         assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 
+def test_wires_of_optimizers_that_are_gone_are_used_again():
+    """Each lives until the next one has started: two wires serve however many there are."""
+
+    def work(rank):
+        held, groups = [], []
+        for _ in range(6):
+            optimizer, step = make(rank, (3,))
+            step()
+            groups.append(optimizer.outer_loop.workers.between.group)
+            held[:] = [optimizer]  # the one before goes
+            del optimizer, step
+        return len({id(group) for group in groups})
+
+    assert run_in_process(work, 2) == [2, 2]
+
+
 def crosswise(rank, other, settings):
     """In one order at step 1, where both start; rank 1 in another at step 2, where both have a round."""
     made = [make(rank, (3,), **settings), make(rank, other, **settings)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import torch
@@ -99,8 +100,8 @@ class Workers:
         """
         living = self.world.notes("wires")
         living[:] = [(number, those) for number, those in living if (it := those()) and not it.roll_call.has_left]
-        mine = max((number + 1 for number, _ in living), default=0)
-        number = max(self.world.gather_objects(mine))
+        taken = set().union(*self.world.gather_objects({number for number, _ in living}))
+        number = next(number for number in itertools.count() if number not in taken)
         living.append((number, weakref.ref(self)))
         return f" {number}" if number else ""
 
