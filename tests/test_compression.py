@@ -17,7 +17,7 @@ from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.algorithm.codec import BLOCK, BFloat16, Int8
 from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
 from slowmo_hf.algorithm.starts import Base
-from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
 from slowmo_hf.names import CODES, find
 from slowmo_hf.wire.averages import Averages
 from slowmo_hf.wire.communicator import Communicator
@@ -532,7 +532,7 @@ def resumer(folder, step, config, rank, trained_before):
     model, optimizer, step_once = begin(config, rank)
     for before in range(4 if trained_before else 1):
         step_once(before)
-    read_snapshot(f"{folder}/{step}", optimizer.outer_loop)
+    check_snapshot(f"{folder}/{step}", optimizer.outer_loop)()
     # At a round's end the file holds no weights: Trainer and Accelerate have loaded the anchors.
     if step == 5 and not config.overlap_steps:
         for piece in optimizer.outer_loop.parts.slow.pieces:

@@ -10,7 +10,7 @@ import slowmo_hf
 from harness import patience, run_workers
 from launcher import run_really, run_script
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
 from tiny import train_node_workers
 
 KINDS = {
@@ -89,7 +89,7 @@ def test_a_run_that_has_finished_can_be_saved_and_gone_on_with(tmp_path, kind):
         resumed.step()
         with torch.no_grad():
             other.copy_(weight)  # the model is in the checkpoint beside
-        read_snapshot(str(tmp_path), resumed.outer_loop)
+        check_snapshot(str(tmp_path), resumed.outer_loop)()
         for _ in range(7):
             step()
             other.grad = weight.grad.clone()

@@ -14,7 +14,7 @@ import torch
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoints.files import read_part, write_part
-from slowmo_hf.checkpoints.state import check_snapshot, read_snapshot, read_together, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, read_together, write_snapshot
 from slowmo_hf.contents import CheckpointError, Contents
 
 STEPS = 7
@@ -139,7 +139,7 @@ def try_all(folder, inner, settings, rank):
                 Path(folder, "slowmo", f"{part}.pt").unlink(missing_ok=True)
             words = ""
             try:
-                read_snapshot(folder, optimizer.outer_loop)
+                check_snapshot(folder, optimizer.outer_loop)()
             except CheckpointError as error:
                 words = str(error)
                 now = state_of(model, optimizer)
@@ -148,7 +148,7 @@ def try_all(folder, inner, settings, rank):
             told.append((part, field, wrong, words))
             write_part(folder, part, true)
             if not words:  # it was taken up: the next one begins from the true state again
-                read_snapshot(folder, optimizer.outer_loop)
+                check_snapshot(folder, optimizer.outer_loop)()
                 before = state_of(model, optimizer)
     return told
 

@@ -15,7 +15,7 @@ import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.algorithm.codec import BLOCK
-from slowmo_hf.checkpoints.state import read_snapshot, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
 from slowmo_hf.names import CODES, find
 from slowmo_hf.wire.communicator import Arrival, Communicator
 from tiny import Regression, Rows, equal, message_memory, two_groups, values, warmup_and_decay
@@ -890,7 +890,7 @@ def test_on_another_number_of_workers_a_round_in_flight_has_reset_the_inner_stat
 
     def resume(rank):
         optimizer = some_steps(rank, config, 1)
-        read_snapshot(str(tmp_path), optimizer.outer_loop)
+        check_snapshot(str(tmp_path), optimizer.outer_loop)()
         return len(optimizer.state)
 
     run_in_process(save, 2)

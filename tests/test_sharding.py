@@ -16,7 +16,7 @@ import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoints.files import read_part
-from slowmo_hf.checkpoints.state import read_snapshot, together, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, together, write_snapshot
 from slowmo_hf.contents import CheckpointError
 from slowmo_hf.training.outer_loop import OuterLoop
 from tiny import Heard, Regression, Rows, message_memory, train_node_workers, two_groups, values
@@ -314,7 +314,7 @@ def resumer(folder, step, config, rank):
     for _ in range(step + 1):
         lrs = [lr * (1 - 0.03 * factor) for lr, factor in zip(lrs, (1, 2, 3), strict=True)]
     model.load_state_dict(torch.load(f"{folder}/5/model_0.pt"))  # Trainer and Accelerate have loaded the average
-    read_snapshot(f"{folder}/{step}", optimizer.outer_loop)
+    check_snapshot(f"{folder}/{step}", optimizer.outer_loop)()
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         group["lr"] = lr
     for later in range(step + 1, STEPS):

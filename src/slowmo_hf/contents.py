@@ -128,22 +128,19 @@ class Contents:
         if unknown:
             self._refuse("json", name, f"names {unknown[:3]}, which this run does not have")
 
-    def state(self, name: str) -> Any:
-        """A state dictionary."""
-        if name not in self.objects:
-            self._refuse("pt", name, "is missing")
-        return self.objects[name]
-
     def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state dictionary of an optimizer with as many groups and parameters as this one."""
-        state = self.state(name)
+        if name not in self.objects:
+            self._refuse("pt", name, "is missing")
+        state = self.objects[name]
         try:
             saved = [len(group["params"]) for group in state["param_groups"]]
-        except (TypeError, KeyError, AttributeError):
+            is_state = isinstance(state["state"], dict)
+        except (TypeError, KeyError):
+            is_state = False
+        if not is_state:
             self._refuse("pt", name, "is no state of an optimizer")
         own = [len(group["params"]) for group in optimizer.param_groups]
-        if not isinstance(state.get("state"), dict):
-            self._refuse("pt", name, "is no state of an optimizer")
         if saved != own:
             self._refuse("pt", name, f"does not fit: its groups have {saved} parameters, this run's have {own}")
         return state  # type: ignore[no-any-return]

@@ -150,11 +150,6 @@ def _parts(loop: OuterLoop) -> list[Part]:
     return [*loop.saved_parts, loop.inner_state]
 
 
-def read_snapshot(folder: str, outer_loop: OuterLoop) -> dict[str, Any]:
-    """`check_snapshot`, and take it up at once: where all processes see the same files."""
-    return check_snapshot(folder, outer_loop)()
-
-
 def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None) -> Callable[[], dict[str, Any]]:
     """
     Check a checkpoint's state, after `OuterLoop.start`. Every process calls it, and none takes up what the result does

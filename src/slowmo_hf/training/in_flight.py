@@ -172,12 +172,12 @@ class InFlight:
         step, departed = saved.shared.count("attempted_steps"), saved.own.part(IN_FLIGHT)
         due_step = departed.count("due_step", least=step, most=step + parts.config.overlap_steps)
         norms = Norms.of(departed.numbers("norms", 3, least=0))
-        anchors = parts.slow.whole_anchors(saved.shared)
 
         def take_up() -> None:
             self.forget()
             one = Round(parts, due_step, norms)
-            one.messages = parts.slow.reduction.landed(anchors) if parts.workers.leads else None
+            if parts.workers.leads:
+                one.messages = parts.slow.reduction.landed(parts.slow.whole_anchors(saved.shared))
             self.rounds.append(one)
 
         return take_up

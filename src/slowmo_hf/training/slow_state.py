@@ -98,7 +98,7 @@ class SlowState:
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: of the whole this worker's part."""
         contents = saved.shared if self._is_shared else saved.own
-        anchors = list(self.whole_anchors(contents).values())
+        anchors = [contents.tensor(f"anchor.{index}", layout.flat) for index, layout in enumerate(self.layouts)]
         # A run that had no momentum has no velocity: it starts at 0.
         starts_at_0 = saved.shared.settings.get("config", {}).get("outer_momentum") == 0
         velocities = [
@@ -117,8 +117,8 @@ class SlowState:
         return take_up
 
     def whole_anchors(self, contents: Contents) -> dict[FlatAnchor, torch.Tensor]:
-        """Those of a checkpoint, by layout."""
-        return {layout: contents.tensor(f"anchor.{i}", layout.flat) for i, layout in enumerate(self.layouts)}
+        """Those of a checkpoint that `restore` has checked, by layout."""
+        return {layout: contents.tensors[f"anchor.{index}"] for index, layout in enumerate(self.layouts)}
 
     def _take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         if self._shards:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..algorithm.layout import views_like
-from ..contents import CheckpointError, Contents, Part, Restored, Saved, check_all, save_all
+from ..contents import CheckpointError, Contents, Part, Restored, Saved, check_all
 from .consensus import Consensus
 from .model_tensors import copy_tensors_
 from .parts import Parts
@@ -36,18 +36,15 @@ def state_dict(parts: Parts) -> dict[str, Any]:
             "accelerator.save_state with register_for_checkpointing, which brings them together, or "
             "shard_slow_state=False."
         )
-    saved = save_all([parts.clock, parts.status, parts.slow], agree=True, keep=True)
-    shared = saved.shared
-    if not config.exact_average:  # at the start, where they still are
-        shared.add(saved.own)
+    saved = parts.slow.saved(agree=True, keep=True)
+    slow = saved.shared if config.exact_average else saved.own  # each worker's own, but at the start
     lists = {
-        name: [flat for key, flat in shared.tensors.items() if key.startswith(f"{kind}.")]
+        name: [flat for key, flat in slow.tensors.items() if key.startswith(f"{kind}.")]
         for name, kind in _LISTS.items()
     }
-    update = parts.slow.update.saved()
-    settings = {_OLD_NAMES.get(name, name): value for name, value in update.settings.items()}
-    outer = update.objects.get("outer_optimizer", settings)
-    steps = {name: shared.settings[name] for name in ("attempted_steps", "rounds")}
+    settings = {_OLD_NAMES.get(name, name): value for name, value in slow.settings.items()}
+    outer = slow.objects.get("outer_optimizer", settings)
+    steps = parts.clock.saved(agree=True, keep=True).shared.settings
     return {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
 
 

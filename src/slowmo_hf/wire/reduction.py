@@ -185,7 +185,38 @@ class Launch:
         self._buffers, self.messages = None, ()
 
 
-class AllReduce:
+class UpdatedByAll:
+    """
+    What reductions share whose sums come to every worker, which updates all anchors itself.
+
+    Args:
+        averages (`Averages`): The workers.
+        buckets (`list[Bucket]`): What messages carry, of the whole layout.
+    """
+
+    updates_at_owners = False
+
+    def __init__(self, averages: Averages, buckets: list[Bucket]) -> None:
+        self.averages, self.buckets = averages, buckets
+
+    def read(self, launch: Launch) -> None:
+        """As `Reduction.read`."""
+        launch.close()
+
+    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """This worker has updated them all."""
+        return ((piece, piece.anchor) for bucket in self.buckets for piece in bucket.pieces)
+
+    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
+        """They are in the anchors."""
+        return None
+
+    def summed(self, values: list[float]) -> list[float]:
+        """They are of the whole model."""
+        return values
+
+
+class AllReduce(UpdatedByAll):
     """
     The exact average (line 6) by all-reduce.
 
@@ -199,10 +230,8 @@ class AllReduce:
             two take turns.
     """
 
-    updates_at_owners = False
-
     def __init__(self, averages: Averages, buckets: list[Bucket], *, own_memory: bool) -> None:
-        self.averages, self.buckets = averages, buckets
+        super().__init__(averages, buckets)
         self._own_memory = own_memory
 
     def reserve(self, buffers: Buffers) -> None:
@@ -231,22 +260,6 @@ class AllReduce:
 
     def start_second_stages(self, *, wait: bool) -> None:
         """One stage is all."""
-
-    def read(self, launch: Launch) -> None:
-        """As `Reduction.read`."""
-        launch.close()
-
-    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """This worker has updated them all."""
-        return ((piece, piece.anchor) for bucket in self.buckets for piece in bucket.pieces)
-
-    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
-        """They are in the anchors."""
-        return None
-
-    def summed(self, values: list[float]) -> list[float]:
-        """They are of the whole model."""
-        return values
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """Nothing is held back."""

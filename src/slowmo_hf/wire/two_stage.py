@@ -24,7 +24,7 @@ from ..algorithm.starts import Base
 from ..contents import Contents, Restored, Saved
 from .averages import Averages, Buffers
 from .communicator import Arrival, Communicator
-from .reduction import OWN_SLOTS, Launch, Memory, Message
+from .reduction import OWN_SLOTS, Launch, Memory, Message, UpdatedByAll
 
 
 class Ends(Protocol):
@@ -65,7 +65,7 @@ class Ends(Protocol):
         """As `Reduction.forget`."""
 
 
-class TwoStage:
+class TwoStage(UpdatedByAll):
     """
     A reduction over owners. All update.
 
@@ -77,22 +77,21 @@ class TwoStage:
         ahead (`bool`): Whether rounds set out together.
     """
 
-    updates_at_owners = False
-
     def __init__(self, averages: Averages, ends: Ends, *, ahead: bool) -> None:
-        self.averages, self.ends = averages, ends
+        super().__init__(averages, ends.buckets)
+        self.ends = ends
         self._communicator, self._ahead = averages.communicator, ahead
-        self._first_stages: deque[tuple[_UpdatedByAll, Launch]] = deque()
+        self._first_stages: deque[tuple[_SumForAll, Launch]] = deque()
 
     def reserve(self, buffers: Buffers) -> None:
         """As `Reduction.reserve`."""
         self.ends.reserve(buffers.get)
-        for number in range(len(self.ends.buckets)):
+        for number in range(len(self.buckets)):
             self._rows(number, buffers.get, ahead=self._ahead)
 
     def _rows(self, number: int, memory: Memory, *, ahead: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory of the messages to all and from all."""
-        workers, bucket = self._communicator.world_size, self.ends.buckets[number]
+        workers, bucket = self._communicator.world_size, self.buckets[number]
         device, row = bucket.pieces[0].param.device, self.ends.row_bytes(number)
         slot = OWN_SLOTS + 2 * number if ahead else 2 * (number % 2)
         outgoing, incoming = (memory(workers * row, torch.uint8, device, slot + side) for side in (0, 1))
@@ -102,8 +101,8 @@ class TwoStage:
         """
         As `Reduction.start`. Second stages set out when first ones have come, at the latest when the sums are read.
         """
-        for number in range(len(self.ends.buckets)):
-            message = _UpdatedByAll(**self._send(number, launch, base))
+        for number in range(len(self.buckets)):
+            message = _SumForAll(**self._send(number, launch, base))
             if launch.is_ahead:
                 self._first_stages.append((message, launch))
                 self._communicator.owe(lambda: self.start_second_stages(wait=True))
@@ -134,22 +133,6 @@ class TwoStage:
             if not self._first_stages:
                 self._communicator.owe(None)
 
-    def read(self, launch: Launch) -> None:
-        """As `Reduction.read`."""
-        launch.close()
-
-    def new_anchors(self, launch: Launch | None) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """As `Reduction.new_anchors`."""
-        return ((piece, piece.anchor) for bucket in self.ends.buckets for piece in bucket.pieces)
-
-    def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
-        """As `Reduction.landed`."""
-        return None
-
-    def summed(self, values: list[float]) -> list[float]:
-        """As `Reduction.summed`."""
-        return values
-
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`."""
         return self.ends.saved()
@@ -172,8 +155,8 @@ class TwoStageAtOwners(TwoStage):
 
     def start(self, launch: Launch, base: Base) -> Iterator[Message]:
         """As `Reduction.start`. Second stages set out behind the update."""
-        for number in range(len(self.ends.buckets)):
-            yield _UpdatedByOwner(**self._send(number, launch, base))
+        for number in range(len(self.buckets)):
+            yield _SumForOwner(**self._send(number, launch, base))
 
     def read(self, launch: Launch) -> None:
         """Ahead, new anchors are under way."""
@@ -184,9 +167,9 @@ class TwoStageAtOwners(TwoStage):
         """As `Reduction.new_anchors`: what has come from every shard's owner."""
         assert launch is not None
         for message in launch.messages:
-            assert isinstance(message, _UpdatedByOwner)
+            assert isinstance(message, _SumForOwner)
             message.arrived()
-        for number in range(len(self.ends.buckets)):
+        for number in range(len(self.buckets)):
             bucket, anchors = self._anchors(number, launch)
             yield from bucket.runs(anchors)
         launch.close()
@@ -194,7 +177,7 @@ class TwoStageAtOwners(TwoStage):
     def landed(self, anchors: dict[FlatAnchor, torch.Tensor]) -> Launch | None:
         """As `Reduction.landed`."""
         launch = Launch(self, ahead=1.0)
-        for number in range(len(self.ends.buckets)):
+        for number in range(len(self.buckets)):
             bucket, here = self._anchors(number, launch)
             here.copy_(bucket.of(anchors[bucket.item]))
         return launch
@@ -229,7 +212,7 @@ class _InTwoStages:
 
 
 @dataclass(eq=False)
-class _UpdatedByAll(_InTwoStages):
+class _SumForAll(_InTwoStages):
     """
     The second stage is started by whoever comes first, `start_second_stages` between steps or the one who wants the
     result. A failure is the result's: between steps a leader would fail alone.
@@ -265,7 +248,7 @@ class _UpdatedByAll(_InTwoStages):
 
 
 @dataclass(eq=False)
-class _UpdatedByOwner(_InTwoStages):
+class _SumForOwner(_InTwoStages):
     """
     Where a shard's owner does the outer update between the stages the second brings new anchors: into the parameters
     at once where they are waited for.
