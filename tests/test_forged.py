@@ -74,7 +74,7 @@ def wrong_settings(value):
 def forgeries(contents):
     """(field, what is wrong, forged contents), one at a time."""
     for name, value in contents.tensors.items():
-        for words, wrong in wrong_tensors(value, name.startswith("buffer.")):
+        for words, wrong in wrong_tensors(value, name.startswith(("buffer.", "averaged_buffer."))):
             tensors = {**contents.tensors, name: wrong}
             there = {key: tensor for key, tensor in tensors.items() if tensor is not None}
             yield name, words, Contents(contents.settings, there, contents.objects)

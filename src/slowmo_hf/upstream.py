@@ -37,6 +37,14 @@ def communication_hook(ddp: Any) -> str:
     return str(ddp._get_ddp_logging_data().get("comm_hook") or "")
 
 
+def compiled_module(model: Any) -> Any:
+    """
+    `OptimizedModule._orig_mod`, torch >= 2.0: what `torch.compile` has wrapped; None elsewhere. Accelerate's own
+    `extract_model_from_parallel` takes the same one (tests/test_evaluation.py::test_a_compiled_model_is_shown_too).
+    """
+    return getattr(model, "_orig_mod", None)
+
+
 def default_store() -> Any:
     """
     `torch.distributed.distributed_c10d._get_default_store`, torch >= 1.8: the job's key-value store, for which there

@@ -41,8 +41,9 @@ def _unfinished(optimizer: Any) -> str:
     is_average = clock.workers_agree or optimizer.finished_at == clock.attempted_steps
     if is_average or loop.status.stop_agreed:  # a run that was asked to stop has saved, and goes on later
         return ""
+    model = "the last round's, without them" if loop.view.is_of_last_round else "one worker's own"
     return (
-        f"training ended at step {clock.attempted_steps}, {clock.local_steps} steps after the last round: what was "
-        "evaluated or saved since is one worker's own model. Add slowmo_hf.finish(optimizer) behind the last step: "
-        "the average of all workers stays in the model then."
+        f"training ended at step {clock.attempted_steps}, {clock.local_steps} steps after the last round: the model "
+        f"that was left is {model}. Add slowmo_hf.finish(optimizer) behind the last step: the average of all workers "
+        "stays in the model then."
     )

@@ -43,14 +43,17 @@ def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """
     bare = unwrap(optimizer)
     outer_loop = bare.outer_loop
-    if outer_loop is None or outer_loop.view.is_shown:
+    if outer_loop is None or (outer_loop.view.is_shown and not outer_loop.view.is_of_last_round):
         yield
         return
+    was_in_evaluation = outer_loop.view.is_of_last_round
     bare.eval()
     try:
         yield
     finally:
         bare.train()
+        if was_in_evaluation:
+            outer_loop.consensus.show_last_round()
 
 
 @contextmanager
@@ -122,7 +125,20 @@ def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Acce
     return finish_first
 
 
+def _note(prepare_optimizer: Callable[..., Any]) -> Callable[..., Any]:
+    """`Accelerator.prepare_optimizer` that tells an optimizer of ours of it."""
+
+    @functools.wraps(prepare_optimizer)
+    def note(self: Accelerator, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(optimizer, SlowMoOptimizer):
+            optimizer.is_prepared = True
+        return prepare_optimizer(self, optimizer, *args, **kwargs)
+
+    return note
+
+
 Accelerator.end_training = _finish_first(Accelerator.end_training)  # type: ignore[method-assign]
+Accelerator.prepare_optimizer = _note(Accelerator.prepare_optimizer)  # type: ignore[method-assign]
 
 
 def stop_requested(optimizer: torch.optim.Optimizer) -> bool:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .. import upstream
 from ..config import SlowMoConfig
 from ..log import logger
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
-from ..wire.job import is_in_process, processes_in_job
+from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
+from .first_pass import listen, models_to_start, refuse_separate_gradients, trains
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
 from .stop_signals import StopSignals
 
@@ -56,12 +56,14 @@ class SlowMoOptimizer(OptimizerWrapper):
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
         self.saved_beside = False
+        self.is_prepared = False  # by Accelerate, with its model
         self.finished_at: int | None = None  # the step at which all have ended, on the average
+        self._model_calls: ModelCalls | None = None
         self._before_training: Callable[[OuterLoop], None] | None = None
         self._stop_signals: StopSignals | None = None
         self._stop_asked = False
         super().__setstate__(state)
-        self._stop_listening = _listen_for_the_first_forward(self)
+        self._stop_listening = listen(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -144,21 +146,17 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     # ---- the start ----
 
-    def _on_forward(self, module: torch.nn.Module, args: Any) -> None:
-        if not torch.is_grad_enabled():
-            return  # an evaluation before training, perhaps on one rank alone: the start is collective
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        held = own & {id(p) for p in module.parameters()}
-        if not held:
+    def on_forward(self, module: torch.nn.Module) -> None:
+        """A pass that `first_pass.listen` has heard: training begins with the first one of its own, and goes on."""
+        if not trains(self, module):
             return
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
             return
         wrappers = self._wrappers(within=module)
-        if wrappers:
-            self._start([ddp.module for ddp in wrappers], wrappers)
-        elif held == own:
-            self._start([module], [])
+        models = models_to_start(self, module, wrappers)
+        if models:
+            self._start(models, wrappers)
 
     def _wrappers(self, within: torch.nn.Module | None = None) -> list[Any]:
         return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)
@@ -171,9 +169,9 @@ class SlowMoOptimizer(OptimizerWrapper):
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.start(broadcast_frozen=not wrappers)
             if not wrappers:
-                _refuse_separate_gradients(self.config, outer_loop.workers.size)
+                refuse_separate_gradients(self.config, outer_loop.workers.size)
         except BaseException:
-            self._stop_listening = _listen_for_the_first_forward(self)
+            self._stop_listening = listen(self)
             raise
         if self.config.base != "all_reduce":
             self.isolation = Isolation(wrappers, outer_loop.workers.gradients.group)
@@ -182,6 +180,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             self._pending = None
         outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
+        self._model_calls = ModelCalls(self, models)
         tell_at_exit(self)
         self._go_on(outer_loop)
 
@@ -193,7 +192,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._before_training = act
         if self.outer_loop is not None:
             self.outer_loop.consensus.restore()  # what is loaded now would be undone by the end of a look
-            self._stop_listening = _listen_for_the_first_forward(self)
+            self._stop_listening = listen(self)
 
     @property
     def awaits_a_checkpoint(self) -> bool:
@@ -225,6 +224,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         return self.outer_loop
 
     def _go_on(self, outer_loop: OuterLoop) -> None:
+        outer_loop.consensus.end_last_round()
         act, self._before_training = self._before_training, None
         if act is not None:
             self._stop_listening()
@@ -283,33 +283,6 @@ def _check_arguments(inner_optimizer: Any, config: Any) -> None:
         raise TypeError(
             f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...)."
         )
-
-
-def _refuse_separate_gradients(config: SlowMoConfig, worker_size: int) -> None:
-    """Without DDP's wrapper nobody averages the gradients of a worker's processes."""
-    if is_in_process() or processes_in_job() == 1 or (worker_size == 1 and config.base != "all_reduce"):
-        return
-    raise RuntimeError(
-        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper that "
-        "averages gradients, and none of the model was found. Train the model that accelerator.prepare returned, or "
-        "use processes_per_worker=1 and another base."
-    )
-
-
-def _listen_for_the_first_forward(optimizer: SlowMoOptimizer) -> Callable[[], Any]:
-    """
-    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks
-    lives as long as the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that
-    never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook on every module.
-    """
-    alive = weakref.ref(optimizer)
-
-    def on_forward(module: torch.nn.Module, args: Any) -> None:
-        listener = alive()
-        if listener is not None:
-            listener._on_forward(module, args)
-
-    return weakref.finalize(optimizer, register_module_forward_pre_hook(on_forward).remove)
 
 
 def _is_dummy_step() -> bool:

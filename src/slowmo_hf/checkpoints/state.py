@@ -5,6 +5,7 @@ alone. Every part writes its own fields and checks them again; here stand those 
     shared  run, workers, processes, config, parameters                    here
             attempted_steps, rounds                                        Clock
             parameters_alone                                               StatusExchange
+            averaged_buffers, averaged_buffer.NAME                         LocalTensors
             anchor.i, velocity.i (own with exact_average=False)            SlowState
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
     own     run, workers, attempted_steps, and the caller's objects        here

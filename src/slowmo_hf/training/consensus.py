@@ -1,6 +1,10 @@
-"""The exact average of all workers, shown while training goes on, or kept at its end."""
+"""One model of all workers, shown while training goes on: the exact average of now, or the last round's model."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.profiler import record_function
@@ -9,6 +13,20 @@ from ..wire.reduction import show_mean_
 from .in_flight import InFlight
 from .parts import Parts
 from .status import Purpose
+
+_Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+
+
+def _as_in_training(act: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Without gradients; and what is made inside a user's `torch.inference_mode()` can be written to in training."""
+
+    @functools.wraps(act)
+    def as_in_training(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with torch.inference_mode(False), torch.no_grad():
+            return act(*args, **kwargs)
+
+    return as_in_training
 
 
 class Consensus:
@@ -23,9 +41,10 @@ class Consensus:
     def __init__(self, parts: Parts, in_flight: InFlight) -> None:
         self.parts, self.in_flight = parts, in_flight
 
-    @torch.no_grad()
+    @_as_in_training
     def show(self) -> None:
         """Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway."""
+        self.end_last_round()
         view = self.parts.view
         if view.is_shown or not self.parts.config.has_rounds:
             return
@@ -72,7 +91,68 @@ class Consensus:
             parts.slow.averages.mean_(floating)
             parts.slow.averages.max_(integer)
 
-    @torch.no_grad()
+    # ---- the last round's model ----
+
+    @_as_in_training
+    def show_last_round(self) -> None:
+        """
+        Put the last round's model, the anchors as they are handed back, into the parameters, and into buffers what
+        they were averaged to. Nothing is sent, and nothing need be in step.
+
+        Raises:
+            RuntimeError: This process does not hold it.
+        """
+        parts, view = self.parts, self.parts.view
+        if view.is_shown:
+            return
+        agree = parts.clock.workers_agree
+        refusal = "" if agree else self._without_anchors
+        if refusal:
+            raise RuntimeError(refusal)
+        buffers = {} if agree else parts.tensors.averaged_buffers()
+        pieces = [] if agree else parts.slow.pieces
+
+        def write_() -> None:
+            for piece in pieces:
+                piece.values().copy_(piece.anchor)
+            for name, value in buffers.items():
+                now[name].copy_(value)
+
+        now = parts.tensors.buffers()
+        view.begin()
+        view.show([*(parts.tensors.trainable if pieces else []), *(now[name] for name in buffers)], write_)
+        view.is_of_last_round = True
+
+    @property
+    def _without_anchors(self) -> str:
+        """Why this process does not hold the last round's model; empty where it does. The same on all ranks."""
+        config, workers = self.parts.config, self.parts.workers
+        settings = {
+            "shard_slow_state=True": config.shard_slow_state,
+            "exact_average=False": not config.exact_average,
+            f"processes_per_worker={config.processes_per_worker!r}": workers.size > 1,
+        }
+        for setting, is_so in settings.items():
+            if is_so:
+                return (
+                    f"model.eval() shows the last round's model, which not every process holds with {setting}. "
+                    "Evaluate inside `with slowmo_hf.consensus(optimizer):` on all ranks, model.eval() included."
+                )
+        return ""
+
+    def end_last_round(self) -> None:
+        """Local weights and random generators are back, if the last round's model is shown."""
+        if self.parts.view.is_of_last_round:
+            self.restore()
+
+    @property
+    def last_round_step(self) -> int:
+        """Where the last round that the anchors have was launched; 0 before the first."""
+        clock = self.parts.clock
+        under_way = sum(one.norms is None for one in self.in_flight.rounds)
+        return max(0, clock.attempted_steps // self.parts.config.sync_every - under_way) * self.parts.config.sync_every
+
+    @_as_in_training
     def restore(self, *, give_back_random_state: bool = True) -> None:
         """End a view: local weights and buffers return, bit for bit, and random generators if they have not yet."""
         self.parts.workers.only_gradients_meet()

@@ -1,4 +1,4 @@
-"""The consensus view: the workers' average in the parameters, and the local weights back, bit for bit."""
+"""The consensus view: one model of all workers in the parameters, and the local weights back, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .model_tensors import copy_tensors_
 
 class ConsensusView:
     """
-    Parameters and buffers that show the average for a while. There is no outer update in it: local weights and random
-    generators come back as they were, and no report counts its seconds.
+    Parameters and buffers that show the average, or the last round's model, for a while. There is no outer update in
+    it: local weights and random generators come back as they were, and no report counts its seconds.
 
     Args:
         account (`Account`): Of the rounds.
@@ -29,29 +29,30 @@ class ConsensusView:
         self._stash: list[torch.Tensor] | None = None
         self._random_state: RandomState | None = None
         self._paused = ExitStack()
+        self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
     @property
     def is_shown(self) -> bool:
-        """True while the average is in the parameters and the local weights are put by."""
+        """True while one model of all is in the parameters and the local weights are put by."""
         return self._stash is not None
 
     def begin(self) -> None:
         """From here to `restore` or `keep` no report counts the seconds, the wait for all ranks among them."""
         self._paused.enter_context(self._account.paused())
 
-    def show(self, tensors: list[torch.Tensor], average_: Callable[[], None]) -> None:
+    def show(self, tensors: list[torch.Tensor], write_: Callable[[], None]) -> None:
         """
-        Put the local values by, and have the average written in their place.
+        Put the local values by, and have others written in their place.
 
         Args:
             tensors (`list[torch.Tensor]`): What differs between workers: parameters and buffers.
-            average_ (`Callable`): Writes their average into them. If it fails, `restore` is the caller's.
+            write_ (`Callable`): Writes what all have into them. If it fails, `restore` is the caller's.
         """
         self._random_state = RandomState.take()
         self._shown = tensors
         self._stash = [t.detach().to(self._device, copy=True) if self._device else t.detach().clone() for t in tensors]
         if tensors:
-            average_()
+            write_()
 
     def restore(self, *, give_back_random_state: bool = True) -> None:
         """End the view: local values return, and the random generators if they have not yet."""
@@ -80,5 +81,9 @@ class ConsensusView:
                 return stashed
         return tensor
 
+    def training_random_state(self) -> RandomState:
+        """The generators that training goes on with."""
+        return self._random_state if self.is_shown and self._random_state else RandomState.take()
+
     def _end(self) -> None:
-        self._stash, self._shown = None, []
+        self._stash, self._shown, self.is_of_last_round = None, [], False

@@ -1,4 +1,4 @@
-"""What a worker has alone: its weights and buffers."""
+"""What a worker has alone: its weights and buffers; and what the last round has made of the buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .model_tensors import ModelTensors
 
 class LocalTensors:
     """
-    Local weights, where workers differ, and the buffers that have changed.
+    Local weights, where workers differ, and the buffers that have changed; shared by all, those that the last round
+    has averaged.
 
     Args:
         tensors (`ModelTensors`): Where they are.
@@ -30,15 +31,23 @@ class LocalTensors:
         if not agree:
             named = zip(tensors.names, tensors.trainable, strict=True)
             own.tensors.update({f"parameter.{name}": local_value(param) for name, param in named})
-        return Saved(own=own)
+        averaged = tensors.averaged_buffers()
+        shared = Contents({"averaged_buffers": sorted(averaged)} if averaged else {})
+        shared.tensors.update({f"averaged_buffer.{name}": value for name, value in averaged.items()})
+        return Saved(shared, own)
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: the model holds the average already; it stays where a worker has nothing of its own."""
-        if not same_number:
-            return lambda: None
-        tensors, own = self._tensors, saved.own
-        changed = own.names("changed_buffers")
+        tensors, own, shared = self._tensors, saved.own, saved.shared
         buffers = tensors.buffers()
+        # An older checkpoint has none, and neither has one before the first round.
+        has_any = any(name.startswith("averaged_buffer") for name in (*shared.settings, *shared.tensors))
+        names = shared.names("averaged_buffers") if has_any else []
+        shared.refuse_unknown("averaged_buffers", names, buffers)
+        averaged = {name: shared.tensor(f"averaged_buffer.{name}", buffers[name], finite=False) for name in names}
+        if not same_number:
+            return lambda: tensors.take_averaged(averaged)
+        changed = own.names("changed_buffers")
         own.refuse_unknown("changed_buffers", changed, buffers)
         # A buffer may hold infinities that mean something.
         values = [(buffers[name], own.tensor(f"buffer.{name}", buffers[name], finite=False)) for name in changed]
@@ -50,5 +59,6 @@ class LocalTensors:
             for target, value in values:
                 target.copy_(value)
             tensors.mark_changed(changed)
+            tensors.take_averaged(averaged)
 
         return take_up

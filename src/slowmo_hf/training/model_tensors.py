@@ -31,6 +31,7 @@ class ModelTensors:
         self._signature = self._now()
         self._initial_buffers: dict[str, torch.Tensor] = {}
         self._changed: set[str] = set()
+        self._averaged: dict[str, torch.Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +84,9 @@ class ModelTensors:
 
     def problem(self) -> str:
         """What has changed in the parameter set since the start; empty where nothing has."""
-        if self._now() == self._signature:
-            return ""
+        now = self._now()
+        if now in (self._signature, []):
+            return ""  # a network that is frozen as a whole is frozen in turn, while another one trains
         return (
             "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
             "moved or cast). Local training needs one fixed set: change it before the first step, or start a new run."
@@ -110,6 +112,21 @@ class ModelTensors:
     def mark_changed(self, names: list[str]) -> None:
         """Count these buffers as changed: they have differed from their first value before a checkpoint."""
         self._changed |= set(names)
+
+    def keep_averaged(self, names: list[str]) -> None:
+        """Remember these buffers as they are now: a round has just made them equal."""
+        buffers = self.buffers()
+        self._averaged.update({name: buffers[name].detach().clone() for name in names if name in buffers})
+
+    def take_averaged(self, values: dict[str, torch.Tensor]) -> None:
+        """Remember these in place of all: they are of a checkpoint."""
+        buffers = self.buffers()
+        self._averaged = {name: value.to(buffers[name].device, copy=True) for name, value in values.items()}
+
+    def averaged_buffers(self) -> dict[str, torch.Tensor]:
+        """What the last round has made of those that are still there in that shape, by name."""
+        now = self.buffers()
+        return {name: b for name, b in self._averaged.items() if name in now and now[name].shape == b.shape}
 
     def buffers_named(self, names: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(floating-point, integer) buffers of these names."""

@@ -91,6 +91,14 @@ class Parts:
         floating, integer = self.tensors.buffers_named(changed_buffers)
         state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
         self.inside.broadcast_([*params, *floating, *integer, *state])
+        self.tensors.keep_averaged(self.averaged(changed_buffers))
+
+    def averaged(self, names: list[str]) -> list[str]:
+        """Those of these buffers that a round makes equal."""
+        if self.config.model_buffers == "average":
+            return names
+        buffers = self.tensors.buffers()
+        return [name for name in names if name in buffers and not buffers[name].is_floating_point()]
 
     def back_to_anchors(self) -> None:
         """

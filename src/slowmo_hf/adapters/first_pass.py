@@ -1,0 +1,72 @@
+"""The pass with which training begins: the first one with gradients through what an optimizer of ours holds."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .. import upstream
+from ..config import SlowMoConfig
+from ..wire.job import is_in_process, processes_in_job
+
+
+def listen(optimizer: Any) -> Callable[[], Any]:
+    """
+    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks
+    lives as long as the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that
+    never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook on every module.
+    """
+    alive = weakref.ref(optimizer)
+
+    def on_forward(module: torch.nn.Module, args: Any) -> None:
+        listener = alive()
+        if listener is not None:
+            listener.on_forward(module)
+
+    return weakref.finalize(optimizer, register_module_forward_pre_hook(on_forward).remove)
+
+
+def trains(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> bool:
+    """
+    Whether a pass through `module` is one of `optimizer`'s training. An evaluation, perhaps on one rank alone, is not:
+    the start is collective. Neither is a pass through a network that is frozen while another one trains.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    own = _parameters(optimizer)
+    return any(id(p) in own for p in module.parameters()) and any(p.requires_grad for p in own.values())
+
+
+def models_to_start(optimizer: Any, module: torch.nn.Module, wrappers: list[Any]) -> list[torch.nn.Module]:
+    """
+    What training begins with in a pass through `module`; nothing where it begins later. A pass before
+    `accelerator.prepare` (a summary, a check of shapes, perhaps on one rank alone) is none of training.
+
+    Args:
+        optimizer (`SlowMoOptimizer`): Not started.
+        wrappers (`list`): Of `DistributedDataParallel`, those that hold its parameters.
+    """
+    if wrappers:
+        return [ddp.module for ddp in wrappers]
+    will_be_prepared = not optimizer.is_prepared and upstream.accelerate_is_in_use() and processes_in_job() > 1
+    holds_all = _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}
+    return [module] if holds_all and not will_be_prepared else []
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
+    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+
+
+def refuse_separate_gradients(config: SlowMoConfig, worker_size: int) -> None:
+    """Without DDP's wrapper nobody averages the gradients of a worker's processes."""
+    if is_in_process() or processes_in_job() == 1 or (worker_size == 1 and config.base != "all_reduce"):
+        return
+    raise RuntimeError(
+        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper that "
+        "averages gradients, and none of the model was found. Train the model that accelerator.prepare returned, or "
+        "use processes_per_worker=1 and another base."
+    )

@@ -1,0 +1,196 @@
+"""
+What a program asks of its model while an optimizer of ours trains it. `model.eval()` shows the last round's model,
+without a message; `model.train()`, or a pass with gradients, gives the local weights back; a state dictionary that is
+taken inside a round, in training mode, is one worker's own, which is said.
+
+torch has no hook for `eval`, and a method of the model's own would be in its copies and pickles: `Module.train`,
+`state_dict` and `load_state_dict` are wrapped, once per process, at the first start.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .. import upstream
+from ..log import logger
+from ..training.outer_loop import OuterLoop
+
+
+class ModelCalls:
+    """
+    Listens to the models of one optimizer, from its start on.
+
+    Args:
+        optimizer (`SlowMoOptimizer`): Started. It holds this listener, and is not held by it.
+        models (`list[torch.nn.Module]`): Its models, without wrappers. What wraps them reaches them; their submodules
+            alone change nothing.
+    """
+
+    def __init__(self, optimizer: Any, models: list[Module]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._outer_loop: OuterLoop = optimizer.outer_loop
+        self._models = [weakref.ref(_innermost(model)) for model in models]
+        self._loaded_at: int | None = None  # the step at which the program loaded weights of its own choice
+        self._stop_listening: Callable[[], object] = _nothing
+        self._said: set[str] = set()
+        _listening.add(self)
+        _wrap_once()
+
+    def holds(self, module: Module) -> bool:
+        """Whether it is one of the models."""
+        return any(model() is module for model in self._models)
+
+    # ---- evaluation ----
+
+    def on_eval(self, *, was_training: bool) -> None:
+        """Show the last round's model, where workers may differ."""
+        loop, clock = self._outer_loop, self._outer_loop.clock
+        if not self._holds_local_weights:
+            return
+        step = loop.consensus.last_round_step
+        if not step and not clock.workers_agree:
+            self._say(
+                logging.WARNING,
+                "model.eval() before the first round (sync_every=%d): every rank sees its own weights of step %d. "
+                "`with slowmo_hf.consensus(optimizer):` shows the average of all.",
+                loop.config.sync_every,
+                clock.attempted_steps,
+            )
+            return
+        loop.consensus.show_last_round()
+        self._say(
+            logging.INFO,
+            "model.eval() shows the model of the round of step %d (%d steps came after it), the same on all ranks; "
+            "model.train() gives this worker's own weights back. `with slowmo_hf.consensus(optimizer):` shows the "
+            "average of now.",
+            step,
+            clock.attempted_steps - step,
+        )
+        self._listen_for_gradients(tell=was_training)
+
+    def on_train(self) -> None:
+        """Local weights and random generators are back."""
+        self._stop_listening()
+        self._stop_listening = _nothing
+        self._outer_loop.consensus.end_last_round()
+
+    def _listen_for_gradients(self, *, tell: bool) -> None:
+        self._stop_listening()
+        alive = weakref.ref(self)
+
+        def on_forward(module: Module, args: Any) -> None:
+            listener = alive()
+            if listener is not None and torch.is_grad_enabled() and listener._trains(module):
+                listener.on_train()
+                if tell:
+                    listener._say(
+                        logging.WARNING,
+                        "a pass with gradients after model.eval(): it is made with this worker's own weights, as "
+                        "training is. An evaluation belongs under torch.no_grad().",
+                    )
+
+        self._stop_listening = register_module_forward_pre_hook(on_forward).remove
+
+    def _trains(self, module: Module) -> bool:
+        own = {id(param) for param in self._outer_loop.tensors.trainable}
+        return any(id(param) in own for param in module.parameters())
+
+    # ---- its state ----
+
+    def on_state_dict(self) -> None:
+        """Say, once, that this is one worker's own model, if it is."""
+        loop = self._outer_loop
+        if self._holds_local_weights and not loop.clock.workers_agree:
+            self._say(
+                logging.WARNING,
+                "the model's state was taken in training mode at step %d, %d steps after the last round: it is rank "
+                "%d's own, not the average. Save inside `with slowmo_hf.consensus(optimizer):`, or behind "
+                "slowmo_hf.finish(optimizer); after model.eval() it is the last round's.",
+                loop.attempted_steps,
+                loop.clock.local_steps,
+                loop.workers.world.rank,
+            )
+
+    def on_load_state_dict(self) -> None:
+        """What the program loads stays, until training goes on."""
+        if self._outer_loop.view.is_of_last_round:
+            self._outer_loop.view.keep()
+        self._loaded_at = self._outer_loop.clock.attempted_steps
+
+    @property
+    def _holds_local_weights(self) -> bool:
+        """
+        Whether the parameters are this worker's own, of several: not a view's, not the average at the end, and not
+        what the program or `accelerator.load_state` has loaded.
+        """
+        loop, optimizer = self._outer_loop, self._optimizer()
+        step = loop.clock.attempted_steps
+        trains_alone = loop.parts.meets_others and loop.workers.count > 1
+        if optimizer is None or not trains_alone or loop.view.is_shown or optimizer.awaits_a_checkpoint:
+            return False
+        return step not in (self._loaded_at, optimizer.finished_at)
+
+    def _say(self, level: int, words: str, *values: object) -> None:
+        """Once per job: rank 0 does."""
+        if self._outer_loop.workers.world.rank == 0 and words not in self._said:
+            self._said.add(words)
+            logger.log(level, words, *values)
+
+
+def _nothing() -> None:
+    """Nobody listens."""
+
+
+def _innermost(model: Any) -> Module:
+    """Behind torch.compile."""
+    inner = upstream.compiled_module(model)
+    return model if inner is None else _innermost(inner)
+
+
+_listening: weakref.WeakSet[ModelCalls] = weakref.WeakSet()
+
+
+def _listeners(*modules: Module) -> list[ModelCalls]:
+    return [listener for listener in tuple(_listening) if any(listener.holds(module) for module in modules)]
+
+
+@functools.cache
+def _wrap_once() -> None:
+    train, state_dict, load_state_dict = Module.train, Module.state_dict, Module.load_state_dict
+
+    @functools.wraps(train)
+    def train_and_tell(self: Module, mode: bool = True) -> Module:
+        listeners, was_training = _listeners(self), self.training
+        if mode:
+            for listener in listeners:
+                listener.on_train()
+        result = train(self, mode)
+        if not mode:
+            for listener in listeners:
+                listener.on_eval(was_training=was_training)
+        return result
+
+    @functools.wraps(state_dict)
+    def state_dict_and_tell(self: Module, *args: Any, **kwargs: Any) -> Any:
+        for listener in _listeners(self):
+            listener.on_state_dict()
+        return state_dict(self, *args, **kwargs)
+
+    @functools.wraps(load_state_dict)
+    def load_and_tell(self: Module, *args: Any, **kwargs: Any) -> Any:
+        result = load_state_dict(self, *args, **kwargs)
+        for listener in _listeners(*self.modules()):
+            listener.on_load_state_dict()
+        return result
+
+    Module.train = train_and_tell  # type: ignore[method-assign,assignment]
+    Module.state_dict = state_dict_and_tell  # type: ignore[method-assign]
+    Module.load_state_dict = load_and_tell  # type: ignore[method-assign]
