@@ -923,7 +923,6 @@ def check_save_state(folder, makes, configs):
             through.append(weights(model))
 
         accelerator, model, optimizer = prepared(config, make=make)
-        slowmo_hf.register_for_checkpointing(accelerator, optimizer)
         accelerator.save_state(f"{folder}/{number}/before")  # not started: as stock
         for step in range(8):
             train(model, optimizer, 1, first=step)
@@ -936,7 +935,6 @@ def check_save_state(folder, makes, configs):
         for step in (1, 2, 3, 5):
             for started in (False, True):
                 accelerator, model, optimizer = prepared(config, make=make)
-                slowmo_hf.register_for_checkpointing(accelerator, optimizer)
                 if started:
                     train(model, optimizer, 3, first=5)
                 accelerator.load_state(f"{folder}/{number}/{step}")
@@ -988,31 +986,32 @@ def check_wire_save_state(folder):
     check_save_state(folder, MOMENTUM[:1], [tau(2, compression="int8"), tau(3, overlap_steps=2)])
 
 
-def check_save_state_missing_lines(folder):
-    """Rank 0 alone where only it would save."""
+def check_wrong_save_states(folder):
     accelerator, model, optimizer = prepared(SAVED[1], make=MOMENTUM[0])
-    train(model, optimizer, 4)
-    words = {"save": error_of(accelerator.save_state, f"{folder}/no") if rank() == 0 else ""}
-    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
-    train(model, optimizer, 2)
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)  # needless, and harmless
+    train(model, optimizer, 6)
     with slowmo_hf.consensus(optimizer):
         average = weights(model)
     accelerator.save_state(f"{folder}/yes")
     train(model, optimizer, 3)
     accelerator.wait_for_everyone()
     accelerator.load_state(f"{folder}/yes")
-    optimizer.optimizer.eval()
-    bitwise(weights(model), average)  # a look right after a load shows what was loaded
-    optimizer.optimizer.train()
+    for show in (optimizer.optimizer.eval, model.eval):
+        show()
+        bitwise(weights(model), average)  # a look right after a load shows what was loaded
+        optimizer.optimizer.train()
+        model.train()
+        accelerator.load_state(f"{folder}/yes")
 
+    words = {}
     accelerator, model, optimizer = prepared(SAVED[1], make=MOMENTUM[0])
-    words["load"] = error_of(accelerator.load_state, f"{folder}/yes")
-    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    beside = torch.load(f"{folder}/yes/optimizer.bin", weights_only=True)
+    words["not by load_state"] = error_of(optimizer.load_state_dict, beside)
     accelerator.load_state(f"{folder}/yes")
     words["save at once"] = error_of(accelerator.save_state, f"{folder}/at_once")
+    words["another's"] = error_of(slowmo_hf.register_for_checkpointing, accelerate.Accelerator(cpu=True), optimizer)
 
     accelerator, model, optimizer = prepared(SAVED[1], make=MOMENTUM[0])
-    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
     accelerator.save_state(f"{folder}/stock")
     train(model, optimizer, 1)
     accelerator.wait_for_everyone()
@@ -1031,12 +1030,11 @@ def test_save_state_of_compressed_rounds_goes_on_bit_for_bit(tmp_path):
     run_workers(check_wire_save_state, 2, str(tmp_path))
 
 
-def test_save_state_without_a_line_says_which(tmp_path):
-    for number, words in enumerate(run_workers(check_save_state_missing_lines, 2, str(tmp_path))):
-        line = "slowmo_hf.register_for_checkpointing(accelerator, optimizer)"
-        assert number or f"Add one line after accelerator.prepare: {line}" in words["save"]
-        assert line in words["load"]
+def test_save_state_says_what_is_wrong(tmp_path):
+    for words in run_workers(check_wrong_save_states, 2, str(tmp_path)):
+        assert "load the checkpoint with accelerator.load_state" in words["not by load_state"]
         assert "save after the first forward pass" in words["save at once"]
+        assert "this accelerator has not prepared the optimizer" in words["another's"]
         assert "has no state of local training, and this run has begun" in words["stock"]
 
 

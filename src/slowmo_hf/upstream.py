@@ -112,7 +112,7 @@ def is_called_by(function: str, module: str) -> bool:
     optimizer's state by a step that must not count; `save_accelerator_state` of accelerate (>= 1.1) saves rank 0's
     optimizer alone
     (tests/test_optimizer.py::test_distributed_checkpoints_dummy_step_does_not_count,
-    tests/test_optimizer.py::test_save_state_without_a_line_says_which).
+    tests/test_optimizer.py::test_save_state_says_what_is_wrong).
     """
     return any(
         frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in _callers(9)

@@ -4,115 +4,190 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.accelerator import Accelerator
 
 from .. import upstream
 from ..checkpoints.files import FOLDER, seal, verify_checkpoint
-from ..checkpoints.state import check_snapshot, finish_together, keeps_files, read_together, together, write_snapshot
+from ..checkpoints.state import (
+    SHARED,
+    check_snapshot,
+    finish_together,
+    keeps_files,
+    read_together,
+    together,
+    write_snapshot,
+)
 from ..contents import CheckpointError
 from ..log import logger
+from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .functions import consensus, unwrap
+from .optimizer import SlowMoOptimizer
 
-if TYPE_CHECKING:
-    from accelerate.accelerator import Accelerator
+_INSIDE_A_PASS = "inside_a_pass"
 
 
 def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     """
-    Make `accelerator.save_state` and `load_state` complete, at any step: the folder gets the average where Accelerate
-    puts the model, and beside it every worker's own weights, inner optimizer and messages, which a load takes up
-    before training goes on.
-
-        accelerator = Accelerator(); model, optimizer, loader = accelerator.prepare(...)
-        slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    Kept for programs that call it: `accelerator.save_state` and `load_state` are complete without, for every
+    `SlowMoOptimizer` that `accelerator.prepare` took. The folder gets the average where Accelerate puts the model, and
+    beside it every worker's own weights, inner optimizer and messages, which a load takes up before training goes on.
 
     Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): a save over an old
-    folder that is killed half-way would mix the two. No hook of Accelerate's follows its own files, so
-    `accelerator.save_state` itself is wrapped: the manifest comes after them, and a save that was killed anywhere
-    before has none.
+    folder that is killed half-way would mix the two.
 
     Args:
         accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or prepared.
+
+    Raises:
+        ValueError: `accelerator` has not prepared it.
     """
-    bare = unwrap(optimizer)
-    bare.saved_beside = True
-    to_seal: list[Callable[[], None]] = []
+    if unwrap(optimizer) not in _ours(accelerator).values():
+        raise ValueError(
+            "this accelerator has not prepared the optimizer, and would not save it: call accelerator.prepare first."
+        )
 
-    def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
-        outer_loop = bare.outer_loop
-        if outer_loop is None and bare.awaits_a_checkpoint:
-            raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
-        if outer_loop is None or not outer_loop.config.has_rounds:
-            return  # not started, or stock training
-        folder = Path(output_dir)
-        keeper = keeps_files(outer_loop, folder, accelerator.local_process_index)
-        with consensus(bare):
-            _let_go(weights)
-            words = f"checkpoint {folder} cannot be written"
-            objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
-            together(outer_loop, words, lambda: objects.update(_own_objects(accelerator)))
-            together(
-                outer_loop, words, lambda: write_snapshot(str(folder), outer_loop, shared=keeper, objects=objects)
-            )
 
-        def finish() -> None:
-            if keeper:
-                seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps})
+def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
+    """Those that it has prepared, by the folder of theirs in a checkpoint, with a slash; the first one has none."""
+    prepared = [getattr(one, "optimizer", None) for one in upstream.prepared_optimizers(accelerator)]
+    found = {f"optimizer_{index}/": one for index, one in enumerate(prepared) if isinstance(one, SlowMoOptimizer)}
+    return {("" if number == 0 else folder): one for number, (folder, one) in enumerate(found.items())}
 
-        to_seal.append(lambda: finish_together(outer_loop, folder, finish))
 
-    def load(models: list[Any], input_dir: str) -> None:
-        # Accelerate loads model, optimizer and scaler after this hook, rank 0's on every rank: ours must come later.
-        bare.before_training(lambda outer_loop: _take_up(accelerator, outer_loop, Path(input_dir)))
+# ---- saving ----
 
-    save_state = accelerator.save_state
+
+def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    `Accelerator.save_state` with the average shown, so that whatever is written of a model is the average's: by
+    Accelerate, or by a hook of the user's own. The manifest comes last: a save that was killed before has none.
+    """
 
     @functools.wraps(save_state)
-    def save_and_seal(*args: Any, **kwargs: Any) -> Any:
-        to_seal.clear()  # of a save that failed
-        saved_to = save_state(*args, **kwargs)
-        for seal_it in to_seal:
+    def save(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        if any(bare.awaits_a_checkpoint for bare in _ours(self).values() if bare.outer_loop is None):
+            raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
+        begun = {
+            folder: bare.outer_loop
+            for folder, bare in _ours(self).items()
+            if bare.outer_loop is not None and bare.config.has_rounds  # else not started, or stock training
+        }
+        if not begun:
+            return save_state(self, *args, **kwargs)
+        seal_last: list[Callable[[], None]] = []
+        with ExitStack() as given_back:
+            for bare in _ours(self).values():
+                given_back.enter_context(consensus(bare))
+            # First of all hooks: one of the user's own may take weights out of the list.
+            hook = self.register_save_state_pre_hook(
+                lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder)))
+            )
+            given_back.callback(hook.remove)
+            saved_to = save_state(self, *args, **kwargs)
+        for seal_it in seal_last:
             seal_it()
         return saved_to
 
-    accelerator.save_state = save_and_seal  # type: ignore[method-assign]
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    return save
 
 
-def _let_go(weights: list[Any]) -> None:
-    """
-    The state dictionaries alias the parameters, and the local weights return before Accelerate writes: give them the
-    average's copy.
-    """
-    copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    for state_dict in weights:
-        for name, value in state_dict.items():
-            if isinstance(value, torch.Tensor):
-                key = (value.data_ptr(), value.shape, value.stride(), value.dtype)  # tied weights stay tied
-                state_dict[name] = copies.setdefault(key, value.detach().clone())
+def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) -> Callable[[], None]:
+    """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
+    first = next(iter(begun.values()))
+    keeper = keeps_files(first, folder, accelerator.local_process_index)
+    words = f"checkpoint {folder} cannot be written"
+    objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
+    together(first, words, lambda: objects.update(_own_objects(accelerator)))
+    for within, outer_loop in begun.items():
+        write = functools.partial(
+            write_snapshot, str(folder), outer_loop, shared=keeper, objects=objects, within=within
+        )
+        together(outer_loop, words, write)
+
+    def finish() -> None:
+        if keeper:
+            seal(folder, {"run": first.run_id, "step": first.attempted_steps})
+
+    return lambda: finish_together(first, folder, finish)
 
 
 def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
-    """A scaler that skipped a step on one rank alone, and the schedulers that it held back."""
-    if accelerator.scaler is None:
-        return {}
-    schedulers = {
-        f"scheduler.{index}": scheduler.state_dict()
-        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator))
-    }
-    return {"scaler": accelerator.scaler.state_dict(), **schedulers}
+    """
+    A scaler that skipped a step on one rank alone, and the schedulers that it held back; and whether a pass over the
+    data is under way.
+    """
+    objects: dict[str, Any] = {_INSIDE_A_PASS: accelerator.gradient_state.in_dataloader}
+    if accelerator.scaler is not None:
+        objects["scaler"] = accelerator.scaler.state_dict()
+        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
+            objects[f"scheduler.{index}"] = scheduler.state_dict()
+    return objects
 
 
-def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> None:
-    if not any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
+# ---- loading ----
+
+
+def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    `Accelerator.load_state` whose optimizers go on from every worker's own state, at their next pass. Accelerate loads
+    rank 0's model, optimizer and scaler on every rank: ours must come later.
+    """
+
+    @functools.wraps(load_state)
+    def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        generators = _Generators()
+
+        def wait(models: list[Any], folder: str) -> None:
+            for within, bare in _ours(self).items():
+                if bare.config.has_rounds:
+                    bare.before_training(functools.partial(_take_up, self, Path(folder), within, generators))
+
+        hook = self.register_load_state_pre_hook(wait)
+        try:
+            result = load_state(self, *args, **kwargs)
+        finally:
+            hook.remove()
+        generators.loaded = RandomState.take()
+        return result
+
+    return load
+
+
+class _Generators:
+    """
+    The random generators as Accelerate has loaded them. A run that was saved inside a pass over its data goes on with
+    a new iterator (`skip_first_batches`), which draws from them; the run that was saved drew nothing there.
+    """
+
+    loaded: RandomState | None = None
+
+    def give_back(self) -> None:
+        """Once, at the first pass with gradients."""
+        if self.loaded is not None:
+            self.loaded.give_back()
+        self.loaded = None
+
+
+def _take_up(
+    accelerator: Accelerator, folder: Path, within: str, generators: _Generators, outer_loop: OuterLoop
+) -> None:
+    words = f"checkpoint {folder} cannot be resumed"
+
+    def verify() -> None:
+        if not is_in_process() or outer_loop.workers.world.rank == 0:  # there all workers read the same disk
+            verify_checkpoint(folder)
+
+    if any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
+        together(outer_loop, words, verify)  # nobody reads what another has found damaged
+    if not any(outer_loop.workers.world.gather_objects((folder / FOLDER / f"{within}{SHARED}.json").exists())):
         if outer_loop.attempted_steps:
             raise CheckpointError(
                 f"{folder} has no state of local training, and this run has begun: load it before the first step."
@@ -125,13 +200,14 @@ def _take_up(accelerator: Accelerator, outer_loop: OuterLoop, folder: Path) -> N
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
         outer_loop.in_flight.start_what_others_wait_for()
 
-    def check() -> Callable[[], dict[str, Any]]:
-        if not is_in_process() or outer_loop.workers.world.rank == 0:  # there all workers read the same disk
-            verify_checkpoint(folder)
-        return check_snapshot(str(folder), outer_loop)
-
-    objects = read_together(outer_loop, f"checkpoint {folder} cannot be resumed", check)
+    objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
+    if objects.get(_INSIDE_A_PASS) is True:
+        generators.give_back()
     if accelerator.scaler is not None and "scaler" in objects:
         accelerator.scaler.load_state_dict(objects["scaler"])
         for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
             scheduler.load_state_dict(objects[f"scheduler.{index}"])
+
+
+Accelerator.save_state = _complete(Accelerator.save_state)  # type: ignore[method-assign]
+Accelerator.load_state = _with_ours(Accelerator.load_state)  # type: ignore[method-assign]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,15 +31,34 @@ def listen(optimizer: Any) -> Callable[[], Any]:
     return weakref.finalize(optimizer, register_module_forward_pre_hook(on_forward).remove)
 
 
-def trains(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> bool:
+def trains(optimizer: Any, module: torch.nn.Module) -> bool:
     """
-    Whether a pass through `module` is one of `optimizer`'s training. An evaluation, perhaps on one rank alone, is not:
-    the start is collective. Neither is a pass through a network that is frozen while another one trains.
+    Whether a pass through `module` is one of training. An evaluation, perhaps on one rank alone, is not: the start is
+    collective. Neither is a pass through a network that is frozen while another one trains; but with a checkpoint to
+    be taken up it is, for the other one learns from what it was.
+
+    Args:
+        optimizer (`SlowMoOptimizer`): Whose training.
     """
     if not torch.is_grad_enabled():
         return False
     own = _parameters(optimizer)
-    return any(id(p) in own for p in module.parameters()) and any(p.requires_grad for p in own.values())
+    holds_some = any(id(p) in own for p in module.parameters())
+    return holds_some and (optimizer.awaits_a_checkpoint or any(p.requires_grad for p in own.values()))
+
+
+@contextmanager
+def unfrozen(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A network that is frozen as a whole, in turn, starts with all its parameters."""
+    own = _parameters(optimizer).values()
+    frozen = [] if any(p.requires_grad for p in own) else list(own)
+    try:
+        for param in frozen:
+            param.requires_grad_(True)
+        yield
+    finally:
+        for param in frozen:
+            param.requires_grad_(False)
 
 
 def models_to_start(optimizer: Any, module: torch.nn.Module, wrappers: list[Any]) -> list[torch.nn.Module]:

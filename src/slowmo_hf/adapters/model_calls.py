@@ -55,6 +55,8 @@ class ModelCalls:
         loop, clock = self._outer_loop, self._outer_loop.clock
         if not self._holds_local_weights:
             return
+        loop.consensus.show_last_round()
+        self._listen_for_gradients(tell=was_training)
         step = loop.consensus.last_round_step
         if not step and not clock.workers_agree:
             self._say(
@@ -65,7 +67,6 @@ class ModelCalls:
                 clock.attempted_steps,
             )
             return
-        loop.consensus.show_last_round()
         self._say(
             logging.INFO,
             "model.eval() shows the model of the round of step %d (%d steps came after it), the same on all ranks; "
@@ -74,7 +75,6 @@ class ModelCalls:
             step,
             clock.attempted_steps - step,
         )
-        self._listen_for_gradients(tell=was_training)
 
     def on_train(self) -> None:
         """Local weights and random generators are back."""

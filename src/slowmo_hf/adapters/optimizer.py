@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
-from .first_pass import listen, models_to_start, refuse_separate_gradients, trains
+from .first_pass import listen, models_to_start, refuse_separate_gradients, trains, unfrozen
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -33,7 +34,7 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     is all there is to write. At the first forward pass of a module with its parameters it compares all ranks,
     broadcasts rank 0's values, takes the anchors and isolates the DDP wrapper. What else is wanted are module
-    functions that take the prepared or the bare optimizer: `consensus`, `last_round`, `register_for_checkpointing`.
+    functions that take the prepared or the bare optimizer: `consensus`, `finish`, `last_round`.
 
     Args:
         inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
@@ -55,7 +56,6 @@ class SlowMoOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
-        self.saved_beside = False
         self.is_prepared = False  # by Accelerate, with its model
         self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._model_calls: ModelCalls | None = None
@@ -103,13 +103,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         if self.outer_loop is None:
             return self._pending
         if self.outer_loop.config.has_rounds and upstream.is_called_by("save_accelerator_state", "accelerate"):
-            if self.saved_beside:
-                return {_BESIDE: True}
-            if self.outer_loop.workers.world.world_size > 1:
-                raise RuntimeError(
-                    "accelerator.save_state saves rank 0's optimizer alone, and workers differ. Add one line after "
-                    "accelerator.prepare: slowmo_hf.register_for_checkpointing(accelerator, optimizer)."
-                )
+            return {_BESIDE: True}
         return self.outer_loop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -120,16 +114,18 @@ class SlowMoOptimizer(OptimizerWrapper):
         state_dict = self._before_loading(state_dict)
         slow = state_dict.get(_SLOW_STATE)
         if slow is not None and _BESIDE in slow:
-            if not self.saved_beside:
+            if not self.awaits_a_checkpoint:
                 raise RuntimeError(
-                    "every worker's own state lies beside this one. Call "
-                    "slowmo_hf.register_for_checkpointing(accelerator, optimizer) before accelerator.load_state."
+                    "every worker's own state lies beside this one: load the checkpoint with accelerator.load_state, "
+                    "after accelerator.prepare has taken the optimizer."
                 )
             slow = None
         if self.outer_loop is None:
             self._pending = slow
         elif slow is not None:
             self.outer_loop.load_state_dict(slow)  # first: it may refuse
+        if slow is not None:
+            self._before_training = None  # it is here: nothing lies beside
         self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
         self._after_loading()
 
@@ -156,7 +152,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         wrappers = self._wrappers(within=module)
         models = models_to_start(self, module, wrappers)
         if models:
-            self._start(models, wrappers)
+            with unfrozen(self) if self.awaits_a_checkpoint else nullcontext():
+                self._start(models, wrappers)
 
     def _wrappers(self, within: torch.nn.Module | None = None) -> list[Any]:
         return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)

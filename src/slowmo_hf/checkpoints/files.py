@@ -34,7 +34,7 @@ def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents
     Write `slowmo/{name}.*` of a checkpoint, synced to the disk. A manifest that is there already is removed first.
     """
     folder = Path(checkpoint) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in contents.tensors.items()}
     _write(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))

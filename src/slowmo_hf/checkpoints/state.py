@@ -114,7 +114,9 @@ def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]
     together(outer_loop, f"checkpoint {folder} cannot be finished", act)
 
 
-def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any]) -> None:
+def write_snapshot(
+    folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any], within: str = ""
+) -> None:
     """
     Write this process's part of a checkpoint; every process calls it at the same step. Nothing that may fail on one
     alone comes first: with `shard_slow_state` workers meet at its beginning, and bring the slow state together.
@@ -124,6 +126,7 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
         outer_loop (`OuterLoop`): The average may be shown: the local weights are taken from where they are put by.
         shared (`bool`): Whether this process also writes what all workers share: one on every file system.
         objects (`dict`): State dictionaries of each worker's own: scheduler, scaler.
+        within (`str`, *optional*): Where among several optimizers' of a program: a folder's name and a slash.
 
     Raises:
         CheckpointError: A worker spans machines that do not share the folder.
@@ -141,17 +144,19 @@ def write_snapshot(folder: str, outer_loop: OuterLoop, *, shared: bool, objects:
     if shared:
         run = {"processes": workers.world.world_size, "config": loop.config.to_dict()}
         saved.shared.add(Contents({**header, **run, "parameters": loop.tensors.fingerprint()}))
-        write_part(folder, SHARED, saved.shared)
+        write_part(folder, f"{within}{SHARED}", saved.shared)
     if workers.leads:
         saved.own.add(Contents({**header, "attempted_steps": loop.attempted_steps}, objects=objects))
-        write_part(folder, f"worker_{workers.index}", saved.own)
+        write_part(folder, f"{within}worker_{workers.index}", saved.own)
 
 
 def _parts(loop: OuterLoop) -> list[Part]:
     return [*loop.saved_parts, loop.inner_state]
 
 
-def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None) -> Callable[[], dict[str, Any]]:
+def check_snapshot(
+    folder: str, outer_loop: OuterLoop, step: int | None = None, within: str = ""
+) -> Callable[[], dict[str, Any]]:
     """
     Check a checkpoint's state, after `OuterLoop.start`. Every process calls it, and none takes up what the result does
     before all have checked: their own files may be damaged on one alone. Nothing is sent.
@@ -162,6 +167,7 @@ def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None) 
 
     Args:
         step (`int`, *optional*): Trainer's, which it must be of.
+        within (`str`, *optional*): As `write_snapshot`.
 
     Returns:
         `Callable`: Takes it up, in place, and returns the `objects` that `write_snapshot` was given.
@@ -169,10 +175,10 @@ def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None) 
     Raises:
         CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
     """
-    shared = read_part(folder, SHARED)
-    _check(shared, outer_loop)
+    shared = read_part(folder, f"{within}{SHARED}")
+    _check(Path(folder), shared, outer_loop)
     workers, run, then = outer_loop.workers, shared.word("run"), shared.count("workers", least=1)
-    own = read_part(folder, f"worker_{workers.index % then}")
+    own = read_part(folder, f"{within}worker_{workers.index % then}")
     for key in ("run", "attempted_steps", "workers"):
         if own.settings.get(key) != shared.settings.get(key):
             raise CheckpointError(
@@ -210,8 +216,7 @@ def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
     )
 
 
-def _check(shared: Contents, outer_loop: OuterLoop) -> None:
-    folder = Path(shared.source).parent.parent
+def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:
     # An older one lacks later settings.
     saved, now = (
         SlowMoConfig().to_dict() | shared.part("config").settings,

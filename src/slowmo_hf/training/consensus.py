@@ -97,7 +97,7 @@ class Consensus:
     def show_last_round(self) -> None:
         """
         Put the last round's model, the anchors as they are handed back, into the parameters, and into buffers what
-        they were averaged to. Nothing is sent, and nothing need be in step.
+        they were averaged to; before the first round own values stay. Nothing is sent, and nothing need be in step.
 
         Raises:
             RuntimeError: This process does not hold it.
@@ -109,8 +109,9 @@ class Consensus:
         refusal = "" if agree else self._without_anchors
         if refusal:
             raise RuntimeError(refusal)
-        buffers = {} if agree else parts.tensors.averaged_buffers()
-        pieces = [] if agree else parts.slow.pieces
+        stays = agree or not self.last_round_step
+        buffers = {} if stays else parts.tensors.averaged_buffers()
+        pieces = [] if stays else parts.slow.pieces
 
         def write_() -> None:
             for piece in pieces:

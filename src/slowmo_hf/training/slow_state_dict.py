@@ -33,8 +33,7 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     if config.shard_slow_state and parts.workers.count > 1:
         raise RuntimeError(
             "slow state cannot be saved by one worker with shard_slow_state=True: each has a shard of it. Use "
-            "accelerator.save_state with register_for_checkpointing, which brings them together, or "
-            "shard_slow_state=False."
+            "accelerator.save_state, which brings them together, or shard_slow_state=False."
         )
     saved = parts.slow.saved(agree=True, keep=True)
     slow = saved.shared if config.exact_average else saved.own  # each worker's own, but at the start
@@ -116,8 +115,8 @@ def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str) -> None:
     if attempted_steps and config.overlap_steps:
         raise RuntimeError(
             f"training cannot be {verb} with overlap_steps={config.overlap_steps}: workers are never all the "
-            "same, and their own weights are not in this state. Use accelerator.save_state with "
-            "register_for_checkpointing, or overlap_steps=0."
+            "same, and their own weights are not in this state. Use accelerator.save_state, "
+            "or overlap_steps=0."
         )
     if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
         raise RuntimeError(

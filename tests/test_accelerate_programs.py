@@ -1,0 +1,392 @@
+"""Loops in the shapes in which users write them under Accelerate, with README's diff alone."""
+
+from __future__ import annotations
+
+import functools
+
+import accelerate
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DataLoaderConfiguration
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slowmo_hf
+from harness import patience, run_workers
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+
+
+def settings(**fields):
+    return SlowMoConfig(**{"sync_every": 4, **fields}, timeout_seconds=patience(20))
+
+
+def on_all_ranks(value):
+    """One tensor of every rank."""
+    found = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, value.contiguous())
+    return found
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def everything(model):
+    return torch.cat([t.detach().flatten().double() for t in (*model.parameters(), *model.buffers())])
+
+
+# ---- resume in the middle of an epoch, as Accelerate teaches it ----
+
+
+class Program:
+    """A regression with BatchNorm and dropout over 14 batches a rank, two epochs."""
+
+    def __init__(self, config):
+        accelerate.utils.set_seed(3)
+        loaders = DataLoaderConfiguration(use_seedable_sampler=True)  # else stock resumes with another order, too
+        self.accelerator = Accelerator(cpu=True, dataloader_config=loaders)
+        torch.manual_seed(7)
+        rows = torch.randn(112, 5)
+        data = DataLoader(TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=4, shuffle=True)
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        optimizer = SlowMoOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), config)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, 60)
+        self.model, self.optimizer, self.data, self.scheduler = self.accelerator.prepare(
+            model, optimizer, data, scheduler
+        )
+
+    def run(self, *, save_at=None, evaluate_before=False, folder=None, resume_at=None):
+        """
+        Save at `save_at` (epoch, batch), or at the end of an epoch (batch None); go on from there.
+
+        Returns:
+            `torch.Tensor`: All weights and buffers of this rank.
+        """
+        first_epoch, skip = 0, 0
+        if resume_at is not None:
+            self.accelerator.load_state(folder)
+            first_epoch, skip = (resume_at[0], resume_at[1]) if resume_at[1] is not None else (resume_at[0] + 1, 0)
+        for epoch in range(first_epoch, 2):
+            self.model.train()
+            self.data.set_epoch(epoch)
+            data = self.accelerator.skip_first_batches(self.data, skip) if skip else self.data
+            for number, (rows, labels) in enumerate(data, start=skip + 1):
+                loss = nn.functional.mse_loss(self.model(rows), labels)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+                if save_at == (epoch, number):
+                    self.save(folder, evaluate_before)
+            skip = 0
+            if save_at == (epoch, None):
+                self.save(folder, evaluate_before)
+        return everything(self.model)
+
+    def save(self, folder, evaluate_before):
+        if evaluate_before:
+            self.model.eval()
+            with torch.no_grad():
+                self.model(torch.randn(3, 5))
+        self.accelerator.save_state(folder)
+        self.model.train()
+
+
+def resume_the_taught_way(folder, point, evaluate_before, fields):
+    config = settings(sync_every=5, **fields)
+    where = f"{folder}/saved"
+    through = Program(config).run()
+    saved = Program(config).run(save_at=point, evaluate_before=evaluate_before, folder=where)
+    assert torch.equal(saved, through), "a save and an evaluation leave a trace"
+    dist.barrier()
+    resumed = Program(config).run(folder=where, resume_at=point)
+    return torch.equal(resumed, through), through
+
+
+@pytest.mark.parametrize("fields", [{}, {"base": "osgp"}, {"overlap_steps": 2}], ids=["local", "osgp", "overlap"])
+@pytest.mark.parametrize("evaluate_before", [False, True], ids=["training", "evaluated"])
+@pytest.mark.parametrize("point", [(0, 6), (0, 8), (1, 3), (0, None)], ids=str)
+def test_resume_in_the_middle_of_an_epoch_with_dropout(tmp_path, point, evaluate_before, fields):
+    """`load_state`, then `skip_first_batches`: bit for bit the run that was never stopped, on every rank."""
+    (first, a), (second, b) = run_workers(resume_the_taught_way, 2, str(tmp_path), point, evaluate_before, fields)
+    assert first
+    assert second
+    assert not torch.equal(a, b)
+
+
+# ---- several networks and optimizers ----
+
+
+class Gan:
+    """A maker and a judge, which is frozen while the maker learns; or two equal networks."""
+
+    def __init__(self, config, *, equal=False):
+        torch.manual_seed(0)
+        self.accelerator = Accelerator(cpu=True)
+        maker = nn.Linear(3, 3, dtype=torch.float64)
+        judge = nn.Linear(3, 3 if equal else 1, dtype=torch.float64)
+        make = functools.partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.9))
+        prepared = self.accelerator.prepare(
+            maker,
+            judge,
+            SlowMoOptimizer(make(maker.parameters()), config),
+            SlowMoOptimizer(make(judge.parameters()), config),
+        )
+        self.maker, self.judge, self.maker_optimizer, self.judge_optimizer = prepared
+
+    def train(self, steps):
+        for step in steps:
+            torch.manual_seed(1000 * step + dist.get_rank())
+            noise, real = torch.randn(2, 6, 3, dtype=torch.float64)
+            self.judge.requires_grad_(False)
+            self.accelerator.backward(-self.judge(self.maker(noise)).mean() + self.maker(noise).square().mean())
+            self.maker_optimizer.step()
+            self.maker_optimizer.zero_grad()
+            self.judge.requires_grad_(True)
+            judged = self.judge(self.maker(noise).detach()) - self.judge(real)
+            self.accelerator.backward(judged.mean() + self.judge(real).square().mean())
+            self.judge_optimizer.step()
+            self.judge_optimizer.zero_grad()
+
+    def weights(self):
+        return torch.cat([weights(self.maker), weights(self.judge)])
+
+
+def train_in_turn(folder, equal, frozen_at_the_save):
+    config = settings()
+    whole = Gan(config, equal=equal)
+    whole.train(range(11))
+    gan = Gan(config, equal=equal)
+    gan.train(range(6))
+    gan.judge.requires_grad_(not frozen_at_the_save)
+    gan.accelerator.save_state(f"{folder}/saved")
+    gan.judge.requires_grad_(True)
+    gan.train(range(6, 11))
+    assert torch.equal(gan.weights(), whole.weights())
+    again = Gan(config, equal=equal)
+    again.accelerator.load_state(f"{folder}/saved")
+    again.train(range(6, 11))
+    assert torch.equal(again.weights(), whole.weights())
+    own = on_all_ranks(whole.weights())
+    for optimizer in (gan.maker_optimizer, gan.judge_optimizer):
+        slowmo_hf.finish(optimizer)
+    torch.testing.assert_close(gan.weights(), sum(own) / len(own), rtol=0, atol=1e-12)
+    return not torch.equal(*own)
+
+
+@pytest.mark.parametrize("frozen_at_the_save", [False, True], ids=["free", "frozen"])
+@pytest.mark.parametrize("equal", [False, True], ids=["gan", "equal networks"])
+def test_networks_in_turn_are_saved_and_gone_on_with(tmp_path, equal, frozen_at_the_save):
+    """Each optimizer's state is in a folder of its own; the run goes on bit for bit, and ends on both averages."""
+    assert run_workers(train_in_turn, 2, str(tmp_path), equal, frozen_at_the_save) == [True, True]
+    assert (tmp_path / "saved/slowmo/shared.json").exists()
+    assert (tmp_path / "saved/slowmo/optimizer_1/worker_1.json").exists()
+    slowmo_hf.verify_checkpoint(tmp_path / "saved")
+
+
+# ---- saves in four ways, with a hook of the user's own ----
+
+
+def save_in_four_ways(folder):
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2, dtype=torch.float64)
+    model, optimizer = accelerator.prepare(
+        model, SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), settings())
+    )
+    for step in range(6):
+        torch.manual_seed(100 * step + accelerator.process_index)
+        accelerator.backward(model(torch.randn(8, 4, dtype=torch.float64)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3:
+            last_round = weights(model).clone()
+    bare = accelerator.unwrap_model(model)
+    average = sum(on_all_ranks(weights(model))) / 2
+
+    def own_hook(models, states, output_dir):  # as diffusers' scripts do
+        if accelerator.is_main_process:
+            torch.save(weights(models[0]), f"{folder}/hook.pt")
+        states.clear()
+
+    hook = accelerator.register_save_state_pre_hook(own_hook)
+    accelerator.save_state(f"{folder}/hooked")
+    hook.remove()
+    accelerator.save_state(f"{folder}/state")
+    model.eval()
+    accelerator.save_model(model, f"{folder}/model")
+    if accelerator.is_main_process:
+        torch.save(bare.state_dict(), f"{folder}/plain.pt")
+        accelerator.save(accelerator.get_state_dict(model), f"{folder}/got.pt")
+    with slowmo_hf.consensus(optimizer):
+        accelerator.save_model(model, f"{folder}/exact")
+    accelerator.wait_for_everyone()
+    return last_round, average
+
+
+def test_what_is_saved_is_known_to_the_last_bit(tmp_path):
+    """`save_state` the exact average, also by a user's own hook; after `model.eval()` the last round's model."""
+    (last_round, average), (other, _) = run_workers(save_in_four_ways, 2, str(tmp_path))
+    assert torch.equal(last_round, other)
+
+    def of(state):
+        return torch.cat([state["weight"].flatten(), state["bias"]])
+
+    for name in ("plain.pt", "got.pt"):
+        assert torch.equal(of(torch.load(tmp_path / name)), last_round)
+    assert torch.equal(of(load_file(tmp_path / "model/model.safetensors")), last_round)
+    for found in (
+        of(load_file(tmp_path / "exact/model.safetensors")),
+        of(load_file(tmp_path / "state/model.safetensors")),
+        torch.load(tmp_path / "hook.pt"),
+    ):
+        torch.testing.assert_close(found, average, rtol=0, atol=1e-12)
+        assert not torch.equal(found, last_round)
+
+
+def pass_before_prepare():
+    """All ranks, or rank 0 alone, look at the model's output before they prepare it."""
+    apart = []
+    for alone in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), settings(sync_every=50))
+        if not alone or accelerator.is_main_process:
+            model(torch.zeros(2, 4))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for step in range(3):
+            torch.manual_seed(100 * step + accelerator.process_index)
+            accelerator.backward(model(torch.randn(8, 4)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        apart.append(not torch.equal(*on_all_ranks(weights(model))))
+    return apart
+
+
+def test_a_pass_before_prepare_does_not_hide_the_wrapper():
+    assert run_workers(pass_before_prepare, 2) == [[True, True]] * 2
+
+
+# ---- other shapes of loops ----
+
+
+def make(config, networks=1):
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    models = [nn.Linear(4, 4, dtype=torch.float64) for _ in range(networks)]
+    inner = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    *models, optimizer = accelerator.prepare(*models, SlowMoOptimizer(inner, config))
+    return accelerator, models, optimizer
+
+
+def micro_batch(accelerator, models, optimizer, number, clip=None):
+    torch.manual_seed(1000 * number + accelerator.process_index)
+    out = torch.randn(6, 4, dtype=torch.float64)
+    with accelerator.accumulate(*models):
+        for model in models:
+            out = model(out)
+        accelerator.backward(out.square().mean())
+        if clip and accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(models[0].parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def shown_in_evaluation(models):
+    for model in models:
+        model.eval()
+    shown = torch.cat([weights(model) for model in models])
+    assert torch.equal(*on_all_ranks(shown)), "ranks evaluate different models"
+    for model in models:
+        model.train()
+    return shown
+
+
+def accumulate():
+    """Micro-batches are no steps: the round comes after eight of them."""
+    accelerator, models, optimizer = make(settings())
+    for number in range(12):
+        micro_batch(accelerator, models, optimizer, number, clip=0.5)
+        if number == 7:
+            at_the_round = weights(models[0]).clone()
+    return torch.equal(shown_in_evaluation(models), at_the_round) and slowmo_hf.last_round(optimizer).round == 1
+
+
+def two_models_of_one_optimizer():
+    """Either one in eval mode shows both."""
+    accelerator, models, optimizer = make(settings(), networks=2)
+    for number in range(12):
+        micro_batch(accelerator, models, optimizer, number)
+    local = torch.cat([weights(model) for model in models])
+    shown = shown_in_evaluation(models)
+    return torch.equal(local, torch.cat([weights(model) for model in models])) and not torch.equal(shown, local)
+
+
+def stop_early_with_the_best():
+    """Metrics of one model lead all ranks to one decision; the best weights, loaded again, are what is tested."""
+    accelerator, models, optimizer = make(settings())
+    best, best_loss, steps = None, float("inf"), 0
+    for number in range(80):
+        micro_batch(accelerator, models, optimizer, number)
+        if number % 10 == 9:
+            shown_in_evaluation(models)
+            models[0].eval()
+            with torch.no_grad():
+                loss = (models[0](torch.eye(4, dtype=torch.float64)) - 0.3).square().mean().item()
+            if loss < best_loss:
+                best, best_loss = {k: v.clone() for k, v in models[0].state_dict().items()}, loss
+            else:
+                accelerator.set_trigger()
+            models[0].train()
+            if accelerator.check_trigger():
+                break
+        steps += 1
+    models[0].load_state_dict(best)
+    models[0].eval()
+    tested = models[0].state_dict()
+    return steps < 80 and all(torch.equal(tested[name], best[name]) for name in best)
+
+
+def cross_validate():
+    """A model, an optimizer and a run per fold, each finished on its own average, as it is alone."""
+    ends = []
+    for fold in (0, 1, 0):
+        accelerator, models, optimizer = make(settings())
+        for number in range(14 + 2 * fold):
+            micro_batch(accelerator, models, optimizer, 100 * fold + number)
+        local = on_all_ranks(weights(models[0]))
+        slowmo_hf.finish(optimizer)
+        end = shown_in_evaluation(models)
+        torch.testing.assert_close(end, sum(local) / 2, rtol=0, atol=1e-12)
+        ends.append(end)
+    return torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[1])
+
+
+def main_process_generates():
+    """Rank 0 alone evaluates for a while, all wait for it, and training goes on as if it had not."""
+    ends = []
+    for evaluates in (True, False):
+        accelerator, models, optimizer = make(settings())
+        for number in range(24):
+            micro_batch(accelerator, models, optimizer, number)
+            if number % 6 == 5 and evaluates:
+                if accelerator.is_main_process:
+                    models[0].eval()
+                    with torch.inference_mode():
+                        accelerator.unwrap_model(models[0])(torch.randn(2, 4, dtype=torch.float64))
+                    models[0].train()
+                accelerator.wait_for_everyone()
+        ends.append(weights(models[0]))
+    return torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [accumulate, two_models_of_one_optimizer, stop_early_with_the_best, cross_validate, main_process_generates],
+    ids=lambda loop: loop.__name__,
+)
+def test_a_loop_of_this_shape(loop):
+    assert run_workers(loop, 2) == [True, True]
