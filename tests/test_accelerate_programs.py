@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -390,3 +391,49 @@ def main_process_generates():
 )
 def test_a_loop_of_this_shape(loop):
     assert run_workers(loop, 2) == [True, True]
+
+
+# ---- README's loop ----
+
+
+def lines_of_the_readme():
+    """The second diff of README as a program: its new lines and the ones that stay."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    diff = page.split("```diff\n")[2].split("```")[0].splitlines()
+    return "\n".join(line[2:] for line in diff if not line.startswith("-"))
+
+
+def run_the_readme(folder, resume):
+    accelerate.utils.set_seed(1)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    rows = torch.randn(128, 4, dtype=torch.float64)
+    loader = DataLoader(TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=4, shuffle=True)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2), nn.Linear(4, 1)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    seen = []
+    names = {
+        **{"accelerator": accelerator, "model": model, "optimizer": optimizer, "loader": loader},
+        **{"folder": folder, "resume": resume, "first_epoch": 1 if resume else 0, "epochs": 1 if resume == "" else 2},
+        **{"skip": 0, "loss_of": nn.functional.mse_loss, "evaluate": lambda model: seen.append(weights(model))},
+    }
+    exec(lines_of_the_readme(), names)
+    return [*seen, weights(names["model"])]
+
+
+def train_the_readmes_loop(folder):
+    whole = run_the_readme(f"{folder}/whole", False)
+    half = run_the_readme(f"{folder}/half", "")
+    rest = run_the_readme(f"{folder}/half", True)
+    return whole, half, rest
+
+
+def test_the_readmes_loop_trains_evaluates_saves_and_goes_on(tmp_path):
+    """16 steps an epoch, 12 a round: one model is evaluated, the average saved; epoch 2, resumed, is the same."""
+    (whole, half, rest), (other, _, other_rest) = run_workers(train_the_readmes_loop, 2, str(tmp_path))
+    for mine, others in zip(whole, other, strict=True):
+        assert torch.equal(mine, others)
+    assert torch.equal(half[0], whole[0])
+    for mine, others in ((rest, whole), (other_rest, other)):
+        assert all(torch.equal(a, b) for a, b in zip(mine, others[1:], strict=True))
+    saved = load_file(tmp_path / "whole/model.safetensors")
+    assert torch.equal(torch.cat([saved[name].flatten() for name in saved]).sort().values, whole[-1].sort().values)

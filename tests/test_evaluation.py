@@ -355,3 +355,51 @@ def test_a_rank_evaluates_alone_and_nobody_waits():
     assert all(torch.equal(a, b) for a, b in zip(rounds, other_rounds, strict=True))
     assert [torch.equal(weight, rounds[0]) for weight in shown] == [True] * 3 + [False] * 3
     assert all(torch.equal(weight, rounds[1]) for weight in shown[3:])
+
+
+def evaluate_by_trainer(folder):
+    """A sharded slow state, where `model.eval()` alone would be refused."""
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    model = Line()
+    draw = torch.Generator().manual_seed(1)
+    rows = [{"x": torch.randn(4, generator=draw), "labels": torch.randn(1, generator=draw)} for _ in range(64)]
+    args = TrainingArguments(
+        folder,
+        max_steps=6,
+        eval_steps=6,
+        eval_strategy="steps",
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    config = SlowMoConfig(sync_every=SYNC_EVERY, shard_slow_state=True, timeout_seconds=patience(20))
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows, optimizers=(optimizer, scheduler))
+    trainer.train()
+    own = model.inner.weight.detach().clone()
+    both = [torch.zeros_like(own) for _ in range(2)]
+    dist.all_gather(both, own)
+    biases = [torch.zeros(1) for _ in range(2)]
+    dist.all_gather(biases, model.inner.bias.detach().clone())
+    rows_x, labels = torch.stack([row["x"] for row in rows]), torch.stack([row["labels"] for row in rows])
+    loss = (rows_x @ (sum(both) / 2).T + sum(biases) / 2 - labels).square().mean()
+    return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry], loss.item()
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.inner(x) - labels).square().mean()}
+
+
+def test_trainer_evaluates_the_average_of_a_wrapped_optimizer(tmp_path):
+    for (told,), loss in run_workers(evaluate_by_trainer, 2, str(tmp_path)):
+        assert told == pytest.approx(loss, rel=1e-5)

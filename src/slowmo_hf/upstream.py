@@ -110,9 +110,10 @@ def is_called_by(function: str, module: str) -> bool:
     Whether a function of that name, in a module whose name holds `module`, is a few calls above: torch's hooks and
     AcceleratedOptimizer lie between. `_init_optim_state` of torch.distributed.checkpoint (torch >= 2.3) makes a fresh
     optimizer's state by a step that must not count; `save_accelerator_state` of accelerate (>= 1.1) saves rank 0's
-    optimizer alone
+    optimizer alone; `evaluation_loop` of transformers' Trainer (>= 4.57) calls `model.eval()` first
     (tests/test_optimizer.py::test_distributed_checkpoints_dummy_step_does_not_count,
-    tests/test_optimizer.py::test_save_state_says_what_is_wrong).
+    tests/test_optimizer.py::test_save_state_says_what_is_wrong,
+    tests/test_evaluation.py::test_trainer_evaluates_the_average_of_a_wrapped_optimizer).
     """
     return any(
         frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in _callers(9)

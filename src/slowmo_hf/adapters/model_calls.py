@@ -38,10 +38,11 @@ class ModelCalls:
         self._optimizer = weakref.ref(optimizer)
         self._outer_loop: OuterLoop = optimizer.outer_loop
         self._models = [weakref.ref(_innermost(model)) for model in models]
+        for model in self._models:
+            _listening.setdefault(id(model()), weakref.WeakSet()).add(self)
         self._loaded_at: int | None = None  # the step at which the program loaded weights of its own choice
         self._stop_listening: Callable[[], object] = _nothing
         self._said: set[str] = set()
-        _listening.add(self)
         _wrap_once()
 
     def holds(self, module: Module) -> bool:
@@ -51,9 +52,9 @@ class ModelCalls:
     # ---- evaluation ----
 
     def on_eval(self, *, was_training: bool) -> None:
-        """Show the last round's model, where workers may differ."""
+        """Show the last round's model, where workers may differ. Trainer shows the average, by `optimizer.eval()`."""
         loop, clock = self._outer_loop, self._outer_loop.clock
-        if not self._holds_local_weights:
+        if not self._holds_local_weights or upstream.is_called_by("evaluation_loop", "transformers.trainer"):
             return
         loop.consensus.show_last_round()
         self._listen_for_gradients(tell=was_training)
@@ -155,11 +156,12 @@ def _innermost(model: Any) -> Module:
     return model if inner is None else _innermost(inner)
 
 
-_listening: weakref.WeakSet[ModelCalls] = weakref.WeakSet()
+# By the identity of their models: every submodule's `train` asks.
+_listening: dict[int, weakref.WeakSet[ModelCalls]] = {}
 
 
-def _listeners(*modules: Module) -> list[ModelCalls]:
-    return [listener for listener in tuple(_listening) if any(listener.holds(module) for module in modules)]
+def _listeners(module: Module) -> list[ModelCalls]:
+    return [one for one in tuple(_listening.get(id(module), ())) if one.holds(module)]
 
 
 @functools.cache
@@ -187,8 +189,9 @@ def _wrap_once() -> None:
     @functools.wraps(load_state_dict)
     def load_and_tell(self: Module, *args: Any, **kwargs: Any) -> Any:
         result = load_state_dict(self, *args, **kwargs)
-        for listener in _listeners(*self.modules()):
-            listener.on_load_state_dict()
+        for module in self.modules():
+            for listener in _listeners(module):
+                listener.on_load_state_dict()
         return result
 
     Module.train = train_and_tell  # type: ignore[method-assign,assignment]
