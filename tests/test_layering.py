@@ -29,7 +29,7 @@ WINGS = {
         ["optimizer", "trainer_end", "trainer_saves"],
         [
             *("exit_notice", "first_pass", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
-            *("trainer_checkpoints", "trainer_start"),
+            *("trainer_checkpoints", "trainer_gathers", "trainer_start"),
         ],
     ],
     "checkpoints": [["state"], ["files"]],
@@ -80,6 +80,7 @@ ONLY = {
         "adapters.callback",
         "adapters.trainer_checkpoints",
         "adapters.trainer_end",
+        "adapters.trainer_gathers",
         "adapters.trainer_saves",
         "adapters.trainer_start",
     ),

@@ -86,6 +86,16 @@ def output_folder(trainer: Any) -> str:
     return str(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
 
 
+def metrics_in_training(trainer: Any) -> dict[str, list[float]] | None:
+    """
+    `_metrics` of TRL's trainers (trl >= 1.0): what they average at the next log, by name; None elsewhere. They have no
+    public name, and no hook lies between a step and the log
+    (tests/test_trl.py::test_metrics_are_those_of_all_workers).
+    """
+    metrics = getattr(trainer, "_metrics", None)
+    return metrics["train"] if isinstance(metrics, dict) and "train" in metrics else None
+
+
 def push_checkpoint(trainer: Any, folder: str) -> None:
     """
     `Trainer._push_from_checkpoint`, transformers >= 4.57: the push of `hub_strategy`, made when the checkpoint is

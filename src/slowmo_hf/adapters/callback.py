@@ -20,6 +20,7 @@ from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
+from .trainer_gathers import TrainerGathers
 from .trainer_saves import TrainerSaves
 from .trainer_start import advise, raw_optimizer, refuse_wrong_launch, switch_off_token_average
 
@@ -50,6 +51,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._unlogged = _Unlogged()
         self._round_ended = False  # at this step
         self._step_too_many: StepTooMany | None = None
+        self._gathers: TrainerGathers | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
@@ -97,6 +99,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._given_back.callback(Isolation(wrappers, outer_loop.workers.gradients.group).release)
             switch_off_token_average(args, self._given_back)
             advise(args, self.config)
+        self._gathers = TrainerGathers(self._find_trainer(), outer_loop, self._given_back)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
@@ -181,6 +184,15 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.consensus.restore(give_back_random_state=False)
             if state.global_step >= state.max_steps and self._step_too_many is None:
                 self._step_too_many = StepTooMany.of(kwargs["model"], state)
+        if self._gathers is not None:
+            self._gathers.step_begins()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The passes of this step are done."""
+        if self._gathers is not None:
+            self._gathers.step_ends()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,6 +204,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self._ending is not None:
             self._ending.stop_with_others(state, control, round_ended=self._round_ended)
         self._look_if_due(args, state, control, kwargs)
+        if self._gathers is not None and control.should_log:
+            self._gathers.bring_together()
         if control.should_log or control.should_training_stop:
             self._unlogged.log(self._find_trainer(), control)
 
