@@ -111,14 +111,12 @@ def is_called_by(function: str, module: str) -> bool:
     )
 
 
-def calling_object(kind: type) -> Any:
+def calling_objects(kind: type) -> list[Any]:
     """
-    The nearest object of that class whose method is above this call; None where there is none. A callback's events
-    are given neither Trainer nor Accelerator (transformers >= 4.57;
-    tests/test_callback.py::test_one_callback_serves_the_trainer_that_trains).
+    The objects of that class whose methods are above this call, the nearest first. A callback's events are given
+    neither Trainer nor Accelerator, and Trainers train one inside the other (transformers >= 4.57;
+    tests/test_callback.py::test_one_callback_serves_the_trainer_that_trains,
+    tests/test_trainer_asked.py::test_one_callback_in_two_trainers_at_once_is_refused).
     """
-    for frame in _callers(40):
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-    return None
+    found = {id(frame.f_locals.get("self")): frame.f_locals.get("self") for frame in _callers(sys.getrecursionlimit())}
+    return [object_ for object_ in found.values() if isinstance(object_, kind)]

@@ -21,7 +21,7 @@ from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
 from .trainer_saves import TrainerSaves
-from .trainer_start import advise, raw_optimizer, refuse_wrong_launch, switch_off_token_average
+from .trainer_start import advise, raw_optimizer, refuse_shared, refuse_wrong_launch, switch_off_token_average
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -257,9 +257,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def _follow(self) -> None:
         """The Trainer whose event this is: of all that hold this callback, the one that is calling it."""
-        trainer = upstream.calling_object(Trainer)
-        if trainer is not None:
-            self._trainer = weakref.ref(trainer)
+        callers = upstream.calling_objects(Trainer)
+        if callers:
+            callbacks = [c for c in callers[0].callback_handler.callbacks if isinstance(c, SlowMoCallback)]
+            refuse_shared(callbacks, self._trainer() if self._training and self._trainer else None, callers[1:])
+            self._trainer = weakref.ref(callers[0])
 
     def _find_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer else None
