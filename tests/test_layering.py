@@ -27,7 +27,15 @@ WINGS = {
         ["accelerate_checkpoints"],
         ["callback", "functions"],
         ["optimizer", "trainer_end", "trainer_saves"],
-        ["exit_notice", "isolation", "optimizer_wrapper", "stop_signals", "trainer_checkpoints", "trainer_start"],
+        [
+            "exit_notice",
+            "isolation",
+            "optimizer_wrapper",
+            "stop_signals",
+            "trainer_checkpoints",
+            "trainer_methods",
+            "trainer_start",
+        ],
     ],
     "checkpoints": [["state"], ["files"]],
     "training": [

@@ -111,6 +111,18 @@ def is_called_by(function: str, module: str) -> bool:
     )
 
 
+def is_telling(handler: Any, event: str) -> bool:
+    """
+    Whether this `CallbackHandler` is telling its callbacks of that event, transformers >= 4.57: of a step that others
+    hear of before us nothing else says whether it is counted
+    (tests/test_trainer_asked.py::test_asked_at_any_event_training_goes_on_as_if_not).
+    """
+    return any(
+        frame.f_code.co_name == event and frame.f_locals.get("self") is handler
+        for frame in _callers(sys.getrecursionlimit())
+    )
+
+
 def calling_objects(kind: type) -> list[Any]:
     """
     The objects of that class whose methods are above this call, the nearest first. A callback's events are given

@@ -75,7 +75,7 @@ def switch_off_token_average(args: TrainingArguments, given_back: ExitStack) -> 
         given_back (`ExitStack`): What gives the argument back.
     """
     if args.average_tokens_across_devices and args.world_size > 1:
-        logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
+        logger.info("average_tokens_across_devices is switched off in training steps, where it gathers at each")
     given_back.callback(setattr, args, "average_tokens_across_devices", args.average_tokens_across_devices)
     args.average_tokens_across_devices = False
 
