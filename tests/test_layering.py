@@ -26,10 +26,10 @@ WINGS = {
     "adapters": [
         ["accelerate_checkpoints"],
         ["callback", "functions"],
-        ["optimizer", "trainer_end", "trainer_saves"],
+        ["optimizer", "trainer_end", "trainer_gathers", "trainer_saves"],
         [
             *("exit_notice", "first_pass", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
-            *("trainer_checkpoints", "trainer_gathers", "trainer_start"),
+            *("trainer_checkpoints", "trainer_methods", "trainer_start"),
         ],
     ],
     "checkpoints": [["state"], ["files"]],

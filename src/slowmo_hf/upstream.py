@@ -130,14 +130,24 @@ def is_called_by(function: str, module: str) -> bool:
     )
 
 
-def calling_object(kind: type) -> Any:
+def is_telling(handler: Any, event: str) -> bool:
     """
-    The nearest object of that class whose method is above this call; None where there is none. A callback's events
-    are given neither Trainer nor Accelerator (transformers >= 4.57;
-    tests/test_callback.py::test_one_callback_serves_the_trainer_that_trains).
+    Whether this `CallbackHandler` is telling its callbacks of that event, transformers >= 4.57: of a step that others
+    hear of before us nothing else says whether it is counted
+    (tests/test_trainer_asked.py::test_asked_at_any_event_training_goes_on_as_if_not).
     """
-    for frame in _callers(40):
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-    return None
+    return any(
+        frame.f_code.co_name == event and frame.f_locals.get("self") is handler
+        for frame in _callers(sys.getrecursionlimit())
+    )
+
+
+def calling_objects(kind: type) -> list[Any]:
+    """
+    The objects of that class whose methods are above this call, the nearest first. A callback's events are given
+    neither Trainer nor Accelerator, and Trainers train one inside the other (transformers >= 4.57;
+    tests/test_callback.py::test_one_callback_serves_the_trainer_that_trains,
+    tests/test_trainer_asked.py::test_one_callback_in_two_trainers_at_once_is_refused).
+    """
+    found = {id(frame.f_locals.get("self")): frame.f_locals.get("self") for frame in _callers(sys.getrecursionlimit())}
+    return [object_ for object_ in found.values() if isinstance(object_, kind)]

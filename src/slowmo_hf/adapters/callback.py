@@ -21,8 +21,9 @@ from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
 from .trainer_gathers import TrainerGathers
+from .trainer_methods import Looks
 from .trainer_saves import TrainerSaves
-from .trainer_start import advise, raw_optimizer, refuse_wrong_launch, switch_off_token_average
+from .trainer_start import advise, raw_optimizer, refuse_shared, refuse_wrong_launch, switch_off_token_average
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -32,8 +33,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         Trainer(..., callbacks=[SlowMoCallback()]).train()
 
     is all there is to write. Evaluation and saved models see the workers' average; training then goes on from the
-    local weights; at the end the model is the average. Make it the last callback, so that it sees what the others ask
-    for.
+    local weights; at the end the model is the average. So do `trainer.evaluate`, `predict` and `save_model` that the
+    user's own code calls while it trains, on all ranks; `slowmo_hf.consensus(trainer)` is for anything else.
 
     Args:
         config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults
@@ -47,9 +48,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._ending: Ending | None = None
         self._saves: TrainerSaves | None = None
         self._training = False
+        self.looks = Looks()
         self._given_back = ExitStack()  # at the end: what is switched off while we train
         self._unlogged = _Unlogged()
         self._round_ended = False  # at this step
+        self._counted_step = -1  # Trainer's, of the last step that we have counted
         self._step_too_many: StepTooMany | None = None
         self._gathers: TrainerGathers | None = None
         self._trainer: weakref.ref[Trainer] | None = None
@@ -95,6 +98,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         refuse_wrong_launch(args, wrappers)
         self.outer_loop = self._ending = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
+        average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             self._given_back.callback(Isolation(wrappers, outer_loop.workers.gradients.group).release)
             switch_off_token_average(args, self._given_back)
@@ -103,13 +107,17 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training, self._round_ended, self._unlogged = True, False, _Unlogged()
+        self._training, self._round_ended, self._unlogged, self._counted_step = True, False, _Unlogged(), -1
         self._ending = Ending(outer_loop, state.max_steps)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
-        if args.eval_on_start:
-            # Workers agree, so nothing is sent: it keeps what the evaluation draws from the generators.
-            outer_loop.consensus.show()
+            self.looks.begin(
+                self._find_trainer(),
+                outer_loop,
+                catch_up=self._catch_up,
+                average_tokens=average_tokens,
+                given_back=self._given_back,
+            )
 
     def _take_up_checkpoints(
         self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
@@ -129,6 +137,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the
         checkpoint is.
         """
+        trainer = self._trainer() if self._trainer else None
+        if self._saves is not None and trainer is not None:
+            self.checkpoint = self._saves.record(trainer, trainer.state)
         return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
     def _restore(self) -> None:
@@ -164,13 +175,23 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped
         yet.
         """
-        assert self.outer_loop is not None
-        if self._step_too_many is not None:
+        self._count_step(kwargs["optimizer"], state)
+
+    def _count_step(self, optimizer: Any, state: TrainerState) -> None:
+        if self._step_too_many is not None or self._counted_step == state.global_step:
             return
-        report = self.outer_loop.step(inner_lrs(raw_optimizer(kwargs["optimizer"])))
+        assert self.outer_loop is not None
+        self._counted_step = state.global_step
+        report = self.outer_loop.step(inner_lrs(raw_optimizer(optimizer)))
         self._round_ended = report is not None
         if report is not None:
             self._unlogged.rounds.append(report)
+
+    def _catch_up(self) -> None:
+        """A callback before this one looks at the average where the step has been taken: it is counted first."""
+        trainer = self._find_trainer()
+        if upstream.is_telling(trainer.callback_handler, "on_optimizer_step"):
+            self._count_step(trainer.optimizer, trainer.state)
 
     # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
 
@@ -231,49 +252,23 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.consensus.show()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
-        if self._saves and (control.should_evaluate or control.should_save):
-            # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save.
-            self.checkpoint = self._saves.record(self._find_trainer(), state)
         if self._saves and control.should_save:
             self._saves.write(self._find_trainer(), events["lr_scheduler"], state)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check that the average was what Trainer saw; undo what the evaluation drew from the random generators."""
-        self._after_look("evaluated")
-
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        """As after an evaluation."""
-        self._after_look("predicted with")
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """As after an evaluation; then the checkpoint is whole."""
-        self._after_look("saved")
+        """The checkpoint is whole."""
         if self._saves:
-            self.checkpoint = self._saves.record(self._find_trainer(), state)
             self._saves.finish(self._find_trainer(), kwargs["lr_scheduler"], state)
-
-    def _after_look(self, verb: str) -> None:
-        if self.outer_loop is None or not self._training:
-            return
-        if self.outer_loop.view.is_shown:
-            self.outer_loop.view.give_back_random_state()
-        elif not self.outer_loop.clock.workers_agree:
-            raise RuntimeError(
-                f"one worker's own weights were {verb}, not the average: another callback asked for it after "
-                "SlowMoCallback had looked. Make SlowMoCallback the last callback."
-            )
 
     # ---- its Trainer ----
 
     def _follow(self) -> None:
         """The Trainer whose event this is: of all that hold this callback, the one that is calling it."""
-        trainer = upstream.calling_object(Trainer)
-        if trainer is not None:
-            self._trainer = weakref.ref(trainer)
+        callers = upstream.calling_objects(Trainer)
+        if callers:
+            callbacks = [c for c in callers[0].callback_handler.callbacks if isinstance(c, SlowMoCallback)]
+            refuse_shared(callbacks, self._trainer() if self._training and self._trainer else None, callers[1:])
+            self._trainer = weakref.ref(callers[0])
 
     def _find_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer else None

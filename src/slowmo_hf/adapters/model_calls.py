@@ -122,6 +122,9 @@ class ModelCalls:
 
     def on_load_state_dict(self) -> None:
         """What the program loads stays, until training goes on."""
+        optimizer = self._optimizer()
+        if optimizer is None or optimizer.awaits_a_checkpoint:
+            return  # `accelerator.load_state`: every worker's own follow
         if self._outer_loop.view.is_of_last_round:
             self._outer_loop.view.keep()
         self._loaded_at = self._outer_loop.clock.attempted_steps

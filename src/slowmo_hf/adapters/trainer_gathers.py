@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils.operations import recursively_apply
 from transformers import Trainer
 
 from .. import upstream
 from ..log import logger
 from ..training.outer_loop import OuterLoop
+from .trainer_methods import replace_method
 
 # Of TRL: what they gather in a training step is for their logs alone, and all of it is averaged or counted there.
 FOR_LOGS_ALONE = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
@@ -39,9 +40,7 @@ class TrainerGathers:
         if outer_loop.workers.count == 1 or not outer_loop.parts.meets_others:
             return
         for name in ("gather", "gather_for_metrics", "reduce"):
-            before = vars(trainer.accelerator).get(name)
-            setattr(trainer.accelerator, name, self._watched(name, getattr(trainer.accelerator, name)))
-            given_back.callback(_set_back, trainer.accelerator, name, before)
+            replace_method(trainer.accelerator, name, functools.partial(self._watched, name), given_back)
 
     def step_begins(self) -> None:
         """Forward and backward passes follow."""
@@ -118,10 +117,3 @@ def _defines_its_loss(trainer: Trainer) -> str:
     """The class of TRL whose loss it trains with; empty where a subclass has a loss of its own."""
     cls = next(one for one in type(trainer).__mro__ if "compute_loss" in vars(one))
     return cls.__name__ if cls.__module__.split(".")[0] == "trl" else ""
-
-
-def _set_back(accelerator: Any, name: str, before: Any) -> None:
-    if before is None:
-        delattr(accelerator, name)
-    else:
-        setattr(accelerator, name, before)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..config import SlowMoConfig
 from ..log import logger
@@ -20,6 +20,31 @@ def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         raise ValueError("the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both.")
     assert isinstance(raw, torch.optim.Optimizer)
     return raw
+
+
+def refuse_shared(callbacks: list[Any], training: Trainer | None, waiting: list[Trainer]) -> None:
+    """
+    Refuse two outer loops over one model, and one outer loop over two models that train at once.
+
+    Args:
+        callbacks (`list`): The SlowMoCallbacks of the Trainer that begins.
+        training (`Trainer`, *optional*): The one that the callback has begun with, and not ended.
+        waiting (`list`): The Trainers inside whose training this one begins.
+
+    Raises:
+        ValueError: There are several of the first, or the second is among the third.
+    """
+    if len(callbacks) > 1:
+        names = ", ".join(type(callback).__name__ for callback in callbacks)
+        raise ValueError(
+            f"a Trainer takes one SlowMoCallback, got {len(callbacks)} ({names}): each would average and move the "
+            "same model. Keep one of them; trainer.remove_callback takes another out."
+        )
+    if any(training is trainer for trainer in waiting):
+        raise ValueError(
+            "one SlowMoCallback was given to two Trainers that train at once, one inside the other: give each Trainer "
+            "a SlowMoCallback of its own."
+        )
 
 
 def refuse_wrong_launch(args: TrainingArguments, wrappers: list[Any]) -> None:
@@ -50,7 +75,7 @@ def switch_off_token_average(args: TrainingArguments, given_back: ExitStack) -> 
         given_back (`ExitStack`): What gives the argument back.
     """
     if args.average_tokens_across_devices and args.world_size > 1:
-        logger.info("average_tokens_across_devices is switched off until training ends: it gathers at every step")
+        logger.info("average_tokens_across_devices is switched off in training steps, where it gathers at each")
     given_back.callback(setattr, args, "average_tokens_across_devices", args.average_tokens_across_devices)
     args.average_tokens_across_devices = False
 

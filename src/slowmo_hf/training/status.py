@@ -205,10 +205,15 @@ class Header:
             f"rank {rank} on {host} at step {step}, {purpose.words}"
             for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))
         ]
+        looks = (
+            "What shows the average (evaluate, predict and save_model of a Trainer that trains, and "
+            "slowmo_hf.consensus) is called by all ranks at the same step, not by one alone: one rank writes the "
+            "file anyway. "
+        )
         raise RuntimeError(
-            f"ranks met at different places: {'; '.join(at)}. Every rank must take the same number of steps and look "
-            "at the same ones: give all ranks equally many batches (even_batches=True) and the same settings; or, in "
-            "a custom loop, use slowmo_hf.join."
+            f"ranks met at different places: {'; '.join(at)}. {looks if Purpose.LOOK in purposes else ''}Every rank "
+            "must take the same number of steps and look at the same ones: give all ranks equally many batches "
+            "(even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
         )
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
