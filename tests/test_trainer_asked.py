@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
+import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from tiny import Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
@@ -339,6 +340,67 @@ def test_looks_inside_looks(tmp_path):
         assert all(torch.equal(checkpoint[name], value) for name, value in saved.items()), "the last look's"
 
 
+# ---- the public calls ----
+
+
+class Shows(TrainerCallback):
+    """`slowmo_hf.consensus` around what no method of Trainer does."""
+
+    def __init__(self):
+        self.subject, self.local, self.shown, self.back, self.drawn, self.rounds = None, {}, {}, {}, [], []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.local = values(model)
+        before = torch.get_rng_state()
+        with slowmo_hf.consensus(self.subject):
+            self.shown = values(model)
+            with slowmo_hf.consensus(self.subject):
+                assert equal(self.shown, values(model))
+            assert equal(self.shown, values(model))
+            torch.rand(3)
+        self.back = values(model)
+        self.drawn.append(torch.equal(before, torch.get_rng_state()))
+        report = slowmo_hf.last_round(self.subject)
+        self.rounds.append(report and report.round)
+
+
+def check_public(folder):
+    out = {}
+    for name in ("trainer", "callback"):
+        shows, ours = Shows(), SlowMoCallback(CONFIG)
+        trainer = asked_trainer(folder, [shows, ours], max_steps=TAU + 2)
+        shows.subject = subject = trainer if name == "trainer" else ours
+        calls = []
+        for call in (lambda: None, trainer.train):
+            call()
+            untouched = values(trainer.model)
+            with slowmo_hf.consensus(subject):
+                calls.append(equal(untouched, values(trainer.model)))
+            calls.append(slowmo_hf.last_round(subject))
+        out[name] = shows.local, shows.shown, shows.back, shows.drawn, shows.rounds, calls
+    stock = asked_trainer(folder, [])
+    return out, error_of(slowmo_hf.last_round, stock), error_of(slowmo_hf.consensus(stock).__enter__)
+
+
+def test_consensus_and_last_round_take_a_trainer_or_its_callback(tmp_path):
+    ranks = run_workers(check_public, 2, str(tmp_path))
+    for name in ("trainer", "callback"):
+        locals_ = [out[name][0] for out, _, _ in ranks]
+        assert not equal(*locals_)
+        for out, _, _ in ranks:
+            local, shown, back, drawn, rounds, calls = out[name]
+            assert_mean(shown, locals_)
+            assert equal(shown, ranks[0][0][name][1])
+            assert equal(local, back)
+            assert drawn == [True] * (TAU + 2)
+            assert rounds == [None] * (TAU - 1) + [1] * 3
+            assert (calls[0], calls[1], calls[2], calls[3].round) == (True, None, True, 1), "before and after training"
+    for _, *errors in ranks:
+        for error in errors:
+            assert error.startswith("TypeError: expected a SlowMoOptimizer, prepared or bare, got Trainer")
+            assert "a Trainer that has a SlowMoCallback" in error
+
+
 class OneRankSaves(TrainerCallback):
     def __init__(self, folder, step):
         self.folder, self.step, self.trainer = folder, step, None
@@ -371,3 +433,40 @@ def test_one_rank_alone_is_told(tmp_path):
             assert "save_model of a Trainer that trains, and slowmo_hf.consensus) is called by all ranks" in error
             assert seconds < 10 * patience(1)
     assert not (tmp_path / "export").exists()
+
+
+# ---- logs ----
+
+
+class Counts(Trainer):
+    """Keeps a metric of its own until the next entry, as TRL's trainers do."""
+
+    counted = 0
+
+    def training_step(self, *args, **kwargs):
+        self.counted += 1
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        logs["counted"], self.counted = self.counted, 0
+        super().log(logs, start_time)
+
+
+def check_logs(folder):
+    out = []
+    for callbacks in ([SlowMoCallback(SlowMoConfig(sync_every=2))], []):
+        model = Regression(torch.float32)
+        args = arguments(folder, max_steps=14, logging_strategy="steps", logging_steps=6)
+        trainer = Counts(model=model, args=args, train_dataset=Rows(128, torch.float32), callbacks=callbacks)
+        out += [trainer.train().metrics, trainer.state.log_history]
+    return out
+
+
+def test_rounds_are_told_in_the_entry_of_the_loss(tmp_path):
+    """A subclass's own metrics stay there; what is left is told at the run's end, and `train` does not return it."""
+    for metrics, history, stock_metrics, stock_history in run_workers(check_logs, 2, str(tmp_path)):
+        told = [(e["step"], "loss" in e, "train_runtime" in e, e["slowmo/round"], e["counted"]) for e in history]
+        assert told == [(6, True, False, 3, 6), (12, True, False, 6, 6), (14, False, True, 7, 2)]
+        assert metrics.keys() == stock_metrics.keys()
+        for ours, stock in zip(history, stock_history, strict=True):
+            assert {name for name in ours if not name.startswith("slowmo/")} == set(stock)

@@ -506,5 +506,8 @@ def test_trl_sft_trainer(tmp_path):
     history = ranks[0][1]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == STEPS // TAU
+    for entry in history:  # TRL's own metrics of the steps since the last entry
+        if "loss" in entry:
+            assert {"mean_token_accuracy", "entropy", "num_tokens", "slowmo/round"} <= entry.keys()
     assert losses[-1] < losses[0]
     assert [entry["slowmo/round"] for entry in history if "slowmo/round" in entry] == [1, 2]

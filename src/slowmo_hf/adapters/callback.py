@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,7 +20,7 @@ from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
 from .trainer_gathers import TrainerGathers
-from .trainer_methods import Looks
+from .trainer_methods import Looks, RoundLogs
 from .trainer_saves import TrainerSaves
 from .trainer_start import advise, raw_optimizer, refuse_shared, refuse_wrong_launch, switch_off_token_average
 
@@ -50,7 +49,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._training = False
         self.looks = Looks()
         self._given_back = ExitStack()  # at the end: what is switched off while we train
-        self._unlogged = _Unlogged()
+        self._round_logs = RoundLogs()
         self._round_ended = False  # at this step
         self._counted_step = -1  # Trainer's, of the last step that we have counted
         self._step_too_many: StepTooMany | None = None
@@ -107,10 +106,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training, self._round_ended, self._unlogged, self._counted_step = True, False, _Unlogged(), -1
+        self._training, self._round_ended, self._counted_step = True, False, -1
         self._ending = Ending(outer_loop, state.max_steps)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
+            self._round_logs.begin(self._find_trainer(), self._given_back)
             self.looks.begin(
                 self._find_trainer(),
                 outer_loop,
@@ -161,7 +161,6 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             dataloader = kwargs.get("train_dataloader")
             self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
             self.outer_loop.consensus.keep()
-        self._unlogged.log(self._find_trainer(), control)
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
         self._ending.exit_if_stopped(state.global_step)
@@ -185,7 +184,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         report = self.outer_loop.step(inner_lrs(raw_optimizer(optimizer)))
         self._round_ended = report is not None
         if report is not None:
-            self._unlogged.rounds.append(report)
+            self._round_logs.rounds.append(report)
 
     def _catch_up(self) -> None:
         """A callback before this one looks at the average where the step has been taken: it is counted first."""
@@ -218,17 +217,13 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the average where an evaluation, a save or the end follows; log the rounds where Trainer logs."""
+        """Show the average where an evaluation, a save or the end follows."""
         if self._step_too_many is not None:
             self._step_too_many.undo(state, control)
             self._step_too_many = None
         if self._ending is not None:
             self._ending.stop_with_others(state, control, round_ended=self._round_ended)
         self._look_if_due(args, state, control, kwargs)
-        if self._gathers is not None and control.should_log:
-            self._gathers.bring_together()
-        if control.should_log or control.should_training_stop:
-            self._unlogged.log(self._find_trainer(), control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -252,6 +247,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.consensus.show()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
+        if self._gathers is not None and control.should_log:
+            self._gathers.bring_together()
         if self._saves and control.should_save:
             self._saves.write(self._find_trainer(), events["lr_scheduler"], state)
 
@@ -275,23 +272,3 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if trainer is None:
             raise RuntimeError("no Trainer is known to this SlowMoCallback: call callback.attach(trainer).")
         return trainer
-
-
-@dataclass
-class _Unlogged:
-    """The rounds since the last log."""
-
-    rounds: list[RoundReport] = field(default_factory=list)
-
-    def log(self, trainer: Trainer, control: TrainerControl) -> None:
-        """Emit them through Trainer's own `log`: sums of bytes and seconds, the last round's norms."""
-        if not self.rounds:
-            return
-        rounds, self.rounds = self.rounds, []
-        logs = rounds[-1].to_logs()
-        logs["slowmo/bytes_sent"] = sum(r.bytes_sent for r in rounds)
-        logs["slowmo/seconds"] = sum(r.seconds for r in rounds)
-        logs["slowmo/utilisation"] = sum(r.utilisation for r in rounds) / len(rounds)
-        should_log = control.should_log
-        trainer.log(logs)
-        control.should_log = should_log  # on_log clears it, and Trainer would leave its own loss out

@@ -13,6 +13,7 @@ from accelerate.accelerator import Accelerator
 from .. import upstream
 from ..training.report import RoundReport
 from .optimizer import SlowMoOptimizer
+from .trainer_methods import callback_of
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
@@ -22,14 +23,15 @@ def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
         if not hasattr(found, "optimizer"):
             raise TypeError(
                 f"expected a SlowMoOptimizer, prepared or bare, got {type(optimizer).__name__}. Wrap the optimizer "
-                "first: SlowMoOptimizer(optimizer, config)."
+                "first: SlowMoOptimizer(optimizer, config). consensus and last_round take a Trainer that has a "
+                "SlowMoCallback too, or the callback."
             )
         found = found.optimizer
     return found
 
 
 @contextmanager
-def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def consensus(optimizer: Any) -> Iterator[None]:
     """
     Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit,
     and so are the random generators. Collective: every rank enters it at the same step. Plain `base="all_reduce"` has
@@ -39,8 +41,15 @@ def consensus(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             evaluate(model)
 
     Args:
-        optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
+        optimizer (`torch.optim.Optimizer` or `Trainer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare`
+            returned it; or a Trainer that has a `SlowMoCallback`, or the callback: while it trains there is something
+            to show.
     """
+    callback = callback_of(optimizer)
+    if callback is not None:
+        with callback.looks.look():
+            yield
+        return
     bare = unwrap(optimizer)
     outer_loop = bare.outer_loop
     if outer_loop is None or (outer_loop.view.is_shown and not outer_loop.view.is_of_last_round):
@@ -161,9 +170,11 @@ def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
     return bare.outer_loop is not None and bare.outer_loop.status.stop_agreed
 
 
-def last_round(optimizer: torch.optim.Optimizer) -> RoundReport | None:
+def last_round(optimizer: Any) -> RoundReport | None:
     """
     The report of the last round, or None before the first. `accelerator.log(last_round(optimizer).to_logs())` logs it.
+    It takes what `consensus` takes.
     """
-    outer_loop = unwrap(optimizer).outer_loop
+    callback = callback_of(optimizer)
+    outer_loop = (callback or unwrap(optimizer)).outer_loop
     return outer_loop.last_round if outer_loop else None

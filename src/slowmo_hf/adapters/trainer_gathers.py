@@ -41,6 +41,7 @@ class TrainerGathers:
             return
         for name in ("gather", "gather_for_metrics", "reduce"):
             replace_method(trainer.accelerator, name, functools.partial(self._watched, name), given_back)
+        replace_method(trainer, "log", self._at_the_end, given_back)
 
     def step_begins(self) -> None:
         """Forward and backward passes follow."""
@@ -94,6 +95,15 @@ class TrainerGathers:
         if not self._is_said and self._outer_loop.workers.world.rank == 0:
             logger.warning(words, type(self._trainer).__name__)
         self._is_said = True
+
+    def _at_the_end(self, log: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(log)
+        def at_the_end(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "train_runtime" in logs:  # the run's summary, with what is left since the last log
+                self.bring_together()
+            log(logs, *args, **kwargs)
+
+        return at_the_end
 
     def bring_together(self) -> None:
         """Metrics of all workers, where all ranks are about to log. Collective."""
