@@ -26,7 +26,7 @@ WINGS = {
     "adapters": [
         ["accelerate_checkpoints"],
         ["callback", "functions"],
-        ["optimizer", "trainer_end", "trainer_saves"],
+        ["optimizer", "trainer_end", "trainer_gathers", "trainer_saves"],
         [
             "exit_notice",
             "isolation",

@@ -463,7 +463,7 @@ def check_logs(folder):
 
 
 def test_rounds_are_told_in_the_entry_of_the_loss(tmp_path):
-    """So a subclass's own metrics stay there; what is left is told at the run's end, and `train` does not return it."""
+    """So a subclass's own metrics stay there; what is left is told at the run's end, and not returned by `train`."""
     for metrics, history, stock_metrics, stock_history in run_workers(check_logs, 2, str(tmp_path)):
         told = [(e["step"], "loss" in e, "train_runtime" in e, e["slowmo/round"], e["counted"]) for e in history]
         assert told == [(6, True, False, 3, 6), (12, True, False, 6, 6), (14, False, True, 7, 2)]

@@ -86,6 +86,16 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
     trainer._push_from_checkpoint(folder)
 
 
+def trl_metrics(trainer: Any) -> dict[str, list[float]]:
+    """
+    `_metrics` of TRL's trainers, trl >= 1.0: by name, what was added since the last entry of the log and goes into the
+    next, of training or evaluation; it is handed to nobody before
+    (tests/test_trl.py::test_training_steps_gather_nothing).
+    """
+    metrics: dict[str, list[float]] = trainer._metrics["train" if trainer.model.training else "eval"]
+    return metrics
+
+
 # ---- who is calling: what no argument tells ----
 
 

@@ -19,6 +19,7 @@ from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
+from .trainer_gathers import LocalMetrics
 from .trainer_methods import Looks, RoundLogs
 from .trainer_saves import TrainerSaves
 from .trainer_start import advise, raw_optimizer, refuse_shared, refuse_wrong_launch, switch_off_token_average
@@ -99,6 +100,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.config.base != "all_reduce":
             self._given_back.callback(Isolation(wrappers, outer_loop.workers.gradients.group).release)
             switch_off_token_average(args, self._given_back)
+            LocalMetrics(self._find_trainer(), outer_loop.workers, self._given_back)
             advise(args, self.config)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
