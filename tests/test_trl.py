@@ -1,131 +1,139 @@
-"""TRL's trainers: what they gather for their logs stays within a worker between rounds, and the logs are of all."""
+"""TRL's trainers gather metrics at every training step: under SlowMoCallback nothing couples the workers there."""
 
 from __future__ import annotations
 
-import copy
-import logging
-
 import pytest
-import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from test_trainer_breadth import tiny_llama, tokenizer
+from tiny import QUIET, Heard
 
-TAU, STEPS = 4, 8
-TEXTS = ["a b c d e", "b c d", "c d e f g h", "d e"]
-
-
-def settings(folder, **more):
-    return {
-        **{"output_dir": folder, "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 0.01},
-        **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False},
-        **{"logging_steps": TAU, "max_length": 8, "dataloader_num_workers": 0},
-        **more,
-    }
+TAU, STEPS = 3, 7
 
 
-def sft(folder, callbacks):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    rows = Dataset.from_dict({"text": [TEXTS[i % 4] for i in range(48)]})
-    return SFTTrainer(
-        tiny_llama(),
-        SFTConfig(**settings(folder)),
-        train_dataset=rows,
-        processing_class=tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def dpo(folder, callbacks):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    rows = [{"prompt": "a b", "chosen": TEXTS[i % 4], "rejected": TEXTS[(i + 1) % 4]} for i in range(48)]
-    return DPOTrainer(
-        tiny_llama(),
-        ref_model=tiny_llama(),
-        args=DPOConfig(**settings(folder, max_length=16)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def reward(folder, callbacks):
-    from datasets import Dataset
-    from transformers import LlamaForSequenceClassification
-    from trl import RewardConfig, RewardTrainer
-
-    config = copy.deepcopy(tiny_llama().config)
-    config.num_labels, config.pad_token_id = 1, tokenizer().pad_token_id
-    rows = [{"chosen": TEXTS[i % 4], "rejected": TEXTS[(i + 1) % 4]} for i in range(48)]
-    return RewardTrainer(
-        LlamaForSequenceClassification(config),
-        args=RewardConfig(**settings(folder)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-TRAINERS = {"sft": sft, "dpo": dpo, "reward": reward}
-
-
-class Watch(TrainerCallback):
-    """Counts gloo's collectives of every step, and keeps this rank's own metrics where all are about to log."""
+class Collectives(TrainerCallback):
+    """What is sent from the second step's begin until its optimizer has stepped, C++ included."""
 
     def __init__(self):
-        self.counts, self.own, self.prof = [], [], None
+        self.names, self._profile = None, None
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.prof = profile(activities=[ProfilerActivity.CPU])
-        self.prof.__enter__()
+        if state.global_step == 1:
+            self._profile = profile(activities=[ProfilerActivity.CPU])
+            self._profile.__enter__()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.prof.__exit__(None, None, None)
-        self.counts.append(sum(event.name.startswith("gloo:") for event in self.prof.events()))
-        if control.should_log:
-            self.own.append(copy.deepcopy(dict(self.trainer._metrics["train"])))
-
-
-def train(kind, folder):
-    torch.manual_seed(0)
-    watch = Watch()
-    callback = SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
-    watch.trainer = trainer = TRAINERS[kind](folder, [watch, callback])
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("slowmo_hf").addHandler(handler)
-    trainer.train()
-    assert "gather" not in vars(trainer.accelerator)
-    return watch.counts, watch.own, trainer.state.log_history, [line for line in lines if "gathers metrics" in line]
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self._profile.__exit__(None, None, None)
+            events = [event.name for event in self._profile.events()]
+            assert any("aten::" in name for name in events)
+            self.names = [name for name in events if "c10d" in name or "gloo" in name]
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-def test_metrics_are_those_of_all_workers(tmp_path, kind):
-    """No collective at a local step; at a log the mean of the workers' means, and the sum of their tokens."""
-    ranks = run_workers(train, 2, kind, str(tmp_path))
-    (counts, own, history, said), (other_counts, other_own, _, nothing) = ranks
-    for counted in (counts, other_counts):
-        assert [count for step, count in enumerate(counted, 1) if step % TAU] == [0] * (STEPS - STEPS // TAU)
-        assert all(counted[TAU - 1 :: TAU])
-    assert len(said) == 1
-    assert not nothing
-    entries = [entry for entry in history if "loss" in entry]
-    assert len(entries) == len(own) == STEPS // TAU
-    for entry, mine, others in zip(entries, own, other_own, strict=True):
-        assert len(mine) >= 3
-        for name in mine:
-            means = [sum(its[name]) / len(its[name]) for its in (mine, others)]
-            expected = sum(means) if name == "num_tokens" else sum(means) / 2
-            assert entry[name] == pytest.approx(expected, rel=1e-3, abs=1e-6), name  # Trainer rounds what it logs
-    assert own[0] != other_own[0]
+def make(kind, folder, callbacks):
+    from datasets import Dataset
+    from transformers import LlamaForSequenceClassification
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+    settings = {
+        **QUIET,
+        "logging_strategy": "steps",
+        "logging_steps": TAU,
+        "eval_strategy": "steps",
+        "eval_steps": TAU,
+    }
+    settings |= {"max_steps": STEPS, "learning_rate": 3e-2, "bf16": False, "max_length": 16}
+    letters = "abcdefghijklmnopqrst"
+    if kind == "SFTTrainer":
+        data = Dataset.from_dict({"text": [" ".join(letters[i % 12 : i % 12 + 6]) for i in range(64)]})
+        return SFTTrainer(
+            model=tiny_llama(),
+            args=SFTConfig(folder, **settings),
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            processing_class=tokenizer(),
+            callbacks=callbacks,
+        )
+    rows = [{"prompt": letters[i % 9], "chosen": "a b c", "rejected": "d e f"} for i in range(64)]
+    data = Dataset.from_list(rows)
+    if kind == "RewardTrainer":
+        config = tiny_llama().config
+        config.num_labels = 1
+        return RewardTrainer(
+            model=LlamaForSequenceClassification(config),
+            args=RewardConfig(folder, **settings),
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            processing_class=tokenizer(),
+            callbacks=callbacks,
+        )
+    return DPOTrainer(
+        model=tiny_llama(),
+        ref_model=tiny_llama(),
+        args=DPOConfig(folder, **settings),
+        train_dataset=data,
+        eval_dataset=data.select(range(8)),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def check_gathers(folder, kind, processes_per_worker):
+    import slowmo_hf.adapters.trainer_gathers as room
+
+    out = {}
+    config = SlowMoConfig(sync_every=TAU, processes_per_worker=processes_per_worker, timeout_seconds=patience(30))
+    for name, listed in (("quiet", room.FOR_LOGS_ALONE), ("gathering", ())):
+        room.FOR_LOGS_ALONE = listed
+        collectives = Collectives()
+        trainer = make(kind, folder, [collectives, SlowMoCallback(config)])
+        with Heard() as heard:
+            trainer.train()
+        given_back = [
+            vars(trainer).keys() & {"training_step", "log"},
+            vars(trainer.accelerator).keys() & {"gather", "gather_for_metrics"},
+        ]
+        out[name] = collectives.names, trainer.state.log_history, heard.about("gathers metrics"), given_back
+    return out
+
+
+def assert_same_entries(quiet, gathering):
+    """The workers have equally many tokens, so a mean of their ratios is the ratio of all."""
+    assert len(quiet) == len(gathering)
+    for ours, reference in zip(quiet, gathering, strict=True):
+        assert ours.keys() == reference.keys()
+        for name, value in reference.items():
+            if name in ("min_reward", "max_reward"):  # means of the workers' own, which are not those of all
+                assert (ours[name] - value) * (1 if name == "min_reward" else -1) >= 0
+            elif not name.startswith("slowmo/") and not name.endswith(("_runtime", "_per_second")):
+                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer", "RewardTrainer"])
+def test_training_steps_gather_nothing(tmp_path, kind):
+    """And the entries of the log, evaluations among them, are those of the run that gathers."""
+    for rank, out in enumerate(run_workers(check_gathers, 2, str(tmp_path), kind, 1)):
+        names, history, said, given_back = out["quiet"]
+        assert names == []
+        assert len(said) == (rank == 0)
+        assert all(kind in line for line in said)
+        assert given_back == [set(), set()]
+        assert len(out["gathering"][0]) >= 4, "the profiler sees gathers where there are some"
+        assert [entry["step"] for entry in history if "loss" in entry] == [3, 6]
+        tokens = [entry["num_tokens"] for entry in history if "loss" in entry]
+        assert 0 < tokens[0] < tokens[1]
+        assert_same_entries(history, out["gathering"][1])
+
+
+@pytest.mark.slow
+def test_metrics_of_a_worker_of_several_processes(tmp_path):
+    """Four processes, two workers: counters are summed over workers, once each."""
+    for out in run_workers(check_gathers, 4, str(tmp_path), "SFTTrainer", 2):
+        assert_same_entries(out["quiet"][1], out["gathering"][1])
 
 
 def train_own_loss(folder):
@@ -138,22 +146,19 @@ def train_own_loss(folder):
             self.seen = self.accelerator.gather(loss.detach())
             return loss
 
-    torch.manual_seed(0)
-    watch = Watch()
-    callback = SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
-    watch.trainer = trainer = sft(folder, [watch, callback])
+    collectives = Collectives()
+    config = SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30))
+    callback = SlowMoCallback(config)
+    trainer = make("SFTTrainer", folder, [collectives, callback])
     trainer.__class__ = Coupled
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("slowmo_hf").addHandler(handler)
-    trainer.train()
-    return watch.counts, len(trainer.seen), [line for line in lines if "gathers over all ranks" in line]
+    with Heard() as heard:
+        trainer.train()
+    return collectives.names, len(trainer.seen), heard.about("gathers over all ranks")
 
 
 def test_a_loss_that_gathers_is_left_alone_and_said(tmp_path):
-    (counts, seen, said), (_, _, nothing) = run_workers(train_own_loss, 2, str(tmp_path))
-    assert all(counts)
+    (names, seen, said), (_, _, nothing) = run_workers(train_own_loss, 2, str(tmp_path))
+    assert len(names) >= 4
     assert seen == 2
     assert len(said) == 1
     assert "Coupled gathers over all ranks in its training steps" in said[0]

@@ -86,14 +86,15 @@ def output_folder(trainer: Any) -> str:
     return str(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
 
 
-def metrics_in_training(trainer: Any) -> dict[str, list[float]] | None:
+def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
     """
-    `_metrics` of TRL's trainers (trl >= 1.0): what they average at the next log, by name; None elsewhere. They have no
-    public name, and no hook lies between a step and the log
-    (tests/test_trl.py::test_metrics_are_those_of_all_workers).
+    `_metrics` of TRL's trainers, trl >= 1.0: by name, what was added since the last entry of the log and goes into the
+    next, of training or evaluation; None elsewhere. It is handed to nobody before
+    (tests/test_trl.py::test_training_steps_gather_nothing).
     """
     metrics = getattr(trainer, "_metrics", None)
-    return metrics["train"] if isinstance(metrics, dict) and "train" in metrics else None
+    mode = "train" if trainer.model.training else "eval"
+    return metrics[mode] if isinstance(metrics, dict) and mode in metrics else None
 
 
 def push_checkpoint(trainer: Any, folder: str) -> None:

@@ -204,15 +204,6 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.consensus.restore(give_back_random_state=False)
             if state.global_step >= state.max_steps and self._step_too_many is None:
                 self._step_too_many = StepTooMany.of(kwargs["model"], state)
-        if self._gathers is not None:
-            self._gathers.step_begins()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The passes of this step are done."""
-        if self._gathers is not None:
-            self._gathers.step_ends()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

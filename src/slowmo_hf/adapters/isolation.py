@@ -138,6 +138,21 @@ def _switch_off(ddp: Any, inputs: Any = None) -> None:
     ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
 
 
+def gather_inside(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """
+    As `accelerator.gather`, of the worker's processes alone: joined along the first dimension.
+
+    Args:
+        group (`dist.ProcessGroup`, *optional*): The worker's processes; None where it has one.
+    """
+    own = (tensor[None] if tensor.ndim == 0 else tensor).contiguous()
+    if group is None:
+        return own
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    return torch.cat(parts)
+
+
 _lonely: dict[int, dist.ProcessGroup] = {}
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from accelerate.utils.operations import recursively_apply
 from transformers import Trainer
 
 from .. import upstream
 from ..log import logger
 from ..training.outer_loop import OuterLoop
-from .trainer_methods import replace_method
+from .isolation import gather_inside
+from .trainer_methods import Method, replace_method
 
 # Of TRL: what they gather in a training step is for their logs alone, and all of it is averaged or counted there.
 FOR_LOGS_ALONE = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
@@ -41,17 +40,21 @@ class TrainerGathers:
             return
         for name in ("gather", "gather_for_metrics", "reduce"):
             replace_method(trainer.accelerator, name, functools.partial(self._watched, name), given_back)
-        replace_method(trainer, "log", self._at_the_end, given_back)
+        replace_method(trainer, "training_step", self._noting_the_step, given_back)
+        replace_method(trainer, "log", self._in_summaries, given_back)
 
-    def step_begins(self) -> None:
-        """Forward and backward passes follow."""
-        self._is_stepping = True
+    def _noting_the_step(self, training_step: Method) -> Method:
+        @functools.wraps(training_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._is_stepping = True
+            try:
+                return training_step(*args, **kwargs)
+            finally:
+                self._is_stepping = False
 
-    def step_ends(self) -> None:
-        """They are done; evaluations and logs gather as ever."""
-        self._is_stepping = False
+        return step
 
-    def _watched(self, name: str, gather: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, name: str, gather: Method) -> Method:
         @functools.wraps(gather)
         def watched(*args: Any, **kwargs: Any) -> Any:
             # An evaluation that a callback asks for in here is none of training.
@@ -77,37 +80,29 @@ class TrainerGathers:
 
         return watched
 
-    def _inside_the_worker(self, data: Any, use_gather_object: bool = False) -> Any:
-        """As Accelerate gathers over the processes of a worker; one process has it already."""
-        inside = self._outer_loop.workers.inside
-        if inside.world_size == 1:
-            return data
-        if use_gather_object:
-            return [one for its in inside.gather_objects(data) for one in its]
-
-        def gather(tensor: torch.Tensor) -> torch.Tensor:
-            mine = tensor.detach() if tensor.dim() else tensor.detach()[None]
-            return torch.cat([its.to(tensor.device) for its in inside.gather_objects(mine.cpu())])
-
-        return recursively_apply(gather, data)  # type: ignore[no-untyped-call]
+    def _inside_the_worker(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        group = self._outer_loop.workers.gradients.group
+        return recursively_apply(lambda t: gather_inside(t, group), data)  # type: ignore[no-untyped-call]
 
     def _say(self, words: str) -> None:
         if not self._is_said and self._outer_loop.workers.world.rank == 0:
             logger.warning(words, type(self._trainer).__name__)
         self._is_said = True
 
-    def _at_the_end(self, log: Callable[..., None]) -> Callable[..., None]:
+    def _in_summaries(self, log: Method) -> Method:
         @functools.wraps(log)
-        def at_the_end(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if "train_runtime" in logs:  # the run's summary, with what is left since the last log
+        def tell(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if any(
+                name.endswith("_runtime") for name in logs
+            ):  # Trainer's own, of an evaluation or the run, on all ranks
                 self.bring_together()
             log(logs, *args, **kwargs)
 
-        return at_the_end
+        return tell
 
     def bring_together(self) -> None:
         """Metrics of all workers, where all ranks are about to log. Collective."""
-        metrics = upstream.metrics_in_training(self._trainer)
+        metrics = upstream.trl_metrics(self._trainer)
         if not self._are_for_logs or metrics is None or not self._is_said:
             return
         with self._outer_loop.account.paused(), self._outer_loop.account.apart():
