@@ -58,6 +58,7 @@ class TrajectoryArguments:
     """Against what."""
 
     before: str | None = field(default=None, metadata={"help": "Folder `src` of the other checkout."})
+    constant_lr: bool = field(default=False, metadata={"help": "No warm-up: a round's rate is that of each step."})
     show: bool = field(default=False, metadata={"help": "Print this checkout's trajectories as JSON, and end."})
 
 
@@ -69,7 +70,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def train(rank: int, inner: str, settings: dict[str, Any]) -> dict[str, Any]:
+def train(rank: int, inner: str, settings: dict[str, Any], *, constant_lr: bool) -> dict[str, Any]:
     """One worker's run on rows of its own."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -82,7 +83,7 @@ def train(rank: int, inner: str, settings: dict[str, Any]) -> dict[str, Any]:
     ]
     base = torch.optim.SGD(groups, lr=0.1, momentum=0.9) if inner == "sgd" else torch.optim.AdamW(groups, lr=0.01)
     optimizer = SlowMoOptimizer(base, SlowMoConfig(**settings))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(base, lambda step: min(step / 4, 1.0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1.0 if constant_lr else min(step / 4, 1.0))
     steps, reports, seen = [], [], 0
     for step in range(STEPS):
         model(torch.randn(8, 12)).square().mean().backward()
@@ -101,19 +102,20 @@ def train(rank: int, inner: str, settings: dict[str, Any]) -> dict[str, Any]:
         return {"steps": steps, "reports": reports, "average": digest(model.state_dict())}
 
 
-def trajectories() -> dict[str, Any]:
+def trajectories(*, constant_lr: bool) -> dict[str, Any]:
     """All settings, all workers."""
     torch.set_num_threads(1)
     return {
-        name: slowmo_hf.run_in_process(lambda rank, own=own: train(rank, *own), WORKERS)
+        name: slowmo_hf.run_in_process(lambda rank, own=own: train(rank, *own, constant_lr=constant_lr), WORKERS)
         for name, own in SETTINGS.items()
     }
 
 
-def of_checkout(source: Path) -> dict[str, Any]:
+def of_checkout(source: Path, *, constant_lr: bool) -> dict[str, Any]:
     """The same by another checkout's package, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(source)}
-    done = subprocess.run([sys.executable, __file__, "--show"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--show", "--constant_lr", str(constant_lr)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"trajectories.py: {source} fails: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -123,11 +125,12 @@ def main() -> None:
     """Compare, a line per setting."""
     (args,) = HfArgumentParser(TrajectoryArguments).parse_args_into_dataclasses()
     if args.show:
-        print(json.dumps(trajectories()))
+        print(json.dumps(trajectories(constant_lr=args.constant_lr)))
         return
     if args.before is None or not Path(args.before, "slowmo_hf").is_dir():
         sys.exit(f"trajectories.py: before must be a folder that holds slowmo_hf, got {args.before!r}. Set --before.")
-    here, before = of_checkout(ROOT / "src"), of_checkout(Path(args.before).resolve())
+    sources = (ROOT / "src", Path(args.before).resolve())
+    here, before = (of_checkout(source, constant_lr=args.constant_lr) for source in sources)
     for name in SETTINGS:
         kinds = [
             kind

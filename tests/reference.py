@@ -26,8 +26,8 @@ def slowmo_reference(
     Run `steps` inner steps on `workers` workers and return each worker's parameters.
 
     `make_worker(i)` gives (parameters, base optimizer, backward(k), schedule()): `backward(k)` leaves the gradient of
-    step k in the parameters, `schedule()` moves the learning rate on. One learning rate per parameter group; line 7
-    divides by it, so it must not be 0 at a round's last step unless nothing has moved.
+    step k in the parameters, `schedule()` moves the learning rate on. gamma of a round is the mean of its steps'
+    learning rates, per parameter group; line 7 divides by it, so it must not be 0 unless nothing has moved.
     """
     crew = [make_worker(i) for i in range(workers)]
     start = [p.detach().clone() for p in crew[0][0]]
@@ -36,12 +36,14 @@ def slowmo_reference(
             p.data.copy_(s)
     x0 = [s.clone() for s in start]
     u = [torch.zeros_like(s) for s in start]
+    in_force = []
     for k in range(steps):
+        in_force.append(_gamma_per_parameter(crew[0][0], crew[0][1]))
         for _, optimizer, backward, _ in crew:
             backward(k)
             optimizer.step()
         if (k + 1) % tau == 0:
-            gammas = _gamma_per_parameter(crew[0][0], crew[0][1])
+            gammas, in_force = [sum(of_one) / tau for of_one in zip(*in_force, strict=True)], []
             for j, gamma in enumerate(gammas):
                 average = sum(parameters[j].detach() for parameters, _, _, _ in crew) / workers
                 if gamma == 0:
@@ -159,7 +161,7 @@ class _PushSum:
 
     def __init__(self, member, first):
         self.z, self.optimizer, self._backward, self.schedule = member
-        self.w, self.arriving = 1.0, []
+        self.w, self.arriving, self.in_force = 1.0, [], []
         self.start_round_at(first)
         self.u = [torch.zeros_like(s) for s in first]
 
@@ -171,6 +173,7 @@ class _PushSum:
 
     def base_step(self, k):
         before = [p.detach().clone() for p in self.z]
+        self.in_force.append(_gamma_per_parameter(self.z, self.optimizer))
         self._backward(k)
         self.optimizer.step()
         self.x = [x + (p.detach() - z) for x, p, z in zip(self.x, self.z, before, strict=True)]
@@ -181,8 +184,9 @@ class _PushSum:
         self.arriving = [message for message in self.arriving if message[0] > until]
 
     def slow_step(self, reached, alpha, beta):
-        following = []
-        for j, gamma in enumerate(_gamma_per_parameter(self.z, self.optimizer)):
+        following, steps = [], len(self.in_force)
+        gammas, self.in_force = [sum(of_one) / steps for of_one in zip(*self.in_force, strict=True)], []
+        for j, gamma in enumerate(gammas):
             if gamma == 0:
                 assert torch.allclose(reached[j], self.x0[j], rtol=0, atol=1e-12), (
                     "line 7 divides by the learning rate"

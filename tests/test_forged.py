@@ -103,6 +103,7 @@ def forgeries(contents):
 # What may be missing or otherwise: an older file lacks it, or another run's value means something.
 ALLOWED = {
     ("parameters_alone", "gone"),  # an older checkpoint has none
+    ("rates", "gone"),  # likewise
     ("bucket_elements", "gone"),  # compression was off
     ("departed", "gone"),  # no round was in flight
     ("weight", "gone"),  # workers agreed

@@ -60,16 +60,18 @@ def clipped_pull(x, rank, step):
 def simulate(steps, *, world=2, lr=0.1, tau=2, alpha=1.0, beta=0.5, gradient=pull, skipped=()):
     """
     Algorithm 1 by hand with SGD inside: x_r <- x_r - lr g_r; every tau steps v <- beta r v + (a - mean x), x_r = a <-
-    a - alpha v.
+    a - alpha v. r is of the rounds' mean rates.
     """
     anchor, velocity, previous_lr = torch.tensor(START, dtype=torch.float64), 0.0, None
-    x = [anchor] * world
+    x, of_round = [anchor] * world, []
     for step in range(steps):
         now = lr(step) if callable(lr) else lr
+        of_round.append(now)
         x = [x[r] if (r, step) in skipped else x[r] - now * gradient(x[r], r, step) for r in range(world)]
         if (step + 1) % tau == 0:
-            velocity = beta * (now / previous_lr if previous_lr else 1.0) * velocity + anchor - sum(x) / world
-            anchor, previous_lr = anchor - alpha * velocity, now
+            mean, of_round = sum(of_round) / tau, []
+            velocity = beta * (mean / previous_lr if previous_lr else 1.0) * velocity + anchor - sum(x) / world
+            anchor, previous_lr = anchor - alpha * velocity, mean
             x = [anchor] * world
     return x
 

@@ -114,9 +114,10 @@ def by_hand(config, name, workers):
     feedback = (
         Feedback(find(CODES[config.compression])(), workers, sum(sizes)) if config.compression != "none" else None
     )
-    after, shown = [], {}
+    after, shown, in_force = [], {}, []
     with torch.no_grad():
         for step in range(STEPS):
+            in_force.append([group["lr"] for group in crew[0][1].param_groups])
             for rank, (model, optimizer, _) in enumerate(crew):
                 batch = _batch(step, rank)
                 with torch.enable_grad():
@@ -133,7 +134,7 @@ def by_hand(config, name, workers):
             if (step + 1) % config.sync_every == 0:
                 departed = [[p.detach().clone() for p in model.parameters()] for model, _, _ in crew]
                 due = step + 1 + config.overlap_steps
-                lrs = [group["lr"] for group in crew[0][1].param_groups]
+                lrs, in_force = [sum(of_one) / config.sync_every for of_one in zip(*in_force, strict=True)], []
                 displacements = [
                     torch.cat([(a - x).flatten() for a, x in zip(anchor, then, strict=True)]) for then in departed
                 ]

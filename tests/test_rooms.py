@@ -15,7 +15,7 @@ from slowmo_hf.algorithm.norms import Norms
 from slowmo_hf.algorithm.starts import TrainingOn
 from slowmo_hf.training import account
 from slowmo_hf.training.account import Account
-from slowmo_hf.training.clock import Clock
+from slowmo_hf.training.clock import Clock, Rates
 
 
 class Time:
@@ -90,7 +90,7 @@ def test_the_clock_in_numbers():
     """Rounds every 3 steps; exchanges at all others, numbered without a gap; an idle step is not a trained one."""
     clock, due = Clock(SlowMoConfig(base="sgp", sync_every=3)), []
     for _ in range(7):
-        clock.step()
+        clock.step([0.1])
         due.append(clock.exchange_number if clock.exchange_is_due else "round" if clock.round_is_due else None)
         if clock.round_is_due:
             clock.begin_round()
@@ -98,7 +98,7 @@ def test_the_clock_in_numbers():
     assert (clock.rounds, clock.local_steps, clock.trained_steps) == (2, 1, 7)
     clock.idle()
     assert (clock.attempted_steps, clock.trained_steps, clock.local_steps) == (8, 7, 1)
-    clock.drop_round(3)
+    clock.drop_round(3, Rates())
     assert (clock.rounds, clock.local_steps) == (1, 4)
 
 

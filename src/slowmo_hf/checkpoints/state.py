@@ -9,7 +9,7 @@ alone. Every part writes its own fields and checks them again; here stand those 
             anchor.i, velocity.i (own with exact_average=False)            SlowState
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
     own     run, workers, attempted_steps, and the caller's objects        here
-            local_steps                                                    Clock
+            local_steps, rates                                             Clock
             changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
             workers differ
             the object inner_optimizer                                     InnerState

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import GOSSIP_BASES, SlowMoConfig
 from ..contents import Contents, Restored, Saved
+
+
+@dataclass
+class Rates:
+    """
+    The inner learning rates of a worker's attempted steps since a round set out, per parameter group: gamma of the
+    round is their mean. Kept as the first one and what the others are above it, so that equal rates have that mean to
+    the last bit.
+
+    Args:
+        first (`list[float]`): Those of the first step; empty before it.
+        above (`list[float]`): Sums of what later ones are above those.
+        steps (`int`): Counted.
+    """
+
+    first: list[float] = field(default_factory=list)
+    above: list[float] = field(default_factory=list)
+    steps: int = 0
+
+    def count(self, inner_lrs: list[float]) -> None:
+        """One step more."""
+        if not self.steps:
+            self.first, self.above = list(inner_lrs), [0.0] * len(inner_lrs)
+        else:  # another number of groups is told at the status exchange
+            self.above = [a + (lr - f) for a, lr, f in zip(self.above, inner_lrs, self.first, strict=False)]
+        self.steps += 1
+
+    def and_then(self, later: Rates) -> Rates:
+        """Of these steps and those after them."""
+        if not self.steps or not later.steps:
+            return self if self.steps else later
+        groups = zip(self.first, self.above, later.first, later.above, strict=False)
+        above = [mine + (first - base) * later.steps + its for base, mine, first, its in groups]
+        return Rates(self.first, above, self.steps + later.steps)
+
+    @property
+    def mean(self) -> list[float]:
+        """Of the steps, per group; empty without any."""
+        return [first + above / self.steps for first, above in zip(self.first, self.above, strict=False)]
 
 
 @dataclass
@@ -21,6 +60,7 @@ class Clock:
         local_steps (`int`): Of these, since the last round.
         idle_steps (`int`): Of these, after this worker's end, in the others' exchanges.
         rounds (`int`): Begun so far.
+        rates (`Rates`): Of this worker's own steps since the last round.
     """
 
     config: SlowMoConfig
@@ -28,15 +68,17 @@ class Clock:
     local_steps: int = 0
     idle_steps: int = 0
     rounds: int = 0
+    rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
         # Asked at every step.
         self._has_rounds, self._gossips = self.config.has_rounds, self.config.base in GOSSIP_BASES
 
-    def step(self) -> None:
-        """One attempted inner step."""
+    def step(self, inner_lrs: list[float]) -> None:
+        """One attempted inner step, with the learning rates that were in force."""
         self.attempted_steps += 1
         self.local_steps += 1
+        self.rates.count(inner_lrs)
 
     def idle(self) -> None:
         """One step of the others, which this worker takes part in without training."""
@@ -51,12 +93,13 @@ class Clock:
     def begin_round(self) -> None:
         """A round begins."""
         self.rounds += 1
-        self.local_steps = 0
+        self.local_steps, self.rates = 0, Rates()
 
-    def drop_round(self, local_steps: int) -> None:
+    def drop_round(self, local_steps: int, rates: Rates) -> None:
         """There was no round: what `begin_round` has done is undone."""
         self.rounds -= 1
         self.local_steps += local_steps
+        self.rates = rates.and_then(self.rates)
 
     # ---- what is due ----
 
@@ -94,15 +137,23 @@ class Clock:
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`."""
         everybodys = {"attempted_steps": self.attempted_steps, "rounds": self.rounds}
-        return Saved(Contents(everybodys), Contents({"local_steps": self.local_steps}))
+        own = {"local_steps": self.local_steps, "rates": dict(vars(self.rates))}
+        return Saved(Contents(everybodys), Contents(own))
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: after an average nobody has made a step."""
         attempted_steps = saved.shared.count("attempted_steps")
         rounds = saved.shared.count("rounds", most=attempted_steps)
         local_steps = saved.own.count("local_steps", most=attempted_steps) if same_number else 0
+        rates = Rates()
+        if "rates" in saved.own.settings:  # an older checkpoint has none: the round's mean is then of later steps
+            found = saved.own.part("rates")
+            first = found.numbers("first")
+            above = found.numbers("above", len(first))
+            rates = Rates(first, above, found.count("steps", least=bool(first), most=attempted_steps if first else 0))
 
         def take_up() -> None:
             self.attempted_steps, self.rounds, self.local_steps = attempted_steps, rounds, local_steps
+            self.rates = rates
 
         return take_up

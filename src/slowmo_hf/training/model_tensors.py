@@ -137,8 +137,12 @@ class ModelTensors:
 
 
 def inner_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of every parameter group, read now (groups may be replaced, so nothing is cached)."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
+    """
+    The learning rate of every parameter group, read now (groups may be replaced, so nothing is cached). A group that
+    has none, such as Adafactor's with `relative_step`, counts as one that never changes: r = 1.
+    """
+    lrs = [group.get("lr") for group in optimizer.param_groups]
+    return [1.0 if lr is None else float(lr) for lr in lrs]
 
 
 def hash48(names: list[str]) -> float:

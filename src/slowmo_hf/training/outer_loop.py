@@ -11,8 +11,9 @@ The heart: the clock drives rounds (Algorithm 1 of SlowMo, https://huggingface.c
             x_i         = anchor                              the next round's start        Round.apply
             inner state: reset, maintain or average           line 2
 
-r = gamma_t / gamma_{t-1}. The arithmetic is in `algorithm/slow_momentum.py`, one round in `round.py`, what is due in
-`clock.py`; the decisions behind it are in docs/internals.md.
+r = gamma_t / gamma_{t-1}, and gamma of a round is the mean learning rate of its attempted steps. The arithmetic is in
+`algorithm/slow_momentum.py`, one round in `round.py`, what is due in `clock.py`; the decisions behind it are in
+docs/internals.md.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class OuterLoop:
         """
         self.refuse_while_shown()
         clock = self.clock
-        clock.step()
+        clock.step(inner_lrs)
         self.workers.roll_call.at(clock.attempted_steps, "training")
         if clock.exchange_is_due:
             with self.account.communicating():
@@ -117,7 +118,7 @@ class OuterLoop:
             return None
         with self.account.communicating():
             report = self.in_flight.advance()
-            return self.in_flight.launch(inner_lrs) if clock.round_is_due else report
+            return self.in_flight.launch(clock.rates.mean) if clock.round_is_due else report
 
     @property
     def attempted_steps(self) -> int:

@@ -43,7 +43,7 @@ class Round:
         self.travels = delay > 0
         self.due_step = parts.clock.attempted_steps + delay if due_step is None else due_step
         self.begun_at = self.due_step - delay
-        self.local_steps = 0  # this worker's before it, since the last round
+        self.local_steps, self.rates = 0, parts.clock.rates  # this worker's before it, since the last round
         self.agreement: Agreement | None = None
         self.messages: Launch | None = None  # the leader's
         self.norms = norms
@@ -60,7 +60,7 @@ class Round:
         say.
         """
         self._hear = hear
-        self.local_steps = self.parts.clock.local_steps
+        self.local_steps, self.rates = self.parts.clock.local_steps, self.parts.clock.rates
         if self.travels:
             with record_function("slowmo::launch"):
                 self.parts.on_leader(self._send_on_leader)
@@ -208,7 +208,7 @@ class Round:
             self.parts.slow.reduction.forget()  # what they held back has gone with it
             self.parts.base.stay()
         if self.is_counted:
-            self.parts.clock.drop_round(self.local_steps)
+            self.parts.clock.drop_round(self.local_steps, self.rates)
         self.is_counted, self.is_dropped = False, True
 
     def drain(self) -> None:

@@ -43,7 +43,8 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     }
     settings = {_OLD_NAMES.get(name, name): value for name, value in slow.settings.items()}
     outer = slow.objects.get("outer_optimizer", settings)
-    steps = parts.clock.saved(agree=True, keep=True).shared.settings
+    clock = parts.clock.saved(agree=True, keep=True)
+    steps = {**clock.shared.settings, "rates": clock.own.settings["rates"]}
     return {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
 
 
@@ -96,7 +97,8 @@ def _contents(state: dict[str, Any]) -> Contents:
             "that saved it."
         )
     tensors = {f"{kind}.{index}": flat for name, kind in _LISTS.items() for index, flat in enumerate(state[name])}
-    settings = {name: state[name] for name in ("attempted_steps", "rounds")}
+    # Of an older state the rates are not known.
+    settings = {name: value for name, value in state.items() if name in ("attempted_steps", "rounds", "rates")}
     outer = state["outer_optimizer"]
     if "param_groups" in outer:
         return Contents(settings, tensors, {"outer_optimizer": outer}, "slow state")

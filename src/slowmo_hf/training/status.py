@@ -51,7 +51,7 @@ class Agreement:
         trained_steps (`int`): The same without the steps of ranks that have ended and only pass messages on.
         same_step (`bool`): Whether all ranks' clocks agree.
         local_steps (`list[int]`): Every rank's steps since the last round.
-        inner_lrs (`list[float]`): The largest, by parameter group.
+        inner_lrs (`list[float]`): The round's, by parameter group: the largest of the workers' means.
         changed_buffers (`list[str]`): All that have changed anywhere.
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
@@ -109,7 +109,7 @@ class Header:
         attempted_steps (`int`): Its clock.
         trained_steps (`int`): The same without steps that only passed messages on.
         local_steps (`int`): Its steps since the last round.
-        inner_lrs (`list[float]`): The learning rate in force at its last inner step, per parameter group.
+        inner_lrs (`list[float]`): The mean learning rate of its steps since the last round, per parameter group.
         changed_buffers (`list[str]`): Names of the buffers that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can.
         stop (`bool`): Whether this process was asked to save and stop.
@@ -219,8 +219,8 @@ class Header:
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
         if any(row != lrs[0] for row in lrs):
             logger.warning(
-                "step %d: inner learning rates differ between workers (%s); the largest is used. A step skipped on "
-                "one rank does this.",
+                "step %d: inner learning rates differ between workers (means of their rounds: %s); the largest is "
+                "used. A step skipped on one rank does this.",
                 self.attempted_steps,
                 lrs,
             )
