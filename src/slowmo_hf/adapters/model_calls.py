@@ -38,6 +38,8 @@ class ModelCalls:
         self._optimizer = weakref.ref(optimizer)
         self._outer_loop: OuterLoop = optimizer.outer_loop
         self._models = [weakref.ref(_innermost(model)) for model in models]
+        for gone in [key for key, listeners in _listening.items() if not listeners]:
+            del _listening[gone]
         for model in self._models:
             _listening.setdefault(id(model()), weakref.WeakSet()).add(self)
         self._loaded_at: int | None = None  # the step at which the program loaded weights of its own choice
