@@ -29,7 +29,7 @@ WINGS = {
         ["optimizer", "trainer_end", "trainer_saves"],
         ["exit_notice", "isolation", "optimizer_wrapper", "stop_signals", "trainer_checkpoints", "trainer_start"],
     ],
-    "checkpoints": [["state"], ["files"]],
+    "checkpoints": [["claim", "state"], ["files"]],
     "training": [
         ["outer_loop"],
         ["ending", "gradients", "slow_state_dict"],

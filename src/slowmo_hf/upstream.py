@@ -5,6 +5,7 @@ version, why no public name will do, and the test that fails when the name goes.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -121,4 +122,17 @@ def calling_object(kind: type) -> Any:
         found = frame.f_locals.get("self")
         if isinstance(found, kind):
             return found
+    return None
+
+
+def loaded_checkpoint(trainer: Any) -> str | None:
+    """
+    `resume_from_checkpoint` of `Trainer._inner_training_loop` or `train`, as a call above has it: the folder that the
+    Trainer has loaded, which no event is given (transformers >= 4.57;
+    tests/test_checkpoint.py::test_a_checkpoint_is_found_where_it_is).
+    """
+    for frame in _callers(40):
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_locals.get("self") is trainer and isinstance(folder, str | os.PathLike):
+            return os.fspath(folder)
     return None

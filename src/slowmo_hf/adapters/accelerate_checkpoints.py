@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, seal, verify_checkpoint
-from ..checkpoints.state import check_snapshot, finish_together, keeps_files, read_together, together, write_snapshot
+from ..checkpoints.files import FOLDER, verify_checkpoint
+from ..checkpoints.state import (
+    check_snapshot,
+    finish_together,
+    keeps_files,
+    read_together,
+    seal_snapshot,
+    together,
+    write_snapshot,
+)
 from ..contents import CheckpointError
 from ..log import logger
 from ..training.outer_loop import OuterLoop
@@ -64,7 +72,7 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
 
         def finish() -> None:
             if keeper:
-                seal(folder, {"run": outer_loop.run_id, "step": outer_loop.attempted_steps})
+                seal_snapshot(folder, outer_loop)
 
         to_seal.append(lambda: finish_together(outer_loop, folder, finish))
 

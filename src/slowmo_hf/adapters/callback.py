@@ -116,16 +116,18 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._given_back.callback(self._saves.end)
         if state.global_step:
             try:
-                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state, type(self).__name__)
+                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)
             except Exception:
                 self._restore()
                 raise
 
     def state(self) -> dict[str, Any]:
         """
-        What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the
-        checkpoint is.
+        What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and which save our part of
+        the checkpoint is.
         """
+        if self._saves:
+            self.checkpoint = self._saves.record()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
     def _restore(self) -> None:
@@ -217,9 +219,6 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self.outer_loop.consensus.show()
         elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
             self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
-        if self._saves and (control.should_evaluate or control.should_save):
-            # save_strategy="best" decides after the evaluation, and Trainer writes state() before on_save.
-            self.checkpoint = self._saves.record(self._find_trainer(), state)
         if self._saves and control.should_save:
             self._saves.write(self._find_trainer(), events["lr_scheduler"], state)
 
@@ -239,7 +238,6 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """As after an evaluation; then the checkpoint is whole."""
         self._after_look("saved")
         if self._saves:
-            self.checkpoint = self._saves.record(self._find_trainer(), state)
             self._saves.finish(self._find_trainer(), kwargs["lr_scheduler"], state)
 
     def _after_look(self, verb: str) -> None:
