@@ -136,7 +136,7 @@ class Switch:
             return SEAL
         if not parts or (len(parts) == 1 and not is_folder):
             return END
-        return OUR_FILE if "slowmo" in parts else THEIR_FILE
+        return OUR_FILE if "slowmo" in parts or path.name == ".slowmo-saving" else THEIR_FILE
 
     def around_write(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """

@@ -32,7 +32,7 @@ WINGS = {
             *("trainer_checkpoints", "trainer_methods", "trainer_start"),
         ],
     ],
-    "checkpoints": [["state"], ["files"]],
+    "checkpoints": [["claim", "state"], ["files"]],
     "training": [
         ["outer_loop"],
         ["ending", "gradients", "slow_state_dict"],

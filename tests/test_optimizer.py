@@ -1053,7 +1053,7 @@ def check_distributed_checkpoint():
         bare = optimizer.optimizer
         get_optimizer_state_dict(model, bare)
         bitwise(weights(model), torch.tensor(START, dtype=torch.float64))
-        bare.state.clear()  # Adam has counted the dummy step, as it does without us
+        assert not bare.state  # without us Adam would have counted it
         train(model, optimizer, 3)
         assert (bare.outer_loop.attempted_steps, bare.outer_loop.rounds) == (3, 1)
         bitwise(weights(model), weights(plain_model))
@@ -1061,16 +1061,30 @@ def check_distributed_checkpoint():
 
 def check_distributed_checkpoint_at_a_round():
     """
-    SGD with momentum: its state is gone at a round's end (reset), so torch's dummy step comes in mid-training too.
+    A state that is gone at a round's end (reset), so torch's dummy step comes in mid-training too: the save has what
+    it made, and the run goes on as the one that was never saved.
     """
-    _, model, optimizer = prepared(tau(2), make=lambda p: SGD(p, lr=0.1, momentum=0.9))
-    bare = optimizer.optimizer
-    train(model, optimizer, 2)
-    at = weights(model)
-    optimizer.zero_grad()
-    get_optimizer_state_dict(model, bare)
-    bitwise(weights(model), at)
-    assert (bare.outer_loop.attempted_steps, bare.outer_loop.rounds) == (2, 1)
+    makes = (
+        lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+        lambda p: Adam(p, lr=0.1),
+    )
+    for make in makes:
+        _, plain_model, plain = prepared(tau(2, inner_state="reset"), make=make)
+        train(plain_model, plain, 2)
+        train(plain_model, plain, 3)
+        _, model, optimizer = prepared(tau(2, inner_state="reset"), make=make)
+        bare = optimizer.optimizer
+        train(model, optimizer, 2)
+        at = weights(model)
+        optimizer.zero_grad()
+        assert not bare.state
+        saved = get_optimizer_state_dict(model, bare)
+        assert not bare.state
+        assert all(state for state in saved["state"].values())
+        bitwise(weights(model), at)
+        assert (bare.outer_loop.attempted_steps, bare.outer_loop.rounds) == (2, 1)
+        train(model, optimizer, 3)
+        bitwise(weights(model), weights(plain_model))
 
 
 def check_distributed_checkpoint_loads():

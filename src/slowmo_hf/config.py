@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .names import CODES, OUTER_UPDATES, TOPOLOGIES, find
+from .names import CODES, OUTER_UPDATES, TOPOLOGIES, find, may_be_read, name_by_the_program
 from .presets import Presets
 from .rules import GOSSIP_BASES as GOSSIP_BASES
 from .rules import SLOW_MOMENTUM as SLOW_MOMENTUM
@@ -181,6 +181,8 @@ class SlowMoConfig(Presets):
             )
 
     def _check_outer_optimizer(self) -> None:
+        if not isinstance(self.outer_optimizer, str):
+            raise ValueError(f"outer_optimizer must be a name, got {self.outer_optimizer!r}.")
         if self.outer_optimizer in OUTER_UPDATES:
             if self.outer_optimizer_kwargs is not None:
                 raise ValueError(
@@ -190,6 +192,7 @@ class SlowMoConfig(Presets):
                 )
             return
         self.outer_optimizer_class()
+        name_by_the_program(self.outer_optimizer)
         kwargs = self.outer_optimizer_arguments()
         if "lr" in kwargs:
             raise ValueError(
@@ -256,8 +259,21 @@ class SlowMoConfig(Presets):
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> SlowMoConfig:
-        """The inverse of `to_dict`; a setting that does not exist raises `ValueError`."""
-        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        """
+        The inverse of `to_dict`. A dictionary may come from a checkpoint, which must import nothing: its
+        `outer_optimizer` is of `torch.optim`, or one that this program has named in a `SlowMoConfig` of its own.
+
+        Raises:
+            ValueError: A setting does not exist, or is none that a dictionary may have.
+        """
+        unknown = sorted(map(str, set(settings) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(f"unknown settings {unknown}; SlowMoConfig has {sorted(f.name for f in fields(cls))}.")
+        named = settings.get("outer_optimizer", SLOW_MOMENTUM)
+        if not may_be_read(named):
+            raise ValueError(
+                "outer_optimizer of a dictionary (a checkpoint's settings, SlowMoConfig.from_dict) must be "
+                f"'slow_momentum', a class of torch.optim, or one that this program names itself, got {named!r}: "
+                f"nothing is imported because a file names it. Write SlowMoConfig(outer_optimizer={named!r}) first."
+            )
         return cls(**settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+
 # Codes that a round's average travels in (`compression`): `codec.Code`.
 CODES = {"bf16": "slowmo_hf.algorithm.codec.BFloat16", "int8": "slowmo_hf.algorithm.codec.Int8"}
 
@@ -25,3 +27,28 @@ def find(path: str) -> Any:
     """What a dotted path leads to; `ImportError` or `AttributeError` where that is nothing."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+_named_by_the_program: set[str] = set()
+
+
+def name_by_the_program(path: str) -> None:
+    """A setting that was written in the program itself, by `SlowMoConfig(outer_optimizer=...)`, has this value."""
+    _named_by_the_program.add(path)
+
+
+def may_be_read(path: Any) -> bool:
+    """
+    Whether `outer_optimizer` of a dictionary, such as a checkpoint's, may be looked up: a name of ours, a class of
+    `torch.optim`, or what the program itself names. Nothing is imported.
+    """
+    if not isinstance(path, str):
+        return False
+    if path in OUTER_UPDATES or path in _named_by_the_program:
+        return True
+    if not path.startswith("torch.optim."):
+        return False
+    found: Any = torch
+    for name in path.split(".")[1:]:
+        found = getattr(found, name, None)
+    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)

@@ -5,6 +5,7 @@ version, why no public name will do, and the test that fails when the name goes.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -120,8 +121,9 @@ def is_called_by(function: str, module: str) -> bool:
     """
     Whether a function of that name, in a module whose name holds `module`, is a few calls above: torch's hooks and
     AcceleratedOptimizer lie between. `_init_optim_state` of torch.distributed.checkpoint (torch >= 2.3) makes a fresh
-    optimizer's state by a step that must not count; `save_accelerator_state` of accelerate (>= 1.1) saves rank 0's
-    optimizer alone; `evaluation_loop` of transformers' Trainer (>= 4.57) calls `model.eval()` first
+    optimizer's state by a step that must not count, and `_get_optim_state_dict` there asks for it in a save;
+    `save_accelerator_state` of accelerate (>= 1.1) saves rank 0's optimizer alone; `evaluation_loop` of transformers'
+    Trainer (>= 4.57) calls `model.eval()` first
     (tests/test_optimizer.py::test_distributed_checkpoints_dummy_step_does_not_count,
     tests/test_optimizer.py::test_save_state_says_what_is_wrong,
     tests/test_evaluation.py::test_trainer_evaluates_the_average_of_a_wrapped_optimizer).
@@ -152,3 +154,16 @@ def calling_objects(kind: type) -> list[Any]:
     """
     found = {id(frame.f_locals.get("self")): frame.f_locals.get("self") for frame in _callers(sys.getrecursionlimit())}
     return [object_ for object_ in found.values() if isinstance(object_, kind)]
+
+
+def loaded_checkpoint(trainer: Any) -> str | None:
+    """
+    `resume_from_checkpoint` of `Trainer._inner_training_loop` or `train`, as a call above has it: the folder that the
+    Trainer has loaded, which no event is given (transformers >= 4.57;
+    tests/test_checkpoint.py::test_a_checkpoint_is_found_where_it_is).
+    """
+    for frame in _callers(40):
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_locals.get("self") is trainer and isinstance(folder, str | os.PathLike):
+            return os.fspath(folder)
+    return None

@@ -12,13 +12,14 @@ import torch
 from accelerate.accelerator import Accelerator
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, seal, verify_checkpoint
+from ..checkpoints.files import FOLDER, verify_checkpoint
 from ..checkpoints.state import (
     SHARED,
     check_snapshot,
     finish_together,
     keeps_files,
     read_together,
+    seal_snapshot,
     together,
     write_snapshot,
 )
@@ -114,7 +115,7 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) 
 
     def finish() -> None:
         if keeper:
-            seal(folder, {"run": first.run_id, "step": first.attempted_steps})
+            seal_snapshot(folder, first)
 
     return lambda: finish_together(first, folder, finish)
 

@@ -127,19 +127,18 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._given_back.callback(self._saves.end)
         if state.global_step:
             try:
-                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state, type(self).__name__)
+                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)
             except Exception:
                 self._restore()
                 raise
 
     def state(self) -> dict[str, Any]:
         """
-        What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and where our part of the
-        checkpoint is.
+        What `trainer_state.json` holds of this callback (`ExportableState`): its settings, and which save our part of
+        the checkpoint is.
         """
-        trainer = self._trainer() if self._trainer else None
-        if self._saves is not None and trainer is not None:
-            self.checkpoint = self._saves.record(trainer, trainer.state)
+        if self._saves:
+            self.checkpoint = self._saves.record()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
     def _restore(self) -> None:

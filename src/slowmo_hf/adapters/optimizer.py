@@ -62,6 +62,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._before_training: Callable[[OuterLoop], None] | None = None
         self._stop_signals: StopSignals | None = None
         self._stop_asked = False
+        self._state_is_made_up = False
         super().__setstate__(state)
         self._stop_listening = listen(self)
 
@@ -94,6 +95,9 @@ class SlowMoOptimizer(OptimizerWrapper):
         """
         self._before_saving()
         state_dict: dict[str, Any] = self.inner_optimizer.state_dict()
+        if self._state_is_made_up:
+            self.inner_optimizer.state.clear()  # the dictionary has it; training goes on from none, as it would have
+            self._state_is_made_up = False
         slow = self._slow_state()
         if slow is not None:
             state_dict = {**state_dict, _SLOW_STATE: slow}
@@ -255,6 +259,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             The closure's loss, if any.
         """
         if _is_dummy_step():
+            self._state_is_made_up = upstream.is_called_by("_get_optim_state_dict", "distributed.checkpoint")
             return self._inner_step(closure)
         outer_loop = self._started()
         outer_loop.refuse_while_shown()

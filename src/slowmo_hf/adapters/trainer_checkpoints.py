@@ -8,16 +8,26 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import PartialState
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, is_whole, run_of, seal, verify_checkpoint
-from ..checkpoints.state import check_snapshot, finish_together, keeps_files, read_together, together, write_snapshot
+from ..checkpoints.claim import Claim, is_claimed
+from ..checkpoints.files import FOLDER, is_whole, recorded_saves, refuse_another_save, verify_checkpoint
+from ..checkpoints.state import (
+    check_snapshot,
+    finish_together,
+    keeps_files,
+    read_together,
+    seal_snapshot,
+    together,
+    write_snapshot,
+)
 from ..contents import CheckpointError
 from ..log import logger
 from ..training.outer_loop import OuterLoop
@@ -43,15 +53,25 @@ class TrainerCheckpoints:
         self.world = outer_loop.workers.world
         self._given = {name: getattr(args, name) for name in ("save_total_limit", "hub_strategy", "save_on_each_node")}
         self._written: Path | None = None
-        self.keeper = keeps_files(outer_loop, Path(str(args.output_dir)), args.local_process_index)
-        keepers = sum(self.world.gather_objects(self.keeper))
-        if keepers > 1 and not args.save_on_each_node:
-            logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
-            args.save_on_each_node = True
+        self._claim: Claim | None = None  # while a save is under way
+        self._keeper: bool | None = None
+        if args.save_strategy != SaveStrategy.NO:
+            self._decide_who_keeps()
         args.save_total_limit, args.hub_strategy = None, HubStrategy.END
+
+    def _decide_who_keeps(self) -> bool:
+        """Collective, and once: a run that saves nothing needs no folder that can be written."""
+        if self._keeper is None:
+            self._keeper = keeps_files(self.outer_loop, Path(str(self.args.output_dir)), self.args.local_process_index)
+            keepers = sum(self.world.gather_objects(self._keeper))
+            if keepers > 1 and not self.args.save_on_each_node:
+                logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
+                self.args.save_on_each_node = True
+        return self._keeper
 
     def end(self) -> None:
         """Give the arguments back as they were."""
+        self._release()
         for name, value in self._given.items():
             setattr(self.args, name, value)
 
@@ -62,10 +82,18 @@ class TrainerCheckpoints:
         if self.args.save_only_model:
             return
 
-        def write() -> None:
-            write_snapshot(str(folder), self.outer_loop, shared=self.keeper, objects=objects)
+        keeper = self._decide_who_keeps()
 
-        together(self.outer_loop, f"checkpoint {folder} cannot be written", write)
+        def write() -> None:
+            if keeper:
+                self._claim = self._claim or Claim(folder)
+            write_snapshot(str(folder), self.outer_loop, shared=keeper, objects=objects)
+
+        try:
+            together(self.outer_loop, f"checkpoint {folder} cannot be written", write)
+        except CheckpointError:
+            self._release()
+            raise
         self._written = folder
 
     def finish(self, folder: Path, objects: dict[str, Any], state: TrainerState) -> None:
@@ -74,14 +102,36 @@ class TrainerCheckpoints:
             self.write(folder, objects)
 
         def keep() -> None:
-            if not self.keeper:
+            if not self._decide_who_keeps():
                 return
             if self._written == folder:
-                seal(folder, {"run": self.outer_loop.run_id, "step": state.global_step})
+                if not (folder / FOLDER).is_dir():
+                    self._give_up(folder)
+                    return
+                seal_snapshot(folder, self.outer_loop)
             self._rotate(folder, state.best_model_checkpoint)
 
-        finish_together(self.outer_loop, folder, keep)
-        self._written = None
+        try:
+            finish_together(self.outer_loop, folder, keep)
+        finally:
+            self._release()
+            self._written = None
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    def _give_up(self, folder: Path) -> None:
+        """Another program has taken our part of a save away, where a file system has no locks: training goes on."""
+        logger.warning(
+            "%s was taken away by another program while it was being written: this save is lost, training goes on "
+            "from memory",
+            folder,
+        )
+        with suppress(OSError):
+            if folder.exists():  # what Trainer has written since then
+                _set_aside(folder)
 
     def push(self, trainer: Trainer, folder: Path) -> None:
         """What Trainer would have pushed to the Hub before the checkpoint was whole."""
@@ -106,14 +156,13 @@ class TrainerCheckpoints:
 
     # ---- resuming ----
 
-    def resume(self, state: TrainerState, recorded: dict[str, Any] | None) -> dict[str, Any]:
+    def resume(self, state: TrainerState, loaded: str | None) -> dict[str, Any]:
         """
         Take up the checkpoint that Trainer has loaded. Collective.
 
         Args:
             state (`TrainerState`): The resumed one.
-            recorded (`dict`, *optional*): What `trainer_state.json` says of our part: its run and folder. None: a
-                stock run's.
+            loaded (`str`, *optional*): The folder; None where it is not known.
 
         Returns:
             `dict`: State dictionaries of this worker's own scheduler and scaler.
@@ -121,7 +170,11 @@ class TrainerCheckpoints:
         Raises:
             CheckpointError: It is damaged or does not fit; the same on every rank, before the first step.
         """
-        if not recorded or not recorded.get("run"):
+        asked = self.args.resume_from_checkpoint
+        folder = Path(str(loaded or (asked if isinstance(asked, str) else "an unknown folder")))
+        callbacks: Any = state.stateful_callbacks
+        is_ours = bool(recorded_saves(callbacks)) or (folder / FOLDER).exists()
+        if not any(self.world.gather_objects(is_ours)):
             logger.warning(
                 "resumed at step %d from a checkpoint without local training's state: its weights and optimizer are "
                 "taken, slow momentum starts fresh, and every worker takes rank 0's inner optimizer state",
@@ -130,50 +183,50 @@ class TrainerCheckpoints:
             return {}
 
         def verify() -> None:
-            folder = self._find(state, recorded)
-            if self.keeper:
+            if not (folder / FOLDER).is_dir():
+                raise CheckpointError(
+                    f"the part of local training is not in {folder}. Resume from another checkpoint, or say where it "
+                    "is: TrainingArguments(resume_from_checkpoint=...)."
+                )
+            refuse_another_save(folder, callbacks)
+            if self.args.local_process_index == 0:
                 verify_checkpoint(folder)
 
         def check() -> Callable[[], dict[str, Any]]:
-            return check_snapshot(str(self._find(state, recorded)), self.outer_loop, state.global_step)
+            return check_snapshot(str(folder), self.outer_loop, state.global_step)
 
         words = "the checkpoint cannot be resumed"
-        together(self.outer_loop, words, verify)  # nobody reads what a keeper has found damaged
+        together(self.outer_loop, words, verify)  # nobody reads what has been found damaged
         objects = read_together(self.outer_loop, words, check)
         logger.info("resumed at step %d with every worker's own state", state.global_step)
         return objects
-
-    def _find(self, state: TrainerState, recorded: dict[str, Any]) -> Path:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        asked = self.args.resume_from_checkpoint
-        candidates = [Path(str(self.args.output_dir)) / name, Path(str(recorded.get("folder")))]
-        if isinstance(asked, str):
-            candidates.insert(0, Path(asked))
-        for folder in candidates:
-            # A checkpoint of the same step may be another run's. A damaged manifest tells no run: it is refused later,
-            # by name.
-            if (folder / FOLDER).is_dir() and run_of(folder) in (recorded["run"], None):
-                return folder
-        raise CheckpointError(
-            f"the part of local training is in none of {', '.join(map(str, candidates))}. Say where the checkpoint "
-            "is: TrainingArguments(resume_from_checkpoint=...)."
-        )
 
 
 def set_aside_unfinished(args: TrainingArguments) -> None:
     """
     Rename checkpoints that a killed run left unfinished, so that `resume_from_checkpoint=True` takes the newest whole
-    one.
+    one: those of ours, and above the newest whole one all. What a living run is writing is left alone.
     """
     if args.local_process_index == 0:
-        for path in _checkpoints(Path(str(args.output_dir))):
-            if not is_whole(path):
-                try:
-                    aside = _set_aside(path)
-                except FileNotFoundError:
-                    continue  # another machine's first process on the same file system was faster
-                logger.warning("%s was never finished: it is set aside as %s", path, aside.name)
+        folder = Path(str(args.output_dir))
+        found = [(path, is_whole(path)) for path in _checkpoints(folder)]
+        newest = max((number for number, (_, whole) in enumerate(found) if whole), default=-1)
+        for number, (path, whole) in enumerate(found):
+            if not whole and (number > newest or (path / FOLDER).exists()):
+                _set_aside_as_unfinished(path)
     PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+
+
+def _set_aside_as_unfinished(path: Path) -> None:
+    if is_claimed(path):
+        logger.warning("%s is left alone: another program is writing it", path)
+    elif not is_whole(path):  # a save that has ended since then
+        try:
+            logger.warning("%s was never finished: it is set aside as %s", path, _set_aside(path).name)
+        except FileNotFoundError:
+            pass  # another machine's first process on the same file system was faster
+        except OSError as error:
+            logger.warning("%s was never finished, and cannot be set aside (%s)", path, error)
 
 
 def _set_aside(path: Path) -> Path:

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import upstream
+from ..checkpoints.state import save_names
 from ..training.outer_loop import OuterLoop
 from .trainer_checkpoints import TrainerCheckpoints
 
@@ -34,20 +35,16 @@ class TrainerSaves:
         """Give the arguments back as they were."""
         self._checkpoints.end()
 
-    def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState, callback_name: str) -> None:
+    def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
         """Go on from every worker's own state, if the checkpoint that Trainer has loaded is ours. Collective."""
-        callbacks: Any = state.stateful_callbacks or {}
-        recorded = callbacks.get(callback_name)
-        recorded = recorded[-1] if isinstance(recorded, list) else recorded
-        objects = self._checkpoints.resume(state, recorded["attributes"]["checkpoint"] if recorded else None)
+        objects = self._checkpoints.resume(state, upstream.loaded_checkpoint(trainer))
         for name, own in _own_objects(trainer, scheduler).items():
             if name in objects:
                 own.load_state_dict(objects[name])
 
-    def record(self, trainer: Trainer, state: TrainerState) -> dict[str, Any]:
-        """Where our part of this step's checkpoint is, for `trainer_state.json`."""
-        run = None if self.args.save_only_model else self.outer_loop.run_id
-        return {"run": run, "folder": str(_folder(trainer, state))}
+    def record(self) -> dict[str, str] | None:
+        """Which save our part of a checkpoint is that Trainer writes now, for `trainer_state.json`."""
+        return None if self.args.save_only_model else save_names(self.outer_loop)
 
     def write(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
         """Before Trainer's own files. Collective."""

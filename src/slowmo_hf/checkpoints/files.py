@@ -5,6 +5,9 @@ Checkpoint files: the folder `slowmo/` inside a checkpoint of Trainer or Acceler
     worker_3.json, .safetensors, .pt   what worker 3 alone has: weights and buffers, push-sum state, inner optimizer
     manifest.json                      SHA-256 of every file, written last: a folder that has one is whole
 
+The manifest, `shared.json` and Trainer's `trainer_state.json` name the save that they are of. Nothing outside the
+folder is read, whatever a name or a link in it says.
+
 Every file is written beside, synced and renamed. Optimizers' states are in torch's own format and read with
 `weights_only`.
 """
@@ -14,18 +17,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..contents import CheckpointError, Contents
 
 FOLDER = "slowmo"
 MANIFEST = "manifest.json"
+LOCK = ".slowmo-saving"  # `claim`: there while it is being written
+TRAINER_STATE = "trainer_state.json"  # Trainer's last file
 VERSION = 1
 
 
@@ -67,25 +70,44 @@ def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
     Raises:
         CheckpointError: A file is missing or cannot be read, or was written by another version.
     """
-    base = Path(checkpoint) / FOLDER / name
+    root = Path(checkpoint)
+    base = root / FOLDER / name
     path = base.with_suffix(".json")
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(_inside(root, path).read_text())
         if settings.get("version") != VERSION:
             raise CheckpointError(f"{path} has version {settings.get('version')!r}; this package reads {VERSION}.")
         path = base.with_suffix(".safetensors")
-        tensors = load_file(path)
+        tensors = load_file(_inside(root, path))
         path = base.with_suffix(".pt")
-        objects = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        objects = torch.load(_inside(root, path), map_location="cpu", weights_only=True) if path.exists() else {}
+        if not isinstance(objects, dict):
+            raise ValueError(f"it holds {type(objects).__name__}, not a dictionary")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing. Resume from another checkpoint.") from error
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
-        ) from error
+    except Exception as error:  # torch.load raises whatever the bytes of a forged file ask for
+        raise _damaged(path, error) from error
     return Contents(settings, tensors, objects, str(base))
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint.")
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """The path; `CheckpointError` where it leads out of the checkpoint, by `..`, as an absolute one or by a link."""
+    try:
+        is_inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL in a name
+        is_inside = False
+    if not is_inside:
+        raise CheckpointError(
+            f"{path} leads out of {root}, and nothing outside a checkpoint is read. Copy the checkpoint with its "
+            "links followed (cp -rL), or resume from another one."
+        )
+    return path
 
 
 def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any]) -> None:
@@ -100,64 +122,137 @@ def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any]) -> None:
 
 
 def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint was finished: it has a manifest, or no file of ours at all (a stock run's)."""
-    folder = Path(checkpoint) / FOLDER
-    return (folder / MANIFEST).exists() or not folder.exists()
-
-
-def run_of(checkpoint: str | os.PathLike[str]) -> str | None:
-    """The run that a checkpoint's manifest names; None where it cannot be read."""
+    """
+    Whether a checkpoint was finished: it has a manifest; or no file of ours at all, and what Trainer writes last (a
+    stock run's).
+    """
+    root = Path(checkpoint)
+    if (root / FOLDER).exists():
+        return (root / FOLDER / MANIFEST).exists()
     try:
-        return str(json.loads((Path(checkpoint) / FOLDER / MANIFEST).read_text())["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return isinstance(json.loads((root / TRAINER_STATE).read_text()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def recorded_saves(callbacks: Any) -> list[dict[str, Any]]:
+    """
+    What `trainer_state.json` says of our saves.
+
+    Args:
+        callbacks: Its `stateful_callbacks`: by name of the class, which may have been another one.
+    """
+    found = []
+    for states in callbacks.values() if isinstance(callbacks, dict) else ():
+        for state in states if isinstance(states, list) else [states]:
+            match state:
+                case {"attributes": {"checkpoint": {"run": str(), "save": str()} as record}}:
+                    found.append(record)
+                case {"attributes": {"checkpoint": {"run": str(), "folder": str()} as record}}:  # before saves had one
+                    found.append(record)
+    return found
+
+
+def refuse_another_save(checkpoint: str | os.PathLike[str], callbacks: Any) -> None:
+    """
+    Compare a manifest with what `trainer_state.json` says.
+
+    Args:
+        callbacks: As for `recorded_saves`.
+
+    Raises:
+        CheckpointError: They are of different saves, or nothing is said.
+    """
+    manifest, records = _read_manifest(Path(checkpoint)), recorded_saves(callbacks)
+    name = "save" if "save" in manifest else "run"
+    told = [record.get(name) for record in records]
+    if manifest.get(name) not in told:
+        raise CheckpointError(
+            f"{Path(checkpoint) / TRAINER_STATE} is of {name} {told[-1] if told else None!r}, {FOLDER}/{MANIFEST} of "
+            f"{manifest.get(name)!r}: they are of different saves. Resume from another checkpoint."
+        )
 
 
 def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """
-    Compare every file that a checkpoint's manifest lists with its digest.
+    Compare every file that a checkpoint's manifest lists with its digest, and which save its files are of.
 
     Args:
         checkpoint (`str` or `os.PathLike`): A folder of Trainer (`checkpoint-500`) or of `accelerator.save_state`.
 
     Raises:
-        CheckpointError: There is no manifest, or a file is missing, truncated or changed; the file and the reason are
-            named.
+        CheckpointError: There is no manifest; a file is missing, truncated or changed, of another save or outside the
+            folder; or one lies in `slowmo/` that was not saved. The file and the reason are named.
     """
     root = Path(checkpoint)
-    manifest = root / FOLDER / MANIFEST
-    try:
-        listed = json.loads(manifest.read_text())
-        if listed.pop("sha256") != _own_digest(listed):
-            raise ValueError("its own SHA-256 differs")
-        files: Iterable[tuple[str, dict[str, Any]]] = sorted(listed["files"].items())
-        expected = [(root / name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files]
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{manifest} is missing: the checkpoint was never finished, or is none of ours."
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{manifest} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
-        ) from error
-    if not expected:
-        raise CheckpointError(f"{manifest} is damaged: it lists no file. Resume from another checkpoint.")
-    for path, size, digest in expected:
+    manifest = _read_manifest(root)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    for name, entry in sorted(files.items()):
+        path = _inside(root, root / name)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the manifest lists it. Resume from another checkpoint.")
-        if path.stat().st_size != size:
+        if path.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {size}. Resume from another checkpoint."
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}. Resume from another "
+                "checkpoint."
             )
-        if _digest(path) != digest:
+        if _digest(path) != entry["sha256"]:
             raise CheckpointError(
                 f"{path} is not what was written: its SHA-256 differs from the manifest's. Resume from another "
                 "checkpoint."
             )
+    for path in sorted((root / FOLDER).rglob("*")):
+        is_part = path.suffix in (".json", ".safetensors", ".pt") and path.name != MANIFEST
+        if is_part and str(path.relative_to(root)) not in files:
+            raise CheckpointError(f"{path} is not in the manifest. Delete it, or resume from another checkpoint.")
+    shared = root / FOLDER / "shared.json"
+    if str(shared.relative_to(root)) in files and (save := _read_json(shared).get("save")) != manifest.get("save"):
+        raise CheckpointError(
+            f"{shared} is of save {save!r}, {MANIFEST} of {manifest.get('save')!r}: they are of different saves. "
+            "Resume from another checkpoint."
+        )
+    if TRAINER_STATE in files:
+        refuse_another_save(root, _read_json(root / TRAINER_STATE).get("stateful_callbacks"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text())
+        if not isinstance(read, dict):
+            raise ValueError(f"it holds {type(read).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return read
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest, of which every value has been checked."""
+    path = root / FOLDER / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: the checkpoint was never finished, or is none of ours.")
+    manifest = _read_json(_inside(root, path))
+    try:
+        if manifest.pop("sha256") != _own_digest(manifest):
+            raise ValueError("its own SHA-256 differs")
+        if manifest.get("version") != VERSION:
+            raise ValueError(f"version {manifest.get('version')!r}; this package reads {VERSION}")
+        match manifest:
+            case {"run": str(), "step": int(), "files": dict() as files} if files:
+                pass
+            case _:
+                raise ValueError("run, step or files is missing or of another type, or it lists no file")
+        if not isinstance(manifest.get("save", ""), str):
+            raise ValueError(f"save {manifest['save']!r} is no string")
+        for name, entry in files.items():
+            if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError(f"the entry of {name!r} has no size and digest")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return manifest
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST and p.suffix != ".tmp")
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK) and p.suffix != ".tmp")
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:

@@ -2,13 +2,13 @@
 The complete state of an outer loop at one optimizer step, for a checkpoint: what all workers share, and what each has
 alone. Every part writes its own fields and checks them again; here stand those of the whole.
 
-    shared  run, workers, processes, config, parameters                    here
+    shared  run, save, workers, processes, config, parameters              here
             attempted_steps, rounds                                        Clock
             parameters_alone                                               StatusExchange
             averaged_buffers, averaged_buffer.NAME                         LocalTensors
             anchor.i, velocity.i (own with exact_average=False)            SlowState
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
-    own     run, workers, attempted_steps, and the caller's objects        here
+    own     run, save, workers, attempted_steps; the caller's objects      here
             local_steps, rates                                             Clock
             changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
             workers differ
@@ -16,6 +16,9 @@ alone. Every part writes its own fields and checks them again; here stand those 
             bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
             departed, departed.i                                           InFlight, TrainingOn, of a round in flight
             weight, in_flight, numerator.i, message.k.source.i             GossipBase, inside a round
+
+`run` stays when a run is resumed; `save` is of one save of one branch of it. The manifest and Trainer's state hold
+both. An older checkpoint has no `save`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from ..log import logger
 from ..training.inner_state import OBJECT
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name
-from .files import read_part, write_part
+from .files import read_part, seal, write_part
 
 SHARED = "shared"
 
@@ -114,6 +117,16 @@ def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]
     together(outer_loop, f"checkpoint {folder} cannot be finished", act)
 
 
+def save_names(outer_loop: OuterLoop) -> dict[str, str]:
+    """Which save a checkpoint is that is written now."""
+    return {"run": outer_loop.run_id, "save": outer_loop.save_id}
+
+
+def seal_snapshot(folder: Path, outer_loop: OuterLoop) -> None:
+    """Write the manifest of what every process has written: once on every file system."""
+    seal(folder, {**save_names(outer_loop), "step": outer_loop.attempted_steps})
+
+
 def write_snapshot(
     folder: str, outer_loop: OuterLoop, *, shared: bool, objects: dict[str, Any], within: str = ""
 ) -> None:
@@ -134,7 +147,7 @@ def write_snapshot(
     workers, loop = outer_loop.workers, outer_loop
     loop.in_flight.settle()
     saved = save_all(_parts(loop), agree=loop.clock.workers_agree, keep=shared)
-    header = {"run": loop.run_id, "workers": workers.count}
+    header = {**save_names(loop), "workers": workers.count}
     if shared and not workers.leads:
         raise CheckpointError(
             f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got "
@@ -179,7 +192,7 @@ def check_snapshot(
     _check(Path(folder), shared, outer_loop)
     workers, run, then = outer_loop.workers, shared.word("run"), shared.count("workers", least=1)
     own = read_part(folder, f"{within}worker_{workers.index % then}")
-    for key in ("run", "attempted_steps", "workers"):
+    for key in ("run", "attempted_steps", "workers", "save"):
         if own.settings.get(key) != shared.settings.get(key):
             raise CheckpointError(
                 f"{folder}: worker {workers.index}'s file has {key} {own.settings.get(key)!r}, the shared one has "

@@ -84,6 +84,7 @@ class OuterLoop:
         )
         workers.form()
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
+        self._branch = self.run_id  # a resumed run keeps its id; this one is the loop's alone
         self.tensors.remember_buffers()
         self.clock.attempted_steps = attempted_steps
         self.parts = parts = Parts.make(self.config, workers, self.tensors, self.inner_state, self.clock)
@@ -124,6 +125,11 @@ class OuterLoop:
     def attempted_steps(self) -> int:
         """The clock, in optimizer steps."""
         return self.clock.attempted_steps
+
+    @property
+    def save_id(self) -> str:
+        """Of a checkpoint that is saved now: no other branch of the run has it."""
+        return f"{self._branch}-{self.attempted_steps}"
 
     @property
     def rounds(self) -> int:
