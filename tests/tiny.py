@@ -300,7 +300,7 @@ def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> 
                 )
             continue
         rounds += 1
-        lr = runs[0]["lrs"][k]
+        lr = sum(runs[0]["lrs"][k + 1 - tau : k + 1]) / tau  # the round's
         for name in trained:
             pseudo_grad = shown[name].double() - mean(stepped, name)
             if lr == 0:

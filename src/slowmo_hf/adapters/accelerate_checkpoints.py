@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
+from accelerate.data_loader import SkipBatchSampler
+from torch.utils.data import DataLoader
 
 from .. import upstream
 from ..checkpoints.files import FOLDER, verify_checkpoint
@@ -31,35 +34,33 @@ from ..wire.job import is_in_process
 from .functions import consensus, unwrap
 from .optimizer import SlowMoOptimizer
 
-_INSIDE_A_PASS = "inside_a_pass"
+_registered: weakref.WeakKeyDictionary[Accelerator, list[weakref.ref[SlowMoOptimizer]]] = weakref.WeakKeyDictionary()
 
 
 def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     """
-    Kept for programs that call it: `accelerator.save_state` and `load_state` are complete without, for every
-    `SlowMoOptimizer` that `accelerator.prepare` took. The folder gets the average where Accelerate puts the model, and
-    beside it every worker's own weights, inner optimizer and messages, which a load takes up before training goes on.
+    Have `accelerator.save_state` and `load_state` save and load an optimizer that `accelerator.prepare` has not taken;
+    those that it took need no line. The folder gets the average where Accelerate puts the model, and beside it every
+    worker's own weights, inner optimizer and messages, which a load takes up before training goes on.
 
     Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): a save over an old
     folder that is killed half-way would mix the two.
 
     Args:
-        accelerator (`accelerate.Accelerator`): The one that prepared the optimizer.
+        accelerator (`accelerate.Accelerator`): The one that saves.
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or prepared.
-
-    Raises:
-        ValueError: `accelerator` has not prepared it.
     """
-    if unwrap(optimizer) not in _ours(accelerator).values():
-        raise ValueError(
-            "this accelerator has not prepared the optimizer, and would not save it: call accelerator.prepare first."
-        )
+    bare = unwrap(optimizer)
+    if bare not in _ours(accelerator).values():
+        _registered.setdefault(accelerator, []).append(weakref.ref(bare))
 
 
 def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
-    """Those that it has prepared, by the folder of theirs in a checkpoint, with a slash; the first one has none."""
+    """Those that it saves, by the folder of theirs in a checkpoint, with a slash; the first one has none."""
     prepared = [getattr(one, "optimizer", None) for one in upstream.prepared_optimizers(accelerator)]
-    found = {f"optimizer_{index}/": one for index, one in enumerate(prepared) if isinstance(one, SlowMoOptimizer)}
+    registered = [one() for one in _registered.get(accelerator, ())]
+    all_of_them = enumerate([*prepared, *registered])
+    found = {f"optimizer_{index}/": one for index, one in all_of_them if isinstance(one, SlowMoOptimizer)}
     return {("" if number == 0 else folder): one for number, (folder, one) in enumerate(found.items())}
 
 
@@ -121,16 +122,14 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) 
 
 
 def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
-    """
-    A scaler that skipped a step on one rank alone, and the schedulers that it held back; and whether a pass over the
-    data is under way.
-    """
-    objects: dict[str, Any] = {_INSIDE_A_PASS: accelerator.gradient_state.in_dataloader}
-    if accelerator.scaler is not None:
-        objects["scaler"] = accelerator.scaler.state_dict()
-        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
-            objects[f"scheduler.{index}"] = scheduler.state_dict()
-    return objects
+    """A scaler that skipped a step on one rank alone, and the schedulers that it held back."""
+    if accelerator.scaler is None:
+        return {}
+    schedulers = {
+        f"scheduler.{index}": scheduler.state_dict()
+        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator))
+    }
+    return {"scaler": accelerator.scaler.state_dict(), **schedulers}
 
 
 # ---- loading ----
@@ -144,42 +143,48 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load_state)
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        generators = _Generators()
-
         def wait(models: list[Any], folder: str) -> None:
             for within, bare in _ours(self).items():
                 if bare.config.has_rounds:
-                    bare.before_training(functools.partial(_take_up, self, Path(folder), within, generators))
+                    bare.before_training(functools.partial(_take_up, self, Path(folder), within))
 
         hook = self.register_load_state_pre_hook(wait)
         try:
             result = load_state(self, *args, **kwargs)
         finally:
             hook.remove()
-        generators.loaded = RandomState.take()
+        if any(bare.awaits_a_checkpoint for bare in _ours(self).values()):
+            _wrap_iterators()
+            _loaded_generators[:] = [RandomState.take()]
         return result
 
     return load
 
 
-class _Generators:
+_loaded_generators: list[RandomState] = []  # from a load to the first pass: one
+
+
+@functools.cache
+def _wrap_iterators() -> None:
     """
-    The random generators as Accelerate has loaded them. A run that was saved inside a pass over its data goes on with
-    a new iterator (`skip_first_batches`), which draws from them; the run that was saved drew nothing there.
+    A run that goes on inside a pass over its data makes a new iterator (`skip_first_batches`), which draws from the
+    generators that Accelerate has loaded. The run that was saved drew nothing there: they go back behind the draw.
     """
+    iterate = DataLoader.__iter__
 
-    loaded: RandomState | None = None
+    @functools.wraps(iterate)
+    def iterate_and_give_back(self: DataLoader[Any]) -> Any:
+        iterator = iterate(self)
+        sampler = self.batch_sampler
+        if _loaded_generators and isinstance(sampler, SkipBatchSampler) and sampler.skip_batches:
+            _loaded_generators.pop().give_back()
+        return iterator
 
-    def give_back(self) -> None:
-        """Once, at the first pass with gradients."""
-        if self.loaded is not None:
-            self.loaded.give_back()
-        self.loaded = None
+    DataLoader.__iter__ = iterate_and_give_back  # type: ignore[method-assign]
 
 
-def _take_up(
-    accelerator: Accelerator, folder: Path, within: str, generators: _Generators, outer_loop: OuterLoop
-) -> None:
+def _take_up(accelerator: Accelerator, folder: Path, within: str, outer_loop: OuterLoop) -> None:
+    _loaded_generators.clear()
     words = f"checkpoint {folder} cannot be resumed"
 
     def verify() -> None:
@@ -202,8 +207,6 @@ def _take_up(
         outer_loop.in_flight.start_what_others_wait_for()
 
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
-    if objects.get(_INSIDE_A_PASS) is True:
-        generators.give_back()
     if accelerator.scaler is not None and "scaler" in objects:
         accelerator.scaler.load_state_dict(objects["scaler"])
         for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):

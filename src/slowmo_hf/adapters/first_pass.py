@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .. import upstream
 from ..config import SlowMoConfig
+from ..log import logger
 from ..wire.job import is_in_process, processes_in_job
 
 
@@ -72,9 +73,23 @@ def models_to_start(optimizer: Any, module: torch.nn.Module, wrappers: list[Any]
     """
     if wrappers:
         return [ddp.module for ddp in wrappers]
-    will_be_prepared = not optimizer.is_prepared and upstream.accelerate_is_in_use() and processes_in_job() > 1
-    holds_all = _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}
-    return [module] if holds_all and not will_be_prepared else []
+    if not _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}:
+        return []
+    is_alone = is_in_process() or processes_in_job() == 1
+    return [module] if is_alone or optimizer.is_prepared or not upstream.accelerate_is_in_use() else []
+
+
+def model_of_passes(optimizer: torch.optim.Optimizer, module: torch.nn.Module | None) -> list[torch.nn.Module]:
+    """
+    What training begins with at a step, where no pass has begun it.
+
+    Args:
+        module (`torch.nn.Module`, *optional*): The last one that was called.
+    """
+    if module is not None and _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}:
+        return [module]
+    logger.warning("no module with all of the optimizer's parameters was called: buffers, if any, are not averaged")
+    return []
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:

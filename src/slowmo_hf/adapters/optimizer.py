@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
-from .first_pass import listen, models_to_start, refuse_separate_gradients, trains, unfrozen
+from .first_pass import listen, model_of_passes, models_to_start, refuse_separate_gradients, trains, unfrozen
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -63,6 +64,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_signals: StopSignals | None = None
         self._stop_asked = False
         self._state_is_made_up = False
+        self._passed: Callable[[], torch.nn.Module | None] = lambda: None  # the module that was called
         super().__setstate__(state)
         self._stop_listening = listen(self)
 
@@ -155,6 +157,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             return
         wrappers = self._wrappers(within=module)
         models = models_to_start(self, module, wrappers)
+        self._passed = weakref.ref(module)
         if models:
             with unfrozen(self) if self.awaits_a_checkpoint else nullcontext():
                 self._start(models, wrappers)
@@ -238,10 +241,7 @@ class SlowMoOptimizer(OptimizerWrapper):
                     "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still "
                     "averages gradients. Call the model that accelerator.prepare returned."
                 )
-            logger.warning(
-                "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
-            )
-            self._start([], [])
+            self._start(model_of_passes(self, self._passed()), [])
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
         return self.outer_loop
