@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
 from ..config import SlowMoConfig
@@ -62,33 +63,30 @@ def unfrozen(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             param.requires_grad_(False)
 
 
-def models_to_start(optimizer: Any, module: torch.nn.Module, wrappers: list[Any]) -> list[torch.nn.Module]:
+def is_before_prepare(optimizer: Any, module: torch.nn.Module) -> bool:
     """
-    What training begins with in a pass through `module`; nothing where it begins later. A pass before
-    `accelerator.prepare` (a summary, a check of shapes, perhaps on one rank alone) is none of training.
+    Whether this is a pass before `accelerator.prepare` (a summary, a check of shapes, perhaps on one rank alone),
+    which is none of training.
 
     Args:
         optimizer (`SlowMoOptimizer`): Not started.
-        wrappers (`list`): Of `DistributedDataParallel`, those that hold its parameters.
     """
-    if wrappers:
-        return [ddp.module for ddp in wrappers]
-    if not _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}:
-        return []
     is_alone = is_in_process() or processes_in_job() == 1
-    return [module] if is_alone or optimizer.is_prepared or not upstream.accelerate_is_in_use() else []
+    if is_alone or optimizer.is_prepared or not upstream.accelerate_is_in_use():
+        return False
+    return not any(isinstance(one, DistributedDataParallel) for one in module.modules())
 
 
-def model_of_passes(optimizer: torch.optim.Optimizer, module: torch.nn.Module | None) -> list[torch.nn.Module]:
-    """
-    What training begins with at a step, where no pass has begun it.
-
-    Args:
-        module (`torch.nn.Module`, *optional*): The last one that was called.
-    """
+def whole_model(
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module | None, *, tell: bool = False
+) -> list[torch.nn.Module]:
+    """This module, if it holds all of the optimizer's parameters; nothing, and with `tell` a warning, if not."""
     if module is not None and _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}:
         return [module]
-    logger.warning("no module with all of the optimizer's parameters was called: buffers, if any, are not averaged")
+    if tell:
+        logger.warning(
+            "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
+        )
     return []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
-from .first_pass import listen, model_of_passes, models_to_start, refuse_separate_gradients, trains, unfrozen
+from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -155,11 +154,13 @@ class SlowMoOptimizer(OptimizerWrapper):
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
             return
-        wrappers = self._wrappers(within=module)
-        models = models_to_start(self, module, wrappers)
         self._passed = weakref.ref(module)
+        if is_before_prepare(self, module):
+            return
+        wrappers = self._wrappers(within=module)
+        models = [ddp.module for ddp in wrappers] or whole_model(self, module)
         if models:
-            with unfrozen(self) if self.awaits_a_checkpoint else nullcontext():
+            with unfrozen(self):
                 self._start(models, wrappers)
 
     def _wrappers(self, within: torch.nn.Module | None = None) -> list[Any]:
@@ -241,7 +242,7 @@ class SlowMoOptimizer(OptimizerWrapper):
                     "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still "
                     "averages gradients. Call the model that accelerator.prepare returned."
                 )
-            self._start(model_of_passes(self, self._passed()), [])
+            self._start(whole_model(self, self._passed(), tell=True), [])
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
         return self.outer_loop
