@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from pathlib import Path
 
 import accelerate
@@ -437,3 +439,46 @@ def test_the_readmes_loop_trains_evaluates_saves_and_goes_on(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(mine, others[1:], strict=True))
     saved = load_file(tmp_path / "whole/model.safetensors")
     assert torch.equal(torch.cat([saved[name].flatten() for name in saved]).sort().values, whole[-1].sort().values)
+
+
+def gather_the_loss():
+    """As examples do for their logs, at every step; rank 1 is slower."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("slowmo_hf").addHandler(handler)
+    accelerator, models, optimizer = make(settings())
+    for number in range(24):
+        if accelerator.process_index == 1:
+            time.sleep(0.02)
+        micro_batch(accelerator, models, optimizer, number)
+        accelerator.gather(torch.ones(1))
+    told = [line for line in lines if "accelerator.gather over all ranks at steps" in line]
+    return told, slowmo_hf.last_round(optimizer).utilisation
+
+
+def test_a_gather_at_every_step_is_told_and_no_computation():
+    (told, utilisation), (nothing, _) = run_workers(gather_the_loss, 2)
+    assert len(told) == 1
+    assert "at steps 0 and 1" in told[0] or "at steps 1 and 2" in told[0]
+    assert not nothing
+    assert utilisation < 0.5
+
+
+def gather_in_evaluations():
+    accelerator, models, optimizer = make(settings())
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("slowmo_hf").addHandler(handler)
+    for number in range(24):
+        micro_batch(accelerator, models, optimizer, number)
+        if number % 3 == 2:
+            models[0].eval()
+            accelerator.gather_for_metrics(torch.ones(1))
+            models[0].train()
+    return [line for line in lines if "over all ranks" in line]
+
+
+def test_an_evaluation_may_gather():
+    assert run_workers(gather_in_evaluations, 2) == [[], []]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
 
 from .. import upstream
+from ..log import logger
 from ..training.report import RoundReport
 from .optimizer import SlowMoOptimizer
 from .trainer_methods import callback_of
@@ -146,6 +148,48 @@ def _note(prepare_optimizer: Callable[..., Any]) -> Callable[..., Any]:
     return note
 
 
+# When each optimizer's program last gathered in training: rounds and steps; None once that has been told.
+_gathered_at: weakref.WeakKeyDictionary[SlowMoOptimizer, tuple[int, int] | None] = weakref.WeakKeyDictionary()
+
+
+def _notice(optimizer: SlowMoOptimizer, name: str) -> None:
+    loop = optimizer.outer_loop
+    if loop is None or loop.view.is_shown or loop.workers.count == 1 or not loop.parts.meets_others:
+        return
+    now, before = (loop.rounds, loop.attempted_steps), _gathered_at.get(optimizer, (-1, -1))
+    if before is None:
+        return
+    comes_step_by_step = now[0] == before[0] and now[1] != before[1]
+    _gathered_at[optimizer] = None if comes_step_by_step else now
+    if comes_step_by_step and loop.workers.world.rank == 0:
+        logger.warning(
+            "accelerator.%s over all ranks at steps %d and %d, between rounds: each waits for the slowest rank, and "
+            "counts as communication. Gather at rounds (step %% %d == 0), or in evaluations.",
+            name,
+            before[1],
+            now[1],
+            loop.config.sync_every,
+        )
+
+
+def _watched(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of `Accelerator` that counts as communication; one that comes between rounds is told."""
+
+    @functools.wraps(gather)
+    def watched(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as given_back:
+            for prepared in upstream.prepared_optimizers(self):
+                bare = getattr(prepared, "optimizer", None)
+                if isinstance(bare, SlowMoOptimizer) and bare.outer_loop is not None:
+                    given_back.enter_context(bare.outer_loop.account.communicating())
+                    _notice(bare, gather.__name__)
+            return gather(self, *args, **kwargs)
+
+    return watched
+
+
+for _name in ("gather", "gather_for_metrics", "reduce"):
+    setattr(Accelerator, _name, _watched(getattr(Accelerator, _name)))
 Accelerator.end_training = _finish_first(Accelerator.end_training)  # type: ignore[method-assign]
 Accelerator.prepare_optimizer = _note(Accelerator.prepare_optimizer)  # type: ignore[method-assign]
 
