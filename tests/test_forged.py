@@ -1,20 +1,26 @@
 """
 Forged checkpoints: of every kind of run each value in each file is taken away or made wrong in its turn. The error
-names file and field, and nothing of the run that reads it has changed.
+names file and field, and nothing of the run that reads it has changed. Then the folder: digests, entries and links
+that lead out of it, identities and records that are another save's. There are more than a thousand, none is taken, and
+none ends in another error than `CheckpointError`.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.checkpoints.files import read_part, write_part
-from slowmo_hf.checkpoints.state import check_snapshot, read_together, write_snapshot
+from slowmo_hf.checkpoints.files import read_part, refuse_another_save, verify_checkpoint, write_part
+from slowmo_hf.checkpoints.state import check_snapshot, read_together, save_names, seal_snapshot, write_snapshot
 from slowmo_hf.contents import CheckpointError, Contents
 
 STEPS = 7
@@ -35,7 +41,7 @@ CASES = {  # inner optimizer, settings; saved after 7 steps, inside a round or w
     "SGP, no average": ("sgd", {"base": "sgp", "sync_every": 5, "exact_average": False}),
 }
 # What is told apart from its meaning: which save a file is of, and what a run says of itself in the log.
-HEADER = ("version", "run", "processes")
+HEADER = ("version", "run", "save", "processes")
 
 
 def train(inner, settings):
@@ -52,6 +58,7 @@ def train(inner, settings):
 
 def wrong_tensors(value, may_be_infinite):
     yield "gone", None
+    yield "of another rank", value[None]
     yield "longer", torch.cat([value.flatten(), value.flatten()[:1] if value.numel() else value.new_zeros(1)])
     yield "of another dtype", value.to(torch.float16 if value.dtype != torch.float16 else torch.float32)
     if value.is_floating_point() and not may_be_infinite:
@@ -91,13 +98,39 @@ def forgeries(contents):
                 settings[name].pop(inner) if wrong is None else settings[name].update({inner: wrong})
                 yield inner, words, Contents(settings, contents.tensors, contents.objects)
     for name, value in contents.objects.items():
-        for words, wrong in (("gone", None), ("empty", {}), ("without a group", {**value, "param_groups": []})):
+        for words, wrong in (("gone", None), *wrong_objects(value)):
             objects = {key: state for key, state in contents.objects.items() if key != name}
             yield (
                 name,
                 words,
                 Contents(contents.settings, contents.tensors, objects | ({name: wrong} if words != "gone" else {})),
             )
+
+
+def wrong_objects(value):
+    """An optimizer's state, wrong in its turn: no state, its groups, its parameters, each value of the first."""
+    yield "empty", {}
+    yield "a list", [value]
+    yield "without a group", {**value, "param_groups": []}
+    yield "with a list for states", {**value, "state": [value["state"]]}
+    group = value["param_groups"][0]
+    for words, numbers in (("twice", [0] * len(group["params"])), ("by name", [str(n) for n in group["params"]])):
+        yield f"with parameters {words}", {**value, "param_groups": [{**group, "params": numbers}]}
+    yield "without lr", {**value, "param_groups": [{key: own for key, own in group.items() if key != "lr"}]}
+    for key, own in group.items():
+        if isinstance(own, int | float) and not isinstance(own, bool):
+            for wrong in ("nonsense", float("nan"), [own]):
+                yield f"with {key} {wrong}", {**value, "param_groups": [{**group, key: wrong}]}
+    yield "of a parameter more", {**value, "state": {**value["state"], 99: {}}}
+    for number, states in value["state"].items():
+        yield f"with a word for {number}", {**value, "state": {**value["state"], number: "nonsense"}}
+        for key, own in states.items():
+            if isinstance(own, torch.Tensor):
+                for words, wrong in (("a word", "nonsense"), ("of another shape", own.new_zeros(7))):
+                    yield (
+                        f"with {number}.{key} {words}",
+                        {**value, "state": {**value["state"], number: {**states, key: wrong}}},
+                    )
 
 
 # What may be missing or otherwise: an older file lacks it, or another run's value means something.
@@ -158,7 +191,7 @@ def try_all(folder, inner, settings, rank):
 def test_every_wrong_value_is_told_with_file_and_field(tmp_path, case, subtests):
     inner, settings = CASES[case]
     told, _ = run_in_process(lambda rank: try_all(str(tmp_path), inner, settings, rank), 2)
-    assert len(told) > 60
+    assert len(told) > 140
     for part, field, wrong, words in told:
         with subtests.test(f"{part}: {field} {wrong}"):
             if (field, wrong) == ("config", "an object"):
@@ -195,3 +228,214 @@ def test_a_file_that_is_wrong_on_one_rank_changes_none(tmp_path):
         assert all(torch.equal(one, other) for one, other in zip(now[0], before[0], strict=True))
 
     run_in_process(work, 2)
+
+
+# ---- the folder ----
+
+
+class Folder:
+    """A checkpoint as Trainer leaves it, with files of ours and another's; `spoiled` is a forged copy."""
+
+    def __init__(self, place):
+        self.place, self.true = place, place / "true"
+        _, optimizer = train("adamw", {"sync_every": 4})
+        write_snapshot(str(self.true), optimizer.outer_loop, shared=True, objects={})
+        self.loop = optimizer.outer_loop
+        torch.save(optimizer.inner_optimizer.state_dict(), self.true / "optimizer.pt")
+        self.names = save_names(self.loop)
+        self.write_state(self.true, self.state(self.names))
+        seal_snapshot(self.true, self.loop)
+        self.manifest = json.loads((self.true / "slowmo/manifest.json").read_text())
+        self.outside = place / "outside"
+        self.outside.mkdir()
+
+    def state(self, record):
+        args = {"config": SlowMoConfig(sync_every=4).to_dict()}
+        callbacks = {"SlowMoCallback": {"args": args, "attributes": {"checkpoint": record}}}
+        return {"global_step": STEPS, "stateful_callbacks": callbacks}
+
+    def write_state(self, folder, state):
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+
+    def spoiled(self):
+        folder = self.place / "spoiled"
+        shutil.rmtree(folder, ignore_errors=True)
+        return Path(shutil.copytree(self.true, folder))
+
+    def seal(self, folder, manifest):
+        """A manifest of any content whose own digest fits."""
+        manifest = {key: value for key, value in manifest.items() if key != "sha256"}
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        (folder / "slowmo/manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+
+    def reseal(self, folder):
+        """Digests that fit the files."""
+        files = {
+            name: {
+                "bytes": (folder / name).stat().st_size,
+                "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+            }
+            for name in self.manifest["files"]
+            if (folder / name).is_file()
+        }
+        self.seal(folder, {**self.manifest, "files": files})
+
+
+NO_VALUES = (None, True, -1, 10**30, float("nan"), "nonsense", "", [], [[]], {}, {"a": 1})
+
+
+def forged_manifests(folder):
+    """Every value of it another, with a digest of its own that fits."""
+    for name in ("version", "run", "save", "step", "files"):
+        for value in NO_VALUES:
+            yield f"{name} {value}", {**folder.manifest, name: value}
+        yield f"{name} gone", {key: value for key, value in folder.manifest.items() if key != name}
+    for name, entry in folder.manifest["files"].items():
+        others = {key: value for key, value in folder.manifest["files"].items() if key != name}
+        for value in NO_VALUES:
+            yield f"{name}: {value}", {**folder.manifest, "files": {**others, name: value}}
+            for field in ("bytes", "sha256"):
+                yield (
+                    f"{name}.{field} {value}",
+                    {**folder.manifest, "files": {**others, name: {**entry, field: value}}},
+                )
+        if name.startswith("slowmo/"):
+            yield f"{name} not listed", {**folder.manifest, "files": others}
+
+
+def forged_places(folder):
+    """(what, act): files that lie outside, to which entries and links lead, with the digests of what is there."""
+    for name, entry in folder.manifest["files"].items():
+        others = {key: value for key, value in folder.manifest["files"].items() if key != name}
+        outside = folder.outside / Path(name).name
+        shutil.copy(folder.true / name, outside)
+        entries = (f"../outside/{outside.name}", str(outside), f"slowmo/../../outside/{outside.name}", f"{name}\0")
+        for wrong in entries:
+            yield (
+                f"{name} as {wrong}",
+                lambda place, w=wrong, o=others, e=entry: folder.seal(
+                    place, {**folder.manifest, "files": {**o, w: e}}
+                ),
+            )
+
+        def link(place, target, name=name):
+            (place / name).unlink()
+            (place / name).symlink_to(target)
+
+        links = (
+            outside,
+            f"../../outside/{outside.name}" if "/" in name else f"../outside/{outside.name}",
+            Path(name).name,
+        )
+        for target in links:
+            yield f"{name} -> {target}", lambda place, t=target, link=link: link(place, t)
+        yield f"{name} is a folder", lambda place, name=name: ((place / name).unlink(), (place / name).mkdir())
+        yield f"{name} is a pipe", lambda place, name=name: ((place / name).unlink(), os.mkfifo(place / name))
+
+    def move(place):
+        shutil.rmtree(folder.outside / "slowmo", ignore_errors=True)
+        shutil.move(place / "slowmo", folder.outside / "slowmo")
+        (place / "slowmo").symlink_to(folder.outside / "slowmo")
+
+    yield "slowmo/ is a link", move
+    yield "a part more", lambda place: shutil.copy(place / "slowmo/worker_0.pt", place / "slowmo/worker_1.pt")
+
+
+def forged_identities(folder):
+    """Records of Trainer's state, and names of parts, of no save or another; every digest fits."""
+    run, save = folder.names["run"], folder.names["save"]
+    wrong = [value for value in NO_VALUES if isinstance(value, str) or not isinstance(value, dict)] + [{"a": 1}, {}]
+    records = [
+        *wrong,
+        *({"run": run, "save": value} for value in (*wrong, f"{run}-6", save[::-1], save + "0")),
+        *({"run": value} for value in (*wrong, run)),
+        {"run": run, "folder": str(folder.true)},  # as an older one, beside a manifest that has a save
+        {"run": run[::-1], "folder": "."},
+        {"save": save},
+    ]
+    for record in records:
+        yield f"record {record}", lambda place, record=record: folder.write_state(place, folder.state(record))
+    for value in wrong:
+        states = [
+            value,
+            {"stateful_callbacks": value},
+            {"stateful_callbacks": {"SlowMoCallback": value}},
+            {"stateful_callbacks": {"SlowMoCallback": {"attributes": value}}},
+        ]
+        for state in states:
+            yield f"state {state}", lambda place, state=state: folder.write_state(place, state)
+    for name in ("shared", "worker_0"):
+        for field in ("run", "save"):
+            for value in (*wrong, "another"):
+
+                def swap(place, name=name, field=field, value=value):
+                    path = place / f"slowmo/{name}.json"
+                    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+
+                yield f"{name}.{field} {value}", swap
+
+
+BYTES = {
+    "nothing": b"",
+    "zeros": bytes(64),
+    "a list": b"[]",
+    "a deep list": b"[" * 100_000,
+    "no text": b"\xff\xfe\x00",
+    "a huge header": b"\xff" * 8 + b"{}",
+    "a call": b"cos\nsystem\n(S'true'\ntR.",
+    "a pickle that ends": b"\x80\x02}q\x00",
+}
+
+
+def forged_files(folder):
+    """Bytes that are no file of its kind; every digest fits."""
+    for name in folder.manifest["files"]:
+        if name.startswith("slowmo/") or name == "trainer_state.json":
+            for words, content in BYTES.items():
+                yield f"{name} {words}", lambda place, name=name, content=content: (place / name).write_bytes(content)
+
+
+def refused(folder, place):
+    """What a resume says, in the order of its checks; empty where it is taken."""
+    try:
+        try:
+            state = place / "trainer_state.json"
+            callbacks = json.loads(state.read_text())["stateful_callbacks"] if state.is_file() else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            callbacks = None  # Trainer itself cannot read it; from outside the checkpoint is verified all the same
+        verify_checkpoint(place)
+        refuse_another_save(place, callbacks)
+        check_snapshot(str(place), folder.loop, STEPS)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_no_forged_folder_is_taken(tmp_path, subtests):
+    folder = Folder(tmp_path)
+    assert refused(folder, folder.true) == ""
+    (folder.spoiled() / "notes.txt").write_text("a user's own file")
+    assert refused(folder, tmp_path / "spoiled") == ""
+    inside = folder.spoiled()  # a link that stays inside leads nowhere else
+    (inside / "optimizer.pt").rename(inside / "slowmo-optimizer")
+    (inside / "optimizer.pt").symlink_to("slowmo-optimizer")
+    assert refused(folder, inside) == ""
+
+    tried = 0
+    for words, manifest in forged_manifests(folder):
+        place, tried = folder.spoiled(), tried + 1
+        folder.seal(place, manifest)
+        with subtests.test(f"manifest: {words}"):
+            assert refused(folder, place).startswith(str(tmp_path))
+    for words, act in forged_places(folder):
+        place, tried = folder.spoiled(), tried + 1
+        act(place)
+        with subtests.test(f"place: {words}"):
+            assert re.search("leads out of|is missing|is not in the manifest", refused(folder, place))
+    for words, act in (*forged_identities(folder), *forged_files(folder)):
+        place, tried = folder.spoiled(), tried + 1
+        act(place)
+        folder.reseal(place)
+        with subtests.test(words):
+            assert refused(folder, place).startswith(str(tmp_path)), words
+    assert tried > 500

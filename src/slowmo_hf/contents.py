@@ -129,20 +129,28 @@ class Contents:
             self._refuse("json", name, f"names {unknown[:3]}, which this run does not have")
 
     def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state dictionary of an optimizer with as many groups and parameters as this one."""
+        """
+        The state dictionary of an optimizer with as many groups and parameters as this one, and values like the ones
+        it has.
+        """
         if name not in self.objects:
             self._refuse("pt", name, "is missing")
         state = self.objects[name]
         try:
-            saved = [len(group["params"]) for group in state["param_groups"]]
+            saved = [list(group["params"]) for group in state["param_groups"]]
             is_state = isinstance(state["state"], dict)
         except (TypeError, KeyError):
             is_state = False
         if not is_state:
             self._refuse("pt", name, "is no state of an optimizer")
         own = [len(group["params"]) for group in optimizer.param_groups]
-        if saved != own:
-            self._refuse("pt", name, f"does not fit: its groups have {saved} parameters, this run's have {own}")
+        if [len(numbers) for numbers in saved] != own:
+            self._refuse(
+                "pt", name, f"does not fit: its groups have {list(map(len, saved))} parameters, this run's have {own}"
+            )
+        odd = _odd_state(state, [number for numbers in saved for number in numbers], optimizer)
+        if odd:
+            self._refuse("pt", name, odd)
         return state  # type: ignore[no-any-return]
 
     def part(self, name: str) -> Contents:
@@ -161,6 +169,42 @@ class Contents:
     def _refuse(self, ending: str, name: str, words: str) -> NoReturn:
         file = f"{self.source}.{ending}" if "/" in self.source else self.source
         raise CheckpointError(f"{file}: {self.within}{name} {words}. Resume from another checkpoint.")
+
+
+def _odd_state(state: dict[str, Any], numbers: list[Any], optimizer: torch.optim.Optimizer) -> str:
+    """What of an optimizer's saved state is unlike the state that it has now; empty where nothing is."""
+    if not all(type(number) is int for number in numbers) or len(set(numbers)) != len(numbers):
+        return "does not fit: a parameter is named twice, or by no number"
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        odd = sorted(key for key in own if key != "params" and key in saved and not _is_like(saved[key], own[key]))
+        if odd or ("lr" in own and "lr" not in saved):
+            return f"does not fit: {odd or ['lr']} of a group is missing or another kind of value"
+    unknown = [key for key in state["state"] if not isinstance(key, str) and key not in numbers]
+    if unknown:
+        return f"does not fit: it has a state for {unknown[:3]}, which is no parameter"
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for number, param in zip(numbers, params, strict=True):
+        saved, own = state["state"].get(number, {}), optimizer.state.get(param, {})
+        if not isinstance(saved, dict):
+            return f"does not fit: the state of parameter {number} is {type(saved).__name__}, no dictionary"
+        odd = sorted(str(key) for key in own if key in saved and not _is_like(saved[key], own[key]))
+        if odd:
+            return f"does not fit: {odd} of parameter {number} has another shape, or is another kind of value"
+    return ""
+
+
+def _is_like(saved: Any, own: Any) -> bool:
+    """Whether one value may take the other's place: a tensor one of its shape, a number one as finite as it."""
+    if isinstance(own, torch.Tensor) and own.dim() > 0:
+        return isinstance(saved, torch.Tensor) and saved.shape == own.shape
+    if isinstance(own, tuple | list):
+        return isinstance(saved, tuple | list) and len(saved) == len(own) and all(map(_is_like, saved, own))
+    if isinstance(own, torch.Tensor | int | float) and not isinstance(own, bool):
+        if isinstance(saved, torch.Tensor):
+            saved = saved.item() if saved.dim() == 0 and not saved.is_complex() else None
+        is_number = isinstance(saved, int | float) and not isinstance(saved, bool)
+        return is_number and (math.isfinite(saved) or not math.isfinite(own))
+    return True
 
 
 Restored = Callable[[], None]

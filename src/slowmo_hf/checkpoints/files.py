@@ -97,7 +97,10 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def _inside(root: Path, path: Path) -> Path:
-    """The path; `CheckpointError` where it leads out of the checkpoint, by `..`, as an absolute one or by a link."""
+    """
+    The path of a file; `CheckpointError` where it leads out of the checkpoint, by `..`, as an absolute one or by a
+    link, or where something else is there.
+    """
     try:
         is_inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL in a name
@@ -107,6 +110,8 @@ def _inside(root: Path, path: Path) -> Path:
             f"{path} leads out of {root}, and nothing outside a checkpoint is read. Copy the checkpoint with its "
             "links followed (cp -rL), or resume from another one."
         )
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} is missing: what is there is no file. Resume from another checkpoint.")
     return path
 
 
@@ -130,7 +135,7 @@ def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
     if (root / FOLDER).exists():
         return (root / FOLDER / MANIFEST).exists()
     try:
-        return isinstance(json.loads((root / TRAINER_STATE).read_text()), dict)
+        return (root / TRAINER_STATE).is_file() and isinstance(json.loads((root / TRAINER_STATE).read_text()), dict)
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -206,11 +211,14 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         if is_part and str(path.relative_to(root)) not in files:
             raise CheckpointError(f"{path} is not in the manifest. Delete it, or resume from another checkpoint.")
     shared = root / FOLDER / "shared.json"
-    if str(shared.relative_to(root)) in files and (save := _read_json(shared).get("save")) != manifest.get("save"):
-        raise CheckpointError(
-            f"{shared} is of save {save!r}, {MANIFEST} of {manifest.get('save')!r}: they are of different saves. "
-            "Resume from another checkpoint."
-        )
+    if str(shared.relative_to(root)) in files:
+        part = _read_json(shared)
+        for name, told in (("run", "run"), ("step", "attempted_steps"), ("save", "save")):
+            if part.get(told) != manifest.get(name):
+                raise CheckpointError(
+                    f"{shared} is of {name} {part.get(told)!r}, {MANIFEST} of {manifest.get(name)!r}: they are of "
+                    "different saves. Resume from another checkpoint."
+                )
     if TRAINER_STATE in files:
         refuse_another_save(root, _read_json(root / TRAINER_STATE).get("stateful_callbacks"))
 
@@ -234,10 +242,10 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     try:
         if manifest.pop("sha256") != _own_digest(manifest):
             raise ValueError("its own SHA-256 differs")
-        if manifest.get("version") != VERSION:
+        if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
             raise ValueError(f"version {manifest.get('version')!r}; this package reads {VERSION}")
         match manifest:
-            case {"run": str(), "step": int(), "files": dict() as files} if files:
+            case {"run": str(), "step": int() as step, "files": dict() as files} if files and step is not True:
                 pass
             case _:
                 raise ValueError("run, step or files is missing or of another type, or it lists no file")
