@@ -403,3 +403,55 @@ class Line(nn.Module):
 def test_trainer_evaluates_the_average_of_a_wrapped_optimizer(tmp_path):
     for (told,), loss in run_workers(evaluate_by_trainer, 2, str(tmp_path)):
         assert told == pytest.approx(loss, rel=1e-5)
+
+
+def evaluate_node_workers(folder):
+    """Two workers of two processes: inside a round, and after a resume there."""
+    from accelerate import Accelerator
+
+    def begin():
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        config = SlowMoConfig(sync_every=SYNC_EVERY, processes_per_worker=2, timeout_seconds=patience(30))
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return accelerator, *accelerator.prepare(model, SlowMoOptimizer(inner, config))
+
+    def step(number):
+        torch.manual_seed(100 * number + accelerator.process_index)
+        accelerator.backward(model(torch.randn(8, 4)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def values():
+        tensors = (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point()))
+        return torch.cat([t.detach().flatten() for t in tensors])
+
+    accelerator, model, optimizer = begin()
+    for number in range(6):
+        step(number)
+        if number + 1 == SYNC_EVERY:
+            after_round = values()
+    local = values()
+    model.eval()
+    shown = values()
+    model.train()
+    unchanged = torch.equal(values(), local)
+    accelerator.save_state(folder)
+    accelerator, model, optimizer = begin()
+    accelerator.load_state(folder)
+    torch.manual_seed(0)
+    model(torch.randn(8, 4)).sum().backward()  # takes it up
+    model.eval()
+    return after_round, shown, values(), local, unchanged
+
+
+def test_all_processes_of_a_worker_see_the_last_rounds_model(tmp_path):
+    ranks = run_workers(evaluate_node_workers, 4, str(tmp_path / "saved"))
+    after_round = ranks[0][0]
+    for mine, shown, resumed, local, unchanged in ranks:
+        assert torch.equal(mine, after_round)
+        assert torch.equal(shown, after_round)
+        assert torch.equal(resumed, after_round)
+        assert unchanged
+        assert not torch.equal(local, after_round)

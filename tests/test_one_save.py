@@ -471,6 +471,18 @@ def test_nothing_is_imported_because_a_checkpoint_names_it(copied, hostile, name
     assert "chosen_by_a_file" not in set(sys.modules) - before
 
 
+@pytest.mark.parametrize("config", [5, "sgp", [], {"sync_every": {}}, {"base": []}, {"no": 1}, {"outer_lr": "1"}])
+def test_settings_of_another_kind_are_refused_by_name(copied, config):
+    folder, _ = copied
+    checkpoint = folder / "checkpoint-4"
+    edit(
+        checkpoint / "trainer_state.json",
+        lambda state: state["stateful_callbacks"]["SlowMoCallback"]["args"].update(config=config),
+    )
+    with pytest.raises(ValueError, match=r"must be|unknown settings"):
+        train(folder, resume=checkpoint, restore_callback_states_from_checkpoint=True)
+
+
 def test_a_programs_own_outer_optimizer_is_restored(tmp_path, hostile):
     """Its class, and one of torch's, which no program has to name."""
     own = SlowMoConfig(

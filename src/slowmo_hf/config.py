@@ -266,6 +266,8 @@ class SlowMoConfig(Presets):
         Raises:
             ValueError: A setting does not exist, or is none that a dictionary may have.
         """
+        if not isinstance(settings, dict):
+            raise ValueError(f"settings must be a SlowMoConfig or a dictionary of its fields, got {settings!r}.")
         unknown = sorted(map(str, set(settings) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(f"unknown settings {unknown}; SlowMoConfig has {sorted(f.name for f in fields(cls))}.")

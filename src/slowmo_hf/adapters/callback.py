@@ -41,7 +41,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: SlowMoConfig | dict[str, Any] | None = None) -> None:
-        self.config = SlowMoConfig.from_dict(config) if isinstance(config, dict) else config or SlowMoConfig()
+        config = SlowMoConfig() if config is None else config
+        self.config = config if isinstance(config, SlowMoConfig) else SlowMoConfig.from_dict(config)
         self.checkpoint: dict[str, Any] | None = None
         self.outer_loop: OuterLoop | None = None
         self._ending: Ending | None = None

@@ -183,7 +183,8 @@ def check_snapshot(
         within (`str`, *optional*): As `write_snapshot`.
 
     Returns:
-        `Callable`: Takes it up, in place, and returns the `objects` that `write_snapshot` was given.
+        `Callable`: Takes it up, in place, and returns the `objects` that `write_snapshot` was given. Collective among
+        the processes of a worker.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
@@ -208,6 +209,7 @@ def check_snapshot(
     @torch.no_grad()
     def take_up() -> dict[str, Any]:
         take_up_parts()
+        outer_loop.parts.share_last_round()
         outer_loop.run_id = run
         return {name: value for name, value in own.objects.items() if name != OBJECT}
 

@@ -11,6 +11,7 @@ from torch.profiler import record_function
 
 from ..wire.reduction import show_mean_
 from .in_flight import InFlight
+from .model_tensors import copy_tensors_
 from .parts import Parts
 from .status import Purpose
 
@@ -111,17 +112,19 @@ class Consensus:
             raise RuntimeError(refusal)
         stays = agree or not self.last_round_step
         buffers = {} if stays else parts.tensors.averaged_buffers()
-        pieces = [] if stays else parts.slow.pieces
+        params = [] if stays else parts.tensors.trainable
 
         def write_() -> None:
-            for piece in pieces:
+            for piece in parts.slow.pieces if params else ():
                 piece.values().copy_(piece.anchor)
+            if params and not parts.workers.leads:
+                copy_tensors_(params, parts.tensors.last_round)
             for name, value in buffers.items():
                 now[name].copy_(value)
 
         now = parts.tensors.buffers()
         view.begin()
-        view.show([*(parts.tensors.trainable if pieces else []), *(now[name] for name in buffers)], write_)
+        view.show([*params, *(now[name] for name in buffers)], write_)
         view.is_of_last_round = True
 
     @property
@@ -131,7 +134,7 @@ class Consensus:
         settings = {
             "shard_slow_state=True": config.shard_slow_state,
             "exact_average=False": not config.exact_average,
-            f"processes_per_worker={config.processes_per_worker!r}": workers.size > 1,
+            f"overlap_steps={config.overlap_steps}": bool(config.overlap_steps) and workers.size > 1,
         }
         for setting, is_so in settings.items():
             if is_so:

@@ -32,6 +32,7 @@ class ModelTensors:
         self._initial_buffers: dict[str, torch.Tensor] = {}
         self._changed: set[str] = set()
         self._averaged: dict[str, torch.Tensor] = {}
+        self.last_round: list[torch.Tensor] = []  # on a process without anchors: `trainable` as a round left it
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ from .account import Account
 from .clock import Clock
 from .consensus_view import ConsensusView
 from .inner_state import InnerState
-from .model_tensors import ModelTensors
+from .model_tensors import ModelTensors, copy_tensors_
 from .report import RoundReport, log_costs
 from .slow_state import SlowState
 from .status import StatusExchange
@@ -92,6 +92,36 @@ class Parts:
         state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
         self.inside.broadcast_([*params, *floating, *integer, *state])
         self.tensors.keep_averaged(self.averaged(changed_buffers))
+
+    @property
+    def keeps_last_round(self) -> bool:
+        """Whether a worker's other processes hold the last round's model, which the leader has in its anchors."""
+        config = self.config
+        return (
+            self.workers.size > 1
+            and config.averages_at_rounds
+            and not (config.overlap_steps or config.shard_slow_state)
+        )
+
+    def keep_last_round(self) -> None:
+        """Where a round has just ended: its model is in the parameters."""
+        if self.keeps_last_round and not self.workers.leads:
+            self.tensors.last_round = self.tensors.last_round or [torch.empty_like(p) for p in self.tensors.trainable]
+            copy_tensors_(self.tensors.last_round, self.tensors.trainable)
+
+    @torch.no_grad()
+    def share_last_round(self) -> None:
+        """The leader's anchors, of a state that was taken up, reach the worker's other processes. Collective there."""
+        if not self.keeps_last_round:
+            return
+        if self.workers.leads:
+            of = {
+                id(p): view for item in self.slow.anchors for view, p in zip(item.anchors(), item.params, strict=True)
+            }
+            self.inside.broadcast_([of[id(p)].to(p.dtype) for p in self.tensors.trainable])
+        else:
+            self.tensors.last_round = [torch.empty_like(p) for p in self.tensors.trainable]
+            self.inside.broadcast_(self.tensors.last_round)
 
     def averaged(self, names: list[str]) -> list[str]:
         """Those of these buffers that a round makes equal."""

@@ -179,6 +179,7 @@ class Round:
             report = self.parts.workers.inside.broadcast_outcome(self._apply_on_leader)
             self.parts.inner_state.reset()
             self.parts.share(self.parts.tensors.trainable, self._others)
+            self.parts.keep_last_round()
         # Else the next status exchange says whose are not, before all else.
         self.parts.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
         return report

@@ -80,6 +80,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     take_up[0]()
     parts.on_leader(lambda: _take_weights(parts, shared, step))
     parts.inside.broadcast_(parts.tensors.trainable)
+    parts.share_last_round()
 
 
 def _take_weights(parts: Parts, shared: Contents, step: int) -> None:
