@@ -266,11 +266,7 @@ class SlowMoConfig(Presets):
         Raises:
             ValueError: A setting does not exist, or is none that a dictionary may have.
         """
-        if not isinstance(settings, dict):
-            raise ValueError(f"settings must be a SlowMoConfig or a dictionary of its fields, got {settings!r}.")
-        unknown = sorted(map(str, set(settings) - {f.name for f in fields(cls)}))
-        if unknown:
-            raise ValueError(f"unknown settings {unknown}; SlowMoConfig has {sorted(f.name for f in fields(cls))}.")
+        _refuse_unknown(settings, {f.name for f in fields(cls)})
         named = settings.get("outer_optimizer", SLOW_MOMENTUM)
         if not may_be_read(named):
             raise ValueError(
@@ -279,3 +275,11 @@ class SlowMoConfig(Presets):
                 f"nothing is imported because a file names it. Write SlowMoConfig(outer_optimizer={named!r}) first."
             )
         return cls(**settings)
+
+
+def _refuse_unknown(settings: Any, known: set[str]) -> None:
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings must be a SlowMoConfig or a dictionary of its fields, got {settings!r}.")
+    unknown = sorted(map(str, set(settings) - known))
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; SlowMoConfig has {sorted(known)}.")
