@@ -415,7 +415,13 @@ def run_the_readme(folder, resume):
     seen = []
     names = {
         **{"accelerator": accelerator, "model": model, "optimizer": optimizer, "loader": loader},
-        **{"folder": folder, "resume": resume, "first_epoch": 1 if resume else 0, "epochs": 1 if resume == "" else 2},
+        **{
+            "folder": folder,
+            "checkpoint": f"{folder}/0",
+            "resume": resume,
+            "first_epoch": 1 if resume else 0,
+            "epochs": 1 if resume == "" else 2,
+        },
         **{"skip": 0, "loss_of": nn.functional.mse_loss, "evaluate": lambda model: seen.append(weights(model))},
     }
     exec(lines_of_the_readme(), names)
