@@ -126,7 +126,7 @@ def follow_gossip(
                     x[i], w[i] = {name: x[i][name] + flown[name] for name in names}, w[i] + weight
             flying = [message for message in flying if message[0] > k]
         if is_round:
-            lr, agreed = runs[0]["lrs"][k], average()
+            lr, agreed = sum(runs[0]["lrs"][k + 1 - config.sync_every : k + 1]) / config.sync_every, average()
             ratio = lr / last_lr if last_lr else 1.0
             last_lr = lr
             for i in workers:
