@@ -10,7 +10,7 @@ import torch
 
 from harness import patience
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.training.clock import Rates
+from slowmo_hf.training.clock import Clock, Rates
 
 TAU = 6
 
@@ -163,6 +163,20 @@ def test_a_launch_that_is_dropped_gives_its_steps_back():
     since.count([6.0])
     assert before.and_then(since).mean == [3.0]
     assert before.and_then(since).steps == 3
+
+
+def test_a_clock_whose_round_is_dropped_counts_its_steps_again():
+    """The same by the clock; a step of others, in which this worker idles, has no rate."""
+    clock = Clock(SlowMoConfig(sync_every=2))
+    for lr in (1.0, 2.0):
+        clock.step([lr])
+    steps, rates = clock.local_steps, clock.rates
+    clock.begin_round()
+    clock.step([6.0])
+    assert clock.rates.mean == [6.0]
+    clock.drop_round(steps, rates)
+    clock.idle()
+    assert (clock.local_steps, clock.rates.steps, clock.rates.mean) == (3, 3, [3.0])
 
 
 def test_a_tensor_as_a_rate_is_read_at_its_step():
