@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+from tiny import Heard
 
 
 def settings(**fields):
@@ -449,17 +449,14 @@ def test_the_readmes_loop_trains_evaluates_saves_and_goes_on(tmp_path):
 
 def gather_the_loss():
     """As examples do for their logs, at every step; rank 1 is slower."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("slowmo_hf").addHandler(handler)
     accelerator, models, optimizer = make(settings())
-    for number in range(24):
-        if accelerator.process_index == 1:
-            time.sleep(0.02)
-        micro_batch(accelerator, models, optimizer, number)
-        accelerator.gather(torch.ones(1))
-    told = [line for line in lines if "accelerator.gather over all ranks at steps" in line]
+    with Heard() as heard:
+        for number in range(24):
+            if accelerator.process_index == 1:
+                time.sleep(0.02)
+            micro_batch(accelerator, models, optimizer, number)
+            accelerator.gather(torch.ones(1))
+    told = heard.about("accelerator.gather over all ranks at steps")
     return told, slowmo_hf.last_round(optimizer).utilisation
 
 
@@ -473,17 +470,14 @@ def test_a_gather_at_every_step_is_told_and_no_computation():
 
 def gather_in_evaluations():
     accelerator, models, optimizer = make(settings())
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("slowmo_hf").addHandler(handler)
-    for number in range(24):
-        micro_batch(accelerator, models, optimizer, number)
-        if number % 3 == 2:
-            models[0].eval()
-            accelerator.gather_for_metrics(torch.ones(1))
-            models[0].train()
-    return [line for line in lines if "over all ranks" in line]
+    with Heard() as heard:
+        for number in range(24):
+            micro_batch(accelerator, models, optimizer, number)
+            if number % 3 == 2:
+                models[0].eval()
+                accelerator.gather_for_metrics(torch.ones(1))
+                models[0].train()
+    return heard.about("over all ranks")
 
 
 def test_an_evaluation_may_gather():

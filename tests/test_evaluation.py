@@ -16,6 +16,7 @@ from torch import nn
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from tiny import arguments
 
 SYNC_EVERY = 4
 KINDS = {
@@ -359,23 +360,13 @@ def test_a_rank_evaluates_alone_and_nobody_waits():
 
 def evaluate_by_trainer(folder):
     """A sharded slow state, where `model.eval()` alone would be refused."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     torch.manual_seed(0)
     model = Line()
     draw = torch.Generator().manual_seed(1)
     rows = [{"x": torch.randn(4, generator=draw), "labels": torch.randn(1, generator=draw)} for _ in range(64)]
-    args = TrainingArguments(
-        folder,
-        max_steps=6,
-        eval_steps=6,
-        eval_strategy="steps",
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    args = arguments(folder, max_steps=6, eval_steps=6, eval_strategy="steps", logging_strategy="steps")
     config = SlowMoConfig(sync_every=SYNC_EVERY, shard_slow_state=True, timeout_seconds=patience(20))
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)

@@ -28,6 +28,7 @@ from torch.optim import SGD, Adam, lr_scheduler
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+from tiny import error_of
 
 START = (1.0, -2.0, 3.0)
 NEVER = 10**6
@@ -104,15 +105,6 @@ def train(model, optimizer, steps, first=0, scheduler=None):
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-
-
-def error_of(call, *args, **kwargs):
-    """`Type: message` of what the call raises; "" where it raises nothing."""
-    try:
-        call(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def tau(n, **settings):

@@ -15,19 +15,23 @@ from transformers import Trainer, TrainerCallback
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from tiny import Recorder, Regression, Rows, arguments, bert, equal, follow, mean, recorded, sentences, values
+from tiny import (
+    Recorder,
+    Regression,
+    Rows,
+    arguments,
+    bert,
+    equal,
+    error_of,
+    follow,
+    mean,
+    recorded,
+    sentences,
+    values,
+)
 
 TAU = 4
 CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.5, timeout_seconds=patience(30))
-
-
-def error_of(call, *args, **kwargs):
-    """`Type: message` of what the call raises, or ""."""
-    try:
-        call(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # ---- one callback, one Trainer ----

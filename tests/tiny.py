@@ -238,6 +238,15 @@ class Heard(logging.Handler):
         return [line for name, line in self.lines if words in line and level in (None, name)]
 
 
+def error_of(call, *args, **kwargs):
+    """`Type: message` of what the call raises; "" where it raises nothing."""
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def ends_with_one_line(recipe: Any, shown: str, flags: str, said: str, monkeypatch: Any, capfd: Any) -> None:
     """
     A recipe's `main` with these flags says one line, no traceback and no usage; Python's exit code for a text is 1.

@@ -31,7 +31,7 @@ from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
-from .functions import consensus, unwrap
+from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
 
 _registered: weakref.WeakKeyDictionary[Accelerator, list[weakref.ref[SlowMoOptimizer]]] = weakref.WeakKeyDictionary()
@@ -57,11 +57,13 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
 
 def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
     """Those that it saves, by the folder of theirs in a checkpoint, with a slash; the first one has none."""
-    prepared = [getattr(one, "optimizer", None) for one in upstream.prepared_optimizers(accelerator)]
-    registered = [one() for one in _registered.get(accelerator, ())]
-    all_of_them = enumerate([*prepared, *registered])
-    found = {f"optimizer_{index}/": one for index, one in all_of_them if isinstance(one, SlowMoOptimizer)}
-    return {("" if number == 0 else folder): one for number, (folder, one) in enumerate(found.items())}
+    found = prepared_by(accelerator)
+    first_free = len(upstream.prepared_optimizers(accelerator))
+    for place, registered in enumerate(_registered.get(accelerator, ()), start=first_free):
+        if one := registered():
+            found[place] = one
+    first = min(found, default=0)
+    return {("" if place == first else f"optimizer_{place}/"): one for place, one in found.items()}
 
 
 # ---- saving ----
@@ -75,20 +77,20 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save_state)
     def save(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        if any(bare.awaits_a_checkpoint for bare in _ours(self).values() if bare.outer_loop is None):
+        ours = _ours(self)
+        if any(bare.awaits_a_checkpoint for bare in ours.values() if bare.outer_loop is None):
             raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
         begun = {
             folder: bare.outer_loop
-            for folder, bare in _ours(self).items()
+            for folder, bare in ours.items()
             if bare.outer_loop is not None and bare.config.has_rounds  # else not started, or stock training
         }
         if not begun:
             return save_state(self, *args, **kwargs)
         seal_last: list[Callable[[], None]] = []
         with ExitStack() as given_back:
-            for bare in _ours(self).values():
+            for bare in ours.values():
                 given_back.enter_context(consensus(bare))
-            # First of all hooks: one of the user's own may take weights out of the list.
             hook = self.register_save_state_pre_hook(
                 lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder)))
             )
@@ -144,9 +146,10 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load_state)
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         def wait(models: list[Any], folder: str) -> None:
+            verify = functools.cache(verify_checkpoint)  # reads every byte: once for all optimizers
             for within, bare in _ours(self).items():
                 if bare.config.has_rounds:
-                    bare.before_training(functools.partial(_take_up, self, Path(folder), within))
+                    bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify))
 
         hook = self.register_load_state_pre_hook(wait)
         try:
@@ -183,16 +186,18 @@ def _wrap_iterators() -> None:
     DataLoader.__iter__ = iterate_and_give_back  # type: ignore[method-assign]
 
 
-def _take_up(accelerator: Accelerator, folder: Path, within: str, outer_loop: OuterLoop) -> None:
+def _take_up(
+    accelerator: Accelerator, folder: Path, within: str, verify: Callable[[Path], None], outer_loop: OuterLoop
+) -> None:
     _loaded_generators.clear()
     words = f"checkpoint {folder} cannot be resumed"
 
-    def verify() -> None:
+    def verify_here() -> None:
         if not is_in_process() or outer_loop.workers.world.rank == 0:  # there all workers read the same disk
-            verify_checkpoint(folder)
+            verify(folder)
 
     if any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
-        together(outer_loop, words, verify)  # nobody reads what another has found damaged
+        together(outer_loop, words, verify_here)  # nobody reads what another has found damaged
     if not any(outer_loop.workers.world.gather_objects((folder / FOLDER / f"{within}{SHARED}.json").exists())):
         if outer_loop.attempted_steps:
             raise CheckpointError(

@@ -35,7 +35,7 @@ def _tell() -> None:
 
 def _unfinished(optimizer: Any) -> str:
     loop = optimizer.outer_loop
-    if loop is None or not loop.parts.meets_others or loop.workers.count == 1 or loop.workers.world.rank:
+    if loop is None or not loop.parts.trains_alone or loop.workers.world.rank:
         return ""
     clock = loop.clock
     is_average = clock.workers_agree or optimizer.finished_at == clock.attempted_steps

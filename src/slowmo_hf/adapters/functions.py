@@ -13,6 +13,7 @@ from accelerate.accelerator import Accelerator
 
 from .. import upstream
 from ..log import logger
+from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
 from .optimizer import SlowMoOptimizer
 from .trainer_methods import callback_of
@@ -30,6 +31,12 @@ def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
             )
         found = found.optimizer
     return found
+
+
+def prepared_by(accelerator: Accelerator) -> dict[int, SlowMoOptimizer]:
+    """Those of ours that it has prepared, by the place that each has among all of its optimizers."""
+    prepared = [getattr(one, "optimizer", None) for one in upstream.prepared_optimizers(accelerator)]
+    return {place: one for place, one in enumerate(prepared) if isinstance(one, SlowMoOptimizer)}
 
 
 @contextmanager
@@ -53,18 +60,11 @@ def consensus(optimizer: Any) -> Iterator[None]:
             yield
         return
     bare = unwrap(optimizer)
-    outer_loop = bare.outer_loop
-    if outer_loop is None or (outer_loop.view.is_shown and not outer_loop.view.is_of_last_round):
+    if bare.outer_loop is None:
         yield
         return
-    was_in_evaluation = outer_loop.view.is_of_last_round
-    bare.eval()
-    try:
+    with bare.begun().consensus.shown():
         yield
-    finally:
-        bare.train()
-        if was_in_evaluation:
-            outer_loop.consensus.show_last_round()
 
 
 @contextmanager
@@ -128,9 +128,8 @@ def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Acce
 
     @functools.wraps(end_training)
     def finish_first(self: Accelerator) -> None:
-        for prepared in upstream.prepared_optimizers(self):
-            if isinstance(getattr(prepared, "optimizer", None), SlowMoOptimizer):
-                finish(prepared)
+        for bare in prepared_by(self).values():
+            finish(bare)
         end_training(self)
 
     return finish_first
@@ -152,9 +151,8 @@ def _note(prepare_optimizer: Callable[..., Any]) -> Callable[..., Any]:
 _gathered_at: weakref.WeakKeyDictionary[SlowMoOptimizer, tuple[int, int] | None] = weakref.WeakKeyDictionary()
 
 
-def _notice(optimizer: SlowMoOptimizer, name: str) -> None:
-    loop = optimizer.outer_loop
-    if loop is None or loop.view.is_shown or loop.workers.count == 1 or not loop.parts.meets_others:
+def _notice(optimizer: SlowMoOptimizer, loop: OuterLoop, name: str) -> None:
+    if loop.view.is_shown or not loop.parts.trains_alone:
         return
     now, before = (loop.rounds, loop.attempted_steps), _gathered_at.get(optimizer, (-1, -1))
     if before is None:
@@ -178,11 +176,10 @@ def _watched(gather: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(gather)
     def watched(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as given_back:
-            for prepared in upstream.prepared_optimizers(self):
-                bare = getattr(prepared, "optimizer", None)
-                if isinstance(bare, SlowMoOptimizer) and bare.outer_loop is not None:
+            for bare in prepared_by(self).values():
+                if bare.outer_loop is not None:
                     given_back.enter_context(bare.outer_loop.account.communicating())
-                    _notice(bare, gather.__name__)
+                    _notice(bare, bare.outer_loop, gather.__name__)
             return gather(self, *args, **kwargs)
 
     return watched

@@ -139,8 +139,7 @@ class ModelCalls:
         """
         loop, optimizer = self._outer_loop, self._optimizer()
         step = loop.clock.attempted_steps
-        trains_alone = loop.parts.meets_others and loop.workers.count > 1
-        if optimizer is None or not trains_alone or loop.view.is_shown or optimizer.awaits_a_checkpoint:
+        if optimizer is None or not loop.parts.trains_alone or loop.view.is_shown or optimizer.awaits_a_checkpoint:
             return False
         return step not in (self._loaded_at, optimizer.finished_at)
 

@@ -172,6 +172,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         try:
             refuse_unsupported()
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
+            outer_loop.tensors.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers)
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size)
@@ -229,7 +230,6 @@ class SlowMoOptimizer(OptimizerWrapper):
         return self.outer_loop
 
     def _go_on(self, outer_loop: OuterLoop) -> None:
-        outer_loop.consensus.end_last_round()
         act, self._before_training = self._before_training, None
         if act is not None:
             self._stop_listening()

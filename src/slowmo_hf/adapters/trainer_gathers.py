@@ -36,7 +36,7 @@ class TrainerGathers:
         self._trainer, self._outer_loop = trainer, outer_loop
         self._is_stepping = self._is_inside = self._is_said = False
         self._are_for_logs = _defines_its_loss(trainer) in FOR_LOGS_ALONE
-        if outer_loop.workers.count == 1 or not outer_loop.parts.meets_others:
+        if not outer_loop.parts.trains_alone:
             return
         for name in ("gather", "gather_for_metrics", "reduce"):
             replace_method(trainer.accelerator, name, functools.partial(self._watched, name), given_back)
@@ -92,9 +92,8 @@ class TrainerGathers:
     def _in_summaries(self, log: Method) -> Method:
         @functools.wraps(log)
         def tell(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if any(
-                name.endswith("_runtime") for name in logs
-            ):  # Trainer's own, of an evaluation or the run, on all ranks
+            # Trainer's own, of an evaluation or the run, on all ranks.
+            if any(name.endswith("_runtime") for name in logs):
                 self.bring_together()
             log(logs, *args, **kwargs)
 

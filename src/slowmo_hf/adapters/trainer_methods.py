@@ -75,13 +75,11 @@ class Looks:
             yield
             return
         self._catch_up()
-        shown_before, random_state = outer_loop.view.is_shown, RandomState.take()
-        outer_loop.consensus.show()
+        random_state = RandomState.take()
         try:
-            yield
+            with outer_loop.consensus.shown():
+                yield
         finally:
-            if not shown_before:
-                outer_loop.consensus.restore()
             random_state.give_back()
 
 

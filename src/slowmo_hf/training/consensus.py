@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -55,6 +56,22 @@ class Consensus:
         except BaseException:
             self.restore()
             raise
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the average is shown; afterwards the model is as it was, be it a view or local weights."""
+        view = self.parts.view
+        was_of_last_round = view.is_of_last_round
+        if view.is_shown and not was_of_last_round:
+            yield
+            return
+        self.show()
+        try:
+            yield
+        finally:
+            self.restore()
+            if was_of_last_round:
+                self.show_last_round()
 
     @property
     def nothing_to_average(self) -> bool:

@@ -81,9 +81,5 @@ class ConsensusView:
                 return stashed
         return tensor
 
-    def training_random_state(self) -> RandomState:
-        """The generators that training goes on with."""
-        return self._random_state if self.is_shown and self._random_state else RandomState.take()
-
     def _end(self) -> None:
         self._stash, self._shown, self.is_of_last_round = None, [], False

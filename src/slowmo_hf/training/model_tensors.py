@@ -32,6 +32,7 @@ class ModelTensors:
         self._initial_buffers: dict[str, torch.Tensor] = {}
         self._changed: set[str] = set()
         self._averaged: dict[str, torch.Tensor] = {}
+        self.keeps_last_round = False  # for `Consensus.show_last_round`: averaged buffers, and where it needs it, this
         self.last_round: list[torch.Tensor] = []  # on a process without anchors: `trainable` as a round left it
 
     @property
@@ -115,7 +116,9 @@ class ModelTensors:
         self._changed |= set(names)
 
     def keep_averaged(self, names: list[str]) -> None:
-        """Remember these buffers as they are now: a round has just made them equal."""
+        """Remember these buffers as they are now, if that is wanted: a round has just made them equal."""
+        if not self.keeps_last_round:
+            return
         buffers = self.buffers()
         self._averaged.update({name: buffers[name].detach().clone() for name in names if name in buffers})
 

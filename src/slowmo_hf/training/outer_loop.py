@@ -147,8 +147,10 @@ class OuterLoop:
 
     def refuse_while_shown(self) -> None:
         """
-        Raise if the average is in the parameters: a step taken there would be lost when the local weights return.
+        Raise if the average is in the parameters: a step taken there would be lost when the local weights return. The
+        last round's model goes by itself.
         """
+        self.consensus.end_last_round()
         if self.view.is_shown:
             raise RuntimeError(
                 "a training step was taken while the average is shown: leave consensus() before you train on."
@@ -168,6 +170,7 @@ class OuterLoop:
 
     def end(self, *, all_meet_here: bool = True, others_meet_at: Callable[[int], bool] = lambda step: False) -> None:
         """As `ending.end_together`."""
+        self.consensus.end_last_round()
         end_together(
             self.parts, self.in_flight, self.consensus, all_meet_here=all_meet_here, others_meet_at=others_meet_at
         )

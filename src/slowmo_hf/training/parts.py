@@ -80,6 +80,11 @@ class Parts:
         """False where ranks go in step anyway, by their gradients."""
         return self.config.has_rounds and self.config.base != "all_reduce"
 
+    @property
+    def trains_alone(self) -> bool:
+        """Whether this worker's weights part from others' between rounds."""
+        return self.meets_others and self.workers.count > 1
+
     # ---- inside a worker ----
 
     def on_leader(self, act: Callable[[], None]) -> None:
@@ -94,25 +99,26 @@ class Parts:
         self.tensors.keep_averaged(self.averaged(changed_buffers))
 
     @property
-    def keeps_last_round(self) -> bool:
+    def followers_keep_last_round(self) -> bool:
         """Whether a worker's other processes hold the last round's model, which the leader has in its anchors."""
         config = self.config
         return (
-            self.workers.size > 1
+            self.tensors.keeps_last_round
+            and self.workers.size > 1
             and config.averages_at_rounds
             and not (config.overlap_steps or config.shard_slow_state)
         )
 
     def keep_last_round(self) -> None:
         """Where a round has just ended: its model is in the parameters."""
-        if self.keeps_last_round and not self.workers.leads:
+        if self.followers_keep_last_round and not self.workers.leads:
             self.tensors.last_round = self.tensors.last_round or [torch.empty_like(p) for p in self.tensors.trainable]
             copy_tensors_(self.tensors.last_round, self.tensors.trainable)
 
     @torch.no_grad()
     def share_last_round(self) -> None:
         """The leader's anchors, of a state that was taken up, reach the worker's other processes. Collective there."""
-        if not self.keeps_last_round:
+        if not self.followers_keep_last_round:
             return
         if self.workers.leads:
             of = {

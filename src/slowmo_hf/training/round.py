@@ -22,6 +22,7 @@ from ..algorithm.norms import Norms
 from ..algorithm.outer_update import Sum
 from ..algorithm.starts import Nothing, TrainingOn
 from ..wire.reduction import Launch, own_displacements
+from .clock import Rates
 from .parts import Parts
 from .report import RoundReport
 from .status import Agreement
@@ -43,7 +44,7 @@ class Round:
         self.travels = delay > 0
         self.due_step = parts.clock.attempted_steps + delay if due_step is None else due_step
         self.begun_at = self.due_step - delay
-        self.local_steps, self.rates = 0, parts.clock.rates  # this worker's before it, since the last round
+        self.local_steps, self.rates = 0, Rates()  # this worker's before it, since the last round
         self.agreement: Agreement | None = None
         self.messages: Launch | None = None  # the leader's
         self.norms = norms
