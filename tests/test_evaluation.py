@@ -16,7 +16,8 @@ from torch import nn
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from tiny import arguments
+from test_trainer_breadth import tiny_llama
+from tiny import arguments, equal, values
 
 SYNC_EVERY = 4
 KINDS = {
@@ -446,3 +447,40 @@ def test_all_processes_of_a_worker_see_the_last_rounds_model(tmp_path):
         assert torch.equal(resumed, after_round)
         assert unchanged
         assert not torch.equal(local, after_round)
+
+
+def generate_alone():
+    """A language model: rank 0 generates from the last round's weights, and from a copy that was loaded with them."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, copy_of_it = tiny_llama(), tiny_llama()
+    config = SlowMoConfig(sync_every=SYNC_EVERY, timeout_seconds=patience(30))
+    inner = torch.optim.SGD(model.parameters(), lr=5.0)
+    model, optimizer = accelerator.prepare(model, SlowMoOptimizer(inner, config))
+    bare = accelerator.unwrap_model(model)
+    prompt = torch.tensor([[3, 7, 5]])
+    for step in range(6):
+        torch.manual_seed(100 * step + accelerator.process_index)
+        tokens = torch.randint(3, 29, (4, 8))
+        accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 == SYNC_EVERY:
+            copy_of_it.load_state_dict(bare.state_dict())
+    local = values(bare)
+    if accelerator.is_main_process:
+        bare.eval()
+        copy_of_it.eval()
+        with torch.no_grad():
+            logits = [one(input_ids=prompt).logits for one in (bare, copy_of_it)]
+        texts = [one.generate(prompt, max_new_tokens=6, do_sample=False) for one in (bare, copy_of_it)]
+        bare.train()
+        assert torch.equal(*logits)
+        assert torch.equal(*texts)
+    accelerator.wait_for_everyone()
+    return equal(values(bare), local)
+
+
+def test_one_rank_generates_from_the_last_rounds_model():
+    assert run_workers(generate_alone, 2) == [True, True]

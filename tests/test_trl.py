@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -137,11 +139,12 @@ def test_metrics_of_a_worker_of_several_processes(tmp_path):
 
 
 def train_own_loss(folder):
-    """A subclass whose own loss gathers: what reaches the loss stays as it is."""
+    """A subclass whose own loss gathers: what reaches the loss stays as it is. Rank 1 is slow."""
     from trl import SFTTrainer
 
     class Coupled(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            time.sleep(0.2 * self.args.process_index)
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self.seen = self.accelerator.gather(loss.detach())
             return loss
@@ -153,12 +156,14 @@ def train_own_loss(folder):
     trainer.__class__ = Coupled
     with Heard() as heard:
         trainer.train()
-    return collectives.names, len(trainer.seen), heard.about("gathers over all ranks")
+    utilisation = callback.last_round.utilisation
+    return collectives.names, len(trainer.seen), heard.about("gathers over all ranks"), utilisation
 
 
 def test_a_loss_that_gathers_is_left_alone_and_said(tmp_path):
-    (names, seen, said), (_, _, nothing) = run_workers(train_own_loss, 2, str(tmp_path))
+    (names, seen, said, utilisation), (_, _, nothing, of_the_slow) = run_workers(train_own_loss, 2, str(tmp_path))
     assert len(names) >= 4
+    assert utilisation < 0.6 < of_the_slow, "rank 0 waits at every step, and that is no computation"
     assert seen == 2
     assert len(said) == 1
     assert "Coupled gathers over all ranks in its training steps" in said[0]
