@@ -472,18 +472,19 @@ def test_nan_and_infinity_are_named(name, bad):
     assert "rank 0 on" not in words
 
 
-def leaders_alone():
+def each_its_part():
     """Two workers of two processes."""
     model, optimizer = train_node_workers(compression="int8")
     return values(model), held_back(optimizer)
 
 
-def test_a_workers_leader_alone_holds_residuals():
-    found = run_workers(leaders_alone, 4)
+def test_each_process_of_a_worker_holds_the_residuals_of_its_part():
+    found = run_workers(each_its_part, 4)
     for rank, (weights, held) in enumerate(found):
         assert all(torch.equal(weights[key], found[0][0][key]) for key in weights)
-        assert set(held) == (set() if rank % 2 else {"residual.0", "shard_residual.0"})
-        assert rank % 2 or held["residual.0"].any()
+        assert set(held) == {"residual.0", "shard_residual.0"}
+        assert held["residual.0"].numel() == (16, 15)[rank % 2]  # of 31 parameters
+        assert held["residual.0"].any()
 
 
 # ---- checkpoints ----

@@ -25,7 +25,6 @@ from transformers import Trainer, TrainerCallback
 from harness import patience, run_workers
 from reference import gossip_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
-from slowmo_hf.algorithm.layout import views_like
 from slowmo_hf.wire.gossip import GossipBase, make_topology
 from tiny import (
     Heard,
@@ -180,12 +179,10 @@ def held_now(outer_loop):
     names = {id(p): name for name, p in zip(tensors.names, tensors.trainable, strict=True)}
     x, mass = {}, {}
     for item, flat in base.numerators.items():
-        parts = [
-            views_like(part, item.params) for part in [flat, *(m[item] for e in base.in_flight for m in e.received)]
-        ]
-        for param, own, *flying in zip(item.params, *parts, strict=True):
-            x[names[id(param)]] = own.clone()
-            mass[names[id(param)]] = sum((part.double() for part in flying), own.double().clone())
+        parts = [item.views(part) for part in [flat, *(m[item] for e in base.in_flight for m in e.received)]]
+        for span, own, *flying in zip(item.spans, *parts, strict=True):
+            x[names[id(span.param)]] = own.clone()
+            mass[names[id(span.param)]] = sum((part.double() for part in flying), own.double().clone())
     weights = [float(weight) for e in base.in_flight if e.weight for weight in e.weight.received]
     return {
         "x": x,

@@ -32,21 +32,21 @@ WINGS = {
             *("trainer_checkpoints", "trainer_methods", "trainer_start"),
         ],
     ],
-    "checkpoints": [["claim", "state"], ["files"]],
+    "checkpoints": [["claim", "state"], ["places"], ["files"]],
     "training": [
         ["outer_loop"],
         ["ending", "gradients", "slow_state_dict"],
         ["consensus"],
         ["in_flight"],
         ["round"],
-        ["parts", "start_check"],
+        ["parts", "start_check", "start_values"],
         ["local_state", "slow_state", "status"],
         ["consensus_view", "inner_state"],
         ["account", "model_tensors"],
         ["clock", "report"],
     ],
     "wire": [
-        ["error_feedback", "gossip", "sharding"],
+        ["error_feedback", "gossip", "inside", "sharding"],
         ["two_stage"],
         ["reduction"],
         ["averages", "workers"],
@@ -60,7 +60,13 @@ WINGS = {
         ["codec", "slow_momentum", "starts"],
         ["layout", "norms", "topology"],
     ],
-    "ground": [["config"], ["presets"], ["rules"], ["contents", "log", "names", "random_state", "upstream"]],
+    "ground": [
+        ["config"],
+        ["presets"],
+        ["rules"],
+        ["contents"],
+        ["dtensors", "log", "names", "random_state", "upstream"],
+    ],
 }
 LAYERS = [
     [name if wing in ("", "ground") else f"{wing}.{name}" for name in row]
@@ -71,9 +77,9 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 
 # Who alone may reach a package of others.
 ONLY = {
-    # What carries messages; its types of errors; the group that keeps DDP inside a worker; the job's store, which has
-    # no public name.
-    "torch.distributed": ("wire.failures", "adapters.isolation", "wire.job", "upstream"),
+    # What carries messages; its types of errors; the group that keeps DDP inside a worker; DTensors; the job's store,
+    # which has no public name.
+    "torch.distributed": ("wire.failures", "adapters.isolation", "wire.job", "dtensors", "upstream"),
     "slowmo_hf.wire.job.wire": ("wire.communicator", "wire.processes"),  # what talks to other processes
     # Custom loops need no Trainer.
     "transformers": (

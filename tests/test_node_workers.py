@@ -1,8 +1,8 @@
 """
-Workers of several processes: gradients are averaged inside at every step, the leader alone talks to other workers.
+Workers of several processes: gradients are averaged inside at every step, and each process talks to its counterparts
+in other workers about its own part of the model.
 """
 
-import copy
 import inspect
 import logging
 import os
@@ -363,7 +363,7 @@ def _starts():
                 workers.size,
                 workers.count,
                 workers.index,
-                workers.leads,
+                workers.place,
                 workers.inside.ranks,
                 workers.between.ranks,
                 table,
@@ -381,9 +381,9 @@ def test_which_processes_form_a_worker():
     for index, (_, _, size, first_line) in enumerate(STARTS):
         for rank, (found, _) in enumerate(results):
             first = rank // size * size
-            leaders = list(range(0, 4, size))
-            assert found[index][:4] == (size, 4 // size, rank // size, rank == first), (STARTS[index], rank)
-            assert found[index][4:6] == (list(range(first, first + size)), leaders), (STARTS[index], rank)
+            column = list(range(rank % size, 4, size))
+            assert found[index][:4] == (size, 4 // size, rank // size, rank % size), (STARTS[index], rank)
+            assert found[index][4:6] == (list(range(first, first + size)), column), (STARTS[index], rank)
         assert [result[0][index][6] == "" for result in results] == [False, True, True, True], (
             "rank 0 alone shows the table"
         )
@@ -397,7 +397,7 @@ def test_which_processes_form_a_worker():
         assert others == [first] * 3, "the same words on every rank"
 
 
-# ---- the wire: followers talk inside, leaders outside ----
+# ---- the wire: each talks to its mates inside, and to its counterparts outside ----
 
 WIRE_STEPS, TAU, BUCKET_BYTES = 10, 4, 16384
 CALLS = (
@@ -492,22 +492,20 @@ def tapped():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
-def test_only_leaders_talk_to_other_workers(tapped, base):
+def test_each_process_talks_to_its_counterpart(tapped, base):
     for rank, result in enumerate(tapped):
         heard = result[base][0]
-        own, leaders = ((0, 1), (2, 3))[rank // 2], (0, 2)
+        own, column = ((0, 1), (2, 3))[rank // 2], (rank % 2, rank % 2 + 2)
         outside = {}
         for step, name, ranks, _ in heard:
             if (name, ranks, step % TAU) == ("all_gather", (0, 1, 2, 3), 0):
                 continue  # a round's header, a few bytes of every process
             if 1 <= step < WIRE_STEPS and ranks != own:
-                assert ranks == leaders, f"rank {rank}, step {step}: {name} over ranks {ranks}"
+                assert ranks == column, f"rank {rank}, step {step}: {name} over ranks {ranks}"
                 outside.setdefault(step, set()).add(name)
         assert any(ranks == own for step, _, ranks, _ in heard if step == TAU), "a round reaches both processes"
-        if rank % 2:
-            assert not outside, f"follower {rank}: {outside}"
-        elif base == "local_sgd":
-            assert set(outside) == {TAU, 2 * TAU}, f"leader {rank}: {outside}"
+        if base == "local_sgd":
+            assert set(outside) == {TAU, 2 * TAU}, f"rank {rank}: {outside}"
         else:
             rounds = (TAU, 2 * TAU)
             assert {step: "batch_isend_irecv" in names for step, names in outside.items()} == {
@@ -519,31 +517,26 @@ def test_only_leaders_talk_to_other_workers(tapped, base):
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])
 def test_bytes_between_workers_are_what_theory_says(tapped, base):
     """
-    A ring of 2 sends 2 (2-1)/2 = 1 time the payload; the header is 6 fp64 and a learning rate per group, to 3 others.
+    A ring of 2 sends 2 (2-1)/2 = 1 time the payload, of which each process of a worker has half; the header is 6 fp64
+    and a learning rate per group, to 3 others. A report is the worker's.
     """
     for rank, result in enumerate(tapped):
         heard, reports, (between, gossip, both), trainable = result[base]
-        messages = len(
-            [name for step, name, ranks, _ in tapped[0][base][0] if (step, name, ranks) == (TAU, "all_reduce", (0, 2))]
-        )
-        assert messages >= -(-4 * trainable // BUCKET_BYTES) > 1
+        column = (rank % 2, rank % 2 + 2)
+        calls = [name for step, name, ranks, _ in heard if (step, ranks) == (TAU, column)]
+        messages, half = calls.count("all_reduce"), -(-trainable // 2) if rank % 2 == 0 else trainable // 2
+        assert messages >= -(-4 * half // BUCKET_BYTES) > 1
         header = 3 * 8 * (6 + 2)
-        a_round = 4 * (trainable + messages) + header
-        exchanges = (TAU - 1) * 4 * trainable if base == "sgp" else 0
+        a_round, exchanges = 4 * (half + messages), (TAU - 1) * 4 * half if base == "sgp" else 0
+        of_worker = 4 * (trainable + 2 * messages) + 2 * header + (2 * exchanges if base == "sgp" else 0)
         assert [report.round for report in reports] == [1, 2]
-        assert [report.bytes_sent for report in reports] == [a_round + exchanges] * 2, (
-            "a follower shows its leader's report"
-        )
+        assert [abs(report.bytes_sent - of_worker) <= 4 * (TAU - 1) for report in reports] == [True, True]
         assert both == between + gossip
-        if rank % 2:
-            assert (between, gossip) == (3 * header, 0), "two rounds and the end"
-            continue
-        assert between >= 2 * a_round  # and the look at the end
+        assert between >= 2 * (a_round + header)  # and the look at the end
         for number in (1, 2):
             steps = range((number - 1) * TAU + 1, number * TAU + 1)
-            assert (
-                sum(moved for step, _, ranks, moved in heard if step in steps and ranks == (0, 2))
-                == a_round - header + exchanges
+            assert sum(moved for step, _, ranks, moved in heard if step in steps and ranks == column) == (
+                a_round + exchanges
             )
 
 
@@ -793,9 +786,11 @@ class Boom:
         raise RuntimeError("boom")
 
 
-def _boom_on_a_leader(rank, bare, loop):
+def _boom_on_one(rank, bare, loop):
+    """Where a script that fails has its last word: nobody else is told of an error that is caught."""
     if rank == 2:
         loop.parts.slow.reduction = Boom()
+        loop.workers.roll_call.leave("RuntimeError: boom")
 
 
 def _without_ddp():
@@ -825,7 +820,7 @@ def _faults():
     ]
     counted = _fault(_count_more_in_one_worker, 2, "local_sgd")
     follower_counted = _fault(_count_more_on_a_follower, 2, "local_sgd")
-    return changed, counted, follower_counted, _without_ddp(), _fault(_boom_on_a_leader, 6, "local_sgd")
+    return changed, counted, follower_counted, _without_ddp(), _fault(_boom_on_one, 6, "local_sgd")
 
 
 @pytest.fixture(scope="module")
@@ -870,21 +865,20 @@ def test_a_worker_of_several_processes_needs_ddp(faults):
 
 
 @pytest.mark.slow
-def test_a_leaders_error_reaches_its_follower(faults):
+def test_an_error_of_one_process_reaches_all(faults):
     """
-    Rank 2 fails in the second round: rank 3 says the same at once; rank 0 waits for timeout_seconds, and rank 1 for
-    it.
+    Rank 2 fails in the second round: its counterpart misses it, its mate and the other worker's second process hear
+    who it was.
     """
-    others, theirs = [fault[-1] for fault in faults[:2]], [fault[-1] for fault in faults[2:]]
-    for step, words, seconds in theirs:
-        assert (step, words) == (6, "RuntimeError: boom")
-        assert seconds < patience(2)
-    for step, words, seconds in others:
-        assert (step, words) == (6, others[0][1])
+    assert faults[2][-1][:2] == (6, "RuntimeError: boom")
+    for fault in (faults[0], faults[1], faults[3]):
+        step, words, seconds = fault[-1]
+        assert step == 6
+        assert re.match(r"RuntimeError: rank 2 on \S+ left at step 5: RuntimeError: boom\. ", words), words
         assert seconds < patience(9)
 
 
-# ---- state: each its own, or the leader's for all ----
+# ---- state: each its own ----
 
 STATES = [  # (inner optimizer, settings); what SGD forgets at a round's end need not be saved for every worker
     ("sgd", _pairs(sync_every=3)),
@@ -914,34 +908,24 @@ def _resumed(case):
 
     original = _net(config, torch.float64, name)
     train(original, 0, 3)
-    accelerator, bare, _, optimizer = original
+    accelerator, _, _, optimizer = original
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     register_for_checkpointing(accelerator, optimizer)
     accelerator.save_state(folder[0])
-    own = copy.deepcopy(optimizer.state_dict())
-    leaders = [own]
-    dist.broadcast_object_list(leaders)
-    weights = values(bare)
-    slow_elements = sum(t.numel() for t in [*own["slowmo"]["anchors"], *own["slowmo"]["velocities"]])
+    with pytest.raises(RuntimeError, match="2 processes per worker: each has a part of it"):
+        optimizer.state_dict()
+    slow = optimizer.optimizer.outer_loop.parts.slow
+    slow_elements = sum(flat.numel() for flat in [*(item.flat for item in slow.anchors), *slow.update.velocities])
     ways["itself"] = train(original, 3, 7)
-
-    for way, state in (("its own state", own), ("the leader's state", leaders[0])):
-        for started in (False, True):
-            run = _net(config, torch.float64, name)
-            if started:
-                train(run, 20, 22)
-            run[1].load_state_dict(weights)
-            run[3].load_state_dict(copy.deepcopy(state))
-            ways[f"{way}, {'started' if started else 'new'}"] = train(run, 3, 7)
-    run = _net(config, torch.float64, name)
-    register_for_checkpointing(run[0], run[3])
-    run[0].load_state(folder[0])
-    ways["accelerate"] = train(run, 3, 7)
-    run = _net(config, torch.float64, name)
-    run[3].load_state_dict(copy.deepcopy(leaders[0]))
-    ways["the leader's state without the model"] = train(run, 3, 7)
-    return ways, slow_elements, own["slowmo"]["attempted_steps"]
+    for started in (False, True):
+        run = _net(config, torch.float64, name)
+        register_for_checkpointing(run[0], run[3])
+        if started:
+            train(run, 20, 22)
+        run[0].load_state(folder[0])
+        ways["started" if started else "new"] = train(run, 3, 7)
+    return ways, slow_elements
 
 
 def _all_resumed():
@@ -954,27 +938,17 @@ def resumed():
 
 
 @pytest.mark.slow
-def test_followers_hold_no_slow_state(resumed):
+def test_each_process_holds_its_part_of_the_slow_state(resumed):
     trainable = sum(p.numel() for p in Regression().parameters())
     for index, (_, config) in enumerate(STATES):
-        one = trainable * (2 if config.outer_optimizer == "slow_momentum" else 1)  # anchors and velocities
-        assert [result[index][1] for result in resumed] == [one, 0, one, 0]
-        assert [result[index][2] for result in resumed] == [3] * 4
-
-
-WAYS = [
-    "its own state, new",
-    "its own state, started",
-    "the leader's state, new",
-    "the leader's state, started",
-    "accelerate",
-]
-WAYS += ["the leader's state without the model"]
+        copies = 2 if config.outer_optimizer == "slow_momentum" else 1  # anchors and velocities
+        halves = [copies * -(-trainable // 2), copies * (trainable // 2)]
+        assert [result[index][1] for result in resumed] == [*halves, *halves]
 
 
 EVERY_WAY = [
     pytest.param(way, index, id=f"{name}, {config.base}, {config.outer_optimizer}: {way}")
-    for way in WAYS
+    for way in ("new", "started")
     for index, (name, config) in enumerate(STATES)
 ]
 
@@ -982,13 +956,8 @@ EVERY_WAY = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "index"), EVERY_WAY)
 def test_a_run_goes_on_bit_for_bit_from_its_state(resumed, way, index):
-    sgd = STATES[index][0] == "sgd"
     for rank, result in enumerate(resumed):
-        ways, leaders = result[index][0], resumed[rank // 2 * 2][index][0]
-        for mine, theirs in zip(ways[way], leaders[way], strict=True):
-            assert equal(mine, theirs), f"rank {rank} parted from its leader"
-        # AdamW's moments are each worker's own, and rank 0's state cannot hold the other worker's: it is right until
-        # the round.
-        steps = 4 if sgd or "own" in way else 2 if rank < 2 else 0
-        for step in range(steps):
-            assert equal(ways[way][step], ways["itself"][step]), (rank, step + 4)
+        ways, mates = result[index][0], resumed[rank // 2 * 2][index][0]
+        for step, weights in enumerate(ways[way]):
+            assert equal(weights, mates[way][step]), f"rank {rank} parted from its worker's first"
+            assert equal(weights, ways["itself"][step]), (rank, step + 4)

@@ -259,7 +259,7 @@ def test_nan_is_named(at_a_look):
     assert "rank 0 on" not in words
 
 
-def leaders_alone(overlap_steps):
+def each_its_part(overlap_steps):
     """Two workers of two processes; the average at their end."""
     model, optimizer = train_node_workers(shard_slow_state=True, overlap_steps=overlap_steps)
     optimizer.eval()
@@ -267,11 +267,11 @@ def leaders_alone(overlap_steps):
 
 
 @pytest.mark.parametrize("overlap_steps", [0, 1])
-def test_a_workers_leader_alone_holds_its_shard(overlap_steps):
-    found = run_workers(leaders_alone, 4, overlap_steps)
-    for rank, (weights, sizes) in enumerate(found):
+def test_each_process_of_a_worker_shards_its_part(overlap_steps):
+    found = run_workers(each_its_part, 4, overlap_steps)
+    for weights, sizes in found:
         assert same(weights, found[0][0])
-        assert sizes == ([] if rank % 2 else [16])  # of 31 parameters
+        assert sizes == [8]  # of 16 and 15 parameters
 
 
 # ---- checkpoints ----
@@ -426,7 +426,7 @@ def test_a_state_dict_of_a_plain_run_is_taken_up_and_none_is_given():
                 step_once(step)
             ends.append((start, state_of(model)))
         with pytest.raises(
-            RuntimeError, match=r"shard_slow_state=True: each has a shard of it. Use accelerator.save_state"
+            RuntimeError, match=r"shard_slow_state=True: each has a part of it. Use accelerator.save_state"
         ):
             optimizer.state_dict()
         return ends

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from .dtensors import local
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and the reason."""
@@ -35,13 +37,14 @@ class Contents:
 
     def add(self, other: Contents) -> None:
         """Hold what another holds, too."""
-        for mine, its in zip(self._tables, other._tables, strict=True):
+        for mine, its in zip(self.tables, other.tables, strict=True):
             twice = mine.keys() & its.keys()
             assert not twice, twice
             mine.update(its)
 
     @property
-    def _tables(self) -> tuple[dict[str, Any], ...]:
+    def tables(self) -> tuple[dict[str, Any], ...]:
+        """All three."""
         return self.settings, self.tensors, self.objects
 
     def tensor(self, name: str, like: torch.Tensor, *, finite: bool = True) -> torch.Tensor:
@@ -196,7 +199,7 @@ def _odd_state(state: dict[str, Any], numbers: list[Any], optimizer: torch.optim
 def _is_like(saved: Any, own: Any) -> bool:
     """Whether one value may take the other's place: a tensor one of its shape, a number one as finite as it."""
     if isinstance(own, torch.Tensor) and own.dim() > 0:
-        return isinstance(saved, torch.Tensor) and saved.shape == own.shape
+        return isinstance(saved, torch.Tensor) and saved.shape == local(own).shape
     if isinstance(own, tuple | list):
         return isinstance(saved, tuple | list) and len(saved) == len(own) and all(map(_is_like, saved, own))
     if isinstance(own, torch.Tensor | int | float) and not isinstance(own, bool):

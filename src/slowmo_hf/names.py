@@ -22,6 +22,21 @@ TOPOLOGIES = {
 # its dotted path.
 OUTER_UPDATES = {"slow_momentum": "slowmo_hf.algorithm.outer_update.PiecewiseUpdate"}
 
+# Of torch.optim, those that treat every element by itself: they work on any part of a tensor.
+ELEMENTWISE = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Rprop",
+    "ASGD",
+)
+
 
 def find(path: str) -> Any:
     """What a dotted path leads to; `ImportError` or `AttributeError` where that is nothing."""

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from .. import upstream
 from ..checkpoints.files import FOLDER, verify_checkpoint
+from ..checkpoints.places import SHARED
 from ..checkpoints.state import (
-    SHARED,
     check_snapshot,
     finish_together,
     keeps_files,
@@ -106,18 +106,18 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
 def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) -> Callable[[], None]:
     """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
     first = next(iter(begun.values()))
-    keeper = keeps_files(first, folder, accelerator.local_process_index)
+    keeping = keeps_files(first, folder, accelerator.local_process_index)
     words = f"checkpoint {folder} cannot be written"
     objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
     together(first, words, lambda: objects.update(_own_objects(accelerator)))
     for within, outer_loop in begun.items():
         write = functools.partial(
-            write_snapshot, str(folder), outer_loop, shared=keeper, objects=objects, within=within
+            write_snapshot, str(folder), outer_loop, shared=keeping.shared, objects=objects, within=within
         )
         together(outer_loop, words, write)
 
     def finish() -> None:
-        if keeper:
+        if keeping.seals:
             seal_snapshot(folder, first)
 
     return lambda: finish_together(first, folder, finish)
@@ -198,7 +198,7 @@ def _take_up(
 
     if any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
         together(outer_loop, words, verify_here)  # nobody reads what another has found damaged
-    if not any(outer_loop.workers.world.gather_objects((folder / FOLDER / f"{within}{SHARED}.json").exists())):
+    if not any(outer_loop.workers.world.gather_objects(any((folder / FOLDER).glob(f"{within}{SHARED}*.json")))):
         if outer_loop.attempted_steps:
             raise CheckpointError(
                 f"{folder} has no state of local training, and this run has begun: load it before the first step."

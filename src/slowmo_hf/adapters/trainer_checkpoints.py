@@ -20,6 +20,7 @@ from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
 from ..checkpoints.files import FOLDER, is_whole, recorded_saves, refuse_another_save, verify_checkpoint
 from ..checkpoints.state import (
+    Keeping,
     check_snapshot,
     finish_together,
     keeps_files,
@@ -54,20 +55,21 @@ class TrainerCheckpoints:
         self._given = {name: getattr(args, name) for name in ("save_total_limit", "hub_strategy", "save_on_each_node")}
         self._written: Path | None = None
         self._claim: Claim | None = None  # while a save is under way
-        self._keeper: bool | None = None
+        self._keeping: Keeping | None = None
         if args.save_strategy != SaveStrategy.NO:
             self._decide_who_keeps()
         args.save_total_limit, args.hub_strategy = None, HubStrategy.END
 
-    def _decide_who_keeps(self) -> bool:
+    def _decide_who_keeps(self) -> Keeping:
         """Collective, and once: a run that saves nothing needs no folder that can be written."""
-        if self._keeper is None:
-            self._keeper = keeps_files(self.outer_loop, Path(str(self.args.output_dir)), self.args.local_process_index)
-            keepers = sum(self.world.gather_objects(self._keeper))
+        if self._keeping is None:
+            local_rank = self.args.local_process_index
+            self._keeping = keeps_files(self.outer_loop, Path(str(self.args.output_dir)), local_rank)
+            keepers = sum(self.world.gather_objects(self._keeping.seals))
             if keepers > 1 and not self.args.save_on_each_node:
                 logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
                 self.args.save_on_each_node = True
-        return self._keeper
+        return self._keeping
 
     def end(self) -> None:
         """Give the arguments back as they were."""
@@ -82,12 +84,12 @@ class TrainerCheckpoints:
         if self.args.save_only_model:
             return
 
-        keeper = self._decide_who_keeps()
+        keeping = self._decide_who_keeps()
 
         def write() -> None:
-            if keeper:
+            if keeping.seals:
                 self._claim = self._claim or Claim(folder)
-            write_snapshot(str(folder), self.outer_loop, shared=keeper, objects=objects)
+            write_snapshot(str(folder), self.outer_loop, shared=keeping.shared, objects=objects)
 
         try:
             together(self.outer_loop, f"checkpoint {folder} cannot be written", write)
@@ -102,7 +104,7 @@ class TrainerCheckpoints:
             self.write(folder, objects)
 
         def keep() -> None:
-            if not self._decide_who_keeps():
+            if not self._decide_who_keeps().seals:
                 return
             if self._written == folder:
                 if not (folder / FOLDER).is_dir():

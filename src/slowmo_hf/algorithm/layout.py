@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
+
+from ..contents import Contents
+from ..dtensors import local
 
 # Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and
 # parameter then stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch,
@@ -14,12 +17,14 @@ CACHED_ELEMENTS = {"cpu": 2**18}
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements of a dense tensor in memory order, as a view: right for channels-last and other permuted strides.
+    """
+    All elements of a dense tensor that this process has, in memory order, as a view: right for channels-last and other
+    permuted strides.
 
     Raises:
         ValueError: The tensor's memory has holes or overlaps.
     """
-    tensor = tensor.detach()
+    tensor = local(tensor).detach()
     if tensor.is_contiguous():
         return tensor.view(-1)
     expected = 1
@@ -36,34 +41,55 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(eq=False)
-class Piece:
-    """A run of one parameter: what the arithmetic of a round works on at a time.
+class Span:
+    """
+    A run of one parameter.
 
     Args:
-        item (`FlatAnchor`): Where its anchor lies.
         param (`torch.Tensor`): The parameter.
         group (`int`): Its inner parameter group.
-        start (`int`), stop (`int`): Its elements, in memory order.
-        offset (`int`): Where they lie in the flat anchor.
-        anchor (`torch.Tensor`): They themselves there, a view.
+        start (`int`), stop (`int`): Its elements, of those that this process has, in memory order.
     """
 
-    item: FlatAnchor
     param: torch.Tensor
     group: int
     start: int
     stop: int
-    offset: int
-    anchor: torch.Tensor
+
+    @property
+    def elements(self) -> int:
+        """How many."""
+        return self.stop - self.start
 
     def values(self) -> torch.Tensor:
         """The parameter's own elements, a view made anew: its memory may have been replaced."""
         flat = flat_view(self.param)
-        return flat if flat.numel() == self.stop - self.start else flat[self.start : self.stop]
+        return flat if flat.numel() == self.elements else flat[self.start : self.stop]
+
+    def view_of(self, run: torch.Tensor) -> torch.Tensor:
+        """As many elements in other memory: with the parameter's shape and strides, where this is all of it."""
+        own = local(self.param)
+        return run.as_strided(own.shape, own.stride()) if self.elements == own.numel() else run
+
+
+@dataclass(eq=False)
+class Piece(Span):
+    """
+    What the arithmetic of a round works on at a time.
+
+    Args:
+        item (`FlatAnchor`): Where its anchor lies.
+        offset (`int`): From where on.
+        anchor (`torch.Tensor`): The elements there, a view.
+    """
+
+    item: FlatAnchor
+    offset: int
+    anchor: torch.Tensor
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """This run of another flat tensor, laid out like `item.flat`."""
-        return flat[self.offset : self.offset + self.stop - self.start]
+        return flat[self.offset : self.offset + self.elements]
 
 
 @dataclass(eq=False)
@@ -81,23 +107,42 @@ class Bucket:
 
     def runs(self, message: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece with its run of a message."""
-        return [(p, message[p.offset - self.offset : p.offset - self.offset + p.stop - p.start]) for p in self.pieces]
+        return [(p, message[p.offset - self.offset : p.offset - self.offset + p.elements]) for p in self.pieces]
 
 
 @dataclass(eq=False)
 class FlatAnchor:
     """
-    The anchors on one device in one wide dtype, in one flat tensor; groups[i] is the inner parameter group of
-    params[i].
+    The anchors on one device in one wide dtype, in one flat tensor.
+
+    Args:
+        flat (`torch.Tensor`): They themselves; a layout alone has no memory ("meta").
+        spans (`list[Span]`): What lies there, one after the other.
+        device (`torch.device`): The parameters'.
+        first (`int`): Where it begins in the layout that it is a part of,
+        whole_elements (`int`): which has so many.
     """
 
     flat: torch.Tensor
-    params: list[torch.Tensor]
-    groups: list[int]
+    spans: list[Span]
+    device: torch.device
+    first: int
+    whole_elements: int
+
+    def runs(self, flat: torch.Tensor) -> Iterator[tuple[Span, torch.Tensor]]:
+        """Every span with its run of a flat tensor that is laid out like this one."""
+        at = 0
+        for span in self.spans:
+            yield span, flat[at : at + span.elements]
+            at += span.elements
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """One view per span of a flat tensor that is laid out like this one: `Span.view_of`."""
+        return [span.view_of(run) for span, run in self.runs(flat)]
 
     def anchors(self) -> list[torch.Tensor]:
-        """One view per parameter, with the parameter's shape and strides."""
-        return views_like(self.flat, self.params)
+        """The views of its own."""
+        return self.views(self.flat)
 
     def buckets(self, bucket_bytes: int) -> list[Bucket]:
         """Cut into runs of at most `bucket_bytes`; a tensor larger than that spans several."""
@@ -105,55 +150,80 @@ class FlatAnchor:
         cached = CACHED_ELEMENTS.get(self.flat.device.type, longest)
         pieces_of: dict[int, list[Piece]] = {}
         low = 0
-        for param, group in zip(self.params, self.groups, strict=True):
+        for span in self.spans:
             start = 0
-            while start < param.numel():
+            while start < span.elements:
                 bucket, within = divmod(low + start, longest)
-                stop = min(param.numel(), start + cached, start + longest - within)
-                anchor = self.flat[low + start : low + stop]
-                pieces_of.setdefault(bucket, []).append(Piece(self, param, group, start, stop, low + start, anchor))
+                stop = min(span.elements, start + cached, start + longest - within)
+                pieces_of.setdefault(bucket, []).append(
+                    Piece(
+                        item=self,
+                        param=span.param,
+                        group=span.group,
+                        start=span.start + start,
+                        stop=span.start + stop,
+                        offset=low + start,
+                        anchor=self.flat[low + start : low + stop],
+                    )
+                )
                 start = stop
-            low += param.numel()
+            low += span.elements
         return [Bucket(self, i * longest, min(longest, low - i * longest), pieces) for i, pieces in pieces_of.items()]
 
+    def part(self, place: int, places: int) -> FlatAnchor:
+        """The layout of one of `places` equal parts, of which the last may be shorter."""
+        elements = self.flat.numel()
+        length = -(-elements // places)
+        first, last = min(elements, place * length), min(elements, (place + 1) * length)
+        spans, at = [], 0
+        for span in self.spans:
+            start, stop = max(first - at, 0), min(last - at, span.elements)
+            if start < stop:
+                spans.append(replace(span, start=span.start + start, stop=span.start + stop))
+            at += span.elements
+        return FlatAnchor(self.flat.new_empty(last - first, device="meta"), spans, self.device, first, elements)
 
-def views_like(flat: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Cut a flat tensor into views with the shapes and strides of `tensors`, one after the other."""
-    views, offset = [], 0
-    for tensor in tensors:
-        views.append(flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + offset))
-        offset += tensor.numel()
-    return views
+    def of_checkpoint(self, contents: Contents, name: str) -> torch.Tensor:
+        """
+        A tensor of a checkpoint that is laid out like this; or like the whole, of which this part is taken.
+
+        Raises:
+            CheckpointError: It is missing, does not fit, or is not finite.
+        """
+        found, whole = contents.tensors.get(name), self.flat.new_empty(self.whole_elements, device="meta")
+        if found is None or found.shape != whole.shape:
+            return contents.tensor(name, self.flat)
+        return contents.tensor(name, whole)[self.first : self.first + self.flat.numel()]
 
 
-def flat_layouts(groups: Iterable[list[torch.Tensor]]) -> list[FlatAnchor]:
+def flat_layouts(
+    groups: Iterable[list[torch.Tensor]], wide: Callable[[torch.dtype], torch.dtype] = wide_dtype
+) -> list[FlatAnchor]:
     """
-    Where parameters lie in flat anchors, one per (device, wide dtype), group after group; `flat` has no memory yet
-    ("meta").
+    Where tensors lie in flat anchors, one per (device, wide dtype), group after group; of DTensors this process's
+    shards.
     """
-    found: dict[tuple[torch.device, torch.dtype], FlatAnchor] = {}
+    found: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
     for group, params in enumerate(groups):
         for param in params:
-            dtype = wide_dtype(param.dtype)
-            layout = found.setdefault(
-                (param.device, dtype), FlatAnchor(torch.empty(0, dtype=dtype, device="meta"), [], [])
-            )
-            layout.params.append(param)
-            layout.groups.append(group)
-    for layout in found.values():
-        layout.flat = layout.flat.new_empty(sum(p.numel() for p in layout.params))
-    return list(found.values())
+            spans = found.setdefault((param.device, wide(param.dtype)), [])
+            elements = local(param).numel()
+            if elements:
+                spans.append(Span(param, group, 0, elements))
+    layouts = []
+    for (device, dtype), spans in found.items():
+        elements = sum(span.elements for span in spans)
+        layouts.append(FlatAnchor(torch.empty(elements, dtype=dtype, device="meta"), spans, device, 0, elements))
+    return layouts
 
 
 def flat_anchors(layouts: Iterable[FlatAnchor]) -> list[FlatAnchor]:
     """Copy parameters into fresh memory of these layouts."""
     anchors = []
     for layout in layouts:
-        anchor = FlatAnchor(
-            torch.empty_like(layout.flat, device=layout.params[0].device), layout.params, layout.groups
-        )
-        for view, param in zip(anchor.anchors(), anchor.params, strict=True):
-            view.copy_(param.detach())
+        anchor = replace(layout, flat=torch.empty_like(layout.flat, device=layout.device))
+        for span, run in anchor.runs(anchor.flat):
+            run.copy_(span.values())
         anchors.append(anchor)
     return anchors
 

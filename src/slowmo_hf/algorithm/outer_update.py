@@ -13,8 +13,8 @@ import torch
 
 from ..config import SlowMoConfig
 from ..contents import Contents, Restored
-from ..names import OUTER_UPDATES, find
-from .layout import Bucket, FlatAnchor, Piece, views_like
+from ..names import ELEMENTWISE, OUTER_UPDATES, find
+from .layout import Bucket, FlatAnchor, Piece
 from .norms import Norms
 from .slow_momentum import SlowMomentum
 
@@ -57,6 +57,13 @@ class OuterUpdate(Protocol):
 
     def restore(self, contents: Contents) -> Restored:
         """Check what `saved` gave; the result takes it up, copied."""
+
+
+def works_elementwise(config: SlowMoConfig) -> bool:
+    """Whether the update treats every element by itself, so that a part of a tensor is enough for it."""
+    if config.outer_optimizer in OUTER_UPDATES:
+        return True
+    return config.outer_optimizer_class() in [getattr(torch.optim, name) for name in ELEMENTWISE]
 
 
 def make_outer_update(
@@ -132,8 +139,8 @@ class WholeUpdate:
     def __init__(self, config: SlowMoConfig, anchors: list[FlatAnchor], pieces: list[Piece], groups: int) -> None:
         of_group: list[list[torch.Tensor]] = [[] for _ in range(groups)]
         for item in anchors:
-            for group, anchor in zip(item.groups, item.anchors(), strict=True):
-                of_group[group].append(anchor)
+            for span, anchor in zip(item.spans, item.anchors(), strict=True):
+                of_group[span.group].append(anchor)
         try:
             self.optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(
                 [{"params": own} for own in of_group], lr=config.outer_lr, **config.outer_optimizer_arguments()
@@ -170,8 +177,8 @@ class WholeUpdate:
     def _set_gradients(self, pseudo_grads: dict[FlatAnchor, torch.Tensor]) -> None:
         gradients: list[list[torch.Tensor]] = [[] for _ in self.optimizer.param_groups]
         for item, flat in pseudo_grads.items():
-            for group, gradient in zip(item.groups, views_like(flat, item.params), strict=True):
-                gradients[group].append(gradient)
+            for span, gradient in zip(item.spans, item.views(flat), strict=True):
+                gradients[span.group].append(gradient)
         for param_group, own in zip(self.optimizer.param_groups, gradients, strict=True):
             for anchor, gradient in zip(param_group["params"], own, strict=True):
                 anchor.grad = gradient

@@ -87,7 +87,7 @@ class TrainingOn(Base):
     """
 
     def __init__(self, layouts: list[FlatAnchor]) -> None:
-        self.departed = {item: torch.empty_like(item.flat, device=item.params[0].device) for item in layouts}
+        self.departed = {item: torch.empty_like(item.flat, device=item.device) for item in layouts}
 
     def depart_(self, pieces: list[Piece]) -> None:
         """The displacements are on their way: remember x_i at step k."""
@@ -146,7 +146,7 @@ class TrainingOn(Base):
         """As `Part.restore`."""
         if IN_FLIGHT not in saved.own.settings or not same_number:
             return self.stay
-        flat = {item: saved.own.tensor(f"departed.{i}", own) for i, (item, own) in enumerate(self.departed.items())}
+        flat = {item: item.of_checkpoint(saved.own, f"departed.{i}") for i, item in enumerate(self.departed)}
 
         def take_up() -> None:
             for item, departed in flat.items():

@@ -210,8 +210,7 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         is_part = path.suffix in (".json", ".safetensors", ".pt") and path.name != MANIFEST
         if is_part and str(path.relative_to(root)) not in files:
             raise CheckpointError(f"{path} is not in the manifest. Delete it, or resume from another checkpoint.")
-    shared = root / FOLDER / "shared.json"
-    if str(shared.relative_to(root)) in files:
+    for shared in sorted((root / FOLDER).glob("shared*.json")):
         part = _read_json(shared)
         for name, told in (("run", "run"), ("step", "attempted_steps"), ("save", "save")):
             if part.get(told) != manifest.get(name):

@@ -24,20 +24,20 @@ both. An older checkpoint has no `save`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import SlowMoConfig
-from ..contents import CheckpointError, Contents, Part, Saved, check_all, save_all
+from ..contents import CheckpointError, Contents, Saved, check_all, save_all
 from ..log import logger
-from ..training.inner_state import OBJECT
+from ..training.inner_state import OBJECT, SHARDS
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name
-from .files import read_part, seal, write_part
-
-SHARED = "shared"
+from .files import seal, write_part
+from .places import SHARED, part_name, read_for
 
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
 # that is said.
@@ -55,12 +55,30 @@ _FIXED = (
 )
 
 
-def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> bool:
+@dataclass(frozen=True)
+class Keeping:
     """
-    Whether this process writes what all workers share: rank 0, and the first process of a machine that does not see
-    its files.
+    What a process writes of what all workers share.
+
+    Args:
+        seals (`bool`): The manifest, once on every file system: rank 0, and the first process of a machine that does
+            not see its files.
+        shared (`bool`): Its part of the shared state.
     """
-    world = outer_loop.workers.world
+
+    seals: bool
+    shared: bool
+
+
+def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping:
+    """
+    Who writes what into this folder. Collective.
+
+    Raises:
+        CheckpointError: It cannot be written, or a worker spans machines that do not share it.
+    """
+    workers = outer_loop.workers
+    world = workers.world
     token = folder / f".{outer_loop.run_id}"
 
     def leave_token() -> None:
@@ -73,7 +91,19 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> bool:
     world.gather_objects(None)  # all have looked
     if world.rank == 0:
         token.unlink()
-    return world.rank == 0 if sees_it else local_rank == 0
+    first = world.rank if sees_it else local_rank
+
+    def refuse_over_machines() -> None:
+        if first == 0 and workers.place:
+            raise CheckpointError(
+                f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, "
+                f"got {workers.size}: worker {workers.index} spans machines, and its state would be on another one's "
+                "disk than this process reads. Put the folder on a shared file system, or set "
+                "processes_per_worker='node'."
+            )
+
+    together(outer_loop, f"{folder} cannot be written", refuse_over_machines)
+    return Keeping(seals=first == 0, shared=first < workers.size)
 
 
 def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
@@ -137,34 +167,30 @@ def write_snapshot(
     Args:
         folder (`str`): The checkpoint's.
         outer_loop (`OuterLoop`): The average may be shown: the local weights are taken from where they are put by.
-        shared (`bool`): Whether this process also writes what all workers share: one on every file system.
+        shared (`bool`): Whether this process also writes its part of what all workers share.
         objects (`dict`): State dictionaries of each worker's own: scheduler, scaler.
         within (`str`, *optional*): Where among several optimizers' of a program: a folder's name and a slash.
-
-    Raises:
-        CheckpointError: A worker spans machines that do not share the folder.
     """
     workers, loop = outer_loop.workers, outer_loop
     loop.in_flight.settle()
-    saved = save_all(_parts(loop), agree=loop.clock.workers_agree, keep=shared)
-    header = {**save_names(loop), "workers": workers.count}
-    if shared and not workers.leads:
-        raise CheckpointError(
-            f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, got "
-            f"{workers.size}: worker {workers.index} spans machines, and its state would be on another one's disk "
-            "than this process reads. Put the folder on a shared file system, or set processes_per_worker='node'."
-        )
+    speaks_for_all = workers.place == 0 or workers.holds_shards
+    parts = [*loop.saved_parts, loop.inner_state] if speaks_for_all else loop.cut_parts
+    saved = save_all(parts, agree=loop.clock.workers_agree, keep=shared)
+    header: dict[str, Any] = {**save_names(loop), "workers": workers.count}
+    if workers.size > 1:
+        header |= {"processes_per_worker": workers.size, "place": workers.place, "sharded": workers.holds_shards}
     if shared:
-        run = {"processes": workers.world.world_size, "config": loop.config.to_dict()}
-        saved.shared.add(Contents({**header, **run, "parameters": loop.tensors.fingerprint()}))
-        write_part(folder, f"{within}{SHARED}", saved.shared)
-    if workers.leads:
-        saved.own.add(Contents({**header, "attempted_steps": loop.attempted_steps}, objects=objects))
-        write_part(folder, f"{within}worker_{workers.index}", saved.own)
-
-
-def _parts(loop: OuterLoop) -> list[Part]:
-    return [*loop.saved_parts, loop.inner_state]
+        if speaks_for_all:
+            run = {"processes": workers.world.world_size, "config": loop.config.to_dict()}
+            saved.shared.add(Contents({**run, "parameters": loop.tensors.fingerprint()}))
+        else:
+            saved.shared.add(Contents({"attempted_steps": loop.attempted_steps}))
+        saved.shared.add(Contents(header))
+        write_part(folder, within + part_name(SHARED, workers.place, workers.size), saved.shared)
+    if speaks_for_all:
+        saved.own.add(Contents(objects=objects))
+    saved.own.add(Contents({**header, "attempted_steps": loop.attempted_steps}))
+    write_part(folder, within + part_name(f"worker_{workers.index}", workers.place, workers.size), saved.own)
 
 
 def check_snapshot(
@@ -189,10 +215,11 @@ def check_snapshot(
     Raises:
         CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
     """
-    shared = read_part(folder, f"{within}{SHARED}")
+    workers = outer_loop.workers
+    shared = read_for(workers, folder, within + SHARED)
     _check(Path(folder), shared, outer_loop)
-    workers, run, then = outer_loop.workers, shared.word("run"), shared.count("workers", least=1)
-    own = read_part(folder, f"{within}worker_{workers.index % then}")
+    run, then = shared.word("run"), shared.count("workers", least=1)
+    own = read_for(workers, folder, f"{within}worker_{workers.index % then}")
     for key in ("run", "attempted_steps", "workers", "save"):
         if own.settings.get(key) != shared.settings.get(key):
             raise CheckpointError(
@@ -204,14 +231,15 @@ def check_snapshot(
     same_number = then == workers.count
     if not same_number:
         _say_another_number(folder, then, outer_loop)
-    take_up_parts = check_all(_parts(outer_loop), Saved(shared, own), same_number=same_number)
+    parts = [*outer_loop.saved_parts, outer_loop.inner_state]
+    take_up_parts = check_all(parts, Saved(shared, own), same_number=same_number)
 
     @torch.no_grad()
     def take_up() -> dict[str, Any]:
         take_up_parts()
         outer_loop.parts.share_last_round()
         outer_loop.run_id = run
-        return {name: value for name, value in own.objects.items() if name != OBJECT}
+        return {name: value for name, value in own.objects.items() if name not in (OBJECT, SHARDS)}
 
     return take_up
 

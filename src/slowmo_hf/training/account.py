@@ -17,7 +17,7 @@ class Account:
     (`communicating`), or of neither (`paused`, which wins). What is sent `apart` is in no report.
 
     Args:
-        bytes_sent (`Callable`): Payload that this worker has sent so far, in bytes.
+        bytes_sent (`Callable`): Payload that this process has sent so far, in bytes.
     """
 
     def __init__(self, bytes_sent: Callable[[], int]) -> None:
@@ -76,15 +76,28 @@ class Account:
             self._mark()
             self._communicating = before
 
-    def report(self, number: int, norms: Norms, *, consensus_is_known: bool) -> RoundReport:
-        """Of a round that ends now."""
+    def report(
+        self,
+        number: int,
+        norms: Norms,
+        summed: Callable[[list[float]], list[float]],
+        *,
+        consensus_is_known: bool,
+    ) -> RoundReport:
+        """
+        Of a round that ends now.
+
+        Args:
+            summed (`Callable`): Sums over the worker's processes, each of which counts what it has sent.
+        """
+        [bytes_sent] = summed([self._bytes_sent() - self._bytes])
         self._mark()
         return RoundReport(
             round=number,
             consensus_distance=norms.consensus_distance if consensus_is_known else None,
             pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
             velocity_norm=math.sqrt(norms.velocity_square),
-            bytes_sent=self._bytes_sent() - self._bytes,
+            bytes_sent=round(bytes_sent),
             seconds=self._communicated,
             utilisation=self.computed_seconds / max(self.computed_seconds + self._communicated, 1e-9),
         )

@@ -88,8 +88,7 @@ class Consensus:
 
         def average_() -> None:
             with record_function("slowmo::consensus"):
-                parts.on_leader(lambda: self._average_on_leader(bool(params), floating, integer))
-                parts.inside.broadcast_(shown)
+                self._average(bool(params), floating, integer)
 
         parts.view.begin()
         try:
@@ -98,16 +97,17 @@ class Consensus:
             self.restore()
             raise
 
-    def _average_on_leader(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+    def _average(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         parts = self.parts
         if params:
             self.in_flight.settle()
             parts.base.settle()
         with parts.account.apart():
             if params:
-                parts.refuse_non_finite(*show_mean_(parts.slow.exact, parts.base))
-            parts.slow.averages.mean_(floating)
-            parts.slow.averages.max_(integer)
+                square, own_is_finite = show_mean_(parts.slow.exact, parts.base)
+                parts.refuse_non_finite(parts.summed([square])[0], own_is_finite)
+                parts.inside.hand_out_(parts.tensors.trainable)
+            parts.inside.average_buffers_(parts.slow.averages, floating, integer)
 
     # ---- the last round's model ----
 
@@ -132,9 +132,9 @@ class Consensus:
         params = [] if stays else parts.tensors.trainable
 
         def write_() -> None:
-            for piece in parts.slow.pieces if params else ():
+            for piece in parts.slow.pieces if params and not parts.keeps_a_copy else ():
                 piece.values().copy_(piece.anchor)
-            if params and not parts.workers.leads:
+            if params and parts.keeps_a_copy:
                 copy_tensors_(params, parts.tensors.last_round)
             for name, value in buffers.items():
                 now[name].copy_(value)
@@ -147,11 +147,10 @@ class Consensus:
     @property
     def _without_anchors(self) -> str:
         """Why this process does not hold the last round's model; empty where it does. The same on all ranks."""
-        config, workers = self.parts.config, self.parts.workers
+        config = self.parts.config
         settings = {
             "shard_slow_state=True": config.shard_slow_state,
             "exact_average=False": not config.exact_average,
-            f"overlap_steps={config.overlap_steps}": bool(config.overlap_steps) and workers.size > 1,
         }
         for setting, is_so in settings.items():
             if is_so:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
+from ..dtensors import local
 from ..random_state import RandomState
 from .account import Account
 from .model_tensors import copy_tensors_
@@ -20,10 +21,11 @@ class ConsensusView:
     Args:
         account (`Account`): Of the rounds.
         stash_device (`str`): Where local values wait: `"same"` as they are on, or `"cpu"`.
+        rewritten (`Callable`): Called when other values are in the parameters.
     """
 
-    def __init__(self, account: Account, stash_device: str) -> None:
-        self._account = account
+    def __init__(self, account: Account, stash_device: str, rewritten: Callable[[], None]) -> None:
+        self._account, self._rewritten = account, rewritten
         self._device = torch.device("cpu") if stash_device == "cpu" else None
         self._shown: list[torch.Tensor] = []
         self._stash: list[torch.Tensor] | None = None
@@ -50,14 +52,18 @@ class ConsensusView:
         """
         self._random_state = RandomState.take()
         self._shown = tensors
-        self._stash = [t.detach().to(self._device, copy=True) if self._device else t.detach().clone() for t in tensors]
+        own = [local(t).detach() for t in tensors]
+        self._stash = [t.to(self._device, copy=True) if self._device else t.clone() for t in own]
         if tensors:
             write_()
+            self._rewritten()
 
     def restore(self, *, give_back_random_state: bool = True) -> None:
         """End the view: local values return, and the random generators if they have not yet."""
         if self._stash is not None:
             copy_tensors_(self._shown, self._stash)
+            if self._shown:
+                self._rewritten()
             self._end()
             if give_back_random_state:
                 self.give_back_random_state()
@@ -75,11 +81,11 @@ class ConsensusView:
             self._random_state.give_back()
 
     def local_value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter or buffer as this worker has it, also while the average is shown in its place."""
+        """What this process has of a parameter, or a buffer, also while the average is shown in its place."""
         for shown, stashed in zip(self._shown, self._stash or [], strict=False):
             if shown is tensor:
                 return stashed
-        return tensor
+        return local(tensor)
 
     def _end(self) -> None:
         self._stash, self._shown, self.is_of_last_round = None, [], False

@@ -50,8 +50,7 @@ def end_together(
         clock.attempted_steps, clock.idle_steps = agreement.trained_steps, 0
         # Nobody has trained since a round: its anchor is the average, and what was mixed since is not.
         if passes_on and clock.workers_agree:
-            parts.on_leader(parts.back_to_anchors)
-            parts.inside.broadcast_(parts.tensors.trainable)
+            parts.back_to_anchors()
         if not parts.view.is_shown:
             in_flight.apply_due()  # the others may have gone on to where it is
     if not parts.view.is_shown:

@@ -115,7 +115,7 @@ class InFlight:
             self.rounds = [one for one in self.rounds if not one.is_dropped]
 
     def settle(self) -> None:
-        """Do the outer updates of rounds in flight, on the leader. They stay due when they were."""
+        """Do the outer updates of rounds in flight. They stay due when they were."""
         self.hear()
         for one in self.rounds:
             one.settle()
@@ -126,13 +126,10 @@ class InFlight:
         """
         self.hear()  # first: an error is told in collectives that come before the others' messages
         if self.rounds:
-            self.parts.on_leader(self._start_on_leader)
-
-    def _start_on_leader(self) -> None:
-        reduction = self.parts.slow.reduction
-        reduction.start_second_stages(wait=True)
-        if reduction.updates_at_owners:
-            self.settle()
+            reduction = self.parts.slow.reduction
+            reduction.start_second_stages(wait=True)
+            if reduction.updates_at_owners:
+                self.settle()
 
     def forget(self) -> None:
         """
@@ -160,7 +157,7 @@ class InFlight:
         """As `Part.saved`: those in flight have been settled."""
         saved = Saved()
         for one in self.rounds:  # at most one: overlap_steps < sync_every
-            if one.norms is not None:  # the leader has them, and writes
+            if one.norms is not None:
                 saved.own.settings[IN_FLIGHT] = {"due_step": one.due_step, "norms": one.norms.squares}
         return saved
 
@@ -176,8 +173,7 @@ class InFlight:
         def take_up() -> None:
             self.forget()
             one = Round(parts, due_step, norms)
-            if parts.workers.leads:
-                one.messages = parts.slow.reduction.landed(parts.slow.whole_anchors(saved.shared))
+            one.messages = parts.slow.reduction.landed(parts.slow.whole_anchors(saved.shared))
             self.rounds.append(one)
 
         return take_up

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..algorithm.starts import IN_FLIGHT
 from ..config import SlowMoConfig
-from ..contents import Contents, Restored, Saved
+from ..contents import CheckpointError, Contents, Restored, Saved
+from ..dtensors import as_described, described, is_sharded, local
 from ..wire.averages import Averages
 from .model_tensors import ModelTensors, hash48
 
 OBJECT = "inner_optimizer"  # in a checkpoint
+SHARDS = "inner_optimizer_shards"  # there, what its DTensors were
 
 
 class InnerState:
@@ -45,15 +49,13 @@ class InnerState:
             for param in self.tensors.trainable:
                 self.optimizer.state.pop(param, None)
 
-    def average(self, averages: Averages) -> None:
+    def tensors_to_average(self, averages: Averages) -> list[torch.Tensor]:
         """
-        Average it over workers, if that is the policy. Every leader does.
+        What the policy "average" makes equal, the same on all workers. Collective between them.
 
         Raises:
             ValueError: Workers have state for different parameters; the same on every worker.
         """
-        if self.policy != "average":
-            return
         names = [name for name, _ in self.named_tensors()]
         hashes = averages.communicator.gather_header([hash48(names)])
         if (hashes != hashes[0]).any():
@@ -63,7 +65,7 @@ class InnerState:
                 f"inner_state='average' needs the same optimizer state on all workers; only some have {odd[:5]}. A "
                 "parameter was unused there: use inner_state='maintain' or 'reset'."
             )
-        averages.mean_([tensor for _, tensor in self.named_tensors()])
+        return [tensor for _, tensor in self.named_tensors()]
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Every floating-point state tensor; a 0-dim one such as `step` is a count, not a direction, and left out."""
@@ -77,12 +79,25 @@ class InnerState:
     # ---- state ----
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
-        """As `Part.saved`, in torch's own form."""
-        return Saved(own=Contents(objects={OBJECT: self.optimizer.state_dict()}))
+        """As `Part.saved`, in torch's own form; of a sharded state this process's shards, and what they were."""
+        state = self.optimizer.state_dict()
+        if not self.tensors.mates:
+            return Saved(own=Contents(objects={OBJECT: state}))
+        shards = {
+            number: {key: described(value) for key, value in of_one.items() if is_sharded(value)}
+            for number, of_one in state["state"].items()
+        }
+        own = {
+            number: {key: local(value) if is_sharded(value) else value for key, value in of_one.items()}
+            for number, of_one in state["state"].items()
+        }
+        return Saved(own=Contents(objects={OBJECT: {**state, "state": own}, SHARDS: shards}))
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: with another number of workers they are dealt out in turn."""
         state = saved.own.optimizer(OBJECT, self.optimizer)
+        if self.tensors.mates:
+            state = {**state, "state": self._sharded_again(state["state"], saved.own)}
         # Then all start from an average that has taken in what was in flight.
         round_ends = IN_FLIGHT in saved.own.settings and not same_number
 
@@ -92,3 +107,20 @@ class InnerState:
                 self.reset()
 
         return take_up
+
+    def _sharded_again(self, state: dict[Any, Any], own: Contents) -> dict[Any, Any]:
+        """The state of every parameter, whose shards are DTensors as they were."""
+        shards = own.objects.get(SHARDS)
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        found = {}
+        for number, of_one in state.items():
+            found[number] = dict(of_one)
+            try:
+                for key, description in shards[number].items():  # type: ignore[index]
+                    found[number][key] = as_described(of_one[key], description, params[number])
+            except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+                raise CheckpointError(
+                    f"{own.source}.pt: {SHARDS} of parameter {number} does not fit ({type(error).__name__}: {error}). "
+                    "Resume from another checkpoint."
+                ) from error
+        return found

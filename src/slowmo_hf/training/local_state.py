@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..contents import Contents, Restored, Saved
+from ..dtensors import local
 from .clock import Clock
 from .consensus_view import ConsensusView
 from .model_tensors import ModelTensors
@@ -53,11 +54,12 @@ class LocalTensors:
         values = [(buffers[name], own.tensor(f"buffer.{name}", buffers[name], finite=False)) for name in changed]
         if not self._clock.agree_at(saved.shared.count("attempted_steps")):
             for name, param in zip(tensors.names, tensors.trainable, strict=True):
-                values.append((param, own.tensor(f"parameter.{name}", param)))
+                values.append((param, own.tensor(f"parameter.{name}", local(param))))
 
         def take_up() -> None:
             for target, value in values:
-                target.copy_(value)
+                local(target).copy_(value)
+            tensors.rewritten()
             tensors.mark_changed(changed)
             tensors.take_averaged(averaged)
 

@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from ..algorithm.layout import flat_view
+from ..dtensors import is_sharded, local, shard_mates
 
 
 class ModelTensors:
@@ -21,6 +22,7 @@ class ModelTensors:
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self.optimizer = optimizer
         self.model = model
+        self.rewritten()  # a gathered parameter has another identity
         named = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
         self.groups = _trainable_groups(optimizer)
         self.trainable = [p for group in self.groups for p in group]
@@ -33,7 +35,28 @@ class ModelTensors:
         self._changed: set[str] = set()
         self._averaged: dict[str, torch.Tensor] = {}
         self.keeps_last_round = False  # for `Consensus.show_last_round`: averaged buffers, and where it needs it, this
-        self.last_round: list[torch.Tensor] = []  # on a process without anchors: `trainable` as a round left it
+        self.last_round: list[
+            torch.Tensor
+        ] = []  # where a process has anchors of a part: `trainable` as a round left it
+
+    @property
+    def mates(self) -> tuple[int, ...]:
+        """The ranks that hold the shards of these parameters together; empty where every process has them whole."""
+        return shard_mates(self.trainable[0]) if self.trainable and is_sharded(self.trainable[0]) else ()
+
+    def rewritten(self) -> None:
+        """
+        Parameters have been written: what FSDP has gathered of them before is let go. Behind a pass without a backward
+        its root and a tied embedding would be shown as they were.
+        """
+        for module in self.model.modules() if self.model is not None else ():
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard) and hasattr(module, "unshard"):
+                reshard()
+
+    def make_copy(self) -> None:
+        """Have memory for `last_round`."""
+        self.last_round = self.last_round or [torch.empty_like(p) for p in self.trainable]
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +89,16 @@ class ModelTensors:
                 return f"parameter {name!r} has layout {param.layout}; only strided (dense) parameters are supported."
             if not param.is_floating_point():
                 return f"parameter {name!r} has dtype {param.dtype}; only floating-point parameters can be trained."
-            if type(param.data).__name__ == "DTensor":
-                return f"parameter {name!r} is sharded (DTensor): FSDP and tensor parallelism are not supported yet."
+            if is_sharded(param) and (not self.mates or shard_mates(param) != self.mates):
+                return (
+                    f"parameter {name!r} has its shards on ranks {list(shard_mates(param))}, {self.names[0]!r} on "
+                    f"{list(self.mates) or 'none: it is whole'}. Shard all parameters of an optimizer over one mesh."
+                )
+            if self.mates and not is_sharded(param):
+                return (
+                    f"parameter {name!r} is whole, and {self.names[0]!r} is sharded over ranks {list(self.mates)}: "
+                    "nobody averages its gradient inside a worker. Shard all parameters of an optimizer over one mesh."
+                )
             if not _is_dense(param):
                 return (
                     f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() "
@@ -78,7 +109,7 @@ class ModelTensors:
     def fingerprint(self) -> list[str]:
         """One line per tensor: name, shape, strides, dtype, requires_grad. Not values."""
         lines = [
-            f"{name}: {list(p.shape)} strides {list(p.stride())} {p.dtype} trainable"
+            f"{name}: {list(p.shape)} strides {list(p.stride())} {p.dtype} trainable{' sharded' * is_sharded(p)}"
             for name, p in zip(self.names, self.trainable, strict=True)
         ]
         lines += [f"frozen {index}: {list(p.shape)} {p.dtype} frozen" for index, p in enumerate(self.frozen)]
@@ -157,7 +188,7 @@ def hash48(names: list[str]) -> float:
 def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy one by one, across devices and dtypes."""
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        local(target).copy_(source)
 
 
 def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ import torch
 from ..config import SlowMoConfig
 from ..contents import Part
 from ..log import make_heard
-from ..wire.averages import Averages
 from ..wire.workers import Workers
 from .clock import Clock
 from .consensus import Consensus
@@ -40,7 +40,8 @@ from .model_tensors import ModelTensors
 from .parts import Parts, refusal
 from .report import RoundReport
 from .slow_state_dict import load_state_dict, state_dict
-from .start_check import check_same_everywhere, log_start
+from .start_check import check_same_everywhere, log_start, made_everywhere
+from .start_values import make_equal
 from .status import Purpose
 
 
@@ -77,19 +78,16 @@ class OuterLoop:
                 processes; the same on every rank.
         """
         make_heard()
-        self.workers = workers = Workers(self.config, self.tensors.device)
+        self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
         check_same_everywhere(workers, self.config, self.tensors, refusal(self.config, workers, self.tensors))
-        Averages(workers.world, self.config.bucket_bytes // 2).broadcast_(
-            self.tensors.values(include_frozen=broadcast_frozen)
-        )
         workers.form()
+        make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
-        self._branch = self.run_id  # a resumed run keeps its id; this one is the loop's alone
-        self.tensors.remember_buffers()
+        self._branch = self.run_id  # which a resumed run keeps; this one is the loop's alone
         self.clock.attempted_steps = attempted_steps
-        self.parts = parts = Parts.make(self.config, workers, self.tensors, self.inner_state, self.clock)
+        make = partial(Parts.make, self.config, workers, self.tensors, self.inner_state, self.clock)
+        self.parts = parts = made_everywhere(workers, make)  # no part refers to this loop: it goes when it is let go
         log_start(workers, self.config, self.inner_state.policy)
-        # No part refers to this loop: it goes when it is let go.
         self.account, self.status, self.view, self.base = parts.account, parts.status, parts.view, parts.base
         self.in_flight = InFlight(parts)
         self.consensus = Consensus(parts, self.in_flight)
@@ -99,8 +97,8 @@ class OuterLoop:
     @torch.no_grad()
     def step(self, inner_lrs: list[float]) -> RoundReport | None:
         """
-        Count one attempted inner step; mix and do a round if they are due. Call it after the inner optimizer, before
-        the scheduler.
+        Count one attempted inner step, mix and do a round if they are due: after the inner optimizer and before the
+        scheduler.
 
         Args:
             inner_lrs (`list[float]`): The learning rate in force, per parameter group.
@@ -146,10 +144,7 @@ class OuterLoop:
         return averaging(self.parts, closure)
 
     def refuse_while_shown(self) -> None:
-        """
-        Raise if the average is in the parameters: a step taken there would be lost when the local weights return. The
-        last round's model goes by itself.
-        """
+        """Raise if the average is shown: a step taken there would be lost. The last round's model goes by itself."""
         self.consensus.end_last_round()
         if self.view.is_shown:
             raise RuntimeError(
@@ -186,8 +181,13 @@ class OuterLoop:
     @property
     def saved_parts(self) -> list[Part]:
         """What a checkpoint holds of it, in the order in which it is taken up."""
-        slow, local = self.parts.slow, LocalTensors(self.tensors, self.view, self.clock)
-        return [self.in_flight, self.clock, self.status, slow, slow.reduction, local, self.base]
+        local = LocalTensors(self.tensors, self.view, self.clock)
+        return [self.in_flight, self.clock, self.status, local, *self.cut_parts]
+
+    @property
+    def cut_parts(self) -> list[Part]:
+        """Those of them that are of the process's part of the model, also where the model is whole."""
+        return [self.parts.slow, self.parts.slow.reduction, self.base]
 
     def state_dict(self) -> dict[str, Any]:
         """As `slow_state_dict.state_dict`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +11,13 @@ from torch.profiler import record_function
 
 from ..algorithm.layout import flat_layouts
 from ..algorithm.norms import Norms
+from ..algorithm.outer_update import works_elementwise
 from ..algorithm.starts import Base, TrainingOn
 from ..config import GOSSIP_BASES, SlowMoConfig
+from ..names import ELEMENTWISE
 from ..wire.averages import Averages
 from ..wire.gossip import GossipBase, make_topology
+from ..wire.inside import Inside, ShardedInside, WholeInside
 from ..wire.job import host_name
 from ..wire.workers import Workers
 from .account import Account
@@ -36,8 +38,9 @@ _NOT_FINITE = (
 @dataclass(frozen=True)
 class Parts:
     """
-    The parts of one process, and what several rooms do with them. In a worker of several processes the leader alone
-    has slow state, and talks to other workers; what it gets reaches the worker's other processes by `inside`.
+    The parts of one process, and what several rooms do with them. In a worker of several processes each has the slow
+    state of its own part of the model, and talks to its counterparts in other workers; `inside` brings a worker's
+    processes together.
     """
 
     config: SlowMoConfig
@@ -50,14 +53,15 @@ class Parts:
     view: ConsensusView
     slow: SlowState
     base: Base
-    inside: Averages
+    inside: Inside
 
     @classmethod
     def make(
         cls, config: SlowMoConfig, workers: Workers, tensors: ModelTensors, inner_state: InnerState, clock: Clock
     ) -> Parts:
         """After the groups are made; anchors begin with the parameters' values."""
-        layouts = flat_layouts(tensors.groups) if workers.leads and config.has_rounds else []
+        inside = _make_inside(config, workers, tensors)
+        layouts = [inside.part(layout) for layout in flat_layouts(tensors.groups)] if config.has_rounds else []
         account = Account(lambda: workers.bytes_sent)
         slow = SlowState(config, workers, layouts, len(tensors.groups), account)
         weigh = partial(_weigh, config, workers, slow.averages)
@@ -69,10 +73,10 @@ class Parts:
             clock=clock,
             account=account,
             status=StatusExchange(workers, tensors, clock, account, weigh),
-            view=ConsensusView(account, config.stash_device),
+            view=ConsensusView(account, config.stash_device, tensors.rewritten),
             slow=slow,
             base=_make_base(config, workers, slow),
-            inside=Averages(workers.inside, config.bucket_bytes // 2),
+            inside=inside,
         )
 
     @property
@@ -87,47 +91,42 @@ class Parts:
 
     # ---- inside a worker ----
 
-    def on_leader(self, act: Callable[[], None]) -> None:
-        """Done by the leader alone; its error is everybody's."""
-        self.workers.inside.broadcast_outcome(act)
+    def hand_out(self) -> None:
+        """What each process has written into its part of the parameters is in all of a worker's. Collective there."""
+        self.inside.hand_out_(self.tensors.trainable)
+        self.tensors.rewritten()
 
-    def share(self, params: list[torch.Tensor], changed_buffers: list[str]) -> None:
-        """What the leader has got reaches the worker's other processes."""
-        floating, integer = self.tensors.buffers_named(changed_buffers)
-        state = [t for _, t in self.inner_state.named_tensors()] if self.inner_state.policy == "average" else []
-        self.inside.broadcast_([*params, *floating, *integer, *state])
-        self.tensors.keep_averaged(self.averaged(changed_buffers))
+    def summed(self, values: list[float]) -> list[float]:
+        """Of a worker's whole model, from those of its processes' parts. Collective there."""
+        return self.workers.inside.gather_header(values).sum(0).tolist()
 
     @property
-    def followers_keep_last_round(self) -> bool:
-        """Whether a worker's other processes hold the last round's model, which the leader has in its anchors."""
+    def keeps_a_copy(self) -> bool:
+        """Whether this process holds the last round's model beside its anchors, which are of a part alone."""
         config = self.config
         return (
             self.tensors.keeps_last_round
-            and self.workers.size > 1
+            and not self.inside.has_all
             and config.averages_at_rounds
-            and not (config.overlap_steps or config.shard_slow_state)
+            and not config.shard_slow_state
         )
 
-    def keep_last_round(self) -> None:
-        """Where a round has just ended: its model is in the parameters."""
-        if self.followers_keep_last_round and not self.workers.leads:
-            self.tensors.last_round = self.tensors.last_round or [torch.empty_like(p) for p in self.tensors.trainable]
+    def copy_last_round(self) -> None:
+        """Where a round has just ended without a delay: its model is in the parameters."""
+        if self.keeps_a_copy and not self.config.overlap_steps:
+            self.tensors.make_copy()
             copy_tensors_(self.tensors.last_round, self.tensors.trainable)
 
     @torch.no_grad()
     def share_last_round(self) -> None:
-        """The leader's anchors, of a state that was taken up, reach the worker's other processes. Collective there."""
-        if not self.followers_keep_last_round:
+        """Every process's anchors, as they are handed back, reach the worker's others. Collective there."""
+        if not self.keeps_a_copy:
             return
-        if self.workers.leads:
-            of = {
-                id(p): view for item in self.slow.anchors for view, p in zip(item.anchors(), item.params, strict=True)
-            }
-            self.inside.broadcast_([of[id(p)].to(p.dtype) for p in self.tensors.trainable])
-        else:
-            self.tensors.last_round = [torch.empty_like(p) for p in self.tensors.trainable]
-            self.inside.broadcast_(self.tensors.last_round)
+        self.tensors.make_copy()
+        for layout, item in zip(flat_layouts([self.tensors.last_round]), self.slow.anchors, strict=True):
+            for span, run in self.inside.part(layout).runs(item.flat):
+                span.values().copy_(run)
+        self.inside.hand_out_(self.tensors.last_round)
 
     def averaged(self, names: list[str]) -> list[str]:
         """Those of these buffers that a round makes equal."""
@@ -138,13 +137,14 @@ class Parts:
 
     def back_to_anchors(self) -> None:
         """
-        On the leader: start from the anchors, as after a round; messages in flight are waited for, and belong to what
-        is left.
+        Start from the anchors, as after a round; messages in flight are waited for, and belong to what is left.
+        Collective inside the worker.
         """
         self.base.settle()
         self.base.end_average()
         for piece in self.slow.pieces:
             self.base.hand_back_(piece)
+        self.hand_out()
 
     # ---- between workers ----
 
@@ -153,8 +153,8 @@ class Parts:
         self.workers.roll_call.at(self.clock.attempted_steps, "the exchange")
         number = self.clock.exchange_number
         with record_function("slowmo::exchange"):
-            self.on_leader(lambda: self._mix(number))
-            self.inside.broadcast_(self.tensors.trainable)
+            self._mix(number)
+            self.hand_out()
 
     def _mix(self, number: int) -> None:
         assert isinstance(self.base, GossipBase)
@@ -164,21 +164,26 @@ class Parts:
             raise RuntimeError(f"optimizer step {self.clock.attempted_steps}: {error}") from error
 
     def average_others(self, changed_buffers: list[str]) -> None:
-        """What else a round makes equal: buffers, and the inner state where it is to be averaged."""
+        """What else a round makes equal: buffers, and the inner state where it is to be averaged. Collective."""
         floating, integer = self.tensors.buffers_named(changed_buffers)
         self.slow.reduction.start_second_stages(wait=True)  # first: all workers' collectives have one order
-        if self.config.model_buffers == "average":
-            self.slow.averages.mean_(floating)
-        self.slow.averages.max_(integer)
-        self.inner_state.average(self.slow.averages)
+        if self.config.model_buffers == "local":
+            floating = []
+        self.inside.average_buffers_(self.slow.averages, floating, integer)
+        if self.inner_state.policy == "average":
+            self.inside.mean_(self.slow.averages, self.inner_state.tensors_to_average(self.slow.averages))
+        self.tensors.keep_averaged(self.averaged(changed_buffers))
 
     # ---- what a round tells ----
 
     def report(self, norms: Norms) -> RoundReport:
-        """Of a round that ends now; after the second one a line says what a step and a round cost here."""
+        """
+        Of a round that ends now; after the second one a line says what a step and a round cost here. Collective inside
+        the worker.
+        """
         config, workers, account = self.config, self.workers, self.account
-        report = account.report(self.clock.rounds, norms, consensus_is_known=config.exact_average)
-        if report.round == 2 and workers.index == 0 and workers.count > 1:
+        report = account.report(self.clock.rounds, norms, self.summed, consensus_is_known=config.exact_average)
+        if report.round == 2 and workers.world.rank == 0 and workers.count > 1:
             exchange_seconds = account.communicated_before if config.base in GOSSIP_BASES else None
             log_costs(report, config.sync_every, account.computed_seconds, exchange_seconds)
         return report
@@ -187,6 +192,10 @@ class Parts:
         """
         NaN and infinity of one worker are everybody's after an average; the square rode in its messages, so all know
         it together. Where not all are here the next status exchange says whose they are.
+
+        Args:
+            square (`float`): Of a worker's whole model.
+            own_is_finite (`bool`): Whether this process's part was.
         """
         if math.isfinite(square) or self.workers.between.world_size == 1:
             return
@@ -194,10 +203,12 @@ class Parts:
             is_mine = not (self.config.exact_average and own_is_finite)
             self.status.lost_finiteness = _NOT_FINITE if is_mine else ""
             return
-        host, step = host_name(), self.clock.attempted_steps
-        told = self.workers.between.gather_objects((self.workers.world.rank, host, own_is_finite))
+        told = self.workers.world.gather_objects((host_name(), own_is_finite))
+        step = self.clock.attempted_steps
         where = [
-            f"rank {rank} on {host}, step {step}: {_NOT_FINITE}" for rank, host, is_finite in told if not is_finite
+            f"rank {rank} on {host}, step {step}: {_NOT_FINITE}"
+            for rank, (host, is_finite) in enumerate(told)
+            if not is_finite
         ]
         raise ValueError(
             "; ".join(where) or f"step {step}: the workers' average is not finite, though each one's part is."
@@ -206,7 +217,7 @@ class Parts:
 
 def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> str | None:
     """Why this rank cannot start, or None."""
-    words = tensors.refusal() or workers.refusal()
+    words = tensors.refusal() or workers.refusal() or _refuse_outer_optimizer(config, tensors)
     if words is None and config.base in GOSSIP_BASES:
         try:
             make_topology(config, workers.count)
@@ -215,13 +226,29 @@ def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> st
     return words
 
 
+def _refuse_outer_optimizer(config: SlowMoConfig, tensors: ModelTensors) -> str | None:
+    if not tensors.mates or works_elementwise(config):
+        return None
+    return (
+        f"outer_optimizer={config.outer_optimizer!r} may need whole tensors, and the model is sharded: no process has "
+        f"one. Use 'slow_momentum' or one of torch.optim's that works element by element: {', '.join(ELEMENTWISE)}."
+    )
+
+
+def _make_inside(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> Inside:
+    longest = config.bucket_bytes // 2
+    if tensors.mates:
+        return ShardedInside(workers, longest)
+    return WholeInside(workers, longest, cut=works_elementwise(config))
+
+
 def _make_base(config: SlowMoConfig, workers: Workers, slow: SlowState) -> Base:
-    if config.base in GOSSIP_BASES and workers.leads:
+    if config.base in GOSSIP_BASES:
         return GossipBase(config, workers.gossip, slow.anchors)
     return TrainingOn(slow.items) if config.overlap_steps else Base()
 
 
 def _weigh(config: SlowMoConfig, workers: Workers, averages: Averages, local_steps: list[int]) -> None:
     """Workers count by their steps since the last round (gossip: alike, by their mass)."""
-    if config.base not in GOSSIP_BASES and workers.leads:
+    if config.base not in GOSSIP_BASES:
         averages.weigh([local_steps[rank] for rank in workers.between.ranks])

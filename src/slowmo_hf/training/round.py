@@ -46,7 +46,7 @@ class Round:
         self.begun_at = self.due_step - delay
         self.local_steps, self.rates = 0, Rates()  # this worker's before it, since the last round
         self.agreement: Agreement | None = None
-        self.messages: Launch | None = None  # the leader's
+        self.messages: Launch | None = None
         self.norms = norms
         self.is_counted = self.is_dropped = False  # by the clock; as if it had not been launched
         self.was_settled_on_the_way = norms is not None  # on time; a view may have needed it before
@@ -64,11 +64,11 @@ class Round:
         self.local_steps, self.rates = self.parts.clock.local_steps, self.parts.clock.rates
         if self.travels:
             with record_function("slowmo::launch"):
-                self.parts.on_leader(self._send_on_leader)
+                self._send()
         self.parts.clock.begin_round()
         self.is_counted = True
 
-    def _send_on_leader(self) -> None:
+    def _send(self) -> None:
         base, slow = self.parts.base, self.parts.slow
         assert isinstance(base, TrainingOn)
         self.messages = Launch(slow.reduction, ahead=self.local_steps / self.parts.config.sync_every)
@@ -92,8 +92,7 @@ class Round:
         """What an overlapped round averages beside the parameters, at once."""
         if agreement.changed_buffers:
             others = agreement.changed_buffers
-            self.parts.on_leader(lambda: self.parts.average_others(others))
-            self.parts.share([], others)
+            self.parts.average_others(others)
 
     # ---- until step k + delay ----
 
@@ -132,15 +131,14 @@ class Round:
     def settle_on_the_way(self) -> None:
         """If it is due there, on every process together."""
         if self.settles_now:
-            self.parts.on_leader(self.settle)
+            self.settle()
             self.was_settled_on_the_way = True
 
     def settle(self) -> None:
         """
-        Wait for the messages, and do the outer update on the leader; what all say has been heard. The round stays due
-        when it was.
+        Wait for the messages, and do the outer update; what all say has been heard. The round stays due when it was.
         """
-        if self.norms is not None or not self.parts.workers.leads:
+        if self.norms is not None:
             return
         parts, clock = self.parts, self.parts.clock
         if self.travels:
@@ -151,7 +149,9 @@ class Round:
         # A round may change nothing.
         hand_back_ = parts.base.hand_back_ if parts.config.has_outer_update else _leave
         norms = slow.update.update_(sums, self.agreement.inner_lrs, self._summands, hand_back_)
-        self.norms = Norms.of(slow.reduction.summed(norms.squares))
+        self.norms = Norms.of(parts.summed(slow.reduction.summed(norms.squares)))
+        if self.travels:
+            parts.share_last_round()
         if not parts.config.exact_average:
             parts.refuse_non_finite(self.norms.pseudo_grad_square, own_is_finite=False, all_are_here=False)
             return
@@ -177,10 +177,7 @@ class Round:
     def apply(self) -> RoundReport:
         """Every worker goes on from the new anchor, with the progress that it has made meanwhile."""
         with record_function("slowmo::apply"):
-            report = self.parts.workers.inside.broadcast_outcome(self._apply_on_leader)
-            self.parts.inner_state.reset()
-            self.parts.share(self.parts.tensors.trainable, self._others)
-            self.parts.keep_last_round()
+            report = self._apply()
         # Else the next status exchange says whose are not, before all else.
         self.parts.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
         return report
@@ -190,17 +187,20 @@ class Round:
         """Buffers that are averaged with the parameters; where those travel, they were beside them."""
         return [] if self.travels or self.agreement is None else self.agreement.changed_buffers
 
-    def _apply_on_leader(self) -> RoundReport:
-        base, slow = self.parts.base, self.parts.slow
+    def _apply(self) -> RoundReport:
+        parts, base, slow = self.parts, self.parts.base, self.parts.slow
         self.settle()
         assert self.norms is not None
         if self.travels:
             assert isinstance(base, TrainingOn)
             base.take_in_(slow.reduction.new_anchors(self.messages))
-        elif self.parts.config.averages_at_rounds:
+        elif parts.config.averages_at_rounds:
             base.end_average()
-            self.parts.average_others(self._others)
-        return self.parts.report(self.norms)
+            parts.average_others(self._others)
+        parts.inner_state.reset()
+        parts.hand_out()
+        parts.copy_last_round()
+        return parts.report(self.norms)
 
     # ---- no round after all ----
 

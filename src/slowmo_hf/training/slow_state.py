@@ -21,13 +21,12 @@ from .account import Account
 
 class SlowState:
     """
-    What one process has of it, and how rounds and views reach it. In a worker of several processes the leader alone
-    has any: elsewhere all lists are empty.
+    What one process has of it, and how rounds and views reach it: of the part of the model that it speaks for.
 
     Args:
         config (`SlowMoConfig`): The settings.
         workers (`Workers`): Who is there.
-        layouts (`list[FlatAnchor]`): The parameters', whole.
+        layouts (`list[FlatAnchor]`): That part's, whole.
         groups (`int`): Inner parameter groups.
         account (`Account`): Of the rounds.
 
@@ -84,7 +83,7 @@ class SlowState:
     # ---- state ----
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
-        """As `Part.saved`, whole. Collective over leaders with `shard_slow_state`; no report counts it."""
+        """As `Part.saved`, whole. Collective in a column with `shard_slow_state`; no report counts it."""
         keep = keep or not self._is_shared
         states = [*(item.flat for item in self.anchors), *self.update.velocities]
         if self._shards:
@@ -98,16 +97,16 @@ class SlowState:
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`: of the whole this worker's part."""
         contents = saved.shared if self._is_shared else saved.own
-        anchors = [contents.tensor(f"anchor.{index}", layout.flat) for index, layout in enumerate(self.layouts)]
+        anchors = [layout.of_checkpoint(contents, f"anchor.{index}") for index, layout in enumerate(self.layouts)]
         # A run that had no momentum has no velocity: it starts at 0.
         starts_at_0 = saved.shared.settings.get("config", {}).get("outer_momentum") == 0
         velocities = [
             torch.zeros((), dtype=layout.flat.dtype).expand(layout.flat.shape)
             if starts_at_0
-            else contents.tensor(f"velocity.{index}", layout.flat)
+            else layout.of_checkpoint(contents, f"velocity.{index}")
             for index, layout in enumerate(self.layouts[: len(self.update.velocities)])
         ]
-        take_up_update = self.update.restore(contents) if self.layouts else _nothing
+        take_up_update = self.update.restore(contents)
 
         def take_up() -> None:
             self._take_own_([item.flat for item in self.anchors], anchors)
@@ -118,7 +117,7 @@ class SlowState:
 
     def whole_anchors(self, contents: Contents) -> dict[FlatAnchor, torch.Tensor]:
         """Those of a checkpoint that `restore` has checked, by layout."""
-        return {layout: contents.tensors[f"anchor.{index}"] for index, layout in enumerate(self.layouts)}
+        return {layout: layout.of_checkpoint(contents, f"anchor.{index}") for index, layout in enumerate(self.layouts)}
 
     def _take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         if self._shards:
@@ -130,7 +129,3 @@ class SlowState:
 
 def _pieces(buckets: list[Bucket]) -> list[Piece]:
     return [piece for bucket in buckets for piece in bucket.pieces]
-
-
-def _nothing() -> None:
-    """A worker's other processes have no slow state."""

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from ..algorithm.layout import views_like
-from ..contents import CheckpointError, Contents, Part, Restored, Saved, check_all
+from ..contents import Contents, Part, Saved, check_all
 from .consensus import Consensus
-from .model_tensors import copy_tensors_
 from .parts import Parts
 
 VERSION = 1
@@ -30,11 +28,7 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     """
     config = parts.config
     _refuse_inside_round(parts, parts.clock.attempted_steps, "saved")
-    if config.shard_slow_state and parts.workers.count > 1:
-        raise RuntimeError(
-            "slow state cannot be saved by one worker with shard_slow_state=True: each has a shard of it. Use "
-            "accelerator.save_state, which brings them together, or shard_slow_state=False."
-        )
+    _refuse_part(parts)
     saved = parts.slow.saved(agree=True, keep=True)
     slow = saved.shared if config.exact_average else saved.own  # each worker's own, but at the start
     lists = {
@@ -60,35 +54,21 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     shared = _contents(state)
     step = shared.count("attempted_steps")
     _refuse_inside_round(parts, step, "resumed")
-    take_up: list[Restored] = []
-
-    def check() -> None:
-        if len(state["velocities"]) != len(parts.slow.update.velocities):
-            raise ValueError(
-                f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
-                f"{len(parts.slow.update.velocities)}. Set outer_momentum as it was."
-            )
-        try:
-            take_up.append(check_all(saved_parts, Saved(shared, shared), same_number=False))
-        except CheckpointError as error:
-            raise ValueError(str(error)) from None  # of a kind that the worker's other processes can be told
-
-    parts.on_leader(check)
-    if not parts.workers.leads:
-        take_up.append(check_all(saved_parts, Saved(shared, shared), same_number=False))
+    if len(state["velocities"]) != len(parts.slow.update.velocities):
+        raise ValueError(
+            f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
+            f"{len(parts.slow.update.velocities)}. Set outer_momentum as it was."
+        )
+    take_up = check_all(saved_parts, Saved(shared, shared), same_number=False)
     consensus.restore()  # the state replaces what a view would give back
-    take_up[0]()
-    parts.on_leader(lambda: _take_weights(parts, shared, step))
-    parts.inside.broadcast_(parts.tensors.trainable)
-    parts.share_last_round()
-
-
-def _take_weights(parts: Parts, shared: Contents, step: int) -> None:
-    """From the anchors. Inside a round there is all_reduce alone, whose parameters stay."""
-    if step % parts.config.sync_every == 0:
-        for layout, whole in parts.slow.whole_anchors(shared).items():
-            copy_tensors_(layout.params, views_like(whole, layout.params))
+    take_up()
+    if step % parts.config.sync_every == 0:  # inside a round there is all_reduce alone, whose parameters stay
+        if parts.config.shard_slow_state:  # others have the anchors of most of them
+            for layout, whole in parts.slow.whole_anchors(shared).items():
+                for span, run in layout.runs(whole):
+                    span.values().copy_(run)
         parts.back_to_anchors()
+    parts.share_last_round()
 
 
 def _contents(state: dict[str, Any]) -> Contents:
@@ -106,6 +86,20 @@ def _contents(state: dict[str, Any]) -> Contents:
     new_names = {old: new for new, old in _OLD_NAMES.items()}
     settings.update({new_names.get(name, name): value for name, value in outer.items()})
     return Contents(settings, tensors, source="slow state")
+
+
+def _refuse_part(parts: Parts) -> None:
+    """Of a process that has but a part of the slow state."""
+    settings = {
+        f"{parts.workers.size} processes per worker": parts.workers.size > 1,
+        "shard_slow_state=True": parts.config.shard_slow_state and parts.workers.count > 1,
+    }
+    for setting, is_so in settings.items():
+        if is_so:
+            raise RuntimeError(
+                f"slow state cannot be saved by one process with {setting}: each has a part of it. Use "
+                "accelerator.save_state, by which every process writes its own."
+            )
 
 
 def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str) -> None:

@@ -9,7 +9,8 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import accelerate
 import torch
@@ -19,6 +20,8 @@ from ..log import logger
 from ..wire.job import host_and_address, host_name, is_in_process, machines_in_job
 from ..wire.workers import Workers
 from .model_tensors import ModelTensors
+
+T = TypeVar("T")
 
 
 def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None) -> None:
@@ -48,6 +51,27 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
         raise ValueError("; ".join(refusals))
     if len({digest for digest, _, _ in everywhere}) > 1:
         raise ValueError(_difference(communicator.gather_objects(lines), [host for _, _, host in everywhere]))
+
+
+def made_everywhere(workers: Workers, make: Callable[[], T]) -> T:
+    """
+    What `make` returns. Collective.
+
+    Raises:
+        ValueError: It failed on some rank: an outer optimizer refuses the part of the model that lies there, or memory
+            is short. The same words on every rank.
+    """
+    made: list[T] = []
+    failure = ""
+    try:
+        made.append(make())
+    except (ValueError, RuntimeError) as error:
+        failure = str(error)
+    told = workers.world.gather_objects((host_name(), failure))
+    failures = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(told) if failure]
+    if failures:
+        raise ValueError("; ".join(failures))
+    return made[0]
 
 
 def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:

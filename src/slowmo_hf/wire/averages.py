@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from ..algorithm.layout import FlatAnchor, wide_dtype
+from ..algorithm.layout import flat_layouts, wide_dtype
 from .communicator import Communicator
 
 
@@ -76,9 +77,14 @@ class Averages:
         """This process's."""
         return self.weights[self.communicator.rank]
 
-    def mean_(self, tensors: list[torch.Tensor]) -> None:
-        """Replace floating-point tensors by their mean, in place, every element exactly once."""
-        self._each_bucket(tensors, wide_dtype, self._mean_)
+    def mean_(self, tensors: list[torch.Tensor], part: tuple[int, int] = (0, 1)) -> None:
+        """
+        Replace floating-point tensors by their mean, in place, every element exactly once.
+
+        Args:
+            part (`tuple[int, int]`, *optional*): Place and places, as of `FlatAnchor.part`: the rest stays as it is.
+        """
+        self._each_bucket(tensors, wide_dtype, self._mean_, part)
 
     def _mean_(self, flat: torch.Tensor) -> None:
         if self.weight != 1:
@@ -94,22 +100,32 @@ class Averages:
         """Replace tensors of any dtype by the first process's, bit for bit."""
         self._each_bucket(tensors, lambda dtype: dtype, self.communicator.broadcast_)
 
+    def hand_out_(self, tensors: list[torch.Tensor], places: int) -> None:
+        """
+        Replace each of `places` parts of floating-point tensors, cut as `mean_` cuts them, by what the process of that
+        place has, bit for bit: an all-gather.
+        """
+        for place in range(places):
+            hand_out = functools.partial(self.communicator.broadcast_, source=place)
+            self._each_bucket(tensors, wide_dtype, hand_out, (place, places), as_they_are=True)
+
     def _each_bucket(
         self,
         tensors: list[torch.Tensor],
         wire_dtype: Callable[[torch.dtype], torch.dtype],
         collective: Callable[[torch.Tensor], None],
+        part: tuple[int, int] = (0, 1),
+        *,
+        as_they_are: bool = False,
     ) -> None:
         if self.communicator.world_size == 1 or not tensors:
             return
-        queues: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for tensor in tensors:
-            queues.setdefault((tensor.device, wire_dtype(tensor.dtype)), []).append(tensor)
         with self.pool.lent() as buffers:
-            for (device, dtype), queue in queues.items():
-                shape_only = torch.empty(sum(t.numel() for t in queue), dtype=dtype, device="meta")
-                for bucket in FlatAnchor(shape_only, queue, [0] * len(queue)).buckets(self._longest_message):
-                    flat = buffers.get(bucket.elements, dtype, device)
+            for layout in flat_layouts([tensors], wire_dtype):
+                dtypes = {span.param.dtype for span in layout.spans}
+                dtype = dtypes.pop() if as_they_are and len(dtypes) == 1 else layout.flat.dtype
+                for bucket in layout.part(*part).buckets(self._longest_message):
+                    flat = buffers.get(bucket.elements, dtype, layout.device)
                     for piece, run in bucket.runs(flat):
                         run.copy_(piece.values())
                     collective(flat)

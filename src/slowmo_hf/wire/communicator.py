@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from .job import wire
 from .processes import Processes
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -140,41 +136,14 @@ class Communicator(Processes):
             wire().all_gather_object(values, value, group=self.group)
         return values
 
-    def broadcast_(self, flat: torch.Tensor) -> None:
-        """Replace `flat` by the first rank's, in place."""
+    def broadcast_(self, flat: torch.Tensor, source: int = 0) -> None:
+        """Replace `flat` by that of the process with this rank here, in place."""
         if self.world_size > 1 and flat.numel():
             with self._counted():  # bytes: every dtype travels
-                self._wait(
-                    wire().broadcast(flat.view(torch.uint8), src=self.ranks[0], group=self.group, async_op=True)
+                work = wire().broadcast(
+                    flat.view(torch.uint8), src=self.ranks[source], group=self.group, async_op=True
                 )
-
-    def broadcast_outcome(self, act: Callable[[], T]) -> T:
-        """Run `act` on the first rank alone; its result, or its error, is everybody's. Objects are pickled."""
-        if self.world_size == 1:
-            return act()
-        if self.rank == 0:
-            try:
-                result = act()
-            except Exception as failure:
-                kind = type(failure) if type(failure) in (ValueError, RuntimeError) else RuntimeError
-                with suppress(RuntimeError):  # the failure in hand says more
-                    self._broadcast_object((None, kind(str(failure))))
-                raise
-            self._broadcast_object((result, None))
-            return result
-        result, error = self._broadcast_object(None)
-        if error is not None:
-            raise error
-        return result
-
-    def _broadcast_object(self, value: Any) -> Any:
-        """torch's `broadcast_object_list`, but for the wait: on gloo no longer than until another rank gives up."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        length = torch.tensor([len(data)], device=self._small_device)
-        self.broadcast_(length)
-        told = data.to(self._small_device) if self.rank == 0 else length.new_empty(int(length), dtype=torch.uint8)
-        self.broadcast_(told)
-        return value if self.rank == 0 else pickle.loads(told.cpu().numpy().tobytes())
+                self._wait(work)
 
     def _ring_bytes(self, flat: torch.Tensor) -> float:
         return 2 * (self.world_size - 1) / self.world_size * flat.nbytes

@@ -170,7 +170,7 @@ class ErrorFeedback:
         if not same_number:
             return lambda: self._drop(OTHER_NUMBER)
         residuals = [
-            (held, held.bucket.of(own.tensor(f"residual.{index}", of_item[0].bucket.item.flat)))
+            (held, held.bucket.of(held.bucket.item.of_checkpoint(own, f"residual.{index}")))
             for index, of_item in enumerate(self._by_item())
             for held in of_item
         ]

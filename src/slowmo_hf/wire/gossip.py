@@ -268,10 +268,10 @@ class GossipBase(Base):
             return self._begin_from_anchors if same_number else self.begin_anew
         weight = own.fraction("weight", most=self.topology.workers)
         in_flight = own.number_lists("in_flight", most=self.staleness, least=0)
-        numerators = {item: own.tensor(f"numerator.{i}", item.flat) for i, item in enumerate(self.numerators)}
+        numerators = {item: item.of_checkpoint(own, f"numerator.{i}") for i, item in enumerate(self.numerators)}
         messages = [
             [
-                {item: own.tensor(f"message.{number}.{source}.{i}", item.flat) for i, item in enumerate(numerators)}
+                {item: item.of_checkpoint(own, f"message.{number}.{source}.{i}") for i, item in enumerate(numerators)}
                 for source in range(len(weights))
             ]
             for number, weights in enumerate(in_flight)

@@ -166,6 +166,9 @@ class RollCall:
             return self._lost(error or StoreError("no answer"))
         causes = [self._words(rank, too_late) for rank in others if not self._has("failed", rank)]
         here = f"It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}"
+        if not causes:  # all who took part live: one of them, or another rank, has missed somebody elsewhere
+            causes = self._told_by_another()
+        self._try_to_say(self._key("failed", self.rank), "; ".join(causes))
         if not causes:
             told = [(rank, said) for rank in others if (said := self._get("failed", rank))]
             causes = [
@@ -177,6 +180,17 @@ class RollCall:
             f"{'; '.join(causes)}. {here}{detail}. Look at that rank's own log; the last whole checkpoint is "
             "untouched."
         )
+
+    def _told_by_another(self) -> list[str]:
+        """Whom a rank that has failed before has found missing; nothing where none says so in time."""
+        until = time.monotonic() + _ROLL_SECONDS + 1
+        while time.monotonic() < until:
+            for rank in range(self.world_size):
+                said = self._get("failed", rank) if rank != self.rank else None
+                if said and said["cause"]:
+                    return [said["cause"]]
+            time.sleep(0.05)
+        return []
 
     def _words(self, rank: int, too_late: bool) -> str:
         """What is known of a rank that is not here."""

@@ -77,12 +77,12 @@ class Shards:
     def _cut(self, layout: FlatAnchor) -> tuple[FlatAnchor, list[Shard]]:
         wholes = layout.buckets(self._bytes_per_message(layout))
         lengths = [-(-whole.elements // self.workers) for whole in wholes]
-        device = layout.params[0].device
+        device = layout.device
         beside_gpu = device.type == "cuda" and self._state_device is not None  # every round copies it over: pinned
         flat = torch.zeros(
             sum(lengths), dtype=layout.flat.dtype, device=self._state_device or device, pin_memory=beside_gpu
         )
-        item, shards, offset = FlatAnchor(flat, [], []), [], 0
+        item, shards, offset = FlatAnchor(flat, [], device, 0, flat.numel()), [], 0
         for whole, length in zip(wholes, lengths, strict=True):
             own = Bucket(item, offset, length, [])
             first = whole.offset + self.averages.communicator.rank * length
@@ -195,7 +195,7 @@ class Shards:
         with self.averages.pool.lent() as buffers:
             for index, (state, shards) in enumerate(cuts):
                 for shard in shards:
-                    device = shard.whole.pieces[0].param.device
+                    device = shard.whole.item.device
                     mine = shard.own.of(state).to(device)
                     rows = buffers.get(self.workers * mine.nbytes, torch.uint8, device)
                     communicator.start_all_gather(rows.view(self.workers, -1), mine.view(torch.uint8))()
@@ -222,15 +222,14 @@ def _part(piece: Piece, first: int, own: Bucket) -> list[Piece]:
     """
     flat = own.item.flat
     cached = CACHED_ELEMENTS.get(flat.device.type, own.elements)
-    low, high = max(piece.offset, first), min(piece.offset + piece.stop - piece.start, first + own.elements)
+    low, high = max(piece.offset, first), min(piece.offset + piece.elements, first + own.elements)
     parts = []
     for begin in range(low, high, cached):
         end = min(begin + cached, high)
         offset = own.offset + begin - first
         start = piece.start + begin - piece.offset
-        part = Piece(
-            own.item, piece.param, piece.group, start, start + end - begin, offset, flat[offset : offset + end - begin]
-        )
+        anchor = flat[offset : offset + end - begin]
+        part = Piece(piece.param, piece.group, start, start + end - begin, own.item, offset, anchor)
         part.anchor.copy_(part.values())
         parts.append(part)
     return parts

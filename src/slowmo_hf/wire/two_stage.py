@@ -92,7 +92,7 @@ class TwoStage(UpdatedByAll):
     def _rows(self, number: int, memory: Memory, *, ahead: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory of the messages to all and from all."""
         workers, bucket = self._communicator.world_size, self.buckets[number]
-        device, row = bucket.pieces[0].param.device, self.ends.row_bytes(number)
+        device, row = bucket.item.device, self.ends.row_bytes(number)
         slot = OWN_SLOTS + 2 * number if ahead else 2 * (number % 2)
         outgoing, incoming = (memory(workers * row, torch.uint8, device, slot + side) for side in (0, 1))
         return outgoing.view(workers, row), incoming.view(workers, row)
@@ -215,7 +215,7 @@ class _InTwoStages:
 class _SumForAll(_InTwoStages):
     """
     The second stage is started by whoever comes first, `start_second_stages` between steps or the one who wants the
-    result. A failure is the result's: between steps a leader would fail alone.
+    result. A failure is the result's: between steps a process would fail alone.
     """
 
     failure: RuntimeError | None = None

@@ -1,9 +1,10 @@
-"""Which processes form a worker, and over which groups they talk: all of the job, inside a worker, between workers."""
+"""Which processes form a worker, and over which groups they talk: all of the job, inside a worker, in a column."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -12,7 +13,7 @@ from .communicator import Communicator
 from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
 from .roll_call import RollCall
 
-_WORD_SECONDS = 4.0  # for a leader that has failed to find the cause and tell its worker's processes
+_WORD_SECONDS = 4.0  # for a process that has failed to find the cause and tell its worker's others
 
 
 def worker_size(config: SlowMoConfig) -> int:
@@ -32,27 +33,37 @@ class Workers:
     """
     The processes of the job, cut into workers of neighbouring ranks.
 
-    `world` is every process. `inside` is this worker's own, and `gradients` the same for DDP; its first process, the
-    leader, is the only one that holds anchors and talks to other workers (`between`, and `gossip`); what it learns
-    travels on inside. With `base="all_reduce"` gradients keep all workers equal, so each does the outer update for
-    itself and talks to nobody.
+    `world` is every process. `inside` is this worker's own, and `gradients` the same for DDP or FSDP. Process j of a
+    worker speaks for its part of the model with process j of every other one: its column (`between`, and `gossip`).
+    With `base="all_reduce"` gradients keep all workers equal, so each process does the outer update for itself and
+    talks to nobody.
 
     Args:
         config (`SlowMoConfig`): The settings.
         device (`torch.device`): Where the parameters are.
+        mates (`Sequence[int]`, *optional*): The ranks that hold the model's shards together: a worker. None where
+            every process has the whole model.
     """
 
-    def __init__(self, config: SlowMoConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: SlowMoConfig, device: torch.device, mates: Sequence[int] | None = None) -> None:
+        self.config, self.device, self._mates = config, device, mates
         self.roll_call = RollCall(config.timeout_seconds)
         self.roll_call.enter(0, "the start")
         self.world = Communicator(config.timeout_seconds, device, witness=self.roll_call)
-        self.size = worker_size(config)
+        self.size = worker_size(config) if mates is None else len(mates)
         self.count = max(1, self.world.world_size // self.size)
-        self.index = self.world.rank // self.size
+        self.index, self.place = divmod(self.world.rank, self.size)
+
+    @property
+    def holds_shards(self) -> bool:
+        """Whether the model is sharded inside a worker."""
+        return self._mates is not None
 
     def refusal(self) -> str | None:
         """Why the job cannot be cut into such workers, or None."""
+        words = self._refuse_mesh() if self._mates is not None else None
+        if words is not None:
+            return words
         if is_in_process() and self.size > 1:
             return (
                 "processes_per_worker must be 1 inside run_in_process, where no DDP averages gradients, got "
@@ -66,12 +77,35 @@ class Workers:
             "processes_per_worker=1."
         )
 
+    def _refuse_mesh(self) -> str | None:
+        mates, size, on_machine = list(self._mates or ()), self.size, processes_on_machine(self.world.world_size)
+        first = self.index * size
+        if mates != list(range(first, first + size)):
+            return (
+                f"the model's shards lie on ranks {mates}; a worker is {size} neighbouring ranks, here {first} to "
+                f"{first + size - 1}. Make the sharded dimension of the device mesh the last one."
+            )
+        wanted, given = size, self.config.processes_per_worker
+        if self.config.base != "all_reduce":
+            if given != "auto":
+                wanted = worker_size(self.config)
+            elif machines_in_job(self.world.world_size) > 1:
+                wanted = min(size, on_machine)
+        if wanted == size:
+            return None
+        return (
+            f"the model is sharded over {size} processes, which must be one worker, got processes_per_worker="
+            f"{given!r} (here {wanted}): between rounds nothing may couple workers. Set "
+            f"dp_shard_size={wanted} and dp_replicate_size={self.world.world_size // wanted} in accelerate's "
+            f"configuration, or processes_per_worker={size}."
+        )
+
     def form(self) -> None:
         """Make the groups. Collective, after all ranks have been found to agree on the settings."""
         timeout, world = self.config.timeout_seconds, range(self.world.world_size)
         cut = [list(world[first : first + self.size]) for first in world[:: self.size]]
-        # A leader waits for other machines; its worker's processes wait for it, and longer, so that they hear its
-        # word.
+        # A process waits for other machines in its column; its worker's others wait for it, and longer, so that they
+        # hear its word.
         witness, longer, word = self.roll_call, 2 * timeout + 10, _WORD_SECONDS
         self.inside = _mine(
             [
@@ -79,19 +113,26 @@ class Workers:
                 for ranks in cut
             ]
         )
-        # DDP's.
+        # DDP's or FSDP's.
         self.gradients = _mine([Communicator(timeout, self.device, ranks, purpose="gradients") for ranks in cut])
         self.only_gradients_meet()
-        self.leads = self.inside.rank == 0
-        leaders = [self.world.rank] if self.config.base == "all_reduce" else [ranks[0] for ranks in cut]
+        alone = self.config.base == "all_reduce"
+        columns = (
+            [[rank] for rank in world] if alone else [list(world[place :: self.size]) for place in range(self.size)]
+        )
         # A header must not queue behind messages that travel for long.
         purpose, wire = "behind" if self.config.overlap_steps else "rounds", self._own_wire()
-        self.between = Communicator(timeout, self.device, leaders, purpose=purpose + wire, witness=witness)
+
+        def column(purpose: str) -> Communicator:
+            return _mine(
+                [Communicator(timeout, self.device, c, purpose=purpose + wire, witness=witness) for c in columns]
+            )
+
+        self.between = column(purpose)
         if self.config.base in GOSSIP_BASES:
-            self.gossip = Communicator(timeout, self.device, leaders, purpose="gossip" + wire, witness=witness)
-            if self.gossip.member:
-                # NCCL wants every rank in a group's first call; in an exchange some may idle.
-                self.gossip.gather_header([0.0])
+            self.gossip = column("gossip")
+            # NCCL wants every rank in a group's first call; in an exchange some may idle.
+            self.gossip.gather_header([0.0])
 
     def _own_wire(self) -> str:
         """
@@ -115,7 +156,9 @@ class Workers:
 
     @property
     def bytes_sent(self) -> int:
-        """Payload that this worker has sent to others, since the groups were made; headers of meetings included."""
+        """
+        Payload that this process has sent to other workers, since the groups were made; status exchanges included.
+        """
         return (
             self.world.bytes_sent
             + self.between.bytes_sent

@@ -1,0 +1,89 @@
+"""DTensors, of which every process of a worker has a shard (FSDP2): nothing else knows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    This process's own elements: the shard of a DTensor, else the tensor itself. Asked for at each use, and never kept:
+    FSDP may replace a shard's memory. Sizes and strides of a DTensor are those of the whole.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    with torch.no_grad():
+        return sharded.to_local()  # type: ignore[no-any-return]
+
+
+def shard_mates(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The ranks that hold one DTensor's shards together, this one among them, in the order of the shards."""
+    sharded: Any = tensor
+    mesh = sharded.device_mesh
+    here = zip(sharded.placements, mesh.get_coordinate(), strict=True)
+    row = mesh.mesh[tuple(slice(None) if placement.is_shard() else at for placement, at in here)]
+    return tuple(row.flatten().tolist())
+
+
+def described(tensor: torch.Tensor) -> list[Any]:
+    """What a shard in a file needs to be a DTensor again: shape, strides and placements, as plain values."""
+    sharded: Any = tensor
+    return [list(sharded.shape), list(sharded.stride()), [_name(placement) for placement in sharded.placements]]
+
+
+def as_described(own: torch.Tensor, description: Any, like: torch.Tensor) -> torch.Tensor:
+    """
+    The inverse, over the mesh of another DTensor.
+
+    Raises:
+        ValueError: The description is none, or does not fit the shard.
+    """
+    from torch.distributed.tensor import DTensor  # here: what has no DTensor need not wait for the import
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    match description:
+        case [list() as shape, list() as stride, list() as names] if (
+            all(type(n) is int and n >= 0 for n in (*shape, *stride))
+            and len(shape) == len(stride) == own.dim()
+            and len(names) == mesh.ndim
+            and all(isinstance(name, str) for name in names)
+        ):
+            placements = [_placement(name, own.dim()) for name in names]
+        case _:
+            raise ValueError(f"the description of a shard is {description!r}")
+    for placement, at, count in zip(placements, mesh.get_coordinate(), mesh.shape, strict=True):
+        if placement.is_shard():  # as torch.chunk cuts
+            length = -(-shape[placement.dim] // count)
+            shape = list(shape)
+            shape[placement.dim] = max(0, min(length, shape[placement.dim] - at * length))
+    if tuple(shape) != own.shape:
+        raise ValueError(f"a shard has shape {tuple(own.shape)}, and its description makes it {tuple(shape)}")
+    whole = torch.Size(description[0])
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=whole, stride=tuple(stride))
+
+
+def _name(placement: Any) -> str:
+    if placement.is_shard():
+        return f"shard {placement.dim}"
+    return "replicate" if placement.is_replicate() else f"partial {placement.reduce_op}"
+
+
+def _placement(name: str, dims: int) -> Any:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    kind, _, which = name.partition(" ")
+    if kind == "shard" and which.isdecimal() and int(which) < dims:
+        return Shard(int(which))
+    if kind == "partial" and which in ("sum", "avg", "min", "max", "product"):
+        return Partial(which)
+    if name == "replicate":
+        return Replicate()
+    raise ValueError(f"no placement is called {name!r}")
