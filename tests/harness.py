@@ -30,6 +30,8 @@ ALLOWED_WARNINGS = [
     # transformers 5.23 renames gradient checkpointing; peft still asks by the old name, and so do we, for transformers
     # 4.57.
     ("ignore", ".*gradient_checkpointing.*", FutureWarning),
+    # accelerate 1.15 asks torch's mesh for the flattened dimension that it shards over.
+    ("ignore", "Slicing a flattened dim.*", UserWarning),
 ]
 
 
