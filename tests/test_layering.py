@@ -31,6 +31,7 @@ WINGS = {
             *("exit_notice", "first_pass", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
             *("trainer_checkpoints", "trainer_methods", "trainer_start"),
         ],
+        ["fully_sharded"],
     ],
     "checkpoints": [["claim", "state"], ["places"], ["files"]],
     "training": [
@@ -77,9 +78,16 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 
 # Who alone may reach a package of others.
 ONLY = {
-    # What carries messages; its types of errors; the group that keeps DDP inside a worker; DTensors; the job's store,
-    # which has no public name.
-    "torch.distributed": ("wire.failures", "adapters.isolation", "wire.job", "dtensors", "upstream"),
+    # What carries messages; its types of errors; the groups that keep DDP and FSDP2 inside a worker; DTensors; the
+    # job's store, which has no public name.
+    "torch.distributed": (
+        "wire.failures",
+        "adapters.isolation",
+        "adapters.fully_sharded",
+        "wire.job",
+        "dtensors",
+        "upstream",
+    ),
     "slowmo_hf.wire.job.wire": ("wire.communicator", "wire.processes"),  # what talks to other processes
     # Custom loops need no Trainer.
     "transformers": (

@@ -5,9 +5,11 @@ version, why no public name will do, and the test that fails when the name goes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -36,6 +38,79 @@ def communication_hook(ddp: Any) -> str:
     (tests/test_node_workers.py::test_a_communication_hook_that_would_couple_workers_is_refused).
     """
     return str(ddp._get_ddp_logging_data().get("comm_hook") or "")
+
+
+def fsdp_parameter_groups(module: Any) -> list[Any]:
+    """
+    `FSDPModule._get_fsdp_state` and its `_fsdp_param_groups` (torch >= 2.13; one `_fsdp_param_group` in torch >= 2.6):
+    what FSDP2 gathers and reduces together, over the processes of its `mesh_info`. No public name tells or sets these
+    processes after `fully_shard` (tests/test_fully_sharded.py::test_gradients_are_the_workers_own_mean).
+    """
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def fsdp_parameters(module: Any) -> list[Any]:
+    """
+    `FSDPParam.sharded_param`, torch >= 2.6: what an optimizer holds of a module. While it is gathered, the module's
+    own `parameters()` are others (tests/test_fully_sharded.py::test_a_model_that_was_evaluated_first_is_known).
+    """
+    return [one.sharded_param for group in fsdp_parameter_groups(module) for one in group.fsdp_params]
+
+
+def fsdp_over_shards_alone(mesh_info: Any) -> Any:
+    """
+    `FSDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: the same mesh as HSDP's,
+    without a dimension of replicas; None where the mesh has no dimension of shards.
+    `set_requires_all_reduce(False)`, which is public, leaves every gradient None (tests/test_fully_sharded.py::test_gradients_are_the_workers_own_mean).
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+
+    if not isinstance(mesh_info, FSDPMeshInfo):
+        return None
+    taken = [one.name for one in dataclasses.fields(FSDPMeshInfo) if one.init and one.name != "replicate_mesh_dim"]
+    alone = FSDPMeshInfo(**{name: getattr(mesh_info, name) for name in taken})
+    if hasattr(mesh_info, "reduce_scatter_process_group"):  # FSDPModule.set_separate_reduce_scatter_group
+        alone.reduce_scatter_process_group = mesh_info.reduce_scatter_process_group
+    return alone
+
+
+def fsdp_replicas(group: Any) -> list[str]:
+    """
+    `DDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: the attributes of a parameter
+    group that know of replicas, over which gradients are then averaged. `post_forward_mesh_info` is none of them: it
+    names those who gather again in a backward pass
+    (tests/test_fully_sharded.py::test_a_torch_that_would_couple_workers_is_refused).
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
+
+    known = {"mesh_info": group.mesh_info, **vars(group)}
+    return [k for k, v in known.items() if isinstance(v, DDPMeshInfo) and k != "post_forward_mesh_info"]
+
+
+def fsdp_all_reduce_hook(group: Any) -> Any:
+    """
+    `FSDPParamGroup._all_reduce_hook`, torch >= 2.6: what `FSDPModule.set_all_reduce_hook` has set, which nothing
+    public tells (tests/test_fully_sharded.py::test_what_would_couple_workers_is_refused).
+    """
+    return group._all_reduce_hook
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> timedelta | None:
+    """
+    `torch.distributed.distributed_c10d._set_pg_timeout`, torch >= 2.3: how long collectives of a group wait from now
+    on; what it was before, None where that is not known. The public way, an argument of `new_group`, is for a group
+    that is not there yet (tests/test_fully_sharded.py::test_a_frozen_mate_is_told_in_time).
+    """
+    before = None
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        before = getattr(options, "_timeout", before)
+    if before is not None:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return before
 
 
 def compiled_module(model: Any) -> Any:

@@ -15,6 +15,7 @@ from ..log import make_heard
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
+from .fully_sharded import ShardedIsolation, sharded_modules
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
@@ -22,7 +23,14 @@ from .trainer_end import Ending, StepTooMany
 from .trainer_gathers import TrainerGathers
 from .trainer_methods import Looks, RoundLogs
 from .trainer_saves import TrainerSaves
-from .trainer_start import advise, raw_optimizer, refuse_shared, refuse_wrong_launch, switch_off_token_average
+from .trainer_start import (
+    advise,
+    raw_optimizer,
+    refuse_resumable_saves,
+    refuse_shared,
+    refuse_wrong_launch,
+    switch_off_token_average,
+)
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -92,15 +100,19 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
-        refuse_unsupported()
+        sharded = sharded_modules([kwargs["model"]])
+        refuse_unsupported([kwargs["model"]], kwargs["optimizer"])
+        refuse_resumable_saves(args, kwargs["model"])
         outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
-        refuse_wrong_launch(args, wrappers)
+        refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
-            self._given_back.callback(Isolation(wrappers, outer_loop.workers.gradients.group).release)
+            group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
+            self._given_back.callback(Isolation(wrappers, group).release)
+            self._given_back.callback(ShardedIsolation(sharded, group, timeout_seconds=timeout).release)
             switch_off_token_average(args, self._given_back)
             advise(args, self.config)
         self._gathers = TrainerGathers(self._find_trainer(), outer_loop, self._given_back)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from .. import upstream
 from ..config import SlowMoConfig
 from ..log import logger
 from ..wire.job import is_in_process, processes_in_job
+from .fully_sharded import all_parameters, sharded_modules
 
 
 def listen(optimizer: Any) -> Callable[[], Any]:
@@ -45,7 +46,7 @@ def trains(optimizer: Any, module: torch.nn.Module) -> bool:
     if not torch.is_grad_enabled():
         return False
     own = _parameters(optimizer)
-    holds_some = any(id(p) in own for p in module.parameters())
+    holds_some = any(id(p) in own for p in all_parameters(module))
     return holds_some and (optimizer.awaits_a_checkpoint or any(p.requires_grad for p in own.values()))
 
 
@@ -74,14 +75,14 @@ def is_before_prepare(optimizer: Any, module: torch.nn.Module) -> bool:
     is_alone = is_in_process() or processes_in_job() == 1
     if is_alone or optimizer.is_prepared or not upstream.accelerate_is_in_use():
         return False
-    return not any(isinstance(one, DistributedDataParallel) for one in module.modules())
+    return not (sharded_modules([module]) or any(isinstance(one, DistributedDataParallel) for one in module.modules()))
 
 
 def whole_model(
     optimizer: torch.optim.Optimizer, module: torch.nn.Module | None, *, tell: bool = False
 ) -> list[torch.nn.Module]:
     """This module, if it holds all of the optimizer's parameters; nothing, and with `tell` a warning, if not."""
-    if module is not None and _parameters(optimizer).keys() <= {id(p) for p in module.parameters()}:
+    if module is not None and _parameters(optimizer).keys() <= {id(p) for p in all_parameters(module)}:
         return [module]
     if tell:
         logger.warning(
@@ -94,12 +95,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
     return {id(p): p for group in optimizer.param_groups for p in group["params"]}
 
 
-def refuse_separate_gradients(config: SlowMoConfig, worker_size: int) -> None:
-    """Without DDP's wrapper nobody averages the gradients of a worker's processes."""
+def refuse_separate_gradients(config: SlowMoConfig, worker_size: int, models: Iterable[torch.nn.Module] = ()) -> None:
+    """Without DDP's wrapper or FSDP2 nobody averages the gradients of a worker's processes."""
     if is_in_process() or processes_in_job() == 1 or (worker_size == 1 and config.base != "all_reduce"):
         return
+    if sharded_modules(models):
+        return
     raise RuntimeError(
-        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper that "
-        "averages gradients, and none of the model was found. Train the model that accelerator.prepare returned, or "
-        "use processes_per_worker=1 and another base."
+        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper or "
+        "FSDP2 to average gradients, and none of the model was found. Train the model that accelerator.prepare "
+        "returned, or use processes_per_worker=1 and another base."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,25 +14,138 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
 from ..log import logger
+from .fully_sharded import reshard, sharded_modules
 
-_UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
+_ENGINES = "distributed_type must be NO, MULTI_CPU, MULTI_GPU or FSDP (version 2) for local training, got "
+_UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
+_BY_ACCELERATE = (
+    "let accelerator.prepare shard the model: fsdp_version: 2 in the accelerate configuration (Trainer: "
+    "fsdp=True, fsdp_config={'version': 2})"
+)
 
 
-def refuse_unsupported() -> None:
+def refuse_unsupported(models: Iterable[torch.nn.Module] = (), optimizer: torch.optim.Optimizer | None = None) -> None:
     """
-    Refuse what shards or replaces the parameters that rounds average.
+    Refuse what replaces the parameters that rounds average, or shards them in a way that leaves it unknown who
+    averages gradients inside a worker. FSDP2 and HSDP are accepted.
+
+    Args:
+        models (`Iterable[torch.nn.Module]`, *optional*): What is trained, as it is called.
+        optimizer (`torch.optim.Optimizer`, *optional*): What holds its parameters. With it, gathered copies of sharded
+            ones are dropped: not to be called between a forward pass and its backward.
 
     Raises:
-        ValueError: The job runs under DeepSpeed, FSDP, Megatron-LM or XLA.
+        ValueError: The job runs under DeepSpeed, Megatron-LM, XLA, FSDP of version 1, tensor, context, expert or
+            pipeline parallelism; FSDP was asked for and is not there; an optimizer holds plain parameters beside
+            sharded ones, or one parameter twice.
     """
-    if not upstream.accelerate_is_in_use():
-        return
-    kind = AcceleratorState().distributed_type.name
+    models = list(models)
+    sharded = sharded_modules(models)
+    if upstream.accelerate_is_in_use():
+        _refuse_engine(AcceleratorState(), bool(sharded))
+    for model in models:
+        _refuse_wrapped_or_planned(model)
+    if optimizer is not None:
+        reshard(sharded)
+        _refuse_parameters(models, sharded, optimizer)
+
+
+def _refuse_engine(state: Any, is_sharded: bool) -> None:
+    kind = state.distributed_type.name
+    if kind == "DEEPSPEED":
+        raise ValueError(
+            f"{_ENGINES}DEEPSPEED, which keeps parameters where rounds cannot reach them. To shard a model that does "
+            f"not fit one process, {_BY_ACCELERATE}."
+        )
     if kind in _UNSUPPORTED:
         raise ValueError(
-            f"distributed_type must be NO, MULTI_CPU or MULTI_GPU for local training, got {kind}, which is not "
-            "supported yet. Launch without it: every worker must hold whole parameters."
+            f"{_ENGINES}{kind}, which is not supported yet. Launch without it: every worker must hold whole "
+            "parameters, or shards of FSDP version 2."
         )
+    version = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1)
+    if kind == "FSDP" and version != 2:
+        raise ValueError(f"{_ENGINES}FSDP, and fsdp_version must be 2, got {version}: {_BY_ACCELERATE}.")
+    parallelism = getattr(state, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        _refuse_parallel(f"parallelism_config.{name}", getattr(parallelism, name, 1))
+    if kind == "MULTI_CPU" and not is_sharded and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "FSDP was asked for (ACCELERATE_USE_FSDP=true or an fsdp_plugin), but accelerate shards on accelerators "
+            f"alone: with distributed_type {kind} it has made every process hold the whole model. Launch on GPUs, "
+            "leave FSDP out, or shard with transformers' DistributedConfig or torch's fully_shard."
+        )
+
+
+def _refuse_parallel(name: str, size: Any) -> None:
+    if (size or 1) > 1:
+        raise ValueError(
+            f"{name} must be 1 for local training, got {size}: a worker is processes that see different rows, and "
+            "these see the same ones. Shard with FSDP2 (dp_shard_size) in its place."
+        )
+
+
+def _refuse_wrapped_or_planned(model: torch.nn.Module) -> None:
+    if dist.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "the model has FullyShardedDataParallel wrappers, which are FSDP version 1, and fsdp_version must be "
+                f"2: {_BY_ACCELERATE}, or use torch's fully_shard."
+            )
+    for module in model.modules():
+        plan = getattr(getattr(module, "config", None), "distributed_config", None)
+        for name in ("tp_size", "ep_size", "pp_size"):
+            _refuse_parallel(f"DistributedConfig.{name}", getattr(plan, name, 1))
+
+
+def _refuse_parameters(models: list[torch.nn.Module], sharded: list[Any], optimizer: torch.optim.Optimizer) -> None:
+    names = {id(p): name for model in models for name, p in model.named_parameters()}
+    every = {id(p): p for model in models for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    every |= {id(p): p for p in held}
+    managed = {id(p) for module in sharded for p in upstream.fsdp_parameters(module)}
+    cut = {place: dimensions for place, p in every.items() if (dimensions := _cut_dimensions(p))}
+    for place, dimensions in cut.items():
+        if dimensions > 1 or place not in managed:
+            raise ValueError(
+                f"parameter {names.get(place, '')!r} is sharded "
+                + (f"in {dimensions} dimensions of its mesh" if dimensions > 1 else "and no FSDP2 module manages it")
+                + ": tensor and expert parallelism are not supported. Shard with FSDP2 alone (tp_size=1)."
+            )
+    if not cut:
+        return
+    plain = next((p for p in held if p.requires_grad and not hasattr(p, "device_mesh")), None)
+    if plain is not None:
+        raise ValueError(
+            f"parameter {names.get(id(plain), '')!r} is trained and not sharded, beside {len(cut)} that are: nobody "
+            "averages its gradient inside a worker. An adapter that was added to a sharded model: add it first (PEFT), "
+            f"then {_BY_ACCELERATE}. Otherwise freeze it, or take it out of ignored_modules."
+        )
+    _refuse_two_entries(names, held)
+
+
+def _refuse_two_entries(names: dict[int, str], held: list[torch.Tensor]) -> None:
+    seen: set[int] = set()
+    for p in held:
+        if id(p) in seen:
+            missing = next((name for place, name in names.items() if place not in {id(q) for q in held}), None)
+            raise ValueError(
+                f"parameter {names.get(id(p), '')!r} is in the optimizer twice"
+                + (f", and {missing!r} is not: " if missing else ": ")
+                + "accelerate finds parameters by their address, and empty shards have none. Hand "
+                f"accelerator.prepare a whole model ({_BY_ACCELERATE}), or keep a model that is sharded already, and "
+                "its optimizer, away from it."
+            )
+        seen.add(id(p))
+
+
+def _cut_dimensions(param: Any) -> int:
+    """In how many dimensions of its mesh a parameter is not whole; 0 of a plain one."""
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return 0
+    return sum(not placement.is_replicate() and mesh.size(i) > 1 for i, placement in enumerate(param.placements))
 
 
 def ddp_wrappers(

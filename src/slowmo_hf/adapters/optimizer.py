@@ -16,6 +16,7 @@ from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
 from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
+from .fully_sharded import ShardedIsolation, sharded_modules
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -56,6 +57,7 @@ class SlowMoOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
+        self.sharded_isolation: ShardedIsolation | None = None
         self.is_prepared = False  # by Accelerate, with its model
         self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._model_calls: ModelCalls | None = None
@@ -170,17 +172,19 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refuse_unsupported()
+            refuse_unsupported(models, self.inner_optimizer)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers)
             if not wrappers:
-                refuse_separate_gradients(self.config, outer_loop.workers.size)
+                refuse_separate_gradients(self.config, outer_loop.workers.size, models)
         except BaseException:
             self._stop_listening = listen(self)
             raise
         if self.config.base != "all_reduce":
-            self.isolation = Isolation(wrappers, outer_loop.workers.gradients.group)
+            group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
+            self.isolation = Isolation(wrappers, group)
+            self.sharded_isolation = ShardedIsolation(sharded_modules(models), group, timeout_seconds=timeout)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None

@@ -52,7 +52,7 @@ def refuse_wrong_launch(args: TrainingArguments, wrappers: list[Any]) -> None:
     Refuse a launch in which every process would train on all data, or in which it is unknown who averages gradients.
 
     Args:
-        wrappers (`list`): The model's, of `DistributedDataParallel`.
+        wrappers (`list`): The model's, of `DistributedDataParallel`, or its modules that FSDP2 shards.
     """
     if args.world_size != processes_in_job():
         raise RuntimeError(
@@ -64,6 +64,25 @@ def refuse_wrong_launch(args: TrainingArguments, wrappers: list[Any]) -> None:
         raise RuntimeError(
             f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so "
             "it is unknown who averages gradients. Launch with torchrun or accelerate launch."
+        )
+
+
+def refuse_resumable_saves(args: TrainingArguments, model: Any) -> None:
+    """
+    Refuse checkpoints to be resumed of a model that `from_pretrained(distributed_config=...)` has sharded: Trainer
+    writes rank 0's shard of its optimizer alone. transformers 5.24 refuses it where the Trainer is made; arguments may
+    have changed since.
+    """
+    if (
+        getattr(model, "is_distributed_loading_by_transformers", False)
+        and args.save_strategy != "no"
+        and not args.save_only_model
+    ):
+        raise ValueError(
+            f"save_strategy={str(getattr(args.save_strategy, 'value', args.save_strategy))!r} with save_only_model="
+            "False saves checkpoints to be resumed, and Trainer cannot save the optimizer of a model that was sharded "
+            "at load (DistributedConfig). Use save_strategy='no' or save_only_model=True, or load the model whole and "
+            "shard it by accelerate's FSDP2 (fsdp=True, fsdp_config={'version': 2})."
         )
 
 
