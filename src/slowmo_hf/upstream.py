@@ -197,7 +197,7 @@ def is_called_by(function: str, module: str) -> bool:
     Whether a function of that name, in a module whose name holds `module`, is a few calls above: torch's hooks and
     AcceleratedOptimizer lie between. `_init_optim_state` of torch.distributed.checkpoint (torch >= 2.3) makes a fresh
     optimizer's state by a step that must not count, and `_get_optim_state_dict` there asks for it in a save;
-    `save_accelerator_state` of accelerate (>= 1.1) saves rank 0's optimizer alone; `evaluation_loop` of transformers'
+    `evaluation_loop` of transformers'
     Trainer (>= 4.57) calls `model.eval()` first
     (tests/test_optimizer.py::test_distributed_checkpoints_dummy_step_does_not_count,
     tests/test_optimizer.py::test_save_state_says_what_is_wrong,

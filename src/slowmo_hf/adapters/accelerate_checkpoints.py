@@ -89,8 +89,10 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
             return save_state(self, *args, **kwargs)
         seal_last: list[Callable[[], None]] = []
         with ExitStack() as given_back:
-            for bare in ours.values():
+            for folder, bare in ours.items():
                 given_back.enter_context(consensus(bare))
+                bare.is_saved_beside = folder in begun
+                given_back.callback(setattr, bare, "is_saved_beside", False)
             hook = self.register_save_state_pre_hook(
                 lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder)))
             )

@@ -59,6 +59,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self.isolation: Isolation | None = None
         self.sharded_isolation: ShardedIsolation | None = None
         self.is_prepared = False  # by Accelerate, with its model
+        self.is_saved_beside = False  # `accelerator.save_state` is under way: every process writes its own
         self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._model_calls: ModelCalls | None = None
         self._before_training: Callable[[OuterLoop], None] | None = None
@@ -109,7 +110,7 @@ class SlowMoOptimizer(OptimizerWrapper):
     def _slow_state(self) -> dict[str, Any] | None:
         if self.outer_loop is None:
             return self._pending
-        if self.outer_loop.config.has_rounds and upstream.is_called_by("save_accelerator_state", "accelerate"):
+        if self.is_saved_beside:
             return {_BESIDE: True}
         return self.outer_loop.state_dict()
 

@@ -91,6 +91,7 @@ class Consensus:
                 self._average(bool(params), floating, integer)
 
         parts.view.begin()
+        parts.inner_state.remember_emptiness()
         try:
             parts.view.show(shown, average_)
         except BaseException:
@@ -141,6 +142,7 @@ class Consensus:
 
         now = parts.tensors.buffers()
         view.begin()
+        parts.inner_state.remember_emptiness()
         view.show([*params, *(now[name] for name in buffers)], write_)
         view.is_of_last_round = True
 
@@ -177,8 +179,10 @@ class Consensus:
         """End a view: local weights and buffers return, bit for bit, and random generators if they have not yet."""
         self.parts.workers.only_gradients_meet()
         self.parts.view.restore(give_back_random_state=give_back_random_state)
+        self.parts.inner_state.empty_again()
 
     def keep(self) -> None:
         """End training on the average: what is shown stays."""
         self.show()
         self.parts.view.keep()
+        self.parts.inner_state.empty_again()

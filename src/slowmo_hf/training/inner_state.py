@@ -33,6 +33,7 @@ class InnerState:
     def __init__(self, config: SlowMoConfig, tensors: ModelTensors) -> None:
         self.optimizer = tensors.optimizer
         self.tensors = tensors
+        self._was_empty = False  # while a view is shown
         self.policy = config.inner_state
         if self.policy == "auto":
             has_momentum = any(group.get("momentum", 0) for group in self.optimizer.param_groups)
@@ -48,6 +49,19 @@ class InnerState:
         if self.policy == "reset":
             for param in self.tensors.trainable:
                 self.optimizer.state.pop(param, None)
+
+    def remember_emptiness(self) -> None:
+        """The average is about to be shown, and perhaps saved."""
+        self._was_empty = not self.optimizer.state
+
+    def empty_again(self) -> None:
+        """
+        Local weights are back: what was empty is. torch.distributed.checkpoint, by which FSDP's optimizers are saved,
+        makes an empty state up by a step with a learning rate of 0, and Adam would have counted it.
+        """
+        if self._was_empty:
+            self.optimizer.state.clear()
+        self._was_empty = False
 
     def tensors_to_average(self, averages: Averages) -> list[torch.Tensor]:
         """
