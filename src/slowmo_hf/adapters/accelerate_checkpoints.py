@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         with ExitStack() as given_back:
             for folder, bare in ours.items():
                 given_back.enter_context(consensus(bare))
-                bare.is_saved_beside = folder in begun
-                given_back.callback(setattr, bare, "is_saved_beside", False)
+                if folder in begun:
+                    given_back.enter_context(_beside(bare))
             hook = self.register_save_state_pre_hook(
                 lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder)))
             )
@@ -103,6 +103,16 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         return saved_to
 
     return save
+
+
+@contextmanager
+def _beside(bare: SlowMoOptimizer) -> Iterator[None]:
+    """Inside, its slow state lies beside what Accelerate has of it: every process's own."""
+    bare.state_is_beside = True
+    try:
+        yield
+    finally:
+        bare.state_is_beside = False
 
 
 def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) -> Callable[[], None]:
@@ -153,11 +163,13 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
                 if bare.config.has_rounds:
                     bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify))
 
-        hook = self.register_load_state_pre_hook(wait)
-        try:
+        with ExitStack() as given_back:
+            for bare in _ours(self).values():  # of FSDP Accelerate loads model and optimizer before it calls a hook
+                given_back.enter_context(_beside(bare))
+                if bare.outer_loop is not None:
+                    bare.outer_loop.consensus.restore()
+            given_back.callback(self.register_load_state_pre_hook(wait).remove)
             result = load_state(self, *args, **kwargs)
-        finally:
-            hook.remove()
         if any(bare.awaits_a_checkpoint for bare in _ours(self).values()):
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]

@@ -59,7 +59,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self.isolation: Isolation | None = None
         self.sharded_isolation: ShardedIsolation | None = None
         self.is_prepared = False  # by Accelerate, with its model
-        self.is_saved_beside = False  # `accelerator.save_state` is under way: every process writes its own
+        self.state_is_beside = False  # while `accelerator.save_state` or `load_state` is under way
         self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._model_calls: ModelCalls | None = None
         self._before_training: Callable[[OuterLoop], None] | None = None
@@ -110,7 +110,7 @@ class SlowMoOptimizer(OptimizerWrapper):
     def _slow_state(self) -> dict[str, Any] | None:
         if self.outer_loop is None:
             return self._pending
-        if self.is_saved_beside:
+        if self.state_is_beside:
             return {_BESIDE: True}
         return self.outer_loop.state_dict()
 
