@@ -119,13 +119,14 @@ def _refuse_parameters(models: list[torch.nn.Module], sharded: list[Any], optimi
     if plain is not None:
         raise ValueError(
             f"parameter {names.get(id(plain), '')!r} is trained and not sharded, beside {len(cut)} that are: nobody "
-            "averages its gradient inside a worker. An adapter that was added to a sharded model: add it first (PEFT), "
-            f"then {_BY_ACCELERATE}. Otherwise freeze it, or take it out of ignored_modules."
+            "averages its gradient inside a worker. If it is an adapter, add it to the whole model first (PEFT), then "
+            f"{_BY_ACCELERATE}. Otherwise freeze it, or take it out of ignored_modules."
         )
     _refuse_two_entries(names, held)
 
 
 def _refuse_two_entries(names: dict[int, str], held: list[torch.Tensor]) -> None:
+    """Ranks with no empty shard do not see it: there it is told as another rank's failure."""
     seen: set[int] = set()
     for p in held:
         if id(p) in seen:
