@@ -21,7 +21,7 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.adapters.first_pass import is_before_prepare, refuse_separate_gradients, trains, whole_model
 from slowmo_hf.adapters.fully_sharded import ShardedIsolation, reshard, sharded_modules, sharded_roots
-from slowmo_hf.adapters.isolation import refuse_unsupported
+from slowmo_hf.adapters.isolation import Isolation, refuse_unsupported
 from slowmo_hf.adapters.trainer_start import refuse_resumable_saves, refuse_wrong_launch
 from slowmo_hf.upstream import fsdp_parameter_groups
 from tiny import arguments, error_of
@@ -326,7 +326,7 @@ def known_after_an_evaluation(mesh):
         "trains": trains(optimizer, model),
         "other trains": trains(optimizer, other),
         "whole": whole_model(optimizer, model) == [model],
-        "roots": [one is model for one in sharded_roots(held)],
+        "roots": [one is model for one in sharded_roots(optimizer)],
         "before prepare": is_before_prepare(optimizer, model),
         "launch": error_of(refuse_wrong_launch, args, sharded_modules([model])),
         "launch without": error_of(refuse_wrong_launch, args, []),
@@ -378,7 +378,7 @@ def one_worker_goes_on(mesh, rank):
     """Seconds of three clipped steps of worker 0, while worker 1 sleeps for 3 seconds before its own."""
     model = fsdp.by_hand(fsdp.Awkward(), mesh)
     optimizer = fsdp.sgd(model.parameters())
-    isolation = ShardedIsolation(sharded_modules([model]))
+    isolation = Isolation([], None, sharded_modules([model]))
     dist.barrier()
     began = time.monotonic()
     if rank >= 2:

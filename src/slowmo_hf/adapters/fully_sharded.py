@@ -27,12 +27,12 @@ def sharded_modules(models: Iterable[torch.nn.Module]) -> list[FSDPModule]:
     return list(found.values())
 
 
-def sharded_roots(parameters: Iterable[torch.Tensor]) -> list[FSDPModule]:
+def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
     """
-    The outermost modules that hold some of these parameters sharded, of all that are alive: where no pass has shown
+    The outermost modules that hold an optimizer's sharded parameters, of all that are alive: where no pass has shown
     the model. A walk over all objects, as `ddp_wrappers` does it; nothing where no parameter is sharded.
     """
-    own = {id(p) for p in parameters if hasattr(p, "device_mesh")}
+    own = {id(p) for group in optimizer.param_groups for p in group["params"] if hasattr(p, "device_mesh")}
     if not own:
         return []
     from torch.distributed.fsdp import FSDPModule

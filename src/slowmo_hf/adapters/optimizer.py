@@ -16,7 +16,7 @@ from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
 from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
-from .fully_sharded import ShardedIsolation, sharded_modules, sharded_roots
+from .fully_sharded import sharded_modules, sharded_roots
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -57,7 +57,6 @@ class SlowMoOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
-        self.sharded_isolation: ShardedIsolation | None = None
         self.is_prepared = False  # by Accelerate, with its model
         self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._model_calls: ModelCalls | None = None
@@ -168,9 +167,6 @@ class SlowMoOptimizer(OptimizerWrapper):
     def _wrappers(self, within: torch.nn.Module | None = None) -> list[Any]:
         return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)
 
-    def _sharded_roots(self) -> list[Any]:
-        return sharded_roots(p for group in self.param_groups for p in group["params"])
-
     def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
@@ -186,8 +182,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             raise
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.isolation = Isolation(wrappers, group)
-            self.sharded_isolation = ShardedIsolation(sharded_modules(models), group, timeout_seconds=timeout)
+            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
@@ -231,7 +226,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         """The outer loop, also of a worker that had no data at all: the others wait for it. Collective there."""
         if self.outer_loop is None:
             wrappers = self._wrappers()
-            self._start([ddp.module for ddp in wrappers] or self._sharded_roots(), wrappers)
+            self._start([ddp.module for ddp in wrappers] or sharded_roots(self), wrappers)
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
         return self.outer_loop
@@ -244,7 +239,7 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def _started(self) -> OuterLoop:
         if self.outer_loop is None:
-            if self._wrappers() or self._sharded_roots():
+            if self._wrappers() or sharded_roots(self):
                 raise RuntimeError(
                     "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP or FSDP2 "
                     "still averages gradients over all workers. Call the model that accelerator.prepare returned."
