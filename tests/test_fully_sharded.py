@@ -423,7 +423,9 @@ def test_a_model_that_was_evaluated_first_is_known(launch):
         assert not known["before prepare"]
         assert known["launch"] == known["gradients"] == known["refused"] == ""
         assert "no DistributedDataParallel wrapper" in known["launch without"]
-        assert "needs a DistributedDataParallel wrapper or FSDP2" in known["gradients without"]
+        assert (
+            "needs a DistributedDataParallel wrapper that averages gradients, or FSDP2" in known["gradients without"]
+        )
         assert known["resharded"]
 
 

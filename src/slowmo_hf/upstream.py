@@ -101,10 +101,10 @@ def fsdp_replicas(group: Any) -> list[str]:
 
 def fsdp_all_reduce_hook(group: Any) -> Any:
     """
-    `FSDPParamGroup._all_reduce_hook`, torch >= 2.6: what `FSDPModule.set_all_reduce_hook` has set, which nothing
-    public tells (tests/test_fully_sharded.py::test_what_would_couple_workers_is_refused).
+    `FSDPParamGroup._all_reduce_hook`, torch >= 2.7 (none before): what `FSDPModule.set_all_reduce_hook` has set, which
+    nothing public tells (tests/test_fully_sharded.py::test_what_would_couple_workers_is_refused).
     """
-    return group._all_reduce_hook
+    return getattr(group, "_all_reduce_hook", None)
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> timedelta | None:
