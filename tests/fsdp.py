@@ -86,10 +86,12 @@ class Tokens(Dataset):
 
 
 def let_cpu_shard() -> None:
-    """accelerate's `state.py` shards on GPUs alone; call it before `Accelerator(...)`, once per process."""
+    """accelerate's `state.py` shards on GPUs alone; call it before each `Accelerator(...)`."""
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
+    AcceleratorState._reset_state()  # of an Accelerator that this process has had
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -261,7 +263,9 @@ def sharded_at_load(folder: str, shards: int, replicas: int, dtype: torch.dtype 
     """transformers' own FSDP2: `from_pretrained(distributed_config=...)`, which CPUs may do as they are."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     config = DistributedConfig(fsdp_size=shards, dp_replicate_size=replicas)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=dtype)
 

@@ -54,17 +54,26 @@ def fsdp_parameter_groups(module: Any) -> list[Any]:
 
 def fsdp_parameters(module: Any) -> list[Any]:
     """
-    `FSDPParam.sharded_param`, torch >= 2.6: what an optimizer holds of a module. While it is gathered, the module's
-    own `parameters()` are others (tests/test_fully_sharded.py::test_a_model_that_was_evaluated_first_is_known).
+    `FSDPParam.sharded_param` and `FSDPParam._module_info`, torch >= 2.6: what an optimizer holds of a module. While it
+    is gathered, the module's own `parameters()` are others; where a model was loaded into its shards (`assign=True`)
+    and not called yet, `sharded_param` is another one
+    (tests/test_fully_sharded.py::test_a_model_that_was_evaluated_first_is_known,
+    tests/test_fully_sharded.py::test_what_is_not_supported_is_refused_by_name).
     """
-    return [one.sharded_param for group in fsdp_parameter_groups(module) for one in group.fsdp_params]
+    groups = fsdp_parameter_groups(module)
+    held = [(one, group.is_sharded) for group in groups for one in group.fsdp_params]
+    return [
+        getattr(one._module_info.module, one._module_info.param_name) if is_sharded else one.sharded_param
+        for one, is_sharded in held
+    ]
 
 
 def fsdp_over_shards_alone(mesh_info: Any) -> Any:
     """
     `FSDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: the same mesh as HSDP's,
-    without a dimension of replicas; None where the mesh has no dimension of shards.
-    `set_requires_all_reduce(False)`, which is public, leaves every gradient None (tests/test_fully_sharded.py::test_gradients_are_the_workers_own_mean).
+    without a dimension of replicas; None where the mesh has no dimension of shards. What is public,
+    `set_requires_all_reduce(False)`, leaves every gradient None
+    (tests/test_fully_sharded.py::test_gradients_are_the_workers_own_mean).
     """
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
@@ -92,10 +101,10 @@ def fsdp_replicas(group: Any) -> list[str]:
 
 def fsdp_all_reduce_hook(group: Any) -> Any:
     """
-    `FSDPParamGroup._all_reduce_hook`, torch >= 2.6: what `FSDPModule.set_all_reduce_hook` has set, which nothing
-    public tells (tests/test_fully_sharded.py::test_what_would_couple_workers_is_refused).
+    `FSDPParamGroup._all_reduce_hook`, torch >= 2.7 (none before): what `FSDPModule.set_all_reduce_hook` has set, which
+    nothing public tells (tests/test_fully_sharded.py::test_what_would_couple_workers_is_refused).
     """
-    return group._all_reduce_hook
+    return getattr(group, "_all_reduce_hook", None)
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> timedelta | None:

@@ -15,7 +15,7 @@ from ..log import make_heard
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
-from .fully_sharded import ShardedIsolation, sharded_modules
+from .fully_sharded import sharded_modules
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
@@ -111,8 +111,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self._given_back.callback(Isolation(wrappers, group).release)
-            self._given_back.callback(ShardedIsolation(sharded, group, timeout_seconds=timeout).release)
+            self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
             switch_off_token_average(args, self._given_back)
             advise(args, self.config)
         self._gathers = TrainerGathers(self._find_trainer(), outer_loop, self._given_back)

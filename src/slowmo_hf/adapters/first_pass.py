@@ -102,7 +102,7 @@ def refuse_separate_gradients(config: SlowMoConfig, worker_size: int, models: It
     if sharded_modules(models):
         return
     raise RuntimeError(
-        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper or "
-        "FSDP2 to average gradients, and none of the model was found. Train the model that accelerator.prepare "
+        f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper that "
+        "averages gradients, or FSDP2, and none of the model was found. Train the model that accelerator.prepare "
         "returned, or use processes_per_worker=1 and another base."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,22 @@ def sharded_modules(models: Iterable[torch.nn.Module]) -> list[FSDPModule]:
 
     found = {id(module): module for model in models for module in model.modules() if isinstance(module, FSDPModule)}
     return list(found.values())
+
+
+def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """
+    The outermost modules that hold an optimizer's sharded parameters, of all that are alive: where no pass has shown
+    the model. A walk over all objects, as `ddp_wrappers` does it; nothing where no parameter is sharded.
+    """
+    own = {id(p) for group in optimizer.param_groups for p in group["params"] if hasattr(p, "device_mesh")}
+    if not own:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    alive: list[Any] = [one for one in gc.get_objects() if issubclass(type(one), FSDPModule)]
+    inner = {id(m) for one in alive for m in one.modules() if m is not one}
+    outer = [one for one in alive if id(one) not in inner]
+    return [one for one in outer if any(id(p) in own for p in all_parameters(one))]
 
 
 def reshard(modules: Iterable[FSDPModule]) -> None:

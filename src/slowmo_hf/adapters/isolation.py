@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
 from ..log import logger
-from .fully_sharded import reshard, sharded_modules
+from .fully_sharded import ShardedIsolation, reshard, sharded_modules
 
 _ENGINES = "distributed_type must be NO, MULTI_CPU, MULTI_GPU or FSDP (version 2) for local training, got "
 _UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
@@ -119,13 +119,14 @@ def _refuse_parameters(models: list[torch.nn.Module], sharded: list[Any], optimi
     if plain is not None:
         raise ValueError(
             f"parameter {names.get(id(plain), '')!r} is trained and not sharded, beside {len(cut)} that are: nobody "
-            "averages its gradient inside a worker. An adapter that was added to a sharded model: add it first (PEFT), "
-            f"then {_BY_ACCELERATE}. Otherwise freeze it, or take it out of ignored_modules."
+            "averages its gradient inside a worker. If it is an adapter, add it to the whole model first (PEFT), then "
+            f"{_BY_ACCELERATE}. Otherwise freeze it, or take it out of ignored_modules."
         )
     _refuse_two_entries(names, held)
 
 
 def _refuse_two_entries(names: dict[int, str], held: list[torch.Tensor]) -> None:
+    """Ranks with no empty shard do not see it: there it is told as another rank's failure."""
     seen: set[int] = set()
     for p in held:
         if id(p) in seen:
@@ -184,15 +185,25 @@ class Isolation:
     Args:
         wrappers (`list`): The model's.
         group (`dist.ProcessGroup`, *optional*): The worker's processes; None where it has one.
+        sharded (`list`, *optional*): The model's modules that FSDP2 shards, held by a `ShardedIsolation`.
+        timeout_seconds (`float`, *optional*): How long their collectives wait.
 
     Raises:
         ValueError: A wrapper that needs another process group has a communication hook.
     """
 
-    def __init__(self, wrappers: list[DistributedDataParallel], group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        wrappers: list[DistributedDataParallel],
+        group: dist.ProcessGroup | None = None,
+        sharded: Iterable[Any] = (),
+        *,
+        timeout_seconds: float | None = None,
+    ) -> None:
         self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
         self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
         _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
+        self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds)
         self._hooks = [
             ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync
         ]
@@ -231,6 +242,7 @@ class Isolation:
         for norm, norm_group in self._norms:
             norm.process_group = norm_group
         self._by_flags, self._by_group, self._norms = [], [], []
+        self._sharded.release()
 
 
 def _refuse_communication_hooks(wrappers: list[Any]) -> None:

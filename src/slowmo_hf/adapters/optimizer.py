@@ -16,7 +16,7 @@ from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
 from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
-from .fully_sharded import ShardedIsolation, sharded_modules
+from .fully_sharded import sharded_modules, sharded_roots
 from .isolation import Isolation, ddp_wrappers, refuse_unsupported
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -57,7 +57,6 @@ class SlowMoOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
-        self.sharded_isolation: ShardedIsolation | None = None
         self.is_prepared = False  # by Accelerate, with its model
         self.state_is_beside = False  # while `accelerator.save_state` or `load_state` is under way
         self.finished_at: int | None = None  # the step at which all have ended, on the average
@@ -184,8 +183,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             raise
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.isolation = Isolation(wrappers, group)
-            self.sharded_isolation = ShardedIsolation(sharded_modules(models), group, timeout_seconds=timeout)
+            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
@@ -229,7 +227,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         """The outer loop, also of a worker that had no data at all: the others wait for it. Collective there."""
         if self.outer_loop is None:
             wrappers = self._wrappers()
-            self._start([ddp.module for ddp in wrappers], wrappers)
+            self._start([ddp.module for ddp in wrappers] or sharded_roots(self), wrappers)
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
         return self.outer_loop
@@ -242,10 +240,10 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def _started(self) -> OuterLoop:
         if self.outer_loop is None:
-            if self._wrappers():
+            if self._wrappers() or sharded_roots(self):
                 raise RuntimeError(
-                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP still "
-                    "averages gradients. Call the model that accelerator.prepare returned."
+                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP or FSDP2 "
+                    "still averages gradients over all workers. Call the model that accelerator.prepare returned."
                 )
             self._start(whole_model(self, self._passed(), tell=True), [])
         assert self.outer_loop is not None
