@@ -383,7 +383,7 @@ def reshape(shards):
 
 def rename(shards):
     of_one, name = an_entry(shards)
-    of_one[name][2] = ["replicate", "somewhere"]
+    of_one[name][2] = "somewhere"
 
 
 def leave_out(shards):

@@ -33,41 +33,47 @@ def shard_mates(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(row.flatten().tolist())
 
 
-def described(tensor: torch.Tensor) -> list[Any]:
-    """What a shard in a file needs to be a DTensor again: shape, strides and placements, as plain values."""
+def described(tensor: torch.Tensor, like: torch.Tensor) -> list[Any]:
+    """
+    What a shard in a file needs to be a DTensor again, as plain values: shape, strides, and how it lies over the
+    processes that share `like`, a parameter. Replicas are alike.
+    """
     sharded: Any = tensor
-    return [list(sharded.shape), list(sharded.stride()), [_name(placement) for placement in sharded.placements]]
+    placement = sharded.placements[_shard_dimension(like)]
+    return [list(sharded.shape), list(sharded.stride()), _name(placement)]
 
 
 def as_described(own: torch.Tensor, description: Any, like: torch.Tensor) -> torch.Tensor:
     """
-    The inverse, over the mesh of another DTensor.
+    The inverse, over the mesh of a parameter.
 
     Raises:
         ValueError: The description is none, or does not fit the shard.
     """
-    from torch.distributed.tensor import DTensor  # here: what has no DTensor need not wait for the import
+    from torch.distributed.tensor import DTensor, Replicate  # here: what has no DTensor need not wait for the import
 
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     match description:
-        case [list() as shape, list() as stride, list() as names] if (
-            all(type(n) is int and n >= 0 for n in (*shape, *stride))
-            and len(shape) == len(stride) == own.dim()
-            and len(names) == mesh.ndim
-            and all(isinstance(name, str) for name in names)
+        case [list() as shape, list() as stride, str() as name] if len(shape) == len(stride) == own.dim() and all(
+            type(n) is int and n >= 0 for n in (*shape, *stride)
         ):
-            placements = [_placement(name, own.dim()) for name in names]
+            placement = _placement(name, own.dim())
         case _:
             raise ValueError(f"the description of a shard is {description!r}")
-    for placement, at, count in zip(placements, mesh.get_coordinate(), mesh.shape, strict=True):
-        if placement.is_shard():  # as torch.chunk cuts
-            length = -(-shape[placement.dim] // count)
-            shape = list(shape)
-            shape[placement.dim] = max(0, min(length, shape[placement.dim] - at * length))
-    if tuple(shape) != own.shape:
-        raise ValueError(f"a shard has shape {tuple(own.shape)}, and its description makes it {tuple(shape)}")
-    whole = torch.Size(description[0])
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=whole, stride=tuple(stride))
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    across = _shard_dimension(like)
+    here = list(shape)
+    if placement.is_shard():  # as torch.chunk cuts
+        whole, length = shape[placement.dim], -(-shape[placement.dim] // mesh.shape[across])
+        here[placement.dim] = max(0, min(length, whole - mesh.get_coordinate()[across] * length))
+    if tuple(here) != own.shape:
+        raise ValueError(f"a shard has shape {tuple(own.shape)}, and its description makes it {tuple(here)}")
+    placements = [placement if dimension == across else Replicate() for dimension in range(mesh.ndim)]
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+
+
+def _shard_dimension(param: Any) -> int:
+    """That of its mesh over which a parameter is sharded."""
+    return next(dimension for dimension, placement in enumerate(param.placements) if placement.is_shard())
 
 
 def _name(placement: Any) -> str:

@@ -38,17 +38,25 @@ def read_for(workers: Workers, folder: str, name: str) -> Contents:
     """
     if not (Path(folder) / FOLDER / f"{name}_shard_0.json").exists():
         return _of_this_kind(workers, read_part(folder, name), places=1)
-    mine = part_name(name, workers.place, workers.size)
-    if workers.holds_shards:
-        first = read_part(folder, f"{name}_shard_0") if workers.size == 1 else read_part(folder, mine)
-        return _of_this_kind(workers, first, places=first.count("processes_per_worker", least=1))
-    first = read_part(folder, f"{name}_shard_0")
+    first = _at(folder, name, 0)
     places = first.count("processes_per_worker", least=1)
     _of_this_kind(workers, first, places=places)
+    if workers.place and places == workers.size:
+        own = _of_its_save(first, _at(folder, name, workers.place))
+        return own if workers.holds_shards else _completed(first, own)
     if places == workers.size:
-        return first if workers.place == 0 else _completed(first, _of_its_save(first, read_part(folder, mine)))
-    others = [read_part(folder, part_name(name, place, places)) for place in range(1, places)]
-    return _joined(first, [_of_its_save(first, other) for other in others])
+        return first
+    return _joined(first, [_of_its_save(first, _at(folder, name, place)) for place in range(1, places)])
+
+
+def _at(folder: str, name: str, place: int) -> Contents:
+    contents = read_part(folder, f"{name}_shard_{place}")
+    if contents.count("place") != place:
+        raise CheckpointError(
+            f"{contents.source}.json is of place {contents.settings['place']}, not of {place}. Resume from another "
+            "checkpoint."
+        )
+    return contents
 
 
 def _of_this_kind(workers: Workers, contents: Contents, *, places: int) -> Contents:

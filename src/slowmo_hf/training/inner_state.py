@@ -94,11 +94,11 @@ class InnerState:
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`, in torch's own form; of a sharded state this process's shards, and what they were."""
-        state = self.optimizer.state_dict()
+        state, params = self.optimizer.state_dict(), self._params
         if not self.tensors.mates:
             return Saved(own=Contents(objects={OBJECT: state}))
         shards = {
-            number: {key: described(value) for key, value in of_one.items() if is_sharded(value)}
+            number: {key: described(value, params[number]) for key, value in of_one.items() if is_sharded(value)}
             for number, of_one in state["state"].items()
         }
         own = {
@@ -122,11 +122,15 @@ class InnerState:
 
         return take_up
 
+    @property
+    def _params(self) -> list[torch.Tensor]:
+        """As a state dictionary numbers them."""
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
     def _sharded_again(self, state: dict[Any, Any], own: Contents) -> dict[Any, Any]:
         """The state of every parameter, whose shards are DTensors as they were."""
         shards = own.objects.get(SHARDS)
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        found = {}
+        params, found = self._params, {}
         for number, of_one in state.items():
             found[number] = dict(of_one)
             try:
