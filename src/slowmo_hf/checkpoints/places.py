@@ -78,7 +78,7 @@ def _of_this_kind(workers: Workers, contents: Contents, *, places: int) -> Conte
 
 
 def _of_its_save(first: Contents, other: Contents) -> Contents:
-    for key in ("run", "save", "attempted_steps", "workers", "processes_per_worker"):
+    for key in ("run", "save", "attempted_steps", "workers", "processes_per_worker", "sharded"):
         if other.settings.get(key) != first.settings.get(key):
             raise CheckpointError(
                 f"{other.source}.json has {key} {other.settings.get(key)!r}, {Path(first.source).name}.json "
