@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from tiny import arguments
@@ -305,3 +307,37 @@ def whole_gradients(batches: list[dict[str, torch.Tensor]], model: nn.Module | N
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+
+
+class Coupled(TorchDispatchMode):
+    """Counts collectives on every route, c10d's and the functional ones: all, and those that two workers are in."""
+
+    def __init__(self, shards: int = 2) -> None:
+        super().__init__()
+        self.shards, self.all, self.between = shards, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from torch.distributed.tensor import DTensor
+
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does to local tensors comes here
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            groups = [group for arg in (*args, *(kwargs or {}).values()) if (group := _group(arg)) is not None]
+            ranks = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
+            self.all += bool(groups)
+            self.between += len({rank // self.shards for rank in ranks}) > 1
+        return func(*args, **(kwargs or {}))
+
+
+def _group(arg: Any) -> Any:
+    if isinstance(arg, str):
+        try:
+            return dist.distributed_c10d._resolve_process_group(arg)
+        except (RuntimeError, ValueError):
+            return None  # the name of a reduction
+    if isinstance(arg, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(arg)
+        except (RuntimeError, ValueError):
+            return None  # how to reduce
+    return None

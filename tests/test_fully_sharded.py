@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 import fsdp
@@ -27,40 +26,6 @@ from slowmo_hf.upstream import fsdp_parameter_groups
 from tiny import arguments, error_of
 
 SHARDS = 2
-
-
-class Coupled(TorchDispatchMode):
-    """Counts collectives on every route, c10d's and the functional ones: all, and those that two workers are in."""
-
-    def __init__(self, shards: int = SHARDS) -> None:
-        super().__init__()
-        self.shards, self.all, self.between = shards, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        from torch.distributed.tensor import DTensor
-
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does to local tensors comes here
-        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            groups = [group for arg in (*args, *(kwargs or {}).values()) if (group := _group(arg)) is not None]
-            ranks = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
-            self.all += bool(groups)
-            self.between += len({rank // self.shards for rank in ranks}) > 1
-        return func(*args, **(kwargs or {}))
-
-
-def _group(arg: Any) -> Any:
-    if isinstance(arg, str):
-        try:
-            return dist.distributed_c10d._resolve_process_group(arg)
-        except (RuntimeError, ValueError):
-            return None  # the name of a reduction
-    if isinstance(arg, torch.ScriptObject):
-        try:
-            return dist.ProcessGroup.unbox(arg)
-        except (RuntimeError, ValueError):
-            return None  # how to reduce
-    return None
 
 
 class Route:
@@ -103,11 +68,11 @@ def measured(route: Route, *, early: bool, shards: int = SHARDS) -> dict[str, fl
     couples = fsdp_parameter_groups(modules[0])[0].mesh_info.replicate_mesh_dim is not None
     stock = "world" if couples else "worker"
     if not early:
-        with Coupled(shards) as seen:
+        with fsdp.Coupled(shards) as seen:
             found["stock"] = route.error(stock, route.passes([0]), shards=shards)
         found["stock sends"] = seen.between
     isolation = ShardedIsolation(modules)
-    with Coupled(shards) as seen:
+    with fsdp.Coupled(shards) as seen:
         first = route.passes([0])
         found["isolated"] = route.error("worker", first, shards=shards)
         found["of the world"] = route.error("world", first, shards=shards)
@@ -188,7 +153,7 @@ def accelerates_own(accelerate: fsdp.Prepared) -> dict[str, float]:
     accelerator, model = accelerate.accelerator, accelerate.model
     isolation, route = ShardedIsolation(sharded_modules([model])), Route(model)
     model.zero_grad()
-    with Coupled() as seen:
+    with fsdp.Coupled() as seen:
         for place in (0, 1):
             with accelerator.accumulate(model):
                 accelerator.backward(accelerate.loss(route.rows(4 * (4 * place + route.rank))))
