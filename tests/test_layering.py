@@ -39,7 +39,7 @@ WINGS = {
         ["consensus"],
         ["in_flight"],
         ["round"],
-        ["parts", "start_check"],
+        ["parts", "start_check", "start_values"],
         ["local_state", "slow_state", "status"],
         ["consensus_view", "inner_state"],
         ["account", "model_tensors"],

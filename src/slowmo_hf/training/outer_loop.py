@@ -27,7 +27,6 @@ import torch
 from ..config import SlowMoConfig
 from ..contents import Part
 from ..log import make_heard
-from ..wire.averages import Averages
 from ..wire.workers import Workers
 from .clock import Clock
 from .consensus import Consensus
@@ -41,6 +40,7 @@ from .parts import Parts, refusal
 from .report import RoundReport
 from .slow_state_dict import load_state_dict, state_dict
 from .start_check import check_same_everywhere, log_start
+from .start_values import equalise_
 from .status import Purpose
 
 
@@ -65,7 +65,7 @@ class OuterLoop:
 
     def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True) -> None:
         """
-        Compare all ranks, broadcast rank 0's values, take the anchors. Collective: every rank calls it, before the
+        Compare all ranks, give all rank 0's values, take the anchors. Collective: every rank calls it, before the
         first step.
 
         Args:
@@ -79,9 +79,8 @@ class OuterLoop:
         make_heard()
         self.workers = workers = Workers(self.config, self.tensors.device)
         check_same_everywhere(workers, self.config, self.tensors, refusal(self.config, workers, self.tensors))
-        Averages(workers.world, self.config.bucket_bytes // 2).broadcast_(
-            self.tensors.values(include_frozen=broadcast_frozen)
-        )
+        values = self.tensors.values(include_frozen=broadcast_frozen)
+        equalise_(workers.world, values, self.config.bucket_bytes // 2)
         workers.form()
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
         self._branch = self.run_id  # a resumed run keeps its id; this one is the loop's alone
