@@ -1,13 +1,13 @@
 """
 The start's values: every process gets the first one's, and only what differs travels. DDP has sent most of it before.
 
-    words    = the memory as int32, filled up with zeros to whole blocks
+    words    = the memory as int32, in blocks; the tail is filled up with zeros
     S_b      = sum_i weight_i word_{b,i}                            modulo 2^64, odd weights
-    digest   = mixed(bytes + sum_b mixed(S_b + b GOLDEN))           modulo 2^64
+    digest   = bytes + sum_b mixed(S_b + b GOLDEN) + S_tail         modulo 2^64
 
 A word of 32 bits times a weight of 64: the highest bit of a word, a float's sign, still moves 33 bits of the sum. Two
-tensors that differ inside one word have different digests; others that differ have the same one with a probability of
-2^-33 at most. `mixed` is the finalizer of SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195).
+tensors that differ in one word have different digests; others that differ have the same one with a probability of
+2^-32 at most, by the weights. `mixed` is the finalizer of SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .model_tensors import hash48
 BLOCK = 2**10  # words under one table of weights
 # Blocks that are worked on at a time, by device type: on a CPU they and their products stay in its cache. Elsewhere
 # each operation is a kernel launch. The digest is the same with any number.
-BLOCKS_AT_A_TIME = {"cpu": 2**6}
+BLOCKS_AT_A_TIME = {"cpu": 2**7}
 _ELSEWHERE = 2**12
 
 _BLOCK_BYTES = 4 * BLOCK
@@ -65,7 +65,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: int64, 0-dim, on the tensor's device.
     """
-    data = flat_view(tensor).view(torch.uint8)
+    data = flat_view(tensor).resolve_conj().resolve_neg().view(torch.uint8)
     weights = _weights(data.device)
     whole, tail_bytes = divmod(data.numel(), _BLOCK_BYTES)
     total = weights.new_full((), data.numel())
@@ -83,7 +83,8 @@ def _sums(data: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     sums = torch.arange(data.numel() // _BLOCK_BYTES, device=data.device) * _GOLDEN
     at_a_time = BLOCKS_AT_A_TIME.get(data.device.type, _ELSEWHERE)
     wide = weights.new_empty(min(len(sums), at_a_time), BLOCK)
-    for chunk, some in zip(data.split(at_a_time * _BLOCK_BYTES), sums.split(at_a_time), strict=True):
+    chunks = torch.split(data, at_a_time * _BLOCK_BYTES)
+    for chunk, some in zip(chunks, torch.split(sums, at_a_time), strict=True):
         some += _sum_(wide[: len(some)].copy_(_words(chunk)), weights)
     return sums
 
