@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices import take
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.training import start_values
@@ -198,14 +199,12 @@ def test_inside_and_outside_inference_mode():
     assert number(value) == first
 
 
-@pytest.mark.cuda
-def test_a_cuda_device_has_the_cpus_digest():
-    for dtype in DTYPES:
-        for count in (0, 1, 7, 2 * BLOCK + 3, 5000 * BLOCK + 1):
-            data = bytes_of(dtype, count).view(dtype)
-            assert number(data.cuda()) == number(data), (dtype, count)
-    image = torch.randn(2, 3, 80, 90).to(memory_format=torch.channels_last)
-    assert number(image.cuda()) == number(image)
+def digests_on(device):
+    """Of every dtype, some sizes and permuted memory: the device's, and the CPU's (tests/test_cuda_values.py)."""
+    take(device)
+    tensors = [bytes_of(dtype, n).view(dtype) for dtype in DTYPES for n in (0, 1, 7, 2 * BLOCK + 3)]
+    tensors += [random_bytes(5000 * BLOCK_BYTES + 1), torch.randn(2, 3, 80, 90).to(memory_format=torch.channels_last)]
+    return [number(tensor.to(device)) for tensor in tensors], [number(tensor) for tensor in tensors]
 
 
 # ---- between processes ----
