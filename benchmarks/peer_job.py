@@ -524,7 +524,7 @@ def look_steps(steps: int, look_every: int, look_after: int) -> list[int]:
 def _train_to_the_end(settings: Settings, steps: int, accelerator: Accelerator, batches: Batches) -> dict[str, Any]:
     """
     Validation loss of the average over the seconds of training. What sets a system up does not count: DDP's
-    constructor and torchft's first quorum send before there is a clock, slowmo_hf compares and broadcasts at the first
+    constructor and torchft's first quorum send before there is a clock, slowmo_hf compares all ranks at the first
     call. A look on the way does not count, and takes a copy alone: the losses are computed at the end, so that no link
     stands idle while they are. The last one counts: training ends with the average.
     """

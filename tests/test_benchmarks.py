@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import round_cost
 import round_parts
 import speed
+import start_cost
 from measuring import ratio
 from round_parts import BenchmarkArguments, Textbook, outer_step_of
 
@@ -233,3 +234,29 @@ def test_the_record_of_speed_has_enough_turns():
     for setting, parts in record["figures"].items():
         ratios = [f"{parts[part]['new / before']['ratio']:.3f}" for part in ("start", "local step", "round", "view")]
         assert f"| {setting} | {' | '.join(ratios)} |" in words
+
+
+@pytest.mark.slow
+def test_start_cost_compares_with_stock():
+    """Tiny, with this checkout as the other one."""
+    args = start_cost.StartArguments(repeats=3, layers=2, width=8, rows=2, before=str(ROOT / "src"))
+    figures = start_cost.compare(args)
+    assert set(figures) == {"ours", "stock", "before", "ours / stock", "before / stock"}
+    for name in ("ours", "before"):
+        medians = [figures[program]["median_ms"] for program in (name, "stock")]
+        assert min(medians) > 0
+        assert figures[f"{name} / stock"]["n"] == 3
+        assert figures[f"{name} / stock"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=0.05)
+
+
+def test_the_record_of_the_start_is_what_the_readme_says():
+    record = json.loads((ROOT / "benchmarks" / "records" / "start_cost.json").read_text())
+    figures, words = record["figures"], (ROOT / "benchmarks" / "README.md").read_text()
+    assert record["parameter_bytes"] == pytest.approx(1e8, rel=0.1)
+    for program in ("ours", "before"):
+        found = figures[f"{program} / stock"]
+        assert found["n"] >= 7
+        assert f"{found['ratio']:.2f} ({found['p10']:.2f} to {found['p90']:.2f})" in words
+    found = figures["ours / stock"]
+    assert found["met"] == (found["ratio"] <= start_cost.AT_MOST)
+    assert f"≤ {start_cost.AT_MOST} | {'met' if found['met'] else '**missed**'} |" in words

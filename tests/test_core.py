@@ -427,7 +427,7 @@ def test_a_round_allocates_no_buffer():
 
 
 def _buffers_kept(dtype):
-    weight = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
+    weight = torch.nn.Parameter(torch.full((1000,), torch.distributed.get_rank(), dtype=dtype))
     loop = OuterLoop(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
     loop.start()
     return [(buffer.dtype, buffer.numel()) for buffer in message_memory(loop)]
@@ -436,7 +436,7 @@ def _buffers_kept(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_buffer_is_kept_between_rounds(dtype):
     """
-    The start's broadcast travels in the parameters' dtype; its buffer does not stay. One element more: the consensus
-    distance.
+    What differs at the start travels in the parameters' dtype; its buffer does not stay. One element more: the
+    consensus distance.
     """
     assert run_workers(_buffers_kept, 2, dtype) == [[(torch.float32, 1001)]] * 2

@@ -1,6 +1,6 @@
 """
-What a CUDA device computes is what the CPU computes: codes and messages bit for bit, rounds of every kind on exact
-numbers; a compiled model; and a run that is resumed, bit for bit.
+What a CUDA device computes is what the CPU computes: codes, digests and messages bit for bit, rounds of every kind on
+exact numbers; a compiled model; and a run that is resumed, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, register_for_checkpointing
 from slowmo_hf.algorithm.codec import BLOCK
 from slowmo_hf.names import CODES, find
+from test_start_values import digests_on
 from tiny import Recorder, Rows, arguments, bert, equal, sentences, values
 
 # ---- codes ----
@@ -57,6 +58,12 @@ def test_codes_are_those_of_the_cpu_bit_for_bit(name, dtype, device):
     for index, (own, other) in enumerate(zip(mine, right, strict=True)):
         assert own.dtype == other.dtype
         assert torch.equal(own.view(torch.uint8), other.view(torch.uint8)), index
+
+
+@on_each_device
+def test_digests_are_those_of_the_cpu(device):
+    [(mine, right)] = run_workers(digests_on, 1, device, backend=BACKENDS[device])
+    assert mine == right
 
 
 # ---- rounds ----

@@ -66,7 +66,7 @@ class OuterLoop:
 
     def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True) -> None:
         """
-        Compare all ranks, broadcast rank 0's values, take the anchors. Collective: every rank calls it, before the
+        Compare all ranks, give all rank 0's values, take the anchors. Collective: every rank calls it, before the
         first step.
 
         Args:
