@@ -87,15 +87,20 @@ class Switch:
 
     def before_step(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """
-        Note the local weights that a training step begins with: within the wrapper's forward, when all its hooks have
-        run.
+        Note the local weights that a training step begins with: within the wrapper's forward, when all hooks have run
+        and DDP has given the buffers of a worker's first process to the others, which a resume may leave apart.
         """
 
         def watched_forward(wrapper: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
-                self.note("weights", _digest(wrapper.module))
-                self.model = wrapper.module
-                self.moment(FORWARD, "a step begins")
+
+                def begin(module: torch.nn.Module, inputs: Any) -> None:
+                    once.remove()
+                    self.note("weights", _digest(module))
+                    self.model = module
+                    self.moment(FORWARD, "a step begins")
+
+                once = wrapper.module.register_forward_pre_hook(begin)  # the last of its hooks
             return forward(wrapper, *args, **kwargs)
 
         return watched_forward

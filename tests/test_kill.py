@@ -58,21 +58,27 @@ def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(480)
-def test_any_process_of_a_worker_of_two_may_die(tmp_path):
-    """In a message each of the four dies once, a first and a second process of both workers."""
-    job = kill.NODE_JOBS["Accelerate, local_sgd, 2 x 2 processes"]
+@pytest.mark.parametrize("base", ["local_sgd", "overlapped"])
+def test_any_process_of_a_worker_of_two_may_die(tmp_path, base):
+    """
+    In a message each of the four dies once, a first and a second process of both workers, after the save of step 2:
+    between rounds, which come every 3 steps, or with one under way.
+    """
+    job = kill.NODE_JOBS[f"Accelerate, {base}, 2 x 2 processes"]
     reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
     assert reference.exit_code == 0, reference.said[-4000:]
     weights = reference.weights(0)
     assert [len(set(own)) for own in weights] == [16] * 4
-    assert weights[0] != weights[2], "one worker"
-    chance = random.Random("each of four")
-    kills = tuple(
-        Kill(attempt, rank, "message", chance.randrange(4, 12))
-        for attempt, rank in enumerate(chance.sample(range(4), 4))
-    )
-    run = kill_runs.launch(job, tmp_path / "killed", kills, launch)
-    assert kill_runs.differences(reference, run, kills) == [], f"{kills}\n{run.said[-4000:]}"
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    chance = random.Random(base)
+    kills = []
+    for attempt, rank in enumerate(chance.sample(range(4), 4)):
+        found = kill.moments(reference, rank)
+        midway = found[found.index(("forward", 2)) : found.index(("forward", 4))]
+        kills.append(Kill(attempt, rank, *chance.choice([moment for moment in midway if moment[0] == "message"])))
+    run = kill_runs.launch(job, tmp_path / "killed", tuple(kills), launch)
+    assert kill_runs.differences(reference, run, tuple(kills)) == [], f"{kills}\n{run.said[-4000:]}"
+    assert any(start % 3 for starts in kill_runs.first_steps(reference, run) for start in starts if start)
 
 
 def test_every_surface_and_base_is_killed():
