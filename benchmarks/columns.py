@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import inspect
 import json
 import os
 import shlex
@@ -150,7 +151,8 @@ def serve(args: ColumnArguments) -> None:
     """All models, a line of figures at the end."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    figures = {mebibytes: measure(args, mebibytes) for mebibytes in args.mebibytes}
+    figures: dict[Any, Any] = {mebibytes: measure(args, mebibytes) for mebibytes in args.mebibytes}
+    figures["source"] = str(Path(inspect.getfile(SlowMoConfig)).parents[1])
     dist.barrier()
     print(json.dumps(figures), flush=True)
     dist.destroy_process_group()
@@ -181,7 +183,10 @@ def turn(hosts: Hosts, source: Path, args: ColumnArguments, port: int) -> list[d
         code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
         if code:
             sys.exit(f"columns.py: rank {rank} of {source} ended with code {code}:\n{hosts.printed(process)[-4000:]}")
-    return [json.loads(hosts.printed(process).splitlines()[-1]) for process in started]
+    found = [json.loads(hosts.printed(process).splitlines()[-1]) for process in started]
+    if imported := {one.pop("source") for one in found} - {str(source)}:
+        sys.exit(f"columns.py: the package was imported from {imported.pop()}, and not from {source}.")
+    return found
 
 
 def compare(args: ColumnArguments, sources: dict[str, Path]) -> dict[str, list[list[dict[str, Any]]]]:
