@@ -3,6 +3,7 @@ Kills runs with SIGKILL at random moments, lets the launcher start them again, a
 for bit, with a run that was never killed.
 
     python benchmarks/kill.py --points 200 --seed 0
+    python benchmarks/kill.py --points 120 --processes_per_worker 2 --output benchmarks/records/kills_node_workers.json
 
 A point is one launch of a real job, `recipes/image/train.py` (Trainer) or `benchmarks/kill_accelerate.py` (a
 custom loop), under `accelerate launch --max_restarts`, with one kill, or two where the second meets the resume.
@@ -60,7 +61,27 @@ JOBS = {
     "Trainer, osgp, 3 processes": Job(f"{RECIPE} --save_total_limit 2 {BASES['osgp']}", 3),
     "Accelerate, local_sgd, 3 processes": Job(f"{LOOP} --save_total_limit 1", 3),
 }
-LONGER = {"Trainer": "--num_train_epochs 6", "Accelerate": "--steps 48"}  # for ten kills: 48 steps
+NODE_BASES = {
+    **{base: BASES[base] for base in ("local_sgd", "sgp", "osgp", "no average")},
+    "overlapped": "--overlap_steps 2",
+    "int8": "--compression int8",
+    "sharded": "--shard_slow_state true",
+}
+# Two workers of two processes, in as many steps.
+NODE_JOBS = {
+    f"{surface}, {base}, 2 x 2 processes": Job(
+        f"{command} --processes_per_worker 2 --save_total_limit {1 + n % 2} {flags}", 4
+    )
+    for surface, command in (("Trainer", f"{RECIPE} --num_train_epochs 4"), ("Accelerate", LOOP))
+    for n, (base, flags) in enumerate(NODE_BASES.items())
+}
+JOBS_OF = {1: JOBS, 2: NODE_JOBS}  # by processes_per_worker
+
+
+def longer(name: str, job: Job) -> Job:
+    """For ten kills: 48 steps."""
+    flags = f"--num_train_epochs {3 * job.processes}" if name.startswith("Trainer") else "--steps 48"
+    return Job(f"{job.command} {flags}", job.processes)
 
 
 # ---- random moments ----
@@ -163,6 +184,9 @@ class KillArguments:
     points: int = field(default=200, metadata={"help": "Points, each a launch with one random kill, or two."})
     ten_kills: int = field(default=4, metadata={"help": "Launches with ten random kills each."})
     seed: int = field(default=0, metadata={"help": "Of the moments."})
+    processes_per_worker: int = field(
+        default=1, metadata={"help": "2 for two workers of two processes each; 1 for workers of one."}
+    )
     output: str = field(
         default="benchmarks/records/kills.json", metadata={"help": "The record; one of the same seed is gone on with."}
     )
@@ -170,13 +194,22 @@ class KillArguments:
         default="outputs/kills", metadata={"help": "Runs are made here; those that differ are left here."}
     )
 
+    def __post_init__(self) -> None:
+        if self.processes_per_worker not in JOBS_OF:
+            raise ValueError(f"processes_per_worker must be 1 or 2, got {self.processes_per_worker}.")
+
+    @property
+    def jobs(self) -> dict[str, Job]:
+        """What is killed, by name."""
+        return JOBS_OF[self.processes_per_worker]
+
 
 class Record:
     """
     What has been measured: written after every launch, beside and renamed.
 
     Args:
-        args (`KillArguments`): A record of another seed at `output` is refused.
+        args (`KillArguments`): A record of another seed, or of other jobs, at `output` is refused.
     """
 
     def __init__(self, args: KillArguments) -> None:
@@ -190,12 +223,18 @@ class Record:
                 f"seed must be {self.values['seed']}, that of {self.path}, got {args.seed}. Set --seed, or another "
                 "--output."
             )
+        jobs = {name: asdict(job) for name, job in args.jobs.items()}
+        if set(self.values.get("jobs", jobs)) != set(jobs):
+            raise ValueError(
+                f"processes_per_worker must be that of {self.path}, whose jobs are others, got "
+                f"{args.processes_per_worker}. Set --processes_per_worker, or another --output."
+            )
         self.values |= {
             "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": hardware(),
             "versions": versions(),
-            "jobs": {name: asdict(job) for name, job in JOBS.items()},
+            "jobs": jobs,
         }
 
     def reference(self, name: str, job: Job) -> Run:
@@ -212,8 +251,9 @@ class Record:
         """Of the job's last resume; where none has been seen, of one that is made for it."""
         known = self.values["resume_moments"]
         if name not in known:
-            kill = draw("in a step", self.reference(name, JOBS[name]), [], random.Random(self.args.seed))
-            known[name] = resume_moments(launch(JOBS[name], Path(self.args.folder).resolve() / "rehearsal", kill))
+            job = self.args.jobs[name]
+            kill = draw("in a step", self.reference(name, job), [], random.Random(self.args.seed))
+            known[name] = resume_moments(launch(job, Path(self.args.folder).resolve() / "rehearsal", kill))
         return known[name]
 
     def add(self, part: str, name: str, job: Job, kills: tuple[Kill, ...], **words: str) -> bool:
@@ -256,12 +296,12 @@ class Record:
         return True
 
 
-def plan(points: int, seed: int) -> list[tuple[str, str]]:
+def plan(points: int, seed: int, jobs: Iterable[str] = JOBS) -> list[tuple[str, str]]:
     """
     Job and stratum of every point: all pairs in a random order, and again. Resumes last: a job's other points tell how
     long its is.
     """
-    pairs = list(itertools.product(JOBS, STRATA))
+    pairs = list(itertools.product(jobs, STRATA))
     random.Random(seed).shuffle(pairs)
     return sorted(itertools.islice(itertools.cycle(pairs), points), key=lambda pair: pair[1] == "the resume")
 
@@ -280,24 +320,25 @@ def table(values: dict[str, Any]) -> str:
 def main() -> None:
     """Make the points that the record does not have yet."""
     (args,) = HfArgumentParser(KillArguments).parse_args_into_dataclasses()
-    record = Record(args)
-    for index, (name, stratum) in enumerate(plan(args.points, args.seed)):
+    record, jobs = Record(args), args.jobs
+    for index, (name, stratum) in enumerate(plan(args.points, args.seed, jobs)):
         if index >= len(record.values["points"]):
             chance = random.Random(f"{args.seed} {index}")
             resumes = record.resume_moments(name) if stratum == "the resume" else []
-            reference = record.reference(name, JOBS[name])
+            reference = record.reference(name, jobs[name])
             while not record.add(
-                "points", name, JOBS[name], draw(stratum, reference, resumes, chance), stratum=stratum
+                "points", name, jobs[name], draw(stratum, reference, resumes, chance), stratum=stratum
             ):
                 pass
     for index in range(len(record.values["ten_kills"]), args.ten_kills):
-        name = list(JOBS)[len(BASES) * (index % 2) + index // 2]  # Trainer and Accelerate in turn, base by base
-        longer = Job(f"{JOBS[name].command} {LONGER[name.split(',')[0]]}")
-        reference = record.reference(f"{name}, longer", longer)
+        surface = ("Trainer", "Accelerate")[index % 2]  # in turn, base by base
+        name = [name for name in jobs if name.startswith(surface)][index // 2]
+        job = longer(name, jobs[name])
+        reference = record.reference(f"{name}, longer", job)
         chance = random.Random(f"{args.seed} ten kills {index}")
         strata = [chance.choice(MIDWAY), *chance.choices((*MIDWAY, "the resume"), k=9)]
         while not record.add(
-            "ten_kills", f"{name}, longer", longer, draw_many(strata, reference, record.resume_moments(name), chance)
+            "ten_kills", f"{name}, longer", job, draw_many(strata, reference, record.resume_moments(name), chance)
         ):
             pass
     print(table(record.values))

@@ -28,7 +28,7 @@ from slowmo_hf import verify_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_STEPS = 2  # of every job
-ATTEMPT_SECONDS = 60.0  # a launch that takes longer per attempt hangs
+ATTEMPT_SECONDS = 30.0  # for each process: a launch that takes longer per attempt hangs
 UNKNOWN = -1
 
 
@@ -116,7 +116,7 @@ def accelerate_launch(
             start_new_session=True,
         )
         try:
-            return process.wait(ATTEMPT_SECONDS * (restarts + 1))
+            return process.wait(ATTEMPT_SECONDS * processes * (restarts + 1))
         except subprocess.TimeoutExpired:
             return -1
         finally:

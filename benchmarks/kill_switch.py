@@ -20,6 +20,7 @@ a message.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import runpy
@@ -41,19 +42,8 @@ MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END = (
     *("message", "evaluation", "our file", "their file", "seal", "rotation", "end"),
 )
 KINDS = (START, RESUME, FORWARD, BACKWARD, INNER_STEP, MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END)
-_MESSAGES = (
-    *(
-        "start_sum_",
-        "start_all_to_all",
-        "start_all_gather",
-        "max_",
-        "gather_header",
-        "gather_objects",
-        "broadcast_",
-        "broadcast_outcome",
-    ),
-    *("exchange", "finish"),
-)
+# Of `Communicator`: who takes one of these away has to say here what workers send instead.
+LASTING = ("start_sum_", "gather_header", "gather_objects", "exchange", "finish")
 
 
 class Switch:
@@ -97,15 +87,20 @@ class Switch:
 
     def before_step(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """
-        Note the local weights that a training step begins with: within the wrapper's forward, when all its hooks have
-        run.
+        Note the local weights that a training step begins with: within the wrapper's forward, when all hooks have run
+        and DDP has given the buffers of a worker's first process to the others, which a resume may leave apart.
         """
 
         def watched_forward(wrapper: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
-                self.note("weights", _digest(wrapper.module))
-                self.model = wrapper.module
-                self.moment(FORWARD, "a step begins")
+
+                def begin(module: torch.nn.Module, inputs: Any) -> None:
+                    once.remove()
+                    self.note("weights", _digest(module))
+                    self.model = module
+                    self.moment(FORWARD, "a step begins")
+
+                once = wrapper.module.register_forward_pre_hook(begin)  # the last of its hooks
             return forward(wrapper, *args, **kwargs)
 
         return watched_forward
@@ -183,6 +178,24 @@ def _path_of(event: str, args: tuple[Any, ...]) -> Path | None:
     return Path(os.path.abspath(os.path.join(os.readlink(f"/proc/self/fd/{directory}") if directory else "", args[0])))
 
 
+def messages_of(communicator: type) -> list[str]:
+    """
+    Every public method of a communicator's own, which all send something, and the peer-to-peer messages that it
+    inherits.
+
+    Raises:
+        AttributeError: One of `LASTING` is gone: less would be killed than the record says.
+    """
+    gone = [name for name in LASTING if not inspect.isfunction(getattr(communicator, name, None))]
+    if gone:
+        raise AttributeError(
+            f"LASTING in benchmarks/kill_switch.py names {', '.join(gone)}, which {communicator.__name__} no longer "
+            "has. Name what is sent in its place."
+        )
+    own = [name for name, value in vars(communicator).items() if inspect.isfunction(value) and name[0] != "_"]
+    return [*own, *(name for name in LASTING if name not in own)]
+
+
 def install(switch: Switch) -> None:
     """Watch files first: the libraries take their functions for writing when they are imported."""
     torch.save = switch.around_write(torch.save)
@@ -203,7 +216,7 @@ def install(switch: Switch) -> None:
     register_optimizer_step_pre_hook(lambda *_: switch.moment(INNER_STEP, "to step"))
     register_optimizer_step_post_hook(lambda *_: switch.moment(INNER_STEP, "after step"))
     Accelerator.backward = switch.around(BACKWARD, Accelerator.backward)
-    for name in _MESSAGES:
+    for name in messages_of(Communicator):
         setattr(Communicator, name, switch.around(MESSAGE, getattr(Communicator, name)))
 
 

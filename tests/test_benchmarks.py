@@ -5,6 +5,7 @@ measured.
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ from harness import patience, run_workers
 # As a folder: fairscale installs a package of this name.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import columns
 import round_cost
 import round_parts
 import speed
 import start_cost
+from hosts import why_not
 from measuring import ratio
 from round_parts import BenchmarkArguments, Textbook, outer_step_of
 
@@ -260,3 +263,85 @@ def test_the_record_of_the_start_is_what_the_readme_says():
     found = figures["ours / stock"]
     assert found["met"] == (found["ratio"] <= start_cost.AT_MOST)
     assert f"≤ {start_cost.AT_MOST} | {'met' if found['met'] else '**missed**'} |" in words
+
+
+# ---- node workers ----
+
+
+def rank_of_a_turn(seconds, **figures):
+    """What a process prints, of a model of 4 MiB."""
+    own = {
+        "payload": [8, 8, 8],
+        "between": [9, 9, 10],
+        "inside": [0, 0, 0],
+        "slow_state": 16,
+        "weights": "a",
+    } | figures
+    return {"4": {"seconds": seconds, "report_seconds": seconds, **own}}
+
+
+def two_turns(**figures):
+    """Of two ranks. The slowest process's rounds: before 2, 4, 3, then 2, 2, 2; after half of these."""
+    before = [[2.0, 4.0, 1.0], [1.0, 1.0, 3.0]], [[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]]
+    return {
+        side: [[rank_of_a_turn([part * value for value in rank], **own) for rank in one] for one in before]
+        for side, part, own in (("before", 1.0, {}), ("after", 0.5, figures))
+    }
+
+
+def test_a_round_of_columns_is_that_of_its_slowest_process():
+    """Turns' medians are 3 and 2 before, 1.5 and 1 after: 2.5 and 1.25."""
+    figures = columns.of_model(two_turns(), 4)
+    assert figures["before"]["seconds"] == {"n": 6, "median": 2.0, "min": 2.0, "max": 4.0}
+    assert figures["after"]["seconds"] == {"n": 6, "median": 1.0, "min": 1.0, "max": 2.0}
+    assert figures["after / before"] == {
+        "n": 2, "ratio": 0.5, "p10": 0.5, "p90": 0.5, "target": "<= 0.55", "met": True
+    }  # fmt: skip
+    assert figures["before"]["between_bytes"] == [9, 9]
+    assert figures["before"]["slow_state_bytes"] == [16, 16]
+    assert figures["same_weights"]
+
+
+def test_the_table_of_columns_says_what_is_wrong():
+    turns = two_turns(slow_state=2_000_000, weights="b")
+    turns["before"] = turns["after"]
+    rows = columns.table({4: columns.of_model(turns, 4)}).splitlines()
+    assert len(rows) == 3
+    assert rows[1].split()[:6] == ["4", "before", "1.000", "(1.000", "to", "2.000)"]
+    assert rows[1].split()[6:] == ["1.000", "0.00", "0.00", "0.00", "2.00"]
+    assert rows[2].endswith("1.000 (1.000 to 1.000), over 0.55")
+    turns["before"] = two_turns()["before"]
+    assert columns.table({4: columns.of_model(turns, 4)}).endswith("0.500 (0.500 to 0.500); WEIGHTS DIFFER")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"before": "nowhere"}, "before must be a folder that holds slowmo_hf, got 'nowhere'."),
+        ({"turns": 0}, "turns must be >= 1, got 0."),
+        ({"mebibytes": [4, 0]}, "mebibytes must be >= 1 for every model"),
+    ],
+)
+def test_columns_refuses(wrong, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        columns.ColumnArguments(**wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_columns_compares_two_checkouts():
+    """
+    Of this one with itself, tiny. Between the workers a round sends one payload each way in all, whoever sends it, and
+    holds two fp32 copies per worker.
+    """
+    args = columns.ColumnArguments(mbit_per_s=100.0, mebibytes=[1], turns=1, rounds=1)
+    turns = columns.compare(args, {"before": ROOT / "src", "after": ROOT / "src"})
+    figures = columns.of_model(turns, 1)
+    assert figures["same_weights"]
+    for side in columns.SIDES:
+        for first in (0, 2):
+            both = slice(first, first + 2)
+            assert 2**20 < sum(figures[side]["payload_bytes"][both]) < 2**20 + 4096
+            assert 2**20 < sum(figures[side]["between_bytes"][both]) < 1.07 * 2**20 + 50_000
+            assert sum(figures[side]["slow_state_bytes"][both]) == 2 * 2**20
+        assert min(figures[side]["inside_bytes"][::2]) > 2**19, "what a leader has averaged, it hands to its mate"

@@ -92,6 +92,16 @@ def test_a_host_that_prints_much_is_not_stopped_by_it():
         assert hosts.printed(counting).splitlines() == [str(number) for number in range(1, 200_001)]
 
 
+@needs_hosts
+def test_mates_reach_each_other_by_a_link_of_their_own():
+    """Four hosts on two machines: 10.77.0.1 and .2 are mates, .3 is on the other one."""
+    with Hosts(4, mbit_per_s=1, mates=2) as hosts:
+        for there, link in ((1, "mate1"), (2, "eth0"), (3, "eth0")):
+            asked = hosts.start(0, "ip", "route", "get", hosts.address(there))
+            assert asked.wait(timeout=patience(20)) == 0
+            assert f"{hosts.address(there)} dev {link} src {hosts.address(0)} " in hosts.printed(asked)
+
+
 def test_without_root_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", "/nowhere")

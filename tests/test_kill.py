@@ -25,6 +25,7 @@ from kill_runs import Kill, Run
 from launcher import launch
 from slowmo_hf.checkpoints.files import seal, write_part
 from slowmo_hf.contents import Contents
+from slowmo_hf.wire.communicator import Communicator
 
 # ---- jobs ----
 
@@ -53,6 +54,31 @@ def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
     run = kill_runs.launch(job, tmp_path / "killed", kills, launcher)
     assert kill_runs.differences(reference, run, kills) == [], f"{kills}\n{run.said[-4000:]}"
     assert min(kill.resume_moments(run)) >= RESUME_MOMENTS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("base", ["local_sgd", "overlapped"])
+def test_any_process_of_a_worker_of_two_may_die(tmp_path, base):
+    """
+    In a message each of the four dies once, a first and a second process of both workers, after the save of step 2:
+    between rounds, which come every 3 steps, or with one under way.
+    """
+    job = kill.NODE_JOBS[f"Accelerate, {base}, 2 x 2 processes"]
+    reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
+    assert reference.exit_code == 0, reference.said[-4000:]
+    weights = reference.weights(0)
+    assert [len(set(own)) for own in weights] == [16] * 4
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    chance = random.Random(base)
+    kills = []
+    for attempt, rank in enumerate(chance.sample(range(4), 4)):
+        found = kill.moments(reference, rank)
+        midway = found[found.index(("forward", 2)) : found.index(("forward", 4))]
+        kills.append(Kill(attempt, rank, *chance.choice([moment for moment in midway if moment[0] == "message"])))
+    run = kill_runs.launch(job, tmp_path / "killed", tuple(kills), launch)
+    assert kill_runs.differences(reference, run, tuple(kills)) == [], f"{kills}\n{run.said[-4000:]}"
+    assert any(start % 3 for starts in kill_runs.first_steps(reference, run) for start in starts if start)
 
 
 def test_every_surface_and_base_is_killed():
@@ -156,6 +182,39 @@ def test_a_plan_mixes_all_pairs_and_keeps_resumes_for_the_end():
     places = [index for index, (_, stratum) in enumerate(pairs) if stratum == "the resume"]
     assert places == list(range(200 - len(places), 200))
     assert kill.plan(200, seed=0) == pairs != kill.plan(200, seed=1)
+
+
+def test_node_workers_have_a_plan_of_their_own():
+    """Jobs of four processes for all strata; the plan of workers of one is what it was."""
+    args = kill.KillArguments(processes_per_worker=2)
+    assert {job.processes for job in args.jobs.values()} == {4}
+    assert all("--processes_per_worker 2" in job.command for job in args.jobs.values())
+    pairs = kill.plan(200, 0, args.jobs)
+    assert len(set(pairs)) == len(args.jobs) * len(kill.STRATA) == 168
+    assert {name for name, _ in pairs} == set(kill.NODE_JOBS)
+    with pytest.raises(ValueError, match="processes_per_worker must be 1 or 2, got 3"):
+        kill.KillArguments(processes_per_worker=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("Trainer, local_sgd", "--num_train_epochs 6"),
+        ("Trainer, local_sgd, 2 x 2 processes", "--num_train_epochs 12"),
+        ("Accelerate, sgp, 2 x 2 processes", "--steps 48"),
+    ],
+)
+def test_ten_kills_have_48_steps_to_come_in(name, flags):
+    """Of 64 images, 4 for each process and step: 8 steps an epoch with two processes, 4 with four."""
+    job = (kill.JOBS | kill.NODE_JOBS)[name]
+    assert kill.longer(name, job) == kill.Job(f"{job.command} {flags}", job.processes)
+
+
+def test_a_record_of_other_jobs_is_refused(tmp_path):
+    path = tmp_path / "kills.json"
+    path.write_text(json.dumps({"seed": 0, "points": [], "jobs": {"a job": {}}}))
+    with pytest.raises(ValueError, match="whose jobs are others, got 2"):
+        kill.Record(kill.KillArguments(output=str(path), processes_per_worker=2))
 
 
 def test_the_table_counts_points():
@@ -380,6 +439,24 @@ def test_a_tree_that_is_deleted_is_seen_file_by_file(switch):
         "os.rmdir checkpoint-2/slowmo",
         "os.rmdir checkpoint-2",
     ]
+
+
+def test_all_that_workers_send_is_a_moment():
+    """Whatever a communicator can do is watched; nothing that is named may be missing."""
+    found = kill_switch.messages_of(Communicator)
+    assert set(found) >= set(kill_switch.LASTING)
+    assert len(found) == len(set(found))
+    own = {name for name in vars(Communicator) if not name.startswith("_")}
+    assert own == set(found) - {"exchange", "finish"}
+
+
+def test_a_message_that_is_gone_is_an_error():
+    class Less:
+        def start_sum_(self, flat):
+            """All that it can."""
+
+    with pytest.raises(AttributeError, match="names gather_header, gather_objects, exchange, finish, which Less no"):
+        kill_switch.messages_of(Less)
 
 
 def test_weights_are_parameters_and_buffers_bit_for_bit():

@@ -107,6 +107,10 @@ ADAPTERS_OF_TRAINER = ", ".join(ONLY["transformers"])
 INTERNAL_ATTRIBUTES = ("outer_loop", "isolation")
 INTERNALS = {
     (
+        "benchmarks/columns.py",
+        "outer_loop",
+    ): "counts what each process of a worker sends and holds, where a report is of the whole worker",
+    (
         "benchmarks/round_parts.py",
         "outer_loop",
     ): "times the outer optimizer's arithmetic apart from the round around it",
