@@ -866,6 +866,23 @@ def test_launch_configs(name, machines, cpu):
     assert (config.main_process_ip is not None) == (machines > 1)
 
 
+def test_the_launch_config_of_sharded_machines(monkeypatch):
+    """What its processes read of it: FSDP of version 2, and shards that are a machine's processes."""
+    from accelerate import ParallelismConfig
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = str(RECIPES / "configs" / "sharded_machines.yaml")
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))
+    monkeypatch.setattr(os, "environ", {**os.environ, **prepare_multi_gpu_env(args)})
+    parallelism, plugin = ParallelismConfig(), FullyShardedDataParallelPlugin()
+    assert (parallelism.dp_shard_size, parallelism.dp_replicate_size) == (8, 2)
+    assert args.num_processes == 16 == parallelism.dp_shard_size * args.num_machines
+    assert plugin.fsdp_version == 2
+    assert "SHARDED" in str(plugin.state_dict_type)
+
+
 # srun runs until its tasks are signalled, as they are by scancel; sent TERM itself it would kill them (seen with SLURM
 # 22.05).
 SLURM = {

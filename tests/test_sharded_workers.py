@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fsdp
@@ -19,7 +20,7 @@ from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.algorithm.codec import BLOCK
 from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.wire.gossip import make_topology
-from tiny import equal
+from tiny import equal, error_of
 
 STEPS, ROWS, LR, TAU = 8, 3, 0.1, 3
 MESSAGES = {
@@ -82,7 +83,7 @@ def batch_of(rank, step, world):
 class Run:
     """One training run of this process's worker, on models sharded by hand or whole under DDP."""
 
-    def __init__(self, kind, config, size, blocks=2):
+    def __init__(self, kind, config, size, blocks=1):
         self.bare = fsdp.Awkward(blocks=blocks)
         world = dist.get_world_size()
         if kind == "sharded":
@@ -174,17 +175,32 @@ def looked_at(case, size):
 
 
 def whole_loss(values, data):
-    model = fsdp.Awkward().eval()
+    model = fsdp.Awkward(blocks=1).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(values[name])
         return float(model(**data)["loss"])
 
 
+def refused_meshes():
+    """Shards that are no neighbours, that span workers, and that are a part of one."""
+    told = {}
+    far = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replicate", "shard"))
+    for name, mesh, more in (
+        ("far", far, {}),
+        ("spans", init_device_mesh("cpu", (4,)), {"processes_per_worker": 2}),
+        ("part", fsdp.hsdp_mesh(2, 2), {"processes_per_worker": 4}),
+    ):
+        model = fsdp.by_hand(fsdp.Awkward(), mesh)
+        optimizer = SlowMoOptimizer(inner(model), SlowMoConfig(timeout_seconds=patience(20), **more))
+        told[name] = error_of(lambda model, optimizer: optimizer.begun(), model, optimizer)
+    return told
+
+
 # ---- the paper, and int8's own ----
 
 
-def member(worker, size, world, blocks=2):
+def member(worker, size, world, blocks=1):
     model = fsdp.Awkward(blocks=blocks)
     optimizer = inner(model)
     schedule(optimizer, 0)
@@ -278,18 +294,19 @@ def by_int8(size, world, steps):
 # ---- one launch ----
 
 
-def _all(size, cases):
+def compared(size, cases):
     dist.barrier()
-    found = {name: both(CASES[name], size, STEPS) for name in cases}
-    looks = {}
-    if size == 2:
-        looks = {name: looked_at(CASES[name], size) for name in LOOKED_AT}
-        run = Run("sharded", made(INT8, size), size, INT8_BLOCKS)
-        for _ in range(INT8_STEPS):
-            run.step()
-        looks["int8"] = run.parameters()
-        looks |= {policy: levels_of_a_round(policy, size) for policy in ("average", "local")}
-    return found, looks
+    return {name: both(CASES[name], size, STEPS) for name in cases}
+
+
+def looked_and_refused():
+    found = {name: looked_at(CASES[name], 2) for name in LOOKED_AT}
+    found["refused"] = refused_meshes()
+    run = Run("sharded", made(INT8, 2), 2, INT8_BLOCKS)
+    for _ in range(INT8_STEPS):
+        run.step()
+    found["int8"] = run.parameters()
+    return found | {policy: levels_of_a_round(policy, 2) for policy in ("average", "local")}
 
 
 LOOKED_AT = (
@@ -312,28 +329,36 @@ IN_THE_PAPER = [
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return run_workers(_all, 4, 2, tuple(CASES))
+    """In two launches, each of which ends in time on a busy machine too."""
+    names = tuple(CASES)
+    halves = [run_workers(compared, 4, 2, half) for half in (names[::2], names[1::2])]
+    return [first | second for first, second in zip(*halves, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def looks():
+    return run_workers(looked_and_refused, 4)
 
 
 @pytest.fixture(scope="module")
 def two_by_three():
-    return run_workers(_all, 6, 3, UNEVEN)
+    return run_workers(compared, 6, 3, UNEVEN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shards_are_node_workers(two_by_two, case):
-    for rank, (found, _) in enumerate(two_by_two):
+    for rank, found in enumerate(two_by_two):
         parted, values = found[case]
         assert parted <= 1e-12, (rank, parted)
-        first = {name: p.detach() for name, p in fsdp.Awkward().named_parameters()}
+        first = {name: p.detach() for name, p in fsdp.Awkward(blocks=1).named_parameters()}
         assert furthest(values, first) > 0.01, "it trains"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", UNEVEN)
 def test_three_uneven_shards_are_node_workers(two_by_three, case):
-    for rank, (found, _) in enumerate(two_by_three):
+    for rank, found in enumerate(two_by_three):
         assert found[case][0] <= 1e-12, (rank, found[case][0])
 
 
@@ -341,28 +366,28 @@ def test_three_uneven_shards_are_node_workers(two_by_three, case):
 @pytest.mark.parametrize(("case", "size"), IN_THE_PAPER)
 def test_shards_are_the_papers_form(two_by_two, two_by_three, case, size):
     world, results = 2 * size, (two_by_two, two_by_three)[size - 2]
-    names = [name for name, p in fsdp.Awkward().named_parameters() if p.dim() > 1]
-    names += [name for name, p in fsdp.Awkward().named_parameters() if p.dim() < 2]
+    names = [name for name, p in fsdp.Awkward(blocks=1).named_parameters() if p.dim() > 1]
+    names += [name for name, p in fsdp.Awkward(blocks=1).named_parameters() if p.dim() < 2]
     workers = by_paper(CASES[case], size, world)
-    for rank, (found, _) in enumerate(results):
+    for rank, found in enumerate(results):
         for name, right in zip(names, workers[rank // size], strict=True):
             assert (found[case][1][name] - right).abs().max() <= 1e-9, (rank, name)
 
 
 @pytest.mark.slow
-def test_int8_quantises_every_process_s_shards_on_their_own(two_by_two):
+def test_int8_quantises_every_process_s_shards_on_their_own(looks):
     right, elements = by_int8(2, 4, INT8_STEPS)
     assert elements > 2 * BLOCK, "more than one block for each owner"
-    for _, looks in two_by_two:
-        assert furthest(looks["int8"], right) <= 1e-9
+    for found in looks:
+        assert furthest(found["int8"], right) <= 1e-9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LOOKED_AT)
-def test_an_evaluation_sees_the_average_and_leaves_no_trace(two_by_two, case):
+def test_an_evaluation_sees_the_average_and_leaves_no_trace(looks, case):
     """By `consensus` the mean of the workers; by `model.eval()` the last round's model: what the round has left."""
     data = fsdp.Tokens(400).batch(0, 12)
-    runs = [looks[case] for _, looks in two_by_two]
+    runs = [found[case] for found in looks]
     delay = CASES[case].get("overlap_steps", 0)
     for step in range(STEPS):
         local = [run[step][0] for run in runs]
@@ -383,11 +408,22 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(two_by_two, case):
 
 
 @pytest.mark.slow
-def test_buffers_are_averaged_over_all_processes(two_by_two):
+def test_a_mesh_that_is_no_worker_is_refused_with_the_settings_that_mend_it(looks):
+    words = [found["refused"] for found in looks]
+    assert all(told == words[0] for told in words), "the same on every rank"
+    assert "the model's shards lie on ranks [0, 2]; a worker is 2 neighbouring ranks, here 0 to 1" in words[0]["far"]
+    assert "sharded over 4 processes, which must be one worker, got processes_per_worker='2'" in words[0]["spans"]
+    assert "Set dp_shard_size=2 and dp_replicate_size=2" in words[0]["spans"]
+    assert "got processes_per_worker='4'" in words[0]["part"]
+    assert "or processes_per_worker=2" in words[0]["part"]
+
+
+@pytest.mark.slow
+def test_buffers_are_averaged_over_all_processes(looks):
     """Each has seen its own data."""
-    before, after = zip(*[looks["average"] for _, looks in two_by_two], strict=True)
+    before, after = zip(*[found["average"] for found in looks], strict=True)
     assert len({tuple(level.tolist()) for level in before}) == 4
     for level in after:
         assert (level - sum(before) / 4).abs().max() <= 1e-15
-    for _, looks in two_by_two:
-        assert torch.equal(*looks["local"])
+    for found in looks:
+        assert torch.equal(*found["local"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ class ModelTensors:
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self.optimizer = optimizer
         self.model = model
+        modules: list[Any] = list(model.modules()) if model is not None else []
+        self._gathering = [one for one in modules if hasattr(one, "reshard") and hasattr(one, "unshard")]  # FSDP2's
         self.rewritten()  # a gathered parameter has another identity
         named = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
         self.groups = _trainable_groups(optimizer)
@@ -49,10 +52,8 @@ class ModelTensors:
         Parameters have been written: what FSDP has gathered of them before is let go. Behind a pass without a backward
         its root and a tied embedding would be shown as they were.
         """
-        for module in self.model.modules() if self.model is not None else ():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard) and hasattr(module, "unshard"):
-                reshard()
+        for module in self._gathering:
+            module.reshard()
 
     def make_copy(self) -> None:
         """Have memory for `last_round`."""
