@@ -29,7 +29,6 @@ from slowmo_hf.wire.roll_call import RollCall
 from tiny import Heard, Regression, Rows, arguments, values
 
 
-
 # ---- faults, by the rank they happen on ----
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import tempfile
+import time
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from transformers import TrainerCallback
 
 import fsdp
 from apart import HOST, TIMEOUT_SECONDS
-from harness import patience
+from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.wire.communicator import Communicator
+from tiny import error_of
 
 SURVIVORS = (0, 2, 3)
 WHERE = f"on {re.escape(HOST)}"
@@ -125,7 +127,11 @@ def all_name_it(told, seconds, words):
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(words, id=f"{kind}, {name}", marks=pytest.mark.apart(train, kind, at, act, world_size=4, survivors=SURVIVORS))
+        pytest.param(
+            words,
+            id=f"{kind}, {name}",
+            marks=pytest.mark.apart(train, kind, at, act, world_size=4, survivors=SURVIVORS),
+        )
         for kind in ("sharded", "node")
         for name, (at, act, words) in TABLE.items()
     ],
@@ -207,3 +213,35 @@ def test_without_an_average_it_is_told_of_the_column_that_has_mixed_it(apart):
     assert f"; {where[1]}" in told[0]
     assert len(set(told)) == 1, told
     assert not re.search(rf"rank [02] {WHERE}", told[0]), told
+
+
+# ---- the start ----
+
+
+def two_entries():
+    """accelerate finds parameters by their address, which empty shards lack: a model that is sharded already."""
+    config = SlowMoConfig(processes_per_worker=2, timeout_seconds=patience(20))
+    made = fsdp.prepared(
+        2,
+        2,
+        make=lambda parameters: SlowMoOptimizer(fsdp.sgd(parameters), config),
+        model=fsdp.by_hand(fsdp.Awkward(), fsdp.hsdp_mesh(2, 2)),
+        transformer_cls_names_to_wrap=["FSDPBlock"],
+    )
+    rows = [p for group in made.optimizer.param_groups for p in group["params"]]
+    began = time.monotonic()
+    return (
+        len({id(p) for p in rows}) < len(rows),
+        error_of(made.loss, fsdp.Tokens().batch(0)),
+        time.monotonic() - began,
+    )
+
+
+@pytest.mark.slow
+def test_two_entries_for_a_parameter_are_told_by_all_ranks_at_once():
+    seen, errors, seconds = zip(*run_workers(two_entries, 4), strict=True)
+    assert seen == (False, True, False, True), "where shards are empty"
+    assert len(set(errors)) == 1, errors
+    assert errors[0].startswith(f"ValueError: rank 1 on {HOST}: parameter 'blocks.1.gate.bias' is in the"), errors
+    assert f"; rank 3 on {HOST}: parameter" in errors[0]
+    assert max(seconds) < patience(10)

@@ -8,6 +8,7 @@ import torch
 
 from ..algorithm.layout import flat_view
 from ..dtensors import is_sharded, local, shard_mates
+from ..upstream import fsdp_reshard
 
 
 class ModelTensors:
@@ -49,10 +50,8 @@ class ModelTensors:
         Parameters have been written: what FSDP has gathered of them before is let go. Behind a pass without a backward
         its root and a tied embedding would be shown as they were.
         """
-        for module in self.model.modules() if self.model is not None else ():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard) and hasattr(module, "unshard"):
-                reshard()
+        modules = list(self.model.modules()) if self.model is not None else []
+        fsdp_reshard([m for m in modules if hasattr(m, "reshard") and hasattr(m, "unshard")])
 
     def make_copy(self) -> None:
         """Have memory for `last_round`."""
