@@ -70,10 +70,10 @@ def fsdp_parameters(module: Any) -> list[Any]:
 
 def fsdp_reshard(modules: list[Any]) -> None:
     """
-    `FSDPModule.reshard` of all; before it `FSDPModule.reset_iter_state` of the root (torch >= 2.13; `FSDPState._is_root`
-    tells it, torch >= 2.6), where a `_training_state` is not IDLE. A forward pass that has raised leaves it so, and
-    `reshard` then keeps gathered what stays so after a forward pass. Where no module can be reset, the same by hand
-    (tests/test_skipped_batches.py::test_a_pass_that_failed_leaves_no_trace).
+    `FSDPModule.reshard` of all; before it, where a `_training_state` (torch >= 2.6) is not IDLE, the root's
+    `reset_iter_state` (torch >= 2.13; `FSDPState._is_root` tells the root). A forward pass that has raised leaves it
+    so, and `reshard` then keeps gathered what stays so after a forward pass. Where no module can be reset, the same by
+    hand, with `FSDPState._state_ctx` (tests/test_skipped_batches.py::test_a_pass_that_failed_leaves_no_trace).
     """
     if not modules:
         return

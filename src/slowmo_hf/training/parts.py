@@ -214,9 +214,9 @@ class Parts:
         )
 
 
-def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> str | None:
-    """Why this rank cannot start, or None."""
-    words = tensors.refusal() or workers.refusal() or _refuse_outer_optimizer(config, tensors)
+def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors, refused: str | None = None) -> str | None:
+    """Why this rank cannot start, or None; what has been found before comes first."""
+    words = refused or tensors.refusal() or workers.refusal() or _refuse_outer_optimizer(config, tensors)
     if words is None and config.base in GOSSIP_BASES:
         try:
             make_topology(config, workers.count)

@@ -143,8 +143,8 @@ class RollCall:
 
     def explain(self, error: BaseException | None, ranks: Iterable[int]) -> RuntimeError:
         """
-        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` and a little: the others' words may be on
-        their way.
+        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` and a little: the others' words may be
+        on their way.
 
         Args:
             error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
