@@ -28,7 +28,6 @@ from slowmo_hf.wire.communicator import Communicator
 from slowmo_hf.wire.roll_call import RollCall
 from tiny import Heard, Regression, Rows, arguments, values
 
-
 # ---- faults, by the rank they happen on ----
 
 
