@@ -3,6 +3,7 @@ time limits scale by TEST_PATIENCE; tests of a file that share a fixture run in 
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,25 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.timeout(patience(seconds)))
 
 
+@pytest.fixture(scope="module")
+def _under_way(request):
+    """The ranks of all tests marked `apart`: they mostly wait for each other, so they do it side by side."""
+    marks = {
+        item.nodeid: item.get_closest_marker("apart") for item in request.session.items if item.path == request.path
+    }
+    from apart import SIDE_BY_SIDE, run_apart
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        yield {name: pool.submit(run_apart, *mark.args, **mark.kwargs) for name, mark in marks.items() if mark}
+        pool.shutdown(cancel_futures=True)  # where a test stops the session
+
+
+@pytest.fixture
+def apart(request, _under_way):
+    """What `run_apart` gives for this test's mark."""
+    return _under_way[request.node.nodeid].result()
+
+
 class FilesThatShare(LoadScopeScheduling):
     """Tests go to the process that is free, one by one; those of a file with fixtures of its own stay together."""
 
@@ -45,7 +65,8 @@ class FilesThatShare(LoadScopeScheduling):
 
 @functools.cache
 def has_shared_fixtures(file):
-    return 'scope="module"' in Path(__file__).parents[1].joinpath(file).read_text()
+    text = Path(__file__).parents[1].joinpath(file).read_text()
+    return 'scope="module"' in text or "mark.apart" in text
 
 
 def pytest_xdist_make_scheduler(config, log):

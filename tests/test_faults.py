@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,16 +21,12 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
-from harness import fork_server, launcher_store, patience, rank_environment, run_workers, warnings_are_errors
+from apart import HOST, TIMEOUT_SECONDS
+from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.wire.communicator import Communicator
 from slowmo_hf.wire.roll_call import RollCall
 from tiny import Heard, Regression, Rows, arguments, values
-
-TIMEOUT_SECONDS = patience(5)
-HOST = socket.gethostname()
-SIDE_BY_SIDE = 6  # tests, of two to four processes each
-
 
 # ---- faults, by the rank they happen on ----
 
@@ -212,87 +206,6 @@ def _train(rank, fault, base):
             fault(step)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _live(rank, world_size, port, store_lives_with, folder, check, args):
-    """
-    As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a
-    file.
-    """
-    torch.set_num_threads(1)
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        ACCELERATE_USE_CPU="true",
-        **rank_environment(rank, world_size),
-    )
-    warnings_are_errors()
-    sys.excepthook = lambda kind, error, trace: (
-        Path(folder, f"{rank}.told").write_text(f"{kind.__name__}: {error}") and None
-    )
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == store_lives_with, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        check(rank, *args)
-    except StopIteration:
-        time.sleep(TIMEOUT_SECONDS + 30)  # its training is over, and its process goes on to something else
-    except SystemExit:
-        pass
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    from slowmo_hf.wire.roll_call import _at_exit  # multiprocessing's children skip atexit
-
-    _at_exit()
-    os._exit(0)
-
-
-def _run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None):
-    """
-    What every survivor said, and the seconds until the last of them had ended. The store is here, as in a launcher, or
-    a rank's.
-    """
-    store = launcher_store(world_size)
-    port = store.port
-    if store_lives_with is not None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            fork_server().Process(
-                target=_live, args=(rank, world_size, port, store_lives_with, folder, check, args), daemon=True
-            )
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        start = time.monotonic()
-        for rank in survivors:
-            processes[rank].join(timeout=patience(60))
-        seconds = time.monotonic() - start
-        alive = [rank for rank in survivors if processes[rank].is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        assert not alive, f"ranks {alive} hang"
-        told = [Path(folder, f"{rank}.told") for rank in survivors]
-        return [path.read_text() if path.exists() else "" for path in told], seconds
-
-
-@pytest.fixture(scope="module")
-def _under_way(request):
-    """The ranks of all tests marked `apart`: they mostly wait for each other, so they do it side by side."""
-    marks = {
-        item.nodeid: item.get_closest_marker("apart") for item in request.session.items if item.path == request.path
-    }
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        yield {name: pool.submit(_run_apart, *mark.args, **mark.kwargs) for name, mark in marks.items() if mark}
-        pool.shutdown(cancel_futures=True)  # where a test stops the session
-
-
-@pytest.fixture
-def apart(request, _under_way):
-    """What `_run_apart` gives for this test's mark."""
-    return _under_way[request.node.nodeid].result()
 
 
 @pytest.mark.slow

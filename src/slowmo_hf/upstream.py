@@ -68,6 +68,33 @@ def fsdp_parameters(module: Any) -> list[Any]:
     ]
 
 
+def fsdp_reshard(modules: list[Any]) -> None:
+    """
+    `FSDPModule.reshard` of all; before it, where a `_training_state` (torch >= 2.6) is not IDLE, the root's
+    `reset_iter_state` (torch >= 2.13; `FSDPState._is_root` tells the root). A forward pass that has raised leaves it
+    so, and `reshard` then keeps gathered what stays so after a forward pass. Where no module can be reset, the same by
+    hand, with `FSDPState._state_ctx` (tests/test_skipped_batches.py::test_a_pass_that_failed_leaves_no_trace).
+    """
+    if not modules:
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    idle = TrainingState.IDLE
+    states = [(module._get_fsdp_state(), fsdp_parameter_groups(module)) for module in modules]
+    if any(one._training_state is not idle for state, groups in states for one in (state, *groups)):
+        roots = [module for module in modules if hasattr(module, "reset_iter_state")]
+        roots = [module for module in roots if module._get_fsdp_state()._is_root]
+        for root in roots:
+            root.reset_iter_state()
+        for state, groups in [] if roots else states:
+            state._training_state, state._state_ctx.iter_forward_root = idle, None
+            for group in groups:
+                group.wait_for_unshard()  # what was fetched ahead is of before, too
+                group._training_state = idle
+    for module in modules:
+        module.reshard()
+
+
 def fsdp_over_shards_alone(mesh_info: Any) -> Any:
     """
     `FSDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: the same mesh as HSDP's,

@@ -16,7 +16,7 @@ from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
 from .fully_sharded import sharded_modules
-from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .isolation import Isolation, ddp_wrappers, refusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
@@ -101,13 +101,13 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
         sharded = sharded_modules([kwargs["model"]])
-        refuse_unsupported([kwargs["model"]], kwargs["optimizer"])
+        refused = refusal([kwargs["model"]], kwargs["optimizer"])
         refuse_resumable_saves(args, kwargs["model"])
         outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None
-        outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers)
+        outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds

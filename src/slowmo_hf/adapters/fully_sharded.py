@@ -46,11 +46,10 @@ def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
 def reshard(modules: Iterable[FSDPModule]) -> None:
     """
     Drop gathered copies: after a write into shards, and before names of parameters are taken. The root and a tied
-    embedding stay gathered after a pass without a backward, and the next pass would compute with the values of before.
-    Nothing is sent. Never call it between a forward pass and its backward.
+    embedding stay gathered after a pass without a backward, others after one that has raised, and the next pass would
+    compute with the values of before. Nothing is sent. Never call it between a forward pass and its backward.
     """
-    for module in modules:
-        module.reshard()
+    upstream.fsdp_reshard(list(modules))
 
 
 def all_parameters(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -39,10 +39,29 @@ def refuse_unsupported(models: Iterable[torch.nn.Module] = (), optimizer: torch.
             pipeline parallelism; FSDP was asked for and is not there; an optimizer holds plain parameters beside
             sharded ones, or one parameter twice.
     """
+    words = refusal(models, optimizer)
+    if words is not None:
+        raise ValueError(words)
+
+
+def refusal(models: Iterable[torch.nn.Module], optimizer: torch.optim.Optimizer | None) -> str | None:
+    """
+    The same, where all ranks are about to meet: an engine, which is everybody's, is refused at once; what this rank
+    finds in its model is returned in words, which `OuterLoop.start` tells all. Two entries for one parameter are
+    seen where shards are empty, and other ranks would wait for this one until their time-out.
+    """
     models = list(models)
     sharded = sharded_modules(models)
     if upstream.accelerate_is_in_use():
         _refuse_engine(AcceleratorState(), bool(sharded))
+    try:
+        _refuse_model(models, sharded, optimizer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _refuse_model(models: list[Any], sharded: list[Any], optimizer: torch.optim.Optimizer | None) -> None:
     for model in models:
         _refuse_wrapped_or_planned(model)
     if optimizer is not None:
@@ -126,7 +145,7 @@ def _refuse_parameters(models: list[torch.nn.Module], sharded: list[Any], optimi
 
 
 def _refuse_two_entries(names: dict[int, str], held: list[torch.Tensor]) -> None:
-    """Ranks with no empty shard do not see it: there it is told as another rank's failure."""
+    """Ranks with no empty shard do not see it: the start tells them."""
     seen: set[int] = set()
     for p in held:
         if id(p) in seen:

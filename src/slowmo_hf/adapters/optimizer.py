@@ -17,7 +17,7 @@ from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
 from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
 from .fully_sharded import sharded_modules, sharded_roots
-from .isolation import Isolation, ddp_wrappers, refuse_unsupported
+from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
 from .stop_signals import StopSignals
@@ -172,10 +172,10 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refuse_unsupported(models, self.inner_optimizer)
+            refused = refusal(models, self.inner_optimizer)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.keeps_last_round = True  # for model.eval()
-            outer_loop.start(broadcast_frozen=not wrappers)
+            outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)
         except BaseException:

@@ -9,6 +9,7 @@ import torch
 
 from ..algorithm.layout import flat_view
 from ..dtensors import is_sharded, local, shard_mates
+from ..upstream import fsdp_reshard
 
 
 class ModelTensors:
@@ -52,8 +53,7 @@ class ModelTensors:
         Parameters have been written: what FSDP has gathered of them before is let go. Behind a pass without a backward
         its root and a tied embedding would be shown as they were.
         """
-        for module in self._gathering:
-            module.reshard()
+        fsdp_reshard(self._gathering)
 
     def make_copy(self) -> None:
         """Have memory for `last_round`."""

@@ -64,7 +64,7 @@ class OuterLoop:
         self.inner_state = InnerState(config, self.tensors)
         self.clock = Clock(config)
 
-    def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True) -> None:
+    def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True, refused: str | None = None) -> None:
         """
         Compare all ranks, give all rank 0's values, take the anchors. Collective: every rank calls it, before the
         first step.
@@ -72,6 +72,7 @@ class OuterLoop:
         Args:
             attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts.
             broadcast_frozen (`bool`, *optional*, defaults to `True`): False where DDP's constructor has done it.
+            refused (`str`, *optional*): Why this rank cannot start, as its adapter has found; all are told.
 
         Raises:
             ValueError: Ranks differ, a parameter cannot be averaged, or the settings do not fit the number of
@@ -79,7 +80,7 @@ class OuterLoop:
         """
         make_heard()
         self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
-        check_same_everywhere(workers, self.config, self.tensors, refusal(self.config, workers, self.tensors))
+        check_same_everywhere(workers, self.config, self.tensors, refusal(self.config, workers, self.tensors, refused))
         workers.form()
         make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]

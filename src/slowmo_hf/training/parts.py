@@ -200,8 +200,7 @@ class Parts:
         if math.isfinite(square) or self.workers.between.world_size == 1:
             return
         if not all_are_here:
-            is_mine = not (self.config.exact_average and own_is_finite)
-            self.status.lost_finiteness = _NOT_FINITE if is_mine else ""
+            self.status.lost_finiteness = "" if own_is_finite else _NOT_FINITE
             return
         told = self.workers.world.gather_objects((host_name(), own_is_finite))
         step = self.clock.attempted_steps
@@ -215,9 +214,9 @@ class Parts:
         )
 
 
-def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> str | None:
-    """Why this rank cannot start, or None."""
-    words = tensors.refusal() or workers.refusal() or _refuse_outer_optimizer(config, tensors)
+def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors, refused: str | None = None) -> str | None:
+    """Why this rank cannot start, or None; what has been found before comes first."""
+    words = refused or tensors.refusal() or workers.refusal() or _refuse_outer_optimizer(config, tensors)
     if words is None and config.base in GOSSIP_BASES:
         try:
             make_topology(config, workers.count)

@@ -149,11 +149,13 @@ class Round:
         # A round may change nothing.
         hand_back_ = parts.base.hand_back_ if parts.config.has_outer_update else _leave
         norms = slow.update.update_(sums, self.agreement.inner_lrs, self._summands, hand_back_)
-        self.norms = Norms.of(parts.summed(slow.reduction.summed(norms.squares)))
+        own = Norms.of(slow.reduction.summed(norms.squares))  # of this process's part of the model
+        self.norms = Norms.of(parts.summed(own.squares))
         if self.travels:
             parts.share_last_round()
         if not parts.config.exact_average:
-            parts.refuse_non_finite(self.norms.pseudo_grad_square, own_is_finite=False, all_are_here=False)
+            own_is_finite = math.isfinite(own.pseudo_grad_square)
+            parts.refuse_non_finite(self.norms.pseudo_grad_square, own_is_finite, all_are_here=False)
             return
         assert self.messages is not None
         parts.refuse_non_finite(

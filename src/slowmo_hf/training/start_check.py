@@ -47,6 +47,8 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     everywhere = communicator.gather_objects((digest, refusal, host_name()))
     refusals = [f"rank {rank} on {host}: {refusal}" for rank, (_, refusal, host) in enumerate(everywhere) if refusal]
+    if refusal and len({words for _, words, _ in everywhere}) == 1:
+        raise ValueError(refusal)  # of all, and once
     if refusals:
         raise ValueError("; ".join(refusals))
     if len({digest for digest, _, _ in everywhere}) > 1:

@@ -22,6 +22,7 @@ from .job_store import JobStore, StoreError
 
 _ANY = "any"
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
+_SECOND_SECONDS = 0.5  # longer for who fails behind another, whose words it hears
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _going: list[
     RollCall
@@ -34,7 +35,7 @@ class RollCall:
 
     A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host,
     step and place; two meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and
-    has seen a failure.
+    has seen a failure, `run/missed/rank` the words of one that has waited for this rank in vain.
 
     Args:
         timeout_seconds (`float`): A rank that comes later than this is missed.
@@ -142,8 +143,8 @@ class RollCall:
 
     def explain(self, error: BaseException | None, ranks: Iterable[int]) -> RuntimeError:
         """
-        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` at most: the others' words may be on
-        their way.
+        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` and a little: the others' words may be
+        on their way.
 
         Args:
             error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
@@ -155,9 +156,9 @@ class RollCall:
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
         too_late = error is None or is_timeout(error)
+        until = time.monotonic() + _ROLL_SECONDS + _SECOND_SECONDS * self._has("failed", _ANY)
         for whose in (self.rank, _ANY):
             self._try_to_say(self._key("failed", whose))
-        until = time.monotonic() + _ROLL_SECONDS
         while time.monotonic() < until and not all(
             self._has("failed", rank) or self._has("left", rank) for rank in others
         ):
@@ -205,10 +206,15 @@ class RollCall:
             )
         last = f"last seen at step {seen['step']}, {seen['place']}"
         if too_late:
-            return (
+            words = (
                 f"rank {rank} on {seen['host']} did not come to step {self.step}, {self.place}, within "
                 f"timeout_seconds={self.timeout_seconds:g}: it is slower than that, or left without a word; {last}"
             )
+            self._try_to_say(self._key("missed", rank), words)
+            return words
+        missed = self._get("missed", rank)
+        if missed:  # who has seen but its connections closed cannot tell one that hangs from one that is gone
+            return str(missed["cause"])
         return f"rank {rank} on {seen['host']} left without a word after step {seen['step']}; {last}"
 
     # ---- the store ----
