@@ -21,6 +21,7 @@ import torch.distributed as dist
 import transformers
 
 import slowmo_hf
+from slowmo_hf.dtensors import local
 
 # ---- clocks and ratios ----
 
@@ -104,7 +105,8 @@ def ratio(
 
 def tensor_bytes() -> int:
     """Bytes of all tensors that Python can reach, shared memory once."""
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    tensors = [local(t) for t in found]  # a DTensor's own storage is none
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

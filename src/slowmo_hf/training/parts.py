@@ -242,10 +242,10 @@ def _refuse_backend(workers: Workers, tensors: ModelTensors) -> str | None:
         return None
     given = ",".join(f"{of}:{backend}" for of, backend in carriers.items())
     return (
-        f"parameter {name!r} lies on device {device!r}, from which the job's backend ({given}) carries nothing. With parameters "
-        'in main memory (CPUOffloadPolicy), start by init_process_group(backend="cpu:gloo,cuda:nccl"). Under '
-        'accelerate: fsdp_offload_params: true in its configuration, or InitProcessGroupKwargs(backend="cpu:gloo,'
-        'cuda:nccl").'
+        f"parameter {name!r} lies on device {device!r}, from which the job's backend ({given}) carries nothing. With "
+        'parameters in main memory (CPUOffloadPolicy), start by init_process_group(backend="cpu:gloo,cuda:nccl"). '
+        "Under accelerate: fsdp_offload_params: true in its configuration, or "
+        'InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl").'
     )
 
 
