@@ -63,15 +63,13 @@ def join(folder, device, backend=None, *, launched=False):
         os.environ.update(rank_environment(0, 1))
     if device == "cuda":  # what torch says of itself there is not known yet, and a hint must not hide the values
         warnings.simplefilter("default")
-        torch.use_deterministic_algorithms(True)
     join_alone(device, folder, backend or {"cpu": "gloo", "cuda": MIXED}[device])
 
 
 def alone(check, folder, device, *given, **settings):
-    """What a worker process of its own returns; without CUDA it is forked."""
-    return run_workers(
-        check, 1, str(folder), device, *given, backend={"cpu": "gloo", "cuda": MIXED}[device], **settings
-    )[0]
+    """What a worker process of its own returns."""
+    started = {"cpu": "gloo", "cuda": MIXED}[device]  # forked, or anew; it joins a group by itself
+    return run_workers(check, 1, str(folder), device, *given, backend=started, **settings)[0]
 
 
 def config(**more):
@@ -99,7 +97,9 @@ def batch_of(step, device, rows=ROWS):
 
 
 def on_cpu(model):
-    return {name: value.cpu() for name, value in fsdp.full_values(model).items()}
+    """In a world of one a shard is all of it, and nothing is sent."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: local(value.detach()).to("cpu", copy=True) for name, value in named}
 
 
 def furthest(found, right):
@@ -197,6 +197,7 @@ def check_rounds(folder, device, backend):
     return found
 
 
+@pytest.mark.slow
 @over_each_backend
 def test_rounds_of_shards_are_those_of_the_plain_model(tmp_path, device, backend):
     found = alone(check_rounds, tmp_path, device, backend)
@@ -293,6 +294,7 @@ def kept_shards(device):
     return same
 
 
+@pytest.mark.slow
 @over_each_backend
 def test_parameters_in_main_memory(tmp_path, device, backend):
     """In a world of one nothing of ours is sent, so NCCL alone will do there."""
@@ -302,6 +304,24 @@ def test_parameters_in_main_memory(tmp_path, device, backend):
     for name, (parted, moved) in found.items():
         assert parted <= 1e-12, name
         assert moved > 0.01, name
+
+
+def in_main_memory_beside_a_card(folder, device):
+    join(folder, device)
+    run = Run("cpu", config(), sharded=True)
+    shards = [p.detach() for p in run.bare.parameters()]
+    for shard in shards:
+        shard.device_mesh._device_type = "cuda"  # as under CPUOffloadPolicy; its values would be brought there
+    own = [torch.randn_like(local(shard)) for shard in shards]
+    again = [as_described(mine, described(shard, shard), shard) for mine, shard in zip(own, shards, strict=True)]
+    same = [torch.equal(local(shard), mine) for mine, shard in zip(own, again, strict=True)]
+    return same, [shard.requires_grad for shard in again], [not is_sharded(shard) for shard in again]
+
+
+def test_a_shard_in_main_memory_is_taken_up_there(tmp_path):
+    same, *others = alone(in_main_memory_beside_a_card, tmp_path, "cpu")
+    assert all(same)
+    assert not any(map(any, others))
 
 
 def refused_backend(carriers):
@@ -343,7 +363,7 @@ def accelerated(folder, device, slow, steps, *, resume=None, save_at=(), look=Fa
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=device == "cuda")  # as a new process would
+    AcceleratorState._reset_state()  # as a new process would
     if device == "cpu":
         fsdp.let_cpu_shard()
     accelerator = Accelerator(fsdp_plugin=fsdp.plugin(**settings), gradient_accumulation_steps=2)
@@ -396,6 +416,7 @@ def check_accelerate(folder, device, backend):
     return worst
 
 
+@pytest.mark.slow
 @over_each_backend
 def test_stock_accelerate_is_the_plain_model(tmp_path, device, backend):
     assert alone(check_accelerate, tmp_path, device, backend, time_limit_seconds=170) <= 1e-12
@@ -411,6 +432,7 @@ RESUMED = {
 
 def check_resumed(folder, device, kind):
     join(folder, device, launched=True)
+    torch.use_deterministic_algorithms(True)
     found = {}
     for name, more in RESUMED.items():
         given = f"{folder}/{name}", device, config(**more), STEPS
@@ -426,6 +448,7 @@ def check_resumed(folder, device, kind):
     return found
 
 
+@pytest.mark.slow
 @on_each
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_and_saves_leave_no_trace_and_a_resumed_run_ends_the_same(tmp_path, device, kind):
@@ -441,7 +464,7 @@ def trained(folder, device, slow, kind=None, resume=None, **settings):
     from accelerate.utils import DistributedType
     from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=device == "cuda")
+    AcceleratorState._reset_state()
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "state_dict_type": kind}
     args = arguments(
         folder,
@@ -467,6 +490,7 @@ TRAINED = {name: CASES[name] for name in ("slow momentum", "Nesterov", "overlapp
 
 def check_trainer(folder, device, kind):
     join(folder, device, launched=True)
+    torch.use_deterministic_algorithms(True)
     ends = {name: trained(folder, device, config(**more), kind) for name, more in TRAINED.items()}
     if kind:
         saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
@@ -478,6 +502,7 @@ def check_trainer(folder, device, kind):
     return ends
 
 
+@pytest.mark.slow
 @on_each
 def test_a_stock_trainer_is_the_plain_model_and_goes_on_bit_for_bit(tmp_path, device):
     plain = alone(check_trainer, _folder(tmp_path, "plain"), device, None)
@@ -512,6 +537,7 @@ def check_compiled(folder, device, backend):
     return max(itertools.starmap(furthest, zip(*paths, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "backend"),
     [
