@@ -42,6 +42,7 @@ CASES = {
     "slow state on the cpu": {"shard_slow_state": True, "slow_state_device": "cpu"},
     "stash on the cpu": {"stash_device": "cpu"},
 }
+IN_BOTH = ("slow momentum", "overlapped")
 KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}  # absolute: parameters are of size 1
 
@@ -185,7 +186,7 @@ def check_rounds(folder, device, backend):
     join(folder, device, backend)
     found = {}
     for name, more in CASES.items():
-        for dtype in TOLERANCES:
+        for dtype in TOLERANCES if name in IN_BOTH else (torch.float64,):
             pair = [Run(device, config(**more), dtype=dtype, sharded=sharded) for sharded in (True, False)]
             found[name, dtype] = apart(*pair)
         found[name] = pair[0].places()
@@ -200,7 +201,7 @@ def check_rounds(folder, device, backend):
 @pytest.mark.slow
 @over_each_backend
 def test_rounds_of_shards_are_those_of_the_plain_model(tmp_path, device, backend):
-    found = alone(check_rounds, tmp_path, device, backend)
+    found = alone(check_rounds, tmp_path, device, backend, time_limit_seconds=170)
     for key, result in found.items():
         if isinstance(key, tuple):
             parted, moved = result
@@ -298,7 +299,7 @@ def kept_shards(device):
 @over_each_backend
 def test_parameters_in_main_memory(tmp_path, device, backend):
     """In a world of one nothing of ours is sent, so NCCL alone will do there."""
-    found = alone(check_offload, tmp_path, device, backend)
+    found = alone(check_offload, tmp_path, device, backend, time_limit_seconds=170)
     assert all(found.pop("kept"))
     assert found.pop("evaluated") <= 1e-12
     for name, (parted, moved) in found.items():
