@@ -21,7 +21,6 @@ import torch.distributed as dist
 import transformers
 
 import slowmo_hf
-from slowmo_hf.dtensors import local
 
 # ---- clocks and ratios ----
 
@@ -106,7 +105,8 @@ def ratio(
 def tensor_bytes() -> int:
     """Bytes of all tensors that Python can reach, shared memory once."""
     found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
-    tensors = [local(t) for t in found]  # a DTensor's own storage is none
+    with torch.no_grad():  # a DTensor has no storage of its own
+        tensors = [t.to_local() if hasattr(t, "to_local") else t for t in found]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

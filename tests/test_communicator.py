@@ -227,4 +227,4 @@ def test_what_arrives_just_behind_a_slice_of_waiting_has_arrived(failure):
     communicator = object.__new__(Communicator)
     communicator.backend, communicator.witness, communicator.patience_seconds = "gloo", Nobody(), 0.0
     with pytest.raises(RuntimeError, match=failure) if failure else nullcontext():
-        communicator._wait(Late(failure))
+        communicator._wait(Late(failure), torch.device("cpu"))
