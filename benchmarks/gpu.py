@@ -102,10 +102,18 @@ class Slice:
 def slices(device: str, dataset_name: str | None) -> list[Slice]:
     """All, the most telling first."""
     found = [
-        tests("trainer", "fp16 and bf16 under Trainer, NCCL, two ranks on a card, gossip", "test_cuda.py", device),
-        tests("values", "what the card computes is what the CPU does; resume", "test_cuda_values.py", device),
-        tests("memory", "bytes on the card against the documented ones", "test_cuda_memory.py", device),
+        checks("trainer", "fp16 and bf16 under Trainer, NCCL, two ranks on a card, gossip", "test_cuda.py", device),
+        checks("values", "what the card computes is what the CPU does; resume", "test_cuda_values.py", device),
+        checks("memory", "bytes on the card against the documented ones", "test_cuda_memory.py", device),
         costs("arithmetic", "lines 7 and 8 against their bytes, T5-small", device, "--processes 1 --parts arithmetic"),
+        checks(
+            "sharded",
+            "FSDP2 in a world of one over NCCL, main memory beside the card, resume: the plain model's values",
+            "test_cuda_sharded.py",
+            device,
+            seconds={"cuda": 300, "cpu": 120},
+            others=("tests/fsdp.py", "benchmarks/measuring.py"),
+        ),
         costs("overlap", "a step with an overlapped round, two ranks on a card", device, f"--parts overlap {STEP}"),
         costs("overlap_alone", "the same without a message", device, f"--processes 1 --parts overlap {STEP}"),
         costs(
@@ -122,16 +130,28 @@ STEP = "--step_width 512 --step_tokens 16384"
 TINY = "--repeats 3 --d_model 32 --layers 1 --vocab_size 64 --step_width 16 --step_tokens 64 --copy_bytes 1000000"
 
 
-def tests(name: str, says: str, file: str, device: str) -> Slice:
-    """A file of tests: those that need a card, or those that do not."""
+SECONDS = {"cuda": 120, "cpu": 20}
+
+
+def checks(
+    name: str, says: str, file: str, device: str, seconds: dict[str, float] = SECONDS, others: tuple[str, ...] = ()
+) -> Slice:
+    """A file of tests: those that need a card, or those that do not. `others` are more sources."""
     marked = "cuda" if device == "cuda" else "not cuda"
     return Slice(
         name,
         says,
         ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, f"tests/{file}", "--junitxml={figures}"),
-        seconds=120 if device == "cuda" else 20,
+        seconds=seconds[device],
         needs=("pytest", "pytest_timeout"),
-        sources=(f"tests/{file}", "tests/devices.py", "tests/harness.py", "tests/tiny.py", "tests/conftest.py"),
+        sources=(
+            f"tests/{file}",
+            "tests/devices.py",
+            "tests/harness.py",
+            "tests/tiny.py",
+            "tests/conftest.py",
+            *others,
+        ),
         figures="figures.xml",
     )
 

@@ -104,7 +104,9 @@ def ratio(
 
 def tensor_bytes() -> int:
     """Bytes of all tensors that Python can reach, shared memory once."""
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    with torch.no_grad():  # a DTensor has no storage of its own
+        tensors = [t.to_local() if hasattr(t, "to_local") else t for t in found]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

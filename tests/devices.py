@@ -32,8 +32,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def join_alone(device: str, folder: str) -> None:
-    """Make a process group of this process alone, which the harness does not: NCCL on a card, gloo on the CPU."""
+def join_alone(device: str, folder: str, backend: str | None = None) -> None:
+    """
+    Make a process group of this process alone, which the harness does not: NCCL on a card, gloo on the CPU, or another
+    backend.
+    """
     card = {"device_id": torch.device("cuda", 0)} if device == "cuda" else {}
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = backend or ("nccl" if device == "cuda" else "gloo")
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1, **card)

@@ -225,6 +225,7 @@ class Nobody:
 @pytest.mark.parametrize("failure", ["", "Connection closed by peer"])
 def test_what_arrives_just_behind_a_slice_of_waiting_has_arrived(failure):
     communicator = object.__new__(Communicator)
+    communicator._by_device = {}
     communicator.backend, communicator.witness, communicator.patience_seconds = "gloo", Nobody(), 0.0
     with pytest.raises(RuntimeError, match=failure) if failure else nullcontext():
-        communicator._wait(Late(failure))
+        communicator._wait(Late(failure), torch.device("cpu"))

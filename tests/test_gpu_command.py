@@ -157,6 +157,10 @@ def test_every_slice_has_its_sources_and_its_program():
     assert names[0] == "trainer"
     assert names[-1] == "study"
     assert sum(slice_.seconds for slice_ in gpu.slices("cuda", None)[:4]) < 9 * 60
+    (sharded,) = [slice_ for slice_ in gpu.slices("cuda", None) if slice_.name == "sharded"]
+    assert "tests/fsdp.py" in sharded.sources
+    assert sharded.seconds < 9 * 60, "it fits one call"
+    assert gpu.checks("x", "", "test_cuda.py", "cpu").command[6] == "not cuda"
     files = {path.name for path in (gpu.ROOT / "tests").glob("test_cuda*.py")}
     words = [word for slice_ in gpu.slices("cuda", None) for word in slice_.command]
     assert files == {Path(word).name for word in words if word.startswith("tests/")}

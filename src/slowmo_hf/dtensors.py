@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,6 +32,20 @@ def shard_mates(tensor: torch.Tensor) -> tuple[int, ...]:
     here = zip(sharded.placements, mesh.get_coordinate(), strict=True)
     row = mesh.mesh[tuple(slice(None) if placement.is_shard() else at for placement, at in here)]
     return tuple(row.flatten().tolist())
+
+
+def let_reads_end(tensors: Iterable[torch.Tensor]) -> None:
+    """
+    Wait for what the card still reads of shards in main memory (FSDP2's `CPUOffloadPolicy`), before they are written:
+    a forward pass returns while their copies to the card are to come. A backward pass waits for them itself; behind a
+    pass without one, the evaluation would see a mixture.
+    """
+    for tensor in tensors:
+        if is_sharded(tensor) and tensor.device.type == "cpu":
+            sharded: Any = tensor
+            if sharded.device_mesh.device_type == "cuda":
+                torch.cuda.synchronize()
+                return
 
 
 def described(tensor: torch.Tensor, like: torch.Tensor) -> list[Any]:
@@ -68,6 +83,11 @@ def as_described(own: torch.Tensor, description: Any, like: torch.Tensor) -> tor
     if tuple(here) != own.shape:
         raise ValueError(f"a shard has shape {tuple(own.shape)}, and its description makes it {tuple(here)}")
     placements = [placement if dimension == across else Replicate() for dimension in range(mesh.ndim)]
+    if like.device.type != mesh.device_type and tuple(shape) == like.shape and placement == like.placements[across]:  # type: ignore[attr-defined]
+        # In main memory beside a mesh of cards (CPUOffloadPolicy). `from_local` would bring all of it to the card.
+        made = torch.empty_like(like, dtype=own.dtype, requires_grad=False)
+        local(made).copy_(own)
+        return made
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 

@@ -178,7 +178,9 @@ def write_snapshot(
     saved = save_all(parts, agree=loop.clock.workers_agree, keep=shared)
     header: dict[str, Any] = {**save_names(loop), "workers": workers.count}
     if workers.size > 1:
-        header |= {"processes_per_worker": workers.size, "place": workers.place, "sharded": workers.holds_shards}
+        header |= {"processes_per_worker": workers.size, "place": workers.place}
+    if workers.size > 1 or workers.holds_shards:  # one process may hold the only shard
+        header["sharded"] = workers.holds_shards
     if shared:
         if speaks_for_all:
             run = {"processes": workers.world.world_size, "config": loop.config.to_dict()}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
-from ..dtensors import local
+from ..dtensors import let_reads_end, local
 from ..random_state import RandomState
 from .account import Account
 from .model_tensors import copy_tensors_
@@ -55,12 +55,14 @@ class ConsensusView:
         own = [local(t).detach() for t in tensors]
         self._stash = [t.to(self._device, copy=True) if self._device else t.clone() for t in own]
         if tensors:
+            let_reads_end(tensors)
             write_()
             self._rewritten()
 
     def restore(self, *, give_back_random_state: bool = True) -> None:
         """End the view: local values return, and the random generators if they have not yet."""
         if self._stash is not None:
+            let_reads_end(self._shown)
             copy_tensors_(self._shown, self._stash)
             if self._shown:
                 self._rewritten()

@@ -18,7 +18,7 @@ from ..names import ELEMENTWISE
 from ..wire.averages import Averages
 from ..wire.gossip import GossipBase, make_topology
 from ..wire.inside import Inside, ShardedInside, WholeInside
-from ..wire.job import host_name
+from ..wire.job import backends, host_name, is_in_process
 from ..wire.workers import Workers
 from .account import Account
 from .clock import Clock
@@ -216,13 +216,37 @@ class Parts:
 
 def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors, refused: str | None = None) -> str | None:
     """Why this rank cannot start, or None; what has been found before comes first."""
-    words = refused or tensors.refusal() or workers.refusal() or _refuse_outer_optimizer(config, tensors)
+    words = (
+        refused
+        or tensors.refusal()
+        or workers.refusal()
+        or _refuse_backend(workers, tensors)
+        or _refuse_outer_optimizer(config, tensors)
+    )
     if words is None and config.base in GOSSIP_BASES:
         try:
             make_topology(config, workers.count)
         except ValueError as error:
             return str(error)
     return words
+
+
+def _refuse_backend(workers: Workers, tensors: ModelTensors) -> str | None:
+    """Alone nothing is sent."""
+    if workers.world.world_size == 1 or is_in_process():
+        return None
+    carriers = backends()
+    named = zip(tensors.names, tensors.trainable, strict=True)
+    name, device = next(((name, p.device.type) for name, p in named if p.device.type not in carriers), ("", ""))
+    if not name:
+        return None
+    given = ",".join(f"{of}:{backend}" for of, backend in carriers.items())
+    return (
+        f"parameter {name!r} lies on device {device!r}, from which the job's backend ({given}) carries nothing. With "
+        'parameters in main memory (CPUOffloadPolicy), start by init_process_group(backend="cpu:gloo,cuda:nccl"). '
+        "Under accelerate: fsdp_offload_params: true in its configuration, or "
+        'InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl").'
+    )
 
 
 def _refuse_outer_optimizer(config: SlowMoConfig, tensors: ModelTensors) -> str | None:

@@ -94,7 +94,7 @@ class Communicator(Processes):
     def _arrival(self, work: Any, into: torch.Tensor) -> Arrival:
         def wait() -> None:
             with self._counted():
-                self._wait(work)
+                self._wait(work, into.device)
                 if into.is_cuda:
                     torch.cuda.synchronize(into.device)
 
@@ -105,7 +105,7 @@ class Communicator(Processes):
         if self.world_size == 1 or flat.numel() == 0:
             return
         with self._counted(self._ring_bytes(flat)):
-            self._wait(wire().all_reduce(flat, op=wire().ReduceOp.MAX, group=self.group, async_op=True))
+            self._wait(wire().all_reduce(flat, op=wire().ReduceOp.MAX, group=self.group, async_op=True), flat.device)
 
     def gather_header(self, header: list[float]) -> torch.Tensor:
         """Every worker's header: float64, shape (world_size, len(header)), on the CPU."""
@@ -122,7 +122,7 @@ class Communicator(Processes):
 
         def wait() -> torch.Tensor:
             with self._counted():
-                self._wait(work)
+                self._wait(work, self._small_device)
             return torch.stack(rows).cpu()
 
         return wait
@@ -143,7 +143,7 @@ class Communicator(Processes):
                 work = wire().broadcast(
                     flat.view(torch.uint8), src=self.ranks[source], group=self.group, async_op=True
                 )
-                self._wait(work)
+                self._wait(work, flat.device)
 
     def _ring_bytes(self, flat: torch.Tensor) -> float:
         return 2 * (self.world_size - 1) / self.world_size * flat.nbytes

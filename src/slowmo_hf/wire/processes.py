@@ -96,12 +96,13 @@ class Processes:
         self.member = rank_in_job() in self.ranks
         self.rank = self.ranks.index(rank_in_job()) if self.member else -1
         self.backend = "none"
+        self._by_device: dict[str, str] = {}
         self._small_device = self.wire_device = torch.device("cpu")
         if self.world_size > 1:
             self.group = _own_group(self.ranks, purpose, timeout_seconds)
-            by_device = backends()
-            self.backend = by_device.get(device.type, wire().get_backend())
-            if by_device.get("cpu") != "gloo":
+            self._by_device = backends()
+            self.backend = self._by_device.get(device.type, wire().get_backend())
+            if self._by_device.get("cpu") != "gloo":
                 self._small_device = device
             if self.backend != "gloo":  # gloo's peer-to-peer messages read main memory
                 self.wire_device = device
@@ -143,12 +144,13 @@ class Processes:
             raise self.witness.explain(error, self.ranks if peers is None else peers) from error
         self.bytes_sent += round(payload_bytes)
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: Any, device: torch.device) -> None:
         """
         Wait for a collective; on gloo, no longer than until another rank gives up: that one is not always a neighbour
-        of this.
+        of this. Parameters in main memory and buffers on a card have a backend each, and NCCL ends a group whose wait
+        has a time limit that passes.
         """
-        if self.backend != "gloo" or self.witness is None:
+        if self._by_device.get(device.type, self.backend) != "gloo" or self.witness is None:
             work.wait()
             return
         gone_since: float | None = None
