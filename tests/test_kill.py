@@ -213,14 +213,16 @@ def test_ten_kills_have_48_steps_to_come_in(name, flags):
 def test_a_record_of_other_jobs_is_refused(tmp_path):
     path = tmp_path / "kills.json"
     path.write_text(json.dumps({"seed": 0, "points": [], "jobs": {"a job": {}}}))
-    with pytest.raises(ValueError, match="whose jobs are others, got 2"):
+    with pytest.raises(ValueError, match="whose jobs are others, got 2 and 1"):
         kill.Record(kill.KillArguments(output=str(path), processes_per_worker=2))
 
 
 def test_the_table_counts_points():
     values = {
-        "points": [{"stratum": "the seal", "differences": told} for told in ([], ["weights differ"], [])],
-        "ten_kills": [{"differences": []}],
+        "points": [
+            {"job": "a job", "stratum": "the seal", "differences": told} for told in ([], ["weights differ"], [])
+        ],
+        "ten_kills": [{"job": "a job, longer", "differences": []}],
     }
     rows = [line.split() for line in kill.table(values).splitlines()]
     assert rows == [
