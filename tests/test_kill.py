@@ -392,7 +392,7 @@ def test_an_old_checkpoint_may_stay_where_nothing_was_left_to_save(reference, tm
 
 def test_a_moment_that_never_came_is_no_point(reference, tmp_path, monkeypatch):
     whole = run_of(tmp_path, [[f"w{step}" for step in range(6)]] * 2)
-    monkeypatch.setattr(kill, "launch", lambda job, folder, kills=(): reference if not kills else whole)
+    monkeypatch.setattr(kill, "launch", lambda job, folder, kills=(), launcher=None: reference if not kills else whole)
     record = kill.Record(kill.KillArguments(output=str(tmp_path / "kills.json"), folder=str(tmp_path / "runs")))
     kills = (Kill(0, 1, "end", 7),)
     assert record.add("points", "a job", kill.Job("script"), kills) is False
