@@ -257,7 +257,7 @@ class KillArguments:
         if not self.forked:
             return accelerate_launch
         sys.path.append(str(ROOT / "tests"))
-        return importlib.import_module("launcher").launch  # type: ignore[no-any-return]
+        return importlib.import_module("launcher").launch
 
     @property
     def jobs(self) -> dict[str, Job]:
