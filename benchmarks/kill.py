@@ -3,18 +3,23 @@ Kills runs with SIGKILL at random moments, lets the launcher start them again, a
 for bit, with a run that was never killed.
 
     python benchmarks/kill.py --points 200 --seed 0
-    python benchmarks/kill.py --points 120 --processes_per_worker 2 --output benchmarks/records/kills_node_workers.json
+    python benchmarks/kill.py --points 120 --processes_per_worker 2 --shards 2 --ten_kills 0 --output
+    benchmarks/records/kills_node_workers.json
 
-A point is one launch of a real job, `recipes/image/train.py` (Trainer) or `benchmarks/kill_accelerate.py` (a
-custom loop), under `accelerate launch --max_restarts`, with one kill, or two where the second meets the resume.
-Moments are drawn from the list of those that the uninterrupted run of the same job passed through
-(`benchmarks/kill_switch.py`). The record is written after every point, and the same command goes on where it was
-stopped.
+The second kills workers of two processes, of two kinds: each process has the whole model (DDP), or a shard of it
+(FSDP2).
+
+A point is one launch of a real job, `recipes/image/train.py` (Trainer; sharded, `benchmarks/kill_trainer.py`) or
+`benchmarks/kill_accelerate.py` (a custom loop), under `accelerate launch --max_restarts`, with one kill, or two where
+the second meets the resume. Moments are drawn from the list of those that the uninterrupted run of the same job passed
+through (`benchmarks/kill_switch.py`). The record is written after every point, and the same command goes on where it
+was stopped.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import itertools
 import json
 import random
@@ -29,7 +34,19 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from kill_runs import SAVE_STEPS, Job, Kill, Run, differences, first_steps, launch, met
+from kill_runs import (
+    ROOT,
+    SAVE_STEPS,
+    Job,
+    Kill,
+    Launcher,
+    Run,
+    accelerate_launch,
+    differences,
+    first_steps,
+    launch,
+    met,
+)
 from measuring import hardware, versions
 
 # ---- jobs ----
@@ -67,20 +84,44 @@ NODE_BASES = {
     "int8": "--compression int8",
     "sharded": "--shard_slow_state true",
 }
-# Two workers of two processes, in as many steps.
+# Two workers of two processes: eight steps, with two rounds and four saves, for four processes take long to start.
 NODE_JOBS = {
     f"{surface}, {base}, 2 x 2 processes": Job(
         f"{command} --processes_per_worker 2 --save_total_limit {1 + n % 2} {flags}", 4
     )
-    for surface, command in (("Trainer", f"{RECIPE} --num_train_epochs 4"), ("Accelerate", LOOP))
+    for surface, command in (("Trainer", RECIPE), ("Accelerate", f"{LOOP} --steps 8"))
     for n, (base, flags) in enumerate(NODE_BASES.items())
 }
-JOBS_OF = {1: JOBS, 2: NODE_JOBS}  # by processes_per_worker
+SHARD_LOOPS = {
+    "Trainer": (
+        "benchmarks/kill_trainer.py --max_steps 8 --per_device_train_batch_size 4 --learning_rate 0.01 --use_cpu "
+        f"true --logging_steps 3 --disable_tqdm true --report_to none --save_strategy steps --save_steps {SAVE_STEPS} "
+        "--eval_strategy steps --eval_steps 4 --sync_every 3 --timeout_seconds 60"
+    ),
+    "Accelerate": f"{LOOP} --steps 8",
+}
+SHARD_BASES = {name: flags for name, flags in NODE_BASES.items() if name != "no average"} | {
+    "local_sgd": "--inner_state reset"
+}
+# Each base once with each kind of save.
+SHARD_JOBS = {
+    f"{surface}, {base}, 2 x 2 shards": Job(
+        f"{command} --shards 2 --state_dict_type {('FULL', 'SHARDED')[(n + m) % 2]}_STATE_DICT "
+        f"--save_total_limit {1 + n // 2 % 2} {flags}",
+        4,
+    )
+    for m, (surface, command) in enumerate(SHARD_LOOPS.items())
+    for n, (base, flags) in enumerate(SHARD_BASES.items())
+}
+JOBS_OF = {(1, 1): JOBS, (2, 1): NODE_JOBS, (1, 2): SHARD_JOBS, (2, 2): NODE_JOBS | SHARD_JOBS}
 
 
 def longer(name: str, job: Job) -> Job:
     """For ten kills: 48 steps."""
-    flags = f"--num_train_epochs {3 * job.processes}" if name.startswith("Trainer") else "--steps 48"
+    if not name.startswith("Trainer"):
+        flags = "--steps 48"
+    else:
+        flags = "--max_steps 48" if name in SHARD_JOBS else f"--num_train_epochs {3 * job.processes}"
     return Job(f"{job.command} {flags}", job.processes)
 
 
@@ -187,6 +228,17 @@ class KillArguments:
     processes_per_worker: int = field(
         default=1, metadata={"help": "2 for two workers of two processes each; 1 for workers of one."}
     )
+    shards: int = field(
+        default=1,
+        metadata={"help": "2 for workers of two processes that shard their model, beside the others where there are."},
+    )
+    forked: bool = field(
+        default=False,
+        metadata={
+            "help": "Start processes by tests/launcher.py, from a server that has imported torch, and not by "
+            "accelerate launch: several times as fast. Every point says which."
+        },
+    )
     output: str = field(
         default="benchmarks/records/kills.json", metadata={"help": "The record; one of the same seed is gone on with."}
     )
@@ -195,13 +247,22 @@ class KillArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.processes_per_worker not in JOBS_OF:
-            raise ValueError(f"processes_per_worker must be 1 or 2, got {self.processes_per_worker}.")
+        for name in ("processes_per_worker", "shards"):
+            if getattr(self, name) not in (1, 2):
+                raise ValueError(f"{name} must be 1 or 2, got {getattr(self, name)}.")
+
+    @property
+    def launcher(self) -> Launcher:
+        """What starts the processes, and starts them again."""
+        if not self.forked:
+            return accelerate_launch
+        sys.path.append(str(ROOT / "tests"))
+        return importlib.import_module("launcher").launch
 
     @property
     def jobs(self) -> dict[str, Job]:
         """What is killed, by name."""
-        return JOBS_OF[self.processes_per_worker]
+        return JOBS_OF[self.processes_per_worker, self.shards]
 
 
 class Record:
@@ -226,8 +287,8 @@ class Record:
         jobs = {name: asdict(job) for name, job in args.jobs.items()}
         if set(self.values.get("jobs", jobs)) != set(jobs):
             raise ValueError(
-                f"processes_per_worker must be that of {self.path}, whose jobs are others, got "
-                f"{args.processes_per_worker}. Set --processes_per_worker, or another --output."
+                f"processes_per_worker and shards must be those of {self.path}, whose jobs are others, got "
+                f"{args.processes_per_worker} and {args.shards}. Set them, or another --output."
             )
         self.values |= {
             "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
@@ -241,7 +302,7 @@ class Record:
         """The job's run that is never killed, made once."""
         if name not in self.references:
             folder = Path(self.args.folder).resolve() / f"never killed, {name}".replace(" ", "_")
-            run = launch(job, folder)
+            run = launch(job, folder, launcher=self.args.launcher)
             if run.exit_code:
                 raise RuntimeError(f"{name} fails without a kill, exit code {run.exit_code}: {run.said[-4000:]}")
             self.references[name] = run
@@ -253,7 +314,9 @@ class Record:
         if name not in known:
             job = self.args.jobs[name]
             kill = draw("in a step", self.reference(name, job), [], random.Random(self.args.seed))
-            known[name] = resume_moments(launch(job, Path(self.args.folder).resolve() / "rehearsal", kill))
+            known[name] = resume_moments(
+                launch(job, Path(self.args.folder).resolve() / "rehearsal", kill, self.args.launcher)
+            )
         return known[name]
 
     def add(self, part: str, name: str, job: Job, kills: tuple[Kill, ...], **words: str) -> bool:
@@ -263,7 +326,7 @@ class Record:
         """
         reference = self.reference(name, job)
         folder = Path(self.args.folder).resolve() / f"{part}_{len(self.values[part])}"
-        run = launch(job, folder, kills)
+        run = launch(job, folder, kills, self.args.launcher)
         reached = tuple(kill for kill in kills if met(run, kill) is not None)
         told = differences(reference, run, reached)
         if reached != kills and not told:
@@ -273,6 +336,7 @@ class Record:
             {
                 "job": name,
                 **words,
+                "launcher": "forked" if self.args.forked else "accelerate launch",
                 "kills": [{**asdict(kill), "met": met(run, kill)} for kill in kills],
                 "first_steps": first_steps(reference, run),
                 "seconds": round(run.seconds, 1),
@@ -306,15 +370,28 @@ def plan(points: int, seed: int, jobs: Iterable[str] = JOBS) -> list[tuple[str, 
     return sorted(itertools.islice(itertools.cycle(pairs), points), key=lambda pair: pair[1] == "the resume")
 
 
+def kind_of(name: str) -> str:
+    """A job's kind of workers, by its name."""
+    last = name.removesuffix(", longer").rpartition(", ")[2]
+    return last if " x " in last else "workers of one"
+
+
 def table(values: dict[str, Any]) -> str:
-    """Points by stratum, and how many of them ended with the weights of the run never killed."""
-    rows = [(point["stratum"], point) for point in values["points"]] + [
-        ("ten kills in one job", point) for point in values["ten_kills"]
-    ]
+    """Points by kind and stratum, and how many of them ended with the weights of the run never killed."""
+    all_points = [*values["points"], *values["ten_kills"]]
+    several_kinds = len({kind_of(point["job"]) for point in all_points}) > 1
+    rows = []
+    for point in all_points:
+        stratum = point.get("stratum", "ten kills in one job")
+        rows.append((f"{kind_of(point['job'])}, {stratum}" if several_kinds else stratum, point))
+    if several_kinds:
+        rows.sort(key=lambda row: row[0])
     points = Counter(stratum for stratum, _ in rows)
     same = Counter(stratum for stratum, point in rows if not point["differences"])
-    lines = [f"{stratum:<32}{number:>8}{same[stratum]:>8}" for stratum, number in points.items()]
-    return "\n".join([f"{'':<32}{'points':>8}{'same':>8}", *lines, f"{'all':<32}{points.total():>8}{same.total():>8}"])
+    cells = [("", "points", "same"), *((stratum, number, same[stratum]) for stratum, number in points.items())]
+    return "\n".join(
+        f"{name:<50}{number:>8}{good:>8}" for name, number, good in [*cells, ("all", points.total(), same.total())]
+    )
 
 
 def main() -> None:

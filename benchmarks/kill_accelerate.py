@@ -5,19 +5,29 @@ A custom loop under Accelerate that goes on by itself where a killed run of the 
     accelerate launch --config_file recipes/configs/cpu_two_processes.yaml benchmarks/kill_accelerate.py --output_dir
     outputs/killed
 
+With `--shards 2` every two processes are one worker that shards the model (FSDP2; HSDP in Accelerate's words).
+
 A small network on random images, with noise drawn at every step, BatchNorm, Nesterov momentum and a schedule: all that
 a resume can lose.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    set_seed,
+)
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser, PretrainedConfig, PreTrainedModel
 
@@ -35,6 +45,10 @@ class LoopArguments:
     save_steps: int = field(default=2, metadata={"help": "A checkpoint after every so many steps."})
     eval_steps: int = field(default=4, metadata={"help": "A test of the average after every so many steps."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    shards: int = field(default=1, metadata={"help": "Processes that a worker's model is sharded over; 1: none."})
+    state_dict_type: str = field(
+        default="FULL_STATE_DICT", metadata={"help": "What a sharded model is saved as; or SHARDED_STATE_DICT."}
+    )
 
 
 class SmallNet(PreTrainedModel):
@@ -58,6 +72,39 @@ class SmallNet(PreTrainedModel):
         """Logits, shape (images, 4)."""
         return self.layers(images)
 
+    def get_input_embeddings(self) -> None:
+        """None; accelerate asks where it shards."""
+
+    def get_output_embeddings(self) -> None:
+        """None."""
+
+
+def let_cpu_shard() -> None:
+    """
+    accelerate shards on accelerators alone, and makes DDP of FSDP on CPUs without a word: gloo ranks have to call
+    themselves what its launcher calls those of GPUs. Nothing else differs from a program for GPUs.
+    """
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def replicas(shards: int) -> ParallelismConfig:
+    """Workers of `shards` processes each."""
+    return ParallelismConfig(dp_shard_size=shards, dp_replicate_size=int(os.environ["WORLD_SIZE"]) // shards)
+
+
+def _sharding(args: LoopArguments) -> dict[str, Any]:
+    """What makes an Accelerator shard: the classifier is a group of its own, the rest the root's."""
+    let_cpu_shard()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Linear"],
+        reshard_after_forward=True,
+        state_dict_type=args.state_dict_type,
+    )
+    return {"fsdp_plugin": plugin, "parallelism_config": replicas(args.shards)}
+
 
 class Training:
     """Everything that one process trains with."""
@@ -65,7 +112,8 @@ class Training:
     def __init__(self, config: SlowMoConfig, args: LoopArguments) -> None:
         # An epoch's order depends on its number alone.
         order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=42)
-        self.args, self.accelerator, self.step = args, Accelerator(dataloader_config=order), 0
+        self.args, self.step = args, 0
+        self.accelerator = Accelerator(dataloader_config=order, **(_sharding(args) if args.shards > 1 else {}))
         set_seed(42)
         model = SmallNet(PretrainedConfig())
         rows = TensorDataset(torch.randn(ROWS, 1, 8, 8), torch.randint(CLASSES, (ROWS,)))

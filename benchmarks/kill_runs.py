@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from slowmo_hf import verify_checkpoint
 
@@ -235,17 +237,34 @@ def first_steps(reference: Run, run: Run) -> list[list[int | None]]:
 def end_state(run: Run) -> dict[str, str]:
     """
     SHA-256 of what the files of the last checkpoint and the final model hold: every rank's own state is among them.
+
+    Of the folders of a sharded save (DCP) the model's is among them, loaded as a whole: it is the average. The
+    optimizer's is left out: torch takes workers for replicas and writes each tensor of it once, from whichever worker,
+    a mixture that nobody reads. Every process's own optimizer state is in its file in `slowmo/`.
     """
     newest, out = run.checkpoints()[-1], run.folder / "out"
     files = [path for path in (*newest.rglob("*"), *out.glob("*.safetensors")) if path.name != "training_args.bin"]
     loaders = {".safetensors": load_file, **dict.fromkeys((".pt", ".pth", ".bin", ".pkl"), _load)}
+    folders = {
+        path.parent for path in files if path.name == ".metadata" and not path.parent.name.startswith("optimizer")
+    }
     return {
-        str(path.relative_to(out)): _digest(loaders[path.suffix](path)) for path in files if path.suffix in loaders
+        **{
+            str(path.relative_to(out)): _digest(loaders[path.suffix](path)) for path in files if path.suffix in loaders
+        },
+        **{str(folder.relative_to(out)): _digest(_load_sharded(folder)) for folder in folders},
     }
 
 
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _load_sharded(folder: Path) -> Any:
+    """All that a sharded save holds, in one process."""
+    with tempfile.TemporaryDirectory() as beside:
+        dcp_to_torch_save(folder, Path(beside) / "whole.pt")
+        return _load(Path(beside) / "whole.pt")
 
 
 def _digest(value: Any) -> str:

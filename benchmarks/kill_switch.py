@@ -11,10 +11,10 @@ environment variables:
     KILL_WATCHED  the run's output folder: what happens to files in it is a moment
     KILL_PLAN     a JSON list of kills: {"attempt": 0, "rank": 1, "kind": "our file", "nth": 3, "delay_ms": null}
 
-A note is `["weights", sha256]`, the local parameters and buffers as a training step begins with them, `["moment",
-kind, words]`, or `["kill", kind, words]`, the last one of a process that is killed there. With `delay_ms` a process
-outside sends the signal so much later, wherever this one is then, be it in the middle of a write, of arithmetic or of
-a message.
+A note is `["weights", sha256]`, the process's own parameters (its shards, where they are sharded) and buffers as a
+training step begins with them, `["moment", kind, words]`, or `["kill", kind, words]`, the last one of a process that
+is killed there. With `delay_ms` a process outside sends the signal so much later, wherever this one is then, be it in
+the middle of a write, of arithmetic or of a message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ import safetensors.torch
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from slowmo_hf.dtensors import local
 
 START, RESUME, FORWARD, BACKWARD, INNER_STEP = "start", "resume", "forward", "backward", "inner step"
 MESSAGE, EVALUATION, OUR_FILE, THEIR_FILE, SEAL, ROTATION, END = (
@@ -96,14 +99,32 @@ class Switch:
 
                 def begin(module: torch.nn.Module, inputs: Any) -> None:
                     once.remove()
-                    self.note("weights", _digest(module))
-                    self.model = module
-                    self.moment(FORWARD, "a step begins")
+                    self.begin_step(module)
 
                 once = wrapper.module.register_forward_pre_hook(begin)  # the last of its hooks
             return forward(wrapper, *args, **kwargs)
 
         return watched_forward
+
+    def before_sharded_step(self, pre_forward: Callable[..., Any]) -> Callable[..., Any]:
+        """
+        The same where there is no wrapper, in the hook of FSDP's that every sharded module's forward begins with: that
+        of the outermost gathers nothing yet, and hooks that are called for all modules have run.
+        """
+
+        def watched_pre_forward(state: Any, module: torch.nn.Module, *args: Any) -> Any:
+            is_inside = state._state_ctx.iter_forward_root is not None  # until the first forward all have their own
+            if torch.is_grad_enabled() and not is_inside:
+                self.begin_step(module)
+            return pre_forward(state, module, *args)
+
+        return watched_pre_forward
+
+    def begin_step(self, module: torch.nn.Module) -> None:
+        """Note the weights, and a moment."""
+        self.note("weights", _digest(module))
+        self.model = module
+        self.moment(FORWARD, "a step begins")
 
     # ---- files ----
 
@@ -151,6 +172,21 @@ class Switch:
 
         return watched_write
 
+    def around_stream(self, create_stream: Callable[..., Any]) -> Callable[..., Any]:
+        """What opens a file of a sharded save (DCP): moments when it has been written, half-way and after."""
+
+        @contextmanager
+        def watched_stream(system: Any, path: Any, mode: str) -> Iterator[Any]:
+            with create_stream(system, path, mode) as stream:
+                yield stream
+            target = Path(path).resolve()
+            if "w" in mode and target.is_relative_to(self.watched):
+                words = str(target.relative_to(self.watched))
+                self.moment(self._kind_of(target), f"half of {words}", torn=target)
+                self.moment(self._kind_of(target), f"has written {words}")
+
+        return watched_stream
+
     def around(self, kind: str, act: Callable[..., Any]) -> Callable[..., Any]:
         """Moments before and after a call."""
 
@@ -166,7 +202,7 @@ class Switch:
 def _digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for value in model.state_dict().values():
-        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(local(value).detach().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -220,10 +256,22 @@ def install(switch: Switch) -> None:
         setattr(Communicator, name, switch.around(MESSAGE, getattr(Communicator, name)))
 
 
+def install_for_shards(switch: Switch) -> None:
+    """What only sharded models pass through; other jobs need not wait for these imports."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    FSDPState._root_pre_forward = switch.before_sharded_step(FSDPState._root_pre_forward)
+    FileSystem.create_stream = switch.around_stream(FileSystem.create_stream)
+
+
 def main() -> None:
     """Install the switch, and run the script as the launcher would have."""
     notes, watched, plan = (os.environ[name] for name in ("KILL_NOTES", "KILL_WATCHED", "KILL_PLAN"))
-    install(Switch(Path(notes), Path(watched), json.loads(plan)))
+    switch = Switch(Path(notes), Path(watched), json.loads(plan))
+    install(switch)
+    if "--shards" in sys.argv:
+        install_for_shards(switch)
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

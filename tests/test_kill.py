@@ -1,6 +1,6 @@
 """
 Real jobs, killed with SIGKILL at random moments and started again by their launcher, end with the weights of the run
-never killed, bit for bit. `benchmarks/kill.py` is the long version; here are 13 kills in six jobs.
+never killed, bit for bit. `benchmarks/kill.py` is the long version.
 """
 
 from __future__ import annotations
@@ -58,19 +58,25 @@ def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(480)
-@pytest.mark.parametrize("base", ["local_sgd", "overlapped"])
-def test_any_process_of_a_worker_of_two_may_die(tmp_path, base):
+@pytest.mark.parametrize(
+    "name", ["local_sgd, 2 x 2 processes", "overlapped, 2 x 2 processes", "overlapped, 2 x 2 shards"]
+)
+def test_any_process_of_a_worker_of_two_may_die(tmp_path, name):
     """
     In a message each of the four dies once, a first and a second process of both workers, after the save of step 2:
     between rounds, which come every 3 steps, or with one under way.
     """
-    job = kill.NODE_JOBS[f"Accelerate, {base}, 2 x 2 processes"]
+    short = (kill.NODE_JOBS | kill.SHARD_JOBS)[f"Accelerate, {name}"]
+    job = kill.Job(f"{short.command} --steps 16", short.processes)
     reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
     assert reference.exit_code == 0, reference.said[-4000:]
     weights = reference.weights(0)
     assert [len(set(own)) for own in weights] == [16] * 4
-    assert weights[0] == weights[1] != weights[2] == weights[3]
-    chance = random.Random(base)
+    if "shards" in name:
+        assert len({own[5] for own in weights}) == 4, "the digest is of a process's own shards"
+    else:
+        assert weights[0] == weights[1] != weights[2] == weights[3]
+    chance = random.Random(name)
     kills = []
     for attempt, rank in enumerate(chance.sample(range(4), 4)):
         found = kill.moments(reference, rank)
@@ -79,6 +85,25 @@ def test_any_process_of_a_worker_of_two_may_die(tmp_path, base):
     run = kill_runs.launch(job, tmp_path / "killed", tuple(kills), launch)
     assert kill_runs.differences(reference, run, tuple(kills)) == [], f"{kills}\n{run.said[-4000:]}"
     assert any(start % 3 for starts in kill_runs.first_steps(reference, run) for start in starts if start)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(360)
+def test_a_sharded_trainer_goes_on_by_itself_and_ends_the_same(tmp_path):
+    """Killed in a sharded save's own files, and in ours."""
+    job = kill.SHARD_JOBS["Trainer, sgp, 2 x 2 shards"]
+    assert "--state_dict_type SHARDED_STATE_DICT" in job.command
+    reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
+    assert reference.exit_code == 0, reference.said[-4000:]
+    assert [len(set(own)) for own in reference.weights(0)] == [8] * 4
+    written = [note[2] for note in reference.notes[0, 3] if note[0] == "moment" and note[1] == "their file"]
+    assert any("half of" in words and words.endswith(".distcp") for words in written)
+    found = kill_runs.end_state(reference)
+    assert "checkpoint-8/pytorch_model_fsdp_0" in found
+    assert "checkpoint-8/optimizer_0" not in found
+    kills = kill.draw_many(("the library's files", "our files"), reference, [], random.Random(1))
+    run = kill_runs.launch(job, tmp_path / "killed", kills, launch)
+    assert kill_runs.differences(reference, run, kills) == [], f"{kills}\n{run.said[-4000:]}"
 
 
 def test_every_surface_and_base_is_killed():
@@ -196,31 +221,49 @@ def test_node_workers_have_a_plan_of_their_own():
         kill.KillArguments(processes_per_worker=3)
 
 
+def test_both_kinds_of_workers_of_two_are_killed_into_one_record():
+    """Each kind has half of the points or so, of all strata, and each base both kinds of save."""
+    args = kill.KillArguments(processes_per_worker=2, shards=2)
+    assert args.jobs == kill.NODE_JOBS | kill.SHARD_JOBS
+    pairs = kill.plan(120, 0, args.jobs)
+    kinds = Counter(kill.kind_of(name) for name, _ in pairs)
+    assert set(kinds) == {"2 x 2 processes", "2 x 2 shards"}
+    assert min(kinds.values()) >= 48
+    for kind in kinds:
+        assert {stratum for name, stratum in pairs if kill.kind_of(name) == kind} == set(kill.STRATA)
+    for base in kill.SHARD_BASES:
+        commands = [kill.SHARD_JOBS[f"{surface}, {base}, 2 x 2 shards"].command for surface in kill.SHARD_LOOPS]
+        assert sorted("SHARDED_STATE_DICT" in command for command in commands) == [False, True]
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
         ("Trainer, local_sgd", "--num_train_epochs 6"),
         ("Trainer, local_sgd, 2 x 2 processes", "--num_train_epochs 12"),
         ("Accelerate, sgp, 2 x 2 processes", "--steps 48"),
+        ("Trainer, sgp, 2 x 2 shards", "--max_steps 48"),
     ],
 )
 def test_ten_kills_have_48_steps_to_come_in(name, flags):
     """Of 64 images, 4 for each process and step: 8 steps an epoch with two processes, 4 with four."""
-    job = (kill.JOBS | kill.NODE_JOBS)[name]
+    job = (kill.JOBS | kill.NODE_JOBS | kill.SHARD_JOBS)[name]
     assert kill.longer(name, job) == kill.Job(f"{job.command} {flags}", job.processes)
 
 
 def test_a_record_of_other_jobs_is_refused(tmp_path):
     path = tmp_path / "kills.json"
     path.write_text(json.dumps({"seed": 0, "points": [], "jobs": {"a job": {}}}))
-    with pytest.raises(ValueError, match="whose jobs are others, got 2"):
+    with pytest.raises(ValueError, match="whose jobs are others, got 2 and 1"):
         kill.Record(kill.KillArguments(output=str(path), processes_per_worker=2))
 
 
 def test_the_table_counts_points():
     values = {
-        "points": [{"stratum": "the seal", "differences": told} for told in ([], ["weights differ"], [])],
-        "ten_kills": [{"differences": []}],
+        "points": [
+            {"job": "a job", "stratum": "the seal", "differences": told} for told in ([], ["weights differ"], [])
+        ],
+        "ten_kills": [{"job": "a job, longer", "differences": []}],
     }
     rows = [line.split() for line in kill.table(values).splitlines()]
     assert rows == [
@@ -228,6 +271,13 @@ def test_the_table_counts_points():
         ["the", "seal", "3", "2"],
         ["ten", "kills", "in", "one", "job", "1", "1"],
         ["all", "4", "3"],
+    ]
+    values["points"][1]["job"] = "Trainer, sgp, 2 x 2 shards"
+    rows = [line.split() for line in kill.table(values).splitlines()]
+    assert rows[1] == ["2", "x", "2", "shards,", "the", "seal", "1", "0"]
+    assert rows[2:4] == [
+        ["workers", "of", "one,", "ten", "kills", "in", "one", "job", "1", "1"],
+        ["workers", "of", "one,", "the", "seal", "2", "2"],
     ]
 
 
@@ -342,7 +392,7 @@ def test_an_old_checkpoint_may_stay_where_nothing_was_left_to_save(reference, tm
 
 def test_a_moment_that_never_came_is_no_point(reference, tmp_path, monkeypatch):
     whole = run_of(tmp_path, [[f"w{step}" for step in range(6)]] * 2)
-    monkeypatch.setattr(kill, "launch", lambda job, folder, kills=(): reference if not kills else whole)
+    monkeypatch.setattr(kill, "launch", lambda job, folder, kills=(), launcher=None: reference if not kills else whole)
     record = kill.Record(kill.KillArguments(output=str(tmp_path / "kills.json"), folder=str(tmp_path / "runs")))
     kills = (Kill(0, 1, "end", 7),)
     assert record.add("points", "a job", kill.Job("script"), kills) is False
