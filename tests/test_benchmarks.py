@@ -241,15 +241,13 @@ def test_the_record_of_speed_has_enough_turns():
 
 @pytest.mark.slow
 def test_start_cost_compares_with_stock():
-    """Tiny, with this checkout as the other one."""
-    args = start_cost.StartArguments(repeats=3, layers=2, width=8, rows=2, before=str(ROOT / "src"))
-    figures = start_cost.compare(args)
-    assert set(figures) == {"ours", "stock", "before", "ours / stock", "before / stock"}
-    for name in ("ours", "before"):
-        medians = [figures[program]["median_ms"] for program in (name, "stock")]
-        assert min(medians) > 0
-        assert figures[f"{name} / stock"]["n"] == 3
-        assert figures[f"{name} / stock"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=0.05)
+    """Tiny; every start is of new processes."""
+    figures = start_cost.compare(start_cost.StartArguments(repeats=2, layers=2, width=8, rows=2))
+    assert set(figures) == {"ours", "stock", "ours / stock"}
+    assert min(figures[program]["median_ms"] for program in ("ours", "stock")) > 0
+    found = figures["ours / stock"]
+    assert found["n"] == 2
+    assert 0 < found["p10"] <= found["ratio"] <= found["p90"]
 
 
 def test_the_record_of_the_start_is_what_the_readme_says():

@@ -885,6 +885,7 @@ STATES = [  # (inner optimizer, settings); what SGD forgets at a round's end nee
     ("sgd", _pairs(sync_every=3, outer_optimizer="torch.optim.Adam", outer_lr=0.1, inner_state="reset")),
     ("sgd", _pairs(sync_every=3, base="osgp")),
     ("adamw", _pairs(sync_every=3)),
+    ("sgd", _pairs(sync_every=3, outer_optimizer="tiny.WholeAdam", outer_lr=0.1, inner_state="reset")),
 ]
 
 
@@ -943,7 +944,17 @@ def test_each_process_holds_its_part_of_the_slow_state(resumed):
     for index, (_, config) in enumerate(STATES):
         copies = 2 if config.outer_optimizer == "slow_momentum" else 1  # anchors and velocities
         halves = [copies * -(-trainable // 2), copies * (trainable // 2)]
+        if config.outer_optimizer == "tiny.WholeAdam":  # of which nobody knows that a part of a tensor is enough
+            halves = [trainable, 0]
         assert [result[index][1] for result in resumed] == [*halves, *halves]
+
+
+@pytest.mark.slow
+def test_an_outer_optimizer_on_parts_is_that_on_whole_tensors(resumed):
+    """Adam, cut; and a class of one's own, the same, that keeps tensors whole."""
+    for result in resumed:
+        for cut, whole in zip(result[1][0]["itself"], result[4][0]["itself"], strict=True):
+            assert all((cut[name] - whole[name]).abs().max() <= 1e-12 for name in cut)
 
 
 EVERY_WAY = [

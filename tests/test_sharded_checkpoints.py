@@ -194,8 +194,8 @@ def slow_state(loop):
     ]
 
 
-def saved_by_two_workers(folder):
-    run = program(config())
+def saved_by_two_workers(folder, kind=KINDS[0]):
+    run = program(config(), state_dict_type=kind)
     for step in range(5):
         step_of(run, step)
     run.accelerator.save_state(folder)
@@ -204,10 +204,10 @@ def saved_by_two_workers(folder):
     return average, slow_state(run.optimizer.optimizer.outer_loop)
 
 
-def resumed_by_others(folder, workers, shards):
+def resumed_by_others(folder, workers, shards, kind=KINDS[0]):
     """The slow state and the parameters with which the first step begins; or the error."""
     try:
-        run = program(config(), shards, workers)
+        run = program(config(), shards, workers, state_dict_type=kind)
         run.accelerator.load_state(folder)
         loop = run.optimizer.optimizer.begun()
     except CheckpointError as error:
@@ -219,10 +219,12 @@ def resumed_by_others(folder, workers, shards):
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_with_as_many_shards(tmp_path):
-    before = run_workers(saved_by_two_workers, 4, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_number_of_workers_with_as_many_shards(tmp_path, kind):
+    """From the average, which is the model in both kinds of files."""
+    before = run_workers(saved_by_two_workers, 4, tmp_path, kind)
     for workers in (1, 3):
-        for rank, found in enumerate(run_workers(resumed_by_others, 2 * workers, tmp_path, workers, 2)):
+        for rank, found in enumerate(run_workers(resumed_by_others, 2 * workers, tmp_path, workers, 2, kind)):
             assert not isinstance(found, str), found
             start, slow, step, rounds = found
             average = before[0][0]

@@ -19,6 +19,7 @@ from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.algorithm.codec import BLOCK
 from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.dtensors import local
 from slowmo_hf.wire.gossip import make_topology
 from tiny import equal, error_of
 
@@ -182,14 +183,26 @@ def whole_loss(values, data):
         return float(model(**data)["loss"])
 
 
+def sent_in_a_round(size):
+    """(bytes to the counterparts in the round of step 3, elements of this process's shards)."""
+    run = Run("sharded", made({"inner_state": "maintain"}, size), size)
+    before = 0
+    for _ in range(TAU):
+        if run.loop is not None:
+            before = run.loop.workers.between.bytes_sent
+        run.step()
+    return run.loop.workers.between.bytes_sent - before, sum(local(p).numel() for p in run.bare.parameters())
+
+
 def refused_meshes():
-    """Shards that are no neighbours, that span workers, and that are a part of one."""
+    """Shards that are no neighbours, that span workers, and that are a part of one; and who needs whole tensors."""
     told = {}
     far = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replicate", "shard"))
     for name, mesh, more in (
         ("far", far, {}),
         ("spans", init_device_mesh("cpu", (4,)), {"processes_per_worker": 2}),
         ("part", fsdp.hsdp_mesh(2, 2), {"processes_per_worker": 4}),
+        ("Muon", fsdp.hsdp_mesh(2, 2), {"outer_optimizer": "torch.optim.Muon", "outer_momentum": 0.5}),
     ):
         model = fsdp.by_hand(fsdp.Awkward(), mesh)
         optimizer = SlowMoOptimizer(inner(model), SlowMoConfig(timeout_seconds=patience(20), **more))
@@ -305,7 +318,7 @@ def looked_and_refused():
     run = Run("sharded", made(INT8, 2), 2, INT8_BLOCKS)
     for _ in range(INT8_STEPS):
         run.step()
-    found["int8"] = run.parameters()
+    found["int8"], found["sent"] = run.parameters(), sent_in_a_round(2)
     return found | {policy: levels_of_a_round(policy, 2) for policy in ("average", "local")}
 
 
@@ -416,6 +429,18 @@ def test_a_mesh_that_is_no_worker_is_refused_with_the_settings_that_mend_it(look
     assert "Set dp_shard_size=2 and dp_replicate_size=2" in words[0]["spans"]
     assert "got processes_per_worker='4'" in words[0]["part"]
     assert "or processes_per_worker=2" in words[0]["part"]
+    assert "outer_optimizer='torch.optim.Muon' may need whole tensors, and the model is sharded" in words[0]["Muon"]
+    assert "Use 'slow_momentum' or one of torch.optim's that works element by element: SGD, Adam" in words[0]["Muon"]
+
+
+@pytest.mark.slow
+def test_each_process_sends_its_own_share(looks):
+    """Two workers: 2 (2-1)/2 = 1 time 8 bytes of each own element, and one number beside them; the model is split."""
+    whole = sum(p.numel() for p in fsdp.Awkward(blocks=1).parameters())
+    for found in looks:
+        sent, elements = found["sent"]
+        assert sent == 8 * (elements + 1)
+    assert [sum(found["sent"][1] for found in looks[i : i + 2]) for i in (0, 2)] == [whole, whole]
 
 
 @pytest.mark.slow

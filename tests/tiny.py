@@ -62,6 +62,10 @@ def two_groups(model: Regression, name: str, lr: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
 
 
+class WholeAdam(torch.optim.Adam):
+    """An optimizer of one's own: what it needs of a tensor is not known."""
+
+
 def warmup_and_decay(step: int) -> float:
     """0, 1/4, ..., 1, then a linear decay: the first step of a run has learning rate 0."""
     return step / 4 if step < 4 else max(0.1, 1 - (step - 4) / 20)
