@@ -334,8 +334,6 @@ def refused_backend(carriers):
 def test_a_backend_that_reaches_cards_alone_is_refused_on_every_rank():
     refused = run_workers(refused_backend, 2, {"cuda": "nccl"})
     assert refused[0] == refused[1]
-    for rank in (0, 1):
-        assert f"rank {rank} on " in refused[0]
     assert "'cpu', from which the job's backend (cuda:nccl) carries nothing" in refused[0]
     assert 'init_process_group(backend="cpu:gloo,cuda:nccl")' in refused[0]
     assert run_workers(refused_backend, 2, {"cpu": "gloo", "cuda": "nccl"}) == ["", ""]

@@ -118,6 +118,10 @@ INTERNALS = {
         "benchmarks/kill_switch.py",
         "slowmo_hf.wire.communicator.Communicator",
     ): "kills a process in the middle of a message",
+    (
+        "benchmarks/kill_switch.py",
+        "slowmo_hf.dtensors.local",
+    ): "notes a process's own shards at every step",
 }
 
 

@@ -439,7 +439,7 @@ def test_each_process_sends_its_own_share(looks):
     whole = sum(p.numel() for p in fsdp.Awkward(blocks=1).parameters())
     for found in looks:
         sent, elements = found["sent"]
-        assert sent == 8 * (elements + 1)
+        assert sent == 8 * (elements + 1) + 8 * fsdp.WIDTH  # the buffer
     assert [sum(found["sent"][1] for found in looks[i : i + 2]) for i in (0, 2)] == [whole, whole]
 
 
