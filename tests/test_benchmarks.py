@@ -227,8 +227,20 @@ def test_speed_compares_two_checkouts():
             assert figure["new / before"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=0.05)
 
 
-def test_the_record_of_speed_has_enough_turns():
-    record = json.loads((ROOT / "benchmarks" / "records" / "speed.json").read_text())
+def test_the_record_of_columns_is_what_the_readme_says():
+    record = json.loads((ROOT / "benchmarks" / "records" / "columns.json").read_text())
+    words = (ROOT / "benchmarks" / "README.md").read_text()
+    for size, sides in record["figures"].items():
+        found, seconds = sides["after / before"], [sides[side]["seconds"]["median"] for side in ("before", "after")]
+        assert found["ratio"] <= 0.55
+        assert sides["same_weights"]
+        row = f"| {size} MiB | {seconds[0]:.3f} s | {seconds[1]:.3f} s | {found['ratio']:.3f} "
+        assert f"{row}({found['p10']:.3f} to {found['p90']:.3f}) |" in words
+
+
+@pytest.mark.parametrize("name", ["speed", "speed_columns"])
+def test_the_record_of_speed_has_enough_turns(name):
+    record = json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text())
     for parts in record["figures"].values():
         for figure in parts.values():
             assert figure["new / before"]["n"] >= 20
