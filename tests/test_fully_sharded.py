@@ -19,9 +19,10 @@ import fsdp
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.adapters.first_pass import is_before_prepare, refuse_separate_gradients, trains, whole_model
-from slowmo_hf.adapters.fully_sharded import ShardedIsolation, reshard, sharded_modules, sharded_roots
+from slowmo_hf.adapters.fully_sharded import ShardedIsolation, reshard, sharded_roots
 from slowmo_hf.adapters.isolation import Isolation, refuse_unsupported
 from slowmo_hf.adapters.trainer_start import refuse_resumable_saves, refuse_wrong_launch
+from slowmo_hf.dtensors import sharded_modules
 from slowmo_hf.upstream import fsdp_parameter_groups
 from tiny import arguments, error_of
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "to_local")
+
+
+def sharded_modules(models: Iterable[torch.nn.Module]) -> list[FSDPModule]:
+    """Every module of these models that `fully_shard` has been given (FSDP2), each once, in the models' order."""
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    found = {id(module): module for model in models for module in model.modules() if isinstance(module, FSDPModule)}
+    return list(found.values())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

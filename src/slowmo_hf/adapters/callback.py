@@ -11,11 +11,11 @@ from transformers.trainer_callback import ExportableState
 
 from .. import upstream
 from ..config import SlowMoConfig
+from ..dtensors import sharded_modules
 from ..log import make_heard
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
-from .fully_sharded import sharded_modules
 from .isolation import Isolation, ddp_wrappers, refusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished

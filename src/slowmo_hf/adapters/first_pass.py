@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
 from ..config import SlowMoConfig
+from ..dtensors import sharded_modules
 from ..log import logger
 from ..wire.job import is_in_process, processes_in_job
-from .fully_sharded import all_parameters, sharded_modules
+from .fully_sharded import all_parameters
 
 
 def listen(optimizer: Any) -> Callable[[], Any]:

@@ -11,35 +11,37 @@ import torch
 import torch.distributed as dist
 
 from .. import upstream
+from ..dtensors import sharded_modules
 from ..log import logger
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-def sharded_modules(models: Iterable[torch.nn.Module]) -> list[FSDPModule]:
-    """Every module of these models that `fully_shard` has been given (FSDP2), each once, in the models' order."""
-    if not dist.is_available():
-        return []
-    from torch.distributed.fsdp import FSDPModule
+def alive(kind: type[Any]) -> list[Any]:
+    """All objects of a class, or of one that inherits from it: each refers to its class. Some 0.03 s."""
+    kinds = _kinds(kind)  # a walk in Python over all objects takes 0.1 s
+    return [one for one in gc.get_referrers(*kinds) if type(one) in kinds]
 
-    found = {id(module): module for model in models for module in model.modules() if isinstance(module, FSDPModule)}
-    return list(found.values())
+
+def _kinds(kind: type[Any]) -> set[type[Any]]:
+    """The class and all that inherit from it."""
+    return {kind}.union(*(_kinds(child) for child in kind.__subclasses__()))
 
 
 def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
     """
     The outermost modules that hold an optimizer's sharded parameters, of all that are alive: where no pass has shown
-    the model. A walk over all objects, as `ddp_wrappers` does it; nothing where no parameter is sharded.
+    the model; nothing where no parameter is sharded.
     """
     own = {id(p) for group in optimizer.param_groups for p in group["params"] if hasattr(p, "device_mesh")}
     if not own:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    alive: list[Any] = [one for one in gc.get_objects() if issubclass(type(one), FSDPModule)]
-    inner = {id(m) for one in alive for m in one.modules() if m is not one}
-    outer = [one for one in alive if id(one) not in inner]
+    found = alive(FSDPModule)
+    inner = {id(m) for one in found for m in one.modules() if m is not one}
+    outer = [one for one in found if id(one) not in inner]
     return [one for one in outer if any(id(p) in own for p in all_parameters(one))]
 
 

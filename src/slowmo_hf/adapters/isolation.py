@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +12,9 @@ from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
+from ..dtensors import sharded_modules
 from ..log import logger
-from .fully_sharded import ShardedIsolation, reshard, sharded_modules
+from .fully_sharded import ShardedIsolation, alive, reshard
 
 _ENGINES = "distributed_type must be NO, MULTI_CPU, MULTI_GPU or FSDP (version 2) for local training, got "
 _UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
@@ -182,18 +182,12 @@ def ddp_wrappers(
     """
     found = {id(m): m for m in (() if within is None else within.modules()) if isinstance(m, DistributedDataParallel)}
     if dist.is_available() and dist.is_initialized():  # no wrapper can be without a group
-        kinds = _kinds(DistributedDataParallel)  # an object refers to its class; a walk in Python takes 0.1 s
-        found |= {id(o): o for o in gc.get_referrers(*kinds) if type(o) in kinds}
+        found |= {id(ddp): ddp for ddp in alive(DistributedDataParallel)}
     place = {id(p): index for index, p in enumerate(parameters)}
     first = [
         (min((place[id(p)] for p in ddp.parameters() if id(p) in place), default=-1), ddp) for ddp in found.values()
     ]
     return [ddp for at, ddp in sorted(first, key=lambda entry: entry[0]) if at >= 0]
-
-
-def _kinds(kind: type[Any]) -> set[type[Any]]:
-    """The class and all that inherit from it."""
-    return {kind}.union(*(_kinds(child) for child in kind.__subclasses__()))
 
 
 class Isolation:

@@ -10,13 +10,14 @@ import torch
 
 from .. import upstream
 from ..config import SlowMoConfig
+from ..dtensors import sharded_modules
 from ..log import logger
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
 from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
-from .fully_sharded import sharded_modules, sharded_roots
+from .fully_sharded import sharded_roots
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper

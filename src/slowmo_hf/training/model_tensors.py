@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 
 from ..algorithm.layout import flat_view
-from ..dtensors import is_sharded, local, shard_mates
+from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
 
 
@@ -24,12 +23,13 @@ class ModelTensors:
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self.optimizer = optimizer
         self.model = model
-        modules: list[Any] = list(model.modules()) if model is not None else []
-        self._gathering = [one for one in modules if hasattr(one, "reshard") and hasattr(one, "unshard")]  # FSDP2's
+        self._gathering = sharded_modules([model] if model is not None else [])
         self.rewritten()  # a gathered parameter has another identity
         named = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
         self.groups = _trainable_groups(optimizer)
         self.trainable = [p for group in self.groups for p in group]
+        # The ranks that hold the shards of these parameters together; empty where every process has them whole.
+        self.mates = _mates(self.trainable[0]) if self.trainable else ()
         self.names = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.trainable)]
         own = {id(p) for p in self.trainable}
         self.frozen = [p for p in model.parameters() if id(p) not in own] if model is not None else []
@@ -39,14 +39,7 @@ class ModelTensors:
         self._changed: set[str] = set()
         self._averaged: dict[str, torch.Tensor] = {}
         self.keeps_last_round = False  # for `Consensus.show_last_round`: averaged buffers, and where it needs it, this
-        self.last_round: list[
-            torch.Tensor
-        ] = []  # where a process has anchors of a part: `trainable` as a round left it
-
-    @property
-    def mates(self) -> tuple[int, ...]:
-        """The ranks that hold the shards of these parameters together; empty where every process has them whole."""
-        return shard_mates(self.trainable[0]) if self.trainable and is_sharded(self.trainable[0]) else ()
+        self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
 
     def rewritten(self) -> None:
         """
@@ -90,15 +83,11 @@ class ModelTensors:
                 return f"parameter {name!r} has layout {param.layout}; only strided (dense) parameters are supported."
             if not param.is_floating_point():
                 return f"parameter {name!r} has dtype {param.dtype}; only floating-point parameters can be trained."
-            if is_sharded(param) and (not self.mates or shard_mates(param) != self.mates):
+            if _mates(param) != self.mates:
+                shards = [list(ranks) or "none: it is whole" for ranks in (_mates(param), self.mates)]
                 return (
-                    f"parameter {name!r} has its shards on ranks {list(shard_mates(param))}, {self.names[0]!r} on "
-                    f"{list(self.mates) or 'none: it is whole'}. Shard all parameters of an optimizer over one mesh."
-                )
-            if self.mates and not is_sharded(param):
-                return (
-                    f"parameter {name!r} is whole, and {self.names[0]!r} is sharded over ranks {list(self.mates)}: "
-                    "nobody averages its gradient inside a worker. Shard all parameters of an optimizer over one mesh."
+                    f"parameter {name!r} has its shards on ranks {shards[0]}, {self.names[0]!r} on {shards[1]}: "
+                    "nobody averages such gradients inside a worker. Shard all parameters of an optimizer over one mesh."
                 )
             if not _is_dense(param):
                 return (
@@ -190,6 +179,10 @@ def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> N
     """Copy one by one, across devices and dtypes."""
     for target, source in zip(targets, sources, strict=True):
         local(target).copy_(source)
+
+
+def _mates(param: torch.Tensor) -> tuple[int, ...]:
+    return shard_mates(param) if is_sharded(param) else ()
 
 
 def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from ..algorithm.layout import flat_layouts, wide_dtype
+from ..algorithm.layout import Bucket, flat_layouts, wide_dtype
 from .communicator import Communicator
 
 
@@ -105,9 +104,20 @@ class Averages:
         Replace each of `places` parts of floating-point tensors, cut as `mean_` cuts them, by what the process of that
         place has, bit for bit: an all-gather.
         """
-        for place in range(places):
-            hand_out = functools.partial(self.communicator.broadcast_, source=place)
-            self._each_bucket(tensors, wide_dtype, hand_out, (place, places), as_they_are=True)
+        if self.communicator.world_size == 1 or not tensors:
+            return
+        with self.pool.lent() as buffers:
+            for layout in flat_layouts([tensors]):
+                dtypes = {span.param.dtype for span in layout.spans}
+                dtype = dtypes.pop() if len(dtypes) == 1 else layout.flat.dtype
+                for place in range(places):
+                    for bucket in layout.part(place, places).buckets(self._longest_message):
+                        flat = buffers.get(bucket.elements, dtype, layout.device)
+                        if place == self.communicator.rank:
+                            _pack_(bucket, flat)
+                        self.communicator.broadcast_(flat, source=place)
+                        if place != self.communicator.rank:
+                            _unpack_(bucket, flat)
 
     def _each_bucket(
         self,
@@ -115,19 +125,23 @@ class Averages:
         wire_dtype: Callable[[torch.dtype], torch.dtype],
         collective: Callable[[torch.Tensor], None],
         part: tuple[int, int] = (0, 1),
-        *,
-        as_they_are: bool = False,
     ) -> None:
         if self.communicator.world_size == 1 or not tensors:
             return
         with self.pool.lent() as buffers:
             for layout in flat_layouts([tensors], wire_dtype):
-                dtypes = {span.param.dtype for span in layout.spans}
-                dtype = dtypes.pop() if as_they_are and len(dtypes) == 1 else layout.flat.dtype
                 for bucket in layout.part(*part).buckets(self._longest_message):
-                    flat = buffers.get(bucket.elements, dtype, layout.device)
-                    for piece, run in bucket.runs(flat):
-                        run.copy_(piece.values())
+                    flat = buffers.get(bucket.elements, layout.flat.dtype, layout.device)
+                    _pack_(bucket, flat)
                     collective(flat)
-                    for piece, run in bucket.runs(flat):
-                        piece.values().copy_(run)
+                    _unpack_(bucket, flat)
+
+
+def _pack_(bucket: Bucket, flat: torch.Tensor) -> None:
+    for piece, run in bucket.runs(flat):
+        run.copy_(piece.values())
+
+
+def _unpack_(bucket: Bucket, flat: torch.Tensor) -> None:
+    for piece, run in bucket.runs(flat):
+        piece.values().copy_(run)
