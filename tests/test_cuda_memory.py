@@ -5,7 +5,6 @@ a round and of a look on a CUDA device.
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 
@@ -17,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from devices import BACKENDS, CUDA, take
 from harness import patience, run_workers
-from measuring import tensor_bytes
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, last_round
+from memory import allocated, taken
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 WIDTHS = {"cpu": 128, "cuda": 1024}
 BUCKET_BYTES = {"cpu": 2**16, "cuda": 2**20}
@@ -38,23 +37,6 @@ CASES = {
 }
 
 
-def allocated(device):
-    """Bytes of tensors on a device; on the CPU of those that Python can reach, shared memory once."""
-    gc.collect()
-    if device == "cuda":
-        return torch.cuda.memory_allocated()
-    return tensor_bytes()
-
-
-def peak(device, call):
-    """Bytes that `call` takes at its peak beyond what is there before; None on the CPU."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-
-
 def memory_of(device, settings):
     take(device)
     width, bucket_bytes = WIDTHS[device], BUCKET_BYTES[device]
@@ -66,24 +48,16 @@ def memory_of(device, settings):
         sync_every=2, outer_momentum=0.5, bucket_bytes=bucket_bytes, timeout_seconds=patience(60), **settings
     )
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), config)
-    model(batch)  # starts: anchors, velocity and buckets are there from here on
-    kept = allocated(device) - before
-    optimizer.step()
-    at_round = peak(device, optimizer.step)
-    optimizer.step()  # takes in what was overlapped
-    assert last_round(optimizer).round == 1
-
-    def look():
-        with consensus(optimizer):
-            pass
-
-    at_look = peak(device, look)
+    found = taken(device, before, lambda: model(batch), optimizer)
     payload = sum(p.numel() * p.element_size() for p in model.parameters())
     states = [item.flat for item in optimizer.outer_loop.parts.slow.anchors] + (
         optimizer.outer_loop.parts.slow.update.velocities
     )
-    found = {"payload": payload, "kept": kept, "round": at_round, "look": at_look}
-    return {**found, "pinned": {state.is_pinned() for state in states if state.device.type == "cpu"}}
+    return {
+        **found,
+        "payload": payload,
+        "pinned": {state.is_pinned() for state in states if state.device.type == "cpu"},
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

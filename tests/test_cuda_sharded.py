@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fsdp
 from devices import CUDA, join_alone, take
 from harness import patience, rank_environment, run_workers
-from measuring import tensor_bytes
+from memory import allocated, taken
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
 from slowmo_hf.dtensors import as_described, described, is_sharded, let_reads_end, local
 from slowmo_hf.training import parts, start_values
@@ -563,22 +563,6 @@ COPIES = {
 }
 
 
-def allocated(device):
-    import gc
-
-    gc.collect()
-    return torch.cuda.memory_allocated() if device == "cuda" else tensor_bytes()
-
-
-def peak(device, call):
-    """Bytes that `call` takes at its peak beyond what is there before; None on the CPU."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-
-
 def check_memory(folder, device, settings):
     from torch.distributed.fsdp import fully_shard
 
@@ -598,21 +582,10 @@ def check_memory(folder, device, settings):
     before = allocated(device)
     slow = config(sync_every=2, bucket_bytes=BUCKET_BYTES[device], **settings)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), slow)
-    backward()  # starts: anchors, velocity and buckets are there from here on
-    kept = allocated(device) - before
-    optimizer.step()
-    at_round = peak(device, optimizer.step)
-    optimizer.step()  # takes in what was overlapped
-    assert last_round(optimizer).round == 1
-
-    def look():
-        with consensus(optimizer):
-            pass
-
-    at_look = peak(device, look)
+    found = taken(device, before, backward, optimizer)
     payload = sum(local(p).nbytes for p in model.parameters())
     dist.destroy_process_group()
-    return {"payload": payload, "kept": kept, "round": at_round, "look": at_look}
+    return {**found, "payload": payload}
 
 
 @on_each

@@ -87,7 +87,7 @@ class ModelTensors:
                 shards = [list(ranks) or "none: it is whole" for ranks in (_mates(param), self.mates)]
                 return (
                     f"parameter {name!r} has its shards on ranks {shards[0]}, {self.names[0]!r} on {shards[1]}: "
-                    "nobody averages such gradients inside a worker. Shard all parameters of an optimizer over one mesh."
+                    "nobody averages such gradients inside a worker. Shard all of an optimizer over one mesh."
                 )
             if not _is_dense(param):
                 return (
