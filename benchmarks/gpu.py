@@ -147,6 +147,7 @@ def checks(
         sources=(
             f"tests/{file}",
             "tests/devices.py",
+            "tests/memory.py",
             "tests/harness.py",
             "tests/tiny.py",
             "tests/conftest.py",
