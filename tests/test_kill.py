@@ -281,7 +281,22 @@ def test_the_table_counts_points():
     ]
 
 
-RECORD = Path(__file__).parents[1] / "benchmarks/records/kills.json"
+RECORDS = Path(__file__).parents[1] / "benchmarks/records"
+RECORD = RECORDS / "kills.json"
+
+
+def test_the_record_of_workers_of_two_is_of_the_plan_and_has_no_difference():
+    values = json.loads((RECORDS / "kills_node_workers.json").read_text())
+    points, jobs = values["points"], kill.KillArguments(processes_per_worker=2, shards=2).jobs
+    assert len(points) >= 100
+    assert [(point["job"], point["stratum"]) for point in points] == kill.plan(len(points), values["seed"], jobs)
+    for point in points:
+        assert point["differences"] == []
+        assert all(one["met"] for one in point["kills"])
+    kinds = Counter(kill.kind_of(point["job"]) for point in points)
+    words = (RECORDS.parent / "README.md").read_text()
+    first, second = kinds["2 x 2 processes"], kinds["2 x 2 shards"]
+    assert f"{len(points)} points, {first} of the first kind and {second} of the\nsecond" in words
 
 
 def test_the_committed_record_is_of_the_plan_and_has_no_difference():
