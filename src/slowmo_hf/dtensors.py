@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
+_WHOLE = frozenset((torch.Tensor, torch.nn.Parameter))  # an attribute that a tensor lacks is looked up slowly
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor."""
-    return hasattr(tensor, "to_local")
+    return type(tensor) not in _WHOLE and hasattr(tensor, "to_local")
 
 
 def sharded_modules(models: Iterable[torch.nn.Module]) -> list[FSDPModule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -48,18 +48,17 @@ class Span:
     Args:
         param (`torch.Tensor`): The parameter.
         group (`int`): Its inner parameter group.
-        start (`int`), stop (`int`): Its elements, of those that this process has, in memory order.
+        start (`int`), stop (`int`): Its elements, of those that this process has, in memory order; so many `elements`.
     """
 
     param: torch.Tensor
     group: int
     start: int
     stop: int
+    elements: int = field(init=False)  # read for every span of every round, view and exchange
 
-    @property
-    def elements(self) -> int:
-        """How many."""
-        return self.stop - self.start
+    def __post_init__(self) -> None:
+        self.elements = self.stop - self.start
 
     def values(self) -> torch.Tensor:
         """The parameter's own elements, a view made anew: its memory may have been replaced."""
