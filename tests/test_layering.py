@@ -44,7 +44,7 @@ WINGS = {
         ["local_state", "slow_state", "status"],
         ["consensus_view", "inner_state"],
         ["account", "model_tensors"],
-        ["clock", "report"],
+        ["clock", "program", "report"],
     ],
     "wire": [
         ["error_feedback", "gossip", "inside", "sharding"],

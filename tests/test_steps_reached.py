@@ -1,4 +1,4 @@
-"""A rank that is missed between two rounds is named with the step that it had reached, and the age of that knowledge."""
+"""A rank that is missed between two rounds is named with the step that it had reached, and the age of that."""
 
 from __future__ import annotations
 
