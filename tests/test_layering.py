@@ -33,7 +33,7 @@ WINGS = {
         ],
         ["fully_sharded"],
     ],
-    "checkpoints": [["claim", "state"], ["places"], ["files"]],
+    "checkpoints": [["claim", "last_lines", "state"], ["places"], ["files"]],
     "training": [
         ["outer_loop"],
         ["ending", "gradients", "slow_state_dict"],
