@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from apart import HOST, TIMEOUT_SECONDS
 from harness import patience
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
+from slowmo_hf.algorithm.norms import finiteness
+from slowmo_hf.wire.exchange import Exchange
 from tiny import Regression, Rows
 
 AT = 6  # the fault's step; exact rounds at 4, 8, 12
@@ -190,4 +193,50 @@ def test_a_process_that_differs_inside_its_worker_is_told_before_it_is_overwritt
     for words in told:
         assert words.startswith(f"ValueError: rank {SICK} on {HOST}, step {step}: its parameters are not finite"), told
     assert len(set(told)) == 1, told
+    assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finiteness_is_one_for_all_that_is_finite(dtype):
+    """The largest values, whose sums are not finite, and a parameter without elements are."""
+    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    finite = [largest, -largest, torch.empty(0, dtype=dtype), torch.tensor(-0.0, dtype=dtype)]
+    assert finiteness(finite).item() == 1.0
+    assert finiteness([]).item() == 1.0
+    for value in (float("nan"), float("inf"), -float("inf")):
+        lost = largest.clone()
+        lost[2, 4] = value
+        assert finiteness([*finite, lost]).isnan()
+
+
+def test_a_mark_leaves_a_finite_message_as_it_is():
+    """Bit for bit, also a zero below zero."""
+    message = torch.tensor([-0.0, 1.0])
+    (item,) = flat_anchors(flat_layouts([[message]]))
+    (bucket,) = item.buckets(1024)
+    exchange = Exchange({item: item.flat}, [])
+    exchange.mark_(bucket, torch.ones((), dtype=torch.float64))
+    assert torch.equal(item.flat.view(torch.int32), message.view(torch.int32))
+    assert exchange.lost([bucket], here=3) is None
+    exchange.mark_(bucket, torch.tensor(float("nan"), dtype=torch.float64))
+    assert item.flat.isnan().tolist() == [True, False]
+    assert exchange.lost([bucket], here=3) == 3
+
+
+def survives_its_error(rank):
+    """The sick rank's program catches the error and goes on to something else: its connections stay open."""
+    try:
+        train(rank, {"base": "sgp", "topology": "ring"})
+    except ValueError as error:
+        if rank == SICK:
+            raise StopIteration from error
+        raise
+
+
+@pytest.mark.slow
+@pytest.mark.apart(survives_its_error, world_size=4, survivors=(0, 2, 3))
+def test_a_sick_rank_that_lives_on_is_named_all_the_same(apart):
+    told, seconds = apart
+    assert len(set(told)) == 1, told
+    assert told[0].startswith(WORDS)
     assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"

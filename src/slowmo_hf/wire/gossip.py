@@ -106,8 +106,6 @@ class GossipBase(Base):
     def _mix_behind(self, number: int, share: float, step: int) -> None:
         """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
         due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
-        if due:
-            self._refuse_lost(due)
         exchange = Exchange(due.outgoing, due.incoming) if due else self._new_exchange()
         self._address(exchange, number, step)
         weight = self.weight * share
@@ -115,6 +113,7 @@ class GossipBase(Base):
         if due and due.weight:
             self.communicator.finish(due.weight)
             weight += sum(float(received) for received in due.weight.received)
+            self._refuse_lost(due)
         for index, bucket in enumerate(self._buckets):
             if due:
                 self.communicator.finish(due.buckets[index])
