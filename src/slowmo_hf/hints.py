@@ -68,24 +68,20 @@ def unknown_settings(given: Iterable[Any], known: Iterable[str]) -> str:
     return f"unknown settings {unknown}.{words} SlowMoConfig has {', '.join(known)}." if unknown else ""
 
 
-def as_settings(value: Any) -> str:
-    """How to write as a `SlowMoConfig` what was given in place of one: `24`, `"sgp"`, the class without brackets."""
-    if isinstance(value, bool) or value is None:
-        return "SlowMoConfig()"
-    if isinstance(value, int):
-        return f"SlowMoConfig(sync_every={value})"
+def as_settings(value: Any) -> list[str]:
+    """
+    How to write as a `SlowMoConfig` what was given in place of one: `24`, `"sgp"`, the class itself. Two ways
+    for `"local_sgd"`: the base has slow momentum, the preset has none.
+    """
     if isinstance(value, str):
-        return _named(value)
+        base, preset = nearest(value, get_args(Base)), nearest(value, PRESETS)
+        ways = [*([f"SlowMoConfig(base={base!r})"] if base else []), *([PRESETS[preset]] if preset else [])]
+        return ways or ["SlowMoConfig()"]
     if isinstance(value, Mapping):
-        return "SlowMoConfig(**settings)"
-    if callable(value) and getattr(value, "__name__", None) in PRESETS:  # the method, not called
-        return PRESETS[value.__name__]
-    return "SlowMoConfig()" if isinstance(value, type) else "SlowMoConfig(sync_every=24)"
-
-
-def _named(name: str) -> str:
-    """A base, a preset, or both: `"local_sgd"` is the base with slow momentum, or the preset without."""
-    base, preset = nearest(name, get_args(Base)), nearest(name, PRESETS)
-    ways = [f"SlowMoConfig(base={base!r})"] if base else []
-    ways += [PRESETS[preset]] if preset else []
-    return " or ".join(ways) or "SlowMoConfig()"
+        return ["SlowMoConfig(**settings)"]
+    if getattr(value, "__name__", None) in PRESETS:  # the method, not called
+        return [PRESETS[value.__name__]]
+    if isinstance(value, type):
+        return ["SlowMoConfig()"]
+    steps = value if isinstance(value, int) and not isinstance(value, bool) else 24
+    return [f"SlowMoConfig(sync_every={steps})"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .hints import as_settings, unknown_settings
 from .names import Base
 from .rules import GOSSIP_BASES
+from .values import number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,8 +30,8 @@ class Presets:
     def __new__(cls, *unnamed: Any, **settings: Any) -> Self:
         """Python's own words for a wrong name do not say which is right."""
         if unnamed:
-            written = as_settings(unnamed[0])
-            raise TypeError(f"SlowMoConfig takes its settings by name, got {unnamed[0]!r}. Write {written}.")
+            ways = " or ".join(as_settings(unnamed[0]))
+            raise TypeError(f"SlowMoConfig takes its settings by name, got {unnamed[0]!r}. Write {ways}.")
         unknown = unknown_settings(settings, getattr(cls, "__dataclass_fields__", settings))
         if unknown:
             raise TypeError(unknown)
@@ -61,8 +62,7 @@ class Presets:
     @classmethod
     def bmuf(cls, *, block_momentum: float, block_lr: float = 1.0, nesterov: bool = False, **settings: Any) -> Self:
         """BMUF: `v <- block_momentum v + block_lr Delta; x <- x - v`, no lr ratio; NBM with `nesterov=True`."""
-        if not 0 <= block_momentum < 1:
-            raise ValueError(f"block_momentum must be in [0, 1), got {block_momentum}.")
+        block_momentum = number("block_momentum", float, block_momentum)
         _refuse_twice(
             "bmuf",
             settings,
@@ -86,6 +86,7 @@ class Presets:
             outer_optimizer="",
             outer_optimizer_kwargs="nesterov_momentum",
         )
+        nesterov_momentum = number("nesterov_momentum", float, nesterov_momentum)
         kwargs = json.dumps({"momentum": nesterov_momentum, "nesterov": True})
         settings = {"inner_state": "maintain", **settings}
         return cls(

@@ -43,6 +43,8 @@ _RANGES = {
         "> 0 (in fp32: 1e-38 to 1e38)", lambda x: 1e-38 <= x <= 1e38, "Use 1.0 for the paper's setting."
     ),
     "outer_momentum": Range("in [0, 1)", lambda x: 0 <= x < 1, "Use 0 to switch slow momentum off."),
+    "block_momentum": Range("in [0, 1)", lambda x: 0 <= x < 1),  # of a preset, as the next
+    "nesterov_momentum": Range("in (0, 1)", lambda x: 0 < x < 1, "Use outer_optimizer=torch.optim.SGD for none."),
     "timeout_seconds": Range(
         "> 0 seconds (0.001 to 1e9)", lambda x: 0.001 <= x <= _LONGEST, "86400 is a day, 1e9 are 31 years."
     ),
@@ -93,25 +95,27 @@ def _settled(name: str, kind: Any, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}.")
         return value
-    return _number(name, kind, value)
+    return number(name, kind, value)
 
 
-def _number(name: str, kind: type[Any], value: Any) -> int | float:
+def number(name: str, kind: type[Any], value: Any) -> Any:
+    """
+    The number of a setting, as its `kind`: `int` or `float`.
+
+    Raises:
+        ValueError: It is no number, not finite, or out of the setting's range. True is no number, nor is a text.
+    """
+    wanted: Any
     wanted, words = (numbers.Integral, "an integer") if kind is int else (numbers.Real, "a finite number")
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise ValueError(f"{name} must be {words}, got {value!r}.{_written(name, kind, value)}")
-    try:
-        number = kind(value)
-    except OverflowError:  # of an integer that no float holds
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be {words}, got {value!r}.")
     within = _RANGES[name]
-    if not within.holds(number):
-        raise ValueError(f"{name} must be {within.words}, got {value!r}. {within.way_out}".rstrip())
-    if kind is int and number >= _MOST:
+    if not within.holds(value):
+        words = within.words if value == value and abs(value) < math.inf else words
+        raise ValueError(f"{name} must be {words}, got {value!r}. {within.way_out}".rstrip())
+    if kind is int and value >= _MOST:
         raise ValueError(f"{name} must be {within.words} and below 2**53, got {value!r}.")
-    return number  # type: ignore[no-any-return]
+    return kind(value)
 
 
 def _written(name: str, kind: type[Any], value: Any) -> str:

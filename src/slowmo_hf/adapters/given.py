@@ -35,9 +35,9 @@ def config_of(config: Any, settings: dict[str, Any], write: str) -> SlowMoConfig
         return config
     if isinstance(config, Mapping):
         return SlowMoConfig.from_dict(dict(config))
+    ways = " or ".join(write.format(way) for way in as_settings(config))
     raise ValueError(
-        f"config must be a SlowMoConfig, or a dictionary of its fields, got {what_is(config)}. Write "
-        f"{write.format(as_settings(config))}."
+        f"config must be a SlowMoConfig, or a dictionary of its fields, got {what_is(config)}. Write {ways}."
     )
 
 
@@ -55,4 +55,4 @@ def what_is(value: Any) -> str:
     }.items():
         if kind in kinds:
             return f"a {type(value).__name__}, {place}"
-    return repr(value)[:80]
+    return " ".join(repr(value).split())[:80]
