@@ -30,7 +30,7 @@ class Progress:
         self.seconds.append(seconds)
 
     def seconds_left(self) -> float | None:
-        """The mean of the finished runs times the runs of each job that are left; None before the first is finished."""
+        """The mean of the finished runs times the runs that each job has left; None before one is finished."""
         rounds = -(-(self.runs - self.done) // self.jobs)
         return rounds * fmean(self.seconds) if self.seconds else None
 
