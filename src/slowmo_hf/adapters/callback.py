@@ -17,6 +17,7 @@ from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
 from .isolation import Isolation, ddp_wrappers, refusal
+from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
@@ -108,6 +109,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
+        self._given_back.callback(JoinRefusal(wrappers, self.config).release)
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds

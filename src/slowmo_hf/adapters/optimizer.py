@@ -21,6 +21,7 @@ from .fully_sharded import sharded_roots
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
+from .refusals import JoinRefusal, refuse_schedule_free
 from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"
@@ -138,15 +139,17 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._after_loading()
 
     def train(self) -> None:
-        """Local weights in the parameters (the schedule-free protocol, which Trainer follows before each step)."""
+        """Local weights in the parameters (Trainer calls it before each step). Passed on, to one that has `train`."""
+        self._tell_inner("train")
         if self.outer_loop is not None:
             self.outer_loop.consensus.restore()
 
     def eval(self) -> None:
-        """The average in the parameters (Trainer calls it before each evaluation). Collective."""
+        """The average in the parameters (Trainer calls it before each evaluation). Collective. Passed on, likewise."""
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
             self.outer_loop.consensus.show()
+        self._tell_inner("eval")
 
     # ---- the start ----
 
@@ -170,6 +173,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)
 
     def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
+        joins = JoinRefusal(wrappers, self.config)
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
@@ -180,11 +184,12 @@ class SlowMoOptimizer(OptimizerWrapper):
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)
         except BaseException:
+            joins.release()
             self._stop_listening = listen(self)
             raise
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout)
+            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout, joins=joins)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
@@ -247,9 +252,7 @@ class SlowMoOptimizer(OptimizerWrapper):
                     "still averages gradients over all workers. Call the model that accelerator.prepare returned."
                 )
             self._start(whole_model(self, self._passed(), tell=True), [])
-        assert self.outer_loop is not None
-        self._go_on(self.outer_loop)
-        return self.outer_loop
+        return self.begun()
 
     # ---- the step ----
 
@@ -279,6 +282,7 @@ class SlowMoOptimizer(OptimizerWrapper):
 
 def _check_arguments(inner_optimizer: Any, config: Any) -> None:
     if not isinstance(inner_optimizer, torch.optim.Optimizer):
+        refuse_schedule_free(inner_optimizer)
         raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
     if isinstance(inner_optimizer, SlowMoOptimizer):
         raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
