@@ -279,8 +279,8 @@ def is_called_by(function: str, module: str) -> bool:
 
 def is_entering_join() -> bool:
     """
-    `enable` of the `Join` that is being made above: with False it does nothing, and `join_hook` is not told (torch >=
-    1.10; tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    `enable` of the `Join` that is being made above: with False it does nothing, and `join_hook` is not told
+    (torch >= 1.10; tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
     """
     return any(
         frame.f_code.co_name == "__init__"

@@ -21,7 +21,7 @@ from .fully_sharded import sharded_roots
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
-from .refusals import JoinRefusal, refuse_schedule_free
+from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"
@@ -284,6 +284,7 @@ def _check_arguments(inner_optimizer: Any, config: Any) -> None:
     if not isinstance(inner_optimizer, torch.optim.Optimizer):
         refuse_schedule_free(inner_optimizer)
         raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
+    refuse_shared_state(inner_optimizer)
     if isinstance(inner_optimizer, SlowMoOptimizer):
         raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
     if type(inner_optimizer).__name__ == "AcceleratedOptimizer":

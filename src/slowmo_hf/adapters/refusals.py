@@ -29,12 +29,7 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
     for one in _all_inside(optimizer):
         name = type(one).__name__
         refuse_schedule_free(one)
-        if callable(getattr(one, "consolidate_state_dict", None)):
-            raise ValueError(
-                f"the inner optimizer {name} shares its state with the other processes, and sends them parameters at "
-                "every step: workers would not train alone. Use the optimizer inside it; to save memory, "
-                "SlowMoConfig(shard_slow_state=True), or shard the model by FSDP2."
-            )
+        refuse_shared_state(one)
         if hasattr(one, "optimizer_dict"):
             raise ValueError(
                 f"the inner optimizer {name} steps layer by layer in backward hooks, and its own step() does nothing: "
@@ -67,6 +62,21 @@ def refuse_schedule_free(optimizer: Any) -> None:
             f"the inner optimizer {type(optimizer).__name__} is schedule-free: the parameters are one of its two "
             "sequences, and an evaluation needs the other, so an average of one alone would be wrong. Use AdamW with "
             "a schedule of learning rates (Trainer: optim='adamw_torch', lr_scheduler_type='cosine')."
+        )
+
+
+def refuse_shared_state(optimizer: Any) -> None:
+    """
+    Refuse one that each process has a part of (`ZeroRedundancyOptimizer`). Accelerate cannot prepare it either.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if callable(getattr(optimizer, "consolidate_state_dict", None)):
+        raise ValueError(
+            f"the inner optimizer {type(optimizer).__name__} shares its state with the other processes, and sends "
+            "them parameters at every step: workers would not train alone. Use the optimizer inside it; to save "
+            "memory, SlowMoConfig(shard_slow_state=True), or shard the model by FSDP2."
         )
 
 
