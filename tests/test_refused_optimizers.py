@@ -62,7 +62,11 @@ class OfAnotherPackage(SGD):
 
 
 class ShadowWeights(SGD):
-    """`eval()` shows twice the weights, `train()` half of what it finds; no schedule-free mode."""
+    """`eval()` shows twice the weights, `train()` gives back what it has doubled; no schedule-free mode."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.is_shown = False
 
     def scale(self, factor):
         with torch.no_grad():
@@ -71,10 +75,13 @@ class ShadowWeights(SGD):
                     p.mul_(factor)
 
     def train(self):
-        self.scale(0.5)
+        if self.is_shown:
+            self.scale(0.5)
+        self.is_shown = False
 
     def eval(self):
         self.scale(2.0)
+        self.is_shown = True
 
 
 def layerwise(params):
@@ -170,6 +177,58 @@ def test_every_rank_is_told_and_none_waits():
     assert seconds < patience(50)
 
 
+STOCK = SlowMoConfig(base="all_reduce", outer_momentum=0.0)
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree", "backward"])
+def test_stock_training_takes_any(name):
+    """Without rounds: what the optimizer does by itself, bit for bit, an evaluation in between included."""
+
+    def weights(wrap):
+        model, rows = Regression(), Rows(8)
+        if name == "backward":
+            _apply_optimizer_in_backward(SGD, list(model.head.parameters()), {"lr": 0.1})
+        held = model.body.parameters() if name == "backward" else model.parameters()
+        optimizer = wrap(SCHEDULE_FREE.get(name, ShadowWeights)(held))
+        optimizer.train()
+        seen = []
+        for step in range(6):
+            model(rows.x, rows.y)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 3:
+                optimizer.eval()
+                seen.append(values(model))
+                optimizer.train()
+        return [*seen, values(model)]
+
+    stock, ours = weights(lambda inner: inner), weights(lambda inner: SlowMoOptimizer(inner, STOCK))
+    assert all(equal(mine, right) for mine, right in zip(ours, stock, strict=True))
+
+
+def trained_schedule_free(slow):
+    trainer = Trainer(
+        Regression(torch.float32),
+        arguments(
+            tempfile.mkdtemp(),
+            max_steps=6,
+            optim="schedule_free_adamw",
+            lr_scheduler_type="constant",
+            eval_strategy="steps",
+            eval_steps=2,
+        ),
+        train_dataset=Rows(32, torch.float32),
+        eval_dataset=Rows(8, torch.float32),
+        callbacks=[SlowMoCallback(STOCK)] if slow else [],
+    )
+    trainer.train()
+    return values(trainer.model)
+
+
+def test_stock_training_of_a_trainer_takes_schedule_free_optimizers():
+    assert equal(trained_schedule_free(True), trained_schedule_free(False))
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_steps_in_the_backward_pass_is_refused(whole):
     """Also where the optimizer of ours holds other parameters of the model."""
@@ -200,11 +259,11 @@ def joined(case):
         optimizer.zero_grad()
 
     def uneven(enable=True):
-        with Join([model], enable=enable):
+        with model.join() if case == "DDP's own" else Join([model], enable=enable):
             for number in range(6 if rank() == 0 or not enable else 0 if case == "no rows here" else 3):
                 step(number + 8 * rank())
 
-    if case in ("after the start", "momentum", "finished"):
+    if case in ("after the start", "DDP's own", "momentum", "finished"):
         step(0)
     if case == "closed":
         with Join([model]), torch.no_grad():
@@ -230,7 +289,7 @@ def joined(case):
     return error, time.monotonic() - began, values(bare)
 
 
-@pytest.mark.parametrize("case", ["before the start", "after the start", "gossip", "momentum"])
+@pytest.mark.parametrize("case", ["before the start", "after the start", "DDP's own", "gossip", "momentum"])
 def test_join_is_refused_on_every_rank(case):
     (first, seconds, _), (second, _, _) = run_workers(joined, 2, case)
     assert first == second

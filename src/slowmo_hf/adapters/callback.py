@@ -102,7 +102,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
         sharded = sharded_modules([kwargs["model"]])
-        refused = refusal([kwargs["model"]], kwargs["optimizer"])
+        refused = refusal([kwargs["model"]], kwargs["optimizer"], has_rounds=self.config.has_rounds)
         refuse_resumable_saves(args, kwargs["model"])
         outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)

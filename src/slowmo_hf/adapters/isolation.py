@@ -45,17 +45,22 @@ def refuse_unsupported(models: Iterable[torch.nn.Module] = (), optimizer: torch.
         raise ValueError(words)
 
 
-def refusal(models: Iterable[torch.nn.Module], optimizer: torch.optim.Optimizer | None) -> str | None:
+def refusal(
+    models: Iterable[torch.nn.Module], optimizer: torch.optim.Optimizer | None, *, has_rounds: bool = True
+) -> str | None:
     """
     The same, where all ranks are about to meet: an engine, which is everybody's, is refused at once; what this rank
     finds in its model is returned in words, which `OuterLoop.start` tells all. Two entries for one parameter are
-    seen where shards are empty, and other ranks would wait for this one until their time-out.
+    seen where shards are empty, and other ranks would wait for this one until their time-out. Without rounds training
+    is stock, and the optimizer any.
     """
     models = list(models)
     sharded = sharded_modules(models)
     if upstream.accelerate_is_in_use():
         _refuse_engine(AcceleratorState(), bool(sharded))
     try:
+        if optimizer is not None and has_rounds:
+            refuse_optimizer(models, optimizer)
         _refuse_model(models, sharded, optimizer)
     except ValueError as error:
         return str(error)
@@ -66,7 +71,6 @@ def _refuse_model(models: list[Any], sharded: list[Any], optimizer: torch.optim.
     for model in models:
         _refuse_wrapped_or_planned(model)
     if optimizer is not None:
-        refuse_optimizer(models, optimizer)
         reshard(sharded)
         _refuse_parameters(models, sharded, optimizer)
 

@@ -177,7 +177,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refused = refusal(models, self.inner_optimizer)
+            refused = refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
@@ -284,7 +284,6 @@ def _check_arguments(inner_optimizer: Any, config: Any) -> None:
     if not isinstance(inner_optimizer, torch.optim.Optimizer):
         refuse_schedule_free(inner_optimizer)
         raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
-    refuse_shared_state(inner_optimizer)
     if isinstance(inner_optimizer, SlowMoOptimizer):
         raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
     if type(inner_optimizer).__name__ == "AcceleratedOptimizer":
@@ -295,6 +294,8 @@ def _check_arguments(inner_optimizer: Any, config: Any) -> None:
         raise TypeError(
             f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...)."
         )
+    if config is None or config.has_rounds:
+        refuse_shared_state(inner_optimizer)
 
 
 def _is_dummy_step() -> bool:
