@@ -274,11 +274,12 @@ def joined(case):
             for _ in range(3 + rank()):
                 model(rows.x, rows.y)
         said = []
-        for number in range(6 + rank()):  # the Join that was left gathers no more: workers may be uneven
+        for number in range(6 + rank()):  # the Join that was left sends no more: workers may be uneven
             step(number)
         said.append(error_of(uneven))
         with slowmo_hf.join(optimizer):
             pass
+        said.append(accelerator.gather(torch.tensor([rank() + 1.0])).tolist())
         return said, values(bare)
     began = time.monotonic()
     error = error_of(uneven, enable=False) if case == "switched off" else "" if case == "closed" else error_of(uneven)
@@ -286,6 +287,7 @@ def joined(case):
         with slowmo_hf.join(optimizer):
             for number in range(5 + 2 * rank()):
                 step(number)
+        error = accelerator.gather(torch.tensor([rank() + 1.0])).tolist()
     return error, time.monotonic() - began, values(bare)
 
 
@@ -322,12 +324,14 @@ def test_join_that_couples_nothing_of_ours_works(case):
 
 
 def test_a_join_that_was_left_couples_nobody():
-    """Its gathers at every forward pass would stop the worker with more rows, before any round."""
-    (_, _, mine), (_, _, others) = run_workers(joined, 2, "closed")
+    """What it sends at every forward pass, more on the worker with more rows, would be in the way of a gather."""
+    (gathered, _, mine), (gathered_there, _, others) = run_workers(joined, 2, "closed")
+    assert gathered == gathered_there == [1.0, 2.0]
     assert not equal(mine, others)
     (said, mine), (said_there, others) = run_workers(joined, 2, "finished")
     assert said == said_there
     assert "slowmo_hf.join" in said[0]
+    assert said[1] == [1.0, 2.0]
 
 
 def trained_twice():

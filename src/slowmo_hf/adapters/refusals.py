@@ -106,9 +106,9 @@ def _held_by(optimizer: Any) -> Iterable[torch.Tensor]:
 
 class JoinRefusal:
     """
-    Refuses torch's `Join` (accelerate's `join_uneven_inputs`) on DDP wrappers while there are rounds. It gathers at
-    every forward pass, so workers would wait for each other at each step; and a rank that has left it waits there for
-    the others, while they wait for it in a round, until a time-out.
+    Refuses torch's `Join` (accelerate's `join_uneven_inputs`) on DDP wrappers while there are rounds. It sends to all
+    ranks at every forward pass; and a rank that has left it waits there for the others, while they wait for it in a
+    round, until a time-out.
 
     Args:
         wrappers (`list`): The model's, of `DistributedDataParallel`.
@@ -124,7 +124,10 @@ class JoinRefusal:
         self.set()
 
     def set(self) -> None:
-        """From now on. One that was left before gathers at every forward pass still: that is switched off."""
+        """
+        From now on. One that was left before sends at every forward pass still, and uneven workers would then meet the
+        job's other collectives out of step: that is switched off.
+        """
         if all("join_hook" in vars(ddp) for ddp in self._wrappers):
             return
         if any(upstream.join_is_on(ddp) for ddp in self._wrappers):
@@ -160,6 +163,6 @@ def _join_words(config: SlowMoConfig) -> str:
     )
     return (
         f"torch's Join (accelerator.join_uneven_inputs) cannot be used with base={config.base!r} and rounds: it "
-        "gathers at every forward pass, so workers wait for each other at each step, and a rank that is out of data "
-        f"waits in it while the others wait in a round. {way_out}"
+        "sends to all ranks at every forward pass, and a rank that is out of data waits in it while the others wait "
+        f"in a round. {way_out}"
     )
