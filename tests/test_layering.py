@@ -31,6 +31,7 @@ WINGS = {
             *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
             *("trainer_checkpoints", "trainer_methods", "trainer_start"),
         ],
+        ["refusals"],
         ["fully_sharded"],
     ],
     "checkpoints": [["claim", "last_lines", "state"], ["places"], ["files"]],
@@ -78,12 +79,13 @@ LEVEL = {name: level for level, row in enumerate(reversed(LAYERS)) for name in r
 
 # Who alone may reach a package of others.
 ONLY = {
-    # What carries messages; its types of errors; the groups that keep DDP and FSDP2 inside a worker; DTensors; the
-    # job's store, which has no public name.
+    # What carries messages; its types of errors; the groups that keep DDP and FSDP2 inside a worker, and `Join`, which
+    # is refused; DTensors; the job's store, which has no public name.
     "torch.distributed": (
         "wire.failures",
         "adapters.isolation",
         "adapters.fully_sharded",
+        "adapters.refusals",
         "wire.job",
         "dtensors",
         "upstream",

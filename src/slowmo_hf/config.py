@@ -52,8 +52,9 @@ class SlowMoConfig(Presets):
         outer_momentum (`float`, *optional*, defaults to `0.5`):
             The paper's beta, in [0, 1). 0 is Local SGD (with `outer_lr=1`). Used by `"slow_momentum"` only.
         inner_state (`str`, *optional*, defaults to `"auto"`): The inner optimizer's state at a round's end (line 2):
-            `"reset"`, `"maintain"` or `"average"` (double averaging). `"auto"`: reset for SGD with momentum, maintain
-            for everything else, as in the paper.
+            `"reset"`, `"maintain"` or `"average"` (double averaging). `"auto"`: reset for `torch.optim.SGD` with
+            momentum and its subclasses, maintain for everything else (RMSprop and Muon with momentum, classes of other
+            packages), as in the paper.
         exact_average (`bool`, *optional*, defaults to `True`): Line 6. `False`, for gossip bases only, is the paper's
             no-average variant: each worker does the outer update on its own de-biased parameters, and they stay
             different.

@@ -40,6 +40,39 @@ def communication_hook(ddp: Any) -> str:
     return str(ddp._get_ddp_logging_data().get("comm_hook") or "")
 
 
+def join_is_on(ddp: Any) -> bool:
+    """
+    `Joinable._join_config`, torch >= 1.10: whether a `Join` was entered with this wrapper. It stays so when that is
+    left, and nothing public tells (tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    """
+    return bool(ddp._join_config.enable)
+
+
+def switch_join_off(ddp: Any) -> None:
+    """
+    The same, torch >= 1.10: a forward pass gathers no more. `Join` itself sets it anew when it is entered
+    (tests/test_refused_optimizers.py::test_a_join_that_was_left_couples_nobody).
+    """
+    ddp._join_config = ddp._join_config._replace(enable=False)
+
+
+def joined_models(join: Any) -> list[Any]:
+    """
+    `Join._joinables`, torch >= 1.10: what a `Join` is of
+    (tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    """
+    return list(join._joinables)
+
+
+def in_backward_optimizers(param: Any) -> list[Any]:
+    """
+    `_in_backward_optimizers` of a parameter, torch >= 2.0: what `torch.distributed.optim._apply_optimizer_in_backward`
+    has put there, to step in the backward pass
+    (tests/test_refused_optimizers.py::test_what_steps_in_the_backward_pass_is_refused).
+    """
+    return list(getattr(param, "_in_backward_optimizers", []))
+
+
 def fsdp_parameter_groups(module: Any) -> list[Any]:
     """
     `FSDPModule._get_fsdp_state` and its `_fsdp_param_groups` (torch >= 2.13; one `_fsdp_param_group` in torch >= 2.6):
@@ -241,6 +274,19 @@ def is_called_by(function: str, module: str) -> bool:
     """
     return any(
         frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in _callers(9)
+    )
+
+
+def is_entering_join() -> bool:
+    """
+    `enable` of the `Join` that is being made above: with False it does nothing, and `join_hook` is not told
+    (torch >= 1.10; tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    """
+    return any(
+        frame.f_code.co_name == "__init__"
+        and frame.f_globals.get("__name__", "").endswith("distributed.algorithms.join")
+        and bool(frame.f_locals.get("enable"))
+        for frame in _callers(4)
     )
 
 

@@ -18,6 +18,7 @@ from ..training.program import compare_programs
 from ..training.report import RoundReport
 from .given import Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
+from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany
@@ -106,7 +107,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
         sharded = sharded_modules([kwargs["model"]])
-        refused = refusal([kwargs["model"]], kwargs["optimizer"])
+        refused = refusal([kwargs["model"]], kwargs["optimizer"], has_rounds=self.config.has_rounds)
         refuse_resumable_saves(args, kwargs["model"])
         outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
@@ -114,6 +115,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop = self._ending = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
         compare_programs(outer_loop.workers.world, program_of(args))
+        self._given_back.callback(JoinRefusal(wrappers, self.config).release)
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds

@@ -15,7 +15,9 @@ from .. import upstream
 from ..log import logger
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
+from .isolation import ddp_wrappers
 from .optimizer import SlowMoOptimizer
+from .refusals import allow_join
 from .trainer_methods import callback_of
 
 
@@ -121,6 +123,7 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
         outer_loop = bare.begun()
         outer_loop.finish()
         bare.finished_at = outer_loop.attempted_steps
+        allow_join(ddp_wrappers(p for group in bare.param_groups for p in group["params"]))
 
 
 def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Accelerator], None]:

@@ -15,6 +15,7 @@ from .. import upstream
 from ..dtensors import sharded_modules
 from ..log import logger
 from .fully_sharded import ShardedIsolation, alive, reshard
+from .refusals import JoinRefusal, refuse_optimizer
 
 _ENGINES = "distributed_type must be NO, MULTI_CPU, MULTI_GPU or FSDP (version 2) for local training, got "
 _UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
@@ -37,24 +38,29 @@ def refuse_unsupported(models: Iterable[torch.nn.Module] = (), optimizer: torch.
     Raises:
         ValueError: The job runs under DeepSpeed, Megatron-LM, XLA, FSDP of version 1, tensor, context, expert or
             pipeline parallelism; FSDP was asked for and is not there; an optimizer holds plain parameters beside
-            sharded ones, or one parameter twice.
+            sharded ones, or one parameter twice, or is none that rounds can work with (`refuse_optimizer`).
     """
     words = refusal(models, optimizer)
     if words is not None:
         raise ValueError(words)
 
 
-def refusal(models: Iterable[torch.nn.Module], optimizer: torch.optim.Optimizer | None) -> str | None:
+def refusal(
+    models: Iterable[torch.nn.Module], optimizer: torch.optim.Optimizer | None, *, has_rounds: bool = True
+) -> str | None:
     """
     The same, where all ranks are about to meet: an engine, which is everybody's, is refused at once; what this rank
     finds in its model is returned in words, which `OuterLoop.start` tells all. Two entries for one parameter are
-    seen where shards are empty, and other ranks would wait for this one until their time-out.
+    seen where shards are empty, and other ranks would wait for this one until their time-out. Without rounds training
+    is stock, and the optimizer any.
     """
     models = list(models)
     sharded = sharded_modules(models)
     if upstream.accelerate_is_in_use():
         _refuse_engine(AcceleratorState(), bool(sharded))
     try:
+        if optimizer is not None and has_rounds:
+            refuse_optimizer(models, optimizer)
         _refuse_model(models, sharded, optimizer)
     except ValueError as error:
         return str(error)
@@ -206,6 +212,7 @@ class Isolation:
         group (`dist.ProcessGroup`, *optional*): The worker's processes; None where it has one.
         sharded (`list`, *optional*): The model's modules that FSDP2 shards, held by a `ShardedIsolation`.
         timeout_seconds (`float`, *optional*): How long their collectives wait.
+        joins (`JoinRefusal`, *optional*): To be set again, where training goes on behind `finish`.
 
     Raises:
         ValueError: A wrapper that needs another process group has a communication hook.
@@ -218,7 +225,9 @@ class Isolation:
         sharded: Iterable[Any] = (),
         *,
         timeout_seconds: float | None = None,
+        joins: JoinRefusal | None = None,
     ) -> None:
+        self._joins = joins
         self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
         self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
         _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
@@ -245,6 +254,8 @@ class Isolation:
         """Call at an optimizer step: stop setting the flags at every forward pass once they stay."""
         if self._hooks and not any(ddp.require_backward_grad_sync for ddp in self._by_flags):
             self._remove_hooks()
+        if self._joins is not None:
+            self._joins.set()
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

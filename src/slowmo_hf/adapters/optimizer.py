@@ -31,6 +31,7 @@ from .given import Settings, config_of, what_is
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
+from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"
@@ -60,8 +61,7 @@ class SlowMoOptimizer(OptimizerWrapper):
     _pending: dict[str, Any] | None
 
     def __init__(self, inner_optimizer: torch.optim.Optimizer, config: Settings = None, **settings: Any) -> None:
-        _check_inner_optimizer(inner_optimizer)
-        config = config_of(config, settings, write="SlowMoOptimizer(optimizer, {})")
+        config = _checked(inner_optimizer, config, settings)
         # Optimizer.__init__ would take the parameter groups; its __setstate__ gives hooks and profiling alone.
         self.__setstate__({"inner_optimizer": inner_optimizer, "config": config, "_pending": None})
 
@@ -148,15 +148,17 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._after_loading()
 
     def train(self) -> None:
-        """Local weights in the parameters (the schedule-free protocol, which Trainer follows before each step)."""
+        """Local weights in the parameters (Trainer calls it before each step). Passed on, to one that has `train`."""
+        self._tell_inner("train")
         if self.outer_loop is not None:
             self.outer_loop.consensus.restore()
 
     def eval(self) -> None:
-        """The average in the parameters (Trainer calls it before each evaluation). Collective."""
+        """The average in the parameters (Trainer calls it before each evaluation). Collective. Passed on, likewise."""
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
             self.outer_loop.consensus.show()
+        self._tell_inner("eval")
 
     # ---- the start ----
 
@@ -180,10 +182,11 @@ class SlowMoOptimizer(OptimizerWrapper):
         return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)
 
     def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
+        joins = JoinRefusal(wrappers, self.config)
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refused = refusal(models, self.inner_optimizer)
+            refused = refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
@@ -191,11 +194,12 @@ class SlowMoOptimizer(OptimizerWrapper):
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)
         except BaseException:
+            joins.release()
             self._stop_listening = listen(self)
             raise
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout)
+            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout, joins=joins)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None
@@ -258,9 +262,7 @@ class SlowMoOptimizer(OptimizerWrapper):
                     "still averages gradients over all workers. Call the model that accelerator.prepare returned."
                 )
             self._start(whole_model(self, self._passed(), tell=True), [])
-        assert self.outer_loop is not None
-        self._go_on(self.outer_loop)
-        return self.outer_loop
+        return self.begun()
 
     # ---- the step ----
 
@@ -288,7 +290,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         return loss
 
 
-def _check_inner_optimizer(inner_optimizer: Any) -> None:
+def _checked(inner_optimizer: Any, config: Any, settings: dict[str, Any]) -> SlowMoConfig:
+    """The settings, where the optimizer may be wrapped."""
     if isinstance(inner_optimizer, SlowMoOptimizer):
         raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
     if type(inner_optimizer).__name__ == "AcceleratedOptimizer":
@@ -296,10 +299,15 @@ def _check_inner_optimizer(inner_optimizer: Any) -> None:
             "inner_optimizer was prepared already: wrap first, accelerator.prepare(SlowMoOptimizer(optimizer))."
         )
     if not isinstance(inner_optimizer, torch.optim.Optimizer):
+        refuse_schedule_free(inner_optimizer)
         raise TypeError(
             f"inner_optimizer must be a torch.optim.Optimizer, got {what_is(inner_optimizer)}. Write "
             "SlowMoOptimizer(torch.optim.AdamW(model.parameters(), lr=...), SlowMoConfig())."
         )
+    checked = config_of(config, settings, write="SlowMoOptimizer(optimizer, {})")
+    if checked.has_rounds:
+        refuse_shared_state(inner_optimizer)
+    return checked
 
 
 def _is_dummy_step() -> bool:

@@ -51,6 +51,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Reset the gradients."""
         self.inner_optimizer.zero_grad(set_to_none=set_to_none)
 
+    def _tell_inner(self, mode: str) -> None:
+        """Call its `train()` or `eval()`, if it has them: what it keeps beside the parameters is its own affair."""
+        tell = getattr(self.inner_optimizer, mode, None)
+        if callable(tell):
+            tell()
+
     # ---- the hooks of its state fire as torch's do ----
 
     def _before_saving(self) -> None:

@@ -12,6 +12,7 @@ from ..config import SlowMoConfig
 from ..log import logger
 from ..training.program import Program
 from ..wire.job import processes_in_job
+from .refusals import refuse_schedule_free
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -19,7 +20,9 @@ def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     raw = getattr(optimizer, "optimizer", optimizer)
     if hasattr(raw, "outer_loop"):
         raise ValueError("the Trainer's optimizer is a SlowMoOptimizer: use it or SlowMoCallback, not both.")
-    assert isinstance(raw, torch.optim.Optimizer)
+    if not isinstance(raw, torch.optim.Optimizer):
+        refuse_schedule_free(raw)
+        raise TypeError(f"the Trainer's optimizer must be a torch.optim.Optimizer, got {type(raw).__name__}.")
     return raw
 
 

@@ -14,6 +14,7 @@ import torch
 from ..config import SlowMoConfig
 from ..contents import Contents, Restored
 from ..names import ELEMENTWISE, OUTER_UPDATES, find
+from ..random_state import RandomState
 from .layout import Bucket, FlatAnchor, Piece
 from .norms import Norms
 from .slow_momentum import SlowMomentum
@@ -141,15 +142,7 @@ class WholeUpdate:
         for item in anchors:
             for span, anchor in zip(item.spans, item.anchors(), strict=True):
                 of_group[span.group].append(anchor)
-        try:
-            self.optimizer: torch.optim.Optimizer = config.outer_optimizer_class()(
-                [{"params": own} for own in of_group], lr=config.outer_lr, **config.outer_optimizer_arguments()
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"outer_optimizer {config.outer_optimizer!r} refuses outer_lr={config.outer_lr} and "
-                f"outer_optimizer_kwargs={config.outer_optimizer_kwargs!r}: {error}."
-            ) from error
+        self.optimizer = _made(config, of_group)
         self.velocities: list[torch.Tensor] = []
         self._anchors, self._pieces = anchors, pieces
 
@@ -192,3 +185,37 @@ class WholeUpdate:
         state = contents.optimizer("outer_optimizer", self.optimizer)
         # torch keeps the tensors that it is given.
         return lambda: self.optimizer.load_state_dict(copy.deepcopy(state))
+
+
+def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.optim.Optimizer:
+    """
+    The optimizer that `config` names, over these tensors, when one of its kind has taken a step on made-up ones: what
+    it cannot do is told at the start, and not at the first round.
+    """
+    kwargs = {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
+    make: Callable[..., torch.optim.Optimizer] = config.outer_optimizer_class()
+    before = RandomState.take()
+    try:
+        made = make([{"params": own} for own in of_group], **kwargs)
+        trial = [torch.zeros_like(tensor) for tensor in _one_of_a_kind(of_group)]
+        for tensor in trial:
+            tensor.grad = torch.ones_like(tensor)
+        if trial:
+            make(trial, **kwargs).step()
+    except Exception as error:  # whatever it is: the other ranks wait for this one's word
+        raise ValueError(
+            f"outer_optimizer={config.outer_optimizer!r} cannot do the outer update with outer_lr={config.outer_lr} "
+            f"and outer_optimizer_kwargs={config.outer_optimizer_kwargs!r}: {type(error).__name__}: {error}. It must "
+            "take every trained tensor, or the flat parts of it that are updated here, and step() on a dense gradient "
+            "without a closure. Use 'slow_momentum', or 'torch.optim.SGD' or 'torch.optim.AdamW'."
+        ) from error
+    before.give_back()
+    return made
+
+
+def _one_of_a_kind(of_group: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The smallest of every dtype, device and number of dimensions: a shape of the model's own suits its optimizer."""
+    smallest: dict[tuple[object, ...], torch.Tensor] = {}
+    for tensor in sorted((t for own in of_group for t in own if t.numel()), key=torch.numel):
+        smallest.setdefault((tensor.dtype, tensor.device, tensor.dim()), tensor)
+    return list(smallest.values())

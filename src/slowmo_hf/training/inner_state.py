@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ class InnerState:
     The base optimizer's buffers at a round's end.
 
     Args:
-        config (`SlowMoConfig`): Its `inner_state`; `"auto"` is reset for SGD with momentum and maintain for everything
-            else.
+        config (`SlowMoConfig`): Its `inner_state`; `"auto"` is reset for torch's SGD with momentum and its subclasses,
+            and maintain for everything else: a momentum beside second moments is not the paper's.
         tensors (`ModelTensors`): The parameters and their optimizer.
 
     Raises:
@@ -31,17 +32,25 @@ class InnerState:
     """
 
     def __init__(self, config: SlowMoConfig, tensors: ModelTensors) -> None:
+        self.config = config
         self.optimizer = tensors.optimizer
         self.tensors = tensors
         self._was_empty = False  # while a view is shown
         self.policy = config.inner_state
         if self.policy == "auto":
-            has_momentum = any(group.get("momentum", 0) for group in self.optimizer.param_groups)
+            is_sgd = isinstance(self.optimizer, torch.optim.SGD)
+            has_momentum = is_sgd and any(group["momentum"] for group in self.optimizer.param_groups)
             self.policy = "reset" if has_momentum and config.has_outer_update else "maintain"
         if self.policy == "reset" and isinstance(self.optimizer, torch.optim.Adagrad):
             raise ValueError(
                 "inner_state='reset' cannot be used with Adagrad, whose state is made at construction and cannot be "
                 "made again. Use inner_state='maintain' or 'average'."
+            )
+        if self.policy == "reset" and getattr(self.optimizer, "is_paged", False) and tensors.device.type != "cpu":
+            raise ValueError(
+                f"inner_state='reset' cannot be used with {type(self.optimizer).__name__}: bitsandbytes never frees "
+                "paged memory, and every round would take it once more. Use inner_state='maintain', or the same "
+                "optimizer without paging."
             )
 
     def reset(self) -> None:
@@ -49,6 +58,34 @@ class InnerState:
         if self.policy == "reset":
             for param in self.tensors.trainable:
                 self.optimizer.state.pop(param, None)
+
+    def problem(self) -> str:
+        """
+        Why this state cannot be averaged; empty where it can, or need not be. An average of codes is not the code of
+        the average, and their scales alone would be averaged beside them.
+        """
+        if self.policy != "average":
+            return ""
+        what = self._codes_to_come() or next(filter(None, map(_not_a_direction, self._entries())), "")
+        if not what:
+            return ""
+        return (
+            f"inner_state='average' cannot average the state of {type(self.optimizer).__name__}: {what}. Use "
+            "inner_state='maintain' or 'reset', or an optimizer whose state is plain floating-point tensors."
+        )
+
+    def _codes_to_come(self) -> str:
+        """Before the first step: bitsandbytes' classes say what they will keep."""
+        arguments = getattr(self.optimizer, "args", None)
+        least = getattr(arguments, "min_8bit_size", 0)
+        if getattr(arguments, "optim_bits", 32) != 8 or all(p.numel() < least for p in self.tensors.trainable):
+            return ""
+        return f"it keeps torch.uint8 codes (optim_bits=8) of parameters with {least} elements or more"
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        for name, param in zip(self.tensors.names, self.tensors.trainable, strict=True):
+            for key, value in sorted(self.optimizer.state.get(param, {}).items()):
+                yield f"{name}.{key}", value
 
     def remember_emptiness(self) -> None:
         """The average is about to be shown, and perhaps saved."""
@@ -83,12 +120,11 @@ class InnerState:
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Every floating-point state tensor; a 0-dim one such as `step` is a count, not a direction, and left out."""
-        found = []
-        for name, param in zip(self.tensors.names, self.tensors.trainable, strict=True):
-            for key, value in sorted(self.optimizer.state.get(param, {}).items()):
-                if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step" and value.dim() > 0:
-                    found.append((f"{name}.{key}{list(value.shape)}", value))
-        return found
+        return [
+            (f"{name}{list(value.shape)}", value)
+            for name, value in self._entries()
+            if isinstance(value, torch.Tensor) and not _is_a_count(name, value)
+        ]
 
     # ---- state ----
 
@@ -142,3 +178,23 @@ class InnerState:
                     "Resume from another checkpoint."
                 ) from error
         return found
+
+
+def _is_a_count(name: str, value: torch.Tensor) -> bool:
+    return value.dim() == 0 or name.endswith(".step")
+
+
+def _not_a_direction(entry: tuple[str, Any]) -> str:
+    """Which state this is, if an average of its elements would not be its average; empty elsewhere."""
+    name, value = entry
+    if isinstance(value, (list, tuple, dict)):
+        inside = value.values() if isinstance(value, dict) else value
+        tensors = [one for one in inside if isinstance(one, torch.Tensor) and not _is_a_count("", one)]
+        return f"its state {name!r} is a {type(value).__name__} of tensors" if tensors else ""
+    if not isinstance(value, torch.Tensor) or _is_a_count(name, value):
+        return ""
+    own = local(value)
+    if type(own) not in (torch.Tensor, torch.nn.Parameter):
+        return f"its state {name!r} is a {type(own).__name__}, which may hold codes"
+    is_number = value.is_floating_point() and value.element_size() > 1
+    return "" if is_number else f"its state {name!r} has dtype {value.dtype}"

@@ -36,6 +36,7 @@ class ModelTensors:
         self.initial_lrs = inner_lrs(optimizer)
         self._signature = self._now()
         self._initial_buffers: dict[str, torch.Tensor] = {}
+        self._sparse = self._sparse_buffers()  # constants: nobody averages one
         self._changed: set[str] = set()
         self._averaged: dict[str, torch.Tensor] = {}
         self.keeps_last_round = False  # for `Consensus.show_last_round`: averaged buffers, and where it needs it, this
@@ -58,8 +59,16 @@ class ModelTensors:
         return self.trainable[0].device if self.trainable else torch.device("cpu")
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The model's buffers now, by name: modules may replace them."""
-        return dict(self.model.named_buffers()) if self.model is not None else {}
+        """
+        The model's buffers now, by name: modules may replace them. Sparse ones, such as a graph's, are constants, and
+        those on the meta device have no values.
+        """
+        found = dict(self.model.named_buffers()) if self.model is not None else {}
+        return {name: b for name, b in found.items() if b.layout == torch.strided and not b.is_meta}
+
+    def _sparse_buffers(self) -> dict[str, torch.Tensor]:
+        found = dict(self.model.named_buffers()) if self.model is not None else {}
+        return {name: b.detach().clone() for name, b in found.items() if b.layout != torch.strided and not b.is_meta}
 
     def values(self, *, include_frozen: bool) -> list[torch.Tensor]:
         """
@@ -107,6 +116,13 @@ class ModelTensors:
 
     def problem(self) -> str:
         """What has changed in the parameter set since the start; empty where nothing has."""
+        sparse = self._sparse_buffers()
+        changed = next((n for n, b in sparse.items() if n not in self._sparse or not _same(self._sparse[n], b)), "")
+        if changed:
+            return (
+                f"buffer {changed!r} is sparse ({sparse[changed].layout}) and has changed since the start; only dense "
+                "buffers can be averaged. Keep it constant, or in an attribute that is no buffer."
+            )
         now = self._now()
         if now in (self._signature, []):
             return ""  # a network that is frozen as a whole is frozen in turn, while another one trains
@@ -204,4 +220,9 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _same(first: torch.Tensor, now: torch.Tensor) -> bool:
-    return first.shape == now.shape and first.dtype == now.dtype and torch.equal(first.to(now.device), now)
+    if (first.shape, first.dtype, first.layout) != (now.shape, now.dtype, now.layout):
+        return False
+    if now.layout != torch.strided:
+        first, now = (tensor.to_sparse().coalesce() for tensor in (first.to(now.device), now))
+        return torch.equal(first.indices(), now.indices()) and torch.equal(first.values(), now.values())
+    return torch.equal(first.to(now.device), now)

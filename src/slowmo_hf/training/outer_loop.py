@@ -80,7 +80,7 @@ class OuterLoop:
         """
         make_heard()
         self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
-        check_same_everywhere(workers, self.config, self.tensors, refusal(self.config, workers, self.tensors, refused))
+        check_same_everywhere(workers, self.config, self.tensors, refusal(workers, self.inner_state, refused))
         workers.form()
         make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]

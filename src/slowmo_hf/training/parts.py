@@ -72,7 +72,7 @@ class Parts:
             inner_state=inner_state,
             clock=clock,
             account=account,
-            status=StatusExchange(workers, tensors, clock, account, weigh),
+            status=StatusExchange(workers, inner_state, clock, account, weigh),
             view=ConsensusView(account, config.stash_device, tensors.rewritten),
             slow=slow,
             base=_make_base(config, workers, slow, tensors),
@@ -225,11 +225,13 @@ class Parts:
         )
 
 
-def refusal(config: SlowMoConfig, workers: Workers, tensors: ModelTensors, refused: str | None = None) -> str | None:
+def refusal(workers: Workers, inner_state: InnerState, refused: str | None = None) -> str | None:
     """Why this rank cannot start, or None; what has been found before comes first."""
+    config, tensors = inner_state.config, inner_state.tensors
     words = (
         refused
         or tensors.refusal()
+        or inner_state.problem()
         or workers.refusal()
         or _refuse_backend(workers, tensors)
         or _refuse_outer_optimizer(config, tensors)

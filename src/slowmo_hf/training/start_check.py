@@ -70,6 +70,8 @@ def made_everywhere(workers: Workers, make: Callable[[], T]) -> T:
     except (ValueError, RuntimeError) as error:
         failure = str(error)
     told = workers.world.gather_objects((host_name(), failure))
+    if failure and len({words for _, words in told}) == 1:
+        raise ValueError(failure)  # of all, and once
     failures = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(told) if failure]
     if failures:
         raise ValueError("; ".join(failures))

@@ -18,6 +18,7 @@ from ..wire.roll_call import RollCall
 from ..wire.workers import Workers
 from .account import Account
 from .clock import Clock
+from .inner_state import InnerState
 from .model_tensors import ModelTensors, hash48
 
 
@@ -236,7 +237,7 @@ class StatusExchange:
 
     Args:
         workers (`Workers`): All ranks, and this worker's.
-        tensors (`ModelTensors`): Whose problems and changed buffers are told.
+        inner_state (`InnerState`): Its problems and those of its tensors, and their changed buffers, are told.
         clock (`Clock`): Where this rank is.
         account (`Account`): Counts what is sent for a round; other exchanges are apart.
         weigh (`Callable`): Is given every rank's local steps, where workers count by them.
@@ -245,14 +246,15 @@ class StatusExchange:
     def __init__(
         self,
         workers: Workers,
-        tensors: ModelTensors,
+        inner_state: InnerState,
         clock: Clock,
         account: Account,
         weigh: Callable[[list[int]], None],
     ) -> None:
-        self._workers, self._tensors, self._clock, self._account = workers, tensors, clock, account
+        self._workers, self._inner_state, self._clock, self._account = workers, inner_state, clock, account
+        self._tensors = inner_state.tensors
         self._weigh = weigh
-        self._speaker = Speaker(workers.world, tensors)
+        self._speaker = Speaker(workers.world, self._tensors)
         self.stop_asked = False  # this process was: it says so at the next exchange
         self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
         self.stop_agreed = False  # all know that a rank was asked to stop
@@ -278,7 +280,7 @@ class StatusExchange:
             self._clock.local_steps,
             ((inner_lrs or []) + [0.0] * count)[:count],
             self._tensors.changed_buffers(),
-            self._tensors.problem() or self.lost_finiteness,
+            self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
             self.stop_asked,
             ahead,
         )
