@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from devices import take
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.algorithm.digest import BLOCK, digest
 from slowmo_hf.training import start_values
 from slowmo_hf.training.outer_loop import OuterLoop
-from slowmo_hf.training.start_values import BLOCK, digest, equalise_
+from slowmo_hf.training.start_values import equalise_
 from slowmo_hf.wire.communicator import Communicator
 
 BLOCK_BYTES = 4 * BLOCK

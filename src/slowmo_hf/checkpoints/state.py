@@ -283,7 +283,8 @@ def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:
             "resumed with other settings: %s",
             ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()),
         )
-    then, here = shared.names("parameters"), outer_loop.tensors.fingerprint()
+    tensors = outer_loop.tensors
+    then, here = map(tensors.others.comparable, (shared.names("parameters"), tensors.fingerprint()))
     if then != here:
         odd = [line for line in (*then, *here) if (line in then) != (line in here)]
         raise CheckpointError(
