@@ -43,7 +43,11 @@ class Mixed:
 
 def _base(config, params):
     return GossipBase(
-        config, Communicator(20, torch.device("cpu"), purpose="gossip"), flat_anchors(flat_layouts([params]))
+        config,
+        Communicator(20, torch.device("cpu"), purpose="gossip"),
+        flat_anchors(flat_layouts([params])),
+        params,
+        lambda worker, step: ValueError(f"worker {worker}"),
     )
 
 
@@ -431,7 +435,7 @@ def test_the_schedule_does_not_move_at_an_exact_round(monkeypatch):
     """
     for exact, right in ((True, [0, 1, 2, 3, 4]), (False, [0, 1, 2, 3, 4, 5, 6])):
         numbers = []
-        monkeypatch.setattr(GossipBase, "mix_", lambda base, number, numbers=numbers: numbers.append(number))
+        monkeypatch.setattr(GossipBase, "mix_", lambda base, number, step, numbers=numbers: numbers.append(number))
         _pull(SlowMoConfig(base="sgp", sync_every=3, exact_average=exact), 7)
         assert numbers == right
 

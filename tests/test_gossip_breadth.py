@@ -614,9 +614,9 @@ class Numbers:
     def __enter__(self):
         self.seen, self.mix_ = [], GossipBase.mix_
 
-        def mix_(base, number):
+        def mix_(base, number, step):
             self.seen.append(number)
-            self.mix_(base, number)
+            self.mix_(base, number, step)
 
         GossipBase.mix_ = mix_
         return self

@@ -31,6 +31,7 @@ from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
+from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
 
@@ -100,6 +101,8 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
             saved_to = save_state(self, *args, **kwargs)
         for seal_it in seal_last:
             seal_it()
+        if seal_last and saved_to is not None:
+            saves.add(saved_to)
         return saved_to
 
     return save
@@ -226,6 +229,7 @@ def _take_up(
         outer_loop.in_flight.start_what_others_wait_for()
 
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
+    saves.add(folder)
     if accelerator.scaler is not None and "scaler" in objects:
         accelerator.scaler.load_state_dict(objects["scaler"])
         for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):

@@ -15,6 +15,7 @@ from ..dtensors import sharded_modules
 from ..log import make_heard
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
+from ..training.program import compare_programs
 from ..training.report import RoundReport
 from .isolation import Isolation, ddp_wrappers, refusal
 from .stop_signals import StopSignals
@@ -25,6 +26,7 @@ from .trainer_methods import Looks, RoundLogs
 from .trainer_saves import TrainerSaves
 from .trainer_start import (
     advise,
+    program_of,
     raw_optimizer,
     refuse_resumable_saves,
     refuse_shared,
@@ -108,6 +110,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
+        compare_programs(outer_loop.workers.world, program_of(args))
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds

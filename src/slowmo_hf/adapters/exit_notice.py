@@ -1,4 +1,7 @@
-"""What a process is told that exits inside a round: its model has one worker's own weights."""
+"""
+What is said when a process of a custom loop ends: inside a round, that its model has one worker's own weights; by an
+error, from which checkpoint to go on.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,20 @@ import sys
 import weakref
 from typing import Any
 
+from .. import upstream
+from ..checkpoints.last_lines import Saves
 from ..log import logger
+from ..wire.job import is_in_process
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _all_are_finished() -> bool:
+    loops = [(one.finished_at, one.outer_loop) for one in _told]
+    return all(loop is None or finished_at == loop.attempted_steps for finished_at, loop in loops)
+
+
+saves = Saves("accelerator.load_state({})", is_over=_all_are_finished)
 
 
 def tell_at_exit(optimizer: Any) -> None:
@@ -23,6 +37,8 @@ def tell_at_exit(optimizer: Any) -> None:
         atexit.unregister(_tell)
         atexit.register(_tell)
     _told.add(optimizer)
+    if upstream.accelerate_is_in_use() and not is_in_process():  # else nobody knows what a loop saves
+        saves.begin()
 
 
 def _tell() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import GradientState
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +16,7 @@ from .. import upstream
 from ..config import SlowMoConfig
 from ..dtensors import sharded_modules
 from ..log import logger
+from ..training.program import Program
 from ..wire.job import is_in_process, processes_in_job
 from .fully_sharded import all_parameters
 
@@ -90,6 +92,22 @@ def whole_model(
             "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
         )
     return []
+
+
+def program_in_use() -> Program:
+    """What all ranks compare of Accelerate's settings; the batch size is that of the data loader which is iterated."""
+    if is_in_process() or not upstream.accelerate_is_in_use():
+        return Program()
+    state: Any = GradientState()
+    loader = state.active_dataloader
+    batches = getattr(loader, "batch_sampler", None) or loader
+    size = getattr(batches, "batch_size", None)
+    return Program(
+        accumulation=state.num_steps,
+        batch_size=size if isinstance(size, int) else None,
+        accumulation_name="accelerator.gradient_accumulation_steps",
+        batch_size_name="the DataLoader's batch size",
+    )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:

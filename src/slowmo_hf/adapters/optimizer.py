@@ -14,9 +14,18 @@ from ..dtensors import sharded_modules
 from ..log import logger
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
+from ..training.program import compare_programs
 from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
-from .first_pass import is_before_prepare, listen, refuse_separate_gradients, trains, unfrozen, whole_model
+from .first_pass import (
+    is_before_prepare,
+    listen,
+    program_in_use,
+    refuse_separate_gradients,
+    trains,
+    unfrozen,
+    whole_model,
+)
 from .fully_sharded import sharded_roots
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
@@ -177,6 +186,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
+            compare_programs(outer_loop.workers.world, program_in_use())
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)
         except BaseException:

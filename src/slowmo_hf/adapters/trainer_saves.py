@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import upstream
+from ..checkpoints.last_lines import Saves
 from ..checkpoints.state import save_names
 from ..training.outer_loop import OuterLoop
 from .trainer_checkpoints import TrainerCheckpoints
@@ -30,14 +31,20 @@ class TrainerSaves:
         self.args = args
         self.outer_loop = outer_loop
         self._checkpoints = TrainerCheckpoints(args, outer_loop)
+        self._saves = Saves("trainer.train(resume_from_checkpoint={})")
+        self._saves.begin()
 
     def end(self) -> None:
         """Give the arguments back as they were."""
         self._checkpoints.end()
+        self._saves.end()
 
     def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
         """Go on from every worker's own state, if the checkpoint that Trainer has loaded is ours. Collective."""
-        objects = self._checkpoints.resume(state, upstream.loaded_checkpoint(trainer))
+        folder = upstream.loaded_checkpoint(trainer)
+        objects = self._checkpoints.resume(state, folder)
+        if folder is not None:
+            self._saves.add(folder)
         for name, own in _own_objects(trainer, scheduler).items():
             if name in objects:
                 own.load_state_dict(objects[name])
@@ -54,6 +61,7 @@ class TrainerSaves:
         """After Trainer's own files: the checkpoint is whole, and pushed. Collective."""
         folder = _folder(trainer, state)
         self._checkpoints.finish(folder, _states(trainer, scheduler), state)
+        self._saves.add(folder)
         self._checkpoints.push(trainer, folder)
 
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..config import SlowMoConfig
 from ..log import logger
+from ..training.program import Program
 from ..wire.job import processes_in_job
 
 
@@ -65,6 +66,15 @@ def refuse_wrong_launch(args: TrainingArguments, wrappers: list[Any]) -> None:
             f"world_size is {args.world_size}, but no DistributedDataParallel wrapper of the model was found, so "
             "it is unknown who averages gradients. Launch with torchrun or accelerate launch."
         )
+
+
+def program_of(args: TrainingArguments) -> Program:
+    """What all ranks compare of these arguments."""
+    return Program(
+        accumulation=args.gradient_accumulation_steps,
+        batch_size=args.per_device_train_batch_size,
+        must_agree=(("max_grad_norm", args.max_grad_norm),),
+    )
 
 
 def refuse_resumable_saves(args: TrainingArguments, model: Any) -> None:

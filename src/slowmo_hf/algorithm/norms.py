@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from ..dtensors import local
+
 
 class Norms:
     """
@@ -72,3 +74,15 @@ def squared_norm(flat: torch.Tensor) -> torch.Tensor:
         tail = flat[rows * 4096 :]
         square = square + torch.dot(tail, tail).double()
     return square
+
+
+def finiteness(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """
+    1 where all of this process's values are finite, else NaN: 0-dim, in fp64, on the first one's device. Reads all
+    once and writes nothing; nothing waits for the device here.
+    """
+    ends = [end for tensor in map(local, tensors) if tensor.numel() for end in torch.aminmax(tensor.detach())]
+    if not ends:
+        return torch.ones((), dtype=torch.float64)
+    all_ends = torch.stack([end.to(ends[0].device, torch.float64) for end in ends])
+    return (all_ends - all_ends).sum() + 1

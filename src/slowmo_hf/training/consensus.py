@@ -108,7 +108,7 @@ class Consensus:
             if params:
                 square, own_is_finite = show_mean_(parts.slow.exact, parts.base)
                 parts.refuse_non_finite(parts.summed([square])[0], own_is_finite)
-                parts.inside.hand_out_(parts.tensors.trainable)
+                parts.hand_out()
             parts.average_named(others)
 
     # ---- the last round's model ----

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import record_function
 
 from ..algorithm.layout import flat_layouts
-from ..algorithm.norms import Norms
+from ..algorithm.norms import Norms, finiteness
 from ..algorithm.outer_update import works_elementwise
 from ..algorithm.starts import Base, TrainingOn
 from ..config import GOSSIP_BASES, SlowMoConfig
@@ -80,7 +80,7 @@ class Parts:
             status=StatusExchange(workers, tensors, clock, account, weigh),
             view=ConsensusView(account, config.stash_device, tensors.rewritten),
             slow=slow,
-            base=_make_base(config, workers, slow),
+            base=_make_base(config, workers, slow, tensors),
             inside=inside,
         )
 
@@ -97,7 +97,17 @@ class Parts:
     # ---- inside a worker ----
 
     def hand_out(self) -> None:
-        """What each process has written into its part of the parameters is in all of a worker's. Collective there."""
+        """
+        What each process has written into its part of the parameters is in all of a worker's. Collective there.
+
+        Raises:
+            ValueError: What would be overwritten is not finite: this process has computed something else than its
+                worker's others.
+        """
+        if not self.inside.has_all and not math.isfinite(
+            float(finiteness(self.inside.overwritten(self.tensors.trainable)))
+        ):
+            raise _lost(self.workers, self.workers.world.rank, self.clock.attempted_steps)
         self.inside.hand_out_(self.tensors.trainable)
         self.tensors.rewritten()
 
@@ -159,12 +169,13 @@ class Parts:
         number = self.clock.exchange_number
         with record_function("slowmo::exchange"):
             self._mix(number)
-            self.hand_out()
+            self.inside.hand_out_(self.tensors.trainable)
+            self.tensors.rewritten()
 
     def _mix(self, number: int) -> None:
         assert isinstance(self.base, GossipBase)
         try:
-            self.base.mix_(number)
+            self.base.mix_(number, self.clock.attempted_steps)
         except RuntimeError as error:
             raise RuntimeError(f"optimizer step {self.clock.attempted_steps}: {error}") from error
 
@@ -289,10 +300,20 @@ def _make_inside(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) 
     return WholeInside(workers, longest, cut=works_elementwise(config))
 
 
-def _make_base(config: SlowMoConfig, workers: Workers, slow: SlowState) -> Base:
+def _make_base(config: SlowMoConfig, workers: Workers, slow: SlowState, tensors: ModelTensors) -> Base:
     if config.base in GOSSIP_BASES:
-        return GossipBase(config, workers.gossip, slow.anchors)
+
+        def lost(worker: int, step: int) -> Exception:
+            return _lost(workers, workers.gossip.ranks[worker], step)
+
+        return GossipBase(config, workers.gossip, slow.anchors, tensors.trainable, lost)
     return TrainingOn(slow.items) if config.overlap_steps else Base()
+
+
+def _lost(workers: Workers, rank: int, step: int) -> ValueError:
+    """Parameters of a rank that were not finite at a step: all are told, the same words."""
+    roll_call = workers.roll_call
+    return ValueError(roll_call.tell(f"rank {rank} on {roll_call.host_of(rank)}, step {step}: {_NOT_FINITE}"))
 
 
 def _weigh(config: SlowMoConfig, workers: Workers, averages: Averages, local_steps: list[int]) -> None:

@@ -16,8 +16,8 @@ class Witness(Protocol):
     def somebody_is_gone(self) -> bool:
         """Whether a rank has given up or left, so that a collective waits in vain."""
 
-    def explain(self, error: Exception | None, ranks: Iterable[int]) -> RuntimeError:
-        """The failure in the words of the rank that caused it."""
+    def explain(self, error: Exception | None, ranks: Iterable[int]) -> Exception:
+        """The failure in the words of the rank that caused it; a `ValueError` where that has told it."""
 
 
 def is_collective_failure(error: BaseException) -> bool:

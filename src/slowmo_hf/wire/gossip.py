@@ -21,35 +21,20 @@ D-PSGD is the same with a two-sided topology, whose mixing matrices are doubly s
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 
 from ..algorithm.layout import Bucket, FlatAnchor, Piece, rounded
+from ..algorithm.norms import finiteness
 from ..algorithm.starts import Base
 from ..algorithm.topology import Schedule
 from ..config import SlowMoConfig
 from ..contents import CheckpointError, Contents, Restored, Saved
 from ..names import TOPOLOGIES, find
 from .communicator import Communicator
-from .processes import Transfer
+from .exchange import Exchange
 from .reduction import MESSAGE_BYTES
-
-
-@dataclass
-class Exchange:
-    """
-    The messages of one optimizer step, and the memory that they lie in; flat tensors are laid out like the anchors.
-    """
-
-    outgoing: dict[FlatAnchor, torch.Tensor]
-    incoming: list[dict[FlatAnchor, torch.Tensor]]
-    received: list[dict[FlatAnchor, torch.Tensor]] = field(default_factory=list)  # those of this step's sources
-    targets: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    tag: int = 0
-    weight: Transfer | None = None
-    buckets: list[Transfer] = field(default_factory=list)
 
 
 def make_topology(config: SlowMoConfig, workers: int) -> Schedule:
@@ -68,10 +53,19 @@ class GossipBase(Base):
         config (`SlowMoConfig`): Its topology, peers, staleness and `exact_average`.
         communicator (`Communicator`): The workers, on a process group of their own.
         anchors (`list[FlatAnchor]`): The parameters' layout; the numerators start from them.
+        trained (`list[torch.Tensor]`): What must be finite to be sent: all parameters of this process.
+        lost (`Callable`): Makes the error of a worker and a step at which its parameters were not.
     """
 
-    def __init__(self, config: SlowMoConfig, communicator: Communicator, anchors: list[FlatAnchor]) -> None:
-        self.communicator = communicator
+    def __init__(
+        self,
+        config: SlowMoConfig,
+        communicator: Communicator,
+        anchors: list[FlatAnchor],
+        trained: list[torch.Tensor],
+        lost: Callable[[int, int], Exception],
+    ) -> None:
+        self.communicator, self._trained, self._lost = communicator, trained, lost
         self.exact_average = config.exact_average
         self.topology = make_topology(config, communicator.world_size)
         self.staleness = config.staleness if config.base == "osgp" else 0
@@ -87,34 +81,39 @@ class GossipBase(Base):
     # ---- one exchange ----
 
     @torch.no_grad()
-    def mix_(self, number: int) -> None:
-        """Absorb the inner step, send, take in what is due, de-bias; exchange `number` of the schedule."""
+    def mix_(self, number: int, step: int = 0) -> None:
+        """
+        Absorb the inner step, send, take in what is due, de-bias; exchange `number` of the schedule, after optimizer
+        step `step`. Where what is due comes from parameters that were not finite, here or there, nothing is taken in.
+        """
         share = self.topology.weight(self.communicator.rank, number)
         if self.staleness:
-            self._mix_behind(number, share)
+            self._mix_behind(number, share, step)
             return
         exchange = self._new_exchange()
-        self._address(exchange, number)
+        self._address(exchange, number, step)
         for bucket in self._buckets:
             for piece in bucket.pieces:
                 self._absorb(exchange, piece, share)
             self._send(exchange, bucket)
+        self._refuse_lost(exchange)
         for bucket, transfer in zip(self._buckets, exchange.buckets, strict=True):
             self.communicator.finish(transfer)
             for piece in bucket.pieces:
                 self._take_in(exchange.received, piece, self.weight)
         self._free.append(exchange)
 
-    def _mix_behind(self, number: int, share: float) -> None:
+    def _mix_behind(self, number: int, share: float, step: int) -> None:
         """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
         due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
         exchange = Exchange(due.outgoing, due.incoming) if due else self._new_exchange()
-        self._address(exchange, number)
+        self._address(exchange, number, step)
         weight = self.weight * share
-        self._send_weight(exchange, weight)
+        exchange.send_weight(self.communicator, weight)
         if due and due.weight:
             self.communicator.finish(due.weight)
             weight += sum(float(received) for received in due.weight.received)
+            self._refuse_lost(due)
         for index, bucket in enumerate(self._buckets):
             if due:
                 self.communicator.finish(due.buckets[index])
@@ -153,34 +152,28 @@ class GossipBase(Base):
         """
         if self._free:
             used = self._free.pop()
-            return Exchange(used.outgoing, used.incoming, used.incoming[:sources])
-        wire = self.communicator.wire_device
-        in_place = self.staleness == 0 and all(flat.device == wire for flat in self.numerators.values())
-        outgoing = (
-            self.numerators if in_place else {i: torch.empty_like(f, device=wire) for i, f in self.numerators.items()}
-        )
-        incoming = [
-            {item: torch.empty_like(flat, device=wire) for item, flat in self.numerators.items()}
-            for _ in range(self._degree)
-        ]
-        return Exchange(outgoing, incoming, incoming[:sources])
+            made = Exchange(used.outgoing, used.incoming)
+        else:
+            wire, in_place = self.communicator.wire_device, self.staleness == 0
+            made = Exchange.make(self.numerators, wire=wire, degree=self._degree, in_place=in_place)
+        made.received = made.incoming[:sources]
+        return made
 
-    def _address(self, exchange: Exchange, number: int) -> None:
-        me = self.communicator.rank
-        exchange.targets, exchange.sources = self.topology.targets(me, number), self.topology.sources(me, number)
-        exchange.received = exchange.incoming[: len(exchange.sources)]
-        exchange.tag = number * (len(self._buckets) + 1)
-        exchange.weight, exchange.buckets = None, []
+    def _address(self, exchange: Exchange, number: int, step: int) -> None:
+        exchange.address(self.topology, self.communicator.rank, number, step, messages=len(self._buckets) + 1)
 
     def _send(self, exchange: Exchange, bucket: Bucket) -> None:
-        into = [bucket.of(flat[bucket.item]) for flat in exchange.received]
-        message, tag = bucket.of(exchange.outgoing[bucket.item]), exchange.tag + 1 + len(exchange.buckets)
-        exchange.buckets.append(self.communicator.exchange(message, exchange.targets, into, exchange.sources, tag))
+        if not exchange.buckets:
+            exchange.mark_(bucket, finiteness(self._trained))
+        exchange.send(self.communicator, bucket)
 
-    def _send_weight(self, exchange: Exchange, weight: float) -> None:
-        message = torch.tensor([weight], dtype=torch.float64, device=self.communicator.wire_device)
-        into = [torch.empty_like(message) for _ in exchange.sources]
-        exchange.weight = self.communicator.exchange(message, exchange.targets, into, exchange.sources, exchange.tag)
+    def _refuse_lost(self, exchange: Exchange) -> None:
+        """Its first message says whose parameters were not finite, before anything is mixed."""
+        for transfer in exchange.buckets[:1]:
+            self.communicator.finish(transfer)
+        worker = exchange.lost(self._buckets[:1], self.communicator.rank)
+        if worker is not None:
+            raise self._lost(worker, exchange.step)
 
     # ---- what the outer loop asks ----
 
@@ -214,6 +207,8 @@ class GossipBase(Base):
             for piece in bucket.pieces:
                 self._absorb(None, piece, 1.0)
         self.wait_for_messages()
+        for exchange in self.in_flight:
+            self._refuse_lost(exchange)
 
     def wait_for_messages(self) -> None:
         """
@@ -288,7 +283,8 @@ class GossipBase(Base):
             for item, numerator in numerators.items():
                 self.numerators[item].copy_(numerator)
             for weights, received in zip(in_flight, messages, strict=True):
-                self._put_in_flight(weights, received)
+                self.in_flight.append(self._new_exchange(len(weights)))
+                self.in_flight[-1].fill(weights, received, len(self._buckets))
 
         return take_up
 
@@ -297,16 +293,3 @@ class GossipBase(Base):
         self._drop_messages()
         for item, numerator in self.numerators.items():
             numerator.copy_(item.flat)
-
-    def _put_in_flight(self, weights: list[float], messages: list[dict[FlatAnchor, torch.Tensor]]) -> None:
-        exchange = self._new_exchange(len(weights))
-        for received, message in zip(exchange.received, messages, strict=True):
-            for item, flat in message.items():
-                received[item].copy_(flat)
-        exchange.weight = _arrived([torch.tensor([weight], dtype=torch.float64) for weight in weights])
-        exchange.buckets = [_arrived([]) for _ in self._buckets]
-        self.in_flight.append(exchange)
-
-
-def _arrived(received: list[torch.Tensor]) -> Transfer:
-    return Transfer([], torch.empty(0), received, "a message of a checkpoint", done=True)

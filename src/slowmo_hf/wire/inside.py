@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ..algorithm.layout import FlatAnchor
+from ..algorithm.layout import FlatAnchor, flat_layouts
 from ..dtensors import is_sharded
 from .averages import Averages
 from .workers import Workers
@@ -36,6 +36,9 @@ class Inside(Protocol):
 
     def hand_out_(self, tensors: list[torch.Tensor]) -> None:
         """What is laid out like the parameters is everywhere what the process that speaks for it has. Collective."""
+
+    def overwritten(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the next hand-out of these replaces here: runs of them."""
 
     def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> bool:
         """
@@ -72,6 +75,15 @@ class WholeInside:
         """As `Inside.hand_out_`."""
         self._averages.hand_out_(tensors, self._places)
 
+    def overwritten(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `Inside.overwritten`: the parts that others speak for."""
+        if self.has_all:
+            return []
+        others = [place for place in range(self._places) if place != self._place]
+        layouts = flat_layouts([tensors]) if tensors else []
+        parts = [layout.part(place, self._places) for layout in layouts for place in others]
+        return [span.values() for part in parts for span in part.spans]
+
     def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> bool:
         """As `Inside.average_others_`. DDP gives all the first process's, so that they are those that count."""
         is_finite = True
@@ -106,6 +118,10 @@ class ShardedInside:
 
     def hand_out_(self, tensors: list[torch.Tensor]) -> None:
         """As `Inside.hand_out_`: everything is where it belongs."""
+
+    def overwritten(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `Inside.overwritten`."""
+        return []
 
     def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> bool:
         """As `Inside.average_others_`: buffers over all processes, for each has seen other data."""

@@ -41,6 +41,21 @@ class JobStore:
         """Write; the value is a string."""
         self._ask(self._store.set, key, value)
 
+    def set_first(self, key: str, value: str) -> bytes:
+        """Write a key that is not there; what is there then, of whoever was first."""
+        try:
+            value_there: bytes = self._ask(self._store.compare_set, key, "", value)
+        except NotImplementedError:
+            self.set(key, value)
+            return value.encode()
+        return value_there
+
+    def set_aside(self, key: str, value: str) -> None:
+        """Write in the caller's thread, for as long as that takes; what goes wrong is nobody's concern."""
+        if not self.silent:
+            with suppress(Exception):
+                self._store.set(key, value)
+
     def get(self, key: str) -> bytes:
         """Read a key that is there."""
         value: bytes = self._ask(self._store.get, key)

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
 from .failures import SLICE_SECONDS, first_line, is_collective_failure, is_timeout
-from .job import host_name, job_store, leave_job, processes_in_job, rank_in_job
+from .job import job_store, leave_job, processes_in_job, rank_in_job
 from .job_store import JobStore, StoreError
+from .register import ANY, Register
 
-_ANY = "any"
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _SECOND_SECONDS = 0.5  # longer for who fails behind another, whose words it hears
+_NOTE_SECONDS = 5.0  # between two notes of where a rank is
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _going: list[
     RollCall
@@ -35,7 +35,9 @@ class RollCall:
 
     A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host,
     step and place; two meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and
-    has seen a failure, `run/missed/rank` the words of one that has waited for this rank in vain.
+    has seen a failure, `run/missed/rank` the words of one that has waited for this rank in vain, `run/told/any` those
+    of an error that is everybody's. A thread leaves `run/note/rank` every `_NOTE_SECONDS`: the step that this rank has
+    reached. It sends to the store alone and holds nobody up, also where the store is slow or gone.
 
     Args:
         timeout_seconds (`float`): A rank that comes later than this is missed.
@@ -47,13 +49,11 @@ class RollCall:
         self.world_size = processes_in_job()
         store = job_store() if self.world_size > 1 else None
         self.store = JobStore(store, timeout_seconds) if store is not None else None
-        self.step = 0
-        self.place = "the start"
-        self._run = f"slowmo/{next(_runs)}" if self.store is not None else ""
+        run = f"slowmo/{next(_runs)}" if self.store is not None else ""
+        self.register = Register(self.store, run, self.rank)
         self.coupled: Sequence[int] = ()  # ranks that now meet in collectives which are not ours
         self.has_explained = False
         self._meeting = 0
-        self._host = host_name()
         if self.store is not None:
             _listen()
             _going.append(self)
@@ -74,9 +74,9 @@ class RollCall:
             return
         self._meeting += 1
         try:
-            self._say(self.store, self._key(self._meeting, self.rank))
-            if self._meeting > 2:
-                self.store.delete_key(self._key(self._meeting - 2, self.rank))  # all have passed the meeting after it
+            self.store.set(self.register.key(self._meeting, self.rank), self.register.entry())
+            if self._meeting > 2:  # all have passed the meeting after it
+                self.store.delete_key(self.register.key(self._meeting - 2, self.rank))
         except StoreError as error:
             raise self._lost(error) from error
 
@@ -99,12 +99,12 @@ class RollCall:
                     raise self.explain(None, everybody)
         except StoreError as error:
             raise self._lost(error) from error
-        if self._has("failed", _ANY):
+        if self.register.has("failed", ANY):
             raise self.explain(None, everybody)
 
     def at(self, step: int, place: str) -> None:
         """Note where this rank is, for its last word and for what it says of others; nothing is sent."""
-        self.step, self.place = step, place
+        self.register.at(step, place)
 
     def _all_come(self, store: JobStore, seconds: float) -> bool:
         until, pause = time.monotonic() + seconds, 0.001
@@ -122,14 +122,17 @@ class RollCall:
         """
         if self.store is None:
             return False
-        if self._has("failed", _ANY) or self.store.silent:
+        if self.register.has("failed", ANY) or self.store.silent:
             return True
         try:
             if self.store.check(self._keys()):
                 return False
         except StoreError:
             return True
-        return any(self._has("left", rank) and not self._has(self._meeting, rank) for rank in range(self.world_size))
+        return any(
+            self.register.has("left", rank) and not self.register.has(self._meeting, rank)
+            for rank in range(self.world_size)
+        )
 
     def leave(self, cause: str) -> None:
         """Leave a last word for ranks that will miss this one; never raises."""
@@ -137,14 +140,33 @@ class RollCall:
         if self in _going:
             _going.remove(self)
             self._hurry()
-            self._try_to_say(self._key("left", self.rank), cause)
+            self.register.try_to_say("left", self.rank, cause)
             if self.store is not None:
                 self.store.close()
 
-    def explain(self, error: BaseException | None, ranks: Iterable[int]) -> RuntimeError:
+    def tell(self, words: str) -> str:
         """
-        A failure in the words of the rank that caused it. Takes `_ROLL_SECONDS` and a little: the others' words may be
-        on their way.
+        Found between two meetings, and everybody's: whoever waits now, or waits next, fails with these words. The same
+        are returned on every rank; of several ranks that find something, the first one's.
+        """
+        if self.store is None:
+            return words
+        self._hurry()
+        self.has_explained = True
+        words = self.register.say_first("told", words)
+        for whose in (self.rank, ANY):
+            self.register.try_to_say("failed", whose)
+        return words
+
+    def host_of(self, rank: int) -> str:
+        """Where it was at the last meeting."""
+        seen = self._seen(rank) if rank != self.rank else None
+        return seen["host"] if seen else self.register.host
+
+    def explain(self, error: BaseException | None, ranks: Iterable[int]) -> Exception:
+        """
+        A failure in the words of the rank that caused it; a `ValueError` where it has told them (`tell`). Takes
+        `_ROLL_SECONDS` and a little: the others' words may be on their way.
 
         Args:
             error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
@@ -156,26 +178,31 @@ class RollCall:
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
         too_late = error is None or is_timeout(error)
-        until = time.monotonic() + _ROLL_SECONDS + _SECOND_SECONDS * self._has("failed", _ANY)
-        for whose in (self.rank, _ANY):
-            self._try_to_say(self._key("failed", whose))
+        until = time.monotonic() + _ROLL_SECONDS + _SECOND_SECONDS * self.register.has("failed", ANY)
+        for whose in (self.rank, ANY):
+            self.register.try_to_say("failed", whose)
         while time.monotonic() < until and not all(
-            self._has("failed", rank) or self._has("left", rank) for rank in others
+            self.register.has("failed", rank) or self.register.has("left", rank) for rank in others
         ):
+            if self.register.has("told", ANY):
+                break
             time.sleep(0.05)
+        told = self.register.get("told", ANY)
+        if told:
+            return ValueError(told["cause"])
         if self.store.silent:
             return self._lost(error or StoreError("no answer"))
-        causes = [self._words(rank, too_late) for rank in others if not self._has("failed", rank)]
-        here = f"It was missed at step {self.step}, {self.place}, by rank {self.rank} on {self._host}"
+        causes = [self._words(rank, too_late) for rank in others if not self.register.has("failed", rank)]
+        here = f"It was missed at step {self.register.where}, by rank {self.rank} on {self.register.host}"
         if not causes:  # all who took part live: one of them, or another rank, has missed somebody elsewhere
             causes = self._told_by_another()
-        self._try_to_say(self._key("failed", self.rank), "; ".join(causes))
+        self.register.try_to_say("failed", self.rank, "; ".join(causes))
         if not causes:
-            told = [(rank, said) for rank in others if (said := self._get("failed", rank))]
+            also = [(rank, said) for rank in others if (said := self.register.get("failed", rank))]
             causes = [
-                f"rank {rank} on {said['host']} gave up at step {said['step']}, {said['place']}" for rank, said in told
+                f"rank {rank} on {said['host']} gave up at step {said['step']}, {said['place']}" for rank, said in also
             ]
-            here = f"So did rank {self.rank} on {self._host} at step {self.step}, {self.place}"
+            here = f"So did rank {self.rank} on {self.register.host} at step {self.register.where}"
         detail = f" ({first_line(error)})" if error is not None else ""
         return RuntimeError(
             f"{'; '.join(causes)}. {here}{detail}. Look at that rank's own log; the last whole checkpoint is "
@@ -187,7 +214,7 @@ class RollCall:
         until = time.monotonic() + _ROLL_SECONDS + 1
         while time.monotonic() < until:
             for rank in range(self.world_size):
-                said = self._get("failed", rank) if rank != self.rank else None
+                said = self.register.get("failed", rank) if rank != self.rank else None
                 if said and said["cause"]:
                     return [said["cause"]]
             time.sleep(0.05)
@@ -195,27 +222,32 @@ class RollCall:
 
     def _words(self, rank: int, too_late: bool) -> str:
         """What is known of a rank that is not here."""
-        left = self._get("left", rank)
+        left = self.register.get("left", rank)
         if left:
             return f"rank {rank} on {left['host']} left at step {left['step']}: {left['cause']}"
-        seen = next((said for n in (1, 0, -1) if (said := self._get(self._meeting + n, rank))), None)
+        seen = self._seen(rank)
         if seen is None:
             return (
-                f"rank {rank} (its host is unknown) has not come to {self.place} within "
+                f"rank {rank} (its host is unknown) has not come to {self.register.place} within "
                 f"timeout_seconds={self.timeout_seconds:g}"
             )
-        last = f"last seen at step {seen['step']}, {seen['place']}"
+        reached, noted = self.register.noted(rank, after=seen["step"])
+        last = f"last seen at step {seen['step']}, {seen['place']}{noted}"
         if too_late:
             words = (
-                f"rank {rank} on {seen['host']} did not come to step {self.step}, {self.place}, within "
+                f"rank {rank} on {seen['host']} did not come to step {self.register.where}, within "
                 f"timeout_seconds={self.timeout_seconds:g}: it is slower than that, or left without a word; {last}"
             )
-            self._try_to_say(self._key("missed", rank), words)
+            self.register.try_to_say("missed", rank, words)
             return words
-        missed = self._get("missed", rank)
+        missed = self.register.get("missed", rank)
         if missed:  # who has seen but its connections closed cannot tell one that hangs from one that is gone
             return str(missed["cause"])
-        return f"rank {rank} on {seen['host']} left without a word after step {seen['step']}; {last}"
+        return f"rank {rank} on {seen['host']} left without a word after step {reached}; {last}"
+
+    def _seen(self, rank: int) -> dict[str, Any] | None:
+        """At the last meeting that it came to."""
+        return next((said for n in (1, 0, -1) if (said := self.register.get(self._meeting + n, rank))), None)
 
     # ---- the store ----
 
@@ -224,38 +256,15 @@ class RollCall:
         if self.store is not None:
             self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
 
-    def _key(self, what: str | int, rank: int | str) -> str:
-        return f"{self._run}/{what}/{rank}"
-
     def _keys(self) -> list[str]:
         """Of this meeting, all ranks'."""
-        return [self._key(self._meeting, rank) for rank in range(self.world_size)]
-
-    def _say(self, store: JobStore, key: str, cause: str = "") -> None:
-        store.set(key, json.dumps({"host": self._host, "step": self.step, "place": self.place, "cause": cause}))
-
-    def _try_to_say(self, key: str, cause: str = "") -> None:
-        if self.store is not None:
-            with suppress(StoreError):  # the store may have gone with its rank
-                self._say(self.store, key, cause)
-
-    def _has(self, what: str | int, rank: int | str) -> bool:
-        try:
-            return self.store is not None and self.store.check([self._key(what, rank)])
-        except StoreError:
-            return False
-
-    def _get(self, what: str | int, rank: int) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.store.get(self._key(what, rank))) if self.store and self._has(what, rank) else None
-        except StoreError:
-            return None
+        return [self.register.key(self._meeting, rank) for rank in range(self.world_size)]
 
     def _lost(self, error: BaseException) -> RuntimeError:
         return RuntimeError(
             "rank 0, or the launcher that keeps the job's key-value store, hangs or left without a word: the store "
-            f"does not answer ({first_line(error)}). It was missed at step {self.step}, {self.place}, by rank "
-            f"{self.rank} on {self._host}."
+            f"does not answer ({first_line(error)}). It was missed at step {self.register.where}, by rank "
+            f"{self.rank} on {self.register.host}."
         )
 
 
@@ -278,10 +287,21 @@ def _listen() -> None:
         earlier(kind, error, trace)
 
     sys.excepthook = on_uncaught
+    threading.Thread(target=_leave_notes, daemon=True, name="slowmo_hf notes").start()
     atexit.register(_at_exit)
 
 
+_ended = threading.Event()  # this process does
+
+
+def _leave_notes() -> None:
+    while not _ended.wait(_NOTE_SECONDS):
+        for roll_call in list(_going):
+            roll_call.register.note()
+
+
 def _at_exit() -> None:
+    _ended.set()
     for roll_call in list(_going):
         roll_call.leave("its process ended")
     leave_job()
