@@ -30,7 +30,9 @@ class LocalTensors:
         tensors, others, local_value = self._tensors, self._tensors.others, self._view.local_value
         changed, there = others.changed(), others.now()
         changed = [name for name in changed if name in there]
-        own = Contents({"changed_buffers": changed, "own_buffers": others.own(changed)})
+        own = Contents({"changed_buffers": changed})
+        if others.own(changed):
+            own.settings["own_buffers"] = others.own(changed)
         own.tensors.update({f"buffer.{name}": local_value(there[name]) for name in changed})
         if not agree:
             named = zip(tensors.names, tensors.trainable, strict=True)
@@ -52,14 +54,15 @@ class LocalTensors:
         if not same_number:
             return lambda: others.take_averaged(averaged)
         changed = own.names("changed_buffers")
-        made_in_passes = own.names("own_buffers") if "own_buffers" in own.settings else []  # an older one has none
-        own.refuse_unknown("changed_buffers", changed, {*there, *made_in_passes})
+        own_names = own.names("own_buffers") if "own_buffers" in own.settings else []
+        own.refuse_unknown("own_buffers", own_names, {*others.own(there), *others.to_be_made(own_names)})
+        own.refuse_unknown("changed_buffers", changed, {*there, *own_names})
         acts, frozen = [], others.parameters()
         for name in changed:  # a buffer may hold infinities that mean something, and have grown
-            may_have_grown = name in made_in_passes or (others.are_local and name not in frozen)
+            may_have_grown = name in own_names or (others.are_local and name not in frozen)
             like = None if may_have_grown else local(there[name])
             value = own.tensor(f"buffer.{name}", like, finite=False)
-            acts.append(others.put(name, value, is_own=name in made_in_passes))
+            acts.append(others.put(name, value, is_own=name in own_names))
         values = []
         if not self._clock.agree_at(saved.shared.count("attempted_steps")):
             for name, param in zip(tensors.names, tensors.trainable, strict=True):

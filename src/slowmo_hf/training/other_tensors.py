@@ -174,6 +174,12 @@ class OtherTensors:
 
     # ---- from a checkpoint ----
 
+    def to_be_made(self, names: Iterable[str]) -> list[str]:
+        """Of these the ones that are not there, in modules that are: their first pass makes them."""
+        modules = dict(self.model.named_modules()) if self.model is not None else {}
+        there = self.now()
+        return [name for name in names if name not in there and name.rpartition(".")[0] in modules]
+
     def put(self, name: str, value: torch.Tensor, *, is_own: bool) -> Callable[[], None]:
         """What gives a tensor this value; a buffer of another shape, or one that a pass has yet to make, is made."""
         there = self.now().get(name)
