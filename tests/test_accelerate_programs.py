@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slowmo_hf
 from harness import patience, run_workers
+from launcher import RECIPE_ENVIRONMENT, launch
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from tiny import Heard
 
@@ -445,6 +446,20 @@ def test_the_readmes_loop_trains_evaluates_saves_and_goes_on(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(mine, others[1:], strict=True))
     saved = load_file(tmp_path / "whole/model.safetensors")
     assert torch.equal(torch.cat([saved[name].flatten() for name in saved]).sort().values, whole[-1].sort().values)
+
+
+def test_the_readmes_program_runs(tmp_path):
+    """As it is printed, with two processes: the loss falls, and the saved model is near the sum of its inputs."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    program, said = tmp_path / "program.py", tmp_path / "said"
+    body = page.split("```python\n")[1].split("```")[0]
+    program.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{body}")  # where it saves
+    assert launch([str(program)], 2, RECIPE_ENVIRONMENT, said) == 0, said.read_text()
+    losses = [float(line.split()[-1]) for line in said.read_text().splitlines() if line.startswith("epoch ")]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] / 10
+    weight = load_file(tmp_path / "trained" / "model.safetensors")["weight"]
+    assert torch.allclose(weight, torch.ones(1, 4), atol=0.2)
 
 
 def gather_the_loss():

@@ -28,7 +28,7 @@ WINGS = {
         ["callback", "functions"],
         ["optimizer", "trainer_end", "trainer_gathers", "trainer_saves"],
         [
-            *("exit_notice", "first_pass", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
+            *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
             *("trainer_checkpoints", "trainer_methods", "trainer_start"),
         ],
         ["fully_sharded"],
@@ -64,8 +64,8 @@ WINGS = {
     "ground": [
         ["config"],
         ["presets"],
-        ["rules"],
-        ["contents"],
+        ["rules", "values"],
+        ["contents", "hints"],
         ["dtensors", "log", "names", "random_state", "upstream"],
     ],
 }

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 SHIPPED = Path(__file__).parents[1] / "data" / "fashion_mnist"
 # Names that differ between known sets: image column, label column, test split (ImageNet's own test labels are hidden).
@@ -67,8 +68,8 @@ def load_images(
         dataset_name (`str`, *optional*): A name on the Hub, or a folder of one of three kinds, told apart by what it
             holds: `dataset_dict.json` (written by `DatasetDict.save_to_disk`), Parquet files, or images as
             `<split>/<class>/<file>`, whose classes are named after their folders. None: the shipped set.
-        image_column (`str`, *optional*), label_column (`str`, *optional*): `image` and `label`, or what the known set
-            calls them.
+        image_column (`str`, *optional*), label_column (`str`, *optional*): What the known set calls them, `image` and
+            `label`, or the only column of images and of class labels.
         train_split (`str`, *optional*, defaults to `"train"`): Name of the split or its folder. Of Parquet files,
             `<split>.parquet` and `<split>-*.parquet`; where there are none, those whose names start with it.
         test_split (`str`, *optional*): As `train_split`. None: what the known set calls it, or `test`, or, where there
@@ -80,8 +81,9 @@ def load_images(
         DataError: No such set, no Hub, terms not accepted, or a folder, column, split or label that is not there.
     """
     known = _KNOWN_COLUMNS.get(dataset_name or "", ("image", "label", None))
-    image_column, label_column, test_split = image_column or known[0], label_column or known[1], test_split or known[2]
-    train, test, test_split = _load(dataset_name, train_split, test_split)
+    train, test, test_split = _load(dataset_name, train_split, test_split or known[2])
+    image_column = image_column or _column(train, known[0], "image_column", datasets.Image)
+    label_column = label_column or _column(train, known[1], "label_column", datasets.ClassLabel)
     for rows, split, flag in ((train, train_split, "train_split"), (test, test_split, "test_split")):
         if not len(rows):
             raise DataError(f"{flag} must hold images, got {split!r}, which has no rows. Set --{flag}.")
@@ -90,6 +92,7 @@ def load_images(
     _check_same_names(train, test, test_split, label_column)
     _check_labels(train, train_split, "train_split", label_column, len(label_names))
     _check_labels(test, test_split, "test_split", label_column, len(label_names))
+    _check_classes(train, train_split, label_column, label_names)
     train = _fewer_rows(train, label_column, max_train_samples, "max_train_samples")
     test = _fewer_rows(test, label_column, max_eval_samples, "max_eval_samples")
     side, modes = _side_and_modes(train, image_column)
@@ -170,15 +173,31 @@ def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loa
             f"train_split and test_split must name different files, got {train_split!r} and {test_split!r}, and both "
             f"mean {sorted(both)}. Set --train_split and --test_split."
         )
-    paths = {split: [glob.escape(str(folder / name)) for name in names] for split, names in files.items()}
     train, test = (
-        _read(
-            folder,
-            lambda split=split: datasets.load_dataset("parquet", data_files={"train": paths[split]}, split="train"),
-        )
-        for split in (train_split, test_split)
+        _read_parquet(folder, files[split], flag)
+        for split, flag in ((train_split, "train_split"), (test_split, "test_split"))
     )
     return train, test, test_split
+
+
+def _read_parquet(folder: Path, names: list[str], flag: str) -> datasets.Dataset:
+    """One split's files. datasets tells neither which one is broken nor that all are without rows."""
+    rows = 0
+    for name in names:
+        try:
+            rows += parquet.read_metadata(folder / name).num_rows
+        except Exception as error:
+            raise DataError(
+                f"dataset_name must hold Parquet files, got {str(folder / name)!r}, which is none ({error}). Mend or "
+                f"remove it, or set --{flag} or --dataset_name."
+            ) from error
+    if not rows:
+        raise DataError(
+            f"{flag} must hold images, got {str(folder / names[0])!r}, which has no rows. Fill it, or set --{flag} or "
+            "--dataset_name."
+        )
+    paths = [glob.escape(str(folder / name)) for name in names]
+    return _read(folder, lambda: datasets.load_dataset("parquet", data_files={"train": paths}, split="train"))
 
 
 def _files_of(split: str, names: list[str]) -> list[str]:
@@ -242,6 +261,12 @@ def _class_folders(split_folder: Path, flag: str) -> list[str]:
                 f"images must lie in <split>/<class>/, got {str(split_folder / name)!r} with the folder {nested[0]!r} "
                 f"inside. Mend the folders, or set --{flag} or --dataset_name."
             )
+    kinds = Image.registered_extensions()
+    if not any(path.suffix.lower() in kinds for name in classes for path in (split_folder / name).iterdir()):
+        raise DataError(
+            f"{flag} must hold class folders with images, got {str(split_folder)!r}, whose folders {classes[:5]} hold "
+            f"none. Put images there, or set --{flag} or --dataset_name."
+        )
     return classes
 
 
@@ -333,11 +358,49 @@ def _side_and_modes(rows: datasets.Dataset, image_column: str) -> tuple[int, set
     The longest side in pixels and the colour modes: of all images if they are small, of the first large one otherwise.
     """
     side, modes = 0, set()
-    for row in rows.select_columns(image_column):
-        side, modes = max(side, *row[image_column].size), modes | {row[image_column].mode}
-        if side > SMALL_IMAGE:
-            break
+    try:
+        for row in rows.select_columns(image_column):
+            side, modes = max(side, *row[image_column].size), modes | {row[image_column].mode}
+            if side > SMALL_IMAGE:
+                break
+    except Exception as error:  # of Pillow's many readers
+        raise unreadable(rows, image_column, error) from error
     return side, modes
+
+
+def unreadable(
+    rows: datasets.Dataset, image_column: str, error: Exception, indices: Collection[int] | None = None
+) -> DataError:
+    """Which image cannot be decoded: the first of these rows, of all by default."""
+    for index in range(len(rows)) if indices is None else indices:
+        try:
+            rows[index][image_column].load()
+        except Exception as of_row:
+            error = of_row
+            break
+    raw = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))[index]
+    path = (raw[image_column] or {}).get("path")
+    why = "it is missing" if raw[image_column] is None else f"{type(error).__name__}: {error}"
+    return DataError(
+        f"image_column must hold images that can be decoded, got row {index} of {image_column!r}"
+        f"{f', {path!r}' if path else ''}: {why}. Mend or remove that image, or set --image_column or --dataset_name."
+    )
+
+
+def _column(rows: datasets.Dataset, usual: str, flag: str, kind: type[Any]) -> str:
+    """The column of the usual name or, where that is none of this kind, the only one that is."""
+    found = rows.features.get(usual)
+    if isinstance(found, kind) or (kind is datasets.ClassLabel and "int" in str(getattr(found, "dtype", ""))):
+        return usual
+    fitting = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting or usual not in rows.features:
+        raise DataError(
+            f"{flag} must be one of the columns {rows.column_names}, got {usual!r}, the usual name, and "
+            f"{len(fitting)} columns of type {kind.__name__} {fitting}. Set --{flag}."
+        )
+    return usual  # of another type, and the caller says so
 
 
 def _check_columns(rows: datasets.Dataset, image_column: str, label_column: str) -> None:
@@ -394,6 +457,16 @@ def _check_labels(rows: datasets.Dataset, split: str, flag: str, label_column: s
         )
 
 
+def _check_classes(rows: datasets.Dataset, split: str, label_column: str, names: list[str]) -> None:
+    """With one class there is nothing to learn, and every accuracy is 1."""
+    there = np.unique(_labels(rows, label_column))
+    if len(there) < 2:
+        raise DataError(
+            f"label_column must hold two classes or more, got {label_column!r} of {split!r} with {names[there[0]]!r} "
+            "alone. Set --label_column, --train_split or --dataset_name."
+        )
+
+
 class _Images(torch.utils.data.Dataset[dict[str, Any]]):
     """
     Rows as `{"image", "label", "draws"}`: `draws` names the row's random numbers (seed, pass, row), None where it is
@@ -424,7 +497,10 @@ class SmallImages(_Images):
         super().__init__(seed)
         size = (sets.image_size, sets.image_size)
         mode = "L" if sets.channels == 1 else "RGB"
-        arrays = [np.asarray(image.convert(mode).resize(size)) for image in rows[sets.image_column]]
+        try:
+            arrays = [np.asarray(image.convert(mode).resize(size)) for image in rows[sets.image_column]]
+        except Exception as error:  # of Pillow's many readers
+            raise unreadable(rows, sets.image_column, error) from error
         self.images = torch.from_numpy(np.stack(arrays)).view(len(arrays), *size, -1).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.tensor(rows[sets.label_column])
 
@@ -449,8 +525,12 @@ class LargeImages(_Images):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, draws = self.rows[index], self._draws(index)
-        image = row[self.sets.image_column].convert("RGB")
+        draws = self._draws(index)
+        try:
+            row = self.rows[index]
+            image = row[self.sets.image_column].convert("RGB")
+        except Exception as error:
+            raise unreadable(self.rows, self.sets.image_column, error, [index]) from error
         box = random_resized_box(*image.size, generator_of(draws)) if draws else centre_box(*image.size)
         pixels = np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR, box=box)).copy()
         return {

@@ -70,10 +70,11 @@ class ScriptArguments:
         },
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column with the images; image, or what the known set calls it."}
+        default=None, metadata={"help": "Column with the images; by default image, or the only one with images."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column with the class labels; label, or what the known set calls it."}
+        default=None,
+        metadata={"help": "Column with the class labels; by default label, or the only one with class labels."},
     )
     train_split: str = field(
         default="train",
@@ -301,6 +302,9 @@ def print_choices(script: ScriptArguments, args: TrainingArguments, sets: ImageS
     """What was chosen where the user might expect another choice."""
     if script.test_split is None and sets.test_split != "test":
         print(f"test_split was not given: the test images are those of {sets.test_split!r}", flush=True)
+    for name, usual in (("image_column", "image"), ("label_column", "label")):
+        if getattr(script, name) is None and getattr(sets, name) != usual:
+            print(f"{name} was not given: it is {getattr(sets, name)!r}", flush=True)
     if args.optim != "sgd" and args.learning_rate == RecipeTrainingArguments.learning_rate:
         print(
             f"learning_rate={args.learning_rate} was chosen for sgd, not for {args.optim.value}: set --learning_rate",

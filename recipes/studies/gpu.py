@@ -14,6 +14,7 @@ from records import SettingError, write_record
 from studies import cifar10
 from studies.kept import Clock, Keeper
 from studies.plan import TASKS, PaperRun, table1
+from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
 
 TASK = "cifar10"
@@ -101,7 +102,9 @@ def run_one_by_one(
     data = cifar10.load(dataset_name, machine.device, gpu.max_train_samples)
     check_same_data(data, TASK, dataset_name, folder)
     reserve = 0.0  # seconds that the run before would have kept for two more epochs
+    progress = Progress(len(missing[:max_runs]))
     for number, run in enumerate(missing[:max_runs], start=1):
+        print(progress.line([run.name]), flush=True)
         if not clock.has(reserve):
             print("no time is left for another run; the next call goes on", flush=True)
             return
@@ -119,4 +122,5 @@ def run_one_by_one(
         record = make_record(run, told, cifar10.LIBRARIES, command, hardware)
         write_record(record, folder / f"{run.name}.json")
         keeper.forget()
+        progress.count(record["seconds"])
         print(f"{number}/{len(missing)} {outcome(record)}, {record['seconds_per_epoch']:.2f} s an epoch", flush=True)

@@ -35,6 +35,7 @@ from records import SettingError, end_program, write_record
 from studies import cifar10, small_images, small_translation
 from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
 from studies.plan import TASKS, Run, Tuned, choose, sweeps, table1, tuning
+from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
 from studies.showing import data_line, plot, plot_sweep, table
 from translation import data as translation_data
@@ -179,11 +180,16 @@ def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
 def run_all(runs: list[Run], arguments: Arguments, folder: Path) -> None:
     """Several at a time, each in a process of its own with one thread; each writes its record when it is done."""
     folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(len(runs), arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_one_thread) as pool:
-        under_way = [pool.submit(run_one, run, arguments.dataset_name, str(folder)) for run in runs]
+        under_way = {pool.submit(run_one, run, arguments.dataset_name, str(folder)): run.name for run in runs}
+        print(progress.line(list(under_way.values())), flush=True)
         try:
-            for number, done in enumerate(as_completed(under_way), start=1):
-                print(f"{number}/{len(runs)} {outcome(done.result())}", flush=True)
+            for done in as_completed(under_way):
+                record = done.result()
+                progress.count(record["seconds"])
+                print(f"{progress.done}/{len(runs)} {outcome(record)}", flush=True)
+                print(progress.line([name for run, name in under_way.items() if not run.done()]), flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the others would fail too, one after the other
             raise

@@ -175,7 +175,7 @@ def _pick(splits: Mapping[str, Any], name: str, flag: str) -> datasets.Dataset:
         others = "" if flag == "train_split" else f", or of {list(NEWSTESTS)}"
         raise DataError(f"{flag} must be one of the splits {list(splits)}{others}, got {name!r}. Set --{flag}.")
     found = splits[name]
-    return found() if callable(found) else found
+    return found(flag) if callable(found) else found
 
 
 def _first(rows: datasets.Dataset, limit: int | None, flag: str) -> datasets.Dataset:
@@ -263,7 +263,7 @@ def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
     names = sorted(path.stem for path in folder.glob(f"*.{ends[0]}") if path.with_suffix(f".{ends[1]}").is_file())
     if names:
         return {
-            name: lambda name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends)
+            name: lambda flag, name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends, flag)
             for name in names
         }
     raise DataError(
@@ -272,13 +272,33 @@ def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
     )
 
 
-def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[], datasets.Dataset]:
-    """Splits are read apart: they may differ in columns that nobody wants."""
-    return lambda: _read(folder, lambda: datasets.load_dataset(builder, data_files={"train": paths}, split="train"))
+def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[str], datasets.Dataset]:
+    """Splits are read apart: they may differ in columns that nobody wants. The function takes the split's flag."""
+
+    def load(flag: str) -> datasets.Dataset:
+        _refuse_empty([Path(path) for path in paths], flag)
+        return _read(
+            folder,
+            lambda: datasets.load_dataset(builder, data_files={"train": paths}, split="train"),
+            f" ({', '.join(Path(path).name for path in paths[:3])})",
+        )
+
+    return load
 
 
-def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str]) -> datasets.Dataset:
+def _refuse_empty(paths: list[Path], flag: str) -> None:
+    """datasets has other words for each kind of file, and names none."""
+    for path in paths:
+        if not path.stat().st_size:
+            raise DataError(
+                f"{flag} must hold sentence pairs, got {str(path)!r}, which is empty. Fill it, or set --{flag} or "
+                "--dataset_name."
+            )
+
+
+def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str], flag: str) -> datasets.Dataset:
     """Two text files, read line by line into columns named after the languages."""
+    _refuse_empty(paths, flag)
     # A file that changed is not taken from the cache.
     stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     # Datasets would divide lists into shards.
@@ -300,18 +320,20 @@ def _lines(paths: tuple[str, str], languages: tuple[str, str], stamps: tuple[Any
         try:
             for pair in zip(source, target, strict=True):
                 yield {language: line.rstrip("\r\n") for language, line in zip(languages, pair, strict=True)}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{paths[0]} and {paths[1]} must be UTF-8 ({error})") from error
         except ValueError as error:
             raise DataError(f"{paths[0]} and {paths[1]} must have equally many lines ({error})") from error
 
 
-def _read(folder: Path, load: Callable[[], Any]) -> Any:
+def _read(folder: Path, load: Callable[[], Any], files: str = "") -> Any:
     try:
         return load()
     except Exception as error:  # datasets lets through errors of many libraries; what went wrong is often in the cause
         cause = error.__cause__ or error
         raise DataError(
-            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set "
-            "--dataset_name."
+            f"dataset_name={str(folder)!r}{files} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or "
+            "set --dataset_name."
         ) from error
 
 

@@ -44,5 +44,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, those that have not been imported yet among them."""
-    return sorted({*globals(), *__all__})
+    """The public names alone, those that have not been imported yet among them."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .names import CODES, OUTER_UPDATES, TOPOLOGIES, find, may_be_read, name_by_the_program
+from . import values
+from .hints import unknown_settings
+from .names import (
+    OUTER_UPDATES,
+    Base,
+    Compression,
+    InnerState,
+    ModelBuffers,
+    Place,
+    TopologyName,
+    may_be_read,
+    name_by_the_program,
+)
 from .presets import Presets
 from .rules import GOSSIP_BASES as GOSSIP_BASES
 from .rules import SLOW_MOMENTUM as SLOW_MOMENTUM
 from .rules import check
 
-_BASES = ("local_sgd", *GOSSIP_BASES, "all_reduce")
-_CHOICES = {
-    "base": _BASES,
-    "inner_state": ("auto", "reset", "maintain", "average"),
-    "model_buffers": ("average", "local"),
-    "slow_state_device": ("same", "cpu"),
-    "stash_device": ("same", "cpu"),
-}
 
-
-def _help(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}  # of the flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,8 @@ class SlowMoConfig(Presets):
         sync_every (`int`, *optional*, defaults to `12`):
             Inner steps per round, the paper's tau, in optimizer steps (not micro-batches).
         outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`): The update of the anchors.
-            `"slow_momentum"` is lines 7 and 8 of Algorithm 1; anything else is the dotted path of a
-            `torch.optim.Optimizer`, fed with the pseudo-gradient.
+            `"slow_momentum"` is lines 7 and 8 of Algorithm 1; anything else is a `torch.optim.Optimizer`, the class or
+            its dotted path, fed with the pseudo-gradient. It is kept as the path.
         outer_optimizer_kwargs (`str`, *optional*): JSON object (or a `dict`) of arguments for a dotted-path
             `outer_optimizer`, for example `{"momentum": 0.9}`. Its learning rate is `outer_lr`.
         outer_lr (`float`, *optional*, defaults to `1.0`):
@@ -91,98 +92,55 @@ class SlowMoConfig(Presets):
             at most. Two take turns, each an eighth of what travels and 16 MiB at least; less memory makes more of
             them. Messages behind the computation (`overlap_steps`, `osgp`) have this size each.
         timeout_seconds (`float`, *optional*, defaults to `1800.0`):
-            How long a round waits for a worker before it fails.
+            How long a round waits for a worker before it fails, 0.001 to 1e9.
 
     Raises:
         ValueError: A setting is out of range, or two settings contradict each other.
+        TypeError: There is no such setting, or one is given without its name.
     """
 
-    base: str = _help("What workers do at every step: local_sgd, sgp, osgp, dpsgd or all_reduce.", "local_sgd")
-    sync_every: int = _help("Inner optimizer steps per round (tau).", 12)
-    outer_optimizer: str = _help("slow_momentum, or the dotted path of a torch optimizer.", SLOW_MOMENTUM)
-    outer_optimizer_kwargs: str | None = _help("JSON object of arguments for a dotted-path outer_optimizer.", None)
-    outer_lr: float = _help("Slow learning rate (alpha).", 1.0)
-    outer_momentum: float = _help("Slow momentum (beta); 0 is Local SGD.", 0.5)
-    inner_state: str = _help("Inner optimizer state at a round: auto, reset, maintain or average.", "auto")
-    exact_average: bool = _help("Exact average at a round (line 6); False is for gossip bases only.", True)
-    model_buffers: str = _help("Changing floating-point buffers at a round: average or local.", "average")
-    processes_per_worker: str = _help("auto, node or a number of processes.", "auto")
-    topology: str = _help(f"Who sends to whom: {', '.join(['auto', *TOPOLOGIES])}; gossip bases only.", "auto")
-    peers: int = _help("Peers per exchange; gossip bases only.", 1)
-    staleness: int = _help("Optimizer steps that a message is in flight; base osgp only.", 1)
-    overlap_steps: int = _help("Steps of training while the average of a round travels; base local_sgd.", 0)
-    compression: str = _help(
-        f"What a round's average travels in: {', '.join(['none', *CODES])}, with error feedback; base local_sgd only.",
-        "none",
+    base: Base = field(default="local_sgd", metadata=_help("What workers do at every step."))
+    sync_every: int = field(default=12, metadata=_help("Inner optimizer steps per round (tau)."))
+    outer_optimizer: str = field(
+        default=SLOW_MOMENTUM, metadata=_help("slow_momentum, or the dotted path of a torch optimizer.")
     )
-    shard_slow_state: bool = _help(
-        "Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.", False
+    outer_optimizer_kwargs: str | None = field(
+        default=None, metadata=_help("JSON object of arguments for a dotted-path outer_optimizer.")
     )
-    slow_state_device: str = _help("Where a sharded slow state lies: same or cpu.", "same")
-    stash_device: str = _help("Where local weights wait while the average is shown: same or cpu.", "same")
-    bucket_bytes: int = _help("Bytes that the messages of a round take, at most.", 256 * 2**20)
-    timeout_seconds: float = _help("How long a round waits for a worker, in seconds.", 1800.0)
+    outer_lr: float = field(default=1.0, metadata=_help("Slow learning rate (alpha)."))
+    outer_momentum: float = field(default=0.5, metadata=_help("Slow momentum (beta); 0 is Local SGD."))
+    inner_state: InnerState = field(default="auto", metadata=_help("Inner optimizer state at a round."))
+    exact_average: bool = field(
+        default=True, metadata=_help("Exact average at a round (line 6); False is for gossip bases only.")
+    )
+    model_buffers: ModelBuffers = field(
+        default="average", metadata=_help("Changing floating-point buffers at a round.")
+    )
+    processes_per_worker: str = field(default="auto", metadata=_help("auto, node or a number of processes."))
+    topology: TopologyName = field(default="auto", metadata=_help("Who sends to whom; gossip bases only."))
+    peers: int = field(default=1, metadata=_help("Peers per exchange; gossip bases only."))
+    staleness: int = field(default=1, metadata=_help("Optimizer steps that a message is in flight; base osgp only."))
+    overlap_steps: int = field(
+        default=0, metadata=_help("Steps of training while the average of a round travels; base local_sgd.")
+    )
+    compression: Compression = field(
+        default="none",
+        metadata=_help("What a round's average travels in, with error feedback; base local_sgd only."),
+    )
+    shard_slow_state: bool = field(
+        default=False, metadata=_help("Keep 1/m of anchors and velocity on each of m workers; base local_sgd only.")
+    )
+    slow_state_device: Place = field(default="same", metadata=_help("Where a sharded slow state lies."))
+    stash_device: Place = field(default="same", metadata=_help("Where local weights wait while the average is shown."))
+    bucket_bytes: int = field(default=256 * 2**20, metadata=_help("Bytes that the messages of a round take, at most."))
+    timeout_seconds: float = field(default=1800.0, metadata=_help("How long a round waits for a worker, in seconds."))
 
     def __post_init__(self) -> None:
-        if isinstance(self.outer_optimizer_kwargs, dict):
-            object.__setattr__(self, "outer_optimizer_kwargs", json.dumps(self.outer_optimizer_kwargs, sort_keys=True))
-        if isinstance(self.processes_per_worker, int) and not isinstance(self.processes_per_worker, bool):
-            object.__setattr__(self, "processes_per_worker", str(self.processes_per_worker))
-        self._check_types()
-        self._check_ranges()
+        values.settle(self)
         self._check_outer_optimizer()
-        self._check_processes_per_worker()
         check(self)
 
-    def _check_types(self) -> None:
-        tables = {"topology": ("auto", *TOPOLOGIES), "compression": ("none", *CODES)}
-        for name, choices in (_CHOICES | tables).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("sync_every", "peers", "staleness", "overlap_steps", "bucket_bytes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be an integer, got {value!r}.")
-        for name in ("outer_lr", "outer_momentum", "timeout_seconds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}.")
-            object.__setattr__(self, name, float(value))
-        for name in ("exact_average", "shard_slow_state"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-
-    def _check_ranges(self) -> None:
-        if self.sync_every < 1:
-            raise ValueError(
-                f"sync_every must be >= 1 optimizer step, got {self.sync_every}. Use 1 to average after every step."
-            )
-        if not 0 <= self.outer_momentum < 1:
-            raise ValueError(
-                f"outer_momentum must be in [0, 1), got {self.outer_momentum}. Use 0 to switch slow momentum off."
-            )
-        if self.outer_lr <= 0:
-            raise ValueError(f"outer_lr must be > 0, got {self.outer_lr}. Use 1.0 for the paper's setting.")
-        if self.timeout_seconds <= 0:
-            raise ValueError(f"timeout_seconds must be > 0 seconds, got {self.timeout_seconds}.")
-        if self.bucket_bytes < 1024:
-            raise ValueError(
-                f"bucket_bytes must be >= 1024 bytes, got {self.bucket_bytes}. 26214400 (25 MiB) is lean."
-            )
-        if self.peers < 1:
-            raise ValueError(f"peers must be >= 1, got {self.peers}.")
-        if self.staleness < 0:
-            raise ValueError(f"staleness must be >= 0 steps, got {self.staleness}.")
-        if not 0 <= self.overlap_steps < self.sync_every:
-            raise ValueError(
-                f"overlap_steps must be in [0, sync_every), got {self.overlap_steps} with "
-                f"sync_every={self.sync_every}: a round ends before the next one begins. Lower overlap_steps or raise "
-                "sync_every."
-            )
-
     def _check_outer_optimizer(self) -> None:
-        if not isinstance(self.outer_optimizer, str):
-            raise ValueError(f"outer_optimizer must be a name, got {self.outer_optimizer!r}.")
         if self.outer_optimizer in OUTER_UPDATES:
             if self.outer_optimizer_kwargs is not None:
                 raise ValueError(
@@ -191,19 +149,8 @@ class SlowMoConfig(Presets):
                     "outer_momentum instead."
                 )
             return
-        self.outer_optimizer_class()
+        values.check_arguments(self.outer_optimizer, self.outer_optimizer_class(), self.outer_optimizer_arguments())
         name_by_the_program(self.outer_optimizer)
-        kwargs = self.outer_optimizer_arguments()
-        if "lr" in kwargs:
-            raise ValueError(
-                f"outer_optimizer_kwargs must not hold 'lr', got {kwargs['lr']!r}. Set outer_lr, the outer "
-                "optimizer's lr."
-            )
-
-    def _check_processes_per_worker(self) -> None:
-        value = self.processes_per_worker
-        if value not in ("auto", "node") and not (isinstance(value, str) and value.isdecimal() and int(value) > 0):
-            raise ValueError(f"processes_per_worker must be 'auto', 'node' or a number >= 1, got {value!r}.")
 
     @property
     def averages_at_rounds(self) -> bool:
@@ -228,30 +175,11 @@ class SlowMoConfig(Presets):
 
     def outer_optimizer_class(self) -> type[Any]:
         """The class that a dotted-path `outer_optimizer` names; `ValueError` where there is none."""
-        try:
-            found = find(self.outer_optimizer)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                "outer_optimizer must be 'slow_momentum' or the dotted path of a torch optimizer such as "
-                f"'torch.optim.SGD', got {self.outer_optimizer!r} ({error})."
-            ) from error
-        if not callable(getattr(found, "step", None)):
-            raise ValueError(
-                f"outer_optimizer must name a torch optimizer, got {self.outer_optimizer!r}, a {found!r}."
-            )
-        return found  # type: ignore[no-any-return]
+        return values.class_at(self.outer_optimizer)
 
     def outer_optimizer_arguments(self) -> dict[str, Any]:
         """`outer_optimizer_kwargs` as a dictionary; `ValueError` where it is no JSON object."""
-        try:
-            arguments = json.loads(self.outer_optimizer_kwargs or "{}")
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"outer_optimizer_kwargs must be JSON, got {self.outer_optimizer_kwargs!r} ({error})."
-            ) from error
-        if not isinstance(arguments, dict):
-            raise ValueError(f"outer_optimizer_kwargs must be a JSON object, got {self.outer_optimizer_kwargs!r}.")
-        return arguments
+        return values.arguments_of(self.outer_optimizer_kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""
@@ -266,7 +194,11 @@ class SlowMoConfig(Presets):
         Raises:
             ValueError: A setting does not exist, or is none that a dictionary may have.
         """
-        _refuse_unknown(settings, {f.name for f in fields(cls)})
+        if not isinstance(settings, dict):
+            raise ValueError(f"settings must be a dictionary of SlowMoConfig's fields, got {settings!r}.")
+        unknown = unknown_settings(settings, [f.name for f in fields(cls)])
+        if unknown:
+            raise ValueError(unknown)
         named = settings.get("outer_optimizer", SLOW_MOMENTUM)
         if not may_be_read(named):
             raise ValueError(
@@ -275,11 +207,3 @@ class SlowMoConfig(Presets):
                 f"nothing is imported because a file names it. Write SlowMoConfig(outer_optimizer={named!r}) first."
             )
         return cls(**settings)
-
-
-def _refuse_unknown(settings: Any, known: set[str]) -> None:
-    if not isinstance(settings, dict):
-        raise ValueError(f"settings must be a SlowMoConfig or a dictionary of its fields, got {settings!r}.")
-    unknown = sorted(map(str, set(settings) - known))
-    if unknown:
-        raise ValueError(f"unknown settings {unknown}; SlowMoConfig has {sorted(known)}.")

@@ -10,13 +10,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .. import upstream
-from ..config import SlowMoConfig
 from ..dtensors import sharded_modules
 from ..log import make_heard
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
 from ..training.report import RoundReport
+from .given import Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
@@ -48,11 +48,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     Args:
         config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults
             where it is None.
+        settings (*optional*): Fields of `SlowMoConfig` in place of `config`: `SlowMoCallback(sync_every=24)`.
+
+    Raises:
+        ValueError: `config` is something else, or a setting is wrong.
     """
 
-    def __init__(self, config: SlowMoConfig | dict[str, Any] | None = None) -> None:
-        config = SlowMoConfig() if config is None else config
-        self.config = config if isinstance(config, SlowMoConfig) else SlowMoConfig.from_dict(config)
+    def __init__(self, config: Settings = None, **settings: Any) -> None:
+        self.config = config_of(config, settings, write="SlowMoCallback({})")
         self.checkpoint: dict[str, Any] | None = None
         self.outer_loop: OuterLoop | None = None
         self._ending: Ending | None = None

@@ -27,6 +27,7 @@ from .first_pass import (
     whole_model,
 )
 from .fully_sharded import sharded_roots
+from .given import Settings, config_of, what_is
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
@@ -49,7 +50,7 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     Args:
         inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
-        config (`SlowMoConfig`, *optional*): The settings; the defaults where it is None.
+        config (`SlowMoConfig` or `dict`, *optional*): The settings, or fields of it by name: `sync_every=24`.
 
     Raises:
         TypeError: `inner_optimizer` is no torch optimizer.
@@ -58,11 +59,11 @@ class SlowMoOptimizer(OptimizerWrapper):
     config: SlowMoConfig
     _pending: dict[str, Any] | None
 
-    def __init__(self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig | None = None) -> None:
-        _check_arguments(inner_optimizer, config)
-        # Optimizer.__init__ would take the parameter groups for its own. Its __setstate__ gives hooks and profiling
-        # alone.
-        self.__setstate__({"inner_optimizer": inner_optimizer, "config": config or SlowMoConfig(), "_pending": None})
+    def __init__(self, inner_optimizer: torch.optim.Optimizer, config: Settings = None, **settings: Any) -> None:
+        _check_inner_optimizer(inner_optimizer)
+        config = config_of(config, settings, write="SlowMoOptimizer(optimizer, {})")
+        # Optimizer.__init__ would take the parameter groups; its __setstate__ gives hooks and profiling alone.
+        self.__setstate__({"inner_optimizer": inner_optimizer, "config": config, "_pending": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
@@ -287,18 +288,17 @@ class SlowMoOptimizer(OptimizerWrapper):
         return loss
 
 
-def _check_arguments(inner_optimizer: Any, config: Any) -> None:
-    if not isinstance(inner_optimizer, torch.optim.Optimizer):
-        raise TypeError(f"inner_optimizer must be a torch.optim.Optimizer, got {type(inner_optimizer).__name__}.")
+def _check_inner_optimizer(inner_optimizer: Any) -> None:
     if isinstance(inner_optimizer, SlowMoOptimizer):
         raise TypeError("inner_optimizer is a SlowMoOptimizer already; wrap an optimizer once.")
     if type(inner_optimizer).__name__ == "AcceleratedOptimizer":
         raise TypeError(
             "inner_optimizer was prepared already: wrap first, accelerator.prepare(SlowMoOptimizer(optimizer))."
         )
-    if config is not None and not isinstance(config, SlowMoConfig):
+    if not isinstance(inner_optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"config must be a SlowMoConfig, got {type(config).__name__}. Use SlowMoConfig(sync_every=...)."
+            f"inner_optimizer must be a torch.optim.Optimizer, got {what_is(inner_optimizer)}. Write "
+            "SlowMoOptimizer(torch.optim.AdamW(model.parameters(), lr=...), SlowMoConfig())."
         )
 
 
