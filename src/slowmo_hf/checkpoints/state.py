@@ -10,8 +10,8 @@ alone. Every part writes its own fields and checks them again; here stand those 
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
     own     run, save, workers, attempted_steps; the caller's objects      here
             local_steps, rates                                             Clock
-            changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
-            workers differ
+            changed_buffers, reshaped_buffers, buffer.NAME;                LocalTensors
+            parameter.NAME, where workers differ
             the object inner_optimizer                                     InnerState
             bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
             departed, departed.i                                           InFlight, TrainingOn, of a round in flight

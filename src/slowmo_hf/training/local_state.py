@@ -9,6 +9,7 @@ from ..dtensors import local
 from .clock import Clock
 from .consensus_view import ConsensusView
 from .model_tensors import ModelTensors
+from .other_tensors import is_dense
 
 
 class LocalTensors:
@@ -29,10 +30,10 @@ class LocalTensors:
         """As `Part.saved`."""
         tensors, others, local_value = self._tensors, self._tensors.others, self._view.local_value
         changed, there = others.changed(), others.now()
-        changed = [name for name in changed if name in there]
+        changed = [name for name in changed if name in there and is_dense(there[name])]
         own = Contents({"changed_buffers": changed})
-        if others.own(changed):
-            own.settings["own_buffers"] = others.own(changed)
+        if others.reshaped(changed):
+            own.settings["reshaped_buffers"] = others.reshaped(changed)
         own.tensors.update({f"buffer.{name}": local_value(there[name]) for name in changed})
         if not agree:
             named = zip(tensors.names, tensors.trainable, strict=True)
@@ -54,15 +55,13 @@ class LocalTensors:
         if not same_number:
             return lambda: others.take_averaged(averaged)
         changed = own.names("changed_buffers")
-        own_names = own.names("own_buffers") if "own_buffers" in own.settings else []
-        own.refuse_unknown("own_buffers", own_names, {*others.own(there), *others.to_be_made(own_names)})
-        own.refuse_unknown("changed_buffers", changed, {*there, *own_names})
-        acts, frozen = [], others.parameters()
-        for name in changed:  # a buffer may hold infinities that mean something, and have grown
-            may_have_grown = name in own_names or (others.are_local and name not in frozen)
-            like = None if may_have_grown else local(there[name])
-            value = own.tensor(f"buffer.{name}", like, finite=False)
-            acts.append(others.put(name, value, is_own=name in own_names))
+        reshaped = own.names("reshaped_buffers") if "reshaped_buffers" in own.settings else []
+        own.refuse_unknown("reshaped_buffers", reshaped, others.may_be_reshaped(reshaped))
+        own.refuse_unknown("changed_buffers", changed, {*there, *reshaped})
+        acts = []
+        for name in changed:  # a buffer may hold infinities that mean something
+            like = None if name in reshaped else local(there[name])
+            acts.append(others.put(name, own.tensor(f"buffer.{name}", like, finite=False)))
         values = []
         if not self._clock.agree_at(saved.shared.count("attempted_steps")):
             for name, param in zip(tensors.names, tensors.trainable, strict=True):

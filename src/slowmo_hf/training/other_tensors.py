@@ -129,12 +129,20 @@ class OtherTensors:
 
     def problem(self) -> str:
         """Which of those that have changed cannot be averaged; empty where none."""
-        for name in self._changed & self.frozen().keys():
-            tensor = self.frozen()[name]
-            if not tensor.is_floating_point() and not tensor.is_complex():
+        frozen, there = self.frozen(), self.now()
+        own = set(self.own(there))
+        for name in self._changed & there.keys() - own:
+            tensor, kind = there[name], "parameter" if name in frozen else "buffer"
+            if not is_dense(tensor):
+                how = "sparse" if tensor.layout != torch.strided else f"not dense (strides {tensor.stride()})"
+                return (
+                    f"{kind} {name!r} is {how} and has changed since the start; only dense tensors can be averaged. "
+                    "Keep it constant, or register it with persistent=False: then it is each worker's own."
+                )
+            if name in frozen and not tensor.is_floating_point() and not tensor.is_complex():
                 return (
                     f"parameter {name!r} of dtype {tensor.dtype} has changed, and no optimizer holds it: integers "
-                    "cannot be averaged. Keep it constant, or a buffer with persistent=False, each worker's own."
+                    "cannot be averaged. Keep it constant."
                 )
         return ""
 
@@ -174,22 +182,36 @@ class OtherTensors:
 
     # ---- from a checkpoint ----
 
-    def to_be_made(self, names: Iterable[str]) -> list[str]:
-        """Of these the ones that are not there, in modules that are: their first pass makes them."""
-        modules = dict(self.model.named_modules()) if self.model is not None else {}
+    def reshaped(self, names: Iterable[str]) -> list[str]:
+        """Of these the buffers that have another shape than at the start, or were not there."""
         there = self.now()
-        return [name for name in names if name not in there and name.rpartition(".")[0] in modules]
+        seen = [name for name in names if self._first.get(name, (None,))[0] != there[name].shape]
+        return sorted(self.may_be_reshaped(seen))
 
-    def put(self, name: str, value: torch.Tensor, *, is_own: bool) -> Callable[[], None]:
-        """What gives a tensor this value; a buffer of another shape, or one that a pass has yet to make, is made."""
+    def may_be_reshaped(self, names: Iterable[str]) -> set[str]:
+        """Of these the buffers that are each worker's own, also where a first pass has yet to make them."""
+        if self.model is None:
+            return set()
+        modules, there, parameters = dict(self.model.named_modules()), self.now(), self.parameters()
+        own = {*self.own(there)}
+        return {
+            name
+            for name in names
+            if name in own
+            or (name not in there and name.rpartition(".")[0] in modules)
+            or (self.are_local and name not in parameters and there[name].is_floating_point())
+        }
+
+    def put(self, name: str, value: torch.Tensor) -> Callable[[], None]:
+        """What gives a tensor this value; a buffer of another shape, or one that is not there, is made."""
         there = self.now().get(name)
-        if there is not None and (local(there).shape == value.shape or name in self.frozen()):
+        if there is not None and local(there).shape == value.shape:
             return lambda: copy_tensors_([there], [value])
         assert self.model is not None
         path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
+        module, persistent = self.model.get_submodule(path), there is not None and is_persistent(self.model, name)
         device = there.device if there is not None else next((p.device for p in module.parameters()), value.device)
-        return lambda: module.register_buffer(leaf, value.to(device, copy=True), persistent=not is_own)
+        return lambda: module.register_buffer(leaf, value.to(device, copy=True), persistent=persistent)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -209,15 +231,24 @@ def words(tensor: torch.Tensor) -> str:
 
 
 def _seen(named: Mapping[str, torch.Tensor]) -> dict[str, Seen]:
-    dense = {name: t for name, t in named.items() if is_dense(t)}
+    """What their bytes are; those on the meta device have none."""
     by_device: dict[torch.device, list[str]] = {}
-    for name, tensor in dense.items():
-        by_device.setdefault(tensor.device, []).append(name)
+    for name, tensor in named.items():
+        if not tensor.is_meta:
+            by_device.setdefault(tensor.device, []).append(name)
     found: dict[str, Seen] = {}
     for names in by_device.values():
-        digests = torch.stack([digest(dense[name]) for name in names]).tolist()
-        found.update({name: (dense[name].shape, dense[name].dtype, d) for name, d in zip(names, digests, strict=True)})
+        digests = torch.stack([_digest(named[name].detach()) for name in names]).tolist()
+        found.update({name: (named[name].shape, named[name].dtype, d) for name, d in zip(names, digests, strict=True)})
     return found
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor of any layout."""
+    if tensor.layout != torch.strided:
+        entries = tensor.to_sparse().coalesce()
+        return 3 * digest(entries.indices()) + digest(entries.values())
+    return digest(tensor if is_dense(tensor) else tensor.contiguous())
 
 
 def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
