@@ -608,7 +608,7 @@ def test_memory_of_shards_is_as_documented(tmp_path, device, name):
 
 
 def check_digest(folder, device):
-    from slowmo_hf.training.start_values import digest
+    from slowmo_hf.algorithm.digest import digest
 
     join(folder, device)
     found = []

@@ -47,9 +47,9 @@ class Contents:
         """All three."""
         return self.settings, self.tensors, self.objects
 
-    def tensor(self, name: str, like: torch.Tensor, *, finite: bool = True) -> torch.Tensor:
+    def tensor(self, name: str, like: torch.Tensor | None, *, finite: bool = True) -> torch.Tensor:
         """
-        One with the shape and dtype of `like`.
+        One with the shape and dtype of `like`, or any where that is None.
 
         Args:
             finite (`bool`, *optional*, defaults to `True`): False where NaN and infinity have a meaning.
@@ -57,6 +57,7 @@ class Contents:
         found = self.tensors.get(name)
         if found is None:
             self._refuse("safetensors", name, "is missing")
+        like = found if like is None else like
         if found.shape != like.shape or found.dtype != like.dtype:
             self._refuse(
                 "safetensors",

@@ -250,6 +250,18 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
     trainer._push_from_checkpoint(folder)
 
 
+def is_persistent(model: Any, name: str) -> bool:
+    """
+    `Module._non_persistent_buffers_set`, torch >= 1.6: whether a buffer is part of the state dictionary, which would
+    have to be made to see it (tests/test_buffers.py::test_buffers_that_are_not_saved_are_each_workers_own).
+    """
+    path, _, leaf = name.rpartition(".")
+    try:
+        return leaf not in model.get_submodule(path)._non_persistent_buffers_set
+    except AttributeError:  # a wrapper gives its module's tensors other names
+        return True
+
+
 # ---- who is calling: what no argument tells ----
 
 

@@ -10,8 +10,8 @@ alone. Every part writes its own fields and checks them again; here stand those 
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
     own     run, save, workers, attempted_steps; the caller's objects      here
             local_steps, rates                                             Clock
-            changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
-            workers differ
+            changed_buffers, reshaped_buffers, buffer.NAME;                LocalTensors
+            parameter.NAME, where workers differ
             the object inner_optimizer                                     InnerState
             bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
             departed, departed.i                                           InFlight, TrainingOn, of a round in flight
@@ -283,7 +283,8 @@ def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:
             "resumed with other settings: %s",
             ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()),
         )
-    then, here = shared.names("parameters"), outer_loop.tensors.fingerprint()
+    tensors = outer_loop.tensors
+    then, here = map(tensors.others.comparable, (shared.names("parameters"), tensors.fingerprint()))
     if then != here:
         odd = [line for line in (*then, *here) if (line in then) != (line in here)]
         raise CheckpointError(

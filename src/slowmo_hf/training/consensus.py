@@ -10,9 +10,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.profiler import record_function
 
+from ..dtensors import local
 from ..wire.reduction import show_mean_
 from .in_flight import InFlight
-from .model_tensors import copy_tensors_
+from .other_tensors import copy_tensors_
 from .parts import Parts
 from .status import Purpose
 
@@ -82,13 +83,13 @@ class Consensus:
     def show_buffers_of(self, changed_buffers: list[str]) -> None:
         """The same where all have met: with the average of these buffers."""
         parts = self.parts
-        floating, integer = parts.tensors.buffers_named(changed_buffers)
         params = [] if parts.clock.workers_agree else parts.tensors.trainable
-        shown = [*params, *floating, *integer]
+        there = parts.tensors.others.now()
+        shown = [*params, *(there[name] for name in changed_buffers if name in there)]
 
         def average_() -> None:
             with record_function("slowmo::consensus"):
-                self._average(bool(params), floating, integer)
+                self._average(bool(params), changed_buffers)
 
         parts.view.begin()
         parts.inner_state.remember_emptiness()
@@ -98,7 +99,7 @@ class Consensus:
             self.restore()
             raise
 
-    def _average(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+    def _average(self, params: bool, others: list[str]) -> None:
         parts = self.parts
         if params:
             self.in_flight.settle()
@@ -108,7 +109,7 @@ class Consensus:
                 square, own_is_finite = show_mean_(parts.slow.exact, parts.base)
                 parts.refuse_non_finite(parts.summed([square])[0], own_is_finite)
                 parts.hand_out()
-            parts.inside.average_buffers_(parts.slow.averages, floating, integer)
+            parts.average_named(others)
 
     # ---- the last round's model ----
 
@@ -129,7 +130,7 @@ class Consensus:
         if refusal:
             raise RuntimeError(refusal)
         stays = agree or not self.last_round_step
-        buffers = {} if stays else parts.tensors.averaged_buffers()
+        buffers = {} if stays else parts.tensors.others.averaged()
         params = [] if stays else parts.tensors.trainable
 
         def write_() -> None:
@@ -138,9 +139,9 @@ class Consensus:
             if params and parts.keeps_a_copy:
                 copy_tensors_(params, parts.tensors.last_round)
             for name, value in buffers.items():
-                now[name].copy_(value)
+                local(now[name]).copy_(local(value))
 
-        now = parts.tensors.buffers()
+        now = parts.tensors.others.now()
         view.begin()
         parts.inner_state.remember_emptiness()
         view.show([*params, *(now[name] for name in buffers)], write_)

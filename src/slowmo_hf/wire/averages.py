@@ -85,6 +85,21 @@ class Averages:
         """
         self._each_bucket(tensors, wide_dtype, self._mean_, part)
 
+    def finite_mean_(self, tensors: list[torch.Tensor]) -> bool:
+        """
+        The same, but nothing is written of a message whose mean is not finite. Returns whether all were, the same on
+        every process.
+        """
+        found = [True]
+
+        def mean_(flat: torch.Tensor) -> bool:
+            self._mean_(flat)
+            found.append(bool(torch.isfinite(flat).all()))
+            return found[-1]
+
+        self._each_bucket(tensors, wide_dtype, mean_)
+        return all(found)
+
     def _mean_(self, flat: torch.Tensor) -> None:
         if self.weight != 1:
             flat.mul_(self.weight)
@@ -123,7 +138,7 @@ class Averages:
         self,
         tensors: list[torch.Tensor],
         wire_dtype: Callable[[torch.dtype], torch.dtype],
-        collective: Callable[[torch.Tensor], None],
+        collective: Callable[[torch.Tensor], bool | None],
         part: tuple[int, int] = (0, 1),
     ) -> None:
         if self.communicator.world_size == 1 or not tensors:
@@ -133,8 +148,8 @@ class Averages:
                 for bucket in layout.part(*part).buckets(self._longest_message):
                     flat = buffers.get(bucket.elements, layout.flat.dtype, layout.device)
                     _pack_(bucket, flat)
-                    collective(flat)
-                    _unpack_(bucket, flat)
+                    if collective(flat) is not False:
+                        _unpack_(bucket, flat)
 
 
 def _pack_(bucket: Bucket, flat: torch.Tensor) -> None:
