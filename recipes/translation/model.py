@@ -23,8 +23,8 @@ MODEL_SIZES = {
     "base": {"d_model": 512, "ffn": 2048, "heads": 8, "layers": 6, "dropout": 0.1},
     "big": {"d_model": 1024, "ffn": 4096, "heads": 16, "layers": 6, "dropout": 0.3},
 }
-# These start as fairseq's. The recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner with
-# it, and the records of the studies have it.
+# These start as fairseq's. The recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner
+# with it, and the records of the studies have it.
 PUBLISHED_SIZES = ("base", "big")
 
 
@@ -66,9 +66,9 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
 @torch.no_grad()
 def draw_weights(model: MarianMTModel) -> None:
     """
-    Draw the matrices of a new model as fairseq did when the paper was written: Glorot's uniform, with queries, keys and
-    values as one matrix, and biases 0. With Marian's own draw those of a feed-forward layer of `big` start 1.6 times as
-    large, and queries and keys 1.4 times.
+    Draw the matrices of a new model as fairseq did when the paper was written: Glorot's uniform, with queries, keys
+    and values as one matrix, and biases 0. With Marian's own draw those of a feed-forward layer of `big` start 1.6
+    times as large, and queries and keys 1.4 times.
     """
     for name, module in model.model.named_modules():
         if isinstance(module, torch.nn.Linear):

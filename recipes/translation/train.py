@@ -72,8 +72,8 @@ _OTT: dict[str, Any] = {
 }
 # The paper: 200,000 tokens per step on 8 machines of 8 GPUs, 25 epochs. fairseq counts target tokens without padding,
 # and its batches are those of Ott et al.: 64 of at most 3,584 positions, 229,376 in all. The paper leaves the rest to
-# Ott et al. and publishes neither learning rate nor beta, which it tuned per row: here those of small batches, and 0.5,
-# fairscale's at 8 nodes. Its rows differ in --base and --outer_momentum only.
+# Ott et al. and publishes neither learning rate nor beta, which it tuned per row: here those of small batches, and
+# 0.5, fairscale's at 8 nodes. Its rows differ in --base and --outer_momentum only.
 _PAPER = {
     "gradient_accumulation_steps": 1,
     "base": "local_sgd",
@@ -125,7 +125,8 @@ class ScriptArguments:
         default=128, metadata={"help": "Training pairs with a longer side, in tokens, are left out."}
     )
     max_tokens: int = field(
-        default=1024, metadata={"help": "Tokens per process and micro-batch: rows times the longest side, padding included."}
+        default=1024,
+        metadata={"help": "Tokens per process and micro-batch: rows times the longest side, padding included."},
     )
     model_size: str = field(
         default="tiny", metadata={"choices": list(MODEL_SIZES), "help": "As in Vaswani et al., or a smaller one."}
