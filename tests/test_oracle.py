@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def test_preset_is_the_published_command_line():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PUBLISHED"
     )
     words = flags.split()
-    told = {name: value for name, value in zip(words, words[1:], strict=False) if name.startswith("--")}
+    told = {name: value for name, value in pairwise(words) if name.startswith("--")}
     script, _, args = recipe.parse(["--preset", "wmt16"])
     assert float(told["--lr"]) == args.learning_rate
     assert float(told["--warmup-updates"]) == args.warmup_steps
@@ -60,7 +61,7 @@ def test_learning_rates_of_the_paper_s_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(300_000))
     factor = scheduler.lr_lambdas[0]
-    theirs = {1: 1e-7, 100: 1.24725e-5, 4000: 4.99875025e-4, 16_000: 2.5000781e-4}
+    theirs = {1: 1e-7, 100: 1.2472525e-5, 4000: 4.99875025e-4, 16_000: 2.5000781e-4}
     ours = {1: 0.0, 100: 1.2375e-5, 4000: 4.99875e-4, 16_000: 5e-4 * math.sqrt(4000 / 15_999)}
     for update in theirs:
         rate = args.learning_rate * factor(update - 1)
@@ -99,8 +100,8 @@ def deviations(size: str) -> dict[str, float]:
 
 def test_published_sizes_start_as_fairseq_s():
     """
-    d = 512 wide, f = 2,048 inside. Glorot: variance 2 / (inputs + outputs), so 1/d for attention's output and 2/(d + f)
-    for both feed-forward matrices; queries, keys and values are one matrix of 3 d outputs, 2/(4 d); embeddings 1/d.
+    d = 512 wide, f = 2,048 inside. Glorot: variance 2 / (inputs + outputs), so 1/d for attention's output and 2/(d +
+    f) for both feed-forward matrices; queries, keys and values are one matrix of 3 d outputs, 2/(4 d); embeddings 1/d.
     """
     d, f = 512, 2048
     third = math.sqrt(1 / (2 * d))

@@ -18,8 +18,8 @@ class Shown:
     How a task's records are shown.
 
     Args:
-        columns (`tuple[str, ...]`): Metrics of the table: the paper's, then others. With `_bits` behind it, a metric in
-            nats is shown in bits.
+        columns (`tuple[str, ...]`): Metrics of the table: the paper's, then others. One in nats is shown in bits with
+            `_bits` behind it.
         gain (`str`): The metric whose paired gain the table has.
         curves (`tuple[str, str]`): What the plot shows over epochs.
     """
