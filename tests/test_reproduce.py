@@ -315,7 +315,7 @@ def test_the_clusters_commands_are_the_papers_rows():
 
 # ---- the committed records ----
 
-COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.rglob("*.json"))]
+COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.glob("*/*/*.json"))]
 FIELDS = {
     *(
         "study",

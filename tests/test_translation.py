@@ -172,7 +172,10 @@ def test_record_is_complete_and_right(learned):
     held = record["tokens_per_update"]
     assert held["target"] == pytest.approx(2 / len(tokens.make_batches(lengths, 512)) * lengths[:, 1].sum())
     assert held["target"] < held["target_padded"] <= 2 * 512
-    assert "tokens_per_update" in said
+    logged = re.search(r"'tokens_per_update': '?([\d.]+)'?, 'tokens_per_update_padded': '?([\d.]+)", said)
+    assert [float(figure) for figure in logged.groups()] == pytest.approx(
+        [held["target"], held["target_padded"]], rel=1e-3
+    )
     assert f"target tokens per update{held['target']:,.0f}, {held['target_padded']:,.0f} with padding" in said
     assert record["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert [point["step"] for point in record["curve"]] == [50, 100]

@@ -233,7 +233,7 @@ class Oracle:
             made.append(
                 row(
                     f"{size}: label-smoothed loss per target token",
-                    different="ε is spread over V tokens, as in fairseq 0.9.0; there over V - 1",
+                    different="ε over V tokens as in 0.9.0, there over V - 1",
                     digits=digits(loss.detach(), told["loss"] / told["tokens"]),
                     note=" with ε V / (V - 1)",
                 )
