@@ -250,16 +250,17 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
     trainer._push_from_checkpoint(folder)
 
 
-def is_persistent(model: Any, name: str) -> bool:
+def non_persistent_buffers(model: Any) -> set[str]:
     """
-    `Module._non_persistent_buffers_set`, torch >= 1.6: whether a buffer is part of the state dictionary, which would
-    have to be made to see it (tests/test_buffers.py::test_buffers_that_are_not_saved_are_each_workers_own).
+    `Module._non_persistent_buffers_set`, torch >= 1.6: full names of the buffers that the state dictionary leaves out.
+    It would tell them too, but has to be made, and users' hooks change what is in it
+    (tests/test_buffers.py::test_which_buffers_are_not_persistent).
     """
-    path, _, leaf = name.rpartition(".")
-    try:
-        return leaf not in model.get_submodule(path)._non_persistent_buffers_set
-    except AttributeError:  # a wrapper gives its module's tensors other names
-        return True
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }
 
 
 # ---- who is calling: what no argument tells ----

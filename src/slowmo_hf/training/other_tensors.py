@@ -20,7 +20,7 @@ import torch
 from ..algorithm.digest import digest
 from ..algorithm.layout import flat_view
 from ..dtensors import local
-from ..upstream import is_persistent
+from ..upstream import non_persistent_buffers
 
 Seen: TypeAlias = tuple[torch.Size, torch.dtype, int]
 
@@ -88,7 +88,8 @@ class OtherTensors:
 
     def own(self, names: Iterable[str]) -> list[str]:
         """Of these the buffers that are each worker's own: the model's state dictionary does not have them."""
-        return [name for name in names if self.model is not None and not is_persistent(self.model, name)]
+        own = non_persistent_buffers(self.model) if self.model is not None else set()
+        return [name for name in names if name in own]
 
     def comparable(self, lines: list[str]) -> list[str]:
         """A fingerprint without what may differ between a checkpoint and now: own buffers, and a buffer's shape."""
@@ -210,7 +211,7 @@ class OtherTensors:
             return lambda: copy_tensors_([there], [value])
         assert self.model is not None
         path, _, leaf = name.rpartition(".")
-        module, persistent = self.model.get_submodule(path), there is not None and is_persistent(self.model, name)
+        module, persistent = self.model.get_submodule(path), there is not None and not self.own([name])
         device = there.device if there is not None else next((p.device for p in module.parameters()), value.device)
         return lambda: module.register_buffer(leaf, value.to(device, copy=True), persistent=persistent)
 
