@@ -44,6 +44,7 @@ WINGS = {
         ["local_state", "slow_state", "status"],
         ["consensus_view", "inner_state"],
         ["account", "model_tensors"],
+        ["other_tensors"],
         ["clock", "report"],
     ],
     "wire": [
@@ -58,7 +59,7 @@ WINGS = {
     ],
     "algorithm": [
         ["outer_update"],
-        ["codec", "slow_momentum", "starts"],
+        ["codec", "digest", "slow_momentum", "starts"],
         ["layout", "norms", "topology"],
     ],
     "ground": [

@@ -175,7 +175,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         try:
             refused = refusal(models, self.inner_optimizer)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
-            outer_loop.tensors.keeps_last_round = True  # for model.eval()
+            outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)

@@ -76,6 +76,7 @@ class GossipBase(Base):
         self.topology = make_topology(config, communicator.world_size)
         self.staleness = config.staleness if config.base == "osgp" else 0
         self.weight = self._mass = 1.0
+        self.is_apart = False  # the parameters' memory has another order than the numerators': neither is written
         self.in_flight: deque[Exchange] = deque()
         self.numerators = {item: item.flat.clone() for item in anchors}
         # Behind the computation few large ones are better (`bytes_per_message`).
@@ -130,7 +131,9 @@ class GossipBase(Base):
         x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same.
         """
         x = piece.of(self.numerators[piece.item])
-        if self.weight == 1 and piece.param.dtype == x.dtype:
+        if self.is_apart:
+            x.mul_(share)
+        elif self.weight == 1 and piece.param.dtype == x.dtype:
             torch.mul(piece.values(), share, out=x)  # x = z
         else:
             x.add_(piece.values() - rounded(x / self.weight, piece.param.dtype)).mul_(share)
@@ -142,7 +145,8 @@ class GossipBase(Base):
         x = piece.of(self.numerators[piece.item])
         for flat in received:
             x.add_(piece.of(flat[piece.item]).to(x.device))
-        piece.values().copy_(x if weight == 1 else x / weight)
+        if not self.is_apart:
+            piece.values().copy_(x if weight == 1 else x / weight)
 
     # ---- messages ----
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from ..algorithm.layout import FlatAnchor
+from ..dtensors import is_sharded
 from .averages import Averages
 from .workers import Workers
 
@@ -36,8 +37,11 @@ class Inside(Protocol):
     def hand_out_(self, tensors: list[torch.Tensor]) -> None:
         """What is laid out like the parameters is everywhere what the process that speaks for it has. Collective."""
 
-    def average_buffers_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        """Replace buffers by the mean of all workers, integers by the maximum. Collective."""
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """
+        Replace what no optimizer holds, buffers and frozen parameters, by the mean of all workers; integers by the
+        maximum. Collective.
+        """
 
 
 class WholeInside:
@@ -68,8 +72,8 @@ class WholeInside:
         """As `Inside.hand_out_`."""
         self._averages.hand_out_(tensors, self._places)
 
-    def average_buffers_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        """As `Inside.average_buffers_`. DDP gives all the first process's, so that they are those that count."""
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """As `Inside.average_others_`. DDP gives all the first process's, so that they are those that count."""
         if self._place == 0:
             between.mean_(floating)
             between.max_(integer)
@@ -101,8 +105,9 @@ class ShardedInside:
     def hand_out_(self, tensors: list[torch.Tensor]) -> None:
         """As `Inside.hand_out_`: everything is where it belongs."""
 
-    def average_buffers_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        """As `Inside.average_buffers_`: over all processes, for each has seen other data."""
-        for averages in (between, self._averages):
-            averages.mean_(floating)
-            averages.max_(integer)
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """As `Inside.average_others_`: what is whole over all processes, for each has seen other data."""
+        between.mean_(floating)
+        between.max_(integer)
+        self._averages.mean_([tensor for tensor in floating if not is_sharded(tensor)])
+        self._averages.max_([tensor for tensor in integer if not is_sharded(tensor)])
