@@ -226,6 +226,29 @@ def test_a_form_that_cannot_be_made_is_told(tmp_path):
     )
 
 
+def test_an_older_checkpoint_compared_it_too(tmp_path):
+    """Its list of tensors has the shapes of all buffers: those of what is each worker's own do not count."""
+
+    def work(rank):
+        loop = Loop(rank, Growing())
+        for _ in range(3):
+            loop.step(5)
+        loop_of_it = loop.optimizer.outer_loop
+        write_snapshot(str(tmp_path), loop_of_it, shared=True, objects={})
+        part = read_part(str(tmp_path), "shared")
+        lines = part.settings["parameters"]
+        assert not any("cos" in line for line in lines)
+        part.settings["parameters"] = [*lines[:4], "buffer cos: [4] torch.float32", *lines[4:]]
+        write_part(str(tmp_path), "shared", part)
+        check_snapshot(str(tmp_path), loop_of_it)()
+        part.settings["parameters"] = [*lines, "buffer gone: [4] torch.float32"]
+        write_part(str(tmp_path), "shared", part)
+        return error_of(lambda: check_snapshot(str(tmp_path), loop_of_it))
+
+    [words] = run_in_process(work, 1)
+    assert "is of another model or parameter set: ['buffer gone'] differ" in words
+
+
 # ---- a persistent one that differs in form ----
 
 

@@ -161,8 +161,9 @@ class OtherTensors:
         return sorted(self._changed & now.keys())
 
     def mark_changed(self, names: list[str]) -> None:
-        """Count these as changed: they had been, before a checkpoint."""
+        """Count these as changed: they had been, before a checkpoint, and all had been told."""
         self._changed |= set(names)
+        self._told = [name for name in names if name in self._may_average()]
 
     def remade(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether it has another shape or dtype than at the start, or was not there."""
