@@ -308,6 +308,19 @@ def test_where_it_is_the_workers_own_nothing_is_said(persistent, policy, look):
         assert len(cos) == 6 + 2 * rank
 
 
+def test_a_persistent_one_that_grows_alike_everywhere_is_averaged():
+    def work(rank):
+        model = nn.BatchNorm1d(4)
+        model.register_buffer("seen", torch.zeros(1))
+        loop = Loop(rank, model)
+        for _ in range(6):
+            model.register_buffer("seen", torch.cat([model.seen, torch.full((1,), 2.0 * rank)]))
+            loop.step()
+        return model.seen.tolist()
+
+    assert run_in_process(work, 2) == [[0.0, 0.0] + [1.0] * 5] * 2  # the first two are the start's: rank 0's
+
+
 def test_one_that_is_on_one_rank_alone_is_named():
     def work(rank):
         loop = Loop(rank, nn.BatchNorm1d(4))
