@@ -135,7 +135,11 @@ class OtherTensors:
         """Training starts: take what "changed" is measured from, and be known to the program's other optimizers."""
         self._policy = workers.config.model_buffers
         self._optimizers = workers.world.notes("tensors of optimizers")
+        self._optimizers[:] = [pair for pair in self._optimizers if pair[1]() is not None]
         self._optimizers.append((weakref.ref(workers), weakref.ref(self)))
+        for _, its in self._optimizers:
+            if (other := its()) is not None:
+                other._note_others()
         now = {name: tensor for name, tensor in self.now().items() if _is_watched(tensor)}
         digests = _digests([_parts(tensor) for tensor in now.values()])
         self._first = {
