@@ -98,7 +98,7 @@ def two_networks_alone(folder):
     optimizer.step()
     found = optimizer.outer_loop.tensors
     dist.destroy_process_group()
-    return found.names, sorted(found.buffers())
+    return found.names, sorted(found.others.buffers())
 
 
 def test_both_networks_of_one_optimizer_are_found_in_a_world_of_one(tmp_path):

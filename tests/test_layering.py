@@ -45,6 +45,7 @@ WINGS = {
         ["local_state", "slow_state", "status"],
         ["consensus_view", "inner_state"],
         ["account", "model_tensors"],
+        ["other_tensors"],
         ["clock", "program", "report"],
     ],
     "wire": [
@@ -59,7 +60,7 @@ WINGS = {
     ],
     "algorithm": [
         ["outer_update"],
-        ["codec", "slow_momentum", "starts"],
+        ["codec", "digest", "slow_momentum", "starts"],
         ["layout", "norms", "topology"],
     ],
     "ground": [

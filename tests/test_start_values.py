@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from devices import take
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.algorithm import digest as digests
+from slowmo_hf.algorithm.digest import BLOCK, digest
 from slowmo_hf.training import start_values
 from slowmo_hf.training.outer_loop import OuterLoop
-from slowmo_hf.training.start_values import BLOCK, digest, equalise_
+from slowmo_hf.training.start_values import equalise_
 from slowmo_hf.wire.communicator import Communicator
 
 BLOCK_BYTES = 4 * BLOCK
@@ -78,9 +80,9 @@ SIZES = [0, 1, 3, 4, 5, 8, 4095, 4096, 4097, 2 * BLOCK_BYTES, 5 * BLOCK_BYTES + 
 def test_the_digest_is_what_the_docstring_says(monkeypatch, blocks):
     """With other numbers of blocks at a time, and by the way of other devices (None), too: they agree."""
     if blocks is None:
-        monkeypatch.delitem(start_values.BLOCKS_AT_A_TIME, "cpu")
+        monkeypatch.delitem(digests.BLOCKS_AT_A_TIME, "cpu")
     else:
-        monkeypatch.setitem(start_values.BLOCKS_AT_A_TIME, "cpu", blocks)
+        monkeypatch.setitem(digests.BLOCKS_AT_A_TIME, "cpu", blocks)
     for size in SIZES:
         data = random_bytes(size, seed=size)
         assert number(data) == by_definition(data.numpy().tobytes()), size
@@ -192,7 +194,7 @@ def test_scalars_empty_tensors_and_lazy_views():
 
 
 def test_inside_and_outside_inference_mode():
-    start_values._weights.cache_clear()
+    digests._weights.cache_clear()
     value = torch.randn(2 * BLOCK + 1)
     with torch.inference_mode():
         first = number(value)

@@ -163,6 +163,10 @@ class Contents:
             self._refuse("json", name, f"must be an object, got {value!r}")
         return Contents(value, source=self.source, within=f"{name}.")
 
+    def refuse(self, name: str, words: str) -> NoReturn:
+        """Of a value in the settings."""
+        self._refuse("json", name, words)
+
     def _number(self, name: str, value: Any, least: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
             rule = "a finite number" if least == -math.inf else f"a finite number >= {least:g}"

@@ -188,7 +188,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         try:
             refused = refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
-            outer_loop.tensors.keeps_last_round = True  # for model.eval()
+            outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
             compare_programs(outer_loop.workers.world, program_in_use())
             if not wrappers:

@@ -35,6 +35,24 @@ def flat_view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def has_dense_memory(tensor: torch.Tensor) -> bool:
+    """Whether `flat_view` has a view of it."""
+    if tensor.layout != torch.strided:
+        return False
+    try:
+        flat_view(tensor)
+    except ValueError:
+        return False
+    return True
+
+
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Those that tell the order of its memory: of dimensions that have one element they say nothing."""
+    if tensor.numel() <= 1:
+        return ()
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of anchors, velocity and reductions: fp64 for fp64, fp32 for every other floating dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

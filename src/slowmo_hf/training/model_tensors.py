@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 
-from ..algorithm.layout import flat_view
+from ..algorithm.layout import has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
+from .other_tensors import OtherTensors
 
 
 class ModelTensors:
@@ -34,12 +36,9 @@ class ModelTensors:
         own = {id(p) for p in self.trainable}
         self.frozen = [p for p in model.parameters() if id(p) not in own] if model is not None else []
         self.initial_lrs = inner_lrs(optimizer)
+        self.others = OtherTensors(model, self.trainable, self.rewritten)
         self._signature = self._now()
-        self._initial_buffers: dict[str, torch.Tensor] = {}
-        self._sparse = self._sparse_buffers()  # constants: nobody averages one
-        self._changed: set[str] = set()
-        self._averaged: dict[str, torch.Tensor] = {}
-        self.keeps_last_round = False  # for `Consensus.show_last_round`: averaged buffers, and where it needs it, this
+        self._strides = [p.stride() for p in self.trainable]
         self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
 
     def rewritten(self) -> None:
@@ -58,25 +57,18 @@ class ModelTensors:
         """Where the first parameter is."""
         return self.trainable[0].device if self.trainable else torch.device("cpu")
 
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """
-        The model's buffers now, by name: modules may replace them. Sparse ones, such as a graph's, are constants, and
-        those on the meta device have no values.
-        """
-        found = dict(self.model.named_buffers()) if self.model is not None else {}
-        return {name: b for name, b in found.items() if b.layout == torch.strided and not b.is_meta}
-
-    def _sparse_buffers(self) -> dict[str, torch.Tensor]:
-        found = dict(self.model.named_buffers()) if self.model is not None else {}
-        return {name: b.detach().clone() for name, b in found.items() if b.layout != torch.strided and not b.is_meta}
-
-    def values(self, *, include_frozen: bool) -> list[torch.Tensor]:
+    def values(self, *, include_frozen: bool, include_own: bool) -> list[torch.Tensor]:
         """
         All tensors whose values must be equal at the start; those whose memory is not dense are constants and left
         out.
+
+        Args:
+            include_own (`bool`): Whether non-persistent buffers have the same shapes everywhere.
         """
-        tensors = [*self.trainable, *(self.frozen if include_frozen else []), *self.buffers().values()]
-        return [t for t in tensors if _is_dense(t)]
+        own = set() if include_own else self.others.own()
+        buffers = [buffer for name, buffer in self.others.buffers().items() if name not in own]
+        tensors = [*self.trainable, *(self.frozen if include_frozen else []), *buffers]
+        return [t for t in tensors if is_plain(t)]
 
     def refusal(self) -> str | None:
         """Why these parameters cannot be averaged, or None."""
@@ -98,7 +90,7 @@ class ModelTensors:
                     f"parameter {name!r} has its shards on ranks {shards[0]}, {self.names[0]!r} on {shards[1]}: "
                     "nobody averages such gradients inside a worker. Shard all of an optimizer over one mesh."
                 )
-            if not _is_dense(param):
+            if not has_dense_memory(param):
                 return (
                     f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() "
                     "first."
@@ -106,75 +98,41 @@ class ModelTensors:
         return None
 
     def fingerprint(self) -> list[str]:
-        """One line per tensor: name, shape, strides, dtype, requires_grad. Not values."""
+        """
+        One line per tensor: name, shape, strides, dtype, requires_grad. Not values, and no non-persistent buffers,
+        which are each worker's own.
+        """
         lines = [
             f"{name}: {list(p.shape)} strides {list(p.stride())} {p.dtype} trainable{' sharded' * is_sharded(p)}"
             for name, p in zip(self.names, self.trainable, strict=True)
         ]
         lines += [f"frozen {index}: {list(p.shape)} {p.dtype} frozen" for index, p in enumerate(self.frozen)]
-        return lines + [f"buffer {name}: {list(b.shape)} {b.dtype}" for name, b in self.buffers().items()]
+        own = self.others.own()
+        return lines + [_line(name, b) for name, b in self.others.buffers().items() if name not in own]
+
+    def own_lines(self) -> list[str]:
+        """The same of what each worker has alone."""
+        own = self.others.own()
+        return [_line(name, b) for name, b in self.others.buffers().items() if name in own]
 
     def problem(self) -> str:
         """What has changed in the parameter set since the start; empty where nothing has."""
-        sparse = self._sparse_buffers()
-        changed = next((n for n, b in sparse.items() if n not in self._sparse or not _same(self._sparse[n], b)), "")
-        if changed:
-            return (
-                f"buffer {changed!r} is sparse ({sparse[changed].layout}) and has changed since the start; only dense "
-                "buffers can be averaged. Keep it constant, or in an attribute that is no buffer."
-            )
         now = self._now()
-        if now in (self._signature, []):
+        if now == self._signature or (not now and _forms(self.trainable) == self._signature):
             return ""  # a network that is frozen as a whole is frozen in turn, while another one trains
         return (
             "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
-            "moved or cast). Local training needs one fixed set: change it before the first step, or start a new run."
+            "moved, cast, or given other strides, as by memory_format=torch.channels_last). Local training needs one "
+            "fixed set: change it before the first step, or start a new run."
         )
 
+    @property
+    def is_laid_out_anew(self) -> bool:
+        """Whether a parameter's memory has another order than at the start. Asked at every exchange of gossip."""
+        return [p.stride() for p in self.trainable] != self._strides and bool(self.problem())
+
     def _now(self) -> list[tuple[object, ...]]:
-        groups = _trainable_groups(self.optimizer)
-        return [(id(p), p.shape, p.dtype, p.device) for group in groups for p in group]
-
-    def remember_buffers(self) -> None:
-        """Take the values that "changed" is measured from."""
-        self._initial_buffers = {name: b.detach().clone() for name, b in self.buffers().items()}
-        self._changed = set()
-
-    def changed_buffers(self) -> list[str]:
-        """Names of the buffers that have ever differed from their first value."""
-        for name, buffer in self.buffers().items():
-            first = self._initial_buffers.get(name)
-            if name not in self._changed and (first is None or not _same(first, buffer)):
-                self._changed.add(name)
-        return sorted(self._changed)
-
-    def mark_changed(self, names: list[str]) -> None:
-        """Count these buffers as changed: they have differed from their first value before a checkpoint."""
-        self._changed |= set(names)
-
-    def keep_averaged(self, names: list[str]) -> None:
-        """Remember these buffers as they are now, if that is wanted: a round has just made them equal."""
-        if not self.keeps_last_round:
-            return
-        buffers = self.buffers()
-        self._averaged.update({name: buffers[name].detach().clone() for name in names if name in buffers})
-
-    def take_averaged(self, values: dict[str, torch.Tensor]) -> None:
-        """Remember these in place of all: they are of a checkpoint."""
-        buffers = self.buffers()
-        self._averaged = {name: value.to(buffers[name].device, copy=True) for name, value in values.items()}
-
-    def averaged_buffers(self) -> dict[str, torch.Tensor]:
-        """What the last round has made of those that are still there in that shape, by name."""
-        now = self.buffers()
-        return {name: b for name, b in self._averaged.items() if name in now and now[name].shape == b.shape}
-
-    def buffers_named(self, names: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(floating-point, integer) buffers of these names."""
-        buffers = self.buffers()
-        chosen = [buffers[name] for name in names if name in buffers]
-        floating = [b for b in chosen if b.is_floating_point()]
-        return floating, [b for b in chosen if not b.is_floating_point() and not b.is_complex()]
+        return _forms(p for group in _trainable_groups(self.optimizer) for p in group)
 
 
 def inner_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -201,6 +159,10 @@ def _mates(param: torch.Tensor) -> tuple[int, ...]:
     return shard_mates(param) if is_sharded(param) else ()
 
 
+def _forms(params: Iterable[torch.Tensor]) -> list[tuple[object, ...]]:
+    return [(id(p), p.shape, p.dtype, p.device, strides(local(p))) for p in params]
+
+
 def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
     seen: set[int] = set()
     groups: list[list[torch.Tensor]] = []
@@ -209,20 +171,11 @@ def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tenso
     return groups
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    if tensor.layout != torch.strided:
-        return False
-    try:
-        flat_view(tensor)
-    except ValueError:
-        return False
-    return True
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all of its bytes are here, dense and in sight."""
+    is_wrapper = hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
+    return not (tensor.is_meta or tensor.is_quantized or is_wrapper) and has_dense_memory(tensor)
 
 
-def _same(first: torch.Tensor, now: torch.Tensor) -> bool:
-    if (first.shape, first.dtype, first.layout) != (now.shape, now.dtype, now.layout):
-        return False
-    if now.layout != torch.strided:
-        first, now = (tensor.to_sparse().coalesce() for tensor in (first.to(now.device), now))
-        return torch.equal(first.indices(), now.indices()) and torch.equal(first.values(), now.values())
-    return torch.equal(first.to(now.device), now)
+def _line(name: str, buffer: torch.Tensor) -> str:
+    return f"buffer {name}: {list(buffer.shape)} {buffer.dtype}"

@@ -115,7 +115,7 @@ class Parts:
         """Whether this process holds the last round's model beside its anchors, which are of a part alone."""
         config = self.config
         return (
-            self.tensors.keeps_last_round
+            self.tensors.others.keeps_last_round
             and not self.inside.has_all
             and config.averages_at_rounds
             and not config.shard_slow_state
@@ -137,13 +137,6 @@ class Parts:
             for span, run in self.inside.part(layout).runs(item.flat):
                 span.values().copy_(run)
         self.inside.hand_out_(self.tensors.last_round)
-
-    def averaged(self, names: list[str]) -> list[str]:
-        """Those of these buffers that a round makes equal."""
-        if self.config.model_buffers == "average":
-            return names
-        buffers = self.tensors.buffers()
-        return [name for name in names if name in buffers and not buffers[name].is_floating_point()]
 
     def back_to_anchors(self) -> None:
         """
@@ -170,20 +163,25 @@ class Parts:
     def _mix(self, number: int) -> None:
         assert isinstance(self.base, GossipBase)
         try:
+            self.base.is_apart = self.tensors.is_laid_out_anew  # which ends the run at the next status exchange
             self.base.mix_(number, self.clock.attempted_steps)
         except RuntimeError as error:
             raise RuntimeError(f"optimizer step {self.clock.attempted_steps}: {error}") from error
+        self.base.is_apart = False
 
-    def average_others(self, changed_buffers: list[str]) -> None:
-        """What else a round makes equal: buffers, and the inner state where it is to be averaged. Collective."""
-        floating, integer = self.tensors.buffers_named(changed_buffers)
+    def average_others(self, changed: list[str]) -> None:
+        """
+        What else a round makes equal: buffers and frozen parameters that have changed, and the inner state where it is
+        to be averaged. Collective.
+        """
+        floating, integer = self.tensors.others.to_average(changed)
         self.slow.reduction.start_second_stages(wait=True)  # first: all workers' collectives have one order
         if self.config.model_buffers == "local":
             floating = []
-        self.inside.average_buffers_(self.slow.averages, floating, integer)
+        self.inside.average_others_(self.slow.averages, floating, integer)
         if self.inner_state.policy == "average":
             self.inside.mean_(self.slow.averages, self.inner_state.tensors_to_average(self.slow.averages))
-        self.tensors.keep_averaged(self.averaged(changed_buffers))
+        self.tensors.others.keep_averaged(changed)
 
     # ---- what a round tells ----
 

@@ -20,6 +20,7 @@ from .account import Account
 from .clock import Clock
 from .inner_state import InnerState
 from .model_tensors import ModelTensors, hash48
+from .other_tensors import Changed
 
 
 class Purpose(IntEnum):
@@ -53,7 +54,7 @@ class Agreement:
         same_step (`bool`): Whether all ranks' clocks agree.
         local_steps (`list[int]`): Every rank's steps since the last round.
         inner_lrs (`list[float]`): The round's, by parameter group: the largest of the workers' means.
-        changed_buffers (`list[str]`): All that have changed anywhere.
+        changed_buffers (`list[str]`): All buffers and frozen parameters that have changed anywhere.
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
         ahead (`bool`): Whether the round's messages have set out before this was heard.
@@ -111,7 +112,7 @@ class Header:
         trained_steps (`int`): The same without steps that only passed messages on.
         local_steps (`int`): Its steps since the last round.
         inner_lrs (`list[float]`): The mean learning rate of its steps since the last round, per parameter group.
-        changed_buffers (`list[str]`): Names of the buffers that have changed here since the start.
+        changed (`Changed`): The buffers and frozen parameters that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can.
         stop (`bool`): Whether this process was asked to save and stop.
         ahead (`bool`): Whether the round's messages set out with it.
@@ -123,7 +124,7 @@ class Header:
     trained_steps: int
     local_steps: int
     inner_lrs: list[float]
-    changed_buffers: list[str]
+    changed: Changed
     problem: str
     stop: bool
     ahead: bool = False
@@ -139,7 +140,7 @@ class Header:
         (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
         flags = bool(self.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
-        mine += [flags, hash48(self.changed_buffers)]
+        mine += [flags, hash48(self.changed.lines)]
         arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
 
         def hear() -> Agreement:
@@ -158,9 +159,9 @@ class Header:
             self._tell_problems(world, steps)
         rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
         self._compare_places(world, purposes, steps)
-        changed = self.changed_buffers
+        changed = self.changed.names
         if (rows[:, 5] != rows[0, 5]).any():
-            changed = sorted(set().union(*world.gather_objects(changed)))
+            changed = self.changed.agree(world, max(steps), Purpose.GATHER not in purposes)
         return Agreement(
             purpose=next((purpose for purpose in purposes if purpose is not Purpose.END), Purpose.END),
             attempted_steps=max(steps),
@@ -271,7 +272,8 @@ class StatusExchange:
     ) -> Callable[[], Agreement]:
         """Tell all ranks where this one is; the result waits for theirs, and compares."""
         # Another number of groups is a problem, and must not change the message's length.
-        count = len(self._tensors.groups)
+        count, others = len(self._tensors.groups), self._tensors.others
+        changed = others.known() if purpose is Purpose.GATHER else others.look()
         header = Header(
             self._speaker,
             purpose,
@@ -279,8 +281,8 @@ class StatusExchange:
             self._clock.trained_steps,
             self._clock.local_steps,
             ((inner_lrs or []) + [0.0] * count)[:count],
-            self._tensors.changed_buffers(),
-            self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
+            changed,
+            self._tensors.problem() or changed.problem or self._inner_state.problem() or self.lost_finiteness,
             self.stop_asked,
             ahead,
         )

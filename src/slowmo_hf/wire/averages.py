@@ -78,12 +78,13 @@ class Averages:
 
     def mean_(self, tensors: list[torch.Tensor], part: tuple[int, int] = (0, 1)) -> None:
         """
-        Replace floating-point tensors by their mean, in place, every element exactly once.
+        Replace floating-point and complex tensors by their mean, in place, every element exactly once.
 
         Args:
             part (`tuple[int, int]`, *optional*): Place and places, as of `FlatAnchor.part`: the rest stays as it is.
         """
-        self._each_bucket(tensors, wide_dtype, self._mean_, part)
+        real = [torch.view_as_real(t.detach()) if t.is_complex() else t for t in tensors]
+        self._each_bucket(real, wide_dtype, self._mean_, part)
 
     def _mean_(self, flat: torch.Tensor) -> None:
         if self.weight != 1:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from ..algorithm.layout import FlatAnchor, flat_layouts
+from ..dtensors import is_sharded
 from .averages import Averages
 from .workers import Workers
 
@@ -39,8 +40,11 @@ class Inside(Protocol):
     def overwritten(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the next hand-out of these replaces here: runs of them."""
 
-    def average_buffers_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        """Replace buffers by the mean of all workers, integers by the maximum. Collective."""
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """
+        Replace what no optimizer holds, buffers and frozen parameters, by the mean of all workers; integers by the
+        maximum. Collective.
+        """
 
 
 class WholeInside:
@@ -80,8 +84,8 @@ class WholeInside:
         parts = [layout.part(place, self._places) for layout in layouts for place in others]
         return [span.values() for part in parts for span in part.spans]
 
-    def average_buffers_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        """As `Inside.average_buffers_`. DDP gives all the first process's, so that they are those that count."""
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """As `Inside.average_others_`. DDP gives all the first process's, so that they are those that count."""
         if self._place == 0:
             between.mean_(floating)
             between.max_(integer)
@@ -117,8 +121,9 @@ class ShardedInside:
         """As `Inside.overwritten`."""
         return []
 
-    def average_buffers_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
-        """As `Inside.average_buffers_`: over all processes, for each has seen other data."""
-        for averages in (between, self._averages):
-            averages.mean_(floating)
-            averages.max_(integer)
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """As `Inside.average_others_`: what is whole over all processes, for each has seen other data."""
+        between.mean_(floating)
+        between.max_(integer)
+        self._averages.mean_([tensor for tensor in floating if not is_sharded(tensor)])
+        self._averages.max_([tensor for tensor in integer if not is_sharded(tensor)])
