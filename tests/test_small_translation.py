@@ -155,14 +155,18 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data,
     assert metrics["validation_nll"] == curve[2]["validation_nll"]
     assert metrics["best_validation_nll"] == min(look["validation_nll"] for look in curve)
     assert curve[2]["training_loss"] < curve[0]["training_loss"] - 0.5, "it learns"
-    assert set(showing.SHOWN["translation"].columns) <= set(metrics)
+    assert {column.removesuffix("_bits") for column in showing.SHOWN["translation"].columns} <= set(metrics)
     assert found["bleu_signature"] == str(_sacrebleu(data.test.targets, data.test.targets)[1])
     assert found["model"] == f"MarianMTModel, {16 * len(data.tokenizer) + 2224 + 3344:,} parameters", (
         "embedding, encoder, decoder"
     )
     assert {"dataset", "dataset_sha256", "versions", "commit", "hardware", "test_rows"} <= set(found)
     assert {"sacrebleu", "tokenizers"} <= set(found["versions"])
-    assert reproduce.table([found], "translation").splitlines()[-1].startswith(f"| {base}, γ 0.02, τ 3")
+    header, _, row = (line.split(" | ") for line in reproduce.table([found], "translation").splitlines())
+    assert row[0].startswith(f"| {base}, γ 0.02, τ 3")
+    for nats in ("validation_nll", "training_loss"):
+        assert row[header.index(nats)] == f"{metrics[nats]:.4f} (1)"
+        assert row[header.index(f"{nats}_bits")] == f"{metrics[nats] / math.log(2):.4f} (1)"
     reproduce.plot([found], "translation", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 

@@ -50,6 +50,7 @@ RECORD_KEYS = {
         "model_size",
         "vocab_size",
         "max_tokens",
+        "tokens_per_update",
         "num_beams",
         "length_penalty",
         "averaged_checkpoints",
@@ -146,7 +147,7 @@ def learned(tmp_path_factory):
 
 @pytest.mark.slow
 def test_record_is_complete_and_right(learned):
-    _, data, _, record = learned
+    folder, data, said, record = learned
     assert set(record) == RECORD_KEYS
     assert (record["study"], record["task"], record["dataset"], record["languages"]) == (
         "single",
@@ -167,6 +168,15 @@ def test_record_is_complete_and_right(learned):
         "AdamW",
     )
     assert (record["steps"], record["rounds"], record["averaged_checkpoints"]) == (100, 20, 2)
+    lengths = tokens.token_counts(tokens.encode(load_corpus(data).train, AutoTokenizer.from_pretrained(folder)))
+    held = record["tokens_per_update"]
+    assert held["target"] == pytest.approx(2 / len(tokens.make_batches(lengths, 512)) * lengths[:, 1].sum())
+    assert held["target"] < held["target_padded"] <= 2 * 512
+    logged = re.search(r"'tokens_per_update': '?([\d.]+)'?, 'tokens_per_update_padded': '?([\d.]+)", said)
+    assert [float(figure) for figure in logged.groups()] == pytest.approx(
+        [held["target"], held["target_padded"]], rel=1e-3
+    )
+    assert f"target tokens per update{held['target']:,.0f}, {held['target_padded']:,.0f} with padding" in said
     assert record["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert [point["step"] for point in record["curve"]] == [50, 100]
     assert 0 < record["seconds_communicating"] < record["seconds"]
@@ -181,7 +191,11 @@ def test_it_learns(learned):
     assert record["curve"][0]["validation_nll"] > record["curve"][1]["validation_nll"]
     assert metrics["validation_bleu"] == metrics["test_bleu"]
     assert metrics["validation_nll"] == pytest.approx(metrics["test_nll"], rel=1e-6)
-    assert metrics["validation_nll_bits"] == pytest.approx(metrics["validation_nll"] / math.log(2))
+    for nats in ("validation_nll", "test_nll"):
+        assert metrics[f"{nats}_bits"] == pytest.approx(metrics[nats] / math.log(2))
+    assert [look["validation_nll_bits"] for look in record["curve"]] == pytest.approx(
+        [look["validation_nll"] / math.log(2) for look in record["curve"]]
+    )
 
 
 @pytest.mark.slow
@@ -300,12 +314,15 @@ def test_defaults():
     [("all_reduce", 0.0), ("all_reduce", 0.5), ("local_sgd", 0.0), ("local_sgd", 0.5), ("sgp", 0.0), ("sgp", 0.6)],
 )
 def test_preset_of_the_paper(base, outer_momentum):
-    """200,000 tokens per step on 64 GPUs, 25 epochs; SGP without slow momentum never averages exactly."""
+    """
+    64 batches of at most 3,584 positions, which hold the paper's 200,000 tokens; 25 epochs; SGP without slow momentum
+    never averages exactly.
+    """
     script, config, args = recipe.parse(["--preset", "wmt16", "--base", base, "--outer_momentum", str(outer_momentum)])
     expected = SlowMoConfig.paper("wmt16", base, outer_momentum=outer_momentum)
     exact = (base, outer_momentum) != ("sgp", 0.0)
     assert config == dataclasses.replace(expected, exact_average=exact)
-    assert 64 * script.max_tokens * args.gradient_accumulation_steps == 200_000
+    assert (script.max_tokens, args.gradient_accumulation_steps) == (3584, 1)
     assert (args.num_train_epochs, script.model_size, script.vocab_size) == (25, "big", 32_000)
     assert (args.adam_beta1, args.adam_beta2, args.learning_rate, args.warmup_steps) == (0.9, 0.98, 5e-4, 4000)
     assert (args.label_smoothing_factor, args.max_grad_norm) == (0.1, 0.0)
@@ -556,6 +573,24 @@ def test_every_row_once_and_equally_many_batches_per_rank(lengths, max_tokens, w
         assert len(order) - len(once) < world_size
         assert sorted(row for batch in once for row in batch) == list(range(len(lengths)))
         assert all(len(batch) * lengths[batch].max() <= max_tokens for batch in once)
+
+
+def test_tokens_of_an_update_by_hand():
+    """
+    The batches above with 9 tokens: (2,1) (1,2) (3,3) | (2,4) | (5,4). Targets hold 14 tokens, in 3 x 3 + 4 + 4 = 17
+    positions, sources 13 in 3 x 3 + 2 + 5 = 16: three batches. An update of two ranks and two micro-batches has four.
+    """
+    lengths = np.array([[5, 4], [3, 3], [1, 2], [2, 4], [2, 1]])
+    sampler = tokens.TokenBatches(lengths, 9, rank=1, world_size=2)
+    assert sampler.tokens_per_update(2) == pytest.approx(
+        {
+            "source": 4 / 3 * 13,
+            "target": 4 / 3 * 14,
+            "source_padded": 4 / 3 * 16,
+            "target_padded": 4 / 3 * 17,
+        }
+    )
+    assert sampler.padding() == pytest.approx(1 - 27 / 33)
 
 
 def test_epochs_differ_and_a_seed_repeats():
@@ -864,8 +899,8 @@ def test_choices_are_said(corpus, tokenizer, capsys):
     told = dataclasses.replace(corpus, empty_train_rows=3)
     sets = tokens.encode_corpus(told, tokenizer, 20)
     batches = tokens.TokenBatches(tokens.token_counts(sets.train), 512)
-    recipe.print_choices(script, sets, batches)
-    left, filled = capsys.readouterr().out.splitlines()
+    recipe.print_choices(script, sets, batches, 3)
+    left, filled, update = capsys.readouterr().out.splitlines()
     long = 2000 - len(sets.train)
     assert long > 100
     assert (
@@ -875,6 +910,11 @@ def test_choices_are_said(corpus, tokenizer, capsys):
     assert (
         filled
         == f"{len(batches)} batches per epoch and process, each of at most 512 tokens, {batches.padding():.1%} padding"
+    )
+    held = batches.tokens_per_update(3)
+    assert (
+        update == f"an update holds {held['target']:,.0f} target tokens on average, {held['target_padded']:,.0f} with "
+        "padding: 1 processes, micro-batches of each 3"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ class Shown:
     How a task's records are shown.
 
     Args:
-        columns (`tuple[str, ...]`): Metrics of the table: the paper's, then others.
+        columns (`tuple[str, ...]`): Metrics of the table: the paper's, then others. One in nats is shown in bits with
+            `_bits` behind it.
         gain (`str`): The metric whose paired gain the table has.
         curves (`tuple[str, str]`): What the plot shows over epochs.
     """
@@ -34,7 +36,10 @@ SHOWN = {
         curves=("validation_accuracy", "training_loss"),
     ),
     "translation": Shown(
-        columns=("validation_bleu", "training_loss", "best_validation_nll", "validation_nll", "test_bleu"),
+        columns=(
+            *("validation_bleu", "training_loss", "training_loss_bits", "best_validation_nll", "validation_nll"),
+            *("validation_nll_bits", "test_bleu"),
+        ),
         gain="test_bleu",
         curves=("validation_nll", "training_loss"),
     ),
@@ -62,12 +67,18 @@ def table(records: list[dict[str, Any]], task: str) -> str:
         "|---|" + "---|" * (len(columns) + 1),
     ]
     for key, own in settings.items():
-        cells = [f"{mean_sd([record['metrics'][name] for record in own])} ({len(own)})" for name in columns]
+        cells = [f"{mean_sd([_shown(record, name) for record in own])} ({len(own)})" for name in columns]
         partners = settings.get(_setting(without_slowmo(own[0]["run"])), [])
         lines.append(
             f"| {_words(key)} | {' | '.join(cells)} | {paired_gain(own, partners, gain) if own[0]['slowmo'] else ''} |"
         )
     return "\n".join(lines)
+
+
+def _shown(record: dict[str, Any], column: str) -> float:
+    metric = column.removesuffix("_bits")
+    value: float = record["metrics"][metric]
+    return value if metric == column else value / math.log(2)
 
 
 def _by_setting(records: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:

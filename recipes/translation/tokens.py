@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +219,30 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
         for step in range(len(self)):
             yield batches[(step * self.world_size + self.rank) % len(batches)]
 
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Of an epoch's batches, of source and target: tokens and padding, shape (2,)."""
+        batches = make_batches(self.lengths, self.max_tokens, self.seed)
+        return np.sum([len(batch) * self.lengths[batch].max(axis=0) for batch in batches], axis=0)
+
     def padding(self) -> float:
         """Share of all positions, source and target, that hold padding."""
-        batches = make_batches(self.lengths, self.max_tokens, self.seed)
-        positions = sum(len(batch) * self.lengths[batch].max(axis=0).sum() for batch in batches)
-        return float(1 - self.lengths.sum() / positions)
+        return float(1 - self.lengths.sum() / self.positions.sum())
+
+    def tokens_per_update(self, micro_batches: int = 1) -> dict[str, float]:
+        """
+        What an optimizer step sees on average, over all ranks and `micro_batches` of each: `source` and `target`
+        tokens, and `source_padded` and `target_padded` with the padding of their batches.
+        """
+        share = self.world_size * micro_batches / self.in_all
+        source, target = (share * self.lengths.sum(axis=0)).tolist()
+        source_padded, target_padded = (share * self.positions).tolist()
+        return {
+            "source": source,
+            "target": target,
+            "source_padded": source_padded,
+            "target_padded": target_padded,
+        }
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

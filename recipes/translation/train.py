@@ -12,7 +12,6 @@ the paper's table, on WMT'16 English-German from the Hub; flags beside it win. E
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import time
@@ -71,16 +70,17 @@ _OTT: dict[str, Any] = {
     "average_checkpoints": 5,
     "dataloader_num_workers": 2,
 }
-# The paper: 200,000 tokens per step on 8 machines of 8 GPUs, 25 epochs. It leaves the rest to Ott et al. and publishes
-# neither learning rate nor beta, which it tuned per row: here those of small batches, and 0.5, fairscale's at 8 nodes.
-# Its rows differ in --base and --outer_momentum only.
+# The paper: 200,000 tokens per step on 8 machines of 8 GPUs, 25 epochs. fairseq counts target tokens without padding,
+# and its batches are those of Ott et al.: 64 of at most 3,584 positions, 229,376 in all. The paper leaves the rest to
+# Ott et al. and publishes neither learning rate nor beta, which it tuned per row: here those of small batches, and
+# 0.5, fairscale's at 8 nodes. Its rows differ in --base and --outer_momentum only.
 _PAPER = {
-    "max_tokens": 3125,
     "gradient_accumulation_steps": 1,
     "base": "local_sgd",
     "outer_momentum": 0.5,
     "learning_rate": 5e-4,
 }
+CURVE = ("bleu", "nll", "nll_bits")  # what a record keeps of every validation
 PRESETS: dict[str, dict[str, Any]] = {"ott": _OTT, "wmt16": {**_OTT, **_PAPER}}
 
 
@@ -125,7 +125,8 @@ class ScriptArguments:
         default=128, metadata={"help": "Training pairs with a longer side, in tokens, are left out."}
     )
     max_tokens: int = field(
-        default=1024, metadata={"help": "Tokens per process and micro-batch: rows times the longest side."}
+        default=1024,
+        metadata={"help": "Tokens per process and micro-batch: rows times the longest side, padding included."},
     )
     model_size: str = field(
         default="tiny", metadata={"choices": list(MODEL_SIZES), "help": "As in Vaswani et al., or a smaller one."}
@@ -225,7 +226,7 @@ def main() -> None:
     except (DataError, SettingError) as error:
         end(error)
     if trainer.is_world_process_zero():
-        print_choices(script, sets, trainer.token_batches)
+        print_choices(script, sets, trainer.token_batches, args.gradient_accumulation_steps)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     seconds = time.perf_counter() - start
@@ -327,8 +328,8 @@ def make_sets(script: ScriptArguments, args: RecipeTrainingArguments) -> TokenSe
         return encode_corpus(corpus, tokenizer, script.max_length)
 
 
-def print_choices(script: ScriptArguments, sets: TokenSets, batches: TokenBatches) -> None:
-    """What was left out or cut, and how full the batches are."""
+def print_choices(script: ScriptArguments, sets: TokenSets, batches: TokenBatches, micro_batches: int = 1) -> None:
+    """What was left out or cut, and how many tokens batches and updates hold."""
     empty, rows = sets.corpus.empty_train_rows, len(sets.corpus.train)
     if empty or len(sets.train) < rows:
         print(
@@ -343,6 +344,12 @@ def print_choices(script: ScriptArguments, sets: TokenSets, batches: TokenBatche
     print(
         f"{len(batches):,} batches per epoch and process, each of at most {script.max_tokens:,} tokens, "
         f"{batches.padding():.1%} padding",
+        flush=True,
+    )
+    held = batches.tokens_per_update(micro_batches)
+    print(
+        f"an update holds {held['target']:,.0f} target tokens on average, {held['target_padded']:,.0f} with padding: "
+        f"{batches.world_size} processes, micro-batches of each {micro_batches}",
         flush=True,
     )
 
@@ -406,9 +413,11 @@ def make_record(
         "validation_bleu",
         "validation_bleu_compound_split",
         "validation_nll",
+        "validation_nll_bits",
         "test_bleu",
         "test_bleu_compound_split",
         "test_nll",
+        "test_nll_bits",
     )
     metrics = {name: results[name] for name in names}
     curve = [entry for entry in trainer.state.log_history if "eval_bleu" in entry]
@@ -426,14 +435,16 @@ def make_record(
         "model_size": script.model_size,
         "vocab_size": len(sets.tokenizer),
         "max_tokens": script.max_tokens,
+        "tokens_per_update": trainer.token_batches.tokens_per_update(trainer.args.gradient_accumulation_steps),
         "num_beams": script.num_beams,
         "length_penalty": script.length_penalty,
         "averaged_checkpoints": results["averaged_checkpoints"],
-        # fairseq logs NLL in bits; the paper's validation NLL of 2.10 may be in these.
-        "metrics": {**metrics, "validation_nll_bits": metrics["validation_nll"] / math.log(2)},
+        # fairseq's is in bits, and so are the paper's figures (docs/results.md).
+        "metrics": metrics,
         "bleu_signature": results["bleu_signature"],
         "curve": [
-            {"step": e["step"], "validation_bleu": e["eval_bleu"], "validation_nll": e["eval_nll"]} for e in curve
+            {"step": entry["step"], **{f"validation_{name}": entry[f"eval_{name}"] for name in CURVE}}
+            for entry in curve
         ],
         "curve_num_beams": trainer.args.generation_num_beams,
         **describe_run(config, trainer, seconds, [datasets, tokenizers, sacrebleu]),
@@ -442,14 +453,18 @@ def make_record(
 
 def table_of(record: dict[str, Any], sets: TokenSets) -> dict[str, str]:
     """The task's own lines of the table."""
-    metrics = record["metrics"]
+    metrics, held = record["metrics"], record["tokens_per_update"]
     place = f"{record['test_set']}, {record['test_rows']:,} rows"
     return {
         "BLEU of the average": f"{metrics['test_bleu']:.2f} "
         f"({place}{'; not comparable with WMT' if sets.corpus.shipped else ''})",
         "signature": record["bleu_signature"],
         "compound-split BLEU": f"{metrics['test_bleu_compound_split']:.2f} (Moses tokens)",
-        "validation NLL": f"{metrics['validation_nll']:.3f} nats per token, {metrics['validation_nll_bits']:.3f} bits",
+        **{
+            f"{name} NLL": f"{metrics[f'{name}_nll']:.3f} nats per token, {metrics[f'{name}_nll_bits']:.3f} bits"
+            for name in ("validation", "test")
+        },
+        "target tokens per update": f"{held['target']:,.0f}, {held['target_padded']:,.0f} with padding",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ class TranslationTrainer(Seq2SeqTrainer):
         )
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's own; beside a loss, how many target tokens an update holds, over all processes."""
+        if "loss" in logs:
+            held = self.token_batches.tokens_per_update(self.args.gradient_accumulation_steps)
+            told = {"tokens_per_update": held["target"], "tokens_per_update_padded": held["target_padded"]}
+            logs = {**logs, **told}
+        super().log(logs, *args, **kwargs)
+
     def evaluation_loop(self, dataloader: torch.utils.data.DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """
         Trainer's own, which gathers in the rows' order. Seq2SeqTrainer has just asked for all that the ranks have:
@@ -81,13 +90,15 @@ class TranslationTrainer(Seq2SeqTrainer):
         return None, (tokens, nll), inputs["labels"]
 
     def scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        """`compute_metrics`: BLEU in percent, NLL in nats per token, `</s>` included."""
+        """`compute_metrics`: BLEU in percent, NLL per token, `</s>` included: in nats, and in bits as fairseq's."""
         tokens, nll = prediction.predictions
         texts = decode(self.processing_class, tokens)
+        nll = float(nll.astype(np.float64).sum() / (prediction.label_ids != NO_LABEL).sum())
         return {
             "bleu": bleu(texts, self.references)["score"],
             "bleu_compound_split": compound_split_bleu(texts, self.references, self.target_lang),
-            "nll": float(nll.astype(np.float64).sum() / (prediction.label_ids != NO_LABEL).sum()),
+            "nll": nll,
+            "nll_bits": nll / math.log(2),
         }
 
 
