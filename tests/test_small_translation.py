@@ -19,8 +19,10 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from studies import reproduce, showing, small_runs, small_translation  # noqa: E402
+from studies import multi30k, reproduce, showing, small_runs, small_translation  # noqa: E402
+from studies.kept_models import KeptModels  # noqa: E402
 from studies.plan import Run  # noqa: E402
+from translation.bleu import tokenised_bleu  # noqa: E402
 from translation.data import SHIPPED, DataError  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
 from translation.tokens import TokenBatches  # noqa: E402
@@ -67,7 +69,7 @@ def test_long_pairs_are_left_out(folder, data):
     assert len(data.lengths) == 60
     assert data.lengths[:, 1].tolist() == [len(row["labels"]) for row in data.train.rows]
     for part in (data.train, data.validation, data.test):
-        assert max(len(ids) for row in part.rows for ids in row.values()) <= small_translation.MAX_LENGTH
+        assert max(len(ids) for row in part.rows for ids in row.values()) <= small_translation.HELP_TEXT.max_length
         texts = data.tokenizer.batch_decode([row["labels"] for row in part.rows], skip_special_tokens=True)
         assert texts == part.targets
 
@@ -107,14 +109,14 @@ def test_losses_are_torchs_sentence_by_sentence(data):
     assert model.training
 
 
-def test_all_reduce_is_one_adam_on_the_mean_gradient(data):
+def test_all_reduce_is_one_adam_on_the_mean_gradient(data, tmp_path):
     """Two workers of 80 tokens against torch's Adam on the mean of both losses."""
     run = replace(RUN, base="all_reduce", outer_momentum=0.0, epochs=1)
-    jobs = {}
+    jobs, models = {}, KeptModels(tmp_path)
 
     def make_job(rank):
-        jobs[rank] = small_translation._make_job(run, data, rank)
-        jobs[rank].look = lambda last: {}
+        jobs[rank] = small_translation._make_job(run, data, rank, models)
+        jobs[rank].look = lambda epoch, is_last: {}
         return jobs[rank]
 
     steps = small_runs.train_workers(run, make_job)["steps"]
@@ -185,7 +187,7 @@ def test_bleu_is_sacrebleus_on_the_beams_translations(data):
         small_translation._losses(model, data.test.rows, 0.0)[0].backward()
         adam.step()
         adam.zero_grad()
-    scores = small_translation._scores(model, data)
+    scores, _ = small_translation._scores(model, data)
     for name, part in (("test", data.test), ("validation", data.validation)):
         hypotheses = translate(model, data.tokenizer, part.sources, num_beams=4, length_penalty=0.6)
         assert scores[f"{name}_bleu"] == _sacrebleu(hypotheses, part.targets)[0]
@@ -216,3 +218,78 @@ def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match=r"1 empty lines, the first in row 0. Set --dataset_name") as error:
         small_translation.load(str(tmp_path))
     assert "--test_set" not in str(error.value)
+
+
+def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):
+    """Weights 1 to 7, the best at epoch 2; then the run goes on from epoch 6 once more, and its end is another."""
+    model = torch.nn.Linear(1, 1, bias=False)
+
+    def keep(epoch, nll, weight):
+        torch.nn.init.constant_(model.weight, weight)
+        KeptModels(tmp_path).keep(epoch, nll, model)
+
+    for epoch in range(1, 8):
+        keep(epoch, 1.0 if epoch == 2 else 2.0, float(epoch))
+    kept = KeptModels(tmp_path)
+    assert kept.epochs() == {"best": [2], "last": [7], "mean_of_5": [3, 4, 5, 6, 7]}
+    assert {kind: state["weight"].item() for kind, state in kept.models().items()} == {
+        "best": 2.0,
+        "last": 7.0,
+        "mean_of_5": 5.0,
+    }
+    keep(6, 2.0, 16.0)  # 7 goes: it was of what is run again
+    keep(7, 0.5, 27.0)
+    assert kept.epochs() == {"best": [7], "last": [7], "mean_of_5": [3, 4, 5, 6, 7]}
+    assert kept.models()["mean_of_5"]["weight"].item() == (3 + 4 + 5 + 16 + 27) / 5
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, data):
+    """Its curve, all scores and the mean of its models are those of a run that was never cut off."""
+    monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: data)
+    monkeypatch.setattr(reproduce, "KEPT", ("translation",))
+    whole = reproduce.run_one(RUN, None, str(tmp_path / "whole"))
+    evaluate, looks = small_translation._evaluate, []
+
+    def cut_off(*given):
+        looks.append(1)
+        if len(looks) == 5:  # two looks of an epoch: told rows and validation; the third epoch's
+            raise KeyboardInterrupt
+        return evaluate(*given)
+
+    monkeypatch.setattr(small_translation, "_evaluate", cut_off)
+    with pytest.raises(BaseException):  # noqa: B017
+        reproduce.run_one(RUN, None, str(tmp_path / "cut"))
+    monkeypatch.setattr(small_translation, "_evaluate", evaluate)
+    assert (tmp_path / "cut" / f"{RUN.name}.state" / "epoch2").is_dir()
+    gone_on = reproduce.run_one(RUN, None, str(tmp_path / "cut"))
+    assert gone_on["metrics"] == whole["metrics"]
+    assert gone_on["curve"] == whole["curve"]
+    assert (
+        gone_on["epochs_of_models"]
+        == whole["epochs_of_models"]
+        == {
+            "best": whole["epochs_of_models"]["best"],
+            "last": [3],
+            "mean_of_5": [1, 2, 3],
+        }
+    )
+    assert not (tmp_path / "cut" / f"{RUN.name}.state").exists()
+
+
+def test_what_is_not_all_of_multi30k_is_refused(folder):
+    with pytest.raises(DataError, match=r"must be a folder with Multi30k's .* got None.* Set --dataset_name"):
+        multi30k.load(None)
+    with pytest.raises(DataError, match=r"must have 29,000 pairs in train.*got 60.*Set --dataset_name"):
+        multi30k.load(str(folder))
+
+
+def test_tokenised_bleu_by_hand():
+    """
+    One sentence of 6 tokens, the comma split off; one wrong token at its end: 5/6, 4/5, 3/4, 2/3 of n-grams match, so
+    BLEU is (5/6 4/5 3/4 2/3)^(1/4) = (1/3)^(1/4).
+    """
+    found = tokenised_bleu(["Hunde, die bellen, Sie"], ["Hunde, die bellen, sie"])
+    assert found == pytest.approx(100 * (1 / 3) ** 0.25)
+    assert tokenised_bleu(["Hunde, die bellen, Sie"], ["Hunde, die bellen, sie"], lowercase=True) == pytest.approx(100)

@@ -179,7 +179,7 @@ def make_job(run: PaperRun, data: Images, machine: Machine, rank: int) -> Job:
         learning_rate_factor=lambda step: learning_rate_factor(step, steps),
         batches=lambda epoch: draws_of(epoch, rank, run, data),
         learn=learn,
-        look=lambda last: _look(model, data),
+        look=lambda epoch, is_last: _look(model, data),
         look_every=run.look_every,
     )
 

@@ -35,6 +35,9 @@ class Task:
         seeds (`int`), pair_seeds (`int`): Per row of the table; of the Local SGD pair, at least.
         sizes (`dict[str, Any]`): Fields of `Run` with other values than its own.
         sync_every (`dict[str, int]`): Bases with another period than `Run`'s own.
+        tuning_epochs (`int`, *optional*): Of the runs that choose, where they are shorter than the others.
+        two_workers (`tuple[float, ...]`): Momenta of Local SGD by two workers, of as many tokens together; the
+            task's sweep.
         given (`Tuned`, *optional*): The paper's own size, with these settings for every base; nothing is tuned.
     """
 
@@ -47,6 +50,8 @@ class Task:
     pair_seeds: int
     sizes: dict[str, Any] = field(default_factory=dict)
     sync_every: dict[str, int] = field(default_factory=dict)
+    tuning_epochs: int | None = None
+    two_workers: tuple[float, ...] = ()
     given: Tuned | None = None
 
     def best(self, results: dict[float, float]) -> float:
@@ -75,6 +80,19 @@ TASKS = {
         pair_seeds=3,
         sizes={"epochs": 22, "batch_size": 128},  # 7,436 steps: 154 rounds of 48
         sync_every={"sgp": 48},  # as in the paper
+    ),
+    "multi30k": Task(
+        bases=("local_sgd", "all_reduce", "sgp"),
+        learning_rates=(0.0025, 0.005, 0.01),  # Wu et al. (2021) give 0.005
+        momenta=(0.2, 0.4, 0.6),
+        metric="validation_nll",
+        smaller_is_better=True,
+        seeds=3,
+        pair_seeds=3,
+        sizes={"workers": 4, "epochs": 24, "batch_size": 1024},
+        sync_every={"sgp": 48},
+        tuning_epochs=8,
+        two_workers=(0.0, 0.2, 0.5),
     ),
     "cifar10": Task(
         bases=("local_sgd", "sgp"),
@@ -115,7 +133,7 @@ class Run:
 
     Args:
         study (`str`): table1, sweep or tuning.
-        task (`str`): image_classification, translation or cifar10.
+        task (`str`): image_classification, translation, multi30k or cifar10.
         inner_lr (`float`): Peak learning rate of the inner optimizer.
         epochs (`int`): Passes over the training data, all workers together.
         batch_size (`int`): Per worker and step: images; tokens of translation, padding included (`make_batches`).
@@ -206,11 +224,12 @@ def without_slowmo(run: dict[str, Any]) -> dict[str, Any]:
 def tuning(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     """Learning rates without slow momentum, for every base; then, where one has been chosen, momenta."""
     runs = []
+    sizes = {"epochs": TASKS[task].tuning_epochs} if TASKS[task].tuning_epochs else {}
     for base in TASKS[task].bases:
-        runs += [make_run("tuning", task, base, 0.0, lr, seed=0) for lr in TASKS[task].learning_rates]
+        runs += [make_run("tuning", task, base, 0.0, lr, seed=0, **sizes) for lr in TASKS[task].learning_rates]
         lr = tuned[base].inner_lr
         if lr is not None and base != "all_reduce":
-            runs += [make_run("tuning", task, base, momentum, lr, seed=0) for momentum in TASKS[task].momenta]
+            runs += [make_run("tuning", task, base, momentum, lr, seed=0, **sizes) for momentum in TASKS[task].momenta]
     return runs
 
 
@@ -257,6 +276,14 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
     if lr is None or momentum is None:
         return []
+    if TASKS[task].two_workers:
+        together = TASKS[task].sizes
+        sizes = {"workers": 2, "batch_size": together["batch_size"] * together["workers"] // 2}
+        return [
+            make_run("sweep", task, "local_sgd", beta, lr, seed, **sizes)
+            for seed in range(1, 1 + TASKS[task].pair_seeds)
+            for beta in TASKS[task].two_workers
+        ]
     middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
     seeds = range(1, 1 + TASKS[task].pair_seeds)
     runs = [

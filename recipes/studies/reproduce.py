@@ -19,7 +19,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders sh
 
 from image import data as image_data
 from records import SettingError, end_program, write_record
-from studies import cifar10, small_images, small_translation
+from studies import cifar10, multi30k, small_images, small_translation
 from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
+from studies.kept import Clock, Keeper
 from studies.plan import TASKS, Run, Tuned, choose, sweeps, table1, tuning
 from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
@@ -41,8 +42,13 @@ from studies.showing import data_line, plot, plot_sweep, table
 from translation import data as translation_data
 
 # Modules with `load`, `train` and `LIBRARIES`, and the scripts that train at the paper's size on a cluster.
-MODULES: dict[str, ModuleType] = {"image_classification": small_images, "translation": small_translation}
+MODULES: dict[str, ModuleType] = {
+    "image_classification": small_images,
+    "translation": small_translation,
+    "multi30k": multi30k,
+}
 SCRIPTS = {"image_classification": "image/train.py", "translation": "translation/train.py"}
+KEPT = ("multi30k",)  # whose runs take an hour
 RECORDS = Path(__file__).parents[1] / "records"
 
 
@@ -63,8 +69,9 @@ class Arguments:
         default=None,
         metadata={
             "help": f"{small_images.HUB_NAME} by default, or a folder with its train.parquet and test.parquet; for "
-            "translation the shipped help text by default, or what translation.py takes; for --scale gpu "
-            f"{cifar10.PRESET['dataset_name']} by default, or a folder with Parquet files of its columns."
+            "translation the shipped help text by default, or what translation.py takes; for multi30k a folder with "
+            f"it; for --scale gpu {cifar10.PRESET['dataset_name']} by default, or a folder with Parquet files of its "
+            "columns."
         },
     )
     seeds: int | None = field(
@@ -204,10 +211,22 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
     module, data = MODULES[run.task], _load(run.task, dataset_name)
     check_same_data(data, run.task, dataset_name, Path(folder))
     command = f"python recipes/studies/reproduce.py --study {run.study} --task {run.task}"
+    if run.task in KEPT:
+        command += " --dataset_name FOLDER"
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process"
-    record = make_record(run, module.train(run, data), module.LIBRARIES, command, hardware)
+    keeper = _keeper(run, data, Path(folder)) if run.task in KEPT else None
+    told = module.train(run, data, *([keeper] if keeper else []))
+    record = make_record(run, told, module.LIBRARIES, command, hardware)
     write_record(record, Path(folder) / f"{run.name}.json")
+    if keeper:
+        keeper.forget()
     return record
+
+
+def _keeper(run: Run, data: Any, folder: Path) -> Keeper:
+    """A run that is cut off goes on from its last epoch's end."""
+    identity = {"run": asdict(run), "dataset_sha256": data.sha256}
+    return Keeper(folder / f"{run.name}.state", identity, 1, Clock(None), cpu=True)
 
 
 @functools.cache

@@ -43,6 +43,17 @@ SHOWN = {
         gain="test_bleu",
         curves=("validation_nll", "training_loss"),
     ),
+    "multi30k": Shown(
+        columns=(
+            "best_validation_nll",
+            "training_loss",
+            "test_bleu",
+            "test_bleu_mean_of_5",
+            "test_bleu_tokenised_lowercase_mean_of_5",
+        ),
+        gain="test_bleu_mean_of_5",
+        curves=("validation_nll", "training_loss"),
+    ),
     "cifar10": Shown(
         columns=("best_test_accuracy", "training_loss", "test_nll", "test_accuracy"),
         gain="test_accuracy",

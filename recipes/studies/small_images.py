@@ -131,9 +131,9 @@ def _make_job(run: Run, data: Images, rank: int) -> Job:
         learning_rate_factor=lambda step: learning_rate_factor(step, steps),
         batches=lambda epoch: rows_of(epoch, rank, run, rows),
         learn=lambda batch: _loss(model, data, batch).backward(),
-        look=lambda last: {
+        look=lambda epoch, is_last: {
             **_look(model, data),
-            **({"test_accuracy": _evaluate(model, data.test)[0]} if last else {}),
+            **({"test_accuracy": _evaluate(model, data.test)[0]} if is_last else {}),
         },
     )
 

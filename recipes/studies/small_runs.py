@@ -26,8 +26,8 @@ class Job:
         learning_rate_factor (`Callable`): Of the peak, by optimizer steps from 0.
         batches (`Callable`): This worker's batches of an epoch, which counts from 0; equally many on every worker.
         learn (`Callable`): Leaves the gradients of one batch in the model's parameters.
-        look (`Callable`): Figures of the model as it is, which is then the workers' average; told whether training has
-            ended.
+        look (`Callable`): Figures of the model as it is, which is then the workers' average; told how many epochs are
+            done, and whether these are all.
         look_every (`int`, *optional*, defaults to `1`): Epochs between two looks; the last epoch has one.
     """
 
@@ -36,7 +36,7 @@ class Job:
     learning_rate_factor: Callable[[int], float]
     batches: Callable[[int], Iterable[Any]]
     learn: Callable[[Any], Any]
-    look: Callable[[bool], dict[str, Any]]
+    look: Callable[[int, bool], dict[str, Any]]
     look_every: int = 1
 
 
@@ -69,7 +69,7 @@ def _work(run: Run, job: Job, rank: int, keeper: Keeper | None, start: float) ->
         if progress.epochs % job.look_every == 0 or is_last:
             with slowmo_hf.consensus(optimizer):
                 if rank == 0:
-                    progress.curve.append({"epoch": progress.epochs, **job.look(is_last)})
+                    progress.curve.append({"epoch": progress.epochs, **job.look(progress.epochs, is_last)})
         now = time.perf_counter()
         # The first epoch of a call starts the job, and on a GPU captures its graph: it counts until there is another.
         progress.longest_epoch = max(progress.longest_epoch if epoch > begun + 1 else 0.0, now - epoch_start)

@@ -6,7 +6,9 @@ at the end.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,40 @@ import tokenizers
 import torch
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
+from studies.kept import Keeper
+from studies.kept_models import KeptModels
 from studies.plan import Run
 from studies.small_runs import Job, train_workers
-from translation.bleu import bleu
+from translation.bleu import bleu, compound_split_bleu, tokenised_bleu
 from translation.data import DataError, load_corpus
 from translation.model import make_transformer, smoothed_loss, translate
 from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
 
 LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here
-MODEL_SIZE = "mini"
-VOCAB_SIZE = 1000  # of the joint BPE
-MAX_LENGTH = 32  # tokens: a pair with a longer side is left out, of validation and test too
 TOLD_ROWS = 800  # of the training rows, for the training loss of the average
 WARMUP = 0.1  # of the run, linear from 0; then 1/sqrt(step)
 LABEL_SMOOTHING = 0.1
 BETAS = (0.9, 0.98)  # of the inner Adam
 NUM_BEAMS, LENGTH_PENALTY = 4, 0.6
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    What is learned.
+
+    Args:
+        model (`str`): One of `MODEL_SIZES`.
+        vocab_size (`int`): Tokens of the joint BPE.
+        max_length (`int`): Tokens: a pair with a longer side is left out, of validation and test too.
+    """
+
+    model: str
+    vocab_size: int
+    max_length: int
+
+
+HELP_TEXT = Size("mini", 1000, 32)
 
 
 @dataclass
@@ -50,6 +70,7 @@ class Translations:
     """All that the runs share, read only."""
 
     name: str
+    size: Size
     sha256: str  # of all sentences that are used
     tokenizer: PreTrainedTokenizerFast
     train: Part
@@ -59,15 +80,17 @@ class Translations:
     test: Part
 
 
-def load(dataset_name: str | None) -> Translations:
+def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
     """English-German pairs, the shipped help text by default; raises `DataError` where they cannot be used."""
     try:
         corpus = load_corpus(dataset_name)
-        tokenizer = train_tokenizer(sentences_of(corpus.train), VOCAB_SIZE)
-        sets = encode_corpus(corpus, tokenizer, MAX_LENGTH)
-        train, validation, test = (_part(rows) for rows in (sets.train, sets.validation, sets.test))
+        tokenizer = train_tokenizer(sentences_of(corpus.train), size.vocab_size)
+        sets = encode_corpus(corpus, tokenizer, size.max_length)
+        train, validation, test = (_part(rows, size.max_length) for rows in (sets.train, sets.validation, sets.test))
         if not validation.rows or not test.rows:
-            raise DataError(f"validation and test must hold pairs of at most {MAX_LENGTH} tokens a side, got none.")
+            raise DataError(
+                f"validation and test must hold pairs of at most {size.max_length} tokens a side, got none."
+            )
     except DataError as error:
         said = re.split(r" (?:Set|Mend|Leave) ", str(error))[0]  # flags of translation.py
         raise DataError(
@@ -76,6 +99,7 @@ def load(dataset_name: str | None) -> Translations:
     told = slice(0, None, -(-len(train.rows) // TOLD_ROWS))
     return Translations(
         name=corpus.name if dataset_name is None or not Path(dataset_name).is_dir() else Path(dataset_name).name,
+        size=size,
         sha256=hashlib.sha256(
             "\n".join(s for part in (train, validation, test) for s in part.sources + part.targets).encode()
         ).hexdigest(),
@@ -88,9 +112,9 @@ def load(dataset_name: str | None) -> Translations:
     )
 
 
-def _part(rows: datasets.Dataset) -> Part:
+def _part(rows: datasets.Dataset, max_length: int) -> Part:
     """Pairs that fit, as lists: a table's rows are slow to take one by one."""
-    rows = rows.select(np.flatnonzero((token_counts(rows) <= MAX_LENGTH).all(axis=1)))
+    rows = rows.select(np.flatnonzero((token_counts(rows) <= max_length).all(axis=1)))
     encoded = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
     return Part(encoded, rows["source"][:], rows["target"][:])
 
@@ -101,31 +125,38 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(done, done**-0.5)
 
 
-def train(run: Run, data: Translations) -> dict[str, Any]:
-    """All workers of one run; the part of its record that they know."""
-    told = train_workers(run, lambda rank: _make_job(run, data, rank))
-    assert told is not None
-    signature = told["curve"][-1].pop("bleu_signature")
+def train(run: Run, data: Translations, keeper: Keeper | None = None) -> dict[str, Any] | None:
+    """All workers of one run; the part of its record that they know. None where its state was left for later."""
+    with tempfile.TemporaryDirectory() as beside:
+        models = KeptModels(keeper.folder / "averages" if keeper else Path(beside))
+        told = train_workers(run, lambda rank: _make_job(run, data, rank, models), keeper)
+        judged = {} if told is None else _judge(told["curve"], models, data)
+    if told is None:
+        return None
+    sampler = TokenBatches(data.lengths, run.batch_size, world_size=run.workers)
     return {
         **told,
-        "metrics": _metrics(told["curve"]),
+        **judged,
+        "tokens_per_update": {
+            "target": round(float(data.lengths[:, 1].sum()) / sampler.in_all * run.workers, 1),
+            "at_most": run.batch_size * run.workers,  # a side's, padding included
+        },
         "dataset": data.name,
         "dataset_sha256": data.sha256,
         "train_rows": len(data.train.rows),
         "validation_rows": len(data.validation.rows),
         "test_rows": len(data.test.rows),
-        "model_size": MODEL_SIZE,
+        "model_size": data.size.model,
         "vocab_size": len(data.tokenizer),
-        "max_length": MAX_LENGTH,
+        "max_length": data.size.max_length,
         "num_beams": NUM_BEAMS,
         "length_penalty": LENGTH_PENALTY,
-        "bleu_signature": signature,
     }
 
 
-def _make_job(run: Run, data: Translations, rank: int) -> Job:
+def _make_job(run: Run, data: Translations, rank: int, models: KeptModels) -> Job:
     torch.manual_seed(run.seed)
-    model = make_transformer(MODEL_SIZE, len(data.tokenizer))
+    model = make_transformer(data.size.model, len(data.tokenizer))
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
     sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
 
@@ -142,7 +173,7 @@ def _make_job(run: Run, data: Translations, rank: int) -> Job:
         learning_rate_factor=lambda step: learning_rate_factor(step, run.epochs * len(sampler)),
         batches=batches,
         learn=learn,
-        look=lambda last: {**_look(model, data), **(_scores(model, data) if last else {})},
+        look=lambda epoch, is_last: _look(model, data, models, epoch),
     )
 
 
@@ -169,21 +200,42 @@ def _evaluate(model: MarianMTModel, part: Part) -> tuple[float, float]:
     return smoothed, nll
 
 
-def _look(model: MarianMTModel, data: Translations) -> dict[str, float]:
+def _look(model: MarianMTModel, data: Translations, models: KeptModels, epoch: int) -> dict[str, float]:
     smoothed, nll = _evaluate(model, data.told)
-    return {"validation_nll": _evaluate(model, data.validation)[1], "training_loss": smoothed, "training_nll": nll}
+    validation_nll = _evaluate(model, data.validation)[1]
+    models.keep(epoch, validation_nll, model)
+    return {"validation_nll": validation_nll, "training_loss": smoothed, "training_nll": nll}
 
 
-def _scores(model: MarianMTModel, data: Translations) -> dict[str, Any]:
-    """BLEU in percent by beam search, and how it was scored."""
-    scores = {}
+def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations) -> dict[str, Any]:
+    """
+    Every score of the best, the last and the mean model, and which epochs' averages these are; `metrics` are the last
+    look's, with the scores of the last model under their own names, and of the others with theirs behind.
+    """
+    model = make_transformer(data.size.model, len(data.tokenizer))
+    metrics = {**curve[-1], "best_validation_nll": min(look["validation_nll"] for look in curve)}
+    metrics["validation_nll_bits"] = metrics["validation_nll"] / math.log(2)
+    signature = ""
+    for kind, state in models.models().items():
+        model.load_state_dict(state)
+        scores, signature = _scores(model, data)
+        metrics |= {name if kind == "last" else f"{name}_{kind}": value for name, value in scores.items()}
+    return {"metrics": metrics, "bleu_signature": signature, "epochs_of_models": models.epochs()}
+
+
+def _scores(model: MarianMTModel, data: Translations) -> tuple[dict[str, float], str]:
+    """BLEU in percent of the translations by beam search, in every habit; NLL per token; sacreBLEU's signature."""
+    scores, signature = {}, ""
     for name, part in (("validation", data.validation), ("test", data.test)):
         hypotheses = translate(model, data.tokenizer, part.sources, num_beams=NUM_BEAMS, length_penalty=LENGTH_PENALTY)
-        result = bleu(hypotheses, part.targets)
-        scores |= {f"{name}_bleu": result["score"], "bleu_signature": result["signature"]}
-    return scores
-
-
-def _metrics(curve: list[dict[str, float]]) -> dict[str, float]:
-    """The last look, with BLEU, and the best NLL of all."""
-    return {**curve[-1], "best_validation_nll": min(look["validation_nll"] for look in curve)}
+        result, nll = bleu(hypotheses, part.targets), _evaluate(model, part)[1]
+        signature = result["signature"]
+        scores |= {
+            f"{name}_bleu": result["score"],
+            f"{name}_bleu_tokenised": tokenised_bleu(hypotheses, part.targets),
+            f"{name}_bleu_tokenised_lowercase": tokenised_bleu(hypotheses, part.targets, lowercase=True),
+            f"{name}_bleu_compound_split": compound_split_bleu(hypotheses, part.targets),
+            f"{name}_nll": nll,
+            f"{name}_nll_bits": nll / math.log(2),
+        }
+    return scores, signature

@@ -61,9 +61,25 @@ class CompoundSplitBleu(_TextMetric):
 
 def split_compounds(sentences: Sequence[str], language: str) -> list[str]:
     """Moses tokens with spaces between; a hyphen inside a word becomes a token of its own, `##AT##-##AT##`."""
+    return [re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", tokens) for tokens in moses_tokens(sentences, language)]
+
+
+def moses_tokens(sentences: Sequence[str], language: str) -> list[str]:
+    """With spaces between."""
     moses = MosesTokenizer(lang=language)
-    tokenised = (moses.tokenize(sentence, return_str=True, escape=False) for sentence in sentences)
-    return [re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", tokens) for tokens in tokenised]
+    return [moses.tokenize(sentence, return_str=True, escape=False) for sentence in sentences]
+
+
+def tokenised_bleu(
+    predictions: Sequence[str], references: Sequence[str], language: str = "de", *, lowercase: bool = False
+) -> float:
+    """
+    Corpus BLEU in percent on Moses tokens, unsmoothed: what papers call tokenised BLEU (multi-bleu.perl), with both
+    sides tokenised here. Multi30k's are of lower-cased text.
+    """
+    metric = BLEU(tokenize="none", smooth_method="none", force=True, lowercase=lowercase)
+    hypotheses, truths = (moses_tokens(sentences, language) for sentences in (predictions, references))
+    return float(metric.corpus_score(hypotheses, [truths]).score)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""
+One run of `reproduce.py --task multi30k`: English-German image captions, a task with published BLEU.
+
+The data (29,000 / 1,014 / 1,000 pairs, Elliott et al., 2016, https://aclanthology.org/W16-3210) are not shipped: their
+licence is unclear.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from studies import small_translation
+from studies.small_translation import Size, Translations
+from translation.data import DataError
+
+LIBRARIES = small_translation.LIBRARIES
+SIZE = Size("small", 8000, 128)  # no pair is longer
+ROWS = {"train": 29_000, "validation": 1_014, "test": 1_000}
+
+train = small_translation.train
+
+
+def load(dataset_name: str | None) -> Translations:
+    """From a folder; raises `DataError` where it is not all of Multi30k: figures would not be comparable."""
+    if dataset_name is None:
+        raise DataError(
+            "dataset_name must be a folder with Multi30k's train, validation and test pairs (Parquet, or text files "
+            "such as train.en and train.de), got None: it is not shipped. Set --dataset_name."
+        )
+    data = small_translation.load(dataset_name, SIZE)
+    for name, rows in ROWS.items():
+        found = len(getattr(data, name).rows)
+        if found != rows:
+            raise DataError(
+                f"{Path(dataset_name).name} must have {rows:,} pairs in {name}, as Multi30k has (test2016), got "
+                f"{found:,}: BLEU would not be comparable. Set --dataset_name."
+            )
+    return data
