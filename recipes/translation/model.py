@@ -27,14 +27,14 @@ MODEL_SIZES = {
 }
 # These start as fairseq's. The recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner
 # with it, and the records of the studies have it.
-PUBLISHED_SIZES = ("base", "big")
+PUBLISHED_SIZES = ("small", "base", "big")
 
 
 def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -> MarianMTModel:
     """
     The Transformer of Vaswani et al. (2017) as Marian's: sinusoidal positions, layer norm after each residual sum,
     ReLU, and one matrix for both embeddings and the output. Embeddings are drawn with variance 1 / d_model and scaled
-    by its root; the rest of `base` and `big` as fairseq drew it (`draw_weights`), of the others like embeddings.
+    by its root; the rest of `PUBLISHED_SIZES` as fairseq drew it (`draw_weights`), of the others like embeddings.
 
     Args:
         size (`str`): One of `MODEL_SIZES`.
