@@ -341,14 +341,14 @@ def with_batch_norms(mesh):
 
 
 def one_worker_goes_on(mesh, rank):
-    """Seconds of three clipped steps of worker 0, while worker 1 sleeps for 3 seconds before its own."""
+    """Seconds of three clipped steps of worker 0, while worker 1 sleeps for longer before its own."""
     model = fsdp.by_hand(fsdp.Awkward(), mesh)
     optimizer = fsdp.sgd(model.parameters())
     isolation = Isolation([], None, sharded_modules([model]))
     dist.barrier()
     began = time.monotonic()
     if rank >= 2:
-        time.sleep(3)
+        time.sleep(1.5 * patience(2))
     for step in range(3):
         model(**fsdp.Tokens().batch(4 * (4 * step + rank)))["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -415,7 +415,7 @@ def test_synchronised_batch_norm_meets_the_worker(launch):
 
 def test_a_worker_waits_for_nobody(launch):
     seconds = [found["alone"][0] for found in launch]
-    assert max(seconds[:2]) < patience(2) < 3 <= min(seconds[2:])
+    assert max(seconds[:2]) < patience(2) < min(seconds[2:])
     weights = [found["alone"][1] for found in launch]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name])
