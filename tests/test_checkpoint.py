@@ -404,7 +404,8 @@ def _check_free_settings(here, folder):
 
 def test_free_settings_may_change_and_that_is_said(saved, tmp_path):
     for free, momentum, *steps in run_workers(_check_free_settings, 2, saved[0], tmp_path):
-        assert f"resumed with other settings: outer_momentum 0.5 -> 0.25, timeout_seconds {patience(30):.1f} -> 40.0" in free
+        timeouts = f"timeout_seconds {patience(30):.1f} -> 40.0"
+        assert f"resumed with other settings: outer_momentum 0.5 -> 0.25, {timeouts}" in free
         assert "resumed with other settings: outer_momentum 0.0 -> 0.5" in momentum
         assert steps == [STEPS - MIDDLE] * 2
 
