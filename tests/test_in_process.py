@@ -481,3 +481,17 @@ def test_a_call_that_cannot_serve_all_ends_the_job(work, words, cause):
 def test_together_is_for_workers_alone():
     with pytest.raises(RuntimeError, match="together must be called by a worker of run_in_process"):
         together(list, 1)
+
+
+def test_a_workers_value_error_is_one_for_the_caller_too():
+    def work(rank):
+        if rank:
+            raise ValueError("no")
+        return SlowMoConfig()
+
+    with pytest.raises(ValueError, match="worker 1 failed: ValueError: no") as told:
+        run_in_process(work, 2)
+    assert isinstance(told.value, RuntimeError)
+    with pytest.raises(RuntimeError, match="worker 0 failed: KeyError") as told:
+        run_in_process(lambda rank: {}[rank], 2)
+    assert not isinstance(told.value, ValueError)

@@ -48,7 +48,7 @@ def run_in_process(work: Callable[[int], T], workers: int) -> list[T]:
         `list`: What each worker returned, by rank.
 
     Raises:
-        RuntimeError: A worker failed (its error is the cause), or all wait for each other.
+        RuntimeError: A worker failed (its error is the cause, and if a ValueError, this is one too), or all wait.
     """
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}.")
@@ -63,8 +63,7 @@ def together(call: Callable[[list[Item]], Sequence[T]], item: Item) -> T:
 
         loss = slowmo_hf.together(losses_of_all, batch)  # losses_of_all([batch of worker 0, of worker 1, ...])
 
-    One batched pass takes the place of one per worker. Every worker calls it, equally often. Nothing is copied. A
-    failure of `call` ends the job, and is its cause.
+    One batched pass takes the place of one per worker; every worker calls it, equally often. Nothing is copied.
 
     Args:
         call (`Callable`): Takes the items of all workers and returns an entry for each, by rank. The one of the worker
@@ -80,6 +79,10 @@ def together(call: Callable[[list[Item]], Sequence[T]], item: Item) -> T:
 def current() -> Wire | None:
     """The wire of the worker whose thread this is; None elsewhere."""
     return getattr(_here, "wire", None)
+
+
+class _WrongValue(RuntimeError, ValueError):
+    """A worker has failed by a ValueError: whoever waits for that has it too."""
 
 
 class _Ended(BaseException):
@@ -140,7 +143,7 @@ class World:
             at_the_call.give_back()
         if self.failure is not None:
             words, cause = self.failure
-            raise RuntimeError(words) from cause
+            raise (_WrongValue if isinstance(cause, ValueError) else RuntimeError)(words) from cause
         return results
 
     def _live(self, rank: int, work: Callable[[int], T], results: list[Any]) -> None:
@@ -386,11 +389,8 @@ class Wire:
             letter = group.letters[key].popleft()
             if not group.letters[key]:
                 del group.letters[key]
-            if _size(letter) != _size(tensor):
-                raise RuntimeError(
-                    f"worker {peer} sent {_size(letter)} in message {tag}, worker {self._rank} expects "
-                    f"{_size(tensor)}."
-                )
+            if (sent := _size(letter)) != (own := _size(tensor)):
+                raise RuntimeError(f"worker {peer} sent {sent} in message {tag}, worker {self._rank} expects {own}.")
             tensor.copy_(letter)
 
         return Work(wait)
