@@ -27,7 +27,7 @@ from harness import patience, rank_environment, run_workers
 from memory import allocated, taken
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
 from slowmo_hf.dtensors import as_described, described, is_sharded, let_reads_end, local
-from slowmo_hf.training import parts, start_values
+from slowmo_hf.training import parts
 from tiny import arguments, equal, error_of
 
 TAU, STEPS, ROWS = 3, 8, 4
@@ -621,7 +621,6 @@ def check_digest(folder, device):
 
 
 @on_each
-@pytest.mark.skipif(not hasattr(start_values, "digest"), reason="the start compares no digests")
 def test_digests_of_shards_are_those_of_the_cpu(tmp_path, device):
     found = alone(check_digest, tmp_path, device)
     assert found

@@ -60,8 +60,7 @@ WINGS = {
     ],
     "algorithm": [
         ["outer_update"],
-        ["codec", "slow_momentum", "starts"],
-        ["digest"],
+        ["codec", "digest", "slow_momentum", "starts"],
         ["layout", "norms", "topology"],
     ],
     "ground": [

@@ -1,361 +1,684 @@
 """
-Parameters that training moves and no optimizer holds: teachers and momentum encoders. They follow `model_buffers`, and
-a frozen base is neither sent, copied nor saved.
+Frozen parameters that training moves (the teacher of BYOL, MoCo, a mean teacher) follow `model_buffers`; a base that
+stays (LoRA) costs a checksum; what another optimizer holds is that one's; a copy beside the model is a worker's own.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import partial
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import Trainer, TrainerCallback
 
+import fsdp
 import slowmo_hf
-from harness import run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from harness import patience, run_workers
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
+from tiny import Rows, arguments, equal
 
-RATE = 0.1
+SYNC_EVERY = 4
 
 
-class WithTeacher(nn.Module):
-    """
-    A student, and a teacher that every training pass moves towards it.
+def in_place(teacher, student):
+    with torch.no_grad():
+        for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+            slow.lerp_(fast, 0.25)
 
-    Args:
-        way (`str`): How it is moved.
-    """
 
-    def __init__(self, way: str = "in place", dtype: torch.dtype = torch.float64) -> None:
+def by_data(teacher, student):
+    for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+        slow.data.lerp_(fast.data, 0.25)
+
+
+def by_load(teacher, student):
+    own, its = teacher.state_dict(), student.state_dict()
+    teacher.load_state_dict({name: own[name].lerp(its[name], 0.25) for name in own})
+
+
+def by_other_memory(teacher, student):
+    for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+        slow.data = slow.data.lerp(fast.data, 0.25)
+
+
+def by_another_parameter(teacher, student):
+    mean = teacher.weight.detach().lerp(student.weight.detach(), 0.25)
+    teacher.weight = nn.Parameter(mean, requires_grad=False)
+
+
+WAYS = {
+    "in place": in_place,
+    "by .data": by_data,
+    "by load_state_dict": by_load,
+    "to other memory": by_other_memory,
+    "to another parameter": by_another_parameter,
+}
+
+
+class Taught(nn.Module):
+    """A student with BatchNorm, and a teacher that every training pass moves from `first` on."""
+
+    def __init__(self, way="in place", first=1, dtype=torch.float64):
         super().__init__()
         torch.manual_seed(0)
-        self.way = way
-        self.student = nn.Linear(4, 1).to(dtype)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.student, self.norm = nn.Linear(4, 4, dtype=dtype), nn.BatchNorm1d(4, dtype=dtype)
+        self.teacher = nn.Linear(4, 4, dtype=dtype).requires_grad_(False)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.way, self.first, self.passes = WAYS[way], first, 0
 
-    def move(self) -> None:
-        with torch.no_grad():
-            for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                if self.way == "in place":
-                    slow.lerp_(fast, RATE)
-                elif self.way == "by .data":
-                    slow.data.lerp_(fast.data, RATE)
-                elif self.way == "other .data":
-                    slow.data = slow.data + RATE * (fast.data - slow.data)
-            if self.way == "load_state_dict":
-                mixed = {
-                    k: v + RATE * (self.student.state_dict()[k] - v) for k, v in self.teacher.state_dict().items()
-                }
-                self.teacher.load_state_dict(mixed)
-            if self.way == "assign":
-                mixed = {
-                    k: v + RATE * (self.student.state_dict()[k] - v) for k, v in self.teacher.state_dict().items()
-                }
-                self.teacher.load_state_dict(mixed, assign=True)
-                self.teacher.requires_grad_(False)
-
-    def forward(self, x, labels):
-        if self.training:
-            self.move()
-        out = self.student(x)
-        return {"loss": (out - labels).square().mean() + (out - self.teacher(x).detach()).square().mean()}
+    def forward(self, x, labels=None):
+        self.passes += self.training
+        if self.training and self.passes >= self.first:
+            self.way(self.teacher, self.student)
+        out = self.norm(self.student(x))
+        return {"loss": (out - self.teacher(x)).square().mean() + (out.sum(1, keepdim=True) - 1).square().mean()}
 
 
-WAYS = ("in place", "by .data", "other .data", "load_state_dict", "assign")
+class Loop:
+    """One worker's training in `run_in_process`."""
+
+    def __init__(self, rank, model=None, params=None, **settings):
+        self.model = Taught() if model is None else model
+        config = SlowMoConfig(**{"sync_every": SYNC_EVERY, "timeout_seconds": patience(20)} | settings)
+        own = [p for p in self.model.parameters() if p.requires_grad] if params is None else params
+        self.optimizer = SlowMoOptimizer(torch.optim.SGD(own, lr=0.1, momentum=0.5), config)
+        self.draw = torch.Generator().manual_seed(rank)
+
+    def backward(self):
+        x = torch.randn(8, 4, generator=self.draw, dtype=next(self.model.parameters()).dtype)
+        self.model(x)["loss"].backward()
+
+    def step(self):
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self):
+        return state_of(self.model)
 
 
-def batch(rank, step):
-    draw = torch.Generator().manual_seed(1000 * rank + step)
-    return {name: torch.randn(3, size, generator=draw).double() for name, size in (("x", 4), ("labels", 1))}
+def state_of(model):
+    return {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-def teachers_of(model):
-    return torch.cat([p.detach().flatten() for p in model.teacher.parameters()])
+def mean(values):
+    return sum(values) / len(values)
 
 
-def students_of(model):
-    return torch.cat([p.detach().flatten() for p in model.student.parameters()])
+# ---- a teacher inside the model ----
 
 
-def by_hand(workers, steps, sync_every, *, averaged=True):
-    """Plain PyTorch: local steps, then the mean of students, and of teachers too if they are `averaged`."""
-    models = [WithTeacher() for _ in range(workers)]
-    optimizers = [torch.optim.SGD(model.student.parameters(), lr=0.05) for model in models]
-    for step in range(1, steps + 1):
-        for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            model(**batch(rank, step))["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % sync_every == 0:
-            parts = ("student", "teacher") if averaged else ("student",)
-            for part in parts:
-                own = [list(getattr(model, part).parameters()) for model in models]
-                for tensors in zip(*own, strict=True):
-                    mean = torch.stack([t.detach() for t in tensors]).mean(0)
-                    for t in tensors:
-                        t.data.copy_(mean)
-    return models
-
-
-def train_loop(rank, way="in place", steps=5, **settings):
-    model = WithTeacher(way)
-    inner = torch.optim.SGD(model.student.parameters(), lr=0.05)
-    optimizer = SlowMoOptimizer(inner, SlowMoConfig(**{"sync_every": 2, "outer_momentum": 0.0} | settings))
-    for step in range(1, steps + 1):
-        model(**batch(rank, step))["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
+def followed(rank, way, settings):
+    """The teacher before and after every optimizer step, in a view at step 6, behind it, and at the end."""
+    loop, seen = Loop(rank, Taught(way), **settings), []
+    for step in range(1, 11):
+        loop.backward()
+        before = loop.model.teacher.weight.detach().clone()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        seen.append((before, loop.model.teacher.weight.detach().clone()))
+        if step == 6:
+            ended = loop.state()
+            with slowmo_hf.consensus(loop.optimizer):
+                shown = loop.state()
+            assert equal(loop.state(), ended)
+            loop.model.eval()
+            last = loop.model.teacher.weight.detach().clone()
+            loop.model.train()
+            assert equal(loop.state(), ended)
+    slowmo_hf.finish(loop.optimizer)
+    return seen, ended, shown, last, loop.model.teacher.weight.detach().clone()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_teacher_is_averaged_at_rounds_however_it_is_moved(way):
-    """Three workers, five steps, rounds after 2 and 4: teachers and students as in plain PyTorch."""
-    expected = by_hand(3, 5, 2)
-
-    def work(rank):
-        model, optimizer = train_loop(rank, way)
-        own = teachers_of(model), students_of(model)
-        with slowmo_hf.consensus(optimizer):
-            shown = teachers_of(model)
-        return *own, shown, teachers_of(model)
-
-    for rank, (teacher, student, shown, after) in enumerate(run_in_process(work, 3)):
-        torch.testing.assert_close(teacher, teachers_of(expected[rank]), rtol=0, atol=1e-14)
-        torch.testing.assert_close(student, students_of(expected[rank]), rtol=0, atol=1e-14)
-        mean = torch.stack([teachers_of(model) for model in expected]).mean(0)
-        torch.testing.assert_close(shown, mean, rtol=0, atol=1e-14)
-        assert torch.equal(after, teacher), "a view leaves no trace"
-
-
-def test_a_teacher_of_each_workers_own():
-    """`model_buffers="local"`: no round touches it; a view shows the mean, as of BatchNorm's statistics."""
-    expected = by_hand(3, 5, 2, averaged=False)
-
-    def work(rank):
-        model, optimizer = train_loop(rank, model_buffers="local")
-        with slowmo_hf.consensus(optimizer):
-            shown = teachers_of(model)
-        return teachers_of(model), shown
-
-    mean = torch.stack([teachers_of(model) for model in expected]).mean(0)
-    for rank, (teacher, shown) in enumerate(run_in_process(work, 3)):
-        torch.testing.assert_close(teacher, teachers_of(expected[rank]), rtol=0, atol=1e-14)
-        torch.testing.assert_close(shown, mean, rtol=0, atol=1e-14)
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_a_teacher_follows_model_buffers(way, policy):
+    """However it is written. Averages of two numbers in fp64 are exact."""
+    found = run_in_process(lambda rank: followed(rank, way, {"model_buffers": policy}), 2)
+    for step, pairs in enumerate(zip(*(seen for seen, *_ in found), strict=True), start=1):
+        before, after = [[pair[i] for pair in pairs] for i in (0, 1)]
+        at_a_round = policy == "average" and step % SYNC_EVERY == 0
+        for mine, now in zip(before, after, strict=True):
+            assert torch.equal(now, mean(before) if at_a_round else mine), step
+        assert step <= 1 or step % SYNC_EVERY == 1 or not torch.equal(before[0], before[1])
+    for _, ended, shown, last, end in found:
+        assert torch.equal(shown["teacher.weight"], mean([its[1]["teacher.weight"] for its in found]))
+        assert torch.equal(last, found[0][0][3][1] if policy == "average" else ended["teacher.weight"])
+        assert torch.equal(end, mean([its[0][9][1] for its in found]))
 
 
 @pytest.mark.parametrize(
-    "settings", [{"base": "sgp"}, {"base": "osgp"}, {"overlap_steps": 1}, {"compression": "int8"}]
+    "settings",
+    [
+        {"base": "sgp"},
+        {"base": "osgp", "staleness": 2},
+        {"base": "dpsgd"},
+        {"overlap_steps": 2},
+        {"compression": "int8"},
+        {"shard_slow_state": True},
+        {"shard_slow_state": True, "overlap_steps": 3},
+        {"outer_optimizer": "torch.optim.SGD"},
+        {"stash_device": "cpu"},
+    ],
+    ids=str,
 )
-def test_teachers_agree_after_rounds_of_every_kind(settings):
-    """At a round's step; with overlap they are averaged where it sets out, and move on one step."""
+def test_with_every_kind_of_round(settings):
+    """At a round it is the mean of what all had there; with overlap where the round is launched."""
 
     def work(rank):
-        model, optimizer = train_loop(rank, steps=4, **settings)
-        slowmo_hf.finish(optimizer)
-        return teachers_of(model), students_of(model)
+        loop, seen = Loop(rank, **settings), []
+        for _ in range(9):
+            loop.backward()
+            before = loop.model.teacher.weight.clone()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            seen.append((before, loop.model.teacher.weight.clone()))
+        ended = loop.state()
+        with slowmo_hf.consensus(loop.optimizer):
+            shown = loop.model.teacher.weight.clone()
+        assert equal(loop.state(), ended)
+        return seen, shown
 
-    first, *others = run_in_process(work, 3)
-    for other in others:
-        assert torch.equal(other[0], first[0])
-        torch.testing.assert_close(other[1], first[1], rtol=0, atol=1e-12)
-    assert (first[0] - teachers_of(WithTeacher())).abs().max() > 1e-3, "it has moved"
-
-
-def test_last_rounds_model_has_the_last_rounds_teacher():
-    """`model.eval()` one step behind a round."""
-    expected = by_hand(2, 4, 2)
-
-    def work(rank):
-        model, _ = train_loop(rank, steps=5)
-        own = teachers_of(model)
-        model.eval()
-        shown = teachers_of(model)
-        model.train()
-        return own, shown, teachers_of(model)
-
-    for own, shown, after in run_in_process(work, 2):
-        torch.testing.assert_close(shown, teachers_of(expected[0]), rtol=0, atol=1e-14)
-        assert torch.equal(own, after)
+    found = run_in_process(work, 2)
+    for step, pairs in enumerate(zip(*(seen for seen, _ in found), strict=True), start=1):
+        for before, after in pairs:
+            assert torch.equal(after, before if step % SYNC_EVERY else mean([its for its, _ in pairs])), step
+    for _, shown in found:
+        assert torch.equal(shown, mean([seen[-1][1] for seen, _ in found]))
 
 
-# ---- what stays ----
-
-
-def frozen_base():
-    """A large base that nothing moves, and an adapter."""
+def test_one_that_moves_behind_a_round_that_went_ahead():
+    """
+    Nothing but parameters was averaged at step 4, so the round of step 8 sets out unheard; the teacher has moved since
+    step 7, and is averaged where that round is heard of, at step 10.
+    """
 
     def work(rank):
-        torch.manual_seed(0)
-        base, adapter = nn.Linear(512, 512).requires_grad_(False), nn.Linear(512, 2)
-        model = nn.Sequential(base, adapter)
-        version = base.weight._version
-        optimizer = SlowMoOptimizer(torch.optim.SGD(adapter.parameters(), lr=0.1), SlowMoConfig(sync_every=2))
-        draw = torch.Generator().manual_seed(rank)
-        for _ in range(4):
-            model(torch.randn(2, 512, generator=draw)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        report = slowmo_hf.last_round(optimizer)
-        held = {id(t) for t in optimizer.outer_loop.tensors.others.averaged().values()}
-        return report.bytes_sent, base.weight._version - version, len(held)
+        model = Taught(first=7)
+        model.norm = nn.Identity()
+        loop, seen = Loop(rank, model, overlap_steps=2), []
+        for _ in range(12):
+            loop.backward()
+            before = model.teacher.weight.clone()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            seen.append((before, model.teacher.weight.clone()))
+        return seen
+
+    found = run_in_process(work, 2)
+    for step, pairs in enumerate(zip(*found, strict=True), start=1):
+        for before, after in pairs:
+            assert torch.equal(after, mean([its for its, _ in pairs]) if step in (10, 12) else before), step
+
+
+def test_one_that_is_not_finite_is_an_error_that_names_it():
+    def work(rank):
+        loop = Loop(rank)
+        [loop.step() for _ in range(3)]
+        loop.backward()
+        loop.model.teacher.bias.data[1] += float("inf") if rank else 0
+        loop.optimizer.step()
+
+    with pytest.raises(RuntimeError) as error:
+        run_in_process(work, 2)
+    cause = str(error.value.__cause__)
+    assert re.match(r"rank 1 on \S+, step 4: frozen parameter 'teacher.bias' is not finite", cause), cause
+
+
+def looked(inference):
+    """A run that looks at the average before and behind its first round, in inference mode or not at all."""
+
+    def work(rank):
+        model = Taught()
+        model.student.bias = model.teacher.bias = None  # BatchNorm takes it out: it would hardly move
+        loop = Loop(rank, model)
+        for step in range(10):
+            loop.step()
+            if step in (1, 6) and inference:
+                with torch.inference_mode(), slowmo_hf.consensus(loop.optimizer):
+                    loop.model(torch.randn(2, 4, dtype=torch.float64))
+                with slowmo_hf.consensus(loop.optimizer), torch.inference_mode():
+                    loop.model.eval()(torch.randn(2, 4, dtype=torch.float64))
+                loop.model.train()
+        return loop.state()
 
     return run_in_process(work, 2)
 
 
-def test_a_base_that_does_not_move_is_neither_sent_nor_written():
-    """A round of the adapter alone: 4 bytes for each of its elements, and no more than small headers beside."""
-    adapter = 4 * (512 * 2 + 2)
-    for bytes_sent, writes, held in frozen_base():
-        assert adapter <= bytes_sent <= adapter + 500
-        assert (writes, held) == (0, 0)
+def test_a_view_in_inference_mode_leaves_nothing_behind():
+    """Also one whose pass is one of training, and moves teacher and buffers: they are taken back."""
+    for one, other in zip(looked(True), looked(False), strict=True):
+        assert equal(one, other)
 
 
-def test_what_another_optimizer_holds_is_not_moved_here():
-    """One module of two networks, one optimizer of ours for each: rounds of the one leave the other alone."""
-
-    def work(rank):
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
-        every = {"a": 2, "b": 1000}
-        optimizers = {
-            name: SlowMoOptimizer(
-                torch.optim.SGD(model[name].parameters(), lr=0.1), SlowMoConfig(sync_every=n, outer_momentum=0.0)
-            )
-            for name, n in every.items()
-        }
-        draw = torch.Generator().manual_seed(rank)
-        plain = copy.deepcopy(model["b"])
-        for _ in range(6):
-            x = torch.randn(2, 3, generator=draw)
-            for network in (model["b"], plain):
-                network.zero_grad()
-                network(x).square().mean().backward()
-            with torch.no_grad():
-                for p in plain.parameters():
-                    p -= 0.1 * p.grad
-            model["a"](x).square().mean().backward()
-            for name in ("b", "a"):
-                optimizers[name].step()
-                optimizers[name].zero_grad()
-        return [p.detach().clone() for p in model["b"].parameters()], [p.detach() for p in plain.parameters()]
-
-    for own, plain in run_in_process(work, 2):
-        for p, q in zip(own, plain, strict=True):
-            torch.testing.assert_close(p, q)
+# ---- under Trainer and Accelerate; a run that is resumed ----
 
 
-def test_a_copy_outside_the_model_is_each_workers_own():
-    """torch's AveragedModel beside the model: rounds never touch it, it is the mean of local weights."""
+class MoveInACallback(TrainerCallback):
+    """The usual place of a mean teacher under Trainer."""
 
-    def work(rank):
-        torch.manual_seed(0)
-        model = nn.Linear(3, 1).double()
-        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=2))
-        beside = torch.optim.swa_utils.AveragedModel(model)
-        draw, seen = torch.Generator().manual_seed(rank), []
-        for _ in range(5):
-            model(torch.randn(2, 3, generator=draw).double()).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            beside.update_parameters(model)
-            seen.append(model.weight.detach().clone())
-        with slowmo_hf.consensus(optimizer):
-            torch.testing.assert_close(beside.module.weight, torch.stack(seen).mean(0))
-        return beside.module.weight.detach().clone()
-
-    first, second = run_in_process(work, 2)
-    assert not torch.equal(first, second)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        in_place(model.teacher, model.student)
 
 
-def test_integers_that_move_are_told():
-    def work(rank):
-        model = nn.Linear(3, 1)
-        model.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-        optimizer = SlowMoOptimizer(torch.optim.SGD([model.weight, model.bias], lr=0.1), SlowMoConfig(sync_every=2))
-        for _ in range(2):
-            model(torch.ones(2, 3)).sum().backward()
-            model.codes.data.add_(1 + rank)
-            optimizer.step()
+class Kept(TrainerCallback):
+    """The state after every step, and what evaluations see."""
 
-    with pytest.raises(RuntimeError, match=r"parameter 'codes' of dtype torch.uint8 has changed"):
-        run_in_process(work, 2)
+    def __init__(self):
+        self.after, self.seen = [], []
 
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append(state_of(model))
 
-# ---- Trainer, DDP, resume ----
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.seen.append(state_of(model))
 
 
-def trained(folder, **settings):
-    rows = [
-        {"x": one["x"][0].float(), "labels": one["labels"][0].float()} for one in map(partial(batch, 0), range(64))
-    ]
-    args = TrainingArguments(
-        str(folder / f"of_rank_{dist.get_rank()}"),
-        max_steps=10,
-        per_device_train_batch_size=4,
-        learning_rate=0.1,
-        optim="sgd",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        use_cpu=True,
+def by_trainer(folder, policy, in_callback, resume=None):
+    kept = Kept()
+    config = SlowMoConfig(sync_every=SYNC_EVERY, model_buffers=policy, timeout_seconds=patience(30))
+    args = arguments(
+        folder, max_steps=9, learning_rate=0.1, optim="sgd", save_strategy="steps", save_steps=3, eval_strategy="steps"
     )
-    model = WithTeacher(dtype=torch.float32)
-    callback = slowmo_hf.SlowMoCallback(SlowMoConfig(sync_every=4, **settings))
-    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
-    return teachers_of(model), students_of(model)
+    args.eval_steps = 6
+    movers = [MoveInACallback()] if in_callback else []
+    data = Rows(64)
+    trainer = Trainer(
+        Taught(first=100 if in_callback else 1),
+        args,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[*movers, kept, SlowMoCallback(config)],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return kept.after, kept.seen, state_of(model)
 
 
-@pytest.mark.parametrize("settings", [{}, {"model_buffers": "local"}, {"processes_per_worker": "2"}])
-def test_the_end_under_trainer_is_one_model(tmp_path, settings):
-    """Two steps behind a round: the end is the average, of student and teacher, whatever rounds do with it."""
-    ranks = 4 if "processes_per_worker" in settings else 2
-    first, *others = run_workers(partial(trained, **settings), ranks, tmp_path)
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert (first[0] - teachers_of(WithTeacher(dtype=torch.float32))).abs().max() > 1e-3
+def trainer_and_resume(folder, policy, in_callback):
+    whole = by_trainer(folder, policy, in_callback)
+    dist.barrier()
+    return whole, by_trainer(folder, policy, in_callback, resume=f"{folder}/checkpoint-6")
 
 
-def accelerated(folder, save_at, steps, resume=None):
-    """Everything that a step changes, after every step, from where it goes on."""
-    accelerator = Accelerator(cpu=True)
-    model = WithTeacher()
-    inner = torch.optim.SGD(model.student.parameters(), lr=0.05, momentum=0.9)
-    net, optimizer = accelerator.prepare(model, SlowMoOptimizer(inner, SlowMoConfig(sync_every=4)))
-    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
-    if resume:
-        accelerator.load_state(str(resume))
-    found = {}
-    for step in range((save_at + 1) if resume else 1, steps + 1):
-        accelerator.backward(net(**batch(dist.get_rank(), step))["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == save_at and not resume:
-            accelerator.save_state(str(folder / "saved"))
-        found[step] = (teachers_of(model), students_of(model))
-    slowmo_hf.finish(optimizer)
-    return found, teachers_of(model)
+@pytest.mark.parametrize("in_callback", [False, True], ids=["forward", "callback"])
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_trainer_shows_the_average_teacher_and_resumes_bit_for_bit(tmp_path, policy, in_callback):
+    """Saved at step 6, between rounds; evaluated there; the end is the average."""
+    found = run_workers(trainer_and_resume, 2, str(tmp_path), policy, in_callback)
+    (first, _), (other, _) = found
+    assert not torch.equal(first[0][5]["teacher.weight"], other[0][5]["teacher.weight"])
+    for whole, again in found:
+        assert torch.equal(whole[1][0]["teacher.weight"], mean([its[0][5]["teacher.weight"] for its, _ in found]))
+        assert len(again[0]) == 3
+        for one, two in zip(whole[0][6:], again[0], strict=True):
+            assert equal(one, two)
+        assert equal(whole[2], again[2])
+        assert torch.equal(whole[2]["teacher.weight"], mean([its[0][8]["teacher.weight"] for its, _ in found]))
 
 
-def resumed(folder):
-    whole, end = accelerated(folder, 6, 11)
-    again, same_end = accelerated(folder, 6, 11, folder / "saved")
-    return whole, end, again, same_end
+class Accelerated:
+    """Under Accelerate."""
+
+    def __init__(self, folder=None, **settings):
+        self.accelerator, self.bare = Accelerator(cpu=True), Taught()
+        config = SlowMoConfig(**{"sync_every": SYNC_EVERY, "timeout_seconds": patience(30)} | settings)
+        inner = torch.optim.SGD([p for p in self.bare.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare, SlowMoOptimizer(inner, config))
+        if folder is not None:
+            self.accelerator.load_state(folder)
+
+    def train(self, steps):
+        for step in steps:
+            draw = torch.Generator().manual_seed(100 * step + dist.get_rank())
+            x = torch.randn(8, 4, generator=draw, dtype=torch.float64)
+            self.accelerator.backward(self.model(x)["loss"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
-@pytest.mark.slow
-def test_teachers_go_on_bit_for_bit_in_the_middle_of_a_round(tmp_path):
-    """Saved at step 6 of rounds of 4, where teachers differ."""
-    ranks = run_workers(resumed, 2, tmp_path)
-    for whole, end, again, same_end in ranks:
-        assert sorted(again) == [7, 8, 9, 10, 11]
-        for step, values in again.items():
-            assert all(torch.equal(a, b) for a, b in zip(values, whole[step], strict=True)), step
-        assert torch.equal(end, same_end)
-    assert not torch.equal(ranks[0][0][6][0], ranks[1][0][6][0]), "inside a round they differ"
-    assert torch.equal(ranks[0][1], ranks[1][1])
+def accelerate_and_resume(folder, settings):
+    whole = Accelerated(**settings)
+    whole.train(range(6))
+    saved = state_of(whole.bare)
+    with slowmo_hf.consensus(whole.optimizer):
+        shown = state_of(whole.bare)
+    whole.accelerator.save_state(folder)
+    assert equal(saved, state_of(whole.bare))
+    whole.train(range(6, 9))
+    end = state_of(whole.bare)
+    again = Accelerated(folder, **settings)
+    again.optimizer.optimizer.begun()
+    taken_up = state_of(again.bare)
+    again.train(range(6, 9))
+    resumed = state_of(again.bare)
+    slowmo_hf.finish(again.optimizer)
+    return saved, shown, taken_up, end, resumed, state_of(again.bare)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes"),
+    [
+        ({}, 2),
+        ({"model_buffers": "local"}, 2),
+        ({"overlap_steps": 3}, 2),
+        ({"base": "osgp"}, 2),
+        ({"processes_per_worker": 2}, 4),
+    ],
+    ids=str,
+)
+def test_accelerate_resumes_bit_for_bit(tmp_path, settings, processes):
+    """In the middle of a round. Processes of one worker have one teacher, for they have one student."""
+    found = run_workers(accelerate_and_resume, processes, str(tmp_path / "saved"), settings)
+    size = settings.get("processes_per_worker", 1)
+    workers = found[::size]
+    assert not torch.equal(workers[0][0]["teacher.weight"], workers[1][0]["teacher.weight"])
+    for rank, (saved, shown, taken_up, end, resumed, finished) in enumerate(found):
+        assert torch.equal(saved["teacher.weight"], workers[rank // size][0]["teacher.weight"])
+        assert torch.equal(shown["teacher.weight"], mean([its[0]["teacher.weight"] for its in workers]))
+        if rank % size:  # at a pass DDP gives it the buffers of its worker's first process
+            saved = {name: value for name, value in saved.items() if "norm.r" not in name}
+        assert all(torch.equal(saved[name], taken_up[name]) for name in saved)
+        assert equal(end, resumed)
+        assert torch.equal(finished["teacher.weight"], mean([its[3]["teacher.weight"] for its in workers]))
+
+
+class TaughtShards(fsdp.Awkward):
+    """A teacher of one block, sharded with the rest: FSDP2 gathers it for the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.blocks[0]).requires_grad_(False)
+
+    def forward(self, x, labels):
+        out = super().forward(x, labels)
+        hidden = self.embed(x)
+        return {"loss": out["loss"] + (self.teacher(hidden) - self.blocks[0](hidden)).square().mean()}
+
+
+def shards_move(folder):
+    """Four processes, two workers of two: the teacher's shards before and after each step; a view; a resume."""
+    config = SlowMoConfig(sync_every=SYNC_EVERY, timeout_seconds=patience(60))
+
+    def make():
+        model = TaughtShards()
+
+        def made(params):
+            return SlowMoOptimizer(fsdp.sgd([p for p in params if p.requires_grad]), config)
+
+        return fsdp.prepared(2, 2, make=made, model=model)
+
+    def train(program, steps):
+        seen, teacher = [], program.model.teacher
+        for step in steps:
+            batch = fsdp.Tokens().batch((8 * step + 4 * (dist.get_rank() // 2)) % 60)
+            program.accelerator.backward(program.model(**batch)["loss"])
+            in_place(teacher, program.model.blocks[0])
+            before = shards_of(teacher)
+            program.optimizer.step()
+            program.optimizer.zero_grad()
+            seen.append((before, shards_of(teacher)))
+        return seen
+
+    whole = make()
+    seen = train(whole, range(6))
+    with slowmo_hf.consensus(whole.optimizer):
+        shown = shards_of(whole.model.teacher)
+    whole.accelerator.save_state(folder)
+    seen += train(whole, range(6, 9))
+    again = make()
+    again.accelerator.load_state(folder)
+    return seen, shown, train(again, range(6, 9))
+
+
+def shards_of(module):
+    return {name: param.to_local().clone() for name, param in module.named_parameters()}
+
+
+def test_shards_of_a_teacher_are_averaged_with_their_counterparts(tmp_path):
+    found = run_workers(shards_move, 4, str(tmp_path / "saved"), time_limit_seconds=patience(240))
+    for rank, (seen, shown, again) in enumerate(found):
+        mates = [found[rank % 2], found[rank % 2 + 2]]
+        for step, (before, after) in enumerate(seen, start=1):
+            means = {n: mean([its[0][step - 1][0][n] for its in mates]) for n in before}
+            assert equal(after, means if step % SYNC_EVERY == 0 else before), step
+        assert equal(shown, {n: mean([its[0][5][1][n] for its in mates]) for n in shown})
+        for (_, one), (_, two) in zip(seen[6:], again, strict=True):
+            assert equal(one, two)
+    assert not torch.equal(found[0][0][5][1]["down.weight"], found[2][0][5][1]["down.weight"])
+
+
+# ---- a base that stays ----
+
+
+class LowRank(nn.Module):
+    """A frozen base whose average would overflow, packed weights, and a small matrix that is trained."""
+
+    def __init__(self, base):
+        super().__init__()
+        torch.manual_seed(0)
+        self.down = nn.Parameter(torch.randn(4, 2))
+        if base:
+            large = torch.full((64, 3, 3, 3), torch.finfo(torch.float32).max)
+            large[0, 0, 0] = float("inf")
+            self.conv = nn.Parameter(large, requires_grad=False)
+            self.rough = nn.Parameter(torch.randn(64, 4).bfloat16(), requires_grad=False)
+            self.packed = nn.Parameter(torch.arange(200, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return {"loss": (x.float() @ self.down).square().mean()}
+
+
+def low_rank(rank, base, change=lambda model: None):
+    loop = Loop(rank, LowRank(base))
+    for step in range(10):
+        loop.step()
+        if step == 4:
+            change(loop.model)
+            with slowmo_hf.consensus(loop.optimizer):
+                pass
+    return loop.optimizer.outer_loop.workers.bytes_sent, loop.state()
+
+
+CHANGES = {
+    "nothing": lambda model: None,
+    "unfrozen and frozen": lambda model: model.conv.requires_grad_().requires_grad_(False),
+    "other strides": lambda model: model.to(memory_format=torch.channels_last),
+    "other memory": lambda model: setattr(model.rough, "data", model.rough.data.clone()),
+    "rewritten": lambda model: model.load_state_dict(model.state_dict()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_base_that_stays_is_not_sent_and_not_averaged(name):
+    """Not a byte more than without a base; and it is what it was, though its average would be infinite."""
+    alone = run_in_process(lambda rank: low_rank(rank, base=False), 2)
+    beside = run_in_process(lambda rank: low_rank(rank, base=True, change=CHANGES[name]), 2)
+    start = state_of(LowRank(base=True))
+    for (bytes_alone, _), (bytes_sent, state) in zip(alone, beside, strict=True):
+        assert bytes_sent == bytes_alone
+        assert equal({n: t for n, t in state.items() if n != "down"}, {n: t for n, t in start.items() if n != "down"})
+
+
+def test_no_copy_of_a_base_is_kept():
+    """All tensors that the loop reaches beside the model's own are smaller than the base."""
+
+    def work(rank):
+        loop = Loop(rank, LowRank(base=True))
+        [loop.step() for _ in range(5)]
+        others = vars(loop.optimizer.outer_loop.tensors.others)
+        reached = [value for of in others.values() if isinstance(of, dict) for value in of.values()]
+        return sum(value.nbytes for value in reached if isinstance(value, torch.Tensor)), len(others["_first"])
+
+    assert run_in_process(work, 2) == [(0, 3)] * 2
+
+
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_packed_weights_that_move_have_no_average(policy):
+    """Averages of bytes that hold several numbers are nonsense: refused by name, or each worker's own."""
+
+    def work(rank):
+        loop = Loop(rank, LowRank(base=True), model_buffers=policy)
+        for _ in range(5):
+            loop.step()
+            loop.model.packed.data += rank + 1
+        with slowmo_hf.consensus(loop.optimizer):
+            assert loop.model.packed[0] == 5 * (rank + 1)
+        return int(loop.model.packed[0])
+
+    if policy == "local":
+        assert run_in_process(work, 2) == [5, 10]
+        return
+    with pytest.raises(RuntimeError) as error:
+        run_in_process(work, 2)
+    assert "frozen parameter 'packed' changes in training, and of torch.uint8 there is no average" in str(
+        error.value.__cause__
+    )
+
+
+# ---- several optimizers of one program ----
+
+
+class Two(nn.Module):
+    """A maker and a judge in one module, as one wrapper may hold them; a teacher of the maker's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.maker, self.judge = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+        self.teacher = copy.deepcopy(self.maker).requires_grad_(False)
+
+    def forward(self, x, part):
+        if part == "maker":
+            in_place(self.teacher, self.maker)
+            return self.judge(self.maker(x)).square().mean()
+        return (self.judge(x) - 1).square().mean() - self.judge(self.teacher(x)).mean()
+
+
+def in_turn(rank, starts_late):
+    """What each optimizer's step changes of the other one's network, and rounds at other steps than its own."""
+    model, draw = Two(), torch.Generator().manual_seed(rank)
+    parts = {"maker": model.maker, "judge": model.judge}
+    optimizers = {
+        part: SlowMoOptimizer(
+            torch.optim.Adam(parts[part].parameters(), lr=0.05),
+            SlowMoConfig(sync_every=every, timeout_seconds=patience(20)),
+        )
+        for part, every in (("maker", 2), ("judge", 3))
+    }
+    touched = []
+    for step in range(12):
+        for part, optimizer in optimizers.items():
+            if starts_late and part == "judge" and step < 3:
+                continue
+            model(torch.randn(8, 4, generator=draw, dtype=torch.float64), part).backward()
+            other = model.judge if part == "maker" else model.maker
+            before = state_of(other)
+            optimizer.step()
+            model.zero_grad()
+            touched.append(equal(before, state_of(other)))
+    with slowmo_hf.consensus(optimizers["maker"]):
+        touched.append(equal(before, state_of(model.maker)))  # `before` is the maker's: what is shown is another one
+        shown = state_of(model)
+    return touched, shown, state_of(model)
+
+
+@pytest.mark.parametrize("starts_late", [False, True])
+def test_what_another_optimizer_holds_is_that_ones(starts_late):
+    """A network that its own optimizer moves is no teacher of the other one; the maker's teacher is averaged."""
+    found = run_in_process(lambda rank: in_turn(rank, starts_late), 2)
+    for touched, shown, ended in found:
+        assert all(touched[:-1])
+        assert equal(
+            {n: t for n, t in shown.items() if "judge" in n}, {n: t for n, t in ended.items() if "judge" in n}
+        )
+        assert torch.equal(shown["teacher.weight"], mean([its[2]["teacher.weight"] for its in found]))
+
+
+def test_what_an_optimizer_held_that_is_gone_is_no_teacher():
+    """Trained first, then left alone: its last average stays, on each worker bit for bit."""
+
+    def work(rank):
+        model, draw = Two(), torch.Generator().manual_seed(rank)
+        config = SlowMoConfig(sync_every=2, timeout_seconds=patience(20))
+        judge = SlowMoOptimizer(torch.optim.Adam(model.judge.parameters(), lr=0.05), config)
+        maker = SlowMoOptimizer(torch.optim.Adam(model.maker.parameters(), lr=0.05), config)
+        for step in range(8):
+            for part, optimizer in (("judge", judge), ("maker", maker)):
+                if part == "judge" and step > 2:
+                    judge = optimizer = None
+                    continue
+                model(torch.randn(8, 4, generator=draw, dtype=torch.float64), part).backward()
+                optimizer.step()
+                model.zero_grad()
+            if step == 2:
+                left = state_of(model.judge)
+        assert equal(left, state_of(model.judge))
+        return left["weight"]
+
+    first, other = run_in_process(work, 2)
+    assert not torch.equal(first, other)
+
+
+# ---- copies ----
+
+
+def copies(rank, inside):
+    """`AveragedModel` beside the model or in it, moved after each step; a view; and one that is fed with averages."""
+
+    def make(model):
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Taught(first=100)
+            if inside:
+                self.ema = make(self.net.student)
+
+        def forward(self, x):
+            return self.net(x)
+
+    model = Holder()
+    loop = Loop(
+        rank, model, params=[p for n, p in model.named_parameters() if not n.startswith(("ema", "net.teacher"))]
+    )
+    ema, of_all = model.ema if inside else make(model.net.student), make(model.net.student)
+    right = copy.deepcopy(ema)
+    for step in range(1, 11):
+        loop.backward()
+        before = state_of(ema)
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        touched = not equal(before, state_of(ema))
+        assert touched == (inside and step in (4, 8)), step
+        ema.update_parameters(model.net.student)
+        right.update_parameters(model.net.student)
+        with slowmo_hf.consensus(loop.optimizer):
+            of_all.update_parameters(model.net.student)
+    with slowmo_hf.consensus(loop.optimizer):
+        shown = state_of(ema)
+    return state_of(ema), shown, state_of(right), state_of(of_all)
+
+
+def test_a_copy_outside_the_model_is_the_workers_own():
+    """The moving average of its local weights, which rounds and views leave alone; one fed in views is for all."""
+    found = run_in_process(lambda rank: copies(rank, inside=False), 2)
+    for ema, shown, right, _ in found:
+        assert equal(ema, right)
+        assert equal(shown, ema)
+    assert not torch.equal(found[0][0]["module.weight"], found[1][0]["module.weight"])
+    assert equal(found[0][3], found[1][3])
+
+
+def test_a_copy_in_the_model_follows_model_buffers():
+    """Averaged at rounds and shown as an average; its count of updates is the same everywhere."""
+    found = run_in_process(lambda rank: copies(rank, inside=True), 2)
+    for _, shown, _, _ in found:
+        assert torch.equal(shown["module.weight"], mean([its[0]["module.weight"] for its in found]))
+        assert shown["n_averaged"] == 10

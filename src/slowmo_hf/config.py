@@ -58,10 +58,10 @@ class SlowMoConfig(Presets):
         exact_average (`bool`, *optional*, defaults to `True`): Line 6. `False`, for gossip bases only, is the paper's
             no-average variant: each worker does the outer update on its own de-biased parameters, and they stay
             different.
-        model_buffers (`str`, *optional*, defaults to `"average"`): Floating-point tensors that training changes and no
-            optimizer holds, buffers (BatchNorm statistics) and moved parameters (an EMA teacher): `"average"` at every
-            round that averages parameters, or `"local"`. Integer buffers take the maximum there in both. What stays
-            constant is left alone, and buffers with `persistent=False` are each worker's own.
+        model_buffers (`str`, *optional*, defaults to `"average"`): What changes in training and no optimizer holds:
+            floating-point buffers (BatchNorm statistics) and frozen parameters (a teacher inside the model).
+            `"average"` at every round that averages parameters, or `"local"`. Integer buffers take the maximum there
+            in both. What stays constant is left alone, and so are buffers with `persistent=False`.
         processes_per_worker (`str`, *optional*, defaults to `"auto"`): Processes that form one worker: neighbouring
             ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A number (an `int` is taken too).
             `"auto"`: a machine's where the job spans several machines with several processes each, else 1.

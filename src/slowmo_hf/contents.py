@@ -47,9 +47,9 @@ class Contents:
         """All three."""
         return self.settings, self.tensors, self.objects
 
-    def tensor(self, name: str, like: torch.Tensor | None, *, finite: bool = True) -> torch.Tensor:
+    def tensor(self, name: str, like: torch.Tensor, *, finite: bool = True) -> torch.Tensor:
         """
-        One with the shape and dtype of `like`, or any where that is None.
+        One with the shape and dtype of `like`.
 
         Args:
             finite (`bool`, *optional*, defaults to `True`): False where NaN and infinity have a meaning.
@@ -57,7 +57,6 @@ class Contents:
         found = self.tensors.get(name)
         if found is None:
             self._refuse("safetensors", name, "is missing")
-        like = found if like is None else like
         if found.shape != like.shape or found.dtype != like.dtype:
             self._refuse(
                 "safetensors",
@@ -163,6 +162,10 @@ class Contents:
         if not isinstance(value, dict):
             self._refuse("json", name, f"must be an object, got {value!r}")
         return Contents(value, source=self.source, within=f"{name}.")
+
+    def refuse(self, name: str, words: str) -> NoReturn:
+        """Of a value in the settings."""
+        self._refuse("json", name, words)
 
     def _number(self, name: str, value: Any, least: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:

@@ -190,6 +190,19 @@ def compiled_module(model: Any) -> Any:
     return getattr(model, "_orig_mod", None)
 
 
+def non_persistent_buffers(model: Any) -> set[str]:
+    """
+    `Module._non_persistent_buffers_set`, torch >= 1.6: full names of the buffers that `state_dict` leaves out. A state
+    dictionary would tell them too, but hooks of the user's change what is in it
+    (tests/test_buffers.py::test_which_buffers_are_not_persistent).
+    """
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }
+
+
 def default_store() -> Any:
     """
     `torch.distributed.distributed_c10d._get_default_store`, torch >= 1.8: the job's key-value store, for which there
@@ -248,19 +261,6 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
     whole (tests/test_checkpoint.py::test_a_checkpoint_from_the_hub_goes_on).
     """
     trainer._push_from_checkpoint(folder)
-
-
-def non_persistent_buffers(model: Any) -> set[str]:
-    """
-    `Module._non_persistent_buffers_set`, torch >= 1.6: full names of the buffers that the state dictionary leaves out.
-    It would tell them too, but has to be made, and users' hooks change what is in it
-    (tests/test_buffers.py::test_which_buffers_are_not_persistent).
-    """
-    return {
-        f"{name}.{buffer}" if name else buffer
-        for name, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-    }
 
 
 # ---- who is calling: what no argument tells ----

@@ -1,5 +1,5 @@
 """
-A digest of a tensor's bytes: what has changed, and what differs, without a copy.
+A digest of a tensor's bytes: whether two tensors are equal, or one has changed, without a copy.
 
     words    = the memory as int32, in blocks; the tail is filled up with zeros
     S_b      = sum_i weight_i word_{b,i}                            modulo 2^64, odd weights

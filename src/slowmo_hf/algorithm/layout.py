@@ -35,14 +35,22 @@ def flat_view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """In which order a tensor's elements lie in memory: strides of the dimensions that have more than one element."""
-    tensor = local(tensor)
-    return _order(tensor.stride(), tensor.shape)
+def has_dense_memory(tensor: torch.Tensor) -> bool:
+    """Whether `flat_view` has a view of it."""
+    if tensor.layout != torch.strided:
+        return False
+    try:
+        flat_view(tensor)
+    except ValueError:
+        return False
+    return True
 
 
-def _order(strides: Iterable[int], shape: Iterable[int]) -> tuple[int, ...]:
-    return tuple(stride for stride, size in zip(strides, shape, strict=True) if size != 1)
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Those that tell the order of its memory: of dimensions that have one element they say nothing."""
+    if tensor.numel() <= 1:
+        return ()
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,25 +74,13 @@ class Span:
     start: int
     stop: int
     elements: int = field(init=False)  # read for every span of every round, view and exchange
-    strides: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.elements, self.strides = self.stop - self.start, local(self.param).stride()
+        self.elements = self.stop - self.start
 
     def values(self) -> torch.Tensor:
-        """
-        The parameter's own elements, a view made anew: its memory may have been replaced.
-
-        Raises:
-            ValueError: They lie in another order than before, where an anchor would meet other elements.
-        """
-        own = local(self.param)
-        if own.stride() != self.strides and _order(self.strides, own.shape) != memory_order(own):
-            raise ValueError(
-                f"a parameter of shape {tuple(own.shape)} was laid out anew after the start: its strides were "
-                f"{self.strides} and are {own.stride()}. Convert the model (memory_format) before the first step."
-            )
-        flat = flat_view(own)
+        """The parameter's own elements, a view made anew: its memory may have been replaced."""
+        flat = flat_view(self.param)
         return flat if flat.numel() == self.elements else flat[self.start : self.stop]
 
     def view_of(self, run: torch.Tensor) -> torch.Tensor:

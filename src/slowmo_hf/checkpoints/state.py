@@ -10,8 +10,8 @@ alone. Every part writes its own fields and checks them again; here stand those 
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
     own     run, save, workers, attempted_steps; the caller's objects      here
             local_steps, rates                                             Clock
-            changed_buffers, reshaped_buffers, buffer.NAME;                LocalTensors
-            parameter.NAME, where workers differ
+            changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
+            workers differ
             the object inner_optimizer                                     InnerState
             bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
             departed, departed.i                                           InFlight, TrainingOn, of a round in flight
@@ -82,6 +82,9 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
     token = folder / f".{outer_loop.run_id}"
 
     def leave_token() -> None:
+        problem = outer_loop.tensors.problem()
+        if problem:  # the slow state lies as the parameters did at the start
+            raise CheckpointError(problem)
         folder.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
             token.touch()
@@ -261,6 +264,13 @@ def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
     )
 
 
+def _comparable(fingerprint: list[str], outer_loop: OuterLoop) -> list[str]:
+    """Parameters; and of buffers that all have alike the names, for shapes may have changed in training."""
+    own = {f"buffer {name}" for name in outer_loop.tensors.others.own()}
+    lines = [line.split(": ")[0] if line.startswith("buffer ") else line for line in fingerprint]
+    return [line for line in lines if line not in own]
+
+
 def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:
     # An older one lacks later settings.
     saved, now = (
@@ -283,8 +293,11 @@ def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:
             "resumed with other settings: %s",
             ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()),
         )
-    tensors = outer_loop.tensors
-    then, here = map(tensors.others.comparable, (shared.names("parameters"), tensors.fingerprint()))
+    problem = outer_loop.tensors.problem()
+    if problem:
+        raise CheckpointError(problem)
+    saved_lines = shared.names("parameters")
+    then, here = (_comparable(lines, outer_loop) for lines in (saved_lines, outer_loop.tensors.fingerprint()))
     if then != here:
         odd = [line for line in (*then, *here) if (line in then) != (line in here)]
         raise CheckpointError(

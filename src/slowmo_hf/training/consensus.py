@@ -10,10 +10,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.profiler import record_function
 
-from ..dtensors import local
 from ..wire.reduction import show_mean_
 from .in_flight import InFlight
-from .other_tensors import copy_tensors_
+from .model_tensors import copy_tensors_
 from .parts import Parts
 from .status import Purpose
 
@@ -83,13 +82,13 @@ class Consensus:
     def show_buffers_of(self, changed_buffers: list[str]) -> None:
         """The same where all have met: with the average of these buffers."""
         parts = self.parts
+        floating, integer = parts.tensors.others.to_average(changed_buffers)
         params = [] if parts.clock.workers_agree else parts.tensors.trainable
-        there = parts.tensors.others.now()
-        shown = [*params, *(there[name] for name in changed_buffers if name in there)]
+        shown = [*params, *floating, *integer]
 
         def average_() -> None:
             with record_function("slowmo::consensus"):
-                self._average(bool(params), changed_buffers)
+                self._average(bool(params), floating, integer)
 
         parts.view.begin()
         parts.inner_state.remember_emptiness()
@@ -99,7 +98,7 @@ class Consensus:
             self.restore()
             raise
 
-    def _average(self, params: bool, others: list[str]) -> None:
+    def _average(self, params: bool, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         parts = self.parts
         if params:
             self.in_flight.settle()
@@ -109,7 +108,7 @@ class Consensus:
                 square, own_is_finite = show_mean_(parts.slow.exact, parts.base)
                 parts.refuse_non_finite(parts.summed([square])[0], own_is_finite)
                 parts.hand_out()
-            parts.average_named(others)
+            parts.inside.average_others_(parts.slow.averages, floating, integer)
 
     # ---- the last round's model ----
 
@@ -120,17 +119,17 @@ class Consensus:
         they were averaged to; before the first round own values stay. Nothing is sent, and nothing need be in step.
 
         Raises:
-            RuntimeError: This process does not hold it.
+            RuntimeError: This process does not hold it, or has other parameters than at the start.
         """
         parts, view = self.parts, self.parts.view
         if view.is_shown:
             return
         agree = parts.clock.workers_agree
-        refusal = "" if agree else self._without_anchors
+        refusal = "" if agree else parts.tensors.problem() or self._without_anchors
         if refusal:
             raise RuntimeError(refusal)
         stays = agree or not self.last_round_step
-        buffers = {} if stays else parts.tensors.others.averaged()
+        averaged = {} if stays else parts.tensors.others.averaged()
         params = [] if stays else parts.tensors.trainable
 
         def write_() -> None:
@@ -138,13 +137,12 @@ class Consensus:
                 piece.values().copy_(piece.anchor)
             if params and parts.keeps_a_copy:
                 copy_tensors_(params, parts.tensors.last_round)
-            for name, value in buffers.items():
-                local(now[name]).copy_(local(value))
+            copy_tensors_([now[name] for name in averaged], list(averaged.values()))
 
-        now = parts.tensors.others.now()
+        now = parts.tensors.others.now() if averaged else {}
         view.begin()
         parts.inner_state.remember_emptiness()
-        view.show([*params, *(now[name] for name in buffers)], write_)
+        view.show([*params, *(now[name] for name in averaged)], write_)
         view.is_of_last_round = True
 
     @property

@@ -10,7 +10,7 @@ import torch
 from ..dtensors import let_reads_end, local
 from ..random_state import RandomState
 from .account import Account
-from .other_tensors import copy_tensors_
+from .model_tensors import copy_tensors_
 
 
 class ConsensusView:

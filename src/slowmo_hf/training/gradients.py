@@ -14,6 +14,8 @@ from .parts import Parts
 def average_gradients(parts: Parts) -> None:
     """What DDP does at every step."""
     trainable = parts.tensors.trainable
+    if parts.tensors.is_laid_out_anew:  # gradients follow: elements of another order would be averaged
+        raise ValueError(parts.tensors.problem())
     gradients = [p.grad for p in trainable if p.grad is not None]
     # Another worker may lack others, of the same sizes, and nothing would tell.
     if len(gradients) < len(trainable):

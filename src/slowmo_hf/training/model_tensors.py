@@ -1,15 +1,16 @@
-"""Which tensors of a model take part: one canonical list of parameters, and what may change in it."""
+"""Which tensors of a model take part: one canonical list of parameters and buffers, and what may change in it."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 
-from ..algorithm.layout import memory_order
-from ..dtensors import is_sharded, shard_mates, sharded_modules
+from ..algorithm.layout import has_dense_memory, strides
+from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
-from .other_tensors import OtherTensors, is_dense, words
+from .other_tensors import OtherTensors
 
 
 class ModelTensors:
@@ -19,15 +20,9 @@ class ModelTensors:
     Args:
         optimizer (`torch.optim.Optimizer`): Its parameter groups.
         model (`torch.nn.Module`, *optional*): For names, frozen parameters and buffers.
-        local_buffers (`bool`, *optional*, defaults to `False`): As `OtherTensors`' `are_local`.
-
-    Attributes:
-        others (`OtherTensors`): What the optimizer does not hold.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None, *, local_buffers: bool = False
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self.optimizer = optimizer
         self.model = model
         self._gathering = sharded_modules([model] if model is not None else [])
@@ -38,12 +33,13 @@ class ModelTensors:
         # The ranks that hold the shards of these parameters together; empty where every process has them whole.
         self.mates = _mates(self.trainable[0]) if self.trainable else ()
         self.names = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.trainable)]
+        own = {id(p) for p in self.trainable}
+        self.frozen = [p for p in model.parameters() if id(p) not in own] if model is not None else []
         self.initial_lrs = inner_lrs(optimizer)
+        self.others = OtherTensors(model, self.trainable, self.rewritten)
         self._signature = self._now()
-        fixed = bool(self._gathering)
-        self.others = OtherTensors(model, self.trainable, are_local=local_buffers, is_fixed=fixed)
-        # `trainable` as a round left it, beside anchors of a part alone.
-        self.last_round: list[torch.Tensor] = []
+        self._strides = [p.stride() for p in self.trainable]
+        self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
 
     def rewritten(self) -> None:
         """
@@ -61,14 +57,18 @@ class ModelTensors:
         """Where the first parameter is."""
         return self.trainable[0].device if self.trainable else torch.device("cpu")
 
-    def values(self, *, include_frozen: bool) -> list[torch.Tensor]:
+    def values(self, *, include_frozen: bool, include_own: bool) -> list[torch.Tensor]:
         """
         All tensors whose values must be equal at the start; those whose memory is not dense are constants and left
-        out, and so are buffers that are each worker's own.
+        out.
+
+        Args:
+            include_own (`bool`): Whether non-persistent buffers have the same shapes everywhere.
         """
-        parameters, shared = self.others.parameters(), self.others.shared()
-        buffers = [t for name, t in shared.items() if name not in parameters]
-        return [*self.trainable, *filter(is_dense, parameters.values() if include_frozen else ()), *buffers]
+        own = set() if include_own else self.others.own()
+        buffers = [buffer for name, buffer in self.others.buffers().items() if name not in own]
+        tensors = [*self.trainable, *(self.frozen if include_frozen else []), *buffers]
+        return [t for t in tensors if is_plain(t)]
 
     def refusal(self) -> str | None:
         """Why these parameters cannot be averaged, or None."""
@@ -90,7 +90,7 @@ class ModelTensors:
                     f"parameter {name!r} has its shards on ranks {shards[0]}, {self.names[0]!r} on {shards[1]}: "
                     "nobody averages such gradients inside a worker. Shard all of an optimizer over one mesh."
                 )
-            if not is_dense(param):
+            if not has_dense_memory(param):
                 return (
                     f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() "
                     "first."
@@ -98,29 +98,41 @@ class ModelTensors:
         return None
 
     def fingerprint(self) -> list[str]:
-        """One line per tensor: name, shape, strides, dtype, requires_grad. Not values."""
+        """
+        One line per tensor: name, shape, strides, dtype, requires_grad. Not values, and no non-persistent buffers,
+        which are each worker's own.
+        """
         lines = [
             f"{name}: {list(p.shape)} strides {list(p.stride())} {p.dtype} trainable{' sharded' * is_sharded(p)}"
             for name, p in zip(self.names, self.trainable, strict=True)
         ]
-        parameters, shared = self.others.parameters(), self.others.described()
-        lines += [f"frozen {index}: {words(p)} frozen" for index, p in enumerate(parameters.values())]
-        return lines + [f"buffer {name}: {shape}" for name, shape in shared.items() if name not in parameters]
+        lines += [f"frozen {index}: {list(p.shape)} {p.dtype} frozen" for index, p in enumerate(self.frozen)]
+        own = self.others.own()
+        return lines + [_line(name, b) for name, b in self.others.buffers().items() if name not in own]
+
+    def own_lines(self) -> list[str]:
+        """The same of what each worker has alone."""
+        own = self.others.own()
+        return [_line(name, b) for name, b in self.others.buffers().items() if name in own]
 
     def problem(self) -> str:
         """What has changed in the parameter set since the start; empty where nothing has."""
         now = self._now()
-        if now in (self._signature, []):  # a network that is frozen as a whole is frozen in turn, while another trains
-            return self.others.problem()
+        if now == self._signature or (not now and _forms(self.trainable) == self._signature):
+            return ""  # a network that is frozen as a whole is frozen in turn, while another one trains
         return (
             "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
-            "moved, cast or laid out anew, as channels_last does). Local training needs one fixed set: change it "
-            "before the first step, or start a new run."
+            "moved, cast, or given other strides, as by memory_format=torch.channels_last). Local training needs one "
+            "fixed set: change it before the first step, or start a new run."
         )
 
+    @property
+    def is_laid_out_anew(self) -> bool:
+        """Whether a parameter's memory has another order than at the start. Asked at every exchange of gossip."""
+        return [p.stride() for p in self.trainable] != self._strides and bool(self.problem())
+
     def _now(self) -> list[tuple[object, ...]]:
-        groups = _trainable_groups(self.optimizer)
-        return [(id(p), p.shape, p.dtype, p.device, memory_order(p)) for group in groups for p in group]
+        return _forms(p for group in _trainable_groups(self.optimizer) for p in group)
 
 
 def inner_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -137,8 +149,18 @@ def hash48(names: list[str]) -> float:
     return float(int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:6], "big"))
 
 
+def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy one by one, across devices and dtypes."""
+    for target, source in zip(targets, sources, strict=True):
+        local(target).copy_(source)
+
+
 def _mates(param: torch.Tensor) -> tuple[int, ...]:
     return shard_mates(param) if is_sharded(param) else ()
+
+
+def _forms(params: Iterable[torch.Tensor]) -> list[tuple[object, ...]]:
+    return [(id(p), p.shape, p.dtype, p.device, strides(local(p))) for p in params]
 
 
 def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
@@ -147,3 +169,13 @@ def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tenso
     for group in optimizer.param_groups:
         groups.append([p for p in group["params"] if p.requires_grad and not (id(p) in seen or seen.add(id(p)))])  # type: ignore[func-returns-value]
     return groups
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all of its bytes are here, dense and in sight."""
+    is_wrapper = hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
+    return not (tensor.is_meta or tensor.is_quantized or is_wrapper) and has_dense_memory(tensor)
+
+
+def _line(name: str, buffer: torch.Tensor) -> str:
+    return f"buffer {name}: {list(buffer.shape)} {buffer.dtype}"

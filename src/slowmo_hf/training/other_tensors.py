@@ -1,259 +1,374 @@
 """
-What training changes and no optimizer of ours holds: buffers (BatchNorm's statistics), and parameters that a forward
-pass or a callback moves (the teacher of a mean-teacher model, a momentum encoder), also by `.data`.
-
-    persistent buffers, moved parameters    rounds make them equal, as `model_buffers` says
-    other buffers (rotary frequencies)      each worker's own; a checkpoint has them where they have changed
-
-They are found by what their bytes were at the start: nothing is copied. A frozen base that does not move is neither
-sent nor saved.
+What of a model no optimizer holds: buffers, and frozen parameters, which `forward` or a callback may write (the
+teacher of BYOL, MoCo, a mean teacher). Those that have changed since the start follow `model_buffers`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from ..algorithm.digest import digest
-from ..algorithm.layout import flat_view
+from ..algorithm.layout import has_dense_memory, strides
 from ..dtensors import local
 from ..upstream import non_persistent_buffers
+from ..wire.communicator import Communicator
+from ..wire.job import host_name
+from ..wire.workers import Workers
 
-Seen: TypeAlias = tuple[torch.Size, torch.dtype, int]
+_FINITE = (
+    "is not finite (NaN or infinity), and an average would give that to all workers. Skip such batches before the "
+    "forward pass, and go on from the last checkpoint; or set model_buffers='local'."
+)
+_SHAPES = (
+    "model_buffers='average' averages it. Register a buffer that follows the data with persistent=False: each worker "
+    "keeps its own; or set model_buffers='local'."
+)
 
-_trained: weakref.WeakKeyDictionary[object, set[int]] = (
-    weakref.WeakKeyDictionary()
-)  # by optimizer of ours, in programs
+
+@dataclass(frozen=True)
+class First:
+    """
+    What a tensor was at the start, without a copy of it.
+
+    Args:
+        shape (`torch.Size`), dtype (`torch.dtype`): Its form.
+        stride (`tuple[int, ...]`): The order in which its bytes were digested.
+        digests (`list[int]`): Of its bytes.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    digests: list[int]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """
+    What a rank tells all others of its own.
+
+    Args:
+        names (`list[str]`): What has changed here and is averaged with others', sorted.
+        lines (`list[str]`): The same with shapes, dtypes and strides.
+        problem (`str`): Why one of them cannot be; empty where all can.
+        agree (`Callable`): Where ranks differ in these lines: `OtherTensors.agree`.
+    """
+
+    names: list[str]
+    lines: list[str]
+    problem: str
+    agree: Callable[[Communicator, int, bool], list[str]]
 
 
 class OtherTensors:
     """
-    Those of one model.
+    Buffers and frozen parameters of one worker, by name: asked for at each use, for modules may replace them.
+
+    A checksum of each, taken at the start and again at rounds and views, tells what has changed: no copy is kept. A
+    version counter or an address would not do: what is written through `.data` moves neither.
+
+    A non-persistent buffer (a cache) is always the worker's own: it is never averaged, and may have any shape.
 
     Args:
-        model (`torch.nn.Module`, *optional*): Unwrapped.
-        trainable (`Iterable[torch.Tensor]`): What the optimizer holds, and rounds average.
-        are_local (`bool`): Whether floating-point ones are each worker's own between views: `model_buffers="local"`.
-        is_fixed (`bool`): Whether the model's parameters must be asked for now and not later: what FSDP2 has gathered
-            of them for a pass are others.
+        model (`torch.nn.Module`, *optional*): Whose. None: there are none.
+        trainable (`list[torch.Tensor]`): The parameters that the optimizer holds.
+        rewritten (`Callable`): As `ModelTensors.rewritten`: a parameter that FSDP has gathered is another tensor.
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module | None,
-        trainable: Iterable[torch.Tensor],
-        *,
-        are_local: bool = False,
-        is_fixed: bool = False,
+        self, model: torch.nn.Module | None, trainable: list[torch.Tensor], rewritten: Callable[[], None]
     ) -> None:
-        self.model, self.are_local = model, are_local
-        self._own = {id(p) for p in trainable}
-        _trained[self] = self._own
-        self._fixed = dict(model.named_parameters()) if model is not None and is_fixed else None
-        self._first: dict[str, Seen] = {}
+        self.model, self._rewritten = model, rewritten
+        self.held = {id(p) for p in trainable}
+        self._policy = "average"
+        self._first: dict[str, First] = {}
         self._changed: set[str] = set()
+        self._of_others: set[str] = set()  # parameters that another optimizer of the program holds
+        self._optimizers: list[Any] = []  # of the program: (workers, other tensors) of each, weakly
+        self._told: list[str] = []  # by the last look
         self._averaged: dict[str, torch.Tensor] = {}
-        self.keeps_last_round = False  # for `Consensus.show_last_round`
+        self.keeps_last_round = False  # for `Consensus.show_last_round`: what rounds have averaged
 
-    # ---- what there is ----
+    # ---- which there are ----
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The model's buffers now, by name: modules may replace them."""
+        """All buffers now."""
         return dict(self.model.named_buffers()) if self.model is not None else {}
 
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Those that the optimizer does not hold, by name."""
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """The parameters that no optimizer of ours trains, tied ones once."""
         if self.model is None:
             return {}
-        named = self._fixed if self._fixed is not None else dict(self.model.named_parameters())
-        return {name: p for name, p in named.items() if id(p) not in self._own}
-
-    def frozen(self) -> dict[str, torch.Tensor]:
-        """Of these the ones that no other optimizer of ours in the program holds: its rounds are theirs."""
-        held = set().union(*_trained.values())
-        return {name: p for name, p in self.parameters().items() if id(p) not in held}
+        self._rewritten()
+        self._note_others()
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if id(p) not in self.held and name not in self._of_others}
 
     def now(self) -> dict[str, torch.Tensor]:
-        """All of them, by name."""
+        """Both."""
         return {**self.frozen(), **self.buffers()}
 
-    def shared(self) -> dict[str, torch.Tensor]:
-        """Those that rounds may make equal: constants of sparse or lazy layouts, and own buffers, are left out."""
-        there = {name: t for name, t in self.now().items() if is_dense(t)}
-        own = set(self.own(there))
-        return {name: t for name, t in there.items() if name not in own}
+    def own(self) -> set[str]:
+        """Names of the buffers that are always the worker's own: not persistent."""
+        return non_persistent_buffers(self.model) if self.model is not None else set()
 
-    def own(self, names: Iterable[str]) -> list[str]:
-        """Of these the buffers that are each worker's own: the model's state dictionary does not have them."""
-        own = non_persistent_buffers(self.model) if self.model is not None else set()
-        return [name for name in names if name in own]
+    def _note_others(self) -> None:
+        """Another optimizer averages what it trains; that stays so when it is gone."""
+        held: set[int] = set()
+        for those, its in self._optimizers:
+            workers, other = those(), its()
+            if other is not None and other is not self and workers is not None and not workers.roll_call.has_left:
+                held |= other.held
+        if held - self.held and self.model is not None:
+            named = self.model.named_parameters()
+            self._of_others |= {name for name, p in named if id(p) in held and id(p) not in self.held}
 
-    def comparable(self, lines: list[str]) -> list[str]:
-        """A fingerprint without what may differ between a checkpoint and now: own buffers, and a buffer's shape."""
-        named = [(line.startswith("buffer "), line.rpartition(": ")[0]) for line in lines]
-        own = {f"buffer {name}" for name in self.own(name.removeprefix("buffer ") for is_one, name in named if is_one)}
-        return [name if is_one else line for line, (is_one, name) in zip(lines, named, strict=True) if name not in own]
+    # ---- which have changed ----
 
-    # ---- what has changed ----
+    def begin(self, workers: Workers) -> None:
+        """Training starts: take what "changed" is measured from, and be known to the program's other optimizers."""
+        self._policy = workers.config.model_buffers
+        self._optimizers = workers.world.notes("tensors of optimizers")
+        self._optimizers[:] = [pair for pair in self._optimizers if pair[1]() is not None]
+        self._optimizers.append((weakref.ref(workers), weakref.ref(self)))
+        for _, its in self._optimizers:
+            if (other := its()) is not None:
+                other._note_others()
+        now = {name: tensor for name, tensor in self.now().items() if _is_watched(tensor)}
+        digests = _digests([_parts(tensor) for tensor in now.values()])
+        self._first = {
+            name: First(tensor.shape, tensor.dtype, _stride(tensor), found)
+            for (name, tensor), found in zip(now.items(), digests, strict=True)
+        }
+        self._changed = set()
 
-    def remember(self) -> None:
-        """What is there now is what "changed" is measured from."""
-        self._changed, self._first = set(), _seen(self.now())
-
-    def changed(self, *, frozen_too: bool = True) -> list[str]:
-        """
-        Names of all that have ever differed from what they were at the start.
-
-        Args:
-            frozen_too (`bool`): Look at the bytes of frozen parameters, which takes a pass over their memory.
-        """
-        there = self.now() if frozen_too else self.buffers()
-        seen = _seen({name: t for name, t in there.items() if name not in self._changed})
-        self._changed |= {name for name, value in seen.items() if self._first.get(name) != value}
-        return sorted(self._changed)
-
-    def changed_shared(self, *, frozen_too: bool = True) -> dict[str, str]:
-        """Of these the ones that rounds may make equal, with shape and dtype in words."""
-        there = self.shared()
-        return {name: words(there[name]) for name in self.changed(frozen_too=frozen_too) if name in there}
-
-    def described(self) -> dict[str, str]:
-        """Shape and dtype of all that rounds may make equal."""
-        return {name: words(t) for name, t in self.shared().items()}
+    def changed(self) -> list[str]:
+        """Names of those that are there, and have ever differed from what they were at the start."""
+        now, asked = self.now(), {}
+        for name, tensor in now.items():
+            first = self._first.get(name)
+            if name in self._changed or not _is_watched(tensor):
+                continue
+            if first is None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype):
+                self._changed.add(name)
+            else:
+                asked[name] = _parts(tensor, first.stride)
+        for name, found in zip(asked, _digests(list(asked.values())), strict=True):
+            if found != self._first[name].digests:
+                self._changed.add(name)
+        return sorted(self._changed & now.keys())
 
     def mark_changed(self, names: list[str]) -> None:
-        """They have differed from their first value before a checkpoint."""
+        """Count these as changed: they had been, before a checkpoint, and all had been told."""
         self._changed |= set(names)
+        self._told = [name for name in names if name in self._may_average()]
 
-    def problem(self) -> str:
-        """Which of those that have changed cannot be averaged; empty where none."""
-        frozen, there = self.frozen(), self.now()
-        own = set(self.own(there))
-        for name in self._changed & there.keys() - own:
-            tensor, kind = there[name], "parameter" if name in frozen else "buffer"
-            if not is_dense(tensor):
-                is_sparse = tensor.layout != torch.strided
-                how = f"sparse ({tensor.layout})" if is_sparse else f"not dense (strides {tensor.stride()})"
-                return (
-                    f"{kind} {name!r} is {how} and has changed since the start; only dense tensors can be averaged. "
-                    "Keep it constant, or register it with persistent=False: then it is each worker's own."
-                )
-            if name in frozen and not tensor.is_floating_point() and not tensor.is_complex():
-                return (
-                    f"parameter {name!r} of dtype {tensor.dtype} has changed, and no optimizer holds it: integers "
-                    "cannot be averaged. Keep it constant."
-                )
-        return ""
+    def remade(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether it has another shape or dtype than at the start, or was not there."""
+        first = self._first.get(name)
+        return first is None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype)
 
-    def named(self, names: Iterable[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(Floating-point, integer) tensors of these names; of complex ones their real views."""
-        there = self.now()
-        chosen = [there[name].detach() for name in names if name in there]
-        chosen = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
-        return [t for t in chosen if t.is_floating_point()], [t for t in chosen if not t.is_floating_point()]
+    def may_hold(self, name: str) -> bool:
+        """Whether a module of the model has this buffer, or could have it."""
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(path) if self.model is not None else None
+        except AttributeError:
+            return False
+        is_free = module is not None and (name in self.buffers() or getattr(module, leaf, None) is None)
+        return is_free and bool(leaf)
 
-    def not_finite(self, names: Iterable[str]) -> list[str]:
-        """Of these, in words, those that hold NaN or infinity."""
-        there, frozen = self.now(), self.frozen()
-        return [
-            f"{'parameter' if name in frozen else 'buffer'} {name!r}"
-            for name in names
-            if name in there and not bool(torch.isfinite(local(there[name])).all())
-        ]
-
-    # ---- what the last round made of them ----
-
-    def keep_averaged(self, names: list[str]) -> None:
-        """Remember these as they are now, if that is wanted: a round has just made them equal."""
-        if self.keeps_last_round:
-            there = self.now()
-            self._averaged.update({name: there[name].detach().clone() for name in names if name in there})
-
-    def take_averaged(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Remember these in place of all: they are of a checkpoint."""
-        there = self.now()
-        self._averaged = {name: value.to(there[name].device, copy=True) for name, value in values.items()}
-
-    def averaged(self) -> dict[str, torch.Tensor]:
-        """Of those that are still there in that shape, by name."""
-        there = self.now()
-        return {name: t for name, t in self._averaged.items() if name in there and there[name].shape == t.shape}
-
-    # ---- from a checkpoint ----
-
-    def reshaped(self, names: Iterable[str]) -> list[str]:
-        """Of these the buffers that have another shape than at the start, or were not there."""
-        there = self.now()
-        seen = [name for name in names if self._first.get(name, (None,))[0] != there[name].shape]
-        return sorted(self.may_be_reshaped(seen))
-
-    def may_be_reshaped(self, names: Iterable[str]) -> set[str]:
-        """Of these the buffers that are each worker's own, also where a first pass has yet to make them."""
-        if self.model is None:
-            return set()
-        modules, there, parameters = dict(self.model.named_modules()), self.now(), self.parameters()
-        own = {*self.own(there)}
-        return {
-            name
-            for name in names
-            if name in own
-            or (name not in there and name.rpartition(".")[0] in modules)
-            or (self.are_local and name not in parameters and there[name].is_floating_point())
-        }
-
-    def put(self, name: str, value: torch.Tensor) -> Callable[[], None]:
-        """What gives a tensor this value; a buffer of another shape, or one that is not there, is made."""
-        there = self.now().get(name)
-        if there is not None and local(there).shape == value.shape:
-            return lambda: copy_tensors_([there], [value])
+    def put(self, name: str, value: torch.Tensor, *, persistent: bool) -> None:
+        """Make a buffer of the value's shape and dtype."""
         assert self.model is not None
         path, _, leaf = name.rpartition(".")
-        module, persistent = self.model.get_submodule(path), there is not None and not self.own([name])
-        device = there.device if there is not None else next((p.device for p in module.parameters()), value.device)
-        return lambda: module.register_buffer(leaf, value.to(device, copy=True), persistent=persistent)
+        now = self.buffers().get(name)
+        device = now.device if now is not None else next(iter(self.model.parameters())).device
+        module = self.model.get_submodule(path)
+        if hasattr(module, leaf) and leaf not in dict(module.named_buffers(recurse=False)):
+            delattr(module, leaf)  # it is None
+        module.register_buffer(leaf, value.to(device, copy=True), persistent=persistent)
+
+    # ---- what is averaged ----
+
+    def look(self) -> Changed:
+        """What has changed here; its problem is told before anything is averaged."""
+        averages, changed = self._may_average(), self.changed()
+        self._told = names = [name for name in changed if name in averages]
+        problems = [self._problem(name, averages[name]) for name in names]
+        lines = [f"{name} {_form(averages[name])}" for name in names]
+        return Changed(names, lines, next((words for words in problems if words), ""), partial(self.agree, names))
+
+    def known(self) -> Changed:
+        """What the last look has found, where nothing is about to be averaged."""
+        return Changed(self._told, self._told, "", partial(self.agree, self._told))
+
+    def _may_average(self) -> dict[str, torch.Tensor]:
+        """What a round or a view may average."""
+        now, own = self.now(), self.own()
+        local_alone = self._policy == "local"
+        return {name: t for name, t in now.items() if name not in own and not (local_alone and _is_packed(t))}
+
+    def agree(self, names: list[str], world: Communicator, step: int, compare: bool = True) -> list[str]:
+        """
+        All that has changed anywhere, where ranks differ in it. Collective over the job.
+
+        Args:
+            names (`list[str]`): What has changed here.
+            step (`int`): For errors.
+            compare (`bool`, *optional*, defaults to `True`): Whether it is about to be averaged.
+
+        Raises:
+            ValueError: A tensor is of another shape, dtype or memory order somewhere, or not finite on a rank where it
+                has not changed; the same words on every rank.
+        """
+        everywhere = sorted(set().union(*world.gather_objects(names)))
+        if not compare:
+            return everywhere
+        averages = self._may_average()
+        here = [name for name in everywhere if name in averages]
+        mine = {name: (_form(averages[name]), self._problem(name, averages[name])) for name in here}
+        told = world.gather_objects((host_name(), mine))
+        agreed = []
+        for name in everywhere:
+            forms = [its[name][0] if name in its else {} for _, its in told]
+            if any(form != forms[0] for form in forms):
+                if self._policy == "average":
+                    raise ValueError(f"step {step}: {self._difference(name, forms)}")
+                continue  # each worker keeps its own
+            problems = [(rank, host, its[name][1]) for rank, (host, its) in enumerate(told)]
+            if any(words for *_, words in problems):
+                at = [f"rank {rank} on {host}, step {step}: {words}" for rank, host, words in problems if words]
+                raise ValueError("; ".join(at))
+            agreed.append(name)
+        return agreed
+
+    def _problem(self, name: str, tensor: torch.Tensor) -> str:
+        """Why it cannot be averaged."""
+        words = f"{_kind(tensor)} {name!r} changes in training, and "
+        if _is_packed(tensor):
+            return (
+                f"{words}of {tensor.dtype} there is no average. Set model_buffers='local' to keep each worker's own."
+            )
+        if tensor.layout != torch.strided or tensor.is_conj() or not has_dense_memory(tensor):
+            is_strided = tensor.layout == torch.strided
+            form = f"strides {tensor.stride()}" if is_strided else f"layout {tensor.layout}"
+            return f"{words}has {form}, in which it cannot be averaged. Keep a dense one (.contiguous())."
+        if tensor.is_inference():
+            return f"{words}was made inside torch.inference_mode(), so that nothing can be written to it. Clone it."
+        if self._policy == "average" and not _is_finite(tensor):
+            return f"{_kind(tensor)} {name!r} {_FINITE}"
+        return ""
+
+    def _difference(self, name: str, forms: list[dict[str, Any]]) -> str:
+        first = forms[0]
+        rank, other = next((rank, form) for rank, form in enumerate(forms) if form != first)
+        kind = (first or other)["kind"]
+        if not (first and other):
+            there, gone = (0, rank) if first else (rank, 0)
+            return f"{kind} {name!r} is on rank {there}, and not on rank {gone}; {_SHAPES}"
+        key = next(key for key in first if first[key] != other[key])
+        return f"{kind} {name!r} has {key} {first[key]} on rank 0, {other[key]} on rank {rank}; {_SHAPES}"
+
+    def to_average(self, names: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(floating-point and complex, integer) ones of these names."""
+        now = self.now()
+        chosen = [now[name] for name in names if name in now]
+        return [t for t in chosen if not _is_integer(t)], [t for t in chosen if _is_integer(t)]
+
+    # ---- what the last round has made of them ----
+
+    def keep_averaged(self, names: list[str]) -> None:
+        """Remember what a round has just made equal of these, if that is wanted."""
+        if not self.keeps_last_round:
+            return
+        for name, tensor in self.now().items():
+            if name in names and (self._policy == "average" or _is_integer(tensor)):
+                self._averaged[name] = local(tensor).detach().clone()
+
+    def take_averaged(self, values: dict[str, torch.Tensor]) -> None:
+        """Remember these in place of all: they are of a checkpoint."""
+        now = self.now()
+        self._averaged = {name: value.to(now[name].device, copy=True) for name, value in values.items()}
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """What the last round has made of those that are still there in that shape."""
+        now = self.now()
+        return {name: b for name, b in self._averaged.items() if name in now and local(now[name]).shape == b.shape}
 
 
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its memory can be read and written as a whole."""
-    if tensor.layout != torch.strided or tensor.is_meta:
-        return False
-    try:
-        flat_view(tensor)
-    except ValueError:
-        return False
-    return True
+def _form(tensor: torch.Tensor) -> dict[str, Any]:
+    order = list(strides(tensor)) if tensor.layout == torch.strided else []
+    return {"kind": _kind(tensor), "shape": list(tensor.shape), "dtype": str(tensor.dtype), "strides": order}
 
 
-def words(tensor: torch.Tensor) -> str:
-    """Shape and dtype."""
-    return f"{list(tensor.shape)} {tensor.dtype}"
+def _kind(tensor: torch.Tensor) -> str:
+    return "frozen parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
 
 
-def _seen(named: Mapping[str, torch.Tensor]) -> dict[str, Seen]:
-    """What their bytes are; those on the meta device have none."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, tensor in named.items():
-        if not tensor.is_meta:
-            by_device.setdefault(tensor.device, []).append(name)
-    found: dict[str, Seen] = {}
-    for names in by_device.values():
-        digests = torch.stack([_digest(named[name].detach()) for name in names]).tolist()
-        found.update({name: (named[name].shape, named[name].dtype, d) for name, d in zip(names, digests, strict=True)})
+def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of this process's own elements; none of sparse ones."""
+    return local(tensor).stride() if tensor.layout == torch.strided else ()
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Frozen weights of few bits, which have no average. Integer buffers are counts: they have a maximum."""
+    return isinstance(tensor, torch.nn.Parameter) and _is_integer(tensor)
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_watched(tensor: torch.Tensor) -> bool:
+    """Whether its bytes can be told; what has none here (meta), or hides them, is a constant."""
+    return not tensor.is_meta and bool(_parts(tensor))
+
+
+def _parts(tensor: torch.Tensor, stride: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """Dense tensors that hold its bytes, in the order of memory that is asked for; none where they are hidden."""
+    own = local(tensor).detach()
+    if own.layout == torch.sparse_coo:
+        own = own.coalesce()
+        return [own.indices(), own.values()]
+    if own.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [own.crow_indices(), own.col_indices(), own.values()]
+    if own.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [own.ccol_indices(), own.row_indices(), own.values()]
+    if own.layout != torch.strided or own.is_quantized or hasattr(own, "__tensor_flatten__"):
+        return []
+    if not has_dense_memory(own):
+        return [own.contiguous()]
+    if stride and own.stride() != stride:
+        return [torch.empty_strided(own.shape, stride, dtype=own.dtype, device=own.device).copy_(own)]
+    return [own]
+
+
+def _digests(tensors: list[list[torch.Tensor]]) -> list[list[int]]:
+    """Of each one's parts; a card is waited for once."""
+    flat = [digest(part) for parts in tensors for part in parts]
+    devices = {number.device for number in flat}
+    numbers: dict[int, int] = {}
+    for device in devices:
+        here = [index for index, number in enumerate(flat) if number.device == device]
+        numbers.update(zip(here, torch.stack([flat[index] for index in here]).tolist(), strict=True))
+    found, at = [], 0
+    for parts in tensors:
+        found.append([numbers[index] for index in range(at, at + len(parts))])
+        at += len(parts)
     return found
 
 
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a tensor of any layout."""
-    if tensor.layout != torch.strided:
-        entries = tensor.to_sparse().coalesce()
-        return 3 * digest(entries.indices()) + digest(entries.values())
-    return digest(tensor if is_dense(tensor) else tensor.contiguous())
-
-
-def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy one by one, across devices and dtypes."""
-    for target, source in zip(targets, sources, strict=True):
-        local(target).copy_(source)
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """A sum is finite only if all summands are; one that overflows is looked at again."""
+    own = local(tensor).detach()
+    if _is_integer(own):
+        return True
+    own = own.float() if own.element_size() == 1 else own  # of float8 there is no sum
+    return bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())

@@ -60,7 +60,7 @@ class OuterLoop:
     ) -> None:
         self.config = config
         self.inner_optimizer = inner_optimizer
-        self.tensors = ModelTensors(inner_optimizer, model, local_buffers=config.model_buffers == "local")
+        self.tensors = ModelTensors(inner_optimizer, model)
         self.inner_state = InnerState(config, self.tensors)
         self.clock = Clock(config)
 

@@ -24,8 +24,7 @@ from .account import Account
 from .clock import Clock
 from .consensus_view import ConsensusView
 from .inner_state import InnerState
-from .model_tensors import ModelTensors
-from .other_tensors import copy_tensors_
+from .model_tensors import ModelTensors, copy_tensors_
 from .report import RoundReport, log_costs
 from .slow_state import SlowState
 from .status import StatusExchange
@@ -33,10 +32,6 @@ from .status import StatusExchange
 _NOT_FINITE = (
     "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and "
     "go on from the last checkpoint."
-)
-_NOT_FINITE_OTHERS = (
-    "holds NaN or infinity, which an average would give to all workers. A batch with infinity in it does this; go on "
-    "from the last checkpoint without it, or keep such buffers each worker's own: model_buffers='local'."
 )
 
 
@@ -143,13 +138,6 @@ class Parts:
                 span.values().copy_(run)
         self.inside.hand_out_(self.tensors.last_round)
 
-    def averaged(self, names: list[str]) -> list[str]:
-        """Those of these buffers that a round makes equal."""
-        if not self.tensors.others.are_local:
-            return names
-        there = self.tensors.others.now()
-        return [name for name in names if name in there and not there[name].is_floating_point()]
-
     def back_to_anchors(self) -> None:
         """
         Start from the anchors, as after a round; messages in flight are waited for, and belong to what is left.
@@ -175,39 +163,25 @@ class Parts:
     def _mix(self, number: int) -> None:
         assert isinstance(self.base, GossipBase)
         try:
+            self.base.is_apart = self.tensors.is_laid_out_anew  # which ends the run at the next status exchange
             self.base.mix_(number, self.clock.attempted_steps)
         except RuntimeError as error:
             raise RuntimeError(f"optimizer step {self.clock.attempted_steps}: {error}") from error
+        self.base.is_apart = False
 
-    def average_others(self, changed_buffers: list[str]) -> None:
+    def average_others(self, changed: list[str]) -> None:
         """
-        What else a round makes equal: buffers, moved parameters, and the inner state where it is to be averaged.
-        Collective.
+        What else a round makes equal: buffers and frozen parameters that have changed, and the inner state where it is
+        to be averaged. Collective.
         """
-        names = self.averaged(changed_buffers)
+        floating, integer = self.tensors.others.to_average(changed)
         self.slow.reduction.start_second_stages(wait=True)  # first: all workers' collectives have one order
-        self.average_named(names)
+        if self.config.model_buffers == "local":
+            floating = []
+        self.inside.average_others_(self.slow.averages, floating, integer)
         if self.inner_state.policy == "average":
             self.inside.mean_(self.slow.averages, self.inner_state.tensors_to_average(self.slow.averages))
-        self.tensors.others.keep_averaged(names)
-
-    def average_named(self, names: list[str]) -> None:
-        """
-        Buffers and moved parameters of these names get all workers' mean, integers the maximum. Collective.
-
-        Raises:
-            ValueError: A worker's are not finite; no other's has been touched by them. The same words on every rank.
-        """
-        if self.inside.average_others_(self.slow.averages, *self.tensors.others.named(names)):
-            return
-        told = self.workers.world.gather_objects((host_name(), self.tensors.others.not_finite(names)))
-        step = self.clock.attempted_steps
-        where = [
-            f"rank {rank} on {host}, step {step}: {', '.join(odd[:3])} {_NOT_FINITE_OTHERS}"
-            for rank, (host, odd) in enumerate(told)
-            if odd
-        ]
-        raise ValueError("; ".join(where) or f"step {step}: a mean is not finite, of {names[:3]}, which are each.")
+        self.tensors.others.keep_averaged(changed)
 
     # ---- what a round tells ----
 

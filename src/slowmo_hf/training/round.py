@@ -12,6 +12,7 @@ round with a delay of 0.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -90,9 +91,11 @@ class Round:
 
     def average_beside(self, agreement: Agreement) -> None:
         """What an overlapped round averages beside the parameters, at once."""
-        if agreement.changed_buffers:
-            others = agreement.changed_buffers
-            self.parts.average_others(others)
+        changed = agreement.changed_buffers
+        if changed and agreement.ahead:  # it has trained on since they were compared: once, behind it none goes ahead
+            changed = self.parts.tensors.others.agree(changed, self.parts.workers.world, self.begun_at)
+        if changed:
+            self.parts.average_others(changed)
 
     # ---- until step k + delay ----
 
@@ -195,7 +198,12 @@ class Round:
         assert self.norms is not None
         if self.travels:
             assert isinstance(base, TrainingOn)
-            base.take_in_(slow.reduction.new_anchors(self.messages))
+            anchors = slow.reduction.new_anchors(self.messages)
+            if parts.tensors.problem():  # said at the next status exchange: what has come cannot be written
+                deque(anchors, maxlen=0)
+                base.stay()
+            else:
+                base.take_in_(anchors)
         elif parts.config.averages_at_rounds:
             base.end_average()
             parts.average_others(self._others)

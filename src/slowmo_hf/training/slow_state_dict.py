@@ -25,8 +25,10 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     Raises:
         RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker has
             but a shard.
+        ValueError: The parameter set has changed since the start.
     """
     config = parts.config
+    _refuse_another_set(parts)
     _refuse_inside_round(parts, parts.clock.attempted_steps, "saved")
     _refuse_part(parts)
     saved = parts.slow.saved(agree=True, keep=True)
@@ -51,6 +53,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
         ValueError: The state does not fit: version, sizes, values. Nothing has been changed.
         RuntimeError: It is of a clock inside a round.
     """
+    _refuse_another_set(parts)
     shared = _contents(state)
     step = shared.count("attempted_steps")
     _refuse_inside_round(parts, step, "resumed")
@@ -86,6 +89,13 @@ def _contents(state: dict[str, Any]) -> Contents:
     new_names = {old: new for new, old in _OLD_NAMES.items()}
     settings.update({new_names.get(name, name): value for name, value in outer.items()})
     return Contents(settings, tensors, source="slow state")
+
+
+def _refuse_another_set(parts: Parts) -> None:
+    """The slow state lies as the parameters did at the start."""
+    words = parts.tensors.problem()
+    if words:
+        raise ValueError(words)
 
 
 def _refuse_part(parts: Parts) -> None:

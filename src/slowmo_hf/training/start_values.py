@@ -41,9 +41,10 @@ def equalise_(communicator: Communicator, tensors: list[torch.Tensor], longest_m
 
 def make_equal(workers: Workers, tensors: ModelTensors, *, include_frozen: bool) -> None:
     """Rank 0's values are everybody's; of shards, those of the first counterpart. Collective."""
-    values = tensors.values(include_frozen=include_frozen)
+    own = workers.world.gather_header([hash48(tensors.own_lines())])
+    values = tensors.values(include_frozen=include_frozen, include_own=bool((own == own[0]).all()))
     for among, sharded in ((workers.world, False), (workers.between, True)):
         alike = [tensor for tensor in values if is_sharded(tensor) is sharded]
         equalise_(among, alike, workers.config.bucket_bytes // 2)
     tensors.rewritten()
-    tensors.others.remember()
+    tensors.others.begin(workers)

@@ -20,6 +20,7 @@ from .account import Account
 from .clock import Clock
 from .inner_state import InnerState
 from .model_tensors import ModelTensors, hash48
+from .other_tensors import Changed
 
 
 class Purpose(IntEnum):
@@ -53,7 +54,7 @@ class Agreement:
         same_step (`bool`): Whether all ranks' clocks agree.
         local_steps (`list[int]`): Every rank's steps since the last round.
         inner_lrs (`list[float]`): The round's, by parameter group: the largest of the workers' means.
-        changed_buffers (`list[str]`): All that have changed anywhere, moved parameters among them.
+        changed_buffers (`list[str]`): All buffers and frozen parameters that have changed anywhere.
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
         ahead (`bool`): Whether the round's messages have set out before this was heard.
@@ -85,7 +86,7 @@ class Speaker:
         self._groups_of_all = world.notes("groups of optimizers")  # the same on all ranks: starts are collective
         self.number = len(self._groups_of_all)
         self._groups_of_all.append(len(tensors.groups))
-        self._tensors, self.others = tensors, tensors.others
+        self._tensors = tensors
 
     @property
     def words(self) -> str:
@@ -111,8 +112,7 @@ class Header:
         trained_steps (`int`): The same without steps that only passed messages on.
         local_steps (`int`): Its steps since the last round.
         inner_lrs (`list[float]`): The mean learning rate of its steps since the last round, per parameter group.
-        changed_buffers (`dict[str, str]`): Buffers and parameters that no optimizer holds and that have changed here
-            since the start: name, and shape and dtype in words.
+        changed (`Changed`): The buffers and frozen parameters that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can.
         stop (`bool`): Whether this process was asked to save and stop.
         ahead (`bool`): Whether the round's messages set out with it.
@@ -124,7 +124,7 @@ class Header:
     trained_steps: int
     local_steps: int
     inner_lrs: list[float]
-    changed_buffers: dict[str, str]
+    changed: Changed
     problem: str
     stop: bool
     ahead: bool = False
@@ -140,7 +140,7 @@ class Header:
         (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
         flags = bool(self.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
-        mine += [flags, hash48([f"{name} {shape}" for name, shape in self.changed_buffers.items()])]
+        mine += [flags, hash48(self.changed.lines)]
         arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
 
         def hear() -> Agreement:
@@ -159,9 +159,9 @@ class Header:
             self._tell_problems(world, steps)
         rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
         self._compare_places(world, purposes, steps)
-        changed = sorted(self.changed_buffers)
+        changed = self.changed.names
         if (rows[:, 5] != rows[0, 5]).any():
-            changed = self._agree_on_buffers(world)
+            changed = self.changed.agree(world, max(steps), Purpose.GATHER not in purposes)
         return Agreement(
             purpose=next((purpose for purpose in purposes if purpose is not Purpose.END), Purpose.END),
             attempted_steps=max(steps),
@@ -218,31 +218,6 @@ class Header:
             "(even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
         )
 
-    def _agree_on_buffers(self, world: Communicator) -> list[str]:
-        """
-        All that have changed anywhere.
-
-        Raises:
-            ValueError: One has another shape elsewhere, and an average is wanted; the same words on every rank.
-        """
-        others = self.speaker.others
-        told = world.gather_objects((sorted(self.changed_buffers), others.described()))
-        names = sorted(set().union(*(changed for changed, _ in told)))
-        for name in list(names):
-            shapes = [described.get(name, "not there") for _, described in told]
-            odd = next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None)
-            if odd is None:
-                continue
-            if others.are_local:
-                names.remove(name)
-                continue
-            raise ValueError(
-                f"buffer {name!r} has shape {shapes[0]} on rank 0, {shapes[odd]} on rank {odd}, and cannot be "
-                "averaged. If it is a cache, register it with persistent=False; or keep such buffers each worker's "
-                "own: model_buffers='local'."
-            )
-        return names
-
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
         if any(row != lrs[0] for row in lrs):
             logger.warning(
@@ -297,7 +272,8 @@ class StatusExchange:
     ) -> Callable[[], Agreement]:
         """Tell all ranks where this one is; the result waits for theirs, and compares."""
         # Another number of groups is a problem, and must not change the message's length.
-        count = len(self._tensors.groups)
+        count, others = len(self._tensors.groups), self._tensors.others
+        changed = others.known() if purpose is Purpose.GATHER else others.look()
         header = Header(
             self._speaker,
             purpose,
@@ -305,9 +281,8 @@ class StatusExchange:
             self._clock.trained_steps,
             self._clock.local_steps,
             ((inner_lrs or []) + [0.0] * count)[:count],
-            # A log may come at every step, and averages nothing.
-            self._tensors.others.changed_shared(frozen_too=purpose is not Purpose.GATHER),
-            self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
+            changed,
+            self._tensors.problem() or changed.problem or self._inner_state.problem() or self.lost_finiteness,
             self.stop_asked,
             ahead,
         )

@@ -78,27 +78,13 @@ class Averages:
 
     def mean_(self, tensors: list[torch.Tensor], part: tuple[int, int] = (0, 1)) -> None:
         """
-        Replace floating-point tensors by their mean, in place, every element exactly once.
+        Replace floating-point and complex tensors by their mean, in place, every element exactly once.
 
         Args:
             part (`tuple[int, int]`, *optional*): Place and places, as of `FlatAnchor.part`: the rest stays as it is.
         """
-        self._each_bucket(tensors, wide_dtype, self._mean_, part)
-
-    def finite_mean_(self, tensors: list[torch.Tensor]) -> bool:
-        """
-        The same, but nothing is written of a message whose mean is not finite. Returns whether all were, the same on
-        every process.
-        """
-        found = [True]
-
-        def mean_(flat: torch.Tensor) -> bool:
-            self._mean_(flat)
-            found.append(bool(torch.isfinite(flat).all()))
-            return found[-1]
-
-        self._each_bucket(tensors, wide_dtype, mean_)
-        return all(found)
+        real = [torch.view_as_real(t.detach()) if t.is_complex() else t for t in tensors]
+        self._each_bucket(real, wide_dtype, self._mean_, part)
 
     def _mean_(self, flat: torch.Tensor) -> None:
         if self.weight != 1:
@@ -138,7 +124,7 @@ class Averages:
         self,
         tensors: list[torch.Tensor],
         wire_dtype: Callable[[torch.dtype], torch.dtype],
-        collective: Callable[[torch.Tensor], bool | None],
+        collective: Callable[[torch.Tensor], None],
         part: tuple[int, int] = (0, 1),
     ) -> None:
         if self.communicator.world_size == 1 or not tensors:
@@ -148,8 +134,8 @@ class Averages:
                 for bucket in layout.part(*part).buckets(self._longest_message):
                     flat = buffers.get(bucket.elements, layout.flat.dtype, layout.device)
                     _pack_(bucket, flat)
-                    if collective(flat) is not False:
-                        _unpack_(bucket, flat)
+                    collective(flat)
+                    _unpack_(bucket, flat)
 
 
 def _pack_(bucket: Bucket, flat: torch.Tensor) -> None:

@@ -70,6 +70,7 @@ class GossipBase(Base):
         self.topology = make_topology(config, communicator.world_size)
         self.staleness = config.staleness if config.base == "osgp" else 0
         self.weight = self._mass = 1.0
+        self.is_apart = False  # the parameters' memory has another order than the numerators': neither is written
         self.in_flight: deque[Exchange] = deque()
         self.numerators = {item: item.flat.clone() for item in anchors}
         # Behind the computation few large ones are better (`bytes_per_message`).
@@ -91,7 +92,7 @@ class GossipBase(Base):
             self._mix_behind(number, share, step)
             return
         exchange = self._new_exchange()
-        self._address(exchange, number, step)
+        exchange.address(self.topology, self.communicator.rank, number, step, messages=len(self._buckets) + 1)
         for bucket in self._buckets:
             for piece in bucket.pieces:
                 self._absorb(exchange, piece, share)
@@ -107,7 +108,7 @@ class GossipBase(Base):
         """The same with messages in flight. Bucket by bucket, what is due makes room for what is sent."""
         due = self.in_flight.popleft() if len(self.in_flight) == self.staleness else None
         exchange = Exchange(due.outgoing, due.incoming) if due else self._new_exchange()
-        self._address(exchange, number, step)
+        exchange.address(self.topology, self.communicator.rank, number, step, messages=len(self._buckets) + 1)
         weight = self.weight * share
         exchange.send_weight(self.communicator, weight)
         if due and due.weight:
@@ -129,7 +130,9 @@ class GossipBase(Base):
         x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same.
         """
         x = piece.of(self.numerators[piece.item])
-        if self.weight == 1 and piece.param.dtype == x.dtype:
+        if self.is_apart:
+            x.mul_(share)
+        elif self.weight == 1 and piece.param.dtype == x.dtype:
             torch.mul(piece.values(), share, out=x)  # x = z
         else:
             x.add_(piece.values() - rounded(x / self.weight, piece.param.dtype)).mul_(share)
@@ -141,7 +144,8 @@ class GossipBase(Base):
         x = piece.of(self.numerators[piece.item])
         for flat in received:
             x.add_(piece.of(flat[piece.item]).to(x.device))
-        piece.values().copy_(x if weight == 1 else x / weight)
+        if not self.is_apart:
+            piece.values().copy_(x if weight == 1 else x / weight)
 
     # ---- messages ----
 
@@ -158,9 +162,6 @@ class GossipBase(Base):
             made = Exchange.make(self.numerators, wire=wire, degree=self._degree, in_place=in_place)
         made.received = made.incoming[:sources]
         return made
-
-    def _address(self, exchange: Exchange, number: int, step: int) -> None:
-        exchange.address(self.topology, self.communicator.rank, number, step, messages=len(self._buckets) + 1)
 
     def _send(self, exchange: Exchange, bucket: Bucket) -> None:
         if not exchange.buckets:

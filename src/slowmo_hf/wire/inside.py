@@ -40,10 +40,10 @@ class Inside(Protocol):
     def overwritten(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the next hand-out of these replaces here: runs of them."""
 
-    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> bool:
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         """
-        Replace buffers and moved parameters by the mean of all workers, integers by the maximum. Collective. Returns
-        whether all means were finite, the same on every process; the others have been left as they were.
+        Replace what no optimizer holds, buffers and frozen parameters, by the mean of all workers; integers by the
+        maximum. Collective.
         """
 
 
@@ -84,14 +84,12 @@ class WholeInside:
         parts = [layout.part(place, self._places) for layout in layouts for place in others]
         return [span.values() for part in parts for span in part.spans]
 
-    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> bool:
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
         """As `Inside.average_others_`. DDP gives all the first process's, so that they are those that count."""
-        is_finite = True
         if self._place == 0:
-            is_finite = between.finite_mean_(floating)
+            between.mean_(floating)
             between.max_(integer)
         self._averages.broadcast_([*floating, *integer])
-        return _all_say(self._averages, is_finite) if floating else True
 
 
 class ShardedInside:
@@ -123,17 +121,9 @@ class ShardedInside:
         """As `Inside.overwritten`."""
         return []
 
-    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> bool:
-        """As `Inside.average_others_`: buffers over all processes, for each has seen other data."""
-        is_finite = between.finite_mean_(floating)
+    def average_others_(self, between: Averages, floating: list[torch.Tensor], integer: list[torch.Tensor]) -> None:
+        """As `Inside.average_others_`: what is whole over all processes, for each has seen other data."""
+        between.mean_(floating)
         between.max_(integer)
-        whole = [tensor for tensor in floating if not is_sharded(tensor)]
-        if whole:  # all are asked, also where a mean was not finite
-            is_finite &= self._averages.finite_mean_(whole)
+        self._averages.mean_([tensor for tensor in floating if not is_sharded(tensor)])
         self._averages.max_([tensor for tensor in integer if not is_sharded(tensor)])
-        return _all_say(self._averages, is_finite) if floating else True
-
-
-def _all_say(averages: Averages, is_so: bool) -> bool:
-    """Whether it is so on every process of the worker. Collective there."""
-    return bool(averages.communicator.gather_header([float(is_so)]).min() > 0)
