@@ -526,7 +526,7 @@ def test_bytes_between_workers_are_what_theory_says(tapped, base):
         calls = [name for step, name, ranks, _ in heard if (step, ranks) == (TAU, column)]
         messages, half = calls.count("all_reduce"), -(-trainable // 2) if rank % 2 == 0 else trainable // 2
         assert messages >= -(-4 * half // BUCKET_BYTES) > 1
-        header = 3 * 8 * (6 + 2)
+        header = 3 * 8 * (10 + 2)
         a_round, exchanges = 4 * (half + messages), (TAU - 1) * 4 * half if base == "sgp" else 0
         of_worker = 4 * (trainable + 2 * messages) + 2 * header + (2 * exchanges if base == "sgp" else 0)
         assert [report.round for report in reports] == [1, 2]

@@ -7,8 +7,6 @@ import sys
 import weakref
 from typing import Any
 
-from ..log import logger
-
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -30,11 +28,12 @@ def _tell() -> None:
         for optimizer in _told:
             words = _unfinished(optimizer)
             if words:
-                logger.warning(words)
+                optimizer.outer_loop.workers.logger.warning("%s", words)
 
 
 def _unfinished(optimizer: Any) -> str:
     loop = optimizer.outer_loop
+    # The rank of then: at a process's end its job may be gone.
     if loop is None or not loop.parts.trains_alone or loop.workers.world.rank:
         return ""
     clock = loop.clock

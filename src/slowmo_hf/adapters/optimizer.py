@@ -11,7 +11,7 @@ import torch
 from .. import upstream
 from ..config import SlowMoConfig
 from ..dtensors import sharded_modules
-from ..log import logger
+from ..log import of_this_rank
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process
@@ -219,7 +219,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             self._stop_signals = StopSignals(self._on_signal)
 
     def _on_signal(self, name: str) -> None:
-        logger.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
+        of_this_rank.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
         self._stop_asked = True
         if self.outer_loop is not None:
             self.outer_loop.status.stop_asked = True

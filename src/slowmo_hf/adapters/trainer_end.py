@@ -10,7 +10,7 @@ import torch
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import GOSSIP_BASES
-from ..log import logger
+from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 from .stop_signals import REQUEUE_EXIT_CODE
 
@@ -36,7 +36,7 @@ class Ending:
     def on_signal(self, name: str) -> None:
         """Ask all ranks to save and stop."""
         self.outer_loop.status.stop_asked = True
-        logger.warning(
+        of_this_rank.warning(
             "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
         )
 
@@ -161,6 +161,12 @@ class StepTooMany:
             tensor.copy_(value)
         state.global_step, state.epoch = self.step, self.epoch
         _stop_at_once(control)
+
+
+def best_model(args: TrainingArguments, state: TrainerState) -> str:
+    """What Trainer has loaded at the end, in words; empty where it is the end's own."""
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    return f"the best checkpoint's, {best}" if best else ""
 
 
 def _gathers(control: TrainerControl) -> bool:
