@@ -98,7 +98,7 @@ def log_end(parts: Parts, model: str = "") -> None:
     communicated = sum(one.communicated for one in totals) / len(totals)
     if computed:
         mean = sum(one.utilisation for one in totals) / len(totals)
-        waited = f"; {communicated:.1f} s communicated or waited, {computed:.1f} s computed, the mean over ranks"
+        waited = f"; {communicated:.3g} s communicated or waited and {computed:.3g} s computed, the mean over ranks"
         sent += f"{waited}: utilisation {100 * mean:.1f} %"
     log.info("%s", sent)
     log.info("the model is %s", model or _model(parts))

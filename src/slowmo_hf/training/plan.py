@@ -81,4 +81,4 @@ def in_bytes(number: float) -> str:
         if abs(number) < 1000:
             return f"{number:.0f} bytes" if unit == "bytes" else f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:,.3g} TB"
+    return f"{number:,.0f} TB"
