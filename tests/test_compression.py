@@ -559,8 +559,8 @@ def test_resume(tmp_path, case):
                 ),
                 workers,
             )
-        assert len(said.about("held back")) == (workers if "held back" in words else 0)
-        assert len(said.about(words)) >= (workers if words else 0)
+        assert len(said.about("held back")) == ("held back" in words), "once per job"
+        assert bool(said.about(words))
         for rank, (weights, held) in enumerate(found):
             if is_same:
                 assert all(torch.equal(weights[key], saved[rank][0][key]) for key in weights)

@@ -184,7 +184,8 @@ class SlowMoOptimizer(OptimizerWrapper):
             raise
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout)
+            sharded, log = sharded_modules(models), outer_loop.workers.logger
+            self.isolation = Isolation(wrappers, group, sharded, timeout_seconds=timeout, log=log)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
             self._pending = None

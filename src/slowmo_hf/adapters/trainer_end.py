@@ -53,11 +53,6 @@ class Ending:
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         if somebody_ended:
-            logger.warning(
-                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
-                "nothing is evaluated or saved there",
-                state.global_step,
-            )
             _stop_at_once(control)  # the rest gathers, and that rank will not come
             self.stopped = False  # nothing is saved, and nobody need come back
         elif self.outer_loop.status.stop_agreed and state.global_step < state.max_steps:
@@ -80,6 +75,12 @@ class Ending:
         all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
         all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
         self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
+        if self.outer_loop.status.somebody_ended_early:
+            logger.warning(
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
+                "nothing is evaluated or saved there",
+                self.outer_loop.attempted_steps,
+            )
         if self.outer_loop.config.has_rounds:
             state.global_step = self.outer_loop.attempted_steps
             # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would

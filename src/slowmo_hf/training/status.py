@@ -281,6 +281,7 @@ class StatusExchange:
         self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
         self.stop_agreed = False  # all know that a rank was asked to stop
         self.somebody_ended = False  # at the last exchange
+        self.somebody_ended_early = False  # where others came for something else; all know it, who has ended too
         # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
         self.parameters_alone = False
         self.own_loss: Callable[[], float] = lambda: math.nan  # of this rank, for its log
@@ -322,6 +323,7 @@ class StatusExchange:
     def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
         self.stop_agreed = self.stop_agreed or agreement.stop
         self.somebody_ended = agreement.somebody_ended
+        self.somebody_ended_early |= agreement.somebody_ended and agreement.purpose is not Purpose.END
         self.parameters_alone = not agreement.changed_buffers
         self.losses = agreement.attempted_steps, agreement.losses
         if purpose in (Purpose.LOOK, Purpose.GATHER):
