@@ -472,7 +472,7 @@ def gather_the_loss():
             micro_batch(accelerator, models, optimizer, number)
             accelerator.gather(torch.ones(1))
     told = heard.about("accelerator.gather over all ranks at steps")
-    return told, slowmo_hf.last_round(optimizer).utilisation
+    return told, optimizer.optimizer.outer_loop.account.spent.utilisation
 
 
 def test_a_gather_at_every_step_is_told_and_no_computation():

@@ -7,8 +7,6 @@ what evaluation, the saved files and the end of training hold.
 
 from __future__ import annotations
 
-import math
-import re
 import time
 import warnings
 from pathlib import Path
@@ -438,11 +436,13 @@ def _check_history(ranks):
         assert [(e["step"], e["slowmo/round"]) for e in slow] == [(6, 3), (12, 6), (15, 7)]
         for entry, steps in zip(slow, [(2, 4, 6), (8, 10, 12), (14,)], strict=True):
             reports = [result["reports"][step] for step in steps]
-            header, payload = 8 * (6 + 2), 4 * (result["elements"] + 1)
+            header, payload = 8 * (10 + 2), 4 * (result["elements"] + 1)
             # A ring of two sends each message once.
             assert entry["slowmo/bytes_sent"] == len(steps) * (header + payload)
             assert entry["slowmo/seconds"] == pytest.approx(sum(r.seconds for r in reports))
-            assert entry["slowmo/utilisation"] == pytest.approx(sum(r.utilisation for r in reports) / len(reports))
+            told = [r.utilisation for r in reports if r.utilisation is not None]
+            assert len(told) == len(reports) - (steps[0] == 2), "the first round has none before it"
+            assert entry["slowmo/utilisation"] == pytest.approx(sum(told) / len(told))
             assert 0 < entry["slowmo/utilisation"] < 1
             for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"):
                 assert entry[f"slowmo/{name}"] == getattr(reports[-1], name)
@@ -490,22 +490,15 @@ def _check_event_file(result, folder):
 def _check_lines(ranks):
     table = [line for _, line in ranks[0]["heard"] if line.startswith("2 workers")]
     assert len(table) == 1
-    for name, value in ranks[0]["settings"].items():
-        assert f"  {name} = {value}\n" in table[0] + "\n"
-    assert "inner_state in effect = maintain" in table[0]
+    assert "  settings: sync_every=2, outer_momentum=0.6\n" in table[0]
+    assert "inner_state in effect: maintain" in table[0]
     rows = [line.split() for line in table[0].splitlines()[2:4]]
     assert [row[:3] for row in rows] == [["0", "0", "gloo"], ["1", "1", "gloo"]]
     costs = [line for _, line in ranks[0]["heard"] if line.startswith("costs:")]
     assert len(costs) == 1
-    assert [ranks[0]["heard_at"][step] for step in (3, 4, 15)] == [0, 1, 1], "said after the second round"
-    numbers = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", costs[0])]
-    step_ms, round_ms, utilisation, bytes_sent, for_90, _, for_95, _ = (numbers[i] for i in (0, 1, 2, 3, 4, 5, 6, 7))
-    assert bytes_sent == ranks[0]["reports"][4].bytes_sent
-    assert round_ms == pytest.approx(1e3 * ranks[0]["reports"][4].seconds, abs=0.06)
-    assert utilisation == pytest.approx(100 * 2 * step_ms / (2 * step_ms + round_ms), rel=0.05)
-    for least, share in ((for_90, 0.9), (for_95, 0.95)):  # t steps of work over t steps and a round
-        assert least == pytest.approx(math.ceil(share / (1 - share) * round_ms / step_ms), rel=0.05, abs=1)
-    assert not [line for _, line in ranks[1]["heard"] if line.startswith(("2 workers", "costs:"))]
+    assert [ranks[0]["heard_at"][step] for step in (8, 10, 15)] == [0, 1, 1], "of rounds 2 to 4, heard in the fifth"
+    assert f"{ranks[0]['reports'][10].bytes_sent:,} bytes sent per round and worker" in costs[0]
+    assert ranks[1]["heard"] == []
 
 
 def check_wandb(folder):

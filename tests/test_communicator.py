@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -187,15 +188,30 @@ def test_machines_come_from_the_environment(monkeypatch):
         assert machines_in_job(world) == machines
 
 
-def test_an_address_that_does_not_resolve_is_no_error(monkeypatch):
-    def fail(host):
+def test_the_address_is_what_the_backend_binds(monkeypatch):
+    """gloo takes the first address of the host's name that can be bound, else loopback; or a named interface's."""
+
+    def none(host, *args, **kwargs):
         raise OSError("no such host")
 
+    def found(host, *args, **kwargs):  # 192.0.2.1 is nobody's (RFC 5737)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (of, 0)) for of in ("192.0.2.1", "127.0.0.7")]
+
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
-    monkeypatch.setattr("socket.gethostbyname", fail)
-    assert host_and_address() == ("node7", "unresolved")
-    monkeypatch.setattr("socket.gethostbyname", lambda host: {"node7": "10.1.2.3"}[host])
-    assert host_and_address() == ("node7", "10.1.2.3")
+    monkeypatch.setattr("socket.getaddrinfo", none)
+    assert host_and_address("gloo") == ("node7", "127.0.0.1")
+    monkeypatch.setattr("socket.getaddrinfo", found)
+    assert host_and_address("gloo") == ("node7", "127.0.0.7")
+    assert host_and_address("nccl") == ("node7", "NCCL's choice")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth1")
+    assert host_and_address("gloo") == ("node7", "127.0.0.1")
+    assert host_and_address("nccl") == ("node7", "NCCL's choice")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
+    assert host_and_address("nccl") == ("node7", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no such one")
+    assert host_and_address("gloo") == ("node7", "no such one")
 
 
 class Late:

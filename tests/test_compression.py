@@ -336,7 +336,7 @@ def test_processes_and_threads_agree_bit_for_bit(workers):
             assert held.keys() == right_held.keys() != set()
             assert not alike or all(torch.equal(held[key], right_held[key]) for key in held)
             assert sent == right_sent
-            header = 9 * 8 * (workers - 1)
+            header = 13 * 8 * (workers - 1)
             wide, narrow = (31, torch.float64), (400, torch.float32)
             if name == "int8":
                 assert sent[2] == expected_bytes([wide, narrow], workers, Int8()) + header
@@ -559,8 +559,8 @@ def test_resume(tmp_path, case):
                 ),
                 workers,
             )
-        assert len(said.about("held back")) == (workers if "held back" in words else 0)
-        assert len(said.about(words)) >= (workers if words else 0)
+        assert len(said.about("held back")) == ("held back" in words), "once per job"
+        assert bool(said.about(words))
         for rank, (weights, held) in enumerate(found):
             if is_same:
                 assert all(torch.equal(weights[key], saved[rank][0][key]) for key in weights)

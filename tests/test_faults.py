@@ -438,7 +438,7 @@ class Uneven(TrainerCallback):
             control.should_training_stop = True
 
 
-def _stop_one_rank(folder, step, base):
+def _stop_one_rank(folder, step, base, rank):
     config = SlowMoConfig(base=base, sync_every=4, timeout_seconds=patience(20), outer_momentum=0.5)
     args = arguments(
         folder,
@@ -453,7 +453,7 @@ def _stop_one_rank(folder, step, base):
         model=Regression(torch.float32),
         args=args,
         train_dataset=Rows(400, torch.float32),
-        callbacks=[Uneven(1, step), SlowMoCallback(config)],
+        callbacks=[Uneven(rank, step), SlowMoCallback(config)],
     )
     with Heard() as heard:
         trainer.train()
@@ -461,9 +461,15 @@ def _stop_one_rank(folder, step, base):
     return values(model), trainer.state.global_step, heard.about("all stop with it at step")
 
 
-@pytest.mark.parametrize(("step", "end", "base"), [(5, 8, "local_sgd"), (8, 12, "local_sgd"), (7, 8, "sgp")])
-def test_under_trainer_all_ranks_stop_together_at_the_round(tmp_path, step, end, base):
-    (first, first_step, heard), (second, second_step, _) = run_workers(_stop_one_rank, 2, tmp_path, step, base)
+@pytest.mark.parametrize(
+    ("step", "end", "base", "rank"),
+    [(5, 8, "local_sgd", 1), (5, 8, "local_sgd", 0), (8, 12, "local_sgd", 1), (7, 8, "sgp", 1)],
+)
+def test_under_trainer_all_ranks_stop_together_at_the_round(tmp_path, step, end, base, rank):
+    (first, first_step, heard), (second, second_step, nothing) = run_workers(
+        _stop_one_rank, 2, tmp_path, step, base, rank
+    )
+    assert not nothing, "once per job, whoever it was"
     assert first_step == second_step == end
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(heard) == 1

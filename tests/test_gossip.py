@@ -420,10 +420,10 @@ BYTES = [{"base": "sgp"}, {"base": "osgp"}, {"base": "sgp", "peers": 2}, {"base"
 def test_bytes_are_what_theory_says():
     """
     3 fp32 parameters, 3 workers: an exchange sends 12 bytes to each peer (20 with the weight), a round of 4 steps has
-    3 of them and the ring's 2·⅔·16 with the consensus distance, and a header of 7 fp64 to 2 others; without the
+    3 of them and the ring's 2·⅔·16 with the consensus distance, and a header of 11 fp64 to 2 others; without the
     average 4 exchanges and a header.
     """
-    header, ring = 2 * 7 * 8, round(2 * 2 / 3 * 16)
+    header, ring = 2 * 11 * 8, round(2 * 2 / 3 * 16)
     right = [3 * 12 + ring + header, 3 * 20 + ring + header, 3 * 24 + ring + header, 4 * 12 + header]
     assert run_workers(_all_bytes, 3) == [right] * 3
 

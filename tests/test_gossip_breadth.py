@@ -1125,7 +1125,7 @@ def test_logs_of_a_gossip_run(tmp_path):
                 sent = sum(message * len(topology.targets(me, number + i)) for i in range(exchanges))
                 number += exchanges
                 ring = round(2 * 2 / 3 * 4 * (elements + 1)) if config.exact_average else 0
-                right.append(sent + ring + 2 * 8 * (6 + groups))
+                right.append(sent + ring + 2 * 8 * (10 + groups))
             assert [report.bytes_sent for report in reports] == right, f"{name}, worker {me}: looks do not count"
             assert [entry["slowmo/bytes_sent"] for entry in slow] == [right[0] + right[1], right[2]]
             for entry, report in zip(slow, (reports[1], reports[2]), strict=True):

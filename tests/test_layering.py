@@ -26,7 +26,7 @@ WINGS = {
     "adapters": [
         ["accelerate_checkpoints"],
         ["callback", "functions"],
-        ["optimizer", "trainer_end", "trainer_gathers", "trainer_saves"],
+        ["optimizer", "trainer_end", "trainer_gathers", "trainer_logs", "trainer_saves"],
         [
             *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
             *("trainer_checkpoints", "trainer_methods", "trainer_start"),
@@ -37,13 +37,13 @@ WINGS = {
     "checkpoints": [["claim", "last_lines", "state"], ["places"], ["files"]],
     "training": [
         ["outer_loop"],
-        ["ending", "gradients", "slow_state_dict"],
+        ["ending", "gradients", "slow_state_dict", "start_table"],
         ["consensus"],
         ["in_flight"],
-        ["round"],
+        ["plan", "round"],
         ["parts", "start_check", "start_values"],
         ["local_state", "slow_state", "status"],
-        ["consensus_view", "inner_state"],
+        ["consensus_view", "costs", "inner_state"],
         ["account", "model_tensors"],
         ["other_tensors"],
         ["clock", "program", "report"],

@@ -818,7 +818,7 @@ def check_last_round():
     assert report.pseudo_grad_norm == pytest.approx(float((anchor - mean).norm()))
     assert report.consensus_distance == pytest.approx(float(sum((x - mean).norm() ** 2 for x in local) / 2))
     assert report.velocity_norm == pytest.approx(float((anchor - simulate(4)[0]).norm()))
-    assert report.bytes_sent == (3 + 1) * 8 + (6 + 1) * 8
+    assert report.bytes_sent == (3 + 1) * 8 + (10 + 1) * 8
     assert report.to_logs()["slowmo/round"] == 2
 
 

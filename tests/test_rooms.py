@@ -14,7 +14,7 @@ from slowmo_hf.algorithm import slow_momentum
 from slowmo_hf.algorithm.norms import Norms
 from slowmo_hf.algorithm.starts import TrainingOn
 from slowmo_hf.training import account
-from slowmo_hf.training.account import Account
+from slowmo_hf.training.account import Account, Spent
 from slowmo_hf.training.clock import Clock, Rates
 
 
@@ -59,7 +59,8 @@ def test_every_second_is_of_one_kind(time):
         assert own.communicated_before == 2.0
         assert own.computed_seconds == 3.0
         told = report(own)
-    assert (told.seconds, told.utilisation, told.bytes_sent) == (3.0, 0.5, 30)
+    assert (told.seconds, own.spent.utilisation, told.bytes_sent) == (3.0, 0.5, 30)
+    assert own.spent == Spent(3.0, 3.0, 2.0)
 
 
 def test_what_is_sent_apart_is_in_no_report(time):
@@ -70,10 +71,10 @@ def test_what_is_sent_apart_is_in_no_report(time):
         time.passes(1, sent=1000)
     time.passes(0, sent=5)
     told = report(own)
-    assert (told.seconds, told.utilisation, told.bytes_sent) == (1.0, 0.75, 5)
+    assert (told.seconds, own.spent.utilisation, told.bytes_sent) == (1.0, 0.75, 5)
     own.close()
     time.passes(2)
-    assert (report(own).seconds, report(own).utilisation, report(own).bytes_sent) == (0.0, 1.0, 0)
+    assert (report(own).seconds, own.spent.utilisation, report(own).bytes_sent) == (0.0, 1.0, 0)
 
 
 def test_an_error_ends_a_pause(time):
@@ -82,7 +83,8 @@ def test_an_error_ends_a_pause(time):
         raise ValueError("boom")
     time.passes(1)
     assert own.computed_seconds == 0.0
-    assert report(own).utilisation == 1.0
+    report(own)
+    assert own.spent.utilisation == 1.0
     assert own.computed_seconds == 1.0
 
 

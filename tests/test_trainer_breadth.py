@@ -424,7 +424,7 @@ def test_lora_sends_adapters_only(tmp_path):
     for recording, sent, everything, adapters, groups in ranks:
         assert adapters < everything / 10
         # A ring of two sends each message once.
-        assert sent == [4 * (adapters + 1) + 8 * (6 + groups)] * (STEPS // TAU)
+        assert sent == [4 * (adapters + 1) + 8 * (10 + groups)] * (STEPS // TAU)
         frozen = [name for name in recording["start"] if name not in recording["trained"]]
         assert frozen
         for name in frozen:

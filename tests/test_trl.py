@@ -156,7 +156,7 @@ def train_own_loss(folder):
     trainer.__class__ = Coupled
     with Heard() as heard:
         trainer.train()
-    utilisation = callback.last_round.utilisation
+    utilisation = callback.outer_loop.account.spent.utilisation  # this rank's
     return collectives.names, len(trainer.seen), heard.about("gathers over all ranks"), utilisation
 
 

@@ -217,7 +217,7 @@ def test_nobody_waits_for_a_sleeping_rank_before_the_round():
 @pytest.mark.parametrize("workers", [2, 3])
 def test_bytes_sent_is_the_ring_of_the_payload(workers):
     for report, trainable in run_workers(_one_report, workers):
-        header, ring = 7 * 8 * (workers - 1), 2 * (workers - 1) / workers
+        header, ring = 11 * 8 * (workers - 1), 2 * (workers - 1) / workers
         assert report.bytes_sent == pytest.approx(ring * 4 * (trainable + 1) + header, abs=4)
 
 

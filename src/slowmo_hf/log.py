@@ -1,10 +1,58 @@
-"""What the package says to its user: one logger, heard by default."""
+"""
+What the package says to its user: one logger, heard by default. Every rank says the same words in the same place, so
+rank 0 alone is heard; what is of one rank is said by `of_this_rank`, with rank and host in the line.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 logger = logging.getLogger("slowmo_hf")
+
+_OF_ONE_RANK = "slowmo_of_one_rank"
+_who: list[Callable[[], tuple[int, int, str]]] = [lambda: (0, 1, "")]  # the last one is asked
+
+
+def spoken_by(who: Callable[[], tuple[int, int, str]]) -> None:
+    """From now on `who` tells the speaker: rank, processes of the job, host."""
+    _who.append(who)
+
+
+class _OncePerJob(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return getattr(record, _OF_ONE_RANK, False) or _who[-1]()[0] == 0
+
+
+logger.addFilter(_OncePerJob())
+
+
+class Prefixed(logging.LoggerAdapter[logging.Logger]):
+    """
+    The logger, with words in front of each line.
+
+    Args:
+        prefix (`Callable`): Gives them, with a colon; empty where there is nothing to tell apart.
+        of_one_rank (`bool`, *optional*, defaults to `False`): Whether any rank is heard.
+    """
+
+    def __init__(self, prefix: Callable[[], str], *, of_one_rank: bool = False) -> None:
+        super().__init__(logger, {_OF_ONE_RANK: of_one_rank})
+        self._prefix = prefix
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """As `LoggerAdapter.process`."""
+        extra: Mapping[str, object] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return f"{self._prefix()}{msg}", {**kwargs, "extra": extra}
+
+
+def _rank_and_host() -> str:
+    rank, processes, host = _who[-1]()
+    return f"rank {rank} on {host}: " if processes > 1 else ""
+
+
+of_this_rank = Prefixed(_rank_and_host, of_one_rank=True)
 
 
 def make_heard() -> None:

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from .. import upstream
 from ..dtensors import sharded_modules
 from ..log import make_heard
+from ..training.ending import log_end
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
@@ -21,9 +22,10 @@ from .isolation import Isolation, ddp_wrappers, refusal
 from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
-from .trainer_end import Ending, StepTooMany
+from .trainer_end import Ending, StepTooMany, best_model
 from .trainer_gathers import TrainerGathers
-from .trainer_methods import Looks, RoundLogs
+from .trainer_logs import RoundLogs
+from .trainer_methods import Looks
 from .trainer_saves import TrainerSaves
 from .trainer_start import (
     advise,
@@ -113,6 +115,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None
+        outer_loop.clock.max_steps = state.max_steps
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
         compare_programs(outer_loop.workers.world, program_of(args))
         self._given_back.callback(JoinRefusal(wrappers, self.config).release)
@@ -130,7 +133,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._ending = Ending(outer_loop, state.max_steps)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
-            self._round_logs.begin(self._find_trainer(), self._given_back)
+            self._round_logs.begin(self._find_trainer(), outer_loop, self._given_back)
             self.looks.begin(
                 self._find_trainer(),
                 outer_loop,
@@ -180,6 +183,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             dataloader = kwargs.get("train_dataloader")
             self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
             self.outer_loop.consensus.keep()
+        log_end(self.outer_loop.parts, best_model(args, state))
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
         self._ending.exit_if_stopped(state.global_step)

@@ -12,7 +12,6 @@ from typing import Any
 
 from .. import upstream
 from ..checkpoints.last_lines import Saves
-from ..log import logger
 from ..wire.job import is_in_process
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -46,11 +45,12 @@ def _tell() -> None:
         for optimizer in _told:
             words = _unfinished(optimizer)
             if words:
-                logger.warning(words)
+                optimizer.outer_loop.workers.logger.warning("%s", words)
 
 
 def _unfinished(optimizer: Any) -> str:
     loop = optimizer.outer_loop
+    # The rank of then: at a process's end its job may be gone.
     if loop is None or not loop.parts.trains_alone or loop.workers.world.rank:
         return ""
     clock = loop.clock

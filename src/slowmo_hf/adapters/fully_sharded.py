@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from logging import Logger, LoggerAdapter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +86,7 @@ class ShardedIsolation:
         group (`dist.ProcessGroup`, *optional*): The worker's processes; where it is None, those of the mesh's shards.
         timeout_seconds (`float`, *optional*): How long a collective inside the worker waits; as it was where it is
             None.
+        log (`LoggerAdapter`, *optional*): As of `Isolation`.
 
     Raises:
         ValueError: A module averages over replicas without shards, or by a hook.
@@ -97,6 +99,7 @@ class ShardedIsolation:
         group: dist.ProcessGroup | None = None,
         *,
         timeout_seconds: float | None = None,
+        log: LoggerAdapter[Logger] | Logger = logger,
     ) -> None:
         modules = list(modules)
         groups = list({id(one): one for module in modules for one in upstream.fsdp_parameter_groups(module)}.values())
@@ -114,7 +117,7 @@ class ShardedIsolation:
         if timeout_seconds is not None:
             self._set_timeouts(groups, timedelta(seconds=timeout_seconds))
         self._keep_norms(modules, group or groups[0].mesh_info.shard_process_group)
-        logger.info("FSDP2 averages gradients over each worker's shards")
+        log.info("FSDP2 averages gradients over each worker's shards")
 
     def _exchange(self, groups: list[Any]) -> None:
         alone: dict[int, Any] = {}  # one for all groups that share a mesh, as it was

@@ -12,7 +12,6 @@ import torch
 from accelerate.accelerator import Accelerator
 
 from .. import upstream
-from ..log import logger
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
 from .isolation import ddp_wrappers
@@ -162,8 +161,8 @@ def _notice(optimizer: SlowMoOptimizer, loop: OuterLoop, name: str) -> None:
         return
     comes_step_by_step = now[0] == before[0] and now[1] != before[1]
     _gathered_at[optimizer] = None if comes_step_by_step else now
-    if comes_step_by_step and loop.workers.world.rank == 0:
-        logger.warning(
+    if comes_step_by_step:
+        loop.workers.logger.warning(
             "accelerator.%s over all ranks at steps %d and %d, between rounds: each waits for the slowest rank, and "
             "counts as communication. Gather at rounds (step %% %d == 0), or in evaluations.",
             name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from logging import Logger, LoggerAdapter
 from typing import Any
 
 import torch
@@ -213,6 +214,7 @@ class Isolation:
         sharded (`list`, *optional*): The model's modules that FSDP2 shards, held by a `ShardedIsolation`.
         timeout_seconds (`float`, *optional*): How long their collectives wait.
         joins (`JoinRefusal`, *optional*): To be set again, where training goes on behind `finish`.
+        log (`LoggerAdapter`, *optional*): Says which of a program's optimizers it is.
 
     Raises:
         ValueError: A wrapper that needs another process group has a communication hook.
@@ -226,12 +228,13 @@ class Isolation:
         *,
         timeout_seconds: float | None = None,
         joins: JoinRefusal | None = None,
+        log: LoggerAdapter[Logger] | Logger = logger,
     ) -> None:
         self._joins = joins
         self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
         self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
         _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
-        self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds)
+        self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds, log=log)
         self._hooks = [
             ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync
         ]
@@ -244,11 +247,9 @@ class Isolation:
         for norm in norms:
             norm.process_group = group or _lonely_group()
         if wrappers and group is None:
-            logger.info(
-                "DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds"
-            )
+            log.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
         elif wrappers:
-            logger.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
+            log.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
     def settle(self) -> None:
         """Call at an optimizer step: stop setting the flags at every forward pass once they stay."""

@@ -20,7 +20,6 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .. import upstream
-from ..log import logger
 from ..training.outer_loop import OuterLoop
 
 
@@ -144,10 +143,10 @@ class ModelCalls:
         return step not in (self._loaded_at, optimizer.finished_at)
 
     def _say(self, level: int, words: str, *values: object) -> None:
-        """Once per job: rank 0 does."""
-        if self._outer_loop.workers.world.rank == 0 and words not in self._said:
+        """Once."""
+        if words not in self._said:
             self._said.add(words)
-            logger.log(level, words, *values)
+            self._outer_loop.workers.logger.log(level, words, *values)
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ import torch
 from .. import upstream
 from ..config import SlowMoConfig
 from ..dtensors import sharded_modules
-from ..log import logger
+from ..log import of_this_rank
 from ..training.model_tensors import inner_lrs
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
@@ -45,9 +45,8 @@ class SlowMoOptimizer(OptimizerWrapper):
 
         model, optimizer, loader = accelerator.prepare(model, SlowMoOptimizer(optimizer, config), loader)
 
-    is all there is to write. At the first forward pass of a module with its parameters it compares all ranks,
-    broadcasts rank 0's values, takes the anchors and isolates the DDP wrapper. What else is wanted are module
-    functions that take the prepared or the bare optimizer: `consensus`, `finish`, `last_round`.
+    is all there is to write. The first forward pass of a module with its parameters compares all ranks, gives them
+    rank 0's values, takes the anchors and isolates the DDP wrapper. `consensus`, `finish` and `last_round` take it too.
 
     Args:
         inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
@@ -199,10 +198,11 @@ class SlowMoOptimizer(OptimizerWrapper):
             raise
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.isolation = Isolation(wrappers, group, sharded_modules(models), timeout_seconds=timeout, joins=joins)
+            sharded, log = sharded_modules(models), outer_loop.workers.logger
+            self.isolation = Isolation(wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log)
         if self._pending is not None:
             outer_loop.load_state_dict(self._pending)
-            self._pending = None
+        self._pending = None
         outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
         self._model_calls = ModelCalls(self, models)
@@ -234,7 +234,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             self._stop_signals = StopSignals(self._on_signal)
 
     def _on_signal(self, name: str) -> None:
-        logger.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
+        of_this_rank.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
         self._stop_asked = True
         if self.outer_loop is not None:
             self.outer_loop.status.stop_asked = True

@@ -30,7 +30,7 @@ from ..checkpoints.state import (
     write_snapshot,
 )
 from ..contents import CheckpointError
-from ..log import logger
+from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 
 _ASIDE = "incomplete-"
@@ -126,7 +126,7 @@ class TrainerCheckpoints:
 
     def _give_up(self, folder: Path) -> None:
         """Another program has taken our part of a save away, where a file system has no locks: training goes on."""
-        logger.warning(
+        of_this_rank.warning(
             "%s was taken away by another program while it was being written: this save is lost, training goes on "
             "from memory",
             folder,
@@ -221,14 +221,14 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
 
 def _set_aside_as_unfinished(path: Path) -> None:
     if is_claimed(path):
-        logger.warning("%s is left alone: another program is writing it", path)
+        of_this_rank.warning("%s is left alone: another program is writing it", path)
     elif not is_whole(path):  # a save that has ended since then
         try:
-            logger.warning("%s was never finished: it is set aside as %s", path, _set_aside(path).name)
+            of_this_rank.warning("%s was never finished: it is set aside as %s", path, _set_aside(path).name)
         except FileNotFoundError:
             pass  # another machine's first process on the same file system was faster
         except OSError as error:
-            logger.warning("%s was never finished, and cannot be set aside (%s)", path, error)
+            of_this_rank.warning("%s was never finished, and cannot be set aside (%s)", path, error)
 
 
 def _set_aside(path: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import GOSSIP_BASES
-from ..log import logger
+from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 from .stop_signals import REQUEUE_EXIT_CODE
 
@@ -36,7 +36,7 @@ class Ending:
     def on_signal(self, name: str) -> None:
         """Ask all ranks to save and stop."""
         self.outer_loop.status.stop_asked = True
-        logger.warning(
+        of_this_rank.warning(
             "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
         )
 
@@ -53,11 +53,6 @@ class Ending:
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         if somebody_ended:
-            logger.warning(
-                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
-                "nothing is evaluated or saved there",
-                state.global_step,
-            )
             _stop_at_once(control)  # the rest gathers, and that rank will not come
             self.stopped = False  # nothing is saved, and nobody need come back
         elif self.outer_loop.status.stop_agreed and state.global_step < state.max_steps:
@@ -80,6 +75,12 @@ class Ending:
         all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
         all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
         self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
+        if self.outer_loop.status.somebody_ended_early:
+            logger.warning(
+                "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
+                "nothing is evaluated or saved there",
+                self.outer_loop.attempted_steps,
+            )
         if self.outer_loop.config.has_rounds:
             state.global_step = self.outer_loop.attempted_steps
             # Trainer gathers it once more: an int 0 where no step has followed a log, and a float elsewhere, would
@@ -161,6 +162,12 @@ class StepTooMany:
             tensor.copy_(value)
         state.global_step, state.epoch = self.step, self.epoch
         _stop_at_once(control)
+
+
+def best_model(args: TrainingArguments, state: TrainerState) -> str:
+    """What Trainer has loaded at the end, in words; empty where it is the end's own."""
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    return f"the best checkpoint's, {best}" if best else ""
 
 
 def _gathers(control: TrainerControl) -> bool:

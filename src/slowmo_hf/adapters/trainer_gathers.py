@@ -85,7 +85,7 @@ class TrainerGathers:
         return recursively_apply(lambda t: gather_inside(t, group), data)  # type: ignore[no-untyped-call]
 
     def _say(self, words: str) -> None:
-        if not self._is_said and self._outer_loop.workers.world.rank == 0:
+        if not self._is_said:
             logger.warning(words, type(self._trainer).__name__)
         self._is_said = True
 

@@ -1,7 +1,4 @@
-"""
-A Trainer's own methods while it trains: `evaluate`, `predict` and `save_model` see the average of all workers, and
-`log` tells of their rounds.
-"""
+"""A Trainer's own methods while it trains: `evaluate`, `predict` and `save_model` see the average of all workers."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from typing import Any
 
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
-from ..training.report import RoundReport
 
 Method = Callable[..., Any]
 
@@ -81,45 +77,6 @@ class Looks:
                 yield
         finally:
             random_state.give_back()
-
-
-class RoundLogs:
-    """
-    What rounds report goes into the entries of Trainer's own loss, and what is left into that of the run's end. An
-    entry apart would empty what a subclass gathers for the loss's (`mean_token_accuracy` and others of TRL).
-    """
-
-    def __init__(self) -> None:
-        self.rounds: list[RoundReport] = []  # since the last entry
-
-    def begin(self, trainer: Any, given_back: ExitStack) -> None:
-        """From here to the end `trainer.log` tells them."""
-        self.rounds = []
-        replace_method(trainer, "log", self._telling, given_back)
-
-    def _telling(self, log: Method) -> Method:
-        @functools.wraps(log)
-        def call(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            ours = self._take() if "loss" in logs or "train_runtime" in logs else {}
-            logs.update(ours)
-            try:
-                log(logs, *args, **kwargs)
-            finally:
-                for name in ours:
-                    logs.pop(name, None)  # `train` returns the last entry as its metrics
-
-        return call
-
-    def _take(self) -> dict[str, float]:
-        """Sums of bytes and seconds, the last round's norms; empty without a round."""
-        rounds, self.rounds = self.rounds, []
-        if not rounds:
-            return {}
-        logs = rounds[-1].to_logs()
-        logs["slowmo/bytes_sent"] = sum(r.bytes_sent for r in rounds)
-        logs["slowmo/seconds"] = sum(r.seconds for r in rounds)
-        logs["slowmo/utilisation"] = sum(r.utilisation for r in rounds) / len(rounds)
-        return logs
 
 
 def callback_of(subject: Any) -> Any:

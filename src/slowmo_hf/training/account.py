@@ -6,9 +6,38 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from ..algorithm.norms import Norms
 from .report import RoundReport
+
+
+@dataclass(frozen=True)
+class Spent:
+    """
+    A rank's seconds between two reports.
+
+    Args:
+        computed (`float`): Outside of communication.
+        communicated (`float`): In exchanges and rounds, waiting included.
+        exchanged (`float`): Of these, before the round's own.
+    """
+
+    computed: float = 0.0
+    communicated: float = 0.0
+    exchanged: float = 0.0
+
+    @property
+    def utilisation(self) -> float:
+        """Computed seconds over all."""
+        return self.computed / max(self.computed + self.communicated, 1e-9)
+
+
+def mean_utilisation(everywhere: list[Spent]) -> float | None:
+    """Mean over ranks; None where a rank has measured nothing yet."""
+    if not everywhere or any(one == Spent() for one in everywhere):
+        return None
+    return sum(one.utilisation for one in everywhere) / len(everywhere)
 
 
 class Account:
@@ -18,12 +47,21 @@ class Account:
 
     Args:
         bytes_sent (`Callable`): Payload that this process has sent so far, in bytes.
+
+    Attributes:
+        spent (`Spent`): Of the last report; zeros before the first one.
+        rounds (`int`), bytes_sent (`int`): Of all reports since this process began, or took up a checkpoint.
     """
 
     def __init__(self, bytes_sent: Callable[[], int]) -> None:
         self._bytes_sent = bytes_sent
+        self.begin()
         self._paused = self._communicating = False
         self.close()
+
+    def begin(self) -> None:
+        """Nothing was reported yet."""
+        self.spent, self.rounds, self.bytes_sent = Spent(), 0, 0
 
     def close(self) -> None:
         """A report was made, or training begins: count anew."""
@@ -83,15 +121,19 @@ class Account:
         summed: Callable[[list[float]], list[float]],
         *,
         consensus_is_known: bool,
+        utilisation: float | None = None,
     ) -> RoundReport:
         """
         Of a round that ends now.
 
         Args:
             summed (`Callable`): Sums over the worker's processes, each of which counts what it has sent.
+            utilisation (`float`, *optional*): As of `RoundReport`.
         """
         [bytes_sent] = summed([self._bytes_sent() - self._bytes])
         self._mark()
+        self.spent = Spent(self.computed_seconds, self._communicated, self.communicated_before)
+        self.rounds, self.bytes_sent = self.rounds + 1, self.bytes_sent + round(bytes_sent)
         return RoundReport(
             round=number,
             consensus_distance=norms.consensus_distance if consensus_is_known else None,
@@ -99,5 +141,5 @@ class Account:
             velocity_norm=math.sqrt(norms.velocity_square),
             bytes_sent=round(bytes_sent),
             seconds=self._communicated,
-            utilisation=self.computed_seconds / max(self.computed_seconds + self._communicated, 1e-9),
+            utilisation=utilisation,
         )

@@ -61,6 +61,8 @@ class Clock:
         idle_steps (`int`): Of these, after this worker's end, in the others' exchanges.
         rounds (`int`): Begun so far.
         rates (`Rates`): Of this worker's own steps since the last round.
+        begun_at (`int`): The attempted steps where this process began, or took up a checkpoint.
+        max_steps (`int`, *optional*): Where training ends, if that is known; for what is said alone.
     """
 
     config: SlowMoConfig
@@ -69,6 +71,8 @@ class Clock:
     idle_steps: int = 0
     rounds: int = 0
     rates: Rates = field(default_factory=Rates)
+    begun_at: int = 0
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         # Asked at every step.
@@ -154,6 +158,6 @@ class Clock:
 
         def take_up() -> None:
             self.attempted_steps, self.rounds, self.local_steps = attempted_steps, rounds, local_steps
-            self.rates = rates
+            self.rates, self.begun_at = rates, attempted_steps
 
         return take_up

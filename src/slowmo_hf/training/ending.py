@@ -1,4 +1,4 @@
-"""The end of training: all ranks end together, on the average."""
+"""The end of training: all ranks end together, on the average; and three lines say what it was."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..config import GOSSIP_BASES
 from .consensus import Consensus
 from .in_flight import InFlight
 from .parts import Parts
+from .plan import Plan, in_bytes
 from .status import Purpose
 
 
@@ -45,6 +46,8 @@ def end_together(
                 consensus.restore(give_back_random_state=False)
                 clock.attempted_steps = agreement.attempted_steps
                 in_flight.launch_agreed(agreement)
+        if in_flight.last is not None:
+            parts.costs.hear(in_flight.last.round, agreement.spent)
         if not agreement.same_step:  # an average that is shown is an old one
             consensus.restore(give_back_random_state=False)
         clock.attempted_steps, clock.idle_steps = agreement.trained_steps, 0
@@ -67,3 +70,44 @@ def _pass_on(parts: Parts, others_meet_at: Callable[[int], bool]) -> None:
         if parts.clock.exchange_is_due:
             parts.exchange()
         meet = parts.clock.round_is_due or others_meet_at(parts.clock.attempted_steps)
+
+
+def log_end(parts: Parts, model: str = "") -> None:
+    """
+    Three lines, where training has ended: of the steps since this process began, or took up a checkpoint. Collective
+    inside the worker.
+
+    Args:
+        model (`str`, *optional*): What the model now is; what local training leaves where it is empty.
+    """
+    clock, account, workers = parts.clock, parts.account, parts.workers
+    steps = clock.attempted_steps - clock.begun_at
+    since = f" since step {clock.begun_at}" if clock.begun_at else ""
+    ddp = Plan.of(parts).ddp_bytes_per_step
+    log = workers.logger
+    log.info(
+        "training ended at step %d: %d steps and %d rounds%s", clock.attempted_steps, steps, account.rounds, since
+    )
+    if parts.config.base == "all_reduce":
+        sent = f"{in_bytes(account.bytes_sent)} sent per worker beside DDP's gradients"
+    else:
+        sent = f"{in_bytes(account.bytes_sent)} sent per worker in rounds and exchanges{since}"
+        sent += f" (DDP: {in_bytes(steps * ddp)})"
+    totals = parts.costs.totals
+    computed = sum(one.computed for one in totals) / len(totals)
+    communicated = sum(one.communicated for one in totals) / len(totals)
+    if computed:
+        mean = sum(one.utilisation for one in totals) / len(totals)
+        waited = f"; {communicated:.3g} s communicated or waited and {computed:.3g} s computed, the mean over ranks"
+        sent += f"{waited}: utilisation {100 * mean:.1f} %"
+    log.info("%s", sent)
+    log.info("the model is %s", model or _model(parts))
+
+
+def _model(parts: Parts) -> str:
+    step, workers = parts.clock.attempted_steps, parts.workers
+    if parts.config.base == "all_reduce":
+        return f"that of all {workers.count} workers at step {step}, whose gradients were averaged"
+    if workers.count == 1:
+        return f"the one worker's own at step {step}: there was nothing to average"
+    return f"the average of {workers.count} workers at step {step}"

@@ -143,6 +143,8 @@ class InFlight:
         self.rounds = []
         self.parts.base.stay()
         self.parts.status.forget()
+        self.parts.account.begin()
+        self.parts.costs.begin()
 
     def finish(self) -> None:
         """Training has ended on an average that has taken in what is under way."""

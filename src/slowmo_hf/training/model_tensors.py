@@ -41,6 +41,11 @@ class ModelTensors:
         self._strides = [p.stride() for p in self.trainable]
         self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
 
+    @property
+    def words(self) -> str:
+        """Which these are."""
+        return f"{self.names[0]}{f' and {len(self.names) - 1} more' if self.names[1:] else ''}"
+
     def rewritten(self) -> None:
         """
         Parameters have been written: what FSDP has gathered of them before is let go. Behind a pass without a backward

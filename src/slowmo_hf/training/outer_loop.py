@@ -31,7 +31,7 @@ from ..log import make_heard
 from ..wire.workers import Workers
 from .clock import Clock
 from .consensus import Consensus
-from .ending import end_together
+from .ending import end_together, log_end
 from .gradients import averaging
 from .in_flight import InFlight
 from .inner_state import InnerState
@@ -40,7 +40,8 @@ from .model_tensors import ModelTensors
 from .parts import Parts, refusal
 from .report import RoundReport
 from .slow_state_dict import load_state_dict, state_dict
-from .start_check import check_same_everywhere, log_start, made_everywhere
+from .start_check import check_same_everywhere, made_everywhere
+from .start_table import log_start
 from .start_values import make_equal
 from .status import Purpose
 
@@ -66,8 +67,7 @@ class OuterLoop:
 
     def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True, refused: str | None = None) -> None:
         """
-        Compare all ranks, give all rank 0's values, take the anchors. Collective: every rank calls it, before the
-        first step.
+        Compare all ranks, give all rank 0's values, take the anchors. Collective, before the first step.
 
         Args:
             attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts.
@@ -75,8 +75,7 @@ class OuterLoop:
             refused (`str`, *optional*): Why this rank cannot start, as its adapter has found; all are told.
 
         Raises:
-            ValueError: Ranks differ, a parameter cannot be averaged, or the settings do not fit the number of
-                processes; the same on every rank.
+            ValueError: Ranks differ, or the settings do not fit model or job; the same on every rank.
         """
         make_heard()
         self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
@@ -85,11 +84,11 @@ class OuterLoop:
         make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
         self._branch = self.run_id  # which a resumed run keeps; this one is the loop's alone
-        self.clock.attempted_steps = attempted_steps
+        self.clock.attempted_steps = self.clock.begun_at = attempted_steps
         make = partial(Parts.make, self.config, workers, self.tensors, self.inner_state, self.clock)
         self.parts = parts = made_everywhere(workers, make)  # no part refers to this loop: it goes when it is let go
-        log_start(workers, self.config, self.inner_state.policy)
         self.account, self.status, self.view, self.base = parts.account, parts.status, parts.view, parts.base
+        log_start(parts)
         self.in_flight = InFlight(parts)
         self.consensus = Consensus(parts, self.in_flight)
 
@@ -176,6 +175,7 @@ class OuterLoop:
         self.end()
         self.consensus.keep()
         self.in_flight.finish()
+        log_end(self.parts)
 
     # ---- state ----
 

@@ -20,14 +20,15 @@ from ..wire.gossip import GossipBase, make_topology
 from ..wire.inside import Inside, ShardedInside, WholeInside
 from ..wire.job import backends, host_name, is_in_process
 from ..wire.workers import Workers
-from .account import Account
+from .account import Account, mean_utilisation
 from .clock import Clock
 from .consensus_view import ConsensusView
+from .costs import Costs
 from .inner_state import InnerState
 from .model_tensors import ModelTensors, copy_tensors_
-from .report import RoundReport, log_costs
+from .report import RoundReport
 from .slow_state import SlowState
-from .status import StatusExchange
+from .status import Agreement, StatusExchange
 
 _NOT_FINITE = (
     "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and "
@@ -49,6 +50,7 @@ class Parts:
     inner_state: InnerState
     clock: Clock
     account: Account
+    costs: Costs
     status: StatusExchange
     view: ConsensusView
     slow: SlowState
@@ -72,6 +74,7 @@ class Parts:
             inner_state=inner_state,
             clock=clock,
             account=account,
+            costs=Costs(config, workers),
             status=StatusExchange(workers, inner_state, clock, account, weigh),
             view=ConsensusView(account, config.stash_device, tensors.rewritten),
             slow=slow,
@@ -185,16 +188,26 @@ class Parts:
 
     # ---- what a round tells ----
 
-    def report(self, norms: Norms) -> RoundReport:
+    def report(self, norms: Norms, agreement: Agreement | None) -> RoundReport:
         """
-        Of a round that ends now; after the second one a line says what a step and a round cost here. Collective inside
-        the worker.
+        Of a round that ends now; a line says what steps and rounds cost here, when that is news. Collective inside the
+        worker.
+
+        Args:
+            agreement (`Agreement`, *optional*): What all have said of it; None of one that a checkpoint has brought.
         """
-        config, workers, account = self.config, self.workers, self.account
-        report = account.report(self.clock.rounds, norms, self.summed, consensus_is_known=config.exact_average)
-        if report.round == 2 and workers.world.rank == 0 and workers.count > 1:
-            exchange_seconds = account.communicated_before if config.base in GOSSIP_BASES else None
-            log_costs(report, config.sync_every, account.computed_seconds, exchange_seconds)
+        told = agreement.spent if agreement is not None else []
+        report = self.account.report(
+            self.clock.rounds,
+            norms,
+            self.summed,
+            consensus_is_known=self.config.exact_average,
+            utilisation=mean_utilisation(told),
+        )
+        if self.costs.hear(report.round - 1, told) and self.workers.count > 1:
+            line = self.costs.news(report.bytes_sent)
+            if line:
+                self.workers.logger.info("%s", line)
         return report
 
     def refuse_non_finite(self, square: float, own_is_finite: bool, *, all_are_here: bool = True) -> None:

@@ -210,7 +210,7 @@ class Round:
         parts.inner_state.reset()
         parts.hand_out()
         parts.copy_last_round()
-        return parts.report(self.norms)
+        return parts.report(self.norms, self.agreement)
 
     # ---- no round after all ----
 

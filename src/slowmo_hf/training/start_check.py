@@ -1,13 +1,9 @@
-"""
-The start of a run: every rank shows what it has, a difference is an error on all of them, and one table says what
-runs.
-"""
+"""The start of a run: every rank shows what it has, and a difference is an error on all of them."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,8 +12,7 @@ import accelerate
 import torch
 
 from ..config import SlowMoConfig
-from ..log import logger
-from ..wire.job import host_and_address, host_name, is_in_process, machines_in_job
+from ..wire.job import host_name
 from ..wire.workers import Workers
 from .model_tensors import ModelTensors
 
@@ -126,58 +121,3 @@ def _difference(everywhere: list[list[str]], hosts: list[str]) -> str:
                 "settings, model, learning rates and library versions."
             )
     raise AssertionError("no difference found")
-
-
-def log_start(workers: Workers, config: SlowMoConfig, inner_state: str) -> None:
-    """One table on rank 0: every rank's host, address, backend and worker, and the whole effective configuration."""
-    communicator = workers.world
-    machines = machines_in_job(communicator.world_size)
-    host, address = host_and_address()
-    rows = communicator.gather_objects((host, address, communicator.backend, workers.index))
-    if communicator.rank:
-        return
-    each = "one process each" if workers.size == 1 else f"{workers.size} processes each"
-    where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
-    lines = [f"{workers.count} workers, {where}:"]
-    lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
-    lines += [
-        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
-    ]
-    lines += [f"  {name} = {value}" for name, value in config.to_dict().items()]
-    lines += [f"  inner_state in effect = {inner_state}"]
-    logger.info("%s", "\n".join(lines))
-    _warn(workers, config, machines, rows)
-
-
-def _warn(workers: Workers, config: SlowMoConfig, machines: int, rows: list[tuple[str, str, str, int]]) -> None:
-    """What the table shows and a reader may overlook."""
-    loopback = [
-        f"{name} (rank {r}) resolves to {address}"
-        for r, (name, address, _, _) in enumerate(rows)
-        if address.startswith("127.")
-    ]
-    if machines > 1 and loopback and "gloo" in workers.world.backend and not _interface_is_set():
-        logger.warning(
-            "the host name %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the interface "
-            "that reaches the others (docs/launch.md).",
-            "; ".join(loopback),
-            machines,
-        )
-    if workers.world.world_size == 1:
-        logger.warning(
-            "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu "
-            "--num_processes 2` starts one process; see docs/launch.md."
-        )
-    elif workers.count == 1:
-        logger.warning(
-            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set "
-            "processes_per_worker=1.",
-            workers.size,
-        )
-    if config.outer_optimizer == "slow_momentum" and config.outer_momentum == 0 and config.outer_lr == 1:
-        name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
-        logger.info("slow momentum is off: this is %s", name)
-
-
-def _interface_is_set() -> bool:
-    return bool(os.environ.get("GLOO_SOCKET_IFNAME"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,16 +12,17 @@ import torch
 from torch.profiler import record_function
 
 from ..contents import Contents, Restored, Saved
-from ..log import logger
 from ..wire.communicator import Communicator
 from ..wire.job import host_name
 from ..wire.roll_call import RollCall
 from ..wire.workers import Workers
-from .account import Account
+from .account import Account, Spent
 from .clock import Clock
 from .inner_state import InnerState
 from .model_tensors import ModelTensors, hash48
 from .other_tensors import Changed
+
+_NUMBERS = 10  # of a header before its learning rates
 
 
 class Purpose(IntEnum):
@@ -58,6 +60,8 @@ class Agreement:
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
         ahead (`bool`): Whether the round's messages have set out before this was heard.
+        spent (`list[Spent]`): Every rank's seconds of its last report.
+        losses (`list[float]`): Every rank's mean loss since its last log; NaN where nobody knows it.
     """
 
     purpose: Purpose
@@ -70,6 +74,8 @@ class Agreement:
     somebody_ended: bool
     stop: bool
     ahead: bool
+    spent: list[Spent]
+    losses: list[float]
 
 
 class Speaker:
@@ -78,32 +84,41 @@ class Speaker:
     length, and say whose they are, so that two optimizers never wait for each other crosswise.
 
     Args:
-        world (`Communicator`): All ranks.
+        workers (`Workers`): All ranks.
         tensors (`ModelTensors`): Its parameters.
     """
 
-    def __init__(self, world: Communicator, tensors: ModelTensors) -> None:
-        self._groups_of_all = world.notes("groups of optimizers")  # the same on all ranks: starts are collective
+    def __init__(self, workers: Workers, tensors: ModelTensors) -> None:
+        self._groups_of_all = workers.world.notes(
+            "groups of optimizers"
+        )  # the same on all ranks: starts are collective
         self.number = len(self._groups_of_all)
         self._groups_of_all.append(len(tensors.groups))
         self._tensors = tensors
+        workers.speaks_for = self.words
+        self.logger = workers.logger
 
     @property
     def words(self) -> str:
         """For errors."""
-        names = self._tensors.names
-        return f"optimizer {self.number} (of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+        return f"optimizer {self.number} (of {self._tensors.words})"
 
     def padded(self, inner_lrs: list[float]) -> list[float]:
         """As many as the optimizer with the most groups has."""
         return inner_lrs + [0.0] * (max(self._groups_of_all) - len(inner_lrs))
 
+    @property
+    def header_bytes(self) -> int:
+        """Of what a rank says."""
+        return int(8 * (_NUMBERS + max(self._groups_of_all)))
+
 
 @dataclass(frozen=True)
 class Header:
     """
-    What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *inner_lrs]. The
-    flags are 1 for a problem, 2 for a stop, 4 for messages that are ahead, and 8 times the optimizer's number.
+    What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *spent, loss,
+    *inner_lrs]. The flags are 1 for a problem, 2 for a stop, 4 for messages that are ahead, and 8 times the
+    optimizer's number.
 
     Args:
         speaker (`Speaker`): The optimizer that it speaks for.
@@ -116,6 +131,8 @@ class Header:
         problem (`str`): Why it cannot take part; empty where it can.
         stop (`bool`): Whether this process was asked to save and stop.
         ahead (`bool`): Whether the round's messages set out with it.
+        spent (`Spent`): Its seconds of its last report.
+        loss (`float`): Its mean loss since the last log.
     """
 
     speaker: Speaker
@@ -127,7 +144,9 @@ class Header:
     changed: Changed
     problem: str
     stop: bool
-    ahead: bool = False
+    ahead: bool
+    spent: Spent
+    loss: float
 
     def say(self, world: Communicator, roll_call: RollCall) -> Callable[[], Agreement]:
         """
@@ -140,7 +159,8 @@ class Header:
         (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
         flags = bool(self.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
-        mine += [flags, hash48(self.changed.lines)]
+        spent = self.spent
+        mine += [flags, hash48(self.changed.lines), spent.computed, spent.communicated, spent.exchanged, self.loss]
         arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
 
         def hear() -> Agreement:
@@ -168,11 +188,15 @@ class Header:
             trained_steps=int(rows[:, 2].max()),
             same_step=len(set(steps)) == 1,
             local_steps=[int(count) for count in rows[:, 3]],
-            inner_lrs=self._agree_on_lrs(rows[rounds, 6 : 6 + len(self.inner_lrs)].tolist()) if rounds else [],
+            inner_lrs=self._agree_on_lrs(rows[rounds, _NUMBERS : _NUMBERS + len(self.inner_lrs)].tolist())
+            if rounds
+            else [],
             changed_buffers=changed,
             somebody_ended=Purpose.END in purposes,
             stop=any(flag & 2 for flag in flags),
             ahead=any(flag & 4 for flag in flags),
+            spent=[Spent(*seconds) for seconds in rows[:, 6:9].tolist()],
+            losses=rows[:, 9].tolist(),
         )
 
     def _tell_speakers(self, world: Communicator, steps: list[int]) -> None:
@@ -220,7 +244,7 @@ class Header:
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
         if any(row != lrs[0] for row in lrs):
-            logger.warning(
+            self.speaker.logger.warning(
                 "step %d: inner learning rates differ between workers (means of their rounds: %s); the largest is "
                 "used. A step skipped on one rank does this.",
                 self.attempted_steps,
@@ -255,13 +279,16 @@ class StatusExchange:
         self._workers, self._inner_state, self._clock, self._account = workers, inner_state, clock, account
         self._tensors = inner_state.tensors
         self._weigh = weigh
-        self._speaker = Speaker(workers.world, self._tensors)
+        self.speaker = Speaker(workers, self._tensors)
         self.stop_asked = False  # this process was: it says so at the next exchange
         self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
         self.stop_agreed = False  # all know that a rank was asked to stop
         self.somebody_ended = False  # at the last exchange
+        self.somebody_ended_early = False  # where others came for something else; all know it, who has ended too
         # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
         self.parameters_alone = False
+        self.own_loss: Callable[[], float] = lambda: math.nan  # of this rank, for its log
+        self.losses: tuple[int, list[float]] = (-1, [])  # the step of the last exchange, and every rank's
 
     def exchange(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job; raises as `Header.say`."""
@@ -275,7 +302,7 @@ class StatusExchange:
         count, others = len(self._tensors.groups), self._tensors.others
         changed = others.known() if purpose is Purpose.GATHER else others.look()
         header = Header(
-            self._speaker,
+            self.speaker,
             purpose,
             self._clock.attempted_steps,
             self._clock.trained_steps,
@@ -285,6 +312,8 @@ class StatusExchange:
             self._tensors.problem() or changed.problem or self._inner_state.problem() or self.lost_finiteness,
             self.stop_asked,
             ahead,
+            self._account.spent,
+            self.own_loss(),
         )
         with nullcontext() if purpose is Purpose.ROUND else self._account.apart():
             hear = header.say(self._workers.world, self._workers.roll_call)
@@ -298,7 +327,9 @@ class StatusExchange:
     def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
         self.stop_agreed = self.stop_agreed or agreement.stop
         self.somebody_ended = agreement.somebody_ended
+        self.somebody_ended_early |= agreement.somebody_ended and agreement.purpose is not Purpose.END
         self.parameters_alone = not agreement.changed_buffers
+        self.losses = agreement.attempted_steps, agreement.losses
         if purpose in (Purpose.LOOK, Purpose.GATHER):
             self._workers.all_may_meet()
         self._weigh(agreement.local_steps)

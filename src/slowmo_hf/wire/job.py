@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 from typing import Any
 
 import torch.distributed as dist
 
 from .. import upstream
+from ..log import spoken_by
 from . import in_process
 
 _LET_GO_SECONDS = 0.1  # at a process's end
+_SIOCGIFADDR = 0x8915  # Linux's number for "the address of this interface"
 
 
 def wire() -> Any:
@@ -81,10 +84,50 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def host_and_address() -> tuple[str, str]:
-    """This machine's name and the address that its name resolves to ("unresolved" where it does not)."""
+def host_and_address(backend: str) -> tuple[str, str]:
+    """
+    This machine's name, and the address that the backend binds here: of the interface that `GLOO_SOCKET_IFNAME` or
+    `NCCL_SOCKET_IFNAME` names. Without, gloo takes the host name's address where it can be bound, else loopback, and
+    NCCL decides by itself.
+    """
     host = host_name()
+    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    # gloo takes a list of names; NCCL's may be a beginning, and `=` says that it is whole.
+    interface = os.environ.get(variable, "").split(",")[0].removeprefix("=")
+    if interface:
+        return host, address_of_interface(interface)
+    return host, "NCCL's choice" if backend == "nccl" else address_of_host(host)
+
+
+def address_of_host(host: str) -> str:
+    """
+    The first of the name's addresses that can be bound on this machine; 127.0.0.1 without one, as gloo (torch 2.13,
+    `ProcessGroupGloo::createDefaultDevice`).
+    """
     try:
-        return host, socket.gethostbyname(host)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
-        return host, "unresolved"
+        found = []
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+            except OSError:
+                continue
+            return str(address[0])
+    return "127.0.0.1"
+
+
+def address_of_interface(name: str) -> str:
+    """The IPv4 address of this machine's interface of that name; the name itself where that cannot be told."""
+    try:
+        import fcntl  # of Unix alone
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", name.encode()[:15])
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+    except (ImportError, OSError):
+        return name
+
+
+spoken_by(lambda: (rank_in_job(), processes_in_job(), host_name()))

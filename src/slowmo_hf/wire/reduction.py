@@ -67,6 +67,10 @@ class Reduction(Protocol):
     averages: Averages
     updates_at_owners: bool
 
+    @property
+    def payload_bytes(self) -> float:
+        """What this process sends in a launch, by theory."""
+
     def reserve(self, buffers: Buffers) -> None:
         """Make what a launch needs now, so that a round allocates nothing."""
 
@@ -238,6 +242,12 @@ class AllReduce(UpdatedByAll):
         """As `Reduction.reserve`."""
         for number, bucket in enumerate(self.buckets):
             buffers.get(*self._place(bucket, number))
+
+    @property
+    def payload_bytes(self) -> float:
+        """As `Reduction.payload_bytes`: a ring sends 2 (m-1)/m of each message."""
+        m = self.averages.communicator.world_size
+        return sum(2 * (m - 1) / m * (b.elements + 1) * b.item.flat.element_size() for b in self.buckets)
 
     def _place(self, bucket: Bucket, number: int) -> tuple[int, torch.dtype, torch.device, int]:
         slot = OWN_SLOTS + number if self._own_memory else number % 2

@@ -83,6 +83,12 @@ class TwoStage(UpdatedByAll):
         self._communicator, self._ahead = averages.communicator, ahead
         self._first_stages: deque[tuple[_SumForAll, Launch]] = deque()
 
+    @property
+    def payload_bytes(self) -> float:
+        """As `Reduction.payload_bytes`: in each stage a row for every other worker."""
+        others = self._communicator.world_size - 1
+        return sum(2 * others * self.ends.row_bytes(number) for number in range(len(self.buckets)))
+
     def reserve(self, buffers: Buffers) -> None:
         """As `Reduction.reserve`."""
         self.ends.reserve(buffers.get)
@@ -152,6 +158,11 @@ class TwoStageAtOwners(TwoStage):
     """The same where each shard's owner does the outer update, between the stages: the second brings new anchors."""
 
     updates_at_owners = True
+
+    @property
+    def payload_bytes(self) -> float:
+        """As `Reduction.payload_bytes`; and the three squared norms of `summed`."""
+        return super().payload_bytes + 3 * 8 * (self._communicator.world_size - 1)
 
     def start(self, launch: Launch, base: Base) -> Iterator[Message]:
         """As `Reduction.start`. Second stages set out behind the update."""

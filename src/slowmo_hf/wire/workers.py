@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..config import GOSSIP_BASES, SlowMoConfig
+from ..log import Prefixed
 from .communicator import Communicator
 from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
 from .roll_call import RollCall
@@ -47,6 +49,7 @@ class Workers:
 
     def __init__(self, config: SlowMoConfig, device: torch.device, mates: Sequence[int] | None = None) -> None:
         self.config, self.device, self._mates = config, device, mates
+        self.speaks_for = ""  # which of a program's optimizers, in words
         self.roll_call = RollCall(config.timeout_seconds)
         self.roll_call.enter(0, "the start")
         self.world = Communicator(config.timeout_seconds, device, witness=self.roll_call)
@@ -139,12 +142,22 @@ class Workers:
         Optimizers that live in one program have groups of their own: of those that travel, what sets out when depends
         on what has come, on each rank by itself. Whoever trains in turn uses the same ones again. Collective.
         """
-        living = self.world.notes("wires")
-        living[:] = [(number, those) for number, those in living if (it := those()) and not it.roll_call.has_left]
+        living = self._living()
         taken = set().union(*self.world.gather_objects({number for number, _ in living}))
         number = next(number for number in itertools.count() if number not in taken)
         living.append((number, weakref.ref(self)))
         return f" {number}" if number else ""
+
+    def _living(self) -> list[Any]:
+        """(number, who) of all that train in this program."""
+        living = self.world.notes("wires")
+        living[:] = [(number, those) for number, those in living if (it := those()) and not it.roll_call.has_left]
+        return living
+
+    @property
+    def logger(self) -> Prefixed:
+        """Says which optimizer a line is of, where several live in the program."""
+        return Prefixed(lambda: f"{self.speaks_for}: " if self.speaks_for and len(self._living()) > 1 else "")
 
     def only_gradients_meet(self) -> None:
         """Training goes on: only a worker's own processes meet in collectives that are not ours."""

@@ -1,0 +1,88 @@
+"""What is said when training begins: the table, with the plan, and warnings."""
+
+from __future__ import annotations
+
+from ..config import SlowMoConfig
+from ..rules import SLOW_MOMENTUM
+from ..wire.job import host_and_address, is_in_process, machines_in_job
+from .parts import Parts
+from .plan import Plan, enough_rounds
+
+
+def log_start(parts: Parts) -> None:
+    """
+    One table: every rank's host, address, backend and worker; what is trained; the settings that are no defaults; the
+    plan. Collective.
+    """
+    config, workers = parts.config, parts.workers
+    communicator = workers.world
+    machines = machines_in_job(communicator.world_size)
+    plan = Plan.of(parts)
+    # Which gloo or NCCL: what the parameters travel with.
+    host, address = host_and_address(communicator.backend)
+    rows = communicator.gather_objects((host, address, communicator.backend, workers.index))
+    parts.costs.hosts = [host for host, *_ in rows]
+    each = "one process each" if workers.size == 1 else f"{workers.size} processes each"
+    where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
+    lines = [f"{workers.count} workers, {where}:"]
+    lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
+    lines += [
+        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
+    ]
+    elements = sum(p.numel() for p in parts.tensors.trainable)
+    lines += [f"  trains: {parts.tensors.words}, {elements:,} parameters"]
+    lines += [f"  settings: {_settings(config)}", f"  inner_state in effect: {parts.inner_state.policy}"]
+    if parts.meets_others and workers.count > 1:
+        lines += [f"  plan: {plan.words(config.sync_every)}"]
+    workers.logger.info("%s", "\n".join(lines))
+    _warn(parts, plan, machines, rows)
+
+
+def _settings(config: SlowMoConfig) -> str:
+    defaults = SlowMoConfig().to_dict()
+    changed = [f"{name}={value!r}" for name, value in config.to_dict().items() if value != defaults[name]]
+    return ", ".join(changed) or "all defaults"
+
+
+def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, str, int]]) -> None:
+    """What the table shows and a reader may overlook."""
+    config, workers = parts.config, parts.workers
+    logger = workers.logger
+    loopback = [
+        f"rank {r} on {name} to {address}"
+        for r, (name, address, _, _) in enumerate(rows)
+        if address.startswith("127.")
+    ]
+    if machines > 1 and loopback and "gloo" in workers.world.backend:
+        logger.warning(
+            "gloo binds %s, a loopback address, in a job of %d machines: set GLOO_SOCKET_IFNAME to the interface "
+            "that reaches the others (docs/launch.md).",
+            "; ".join(loopback),
+            machines,
+        )
+    if workers.world.world_size == 1:
+        logger.warning(
+            "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu "
+            "--num_processes 2` starts one process; see docs/launch.md."
+        )
+    elif workers.count == 1:
+        logger.warning(
+            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set "
+            "processes_per_worker=1.",
+            workers.size,
+        )
+    if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum == 0 and config.outer_lr == 1:
+        name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
+        logger.info("slow momentum is off: this is %s", name)
+    if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
+        least = enough_rounds(config.outer_momentum)
+        if 0 < plan.rounds < least:
+            logger.warning(
+                "few rounds: %d ahead, and slow momentum with outer_momentum=%g needs some %d to do its work. Lower "
+                "sync_every (%d), or train for more steps (%d).",
+                plan.rounds,
+                config.outer_momentum,
+                least,
+                config.sync_every,
+                plan.steps,
+            )

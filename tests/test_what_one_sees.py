@@ -1,0 +1,266 @@
+"""
+What a run prints and logs. docs/what_you_see.md shows two programs and all that they print; here they are run, and the
+text compared, with numbers, hosts and times masked. And who speaks: rank 0 for the job, a rank for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+
+import slowmo_hf
+from harness import run_workers
+from launcher import run_script
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.log import logger, of_this_rank
+from tiny import Heard, Regression, Rows, arguments
+
+PAGE = Path(__file__).parents[1] / "docs" / "what_you_see.md"
+
+
+# ---- two runs on paper ----
+
+
+def blocks(heading):
+    """The program and the text below a heading of the page."""
+    part = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```(?:python|text)\n(.*?)```", part, re.DOTALL)
+
+
+def masked(text):
+    """Numbers as #; an address, a host and what stands before a plural are of the machine."""
+    lines = []
+    for line in text.splitlines():
+        if "kernels" in line or not line.strip():
+            continue  # bitsandbytes' own, where it is installed
+        line = re.sub(r"( +)(\d+ +\d+ +gloo +)\S+ +\S+$", r"\1\2ADDRESS HOST", line)
+        line = re.sub(r"rank \d on \S+\)", "rank # on HOST)", line)
+        line = re.sub(r"(?<=times the mean computation\.).*", " ADVICE", line)  # on the machine's speed
+        line = re.sub(r"worker \d ", "worker # ", line)
+        line = re.sub(r"(?<![\w#])-?\d[\d,.]*(e-?\d+)?(?= |'|$|,|;|:|\)|\.)", "#", line)
+        lines.append(re.sub(r" (ms|s|kB|MB|bytes)\b", " UNIT", line))
+    return lines
+
+
+@pytest.mark.parametrize("heading", ["A Trainer run", "An Accelerate run"])
+def test_the_page_shows_what_is_printed(heading, tmp_path):
+    program, text = blocks(heading)
+    (tmp_path / "program.py").write_text(program)
+    said = run_script([str(tmp_path / "program.py")], 2, tmp_path / "said")
+    assert masked(said) == masked(text), said
+
+
+def test_the_page_explains_every_metric_with_its_unit():
+    told = set(re.findall(r"^\| `(slowmo/\w+)`", PAGE.read_text(), re.MULTILINE))
+    report = slowmo_hf.training.report.RoundReport(1, 0.0, 0.0, 0.0, 0, 0.0, 0.0)
+    assert told >= set(report.to_logs())
+    assert told >= {f"slowmo/loss_{name}" for name in ("worker_0", "mean", "min", "min_worker", "max", "max_worker")}
+
+
+# ---- who speaks ----
+
+
+def speak():
+    with Heard() as heard:
+        logger.warning("of the job, %d", 7)
+        of_this_rank.warning("of rank %d", dist.get_rank())
+    return heard.lines
+
+
+def test_rank_0_speaks_for_the_job_and_each_rank_for_itself():
+    mine, other = run_workers(speak, 2)
+    assert mine[0] == ("WARNING", "of the job, 7")
+    for rank, (level, line) in enumerate((mine[1], other[0])):
+        assert level == "WARNING"
+        assert re.fullmatch(rf"rank {rank} on \S+: of rank {rank}", line)
+    assert (len(mine), len(other)) == (2, 1)
+
+
+def test_workers_in_one_process_speak_once(caplog):
+    def work(rank):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
+        for _ in range(14):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+        slowmo_hf.finish(optimizer)
+
+    caplog.set_level("INFO", logger="slowmo_hf")
+    run_in_process(work, 3)
+    said = [record.getMessage().split(":")[0].split(" at step")[0] for record in caplog.records]
+    assert sorted(said) == sorted(set(said)), "nothing twice"
+    assert {"3 workers, in this process", "costs", "training ended", "the model is the average of 3 workers"} <= {
+        *said
+    }
+
+
+def test_a_users_level_is_respected():
+    """Not INFO where the user wants warnings alone."""
+    logger.setLevel(logging.WARNING)
+    try:
+        with Heard() as heard:
+            weight = torch.nn.Parameter(torch.zeros(3))
+            optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
+            weight.grad = torch.ones(3)
+            optimizer.step()
+            slowmo_hf.finish(optimizer)
+    finally:
+        logger.setLevel(logging.NOTSET)
+    assert {level for level, _ in heard.lines} == {"WARNING"}
+
+
+def two_optimizers():
+    models = [Regression(), Regression()]
+    optimizers = [SlowMoOptimizer(torch.optim.SGD(m.parameters(), lr=0.1), SlowMoConfig(sync_every=2)) for m in models]
+    rows = Rows(4)
+    with Heard() as heard:
+        for _ in range(14):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                model(rows.x, rows.y)["loss"].backward()
+                optimizer.step()
+        for optimizer in optimizers:
+            slowmo_hf.finish(optimizer)
+    return [line for _, line in heard.lines]
+
+
+def test_several_optimizers_say_which_one_it_is():
+    said, nothing = run_workers(two_optimizers, 2)
+    assert nothing == []
+    for words in ("costs:", "training ended", "the model is"):
+        which = [line.split(")")[0] for line in said if words in line]
+        assert which == [f"optimizer {number} (of body.weight and 3 more" for number in (0, 1)], words
+
+
+# ---- every worker's loss ----
+
+
+class LossKeeper(Regression):
+    def __init__(self):
+        super().__init__(torch.float32)
+        self.losses = []
+
+    def forward(self, x, labels):
+        result = super().forward(x, labels)
+        self.losses.append(result["loss"].item())
+        return result
+
+
+LOGS = {
+    "between rounds": ({"logging_steps": 3}, {}),
+    "at rounds": ({"logging_steps": 4}, {}),
+    "accumulated": ({"logging_steps": 2, "gradient_accumulation_steps": 2}, {}),
+    "epochs": ({"logging_strategy": "epoch"}, {}),
+    "overlapped": ({"logging_steps": 3}, {"overlap_steps": 2}),
+    "gossip": ({"logging_steps": 3}, {"base": "sgp"}),
+}
+
+
+def losses_of_workers(folder):
+    out = {}
+    for name, (settings, config) in LOGS.items():
+        model = LossKeeper()
+        trainer = Trainer(
+            model=model,
+            args=arguments(folder, max_steps=12, **{"logging_strategy": "steps", **settings}),
+            train_dataset=Rows(64, torch.float32),
+            callbacks=[SlowMoCallback(SlowMoConfig(sync_every=4, **config))],
+        )
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        out[name] = entries, model.losses, trainer.args.gradient_accumulation_steps
+    return out
+
+
+def test_an_entry_has_every_workers_own_mean_loss(tmp_path):
+    """Of the steps since the last one; and Trainer's own loss is their mean."""
+    ranks = run_workers(losses_of_workers, 2, str(tmp_path))
+    for name in LOGS:
+        for entries, _, passes in (out[name] for out in ranks):
+            assert entries, name
+            last = 0
+            for entry in entries:
+                own = [sum(out[name][1][passes * last : passes * entry["step"]]) for out in ranks]
+                told = [entry[f"slowmo/loss_worker_{rank}"] for rank in (0, 1)]
+                steps = passes * (entry["step"] - last)
+                assert told == pytest.approx([loss / steps for loss in own], rel=1e-5), (name, entry)
+                assert sum(told) / 2 == pytest.approx(entry["loss"], rel=1e-4)
+                assert told[0] != told[1]
+                last = entry["step"]
+
+
+def test_of_many_workers_an_entry_has_the_ends(monkeypatch):
+    from types import SimpleNamespace
+
+    from slowmo_hf.adapters.trainer_logs import WorkerLosses
+
+    losses = object.__new__(WorkerLosses)
+    losses._trainer = SimpleNamespace(state=SimpleNamespace(global_step=5))
+    by_rank = [float((7 * rank) % 17) for rank in range(17)]
+    status = SimpleNamespace(losses=(5, by_rank))
+    losses._outer_loop = SimpleNamespace(status=status, workers=SimpleNamespace(size=1))
+    assert losses.take() == {
+        **{"slowmo/loss_mean": 8.0, "slowmo/loss_min": 0.0, "slowmo/loss_min_worker": 0},
+        **{"slowmo/loss_max": 16.0, "slowmo/loss_max_worker": by_rank.index(16.0)},
+    }
+    status.losses = (5, [1.0, 3.0, 5.0, 7.0])
+    losses._outer_loop.workers.size = 2
+    assert losses.take() == {"slowmo/loss_worker_0": 2.0, "slowmo/loss_worker_1": 6.0}, "a worker of two processes"
+    status.losses = (4, [1.0] * 4)
+    assert losses.take() == {}, "of another step"
+
+
+# ---- the end ----
+
+
+def ended(folder, resumed):
+    with Heard() as heard:
+        for steps in (8, 12) if resumed else (12,):
+            settings = {"save_strategy": "steps", "save_steps": 8} if resumed else {}
+            trainer = Trainer(
+                model=Regression(torch.float32),
+                args=arguments(folder, max_steps=steps, **settings),
+                train_dataset=Rows(128, torch.float32),
+                callbacks=[SlowMoCallback(SlowMoConfig(sync_every=2))],
+            )
+            trainer.train(resume_from_checkpoint=steps == 12 and resumed)
+    sent = 4 * 32 + 8 * 12  # of 31 parameters, and a header with two learning rates
+    return [line for _, line in heard.lines][-3:], sent
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_end_is_of_this_process_and_says_so(resumed, tmp_path):
+    (said, sent), (nothing, _) = run_workers(ended, 2, str(tmp_path), resumed)
+    assert nothing == []
+    since, steps, rounds = (" since step 8", 4, 2) if resumed else ("", 12, 6)
+    assert said[0] == f"training ended at step 12: {steps} steps and {rounds} rounds{since}"
+    kilo = f"{rounds * sent / 1000:.3g} kB" if rounds * sent >= 1000 else f"{rounds * sent} bytes"
+    ddp = f"{steps * 124 / 1000:.3g} kB" if steps * 124 >= 1000 else f"{steps * 124} bytes"
+    assert said[1].startswith(f"{kilo} sent per worker in rounds and exchanges{since} (DDP: {ddp}); ")
+    assert said[2] == "the model is the average of 2 workers at step 12"
+
+
+def warned(folder, steps, beta):
+    with Heard() as heard:
+        Trainer(
+            model=Regression(torch.float32),
+            args=arguments(folder, max_steps=steps),
+            train_dataset=Rows(128, torch.float32),
+            callbacks=[SlowMoCallback(SlowMoConfig(sync_every=1, outer_momentum=beta))],
+        ).train()
+    return heard.about("few rounds", "WARNING")
+
+
+@pytest.mark.parametrize(("steps", "beta", "lines"), [(19, 0.5, 1), (20, 0.5, 0), (3, 0.0, 0)])
+def test_few_rounds_are_one_warning_with_the_way_out(steps, beta, lines, tmp_path):
+    said, nothing = run_workers(warned, 2, str(tmp_path), steps, beta)
+    assert nothing == []
+    assert len(said) == lines
+    for line in said:
+        assert "few rounds: 19 ahead, and slow momentum with outer_momentum=0.5 needs some 20" in line
+        assert line.endswith("Lower sync_every (1), or train for more steps (19).")
