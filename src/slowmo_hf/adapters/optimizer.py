@@ -46,7 +46,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         model, optimizer, loader = accelerator.prepare(model, SlowMoOptimizer(optimizer, config), loader)
 
     is all there is to write. The first forward pass of a module with its parameters compares all ranks, gives them
-    rank 0's values, takes the anchors and isolates the DDP wrapper. `consensus`, `finish` and `last_round` take it too.
+    rank 0's values, takes the anchors and isolates the DDP wrapper. `consensus`, `finish`, `last_round` take it too.
 
     Args:
         inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.

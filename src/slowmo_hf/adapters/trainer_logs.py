@@ -102,10 +102,11 @@ class WorkerLosses:
         return float(self._sum) / steps if steps else math.nan
 
     def take(self) -> dict[str, float]:
-        """For an entry; empty where the last exchange was of another step."""
-        step, by_rank = self._outer_loop.status.losses
+        """For an entry; empty where the last exchange was of another step, or ranks have taken unequally many."""
+        status = self._outer_loop.status
+        step, by_rank = status.losses
         self._sum, self._logged_at = 0.0, self._trainer.state.global_step
-        if step != self._logged_at:
+        if step != self._logged_at or status.somebody_ended_early:
             return {}
         size = self._outer_loop.workers.size
         losses = [sum(by_rank[first : first + size]) / size for first in range(0, len(by_rank), size)]

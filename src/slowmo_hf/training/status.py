@@ -288,7 +288,10 @@ class StatusExchange:
         # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
         self.parameters_alone = False
         self.own_loss: Callable[[], float] = lambda: math.nan  # of this rank, for its log
-        self.losses: tuple[int, list[float]] = (-1, [])  # the step of the last exchange, and every rank's
+        self.losses: tuple[int, list[float]] = (
+            -1,
+            [],
+        )  # the step of the last exchange, -1 if not all were there, and every rank's
 
     def exchange(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job; raises as `Header.say`."""
@@ -329,7 +332,7 @@ class StatusExchange:
         self.somebody_ended = agreement.somebody_ended
         self.somebody_ended_early |= agreement.somebody_ended and agreement.purpose is not Purpose.END
         self.parameters_alone = not agreement.changed_buffers
-        self.losses = agreement.attempted_steps, agreement.losses
+        self.losses = (agreement.attempted_steps if agreement.same_step else -1), agreement.losses
         if purpose in (Purpose.LOOK, Purpose.GATHER):
             self._workers.all_may_meet()
         self._weigh(agreement.local_steps)
