@@ -70,6 +70,14 @@ def heard():
         logger.removeHandler(handler)
 
 
+def of_rank_0(lines):
+    """Lines come once per job."""
+    box = [lines]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def make(folder, config=CONFIG, model=None, data=None, watchers=(), kind=Trainer, ours=SlowMoCallback, **settings):
     """
     (recorder, trainer), with a checkpoint after every step unless `settings` say otherwise; config None is stock
@@ -111,7 +119,7 @@ def train(folder, *arguments_of_make, resume=None, stop=None, watchers=(), **set
     inner = trainer.optimizer.optimizer.state_dict()["state"]
     kept = {name: getattr(trainer.args, name) for name in ("save_total_limit", "save_on_each_node", "hub_strategy")}
     best = trainer.state.best_global_step
-    return {**recorded(trainer, recorder), "inner": inner, "said": said, "args": kept, "best": best}
+    return {**recorded(trainer, recorder), "inner": inner, "said": of_rank_0(said), "args": kept, "best": best}
 
 
 def same_end(first, resumed, steps=None):
@@ -486,7 +494,7 @@ def _check_other_number(here, folder):
         assert equal(found, load_file(here / name / "checkpoint-5" / "slowmo" / "shared.safetensors")), name
         assert (attempted_steps, rounds) == (MIDDLE, 1)
         assert len(recorder.after) == STEPS - MIDDLE
-        assert any("in place of 2: all start from the average" in line for line in said)
+        assert any("in place of 2: all start from the average" in line for line in of_rank_0(said))
     with pytest.raises(
         CheckpointError, match=r"saved by 2 workers with exact_average=False.*Start as many, or begin a new run"
     ):

@@ -202,7 +202,7 @@ def test_of_many_workers_an_entry_has_the_ends(monkeypatch):
     losses = object.__new__(WorkerLosses)
     losses._trainer = SimpleNamespace(state=SimpleNamespace(global_step=5))
     by_rank = [float((7 * rank) % 17) for rank in range(17)]
-    status = SimpleNamespace(losses=(5, by_rank))
+    status = SimpleNamespace(losses=(5, by_rank), somebody_ended_early=False)
     losses._outer_loop = SimpleNamespace(status=status, workers=SimpleNamespace(size=1))
     assert losses.take() == {
         **{"slowmo/loss_mean": 8.0, "slowmo/loss_min": 0.0, "slowmo/loss_min_worker": 0},

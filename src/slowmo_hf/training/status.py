@@ -128,7 +128,7 @@ class Header:
         local_steps (`int`): Its steps since the last round.
         inner_lrs (`list[float]`): The mean learning rate of its steps since the last round, per parameter group.
         changed (`Changed`): The buffers and frozen parameters that have changed here since the start.
-        problem (`str`): Why it cannot take part; empty where it can.
+        problem (`str`): Why it cannot take part; empty where it can, but for what `changed` says.
         stop (`bool`): Whether this process was asked to save and stop.
         ahead (`bool`): Whether the round's messages set out with it.
         spent (`Spent`): Its seconds of its last report.
@@ -158,7 +158,7 @@ class Header:
         """
         (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
-        flags = bool(self.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
+        flags = bool(self.problem or self.changed.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
         spent = self.spent
         mine += [flags, hash48(self.changed.lines), spent.computed, spent.communicated, spent.exchanged, self.loss]
         arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
@@ -208,14 +208,13 @@ class Header:
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
-        told = world.gather_objects((host_name(), self.problem))
-        raise ValueError(
-            "; ".join(
-                f"rank {rank} on {host}, step {steps[rank]}: {problem}"
-                for rank, (host, problem) in enumerate(told)
-                if problem
-            )
-        )
+        """Lost parameters make buffers not finite, also those of others: where there are any, they alone are told."""
+        told = world.gather_objects((host_name(), self.problem, self.changed.problem))
+        by_kind = [
+            [f"rank {rank} on {its[0]}, step {steps[rank]}: {its[kind]}" for rank, its in enumerate(told) if its[kind]]
+            for kind in (1, 2)
+        ]
+        raise ValueError("; ".join(by_kind[0] or by_kind[1]))
 
     def _compare_places(self, world: Communicator, purposes: list[Purpose], steps: list[int]) -> None:
         """
@@ -312,7 +311,7 @@ class StatusExchange:
             self._clock.local_steps,
             ((inner_lrs or []) + [0.0] * count)[:count],
             changed,
-            self._tensors.problem() or changed.problem or self._inner_state.problem() or self.lost_finiteness,
+            self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
             self.stop_asked,
             ahead,
             self._account.spent,
