@@ -396,3 +396,20 @@ assert SlowMoCallback().config == SlowMoConfig()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_subclass_of_the_config_keeps_its_own_fields_and_arguments():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Noted(SlowMoConfig):
+        note: str = ""
+
+    class Planned(SlowMoConfig):
+        def __init__(self, horizon):
+            super().__init__(sync_every=horizon // 2)
+
+    assert (Noted(note="a", sync_every=3).note, Noted(sync_every=3).sync_every) == ("a", 3)
+    assert Planned(8).sync_every == Planned(horizon=8).sync_every == 4
+    with pytest.raises(ValueError, match="sync_every"):
+        Noted(sync_every=0)
+    with pytest.raises(TypeError, match="Did you mean sync_every"):
+        Noted(sync_evry=3)

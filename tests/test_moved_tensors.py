@@ -682,3 +682,60 @@ def test_a_copy_in_the_model_follows_model_buffers():
     for _, shown, _, _ in found:
         assert torch.equal(shown["module.weight"], mean([its[0]["module.weight"] for its in found]))
         assert shown["n_averaged"] == 10
+
+
+@pytest.mark.parametrize("way", ["consensus", "finish"])
+def test_a_teacher_that_is_not_finite_is_told_in_views_of_local_ones_too(way):
+    """Rounds keep it apart, and a view would give it to all."""
+
+    def work(rank):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        model.teacher = nn.Parameter(torch.ones(2), requires_grad=False)
+        config = SlowMoConfig(sync_every=2, model_buffers="local", timeout_seconds=patience(20))
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+        for _ in range(3):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            model.teacher.data.fill_(float("nan") if rank else 2.0)
+        if way == "finish":
+            slowmo_hf.finish(optimizer)
+        with slowmo_hf.consensus(optimizer):
+            pass
+
+    with pytest.raises(ValueError, match=r"rank 1 on \S+, step 3: frozen parameter 'teacher' is not finite"):
+        run_in_process(work, 2)
+
+
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x, stage):
+        return getattr(self, stage)(x)
+
+
+def test_what_a_finished_optimizer_held_may_be_a_teacher():
+    """Stage 1 trains it, stage 2 moves it by the worker's number a step: by 0.5 a step, at every round's mean."""
+
+    def work(rank):
+        model, config, held = Stages(), SlowMoConfig(sync_every=2, timeout_seconds=patience(20)), []
+        for stage in ("first", "second"):
+            held.append(SlowMoOptimizer(torch.optim.SGD(getattr(model, stage).parameters(), lr=0.1), config))
+            for _ in range(4):
+                model(torch.ones(2, 3), stage).sum().backward()
+                if stage == "second":
+                    with torch.no_grad():
+                        model.first.weight += rank
+                held[-1].step()
+                model.zero_grad()
+            slowmo_hf.finish(held[-1])
+            getattr(model, stage).requires_grad_(False)
+            if stage == "first":
+                left = model.first.weight.detach().clone()
+        return model.first.weight - left
+
+    for moved in run_in_process(work, 2):
+        torch.testing.assert_close(moved, torch.full((1, 3), 2.0))

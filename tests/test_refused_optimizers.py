@@ -504,3 +504,32 @@ def test_muon_outside_takes_a_model_of_matrices():
         muon.step()
         torch.testing.assert_close(model.weight.detach(), plain.detach(), rtol=0, atol=1e-12)
     assert not torch.equal(start, plain.detach())
+
+
+class OfGroups(torch.optim.SGD):
+    """Takes groups alone, and divides by a parameter's norm, as layer-wise rates do."""
+
+    def __init__(self, params, lr=1.0):
+        params = list(params)
+        assert all(isinstance(group, dict) for group in params)
+        super().__init__(params, lr=lr)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                assert p.norm() > 0
+                p.data.sub_(p.grad, alpha=group["lr"])
+
+
+def test_the_trial_is_like_the_update():
+    """Of groups, with the anchors' own values: with lr 1 the anchor becomes the average."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.full((3,), 2.0))
+        config = SlowMoConfig(sync_every=1, outer_optimizer=OfGroups)
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config)
+        weight.grad = torch.full((3,), float(rank))
+        optimizer.step()
+        return weight.tolist()
+
+    assert run_in_process(work, 2) == [[1.5] * 3] * 2

@@ -264,3 +264,19 @@ def test_few_rounds_are_one_warning_with_the_way_out(steps, beta, lines, tmp_pat
     for line in said:
         assert "few rounds: 19 ahead, and slow momentum with outer_momentum=0.5 needs some 20" in line
         assert line.endswith("Lower sync_every (1), or train for more steps (19).")
+
+
+def test_losses_of_bf16_add_up_in_fp32(tmp_path):
+    """600 losses of 4.0625: a sum in bf16 would stop at 1024."""
+    from types import SimpleNamespace
+
+    from slowmo_hf.adapters.trainer_logs import WorkerLosses
+
+    losses = object.__new__(WorkerLosses)
+    losses._trainer = SimpleNamespace(
+        args=SimpleNamespace(logging_nan_inf_filter=True), state=SimpleNamespace(global_step=0)
+    )
+    losses._outer_loop, losses._sum, losses._logged_at = SimpleNamespace(attempted_steps=600), 0.0, 0
+    for _ in range(600):
+        losses._add(torch.tensor(4.0625, dtype=torch.bfloat16))
+    assert losses._mean() == 4.0625

@@ -59,7 +59,7 @@ def settle(config: Any) -> None:
         ValueError: A value is of another kind, out of range, or none of the choices.
     """
     kinds = _kinds(config.__class__)
-    for name in (f.name for f in fields(config)):
+    for name in (f.name for f in fields(config) if "help" in f.metadata):  # a subclass's own fields are its own
         object.__setattr__(config, name, _settled(name, kinds[name], getattr(config, name)))
     if config.overlap_steps >= config.sync_every:
         raise ValueError(

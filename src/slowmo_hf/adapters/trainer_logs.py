@@ -90,7 +90,10 @@ class WorkerLosses:
         return step
 
     def _add(self, loss: torch.Tensor) -> None:
-        """As Trainer adds it up: with `logging_nan_inf_filter` one that is not finite counts as the mean so far."""
+        """
+        As Trainer adds it up, in fp32: with `logging_nan_inf_filter` one that is not finite counts as the mean so far.
+        """
+        loss = loss.float()
         if self._trainer.args.logging_nan_inf_filter:
             so_far = self._sum / (1 + self._trainer.state.global_step - self._logged_at)
             loss = torch.where(torch.isfinite(loss), loss, so_far)

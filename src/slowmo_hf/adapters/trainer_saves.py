@@ -31,7 +31,7 @@ class TrainerSaves:
         self.args = args
         self.outer_loop = outer_loop
         self._checkpoints = TrainerCheckpoints(args, outer_loop)
-        self._saves = Saves("trainer.train(resume_from_checkpoint={})")
+        self._saves = Saves("trainer.train(resume_from_checkpoint={})", raised_in="trainer.py")
         self._saves.begin()
 
     def end(self) -> None:

@@ -197,11 +197,11 @@ def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.opt
     before = RandomState.take()
     try:
         made = make([{"params": own} for own in of_group], **kwargs)
-        trial = [torch.zeros_like(tensor) for tensor in _one_of_a_kind(of_group)]
+        trial = [tensor.clone() for tensor in _one_of_a_kind(of_group)]
         for tensor in trial:
             tensor.grad = torch.ones_like(tensor)
         if trial:
-            make(trial, **kwargs).step()
+            make([{"params": trial}], **kwargs).step()
     except Exception as error:  # whatever it is: the other ranks wait for this one's word
         raise ValueError(
             f"outer_optimizer={config.outer_optimizer!r} cannot do the outer update with outer_lr={config.outer_lr} "

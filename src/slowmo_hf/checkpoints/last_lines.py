@@ -33,10 +33,12 @@ class Saves:
     Args:
         go_on (`str`): The call that goes on from one, with `{}` for its folder in quotes.
         is_over (`Callable`, *optional*): Whether training has ended well without an `end`.
+        raised_in (`str`, *optional*): A part of the name of a file that an error of this run passes through; another
+            error has come behind it.
     """
 
-    def __init__(self, go_on: str, is_over: Callable[[], bool] = lambda: False) -> None:
-        self._go_on, self.is_over = go_on, is_over
+    def __init__(self, go_on: str, is_over: Callable[[], bool] = lambda: False, raised_in: str = "") -> None:
+        self._go_on, self.is_over, self._raised_in = go_on, is_over, raised_in
         self._folders: list[str] = []
 
     def begin(self) -> None:
@@ -49,6 +51,11 @@ class Saves:
         """Training has ended."""
         if self in _runs:
             _runs.remove(self)
+
+    def is_failing(self, trace: TracebackType | None) -> bool:
+        """Whether it is this run's error that nobody has caught."""
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+        return not self.is_over() and any(self._raised_in in file for file in files)
 
     def add(self, folder: str | os.PathLike[str]) -> None:
         """This one has been saved, or training goes on from it."""
@@ -89,7 +96,7 @@ def _listen() -> None:
     def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         earlier(kind, error, trace)
         with suppress(Exception):
-            going = [run for run in _runs if not run.is_over()]
+            going = [run for run in _runs if run.is_failing(trace)]
             if going and not issubclass(kind, SystemExit) and _is_one_to_say_it(error, trace):
                 for line in going[-1].words().splitlines():
                     print(f"[slowmo_hf] rank {rank_in_job()} on {host_name()}: {line}", file=sys.stderr, flush=True)

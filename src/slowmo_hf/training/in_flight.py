@@ -50,6 +50,7 @@ class InFlight:
 
     def launch(self, inner_lrs: list[float]) -> RoundReport | None:
         """The round of this step; its report, if it is applied at once."""
+        self.parts.tensors.others.is_over = False
         if not self._goes_ahead:
             return self.launch_agreed(self.meet(Purpose.ROUND, inner_lrs))
         with record_function("slowmo::round"):
@@ -152,6 +153,7 @@ class InFlight:
             one.drain()
         self.rounds = []
         self.parts.base.begin_anew()
+        self.parts.tensors.others.is_over = True
 
     # ---- state ----
 

@@ -23,7 +23,7 @@ from ..wire.workers import Workers
 
 _FINITE = (
     "is not finite (NaN or infinity), and an average would give that to all workers. Skip such batches before the "
-    "forward pass, and go on from the last checkpoint; or set model_buffers='local'."
+    "forward pass, and go on from the last checkpoint. A buffer that need not be shared is one with persistent=False."
 )
 _SHAPES = (
     "model_buffers='average' averages it. Register a buffer that follows the data with persistent=False: each worker "
@@ -93,6 +93,7 @@ class OtherTensors:
         self._optimizers: list[Any] = []  # of the program: (workers, other tensors) of each, weakly
         self._told: list[str] = []  # by the last look
         self._averaged: dict[str, torch.Tensor] = {}
+        self.is_over = False  # its optimizer has finished: what that held is anybody's now
         self.keeps_last_round = False  # for `Consensus.show_last_round`: what rounds have averaged
 
     # ---- which there are ----
@@ -123,7 +124,9 @@ class OtherTensors:
         held: set[int] = set()
         for those, its in self._optimizers:
             workers, other = those(), its()
-            if other is not None and other is not self and workers is not None and not workers.roll_call.has_left:
+            if other is None or other is self or other.is_over:
+                continue
+            if workers is not None and not workers.roll_call.has_left:
                 held |= other.held
         if held - self.held and self.model is not None:
             named = self.model.named_parameters()
@@ -197,11 +200,11 @@ class OtherTensors:
 
     # ---- what is averaged ----
 
-    def look(self) -> Changed:
-        """What has changed here; its problem is told before anything is averaged."""
+    def look(self, *, in_view: bool = False) -> Changed:
+        """What has changed here; its problem is told before anything is averaged, at a round or in a view."""
         averages, changed = self._may_average(), self.changed()
         self._told = names = [name for name in changed if name in averages]
-        problems = [self._problem(name, averages[name]) for name in names]
+        problems = [self._problem(name, averages[name], in_view=in_view) for name in names]
         lines = [f"{name} {_form(averages[name])}" for name in names]
         return Changed(names, lines, next((words for words in problems if words), ""), partial(self.agree, names))
 
@@ -249,8 +252,8 @@ class OtherTensors:
             agreed.append(name)
         return agreed
 
-    def _problem(self, name: str, tensor: torch.Tensor) -> str:
-        """Why it cannot be averaged."""
+    def _problem(self, name: str, tensor: torch.Tensor, *, in_view: bool = False) -> str:
+        """Why it cannot be averaged; a view averages those too that `model_buffers="local"` keeps apart at rounds."""
         words = f"{_kind(tensor)} {name!r} changes in training, and "
         if _is_packed(tensor):
             return (
@@ -259,10 +262,11 @@ class OtherTensors:
         if tensor.layout != torch.strided or tensor.is_conj() or not has_dense_memory(tensor):
             is_strided = tensor.layout == torch.strided
             form = f"strides {tensor.stride()}" if is_strided else f"layout {tensor.layout}"
-            return f"{words}has {form}, in which it cannot be averaged. Keep a dense one (.contiguous())."
+            ways = ".contiguous(), .to_dense() or .resolve_conj()"
+            return f"{words}has {form}, in which it cannot be averaged. Keep a dense one: {ways}."
         if tensor.is_inference():
             return f"{words}was made inside torch.inference_mode(), so that nothing can be written to it. Clone it."
-        if self._policy == "average" and not _is_finite(tensor):
+        if (self._policy == "average" or in_view) and not _is_finite(tensor):
             return f"{_kind(tensor)} {name!r} {_FINITE}"
         return ""
 
@@ -370,5 +374,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     own = local(tensor).detach()
     if _is_integer(own):
         return True
+    own = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
     own = own.float() if own.element_size() == 1 else own  # of float8 there is no sum
     return bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())

@@ -302,7 +302,8 @@ class StatusExchange:
         """Tell all ranks where this one is; the result waits for theirs, and compares."""
         # Another number of groups is a problem, and must not change the message's length.
         count, others = len(self._tensors.groups), self._tensors.others
-        changed = others.known() if purpose is Purpose.GATHER else others.look()
+        in_view = purpose in (Purpose.LOOK, Purpose.END)
+        changed = others.known() if purpose is Purpose.GATHER else others.look(in_view=in_view)
         header = Header(
             self.speaker,
             purpose,
