@@ -26,6 +26,7 @@ from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from tiny import (
     Heard,
     Hub,
+    LossKeeper,
     Recorder,
     Regression,
     Rows,
@@ -385,17 +386,6 @@ class StubReporter(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
-
-
-class LossKeeper(Regression):
-    def __init__(self):
-        super().__init__(torch.float32)
-        self.losses = []
-
-    def forward(self, x, labels):
-        result = super().forward(x, labels)
-        self.losses.append(result["loss"].item())
-        return result
 
 
 def check_logs(folder, report_to, before=()):

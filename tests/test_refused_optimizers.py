@@ -358,6 +358,13 @@ def test_join_works_behind_a_trainers_end():
 # ---- passed on ----
 
 
+def take_steps(model, optimizer, rows, steps=3):
+    for _ in range(steps):
+        model(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_train_and_eval_reach_an_optimizer_that_has_them():
     """Twice the weights while it evaluates, also before the start; then training goes on from where it was."""
     model, rows = Regression(), Rows(8)
@@ -367,10 +374,7 @@ def test_train_and_eval_reach_an_optimizer_that_has_them():
     assert equal(values(model), {name: 2 * value for name, value in start.items()})
     optimizer.train()
     assert equal(values(model), start)
-    for _ in range(3):
-        model(rows.x, rows.y)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, optimizer, rows)
     before = values(model)
     optimizer.eval()
     assert equal(values(model), {name: 2 * value for name, value in before.items()})
@@ -385,10 +389,7 @@ def evaluated(worker):
     """Of two workers: its own weights, and what `eval()` shows."""
     model, rows = Regression(), Rows(8, seed=worker)
     optimizer = SlowMoOptimizer(ShadowWeights(model.parameters(), lr=0.1), SlowMoConfig(sync_every=2))
-    for _ in range(3):
-        model(rows.x, rows.y)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, optimizer, rows)
     own = values(model)
     optimizer.eval()
     shown = values(model)

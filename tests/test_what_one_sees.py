@@ -19,7 +19,7 @@ from harness import run_workers
 from launcher import run_script
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.log import logger, of_this_rank
-from tiny import Heard, Regression, Rows, arguments
+from tiny import Heard, LossKeeper, Regression, Rows, arguments
 
 PAGE = Path(__file__).parents[1] / "docs" / "what_you_see.md"
 
@@ -138,17 +138,6 @@ def test_several_optimizers_say_which_one_it_is():
 
 
 # ---- every worker's loss ----
-
-
-class LossKeeper(Regression):
-    def __init__(self):
-        super().__init__(torch.float32)
-        self.losses = []
-
-    def forward(self, x, labels):
-        result = super().forward(x, labels)
-        self.losses.append(result["loss"].item())
-        return result
 
 
 LOGS = {

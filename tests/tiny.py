@@ -51,6 +51,19 @@ class Regression(nn.Module):
         return {"loss": (self.head(torch.tanh(self.body(x))) - labels).square().mean()}
 
 
+class LossKeeper(Regression):
+    """In fp32; keeps the loss of every pass."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+        self.losses: list[float] = []
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        result = super().forward(x, labels)
+        self.losses.append(result["loss"].item())
+        return result
+
+
 def two_groups(model: Regression, name: str, lr: float) -> torch.optim.Optimizer:
     """An optimizer with a learning rate per layer."""
     groups: list[dict[str, Any]] = [

@@ -86,3 +86,8 @@ def finiteness(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.ones((), dtype=torch.float64)
     all_ends = torch.stack([end.to(ends[0].device, torch.float64) for end in ends])
     return (all_ends - all_ends).sum() + 1
+
+
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """The same, waited for."""
+    return math.isfinite(float(finiteness(tensors)))

@@ -91,7 +91,7 @@ class Costs:
     @property
     def utilisation(self) -> float:
         """Mean over ranks."""
-        return median(sum(one.utilisation for one in everywhere) / len(everywhere) for everywhere in self._window)
+        return median(mean_utilisation(everywhere) or 0.0 for everywhere in self._window)
 
     # ---- what is said ----
 

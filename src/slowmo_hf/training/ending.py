@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..config import GOSSIP_BASES
+from .account import mean_utilisation
 from .consensus import Consensus
 from .in_flight import InFlight
 from .parts import Parts
@@ -96,8 +97,8 @@ def log_end(parts: Parts, model: str = "") -> None:
     totals = parts.costs.totals
     computed = sum(one.computed for one in totals) / len(totals)
     communicated = sum(one.communicated for one in totals) / len(totals)
-    if computed:
-        mean = sum(one.utilisation for one in totals) / len(totals)
+    mean = mean_utilisation(totals)
+    if mean is not None:
         waited = f"; {communicated:.3g} s communicated or waited and {computed:.3g} s computed, the mean over ranks"
         sent += f"{waited}: utilisation {100 * mean:.1f} %"
     log.info("%s", sent)

@@ -15,6 +15,7 @@ import torch
 
 from ..algorithm.digest import digest
 from ..algorithm.layout import has_dense_memory, strides
+from ..algorithm.norms import all_finite
 from ..dtensors import local
 from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
@@ -370,10 +371,8 @@ def _digests(tensors: list[list[torch.Tensor]]) -> list[list[int]]:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """A sum is finite only if all summands are; one that overflows is looked at again."""
     own = local(tensor).detach()
     if _is_integer(own):
         return True
     own = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
-    own = own.float() if own.element_size() == 1 else own  # of float8 there is no sum
-    return bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())
+    return all_finite([own.float() if own.element_size() == 1 else own])  # float8 has no order

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import record_function
 
 from ..algorithm.layout import flat_layouts
-from ..algorithm.norms import Norms, finiteness
+from ..algorithm.norms import Norms, all_finite
 from ..algorithm.outer_update import works_elementwise
 from ..algorithm.starts import Base, TrainingOn
 from ..config import GOSSIP_BASES, SlowMoConfig
@@ -102,9 +102,7 @@ class Parts:
             ValueError: What would be overwritten is not finite: this process has computed something else than its
                 worker's others.
         """
-        if not self.inside.has_all and not math.isfinite(
-            float(finiteness(self.inside.overwritten(self.tensors.trainable)))
-        ):
+        if not self.inside.has_all and not all_finite(self.inside.overwritten(self.tensors.trainable)):
             raise _lost(self.workers, self.workers.world.rank, self.clock.attempted_steps)
         self.inside.hand_out_(self.tensors.trainable)
         self.tensors.rewritten()

@@ -39,7 +39,7 @@ class Program:
 
 def compare_programs(world: Communicator, mine: Program) -> None:
     """
-    Compare all ranks' at the start; one warning on rank 0 where batch sizes differ. Collective.
+    Compare all ranks' at the start; one warning where batch sizes differ. Collective.
 
     Raises:
         ValueError: Others differ; the same words on every rank.
@@ -59,7 +59,7 @@ def compare_programs(world: Communicator, mine: Program) -> None:
         )
         _refuse_difference(mine.accumulation_name, steps, hosts, way_out)
     known = [size for size in sizes if size is not None]
-    if len(set(known)) > 1 and world.rank == 0:
+    if len(set(known)) > 1:
         logger.warning(
             "%s differs: %s. Every worker counts alike in a round, whatever its batches hold; and where Accelerate "
             "deals out the rows of one data set by batches, some go to several workers, and others to none.",

@@ -41,11 +41,7 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     everywhere = communicator.gather_objects((digest, refusal, host_name()))
-    refusals = [f"rank {rank} on {host}: {refusal}" for rank, (_, refusal, host) in enumerate(everywhere) if refusal]
-    if refusal and len({words for _, words, _ in everywhere}) == 1:
-        raise ValueError(refusal)  # of all, and once
-    if refusals:
-        raise ValueError("; ".join(refusals))
+    _raise_told([(host, words) for _, words, host in everywhere])
     if len({digest for digest, _, _ in everywhere}) > 1:
         raise ValueError(_difference(communicator.gather_objects(lines), [host for _, _, host in everywhere]))
 
@@ -64,13 +60,18 @@ def made_everywhere(workers: Workers, make: Callable[[], T]) -> T:
         made.append(make())
     except (ValueError, RuntimeError) as error:
         failure = str(error)
-    told = workers.world.gather_objects((host_name(), failure))
-    if failure and len({words for _, words in told}) == 1:
-        raise ValueError(failure)  # of all, and once
-    failures = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(told) if failure]
-    if failures:
-        raise ValueError("; ".join(failures))
+    _raise_told(workers.world.gather_objects((host_name(), failure)))
     return made[0]
+
+
+def _raise_told(told: list[tuple[str, str | None]]) -> None:
+    """Raise `ValueError` for what ranks have told, host and words; what all say is said once, and without ranks."""
+    words = {said for _, said in told if said}
+    if not words:
+        return
+    if len(words) == 1 and all(said for _, said in told):
+        raise ValueError(words.pop())
+    raise ValueError("; ".join(f"rank {rank} on {host}: {said}" for rank, (host, said) in enumerate(told) if said))
 
 
 def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:

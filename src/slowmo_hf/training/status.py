@@ -44,6 +44,9 @@ class Purpose(IntEnum):
         }[self]
 
 
+_BEFORE_LOGS = (Purpose.GATHER, Purpose.END)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """
@@ -89,9 +92,8 @@ class Speaker:
     """
 
     def __init__(self, workers: Workers, tensors: ModelTensors) -> None:
-        self._groups_of_all = workers.world.notes(
-            "groups of optimizers"
-        )  # the same on all ranks: starts are collective
+        # The same on all ranks: starts are collective.
+        self._groups_of_all = workers.world.notes("groups of optimizers")
         self.number = len(self._groups_of_all)
         self._groups_of_all.append(len(tensors.groups))
         self._tensors = tensors
@@ -287,10 +289,8 @@ class StatusExchange:
         # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
         self.parameters_alone = False
         self.own_loss: Callable[[], float] = lambda: math.nan  # of this rank, for its log
-        self.losses: tuple[int, list[float]] = (
-            -1,
-            [],
-        )  # the step of the last exchange, -1 if not all were there, and every rank's
+        # The step of the last exchange before a log or the end, -1 if not all were there; and every rank's.
+        self.losses: tuple[int, list[float]] = (-1, [])
 
     def exchange(self, purpose: Purpose, inner_lrs: list[float] | None = None) -> Agreement:
         """Wait for all ranks, and compare. Collective over the job; raises as `Header.say`."""
@@ -316,7 +316,7 @@ class StatusExchange:
             self.stop_asked,
             ahead,
             self._account.spent,
-            self.own_loss(),
+            self.own_loss() if purpose in _BEFORE_LOGS else math.nan,  # which waits for the device
         )
         with nullcontext() if purpose is Purpose.ROUND else self._account.apart():
             hear = header.say(self._workers.world, self._workers.roll_call)
@@ -332,7 +332,8 @@ class StatusExchange:
         self.somebody_ended = agreement.somebody_ended
         self.somebody_ended_early |= agreement.somebody_ended and agreement.purpose is not Purpose.END
         self.parameters_alone = not agreement.changed_buffers
-        self.losses = (agreement.attempted_steps if agreement.same_step else -1), agreement.losses
+        if purpose in _BEFORE_LOGS:
+            self.losses = (agreement.attempted_steps if agreement.same_step else -1), agreement.losses
         if purpose in (Purpose.LOOK, Purpose.GATHER):
             self._workers.all_may_meet()
         self._weigh(agreement.local_steps)
