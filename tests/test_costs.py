@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import slowmo_hf
 from harness import run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.training.account import Spent, mean_utilisation
 from slowmo_hf.training.costs import Costs, enough_steps
 from tiny import Heard
@@ -156,3 +156,23 @@ def test_utilisation_is_the_mean_over_ranks_of_the_round_before():
     assert not nothing
     assert "slowest is worker 1 (rank 1 on " in said[0]
     assert 1.3 < float(said[0].split(" times the mean")[0].split()[-1]) < 1.6
+
+
+def test_after_a_state_is_taken_up_it_is_said_anew():
+    """Rounds of one step: the line after the fifth round, and after the fifth one of what goes on; none in between."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
+        said = []
+        for step in range(1, 13):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+            said.append(len(heard.about("costs:")))
+            if step == 6:
+                optimizer.load_state_dict(optimizer.state_dict())
+        return said
+
+    with Heard() as heard:
+        said = run_in_process(work, 2)[0]
+    assert (said[3], said[5], said[9], said[11]) == (0, 1, 1, 2)

@@ -24,10 +24,11 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, Adam, lr_scheduler
+from torch.profiler import ProfilerActivity, profile
 
 import slowmo_hf
 from harness import patience, run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from tiny import error_of
 
 START = (1.0, -2.0, 3.0)
@@ -1287,3 +1288,21 @@ def test_a_start_that_was_refused_is_refused_again():
         with pytest.raises(ValueError, match="inner_state='reset' cannot be used with Adagrad"):
             model(torch.ones(1, 2))
     assert optimizer.outer_loop is None
+
+
+def test_a_state_is_copied_once():
+    """Anchor and velocity into place, and the parameter from its anchor: three copies, and no memory beside."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.randn(7, 149))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=1))
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        state = optimizer.state_dict()
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            optimizer.load_state_dict(state)
+        names = ("aten::copy_", "aten::clone", "aten::empty_like")
+        large = [event.name for event in seen.events() if [7 * 149] in event.input_shapes[:1]]
+        return [name for name in large if name in names]
+
+    assert run_in_process(work, 1) == [["aten::copy_"] * 3]

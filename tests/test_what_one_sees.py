@@ -269,3 +269,54 @@ def test_losses_of_bf16_add_up_in_fp32(tmp_path):
     for _ in range(600):
         losses._add(torch.tensor(4.0625, dtype=torch.bfloat16))
     assert losses._mean() == 4.0625
+
+
+@pytest.mark.parametrize(
+    ("workers", "settings", "words"),
+    [
+        (1, {}, "the one worker's own at step 3: there was nothing to average"),
+        (2, {}, "the average of 2 workers at step 3"),
+        (2, {"base": "all_reduce"}, "that of all 2 workers at step 3, whose gradients were averaged"),
+    ],
+)
+def test_the_end_says_what_the_model_is(workers, settings, words):
+    def work(rank):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        config = SlowMoConfig(sync_every=2, **settings)
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+        for _ in range(3):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+        slowmo_hf.finish(optimizer)
+
+    with Heard() as heard:
+        run_in_process(work, workers)
+    assert heard.about("the model is") == [f"the model is {words}"]
+
+
+def test_the_end_names_the_best_checkpoint(tmp_path):
+    """Trainer has loaded it; with so large a learning rate it is not the last one."""
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        learning_rate=30.0,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    rows = Rows(16, torch.float32)
+    with Heard() as heard:
+        trainer = Trainer(
+            Regression(torch.float32),
+            args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            callbacks=[SlowMoCallback(SlowMoConfig(sync_every=2))],
+        )
+        trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best in [str(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3)]
+    assert heard.about("the model is") == [f"the model is the best checkpoint's, {best}"]
