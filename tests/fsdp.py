@@ -242,7 +242,7 @@ def machine_mesh(shards: int) -> Any:
     return DeviceMesh.from_group(groups[rank // shards], "cpu")
 
 
-def small_llama(folder: str | Path, dtype: torch.dtype = torch.float64) -> str:
+def small_llama(folder: str | Path, dtype: torch.dtype = torch.float64, *, tied: bool = True) -> str:
     """Weights of a Llama of 3 k parameters in a folder, for `sharded_at_load`; call it on one process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -255,7 +255,7 @@ def small_llama(folder: str | Path, dtype: torch.dtype = torch.float64) -> str:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=16,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return str(folder)

@@ -243,6 +243,39 @@ def test_adapters_on_a_sharded_base_travel_alone():
         assert 0 <= sent - 8 * adapters <= 2 * (8 + 3 * 8 * 12) + 8
 
 
+def loaded(folder, out, kind):
+    """Stock Trainer on a Llama that is whole, or sharded at load: the average at the end, and the last round."""
+    from transformers import AutoModelForCausalLM, Trainer
+
+    if kind == "sharded":
+        model = fsdp.sharded_at_load(folder, 2, 2)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    callback = SlowMoCallback(config(**({} if kind == "sharded" else {"processes_per_worker": 2})))
+    settings = {**ARGUMENTS, "eval_strategy": "no", "max_grad_norm": 0.0, "save_strategy": "no"}
+    Trainer(model, arguments(out, **settings), train_dataset=fsdp.texts(200), callbacks=[callback]).train()
+    return fsdp.full_values(model), callback.last_round.velocity_norm
+
+
+def both_loaded(folder, out):
+    return loaded(folder, out, "node"), loaded(folder, out, "sharded")
+
+
+@pytest.mark.slow
+def test_a_model_that_is_sharded_at_load_trains_as_node_workers_do(tmp_path):
+    """
+    transformers' `DistributedConfig`, Adam, slow momentum; two rounds and two steps more. The embedding is not tied:
+    with a tied one a model that is sharded at load computes with its old weights from the second step on, in a plain
+    loop of torch too (transformers 5.24, torch 2.13).
+    """
+    folder = fsdp.small_llama(tmp_path / "llama", tied=False)
+    for (node, velocity), (sharded, same) in run_workers(both_loaded, 4, folder, str(tmp_path / "out")):
+        assert velocity == pytest.approx(same, rel=1e-9)
+        assert velocity > 0
+        for name, value in node.items():
+            assert (sharded[name] - value).abs().max() <= 1e-12, name
+
+
 # ---- what a save by one's own means ----
 
 
