@@ -19,7 +19,7 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from studies import multi30k, reproduce, showing, small_runs, small_translation  # noqa: E402
+from studies import multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.kept_models import KeptModels  # noqa: E402
 from studies.plan import Run  # noqa: E402
 from translation.bleu import tokenised_bleu  # noqa: E402
@@ -293,3 +293,51 @@ def test_tokenised_bleu_by_hand():
     found = tokenised_bleu(["Hunde, die bellen, Sie"], ["Hunde, die bellen, sie"])
     assert found == pytest.approx(100 * (1 / 3) ** 0.25)
     assert tokenised_bleu(["Hunde, die bellen, Sie"], ["Hunde, die bellen, sie"], lowercase=True) == pytest.approx(100)
+
+
+# ---- the same run by fairseq ----
+
+
+def test_fairseq_is_given_the_batches_and_the_rate_of_the_run(data):
+    run = replace(RUN, base="all_reduce", outer_momentum=0.0)
+    given = multi30k_oracle.given(run, data)
+    used = {}
+
+    def make_job(rank):
+        job = small_translation._make_job(run, data, rank, None)
+        job.look = lambda epoch, is_last: {}
+
+        def learn(rows):
+            used.setdefault(rank, []).append(rows)
+            for parameter in job.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        job.learn = learn
+        return job
+
+    steps = small_runs.train_workers(run, make_job)["steps"]
+    updates = [update for epoch in given["epochs"] for update in epoch]
+    assert [list(update) for update in zip(used[0], used[1], strict=True)] == updates
+    assert len(updates) == steps
+    peak = max(range(steps), key=lambda step: small_translation.learning_rate_factor(step, steps))
+    assert given["warmup_updates"] == peak + 1
+    assert given["train"] == [(row["input_ids"], row["labels"]) for row in data.train.rows]
+
+
+def test_what_fairseq_translated_is_scored_as_ours(data):
+    """Perfect translations score 100; those of the last model have names of their own."""
+    tokens = {name: [row["labels"] for row in getattr(data, name).rows] for name in ("validation", "test")}
+    wrong = [[*row[:-2], row[-1]] for row in tokens["test"]]
+    told = {
+        "translations": {
+            "validation last": {"tokens": tokens["validation"], "nll": math.log(2)},
+            "test last": {"tokens": wrong, "nll": 1.0},
+            "test best": {"tokens": tokens["test"], "nll": 1.0},
+        },
+        **{"epochs": {}, "curve": [], "seconds": 1.0, "versions": {}},
+    }
+    metrics = multi30k_oracle.score(RUN, told, data)["metrics"]
+    assert metrics["validation_bleu"] == metrics["test_bleu_best"] == pytest.approx(100)
+    assert metrics["validation_nll_bits"] == 1.0
+    texts = data.tokenizer.batch_decode(wrong, skip_special_tokens=True)
+    assert metrics["test_bleu"] == sacrebleu.corpus_bleu(texts, [data.test.targets]).score < 100

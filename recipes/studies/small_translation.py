@@ -228,14 +228,20 @@ def _scores(model: MarianMTModel, data: Translations) -> tuple[dict[str, float],
     scores, signature = {}, ""
     for name, part in (("validation", data.validation), ("test", data.test)):
         hypotheses = translate(model, data.tokenizer, part.sources, num_beams=NUM_BEAMS, length_penalty=LENGTH_PENALTY)
-        result, nll = bleu(hypotheses, part.targets), _evaluate(model, part)[1]
-        signature = result["signature"]
-        scores |= {
-            f"{name}_bleu": result["score"],
-            f"{name}_bleu_tokenised": tokenised_bleu(hypotheses, part.targets),
-            f"{name}_bleu_tokenised_lowercase": tokenised_bleu(hypotheses, part.targets, lowercase=True),
-            f"{name}_bleu_compound_split": compound_split_bleu(hypotheses, part.targets),
-            f"{name}_nll": nll,
-            f"{name}_nll_bits": nll / math.log(2),
-        }
+        nll = _evaluate(model, part)[1]
+        of, signature = bleu_of(hypotheses, part.targets)
+        scores |= {f"{name}_{kind}": value for kind, value in of.items()}
+        scores |= {f"{name}_nll": nll, f"{name}_nll_bits": nll / math.log(2)}
     return scores, signature
+
+
+def bleu_of(hypotheses: list[str], references: list[str]) -> tuple[dict[str, float], str]:
+    """In percent, in every habit; sacreBLEU's signature."""
+    result = bleu(hypotheses, references)
+    scores = {
+        "bleu": result["score"],
+        "bleu_tokenised": tokenised_bleu(hypotheses, references),
+        "bleu_tokenised_lowercase": tokenised_bleu(hypotheses, references, lowercase=True),
+        "bleu_compound_split": compound_split_bleu(hypotheses, references),
+    }
+    return scores, result["signature"]

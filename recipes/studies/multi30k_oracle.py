@@ -1,0 +1,123 @@
+"""
+Multi30k by fairseq 0.12.2, beside AR-Adam of `reproduce.py --task multi30k`: the same tokens, batches, updates,
+learning rates and search, its own model, Trainer and dropout. Three commands, the second in fairseq's environment
+(`oracle_fairseq.py` says how to make it):
+
+    python recipes/studies/multi30k_oracle.py write FOLDER --dataset_name MULTI30K --inner_lr 0.0025 --seed 1
+    ORACLE/bin/python recipes/studies/multi30k_fairseq.py FOLDER
+    python recipes/studies/multi30k_oracle.py score FOLDER --dataset_name MULTI30K --records recipes/records
+
+One thing differs by design: fairseq divides the gradient of all workers' tokens by their number, ours is the mean of
+the workers' means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
+
+from records import environment, write_record
+from studies import multi30k
+from studies.plan import Run, make_run, run_of
+from studies.small_translation import (
+    LABEL_SMOOTHING,
+    LENGTH_PENALTY,
+    NUM_BEAMS,
+    WARMUP,
+    Translations,
+    bleu_of,
+)
+from translation.model import MODEL_SIZES, decode
+from translation.tokens import TokenBatches
+
+
+def main() -> None:
+    """One of both halves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("half", choices=("write", "score"))
+    parser.add_argument("folder", type=Path, help="what is handed to fairseq, and what it hands back")
+    parser.add_argument("--dataset_name", required=True, help="a folder with Multi30k")
+    parser.add_argument(
+        "--inner_lr", type=float, help="write: peak learning rate, as tuning has chosen it for AR-Adam"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="write: of batches and weights")
+    parser.add_argument("--records", type=Path, help="score: folder of the records")
+    asked = parser.parse_args()
+    data = multi30k.load(asked.dataset_name)
+    if asked.half == "write":
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        run = make_run("table1", "multi30k", "all_reduce", 0.0, asked.inner_lr, asked.seed)
+        torch.save(given(run, data), asked.folder / "given.pt")
+        return
+    told = torch.load(asked.folder / "given.pt", weights_only=True)
+    record = score(run_of(told["run"]), torch.load(asked.folder / "translations.pt", weights_only=True), data)
+    print({name: round(value, 4) for name, value in record["metrics"].items()})
+    if asked.records:
+        run = record["run"]
+        write_record(record, asked.records / f"multi30k/fairseq/lr{run['inner_lr']}_seed{run['seed']}.json")
+
+
+def given(run: Run, data: Translations) -> dict[str, Any]:
+    """What fairseq needs of a run: tokens, the rows of every worker's batch of every update, and the settings."""
+    samplers = [
+        TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
+        for rank in range(run.workers)
+    ]
+    epochs = []
+    for epoch in range(run.epochs):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        epochs.append([list(update) for update in zip(*samplers, strict=True)])
+    return {
+        "run": asdict(run),
+        "vocabulary": len(data.tokenizer),
+        **{
+            name: [(row["input_ids"], row["labels"]) for row in part.rows]
+            for name, part in (("train", data.train), ("validation", data.validation), ("test", data.test))
+        },
+        "epochs": epochs,
+        "shape": MODEL_SIZES[data.size.model],
+        "inner_lr": run.inner_lr,
+        "warmup_updates": round(WARMUP * sum(len(epoch) for epoch in epochs)),
+        "label_smoothing": LABEL_SMOOTHING,
+        "seed": run.seed,
+        "num_beams": NUM_BEAMS,
+        "length_penalty": LENGTH_PENALTY,
+    }
+
+
+def score(run: Run, told: dict[str, Any], data: Translations) -> dict[str, Any]:
+    """The record of a run that fairseq has trained: every score of the best, the last and the mean model."""
+    metrics: dict[str, float] = {}
+    for name, of in told["translations"].items():
+        split, kind = name.split()
+        hypotheses = [decode(data.tokenizer, torch.tensor([tokens]))[0] for tokens in of["tokens"]]
+        scores, signature = bleu_of(hypotheses, getattr(data, split).targets)
+        scores |= {"nll": of["nll"], "nll_bits": of["nll"] / math.log(2)}
+        end = "" if kind == "last" else f"_{kind}"
+        metrics |= {f"{split}_{name}{end}": value for name, value in scores.items()}
+    return {
+        "study": "fairseq",
+        "task": run.task,
+        "run": asdict(run),
+        "metrics": metrics,
+        "bleu_signature": signature,
+        "epochs_of_models": told["epochs"],
+        "curve": told["curve"],
+        "seconds": told["seconds"],
+        "dataset_sha256": data.sha256,
+        "theirs": told["versions"],
+        **environment(multi30k.LIBRARIES),
+    }
+
+
+if __name__ == "__main__":
+    main()
