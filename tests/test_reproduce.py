@@ -6,6 +6,7 @@ statistics.
 from __future__ import annotations
 
 import json
+import string
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -311,6 +314,32 @@ def test_the_clusters_commands_are_the_papers_rows():
     assert images[1].endswith("recipes/image/train.py --preset cifar10 --base local_sgd")
     assert images[2].endswith("--preset cifar10 --base sgp --outer_momentum 0")
     assert len(translations) == 3 * 2
+
+
+MACHINES = {"cifar10": 4, "imagenet": 32, "wmt16": 8}  # of eight GPUs
+
+
+@pytest.mark.parametrize("task", ["image_classification", "translation"])
+def test_a_clusters_command_is_complete(monkeypatch, capsys, task):
+    """As printed, on machine 2: accelerate's own parser knows machines, processes and address without a file."""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--scale", "paper", "--task", task])
+    reproduce.main()
+    monkeypatch.setattr("accelerate.commands.launch.default_config_file", "/nowhere")
+    variables, *commands = capsys.readouterr().out.splitlines()
+    values = dict(pair.split("=") for pair in variables.partition("#")[0].split())
+    assert values.keys() == {"RANK", "MAIN", "PORT"}
+    for command in commands:
+        words = string.Template(command).substitute(values, RANK="2").split()
+        assert words[:2] == ["accelerate", "launch"]
+        parsed = launch_command_parser().parse_args(words[2:])
+        assert parsed.config_file is None
+        preset = parsed.training_script_args[parsed.training_script_args.index("--preset") + 1]
+        assert (parsed.num_machines, parsed.num_processes) == (MACHINES[preset], 8 * MACHINES[preset])
+        environment = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+        assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == (str(MACHINES[preset]), "8", 2)
+        assert parsed.rdzv_endpoint == f"{values['MAIN']}:{values['PORT']}"
+        assert (reproduce.RECORDS.parents[1] / parsed.training_script).is_file()
 
 
 # ---- the committed records ----

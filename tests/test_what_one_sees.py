@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from transformers import Trainer
 
 import slowmo_hf
@@ -61,6 +63,41 @@ def test_the_page_explains_every_metric_with_its_unit():
     report = slowmo_hf.training.report.RoundReport(1, 0.0, 0.0, 0.0, 0, 0.0, 0.0)
     assert told >= set(report.to_logs())
     assert told >= {f"slowmo/loss_{name}" for name in ("worker_0", "mean", "min", "min_worker", "max", "max_worker")}
+
+
+def log_to_tensorboard(folder):
+    """As the page says it, in a loop of 6 steps with 2 to a round; what was reported, by step."""
+    warnings.simplefilter("ignore")  # tensorboard's own imports
+    model, rows, told, config = Regression(torch.float32), Rows(4, torch.float32), {}, SlowMoConfig(sync_every=2)
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
+    accelerator.init_trackers("runs")
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(1, 7):
+        accelerator.backward(model(rows.x, rows.y)["loss"] * (1 + dist.get_rank()))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % config.sync_every == 0:
+            told[step] = slowmo_hf.last_round(optimizer).to_logs()
+            accelerator.log(told[step], step=step)
+    slowmo_hf.finish(optimizer)
+    for tracker in accelerator.trackers:  # `end_training` does both, and takes the process group of the test away
+        tracker.finish()
+    return told
+
+
+def test_a_loops_reports_reach_tensorboard(tmp_path):
+    told, _ = run_workers(log_to_tensorboard, 2, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensorboard's own imports
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    [file] = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(told[4]), "utilisation too, which the first round has not"
+    for name in told[4]:
+        written = {event.step: event.value for event in events.Scalars(name)}
+        assert written == pytest.approx({step: logs[name] for step, logs in told.items() if name in logs}), name
 
 
 # ---- who speaks ----

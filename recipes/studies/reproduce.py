@@ -118,6 +118,9 @@ def main() -> None:
             odd = next(name for name, value in vars(GpuArguments()).items() if value != getattr(gpu, name))
             raise SettingError(f"{odd} is for --scale gpu, got {getattr(gpu, odd)!r} with --scale {arguments.scale}.")
         if arguments.scale == "paper":
+            print(
+                "RANK=0 MAIN=192.168.1.10 PORT=29500  # on each machine: its number, and machine 0's address and port"
+            )
             print("\n".join(paper_commands(arguments.task)))
         elif arguments.scale == "gpu":
             sizes = {**gpu.sizes, **({"epochs": arguments.epochs} if arguments.epochs else {})}
@@ -237,25 +240,32 @@ def _load(task: str, dataset_name: str | None) -> Any:
 # ---- the paper's size ----
 
 
-# Presets of the recipes, and the bases that the paper's Table 1 has for them.
+# The paper's machines of eight GPUs by preset of the recipes, and the bases that its Table 1 has for it.
+PAPER_GPUS = 8
 PAPER_ROWS = {
-    "image_classification": dict.fromkeys(("cifar10", "imagenet"), ("local_sgd", "sgp", "osgp", "all_reduce")),
-    "translation": {"wmt16": ("local_sgd", "sgp", "all_reduce")},
+    "image_classification": {
+        "cifar10": (4, ("local_sgd", "sgp", "osgp", "all_reduce")),
+        "imagenet": (32, ("local_sgd", "sgp", "osgp", "all_reduce")),
+    },
+    "translation": {"wmt16": (8, ("local_sgd", "sgp", "all_reduce"))},
 }
 
 
 def paper_commands(task: str) -> list[str]:
     """
     One `accelerate launch` command per row, with and without slow momentum, for the machines of the paper
-    (docs/launch.md).
+    (docs/launch.md). RANK, MAIN and PORT are the shell's: this machine's number from 0, and an address and a port of
+    machine 0.
     """
-    launch = f"accelerate launch --config_file recipes/configs/several_machines.yaml recipes/{SCRIPTS[task]}"
-    rows = [(preset, base) for preset, bases in PAPER_ROWS[task].items() for base in bases]
-    return [
-        f"{launch} --preset {preset} --base {base}{end}"
-        for preset, base in rows
-        for end in (" --outer_momentum 0", "")
-    ]
+    commands = []
+    for preset, (machines, bases) in PAPER_ROWS[task].items():
+        launch = (
+            f"accelerate launch --multi_gpu --mixed_precision bf16 --num_machines {machines} "
+            f"--num_processes {machines * PAPER_GPUS} --machine_rank $RANK --main_process_ip $MAIN "
+            f"--main_process_port $PORT recipes/{SCRIPTS[task]} --preset {preset}"
+        )
+        commands += [f"{launch} --base {base}{end}" for base in bases for end in (" --outer_momentum 0", "")]
+    return commands
 
 
 if __name__ == "__main__":

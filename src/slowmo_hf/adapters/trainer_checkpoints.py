@@ -199,9 +199,7 @@ class TrainerCheckpoints:
 
         words = "the checkpoint cannot be resumed"
         together(self.outer_loop, words, verify)  # nobody reads what has been found damaged
-        objects = read_together(self.outer_loop, words, check)
-        logger.info("resumed at step %d with every worker's own state", state.global_step)
-        return objects
+        return read_together(self.outer_loop, words, check)
 
 
 def set_aside_unfinished(args: TrainingArguments) -> None:

@@ -244,6 +244,8 @@ def check_snapshot(
         take_up_parts()
         outer_loop.parts.share_last_round()
         outer_loop.run_id = run
+        if same_number:
+            logger.info("resumed at step %d with every worker's own state", outer_loop.attempted_steps)
         return {name: value for name, value in own.objects.items() if name not in (OBJECT, SHARDS)}
 
     return take_up
