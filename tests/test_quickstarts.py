@@ -1,5 +1,6 @@
 """
 The quickstart pages: their programs run as they are printed and as their commands say, and print what the pages show.
+And the page of settings: its blocks make what it says, its tables have every field and its default.
 """
 
 from __future__ import annotations
@@ -300,3 +301,33 @@ def test_the_accelerate_commands_on_one_machine_and_on_two(tmp_path):
     end([start(line, folder, **ways) for line, folder in zip(lines, (first, second), strict=True)], [first, second])
     assert equal(assert_summed([first, second], (first / "said.txt").read_text()), weights)
     assert not (second / "trained").exists()
+
+
+# ---- settings ----
+
+
+def test_the_page_of_settings_has_every_field_with_its_default():
+    page = (DOCS / "choosing_settings.md").read_text().split("## Every field")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| ([^|]+) \|", page, re.MULTILINE))
+    values = {name: str(value) for name, value in SlowMoConfig().to_dict().items()}
+    values |= {"outer_optimizer_kwargs": "none", "bucket_bytes": "256 MiB", "timeout_seconds": "1800"}
+    assert {name: cell.strip("`").strip('"') for name, cell in rows.items()} == values
+
+
+def test_the_presets_and_flags_of_the_page(monkeypatch):
+    made, parsed = blocks("choosing_settings", "python")
+    names = {}
+    exec(made, names)
+    assert (names["callback"].config.compression, names["callback"].config.overlap_steps) == ("int8", 2)
+    page = (DOCS / "choosing_settings.md").read_text()
+    presets = re.findall(r"^\| `(SlowMoConfig\.\w+\(.*?\))` \|", page, re.MULTILINE)
+    assert len(presets) == 5
+    for preset in presets:
+        assert isinstance(eval(preset), SlowMoConfig)
+    (command,) = commands("choosing_settings", "--base")
+    flags = shlex.split(command.partition("train.py")[2])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--use_cpu", "True", "--report_to", "none"])
+    exec(parsed, names)
+    config = names["config"]
+    assert (config.base, config.outer_momentum, config.sync_every) == ("sgp", 0.6, 48)
+    assert names["args"].output_dir == "outputs"

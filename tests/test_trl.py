@@ -64,7 +64,7 @@ def make(kind, folder, callbacks):
             processing_class=tokenizer(),
             callbacks=callbacks,
         )
-    # The space keeps the prompt a word of its own: without it all rows have the same tokens, and all workers one model.
+    # The space keeps the prompt a word of its own: without it all rows have the same tokens, all workers one model.
     rows = [{"prompt": f"{letters[i % 9]} ", "chosen": "a b c", "rejected": "d e f"} for i in range(64)]
     data = Dataset.from_list(rows)
     if kind == "RewardTrainer":
