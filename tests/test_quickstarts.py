@@ -300,7 +300,7 @@ def test_the_accelerate_commands_on_one_machine_and_on_two(tmp_path):
     ways = {"192.168.1.10": "127.0.0.1", "29500": free_port()}
     end([start(line, folder, **ways) for line, folder in zip(lines, (first, second), strict=True)], [first, second])
     assert equal(assert_summed([first, second], (first / "said.txt").read_text()), weights)
-    assert not (second / "trained").exists()
+    assert not (second / "trained/model.safetensors").exists()
 
 
 # ---- settings ----
