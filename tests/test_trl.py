@@ -40,8 +40,9 @@ class Collectives(TrainerCallback):
             self.names = [name for name in events if "c10d" in name or "gloo" in name]
 
 
-def make(kind, folder, callbacks):
+def make(kind, folder, callbacks, adapters=False):
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import LlamaForSequenceClassification
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -54,6 +55,7 @@ def make(kind, folder, callbacks):
     }
     settings |= {"max_steps": STEPS, "learning_rate": 3e-2, "bf16": False, "max_length": 16}
     letters = "abcdefghijklmnopqrst"
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]) if adapters else None
     if kind == "SFTTrainer":
         data = Dataset.from_dict({"text": [" ".join(letters[i % 12 : i % 12 + 6]) for i in range(64)]})
         return SFTTrainer(
@@ -63,6 +65,7 @@ def make(kind, folder, callbacks):
             eval_dataset=data.select(range(8)),
             processing_class=tokenizer(),
             callbacks=callbacks,
+            peft_config=lora,
         )
     # The space keeps the prompt a word of its own: without it all rows have the same tokens, all workers one model.
     rows = [{"prompt": f"{letters[i % 9]} ", "chosen": "a b c", "rejected": "d e f"} for i in range(64)]
@@ -80,12 +83,13 @@ def make(kind, folder, callbacks):
         )
     return DPOTrainer(
         model=tiny_llama(),
-        ref_model=tiny_llama(),
+        ref_model=None if adapters else tiny_llama(),
         args=DPOConfig(folder, **settings),
         train_dataset=data,
         eval_dataset=data.select(range(8)),
         processing_class=tokenizer(),
         callbacks=callbacks,
+        peft_config=lora,
     )
 
 
@@ -252,6 +256,31 @@ def test_a_reference_model_is_neither_averaged_nor_sent(tmp_path):
         assert equal(before, after)
         assert not equal(out["start"], out["final"])
         assert sent == 4 * (trained + 1) + 8 * (10 + 2), "the policy alone, and a header"
+
+
+# ---- LoRA ----
+
+
+def train_adapters(folder, kind):
+    recorder = Recorder()
+    callback = SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
+    trainer = make(kind, folder, [recorder, callback], adapters=True)
+    trainer.train()
+    adapters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return recorded(trainer, recorder), callback.last_round.bytes_sent, adapters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer"])
+def test_adapters_alone_are_sent(tmp_path, kind):
+    """DPO's reference is then the base without them, which nothing moves."""
+    ranks = run_workers(train_adapters, 2, str(tmp_path), kind)
+    assert follow_float32([rank[0] for rank in ranks]) == STEPS // TAU
+    for out, sent, adapters in ranks:
+        assert adapters == 128
+        assert sent == 4 * (adapters + 1) + 8 * (10 + 2)
+        frozen = {name: value for name, value in out["start"].items() if name not in out["trained"]}
+        assert equal(frozen, {name: out["final"][name] for name in frozen})
 
 
 # ---- LoRA on a quantised base ----
