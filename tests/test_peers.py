@@ -292,6 +292,27 @@ def test_the_table_of_the_readme_is_that_of_the_record():
         assert f"| {words} | {100 * used:.0f} % | {loss:.3f} |" in page
 
 
+def test_the_tables_of_two_machines_are_those_of_the_records():
+    """docs/two_machines.md: two hosts' steps, and final losses (mean and sd over seeds) at the seconds of DDP."""
+    page = (RECORDS.parents[1] / "docs" / "two_machines.md").read_text()
+    ddp, plain, overlapped = json.loads((RECORDS / "peers_2_hosts.json").read_text())["rows"]
+    for words, row in (("DDP", ddp), ("`SlowMoConfig()`", plain), ("`SlowMoConfig(overlap_steps=6)`", overlapped)):
+        faster = f"{ddp['seconds_per_step'] / row['seconds_per_step']:.1f}" if row is not ddp else "1"
+        step, share = 1000 * row["seconds_per_step"], 100 * row["utilisation"]
+        assert f"| {words} | {step:.0f} | {share:.0f} % | {faster} |" in page
+        assert (row["hosts"], row["parameters"], row["rho"]) == (2, 664_074, 3.1)
+    raced = json.loads((RECORDS / "peers_same_seconds.json").read_text())["rows"]
+    for rho, late in ((1.5, 2), (3.1, 2), (10, 4)):
+        cells = []
+        for system in (
+            f"slowmo_hf local_sgd, slowmo, maintained, overlapped by {late}, int8",
+            *("torchft DiLoCo, delayed", "accelerate LocalSGD", "ddp"),
+        ):
+            losses = [row["final_validation_loss"] for row in raced if (row["system"], row["rho"]) == (system, rho)]
+            cells.append(f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}")
+        assert f") | {' | '.join(cells)} |" in page
+
+
 class Few:
     """Batches of four rows that need no images."""
 

@@ -1,17 +1,22 @@
-"""TRL's trainers gather metrics at every training step: under SlowMoCallback nothing couples the workers there."""
+"""
+TRL's trainers gather at every training step: metrics, which SlowMoCallback keeps inside the worker, and GRPO's
+rewards, which stay everybody's. And what TRL's users bring along: a reference model, a quantised base.
+"""
 
 from __future__ import annotations
 
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from test_trainer_breadth import tiny_llama, tokenizer
-from tiny import QUIET, Heard
+from test_trainer_breadth import follow_float32, tiny_llama, tokenizer
+from tiny import QUIET, Heard, Recorder, arguments, equal, recorded, values
 
 TAU, STEPS = 3, 7
 
@@ -35,8 +40,9 @@ class Collectives(TrainerCallback):
             self.names = [name for name in events if "c10d" in name or "gloo" in name]
 
 
-def make(kind, folder, callbacks):
+def make(kind, folder, callbacks, adapters=False):
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import LlamaForSequenceClassification
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -49,6 +55,7 @@ def make(kind, folder, callbacks):
     }
     settings |= {"max_steps": STEPS, "learning_rate": 3e-2, "bf16": False, "max_length": 16}
     letters = "abcdefghijklmnopqrst"
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]) if adapters else None
     if kind == "SFTTrainer":
         data = Dataset.from_dict({"text": [" ".join(letters[i % 12 : i % 12 + 6]) for i in range(64)]})
         return SFTTrainer(
@@ -58,8 +65,10 @@ def make(kind, folder, callbacks):
             eval_dataset=data.select(range(8)),
             processing_class=tokenizer(),
             callbacks=callbacks,
+            peft_config=lora,
         )
-    rows = [{"prompt": letters[i % 9], "chosen": "a b c", "rejected": "d e f"} for i in range(64)]
+    # The space keeps the prompt a word of its own: without it all rows have the same tokens, all workers one model.
+    rows = [{"prompt": f"{letters[i % 9]} ", "chosen": "a b c", "rejected": "d e f"} for i in range(64)]
     data = Dataset.from_list(rows)
     if kind == "RewardTrainer":
         config = tiny_llama().config
@@ -74,12 +83,13 @@ def make(kind, folder, callbacks):
         )
     return DPOTrainer(
         model=tiny_llama(),
-        ref_model=tiny_llama(),
+        ref_model=None if adapters else tiny_llama(),
         args=DPOConfig(folder, **settings),
         train_dataset=data,
         eval_dataset=data.select(range(8)),
         processing_class=tokenizer(),
         callbacks=callbacks,
+        peft_config=lora,
     )
 
 
@@ -168,3 +178,156 @@ def test_a_loss_that_gathers_is_left_alone_and_said(tmp_path):
     assert len(said) == 1
     assert "Coupled gathers over all ranks in its training steps" in said[0]
     assert not nothing
+
+
+# ---- GRPO ----
+
+
+def letters_a(completions, **kwargs):
+    """A reward per completion."""
+    return [float(completion.split().count("a")) for completion in completions]
+
+
+def train_grpo(folder, adapters, settings):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    collectives, recorder = Collectives(), Recorder()
+    shared = {**QUIET, "logging_strategy": "steps", "logging_steps": TAU, "max_steps": STEPS, "bf16": False}
+    trainer = GRPOTrainer(
+        model=tiny_llama(),
+        reward_funcs=letters_a,
+        args=GRPOConfig(
+            folder, max_completion_length=8, learning_rate=3e-2, beta=0.1 if adapters else 0.0, **shared, **settings
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "abcdefghij"[i % 10]} for i in range(64)]),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]) if adapters else None,
+        callbacks=[collectives, recorder, SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))],
+    )
+    with Heard() as heard:
+        trainer.train()
+    return recorded(trainer, recorder), collectives.names, heard.about("gathers over all ranks"), trainer.state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapters", "completions"), [(False, 2), (True, 2), (False, 8)])
+def test_grpo_trains_each_worker_alone_and_gathers_its_rewards(tmp_path, adapters, completions):
+    """
+    Weights follow Algorithm 1 in every run, also where a group of completions lies on both ranks. TRL's own gathers
+    are left alone, and said once.
+    """
+    ranks = run_workers(train_grpo, 2, str(tmp_path), adapters, {"num_generations": completions})
+    assert follow_float32([rank[0] for rank in ranks]) == STEPS // TAU
+    assert equal(ranks[0][0]["final"], ranks[1][0]["final"])
+    for _, names, _, state in ranks:
+        assert len(names) >= 10, "generation, rewards and metrics"
+        assert all("broadcast" not in name for name in names)
+        entries = [entry for entry in state.log_history if "loss" in entry]
+        assert [entry["slowmo/round"] for entry in entries] == [1, 2]
+        assert all(0 <= entry["reward"] <= 8 for entry in entries)
+    (said,), nothing = ranks[0][2], ranks[1][2]
+    assert said.startswith("GRPOTrainer gathers over all ranks in its training steps")
+    assert nothing == []
+    rewards = [[entry["reward"] for entry in rank[3].log_history if "reward" in entry] for rank in ranks]
+    assert rewards[0] == rewards[1], "of all ranks' completions"
+
+
+# ---- DPO's reference model ----
+
+
+def train_dpo(folder):
+    recorder = Recorder()
+    callback = SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
+    trainer = make("DPOTrainer", folder, [recorder, callback])
+    before = values(trainer.ref_model)
+    trainer.train()
+    trained = sum(p.numel() for p in trainer.model.parameters())
+    after = values(trainer.accelerator.unwrap_model(trainer.ref_model))
+    return recorded(trainer, recorder), before, after, callback.last_round.bytes_sent, trained
+
+
+@pytest.mark.slow
+def test_a_reference_model_is_neither_averaged_nor_sent(tmp_path):
+    ranks = run_workers(train_dpo, 2, str(tmp_path))
+    assert follow_float32([rank[0] for rank in ranks]) == STEPS // TAU
+    for out, before, after, sent, trained in ranks:
+        assert equal(before, after)
+        assert not equal(out["start"], out["final"])
+        assert sent == 4 * (trained + 1) + 8 * (10 + 2), "the policy alone, and a header"
+
+
+# ---- LoRA ----
+
+
+def train_adapters(folder, kind):
+    recorder = Recorder()
+    callback = SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
+    trainer = make(kind, folder, [recorder, callback], adapters=True)
+    trainer.train()
+    adapters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return recorded(trainer, recorder), callback.last_round.bytes_sent, adapters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer"])
+def test_adapters_alone_are_sent(tmp_path, kind):
+    """DPO's reference is then the base without them, which nothing moves."""
+    ranks = run_workers(train_adapters, 2, str(tmp_path), kind)
+    assert follow_float32([rank[0] for rank in ranks]) == STEPS // TAU
+    for out, sent, adapters in ranks:
+        assert adapters == 128
+        assert sent == 4 * (adapters + 1) + 8 * (10 + 2)
+        frozen = {name: value for name, value in out["start"].items() if name not in out["trained"]}
+        assert equal(frozen, {name: out["final"][name] for name in frozen})
+
+
+# ---- LoRA on a quantised base ----
+
+
+def quantised(folder, bits):
+    """A tiny Llama whose linear layers are bitsandbytes' codes, and adapters."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    if dist.get_rank() == 0:
+        tiny_llama().save_pretrained(f"{folder}/base")
+    dist.barrier()
+    codes = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(f"{folder}/base", quantization_config=codes, device_map={"": "cpu"})
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    torch.manual_seed(3)
+    return get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+
+
+def train_quantised(folder, bits):
+    from transformers import Trainer
+
+    model = quantised(folder, bits)
+    ids = torch.randint(3, 29, (64, 8), generator=torch.Generator().manual_seed(1))
+    recorder, callback = Recorder(), SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
+    trainer = Trainer(
+        model=model,
+        args=arguments(f"{folder}/out", max_steps=STEPS, learning_rate=3e-2),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        callbacks=[recorder, callback],
+    )
+    trainer.train()
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    codes = {p.dtype for p in model.parameters() if not p.is_floating_point()}
+    return recorded(trainer, recorder), callback.last_round.bytes_sent, adapters, codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.uint8), (8, torch.int8)])
+def test_adapters_of_a_quantised_base_alone_are_sent(tmp_path, bits, dtype):
+    pytest.importorskip("bitsandbytes")
+    ranks = run_workers(train_quantised, 2, str(tmp_path), bits)
+    assert follow_float32([rank[0] for rank in ranks]) == STEPS // TAU
+    for out, sent, adapters, codes in ranks:
+        assert codes == {dtype}
+        assert sent == 4 * (adapters + 1) + 8 * (10 + 2)
+        frozen = {name: value for name, value in out["start"].items() if name not in out["trained"]}
+        assert any(value.dtype == dtype for value in frozen.values())
+        assert equal(frozen, {name: out["final"][name] for name in frozen})
