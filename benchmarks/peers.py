@@ -21,7 +21,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
+import peer_pictures
+import pictures
 from hosts import Hosts, why_not
 from image.data import SmallImages, load_images, make_dataset
 from measuring import hardware, versions
@@ -378,79 +379,27 @@ def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], na
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """
-    Write what a step takes and sends to NAME_steps.png, and where systems were trained validation loss over seconds to
-    NAME.png.
+    Write utilisation by link to NAME_steps.png, and where systems were trained the loss over seconds on the slowest
+    link to NAME.png (`peer_pictures`).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    links, systems = sorted({row["rho"] for row in rows}), list(dict.fromkeys(row["system"] for row in rows))
-    trained = any(row["curve"] for row in rows)
-    pictures = {f"{path.stem}_steps": _draw_steps} | ({path.stem: _draw_curves} if trained else {})
-    for name, draw in pictures.items():
-        figure = draw(plt, rows, links, systems)
-        figure.savefig(path.with_name(f"{name}.png"), dpi=120)
-        plt.close(figure)
-
-
-def _draw_curves(plt: Any, rows: list[dict[str, Any]], links: list[float], systems: list[str]) -> Any:
-    """A panel per link, a line per system: the mean over its seeds, look by look."""
-    figure, axes = plt.subplots(1, len(links), figsize=(7 * len(links), 6), layout="constrained", squeeze=False)
-    lines = {}
-    for axis, rho in zip(axes[0], links, strict=True):
-        for system in systems:
-            looks = list(
-                zip(*[row["curve"] for row in rows if (row["rho"], row["system"]) == (rho, system)], strict=False)
-            )
-            if looks:
-                seconds, losses = (
-                    [statistics.mean(seed[name] for seed in look) for look in looks]
-                    for name in ("seconds", "validation_loss")
-                )
-                style = (
-                    {"linestyle": "-", "linewidth": 1.6} if is_ours(system) else {"linestyle": "--", "linewidth": 1}
-                )
-                lines[system] = axis.plot(
-                    seconds, losses, color=plt.get_cmap("tab20")(systems.index(system)), **style
-                )[0]
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="seconds of training",
-            ylabel="validation loss",
-            title=f"a / c = {rho:g}",
-        )
-        axis.grid(alpha=0.3, which="both")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize="small")
-    return figure
-
-
-def _draw_steps(plt: Any, rows: list[dict[str, Any]], links: list[float], systems: list[str]) -> Any:
-    """A line per system, a colour per link: step over computation, utilisation, bytes of a step."""
-    panels: dict[str, Callable[[dict[str, Any]], float]] = {
-        "step / its computation": lambda row: row["seconds_per_step"] / row["compute_seconds_per_step"],
-        "utilisation, %": lambda row: 100 * row["utilisation"],
-        "bytes sent per parameter and step": lambda row: row["bytes_per_worker_per_step"] / row["parameters"],
+    note = "Means over seeds, bands from the lowest to the highest."
+    slowest = max(row["rho"] for row in rows)
+    shares = {
+        statistics.mean(found[slowest]): series.name
+        for series in peer_pictures.series_of(rows)
+        if slowest in (found := peer_pictures.utilisations(rows, series))
     }
-    figure, axes = plt.subplots(1, 3, figsize=(15, 1 + 0.25 * len(systems)), layout="constrained", sharey=True)
-    for axis, (words, value) in zip(axes, panels.items(), strict=True):
-        for rho in links:
-            there = [row for row in rows if row["rho"] == rho]
-            axis.plot(
-                [value(row) for row in there],
-                [systems.index(row["system"]) for row in there],
-                "o",
-                label=f"a / c = {rho:g}",
-            )
-        axis.set(
-            xlabel=words, xscale="linear" if "%" in words else "log", yticks=range(len(systems)), yticklabels=systems
-        )
-        axis.grid(alpha=0.3, which="both")
-    axes[0].invert_yaxis()
-    axes[0].legend(loc="lower right", fontsize="small")
-    return figure
+    most, least = max(shares), min(shares)
+    title = f"On the slowest link {shares[most]} computes {most:.0f} % of the time, {shares[least]} {least:.0f} %"
+    pictures.save(peer_pictures.utilisation(rows, title, note), path.with_name(f"{path.stem}_steps.png"))
+    trained = [row for row in rows if row["curve"]]
+    if trained:
+        rho = max(row["rho"] for row in trained)
+        ends = peer_pictures.at_the_end(trained, rho)
+        first = min(ends, key=ends.__getitem__)
+        title = f"{first} ends at the lowest loss of {len(ends)}: {ends[first]:.3f}"
+        note += f" An all-reduce takes {rho:g} times a step's computation."
+        pictures.save(peer_pictures.loss_over_seconds(trained, rho, title, note), path.with_name(f"{path.stem}.png"))
 
 
 def measure(hosts: Hosts, images: Path, record: Record) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import accelerate
 import torch
@@ -20,8 +21,12 @@ import transformers
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+import pictures
 import slowmo_hf
 from slowmo_hf import SlowMoCallback, SlowMoConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {
@@ -149,28 +154,68 @@ def _or_not_counted(value: float | None, spec: str) -> str:
     return "not counted" if value is None else format(value, spec)
 
 
-def plot(history: list[dict[str, float]], path: Path, curves: dict[str, str]) -> None:
+# What `--plot` shows beside the task's own quality: what the log calls it, and its panel's title.
+PANELS = {
+    "loss": "training loss",
+    "slowmo/consensus_distance": "drift: consensus distance",
+    "slowmo/utilisation": "share of the time computing, %",
+    "slowmo/bytes_sent": "sent per worker so far, MB",
+}
+
+
+def plot(history: list[dict[str, float]], path: Path, quality: tuple[str, str], record: dict[str, Any]) -> None:
+    """Trainer's log over optimizer steps, as a picture (`training_figure`)."""
+    pictures.save(training_figure(history, quality, record), path)
+
+
+@pictures.styled
+def training_figure(history: list[dict[str, float]], quality: tuple[str, str], record: dict[str, Any]) -> Figure:
     """
-    Trainer's log over optimizer steps, as a PNG.
+    Panels of loss, quality, drift, utilisation and bytes over optimizer steps, under what the run came to.
 
     Args:
         history (`list[dict[str, float]]`): `trainer.state.log_history`.
-        curves (`dict[str, str]`): One panel each: what the log calls it, and what its axis says.
+        quality (`tuple[str, str]`): What the log calls the task's metric, and what a reader calls it.
+        record (`dict[str, Any]`): The run's (`describe_run`).
     """
-    import matplotlib
+    key, words = quality
+    curves = {name: _curve(history, name) for name in dict.fromkeys(("loss", key, *PANELS))}
+    figure, axes = pictures.panels(_training_title(record, words, curves[key]), _training_note(record), 2, 3, 4.6)
+    for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
+        axis.set_title({**PANELS, key: words}[name])
+        axis.set_xlim(0, 1.03 * record["steps"])
+        if points:
+            axis.plot(*zip(*points, strict=True), ".-", color=pictures.OURS, linewidth=1.4)
+            axis.locator_params(nbins=5)
+        else:
+            axis.text(0.5, 0.5, "not in the log", transform=axis.transAxes, ha="center", color=pictures.GREY)
+            axis.set_yticks([])
+        if name == "slowmo/utilisation":
+            axis.set_ylim(0, 104)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer steps")
+    axes.flat[-1].remove()
+    return figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(curves), 1, sharex=True, figsize=(7, 3 * len(curves)), layout="constrained")
-    for axis, (key, label) in zip(axes, curves.items(), strict=True):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axis.plot([step for step, _ in points], [value for _, value in points], marker=".")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("optimizer steps")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _curve(history: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value); bytes add up, and shares are in percent."""
+    points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    if name == "slowmo/bytes_sent":
+        sums = itertools.accumulate(value for _, value in points)
+        return [(step, value / 1e6) for (step, _), value in zip(points, sums, strict=True)]
+    return [(step, 100 * value) for step, value in points] if name == "slowmo/utilisation" else points
+
+
+def _training_title(record: dict[str, Any], words: str, points: list[tuple[float, float]]) -> str:
+    reached = f"{words} {points[-1][1]:.4g}" if points else f"{words} was not measured"
+    return f"{reached[0].upper()}{reached[1:]} after {record['steps']:,} steps of {record['workers']} workers"
+
+
+def _training_note(record: dict[str, Any]) -> str:
+    rounds = f"{record['rounds']} rounds, one every {record['sync_every']} steps" if record["rounds"] else "no rounds"
+    momentum = f"slow momentum {record['outer_momentum']:g}" if record["slowmo"] else "no slow momentum"
+    return f"{record['base']}, {momentum}; {rounds}; one run, seed {record['seed']}"
 
 
 def mean_sd(values: list[float], sign: str = "") -> str:
@@ -178,10 +223,17 @@ def mean_sd(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
+def half_interval(values: list[float]) -> float | None:
+    """Half of the mean's 95 % interval by Student's t; None of a value alone."""
+    if len(values) < 2:
+        return None
+    return T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def mean_with_interval(differences: list[float]) -> str:
     """Of paired differences, with Student's 95 % interval and their number; empty where there are none."""
-    if len(differences) < 2:
+    half = half_interval(differences)
+    if half is None:
         return f"{differences[0]:+.4f} (1)" if differences else ""
-    half = T95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
     mean = statistics.mean(differences)
     return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] ({len(differences)})"

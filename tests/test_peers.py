@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from tiny import equal, values
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import peer_job
+import peer_pictures
 import peers
 from peer_job import SYSTEMS, Settings
 
@@ -161,9 +163,10 @@ def test_same_seconds_by_hand():
 
 
 def test_both_pictures_by_hand(tmp_path):
-    """Curves are means over seeds, as far as all have looks; of steps there is a dot per system and link."""
-    import matplotlib.pyplot as plt
-
+    """
+    Curves are means over seeds, as far as all have looks, and end at the mean of the seeds' own ends; of utilisation
+    there is a line per system over links.
+    """
     curves = [[(2.0, 0.6), (4.0, 0.4)], [(4.0, 0.4), (8.0, 0.2), (9.0, 0.1)]]
     rows = [
         {
@@ -173,15 +176,18 @@ def test_both_pictures_by_hand(tmp_path):
         }
         for looks in curves
     ]
-    (axis,) = peers._draw_curves(plt, rows, [3.1], ["ddp"]).axes
-    assert [line.get_xydata().tolist() for line in axis.lines] == [[[3.0, 0.5], [6.0, pytest.approx(0.3)]]]
+    (axis,) = peer_pictures.loss_over_seconds(rows, 3.1, "a title").axes
+    (line,) = axis.lines
+    assert line.get_xydata() == pytest.approx(np.array([[3.0, 0.5], [6.0, 0.3], [6.5, 0.25]]))
     args, system = peers.PeerArguments(), "slowmo_hf local_sgd"
     rows = [
-        peers.row_of(name, 3.1, 100.0, args, figures([step] * 5)) for name, step in (("ddp", 0.05), (system, 0.0125))
+        peers.row_of(name, rho, 100.0, args, figures([step] * 5))
+        for name, rho, step in (("ddp", 1.5, 0.02), ("ddp", 3.1, 0.05), (system, 3.1, 0.0125))
     ]
-    shown = [axis.lines[0].get_xydata().tolist() for axis in peers._draw_steps(plt, rows, [3.1], ["ddp", system]).axes]
-    assert shown == [[[5.0, 0.0], [1.25, 1.0]], [[20.0, 0.0], [80.0, 1.0]], [[6.3, 0.0], [6.3, 1.0]]]
-    plt.close("all")
+    (axis,) = peer_pictures.utilisation(rows, "a title").axes
+    shown = [line.get_xydata().tolist() for line in axis.lines]
+    assert shown == [[[1.5, 50.0], [3.1, 20.0]], [[3.1, 80.0]]]
+    assert [text.get_text() for text in axis.texts] == ["DDP  20 %", "slowmo_hf local_sgd  80 %"]
     peers.plot(rows, tmp_path / "none.png")
     rows[0]["curve"] = [{"seconds": 1.0, "validation_loss": 0.5}]
     peers.plot(rows, tmp_path / "some.png")

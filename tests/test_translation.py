@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 
+import records  # noqa: E402
 from translation import model as transformer  # noqa: E402
 from translation import tokens  # noqa: E402
 from translation import train as recipe  # noqa: E402
@@ -277,6 +278,22 @@ def test_no_warning_and_a_picture(learned):
     folder, _, said, _ = learned
     assert "Warning" not in said, said
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_every_panel_of_the_picture_is_filled(learned):
+    """What the log calls things, of which the last checkpoint has a copy, is what the panels ask for."""
+    folder, _, _, record = learned
+    history = json.loads((folder / "checkpoint-100" / "trainer_state.json").read_text())["log_history"]
+    figure = records.training_figure(history, ("eval_bleu", "validation BLEU"), record)
+    shown = {axis.get_title("left"): [line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes}
+    assert [len(lines) for lines in shown.values()] == [1] * 5
+    assert [step for step, _ in shown["training loss"][0]] == [*range(10, 101, 10)]
+    assert shown["validation BLEU"][0] == [
+        [entry["step"], entry["eval_bleu"]] for entry in history if "eval_bleu" in entry
+    ]
+    assert [step for step, _ in shown["validation BLEU"][0]] == [50, 100]
+    assert shown["sent per worker so far, MB"][0][-1] == [100, pytest.approx(record["bytes_sent_per_worker"] / 1e6)]
 
 
 @pytest.mark.slow

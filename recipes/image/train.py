@@ -111,7 +111,7 @@ class ScriptArguments:
         },
     )
     inner_momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner SGD, --optim sgd."})
-    plot: bool = field(default=False, metadata={"help": "Write a PNG of loss and consensus distance."})
+    plot: bool = field(default=False, metadata={"help": "Write a PNG of loss, accuracy, drift, utilisation, bytes."})
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -196,8 +196,8 @@ def main() -> None:
         write_record(record, Path(args.output_dir) / "record.json")
         print_table(record, {"accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}"})
         if script.plot:
-            curves = {"loss": "training loss", "slowmo/consensus_distance": "consensus distance"}
-            plot(trainer.state.log_history, Path(args.output_dir) / "training.png", curves)
+            picture = Path(args.output_dir) / "training.png"
+            plot(trainer.state.log_history, picture, ("eval_accuracy", "test accuracy"), record)
 
 
 def end(error: object) -> NoReturn:

@@ -33,12 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders sh
 from image import data as image_data
 from records import SettingError, end_program, write_record
 from studies import cifar10, multi30k, small_images, small_translation
+from studies.drawing import plot, plot_sweep
 from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
 from studies.kept import Clock, Keeper
 from studies.plan import TASKS, Run, Tuned, choose, sweeps, table1, tuning
 from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
-from studies.showing import data_line, plot, plot_sweep, table
+from studies.showing import data_line, table
 from translation import data as translation_data
 
 # Modules with `load`, `train` and `LIBRARIES`, and the scripts that train at the paper's size on a cluster.

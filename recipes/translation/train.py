@@ -139,9 +139,7 @@ class ScriptArguments:
     length_penalty: float = field(
         default=0.6, metadata={"help": "Exponent of the length that a beam's log-probability is divided by."}
     )
-    plot: bool = field(
-        default=False, metadata={"help": "Write a PNG of loss, validation BLEU and consensus distance."}
-    )
+    plot: bool = field(default=False, metadata={"help": "Write a PNG of loss, BLEU, drift, utilisation, bytes."})
 
     def __post_init__(self) -> None:
         for name, least, unit in (
@@ -241,12 +239,8 @@ def main() -> None:
         write_record(record, Path(args.output_dir) / "record.json")
         print_table(record, table_of(record, sets))
         if script.plot:
-            curves = {
-                "loss": "training loss",
-                "eval_bleu": "validation BLEU",
-                "slowmo/consensus_distance": "consensus distance",
-            }
-            plot(trainer.state.log_history, Path(args.output_dir) / "training.png", curves)
+            picture = Path(args.output_dir) / "training.png"
+            plot(trainer.state.log_history, picture, ("eval_bleu", "validation BLEU"), record)
 
 
 def end(error: object) -> NoReturn:
