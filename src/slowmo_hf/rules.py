@@ -63,7 +63,7 @@ RULES = (
     Rule("topology", "base", GOSSIP_BASES, "it says who sends to whom in gossip"),
     Rule("peers", "base", GOSSIP_BASES, "it says to how many workers each sends in gossip"),
     Rule("exact_average", "base", GOSSIP_BASES, "without gossip nothing else would bring workers together"),
-    Rule("staleness", "base", ("osgp",), "its exchange alone travels behind the computation"),
+    Rule("staleness", "base", ("osgp",), "its exchange alone travels while the next steps compute"),
     Rule(
         "topology",
         "base",
