@@ -229,7 +229,7 @@ def test_speed_compares_two_checkouts():
 
 def test_the_record_of_columns_is_what_the_readme_says():
     record = json.loads((ROOT / "benchmarks" / "records" / "columns.json").read_text())
-    words = (ROOT / "benchmarks" / "README.md").read_text()
+    words = (ROOT / "docs" / "benchmarks.md").read_text()
     for size, sides in record["figures"].items():
         found, seconds = sides["after / before"], [sides[side]["seconds"]["median"] for side in ("before", "after")]
         assert found["ratio"] <= 0.55
@@ -245,7 +245,7 @@ def test_the_record_of_speed_has_enough_turns(name):
         for figure in parts.values():
             assert figure["new / before"]["n"] >= 20
             assert figure["new / before"]["met"] == (figure["new / before"]["ratio"] <= speed.AT_MOST)
-    words = (ROOT / "benchmarks" / "README.md").read_text()
+    words = (ROOT / "docs" / "benchmarks.md").read_text()
     for setting, parts in record["figures"].items():
         ratios = [f"{parts[part]['new / before']['ratio']:.3f}" for part in ("start", "local step", "round", "view")]
         assert f"| {setting} | {' | '.join(ratios)} |" in words
@@ -264,7 +264,7 @@ def test_start_cost_compares_with_stock():
 
 def test_the_record_of_the_start_is_what_the_readme_says():
     record = json.loads((ROOT / "benchmarks" / "records" / "start_cost.json").read_text())
-    figures, words = record["figures"], (ROOT / "benchmarks" / "README.md").read_text()
+    figures, words = record["figures"], (ROOT / "docs" / "benchmarks.md").read_text()
     assert record["parameter_bytes"] == pytest.approx(1e8, rel=0.1)
     for program in ("ours", "before"):
         found = figures[f"{program} / stock"]
