@@ -6,6 +6,7 @@ measured.
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,21 @@ def test_speed_compares_two_checkouts():
             assert min(medians) > 0
             assert figure["new / before"]["n"] == 3
             assert figure["new / before"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=0.05)
+
+
+@pytest.mark.slow
+def test_trajectories_say_what_a_change_of_the_update_does(tmp_path):
+    """This checkout beside a copy that forgets the velocity: all differ, but what has no slow momentum."""
+    shutil.copytree(ROOT / "src" / "slowmo_hf", tmp_path / "slowmo_hf")
+    rule = tmp_path / "slowmo_hf" / "algorithm" / "slow_momentum.py"
+    rule.write_text(rule.read_text().replace("alpha=outer_momentum * lr_ratio", "alpha=0.0"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "trajectories.py"), "--before", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    said = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    same = {name for name, words in said.items() if words.strip() == "the same"}
+    assert len(said) == 12
+    assert same == {"double averaging", "DiLoCo"}
 
 
 def test_the_record_of_columns_is_what_the_readme_says():

@@ -29,9 +29,7 @@ REWRITTEN_ELSEWHERE = {
     "docs/checkpoints.md",
     "docs/from_ddp.md",
     "docs/fsdp.md",
-    "docs/internals.md",
     "docs/launch.md",
-    "docs/results.md",
     "docs/what_you_see.md",
     "docs/when.md",
 }
@@ -83,12 +81,14 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_has_every_page(site):
     pages = {path.stem for path in ROOT.glob("docs/*.md")}
     assert {path.stem for path in site.glob("*.html")} >= pages
     assert not list(site.rglob("*.py"))
 
 
+@pytest.mark.slow
 def test_the_site_needs_no_network_and_every_link_in_it_leads_somewhere(site, subtests):
     for path in sorted(site.glob("*.html")):
         text = path.read_text()
@@ -101,6 +101,7 @@ def test_the_site_needs_no_network_and_every_link_in_it_leads_somewhere(site, su
                     assert (site / inside.lstrip("/").partition("?")[0]).exists(), target
 
 
+@pytest.mark.slow
 def test_the_reference_has_every_public_name_with_the_types_of_its_signature(site):
     text = (site / "reference.html").read_text()
     for name in slowmo_hf.__all__:
@@ -109,6 +110,7 @@ def test_the_reference_has_every_public_name_with_the_types_of_its_signature(sit
     assert "optional</em>" not in text
 
 
+@pytest.mark.slow
 def test_the_changelog_is_the_repository_s(site):
     first = re.search(r"^- `(\w+)`", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert f"<code>{first}</code>" in (site / "changelog.html").read_text()
@@ -344,10 +346,15 @@ def test_links_lead_to_something(name):
 
 # What a command begins with, and the test that runs it, or the same program with other arguments.
 COMMANDS = {
+    r"make docs": "tests/test_docs.py::test_the_site_has_every_page",
+    r"make train": "tests/test_recipes.py::test_record_is_complete_and_right",
+    r"pip install \.": "tests/test_packaging.py::test_an_installed_wheel_works_outside_the_checkout",
     r"python benchmarks/round_cost\.py": "tests/test_benchmarks.py::test_the_command_writes_a_record",
     r"python benchmarks/start_cost\.py": "tests/test_benchmarks.py::test_start_cost_compares_with_stock",
     r"python benchmarks/speed\.py": "tests/test_benchmarks.py::test_speed_compares_two_checkouts",
-    r"python benchmarks/trajectories\.py": "tests/test_benchmarks.py::XX",
+    r"python benchmarks/trajectories\.py": (
+        "tests/test_benchmarks.py::test_trajectories_say_what_a_change_of_the_update_does"
+    ),
     r"python benchmarks/kill\.py": "tests/test_kill.py::test_a_killed_job_goes_on_by_itself_and_ends_the_same",
     r"python recipes/studies/reproduce\.py --scale paper": (
         "tests/test_reproduce.py::test_the_clusters_commands_are_the_papers_rows"

@@ -62,7 +62,7 @@ class Agreement:
         changed_buffers (`list[str]`): All buffers and frozen parameters that have changed anywhere.
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
-        ahead (`bool`): Whether the round's messages have set out before this was heard.
+        ahead (`bool`): Whether the round's messages were sent before this was heard.
         spent (`list[Spent]`): Every rank's seconds of its last report.
         losses (`list[float]`): Every rank's mean loss since its last log; NaN where nobody knows it.
     """
@@ -132,7 +132,7 @@ class Header:
         changed (`Changed`): The buffers and frozen parameters that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can, but for what `changed` says.
         stop (`bool`): Whether this process was asked to save and stop.
-        ahead (`bool`): Whether the round's messages set out with it.
+        ahead (`bool`): Whether the round's messages are sent with it.
         spent (`Spent`): Its seconds of its last report.
         loss (`float`): Its mean loss since the last log.
     """
