@@ -102,6 +102,18 @@ def test_the_site_needs_no_network_and_every_link_in_it_leads_somewhere(site, su
 
 
 @pytest.mark.slow
+def test_lists_and_tables_are_some_on_the_site_too(site, subtests):
+    """Other than in the repository, one that follows a line of prose needs an empty line before it."""
+    for path in sorted(site.glob("*.html")):
+        if f"docs/{path.stem}.md" in REWRITTEN_ELSEWHERE:
+            continue
+        with subtests.test(path.name):
+            article = path.read_text().partition("<article")[2].partition("</article>")[0]
+            for paragraph in re.findall(r"<p>(.*?)</p>", article, re.DOTALL):
+                assert not re.search(r"^\s*([-*] |\d+\. |\| )", paragraph, re.MULTILINE), paragraph[:200]
+
+
+@pytest.mark.slow
 def test_the_reference_has_every_public_name_with_the_types_of_its_signature(site):
     text = (site / "reference.html").read_text()
     for name in slowmo_hf.__all__:

@@ -1,6 +1,6 @@
 r"""
-Push-sum gossip between rounds: SGP, D-PSGD and, with messages in flight during the next steps, OSGP (Assran et al. 2019,
-stochastic gradient push).
+Push-sum gossip between rounds: SGP, D-PSGD and, with messages in flight during the next steps, OSGP (Assran et al.
+2019, stochastic gradient push).
 
 Worker i keeps a numerator x_i and a push-sum weight w_i (1 after a round); its parameters hold the de-biased
 z_i = x_i / w_i, where gradients are taken. After optimizer step k (an inner step moved the parameters from z to z'):
