@@ -313,6 +313,9 @@ def test_the_tables_of_settings_are_what_the_configuration_answers():
     page = (ROOT / "docs/compatibility.md").read_text()
     assert with_every_base() in page
     assert with_each_other() in page
+    with pytest.raises(ValueError, match="compression") as refused:
+        slowmo_hf.SlowMoConfig(base="sgp", compression="int8")
+    assert f"ValueError: {refused.value}" in normal(page)
 
 
 def test_the_versions_are_those_of_the_package():
@@ -426,7 +429,7 @@ WORDS = {
     r"\b(?:go|goes|going|gone|went) ahead\b": "in flight",
     r"\bbehind the (?:next steps' |next \w+ steps' )?computation\b": "while the next steps compute",
     r"\bleaders?\b": "replica group, counterpart, column",
-    r"\b(?:freq|gmb|utils|helpers?)\b": "the thing's own name",
+    r"\b(?:freq|gmb|ps|utils|helpers?)\b": "the thing's own name",
     r"\b(?<!context )managers?\b": "the thing's own name",
     r"\bmaster\b(?! weights)": "rank 0, or the first machine",
 }
