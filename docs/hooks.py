@@ -23,9 +23,10 @@ def on_files(files: Any, *, config: Any) -> Any:
     """Pictures outside `docs/` come along, under `outside/` and their path in the repository."""
     for page in list(files.documentation_pages()):
         for found in LINK.finditer(Path(page.abs_src_path).read_text()):
-            name = f"outside/{found['path']}"
-            if found["picture"] and files.get_file_from_path(name) is None:
-                files.append(File.generated(config, name, abs_src_path=str(ROOT / found["path"])))
+            name, source = f"outside/{found['path']}", ROOT / found["path"]
+            # One that is missing is a link that leads nowhere, which ends a strict build.
+            if found["picture"] and source.exists() and files.get_file_from_path(name) is None:
+                files.append(File.generated(config, name, abs_src_path=str(source)))
     return files
 
 

@@ -341,6 +341,11 @@ def anchors(text):
     return found
 
 
+def test_anchors_by_hand():
+    text = "# A `b` c\n## To τ\n## To τ\n```text\n# none\n```\n### 1.2, [what](x.md#y) & more"
+    assert anchors(text) == ["a-b-c", "to-τ", "to-τ-1", "12-what--more"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_to_something(name):
     page, wrong = ROOT / name, []
@@ -381,9 +386,10 @@ COMMANDS = {
 
 
 def commands(lines):
-    """Of a block, each on one line, without comments."""
+    """Of a block, each on one line, without comments and what it sets in the environment."""
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [line for raw in joined.splitlines() if (line := re.sub(r"(^|\s)#.*", "", raw).strip())]
+    bare = (re.sub(r"^(\w+=\S+(\s+|$))+", "", re.sub(r"(^|\s)#.*", "", line).strip()) for line in joined.splitlines())
+    return [line for line in bare if line]
 
 
 def untested(text):
@@ -404,9 +410,7 @@ def test_commands_are_run_by_a_test(name):
 
 
 def test_an_untested_command_is_found():
-    text = (
-        "```bash\n# first\nmake tea \\\n    --hot   # now\n```\n<!-- not run: needs a GPU -->\n```bash\nmake gold\n```"
-    )
+    text = "```bash\n# first\nCUPS=2\nHOT=1 make tea \\\n    --hot   # now\n```\n<!-- not run: needs a GPU -->\n```bash\nmake gold\n```"
     assert untested(text) == ["make tea --hot"]
 
 
