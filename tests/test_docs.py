@@ -410,7 +410,8 @@ def test_commands_are_run_by_a_test(name):
 
 
 def test_an_untested_command_is_found():
-    text = "```bash\n# first\nCUPS=2\nHOT=1 make tea \\\n    --hot   # now\n```\n<!-- not run: needs a GPU -->\n```bash\nmake gold\n```"
+    first = "```bash\n# first\nCUPS=2\nHOT=1 make tea \\\n    --hot   # now\n```\n"
+    text = f"{first}<!-- not run: needs a GPU -->\n```bash\nmake gold\n```"
     assert untested(text) == ["make tea --hot"]
 
 
