@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
-.PHONY: train test test-fast lint gpu
+.PHONY: train test test-fast lint docs gpu
 
 train: $(VENV)/.recipes  ## The main job: two workers, slow momentum, real images.
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/configs/cpu_two_processes.yaml \
@@ -22,6 +22,9 @@ test-fast: lint  ## The same without the tests that take long or start a script 
 lint: $(VENV)/.test  ## Linter and types.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+docs: $(VENV)/.docs  ## The docs as a site, in site/: open site/index.html. Neither the build nor a page asks a network.
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 # GPU_PYTHON=python3 takes a Python that has torch, transformers, accelerate and pytest already, and installs nothing.
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)  ## All that wants a CUDA device. ARGS="--minutes 9"; the next call goes on.
 	PYTHONPATH=src $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(ARGS)
@@ -35,4 +38,8 @@ $(VENV)/.recipes: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install -e ".[dev]"
-	touch $@ $(VENV)/.recipes
+	touch $@ $(VENV)/.recipes $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install -e ".[docs]"
+	touch $@

@@ -7,7 +7,7 @@ machine, one thread each.
 
 Everything that is compared is measured in one run, interleaved, in an order that changes from repetition to repetition
 (the same on all ranks). A timing is the mean over the ranks, which start it together; figures are medians with the
-10th and 90th percentile. The last result is `benchmarks/records/round_cost.json`; benchmarks/README.md says what each
+10th and 90th percentile. The last result is `benchmarks/records/round_cost.json`; docs/benchmarks.md says what each
 figure means.
 """
 

@@ -6,6 +6,7 @@ measured.
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,9 +228,24 @@ def test_speed_compares_two_checkouts():
             assert figure["new / before"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=0.05)
 
 
+@pytest.mark.slow
+def test_trajectories_say_what_a_change_of_the_update_does(tmp_path):
+    """This checkout beside a copy that forgets the velocity: all differ, but what has no slow momentum."""
+    shutil.copytree(ROOT / "src" / "slowmo_hf", tmp_path / "slowmo_hf")
+    rule = tmp_path / "slowmo_hf" / "algorithm" / "slow_momentum.py"
+    rule.write_text(rule.read_text().replace("alpha=outer_momentum * lr_ratio", "alpha=0.0"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "trajectories.py"), "--before", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    said = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    same = {name for name, words in said.items() if words.strip() == "the same"}
+    assert len(said) == 12
+    assert same == {"double averaging", "DiLoCo"}
+
+
 def test_the_record_of_columns_is_what_the_readme_says():
     record = json.loads((ROOT / "benchmarks" / "records" / "columns.json").read_text())
-    words = (ROOT / "benchmarks" / "README.md").read_text()
+    words = (ROOT / "docs" / "benchmarks.md").read_text()
     for size, sides in record["figures"].items():
         found, seconds = sides["after / before"], [sides[side]["seconds"]["median"] for side in ("before", "after")]
         assert found["ratio"] <= 0.55
@@ -245,7 +261,7 @@ def test_the_record_of_speed_has_enough_turns(name):
         for figure in parts.values():
             assert figure["new / before"]["n"] >= 20
             assert figure["new / before"]["met"] == (figure["new / before"]["ratio"] <= speed.AT_MOST)
-    words = (ROOT / "benchmarks" / "README.md").read_text()
+    words = (ROOT / "docs" / "benchmarks.md").read_text()
     for setting, parts in record["figures"].items():
         ratios = [f"{parts[part]['new / before']['ratio']:.3f}" for part in ("start", "local step", "round", "view")]
         assert f"| {setting} | {' | '.join(ratios)} |" in words
@@ -264,7 +280,7 @@ def test_start_cost_compares_with_stock():
 
 def test_the_record_of_the_start_is_what_the_readme_says():
     record = json.loads((ROOT / "benchmarks" / "records" / "start_cost.json").read_text())
-    figures, words = record["figures"], (ROOT / "benchmarks" / "README.md").read_text()
+    figures, words = record["figures"], (ROOT / "docs" / "benchmarks.md").read_text()
     assert record["parameter_bytes"] == pytest.approx(1e8, rel=0.1)
     for program in ("ours", "before"):
         found = figures[f"{program} / stock"]

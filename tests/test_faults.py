@@ -747,7 +747,7 @@ def _different_looks(rank):
 @pytest.mark.apart(_different_looks, survivors=(0, 1))
 def test_a_look_on_one_rank_alone_is_told_on_both(apart):
     (first, second), seconds = apart
-    places = f"rank 0 on {HOST} at step 8, the round; rank 1 on {HOST} at step 6, a look at the average"
+    places = f"rank 0 on {HOST} at step 8, the round; rank 1 on {HOST} at step 6, a view of the average"
     assert first == second
     assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
     assert seconds < TIMEOUT_SECONDS

@@ -23,7 +23,7 @@ WORKERS, TAU, STEPS = 2, 3, 8
 MUON_LR, MUON_DECAY, MUON_MOMENTUM = 0.02, 0.1, 0.95
 ADAM_LR, ADAM_DECAY, BETAS, EPS = 3e-3, 0.01, (0.9, 0.999), 1e-8
 OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9
-DOCS = Path(__file__).parents[1] / "docs" / "bases.md"
+DOCS = Path(__file__).parents[1] / "docs" / "algorithms.md"
 
 
 def orthogonal(momentum):

@@ -419,7 +419,7 @@ def test_what_differs_is_told_on_all_when_it_is_heard_of():
     assert (first, second) == (15, 12)
     assert words == same
     assert re.match(
-        r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a look", words
+        r"ranks met at different places: rank 0 on \S+ at step 12, the round; rank 1 on \S+ at step 11, a view", words
     )
 
 

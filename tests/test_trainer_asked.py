@@ -432,7 +432,7 @@ def test_one_rank_alone_is_told(tmp_path):
         }.items():
             error, seconds = out[name]
             assert error.startswith("RuntimeError: ranks met at different places: rank 0 on "), error
-            assert "at step 3, a look at the average" in error
+            assert "at step 3, a view of the average" in error
             assert place in error
             assert "save_model of a Trainer that trains, and slowmo_hf.consensus) is called by all ranks" in error
             assert seconds < 10 * patience(1)

@@ -36,10 +36,10 @@ class SlowMoConfig(Presets):
 
     Args:
         base (`str`, *optional*, defaults to `"local_sgd"`): What workers do at every step. `"local_sgd"`: nothing;
-            they meet at rounds only. `"sgp"`: stochastic gradient push, one push-sum exchange per step. `"osgp"`: the
-            same behind the next steps' computation. `"dpsgd"`: one symmetric exchange per step. `"all_reduce"`:
-            gradients averaged by DDP over all processes, the baseline; without an outer update (momentum 0, `outer_lr`
-            1) it is stock training.
+            they communicate at rounds only. `"sgp"`: stochastic gradient push, one push-sum exchange per step.
+            `"osgp"`: the same while the next steps compute. `"dpsgd"`: one symmetric exchange per step.
+            `"all_reduce"`: gradients averaged by DDP over all processes, the baseline; without an outer update
+            (momentum 0, `outer_lr` 1) it is stock training.
         sync_every (`int`, *optional*, defaults to `12`):
             Inner steps per round, the paper's tau, in optimizer steps (not micro-batches).
         outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`): The update of the anchors.
@@ -74,25 +74,26 @@ class SlowMoConfig(Presets):
         staleness (`int`, *optional*, defaults to `1`):
             Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
         overlap_steps (`int`, *optional*, defaults to `0`): Steps that workers train on while the average of a round
-            travels: fewer than `sync_every`; `base="local_sgd"` only. It is then taken in with the progress made
-            meanwhile (docs/wire.md). A copy of the parameters more, and messages for all of them. With `compression` a
-            round has two stages, the second of which sets out at the step that finds the first one here: 2 hide both.
+            travels: fewer than `sync_every`; `base="local_sgd"` only. It is then applied, and the progress made
+            meanwhile is kept (docs/wire.md). A copy of the parameters more, and messages for all of them. With
+            `compression` a round has two stages, and the second starts at the step that finds the first one here: 2
+            hide both.
         compression (`str`, *optional*, defaults to `"none"`): What a round's average travels in; `base="local_sgd"`
             only. `"bf16"`: half the bytes of fp32. `"int8"`: a quarter, and 1.6 % of that for scales. What rounding
             holds back is added to the next round's message (error feedback). Memory: 4 bytes per trainable parameter
-            more and 4/m with m workers (8 for fp64), and 2 (int8) or 4 (bf16) for messages. Looks, buffers and inner
+            more and 4/m with m workers (8 for fp64), and 2 (int8) or 4 (bf16) for messages. Views, buffers and inner
             states travel as ever.
         shard_slow_state (`bool`, *optional*, defaults to `False`): Each of m workers keeps 1/m of the anchors and the
             velocity and does the outer update there; the result and the bytes of a round are the same (docs/wire.md).
             For `base="local_sgd"` with `"slow_momentum"`. With `overlap_steps` 2 or more both of its halves travel
-            behind the computation.
+            while the next steps compute.
         slow_state_device (`str`, *optional*, defaults to `"same"`): Where that shard lies and is updated: the
             parameters' device (`"same"`) or `"cpu"`; with `shard_slow_state` only.
         stash_device (`str`, *optional*, defaults to `"same"`):
-            Where local weights wait while the average is looked at: `"same"` device or `"cpu"`.
+            Where local weights wait while the average is shown: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB): What the messages of a round take in memory, in bytes,
             at most. Two take turns, each an eighth of what travels and 16 MiB at least; less memory makes more of
-            them. Messages behind the computation (`overlap_steps`, `osgp`) have this size each.
+            them. Messages in flight over several steps (`overlap_steps`, `osgp`) have this size each.
         timeout_seconds (`float`, *optional*, defaults to `1800.0`):
             How long a round waits for a worker before it fails, 0.001 to 1e9.
 

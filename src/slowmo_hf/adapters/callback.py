@@ -210,18 +210,18 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._round_logs.rounds.append(report)
 
     def _catch_up(self) -> None:
-        """A callback before this one looks at the average where the step has been taken: it is counted first."""
+        """A callback before this one shows the average where the step has been taken: it is counted first."""
         trainer = self._find_trainer()
         if upstream.is_telling(trainer.callback_handler, "on_optimizer_step"):
             self._count_step(trainer.optimizer, trainer.state)
 
-    # ---- looks: evaluation and saving follow on_step_end and on_epoch_end ----
+    # ---- views: evaluation and saving follow on_step_end and on_epoch_end ----
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """
-        Give the local weights back. The generators went back after the look: the next batches have been drawn since.
+        Give the local weights back. The generators went back after the view: the next batches have been drawn since.
         """
         if self.outer_loop is not None:
             self.outer_loop.consensus.restore(give_back_random_state=False)

@@ -195,7 +195,7 @@ Accelerator.prepare_optimizer = _note(Accelerator.prepare_optimizer)  # type: ig
 
 def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
     """
-    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same step on, where a round is taken in.
+    Whether a rank was sent SIGTERM or SIGUSR1; True on all ranks from the same step on, where a round is applied.
     Call it after every step, from the first one on:
 
         if slowmo_hf.stop_requested(optimizer):

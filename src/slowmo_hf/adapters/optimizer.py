@@ -211,12 +211,12 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def before_training(self, act: Callable[[OuterLoop], None]) -> None:
         """
-        Call `act` before training starts or goes on, at the next forward pass, step or look: a checkpoint is taken up
+        Call `act` before training starts or goes on, at the next forward pass, step or view: a checkpoint is taken up
         there.
         """
         self._before_training = act
         if self.outer_loop is not None:
-            self.outer_loop.consensus.restore()  # what is loaded now would be undone by the end of a look
+            self.outer_loop.consensus.restore()  # what is loaded now would be undone by the end of a view
             self._stop_listening = listen(self)
 
     @property
@@ -234,7 +234,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             self._stop_signals = StopSignals(self._on_signal)
 
     def _on_signal(self, name: str) -> None:
-        of_this_rank.warning("%s: stop_requested is True on all ranks when they next take in a round", name)
+        of_this_rank.warning("%s: stop_requested is True on all ranks when the next round is applied", name)
         self._stop_asked = True
         if self.outer_loop is not None:
             self.outer_loop.status.stop_asked = True

@@ -37,7 +37,7 @@ class Ending:
         """Ask all ranks to save and stop."""
         self.outer_loop.status.stop_asked = True
         of_this_rank.warning(
-            "%s: all ranks save when they next take in a round, and exit with code %d", name, REQUEUE_EXIT_CODE
+            "%s: all ranks save when the next round is applied, and exit with code %d", name, REQUEUE_EXIT_CODE
         )
 
     def all_gather(self, control: TrainerControl) -> bool:

@@ -11,7 +11,7 @@ from ..contents import Contents, Restored, Saved
 @dataclass
 class Rates:
     """
-    The inner learning rates of a worker's attempted steps since a round set out, per parameter group: gamma of the
+    The inner learning rates of a worker's attempted steps since a round's launch, per parameter group: gamma of the
     round is their mean. Kept as the first one and what the others are above it, so that equal rates have that mean to
     the last bit.
 

@@ -31,7 +31,7 @@ def end_together(
     Args:
         all_meet_here (`bool`): False where others may train on from this step: with a
             gossip base this rank then takes part in their exchanges until all next meet.
-        others_meet_at (`Callable`): Whether they meet at a later step that is no round. A meeting that it
+        others_meet_at (`Callable`): Whether they meet at a later step that is no round. A status exchange that it
             does not know of is missed, and told after `timeout_seconds`.
     """
     if not parts.meets_others:

@@ -61,7 +61,7 @@ class InFlight:
 
     @property
     def _goes_ahead(self) -> bool:
-        """Whether a round's messages set out before anybody has heard of the others; the same on all."""
+        """Whether a round's messages are sent before anybody has heard of the others; the same on all."""
         parts = self.parts
         return bool(parts.config.overlap_steps) and parts.status.parameters_alone and parts.workers.world.fails_cleanly
 
@@ -148,7 +148,7 @@ class InFlight:
         self.parts.costs.begin()
 
     def finish(self) -> None:
-        """Training has ended on an average that has taken in what is under way."""
+        """Training has ended on an average that contains what is in flight."""
         for one in self.rounds:
             one.drain()
         self.rounds = []

@@ -4,7 +4,7 @@ The heart: the clock drives rounds (Algorithm 1 of SlowMo, https://huggingface.c
     for every optimizer step k = 1, 2, ...                    OuterLoop.step
         the inner optimizer has stepped, gossip mixes         line 4                        Parts.exchange
         if k is a multiple of sync_every:                     Clock.round_is_due            InFlight.launch
-            x_i sets out                                                                    Round.launch
+            x_i is sent                                                                     Round.launch
             pseudo_grad = mean_i(anchor - x_i)                line 6, x_{t,0} - x_{t,tau}   Round.settle
             velocity    = beta r velocity + pseudo_grad       line 7, v = gamma u           slow_momentum_update_
             anchor      = anchor - alpha velocity             line 8

@@ -24,7 +24,7 @@ class RoundReport:
         seconds (`float`): Wall time of the same on this rank, waiting included.
         utilisation (`float`, *optional*): Of the round before this one, whose seconds ride in this round's status
             exchange: on each rank the time outside of rounds and exchanges over all time since the round before that
-            (looks do not count), and of these the mean over ranks, the same on all. None where a rank has no round
+            (views do not count), and of these the mean over ranks, the same on all. None where a rank has no round
             before: at the first one of a process.
     """
 

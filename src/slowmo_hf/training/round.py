@@ -2,8 +2,8 @@
 One round: launched at a multiple of sync_every, applied there or `overlap_steps` later. Without overlap it is the same
 round with a delay of 0.
 
-    launch    step k: what workers bring sets out; without overlap bucket by bucket, while the round is settled
-    hear      what all ranks say of it, where it set out before they had
+    launch    step k: what workers bring is sent; without overlap bucket by bucket, while the round is settled
+    hear      what all ranks say of it, where it was launched before they had
     settle    sums arrive (line 6), and the outer update is done (lines 7, 8): once, by whoever needs it first
     apply     step k + delay: every worker goes on from them
     drop      there was no round after all
@@ -58,7 +58,7 @@ class Round:
 
     def launch(self, hear: Callable[[], Agreement] | None = None) -> None:
         """
-        Displacements set out. With `hear` they do so before anybody has heard of the others: it waits for what all
+        Displacements are sent. With `hear` that is before anybody has heard of the others: it waits for what all
         say.
         """
         self._hear = hear

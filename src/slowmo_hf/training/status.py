@@ -38,7 +38,7 @@ class Purpose(IntEnum):
         """For errors."""
         return {
             Purpose.ROUND: "the round",
-            Purpose.LOOK: "a look at the average",
+            Purpose.LOOK: "a view of the average",
             Purpose.END: "the end of its training",
             Purpose.GATHER: "a log, an evaluation or a save",
         }[self]
@@ -62,7 +62,7 @@ class Agreement:
         changed_buffers (`list[str]`): All buffers and frozen parameters that have changed anywhere.
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
-        ahead (`bool`): Whether the round's messages have set out before this was heard.
+        ahead (`bool`): Whether the round's messages were sent before this was heard.
         spent (`list[Spent]`): Every rank's seconds of its last report.
         losses (`list[float]`): Every rank's mean loss since its last log; NaN where nobody knows it.
     """
@@ -132,7 +132,7 @@ class Header:
         changed (`Changed`): The buffers and frozen parameters that have changed here since the start.
         problem (`str`): Why it cannot take part; empty where it can, but for what `changed` says.
         stop (`bool`): Whether this process was asked to save and stop.
-        ahead (`bool`): Whether the round's messages set out with it.
+        ahead (`bool`): Whether the round's messages are sent with it.
         spent (`Spent`): Its seconds of its last report.
         loss (`float`): Its mean loss since the last log.
     """
@@ -232,15 +232,15 @@ class Header:
             f"rank {rank} on {host} at step {step}, {purpose.words}"
             for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))
         ]
-        looks = (
+        views = (
             "What shows the average (evaluate, predict and save_model of a Trainer that trains, and "
             "slowmo_hf.consensus) is called by all ranks at the same step, not by one alone: one rank writes the "
             "file anyway. "
         )
         raise RuntimeError(
-            f"ranks met at different places: {'; '.join(at)}. {looks if Purpose.LOOK in purposes else ''}Every rank "
-            "must take the same number of steps and look at the same ones: give all ranks equally many batches "
-            "(even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
+            f"ranks met at different places: {'; '.join(at)}. {views if Purpose.LOOK in purposes else ''}Every rank "
+            "must take the same number of steps and show the average at the same ones: give all ranks equally many "
+            "batches (even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
         )
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
@@ -258,7 +258,7 @@ class StatusExchange:
     """
     What this rank tells all others of itself, and what all know of each other since the last exchange.
 
-    Before a round, before a look that sends, before Trainer gathers and at the end all ranks exchange their status. A
+    Before a round, before a view that sends, before Trainer gathers and at the end all ranks exchange their status. A
     rank that ends first takes part in the others' rounds.
 
     Args:

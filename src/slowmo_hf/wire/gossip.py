@@ -1,6 +1,6 @@
 r"""
-Push-sum gossip between rounds: SGP, D-PSGD and, with messages behind the computation, OSGP (Assran et al. 2019,
-stochastic gradient push).
+Push-sum gossip between rounds: SGP, D-PSGD and, with messages in flight during the next steps, OSGP (Assran et al.
+2019, stochastic gradient push).
 
 Worker i keeps a numerator x_i and a push-sum weight w_i (1 after a round); its parameters hold the de-biased
 z_i = x_i / w_i, where gradients are taken. After optimizer step k (an inner step moved the parameters from z to z'):
@@ -10,7 +10,7 @@ z_i = x_i / w_i, where gradients are taken. After optimizer step k (an inner ste
     x, w <- x, w + the messages of step k - staleness                                         GossipBase._take_in
     z <- x / w
 
-A message is taken in exactly `staleness` steps after it was sent, never earlier and never later, so a run is
+A message is applied exactly `staleness` steps after it was sent, never earlier and never later, so a run is
 deterministic. Messages in flight hold part of the mass (w < 1 meanwhile): sum x and sum w over workers and messages
 never change but by gradients. With staleness 0 and uniform weights on a regular graph, or a two-sided one, w is 1
 throughout and stays home.
@@ -84,8 +84,8 @@ class GossipBase(Base):
     @torch.no_grad()
     def mix_(self, number: int, step: int = 0) -> None:
         """
-        Absorb the inner step, send, take in what is due, de-bias; exchange `number` of the schedule, after optimizer
-        step `step`. Where what is due comes from parameters that were not finite, here or there, nothing is taken in.
+        Absorb the inner step, send, apply what is due, de-bias; exchange `number` of the schedule, after optimizer
+        step `step`. Where what is due comes from parameters that were not finite, here or there, nothing is applied.
         """
         share = self.topology.weight(self.communicator.rank, number)
         if self.staleness:
