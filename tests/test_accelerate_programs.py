@@ -398,10 +398,9 @@ def test_a_loop_of_this_shape(loop):
 # ---- the page's loop ----
 
 
-def lines_of_the_page():
-    """The diff of the page as a program: its new lines and the ones that stay."""
-    page = (Path(__file__).parents[1] / "docs" / "quickstart_accelerate.md").read_text()
-    diff = page.split("```diff\n")[1].split("```")[0].splitlines()
+def lines_of(page, number):
+    """A diff of the page as a program: its new lines and the ones that stay."""
+    diff = (Path(__file__).parents[1] / page).read_text().split("```diff\n")[number].split("```")[0].splitlines()
     return "\n".join(line[2:] for line in diff if not line.startswith("-"))
 
 
@@ -424,7 +423,7 @@ def run_the_page(folder, resume):
         },
         **{"skip": 0, "loss_of": nn.functional.mse_loss, "evaluate": lambda model: seen.append(weights(model))},
     }
-    exec(lines_of_the_page(), names)
+    exec(lines_of("docs/quickstart_accelerate.md", 1), names)
     return [*seen, weights(names["model"])]
 
 
@@ -445,6 +444,38 @@ def test_the_pages_loop_trains_evaluates_saves_and_goes_on(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(mine, others[1:], strict=True))
     saved = load_file(tmp_path / "whole/model.safetensors")
     assert torch.equal(torch.cat([saved[name].flatten() for name in saved]).sort().values, whole[-1].sort().values)
+
+
+def run_the_readme():
+    """The lines of README's second diff, with a loop where it has dots."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(1)
+    rows = torch.randn(96, 4, dtype=torch.float64)
+    names = {
+        "accelerator": accelerator,
+        "loader": DataLoader(TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=4),
+        "model": nn.Linear(4, 1).double(),
+    }
+    names["optimizer"] = torch.optim.AdamW(names["model"].parameters(), lr=0.05)
+    before, dots, after = lines_of("README.md", 2).partition("...")
+    assert dots
+    exec(before, names)
+    for inputs, labels in names["loader"]:
+        accelerator.backward(nn.functional.mse_loss(names["model"](inputs), labels))
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+    own = weights(names["model"])
+    exec(after.partition("\n")[2], names)
+    return own, weights(names["model"])
+
+
+def test_the_readmes_loop_ends_on_the_average(tmp_path, monkeypatch):
+    """12 steps on each worker, one round; what it saves is the one model of both."""
+    monkeypatch.chdir(tmp_path)
+    (own, final), (other, others_final) = run_workers(run_the_readme, 2)
+    assert torch.equal(final, others_final)
+    saved = load_file(tmp_path / "trained/model.safetensors")
+    assert torch.equal(torch.cat([saved[name].flatten() for name in saved]).sort().values, final.sort().values)
 
 
 def gather_the_loss():
