@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -18,6 +19,7 @@ from torch.utils.data import DistributedSampler
 from harness import patience, warnings_are_errors
 from launcher import ACCELERATE_LAUNCH, RECIPE_ENVIRONMENT, ROOT, run_really, run_script
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, finish, run_in_process, verify_checkpoint
+from test_trainer_breadth import tiny_llama, tokenizer
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "how_it_works.ipynb"
@@ -274,6 +276,43 @@ def test_sft_lora(tmp_path):
     assert losses[-1] < losses[0] - 0.3
     sent = re.search(r"([\d.]+) kB per worker and round of 4 steps", said)
     assert float(sent.group(1)) == pytest.approx(sum(v.numel() for v in adapters.values()) * 4 / 1000, rel=0.01)
+
+
+# ---- a model and data of one's own ----
+
+
+def own_model_and_data(folder):
+    """(a folder with a model and its tokenizer, a folder with text)"""
+    model, data = folder / "model", folder / "data"
+    tiny_llama().save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    data.mkdir()
+    rows = [json.dumps({"text": " ".join("abcdefghij"[row % 5 :] * 8)}) for row in range(600)]
+    (data / "train.jsonl").write_text("\n".join(rows))
+    return model, data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["trainer_lm.py", "sft_lora.py"])
+def test_a_model_and_data_of_ones_own(tmp_path, program):
+    """`--model_name` and `--dataset_name`: with learning rate 0 what is saved is what was loaded."""
+    model, data = own_model_and_data(tmp_path)
+    flags = f"--model_name {model} --dataset_name {data} --learning_rate 0 --max_steps 5 --sync_every 2"
+    _, ranks = run_example(program, tmp_path / "run", flags.split())
+    assert_all_equal(ranks)
+    given, out = load_file(model / "model.safetensors"), tmp_path / "run" / "out"
+    if program == "trainer_lm.py":
+        saved = load_file(out / "model.safetensors")
+        assert saved.keys() == given.keys()
+        assert all(torch.equal(saved[name], value) for name, value in given.items())
+        return
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    saved = load_file(out / "adapter_model.safetensors")
+    assert len(saved) == 2 * 7
+    for name, value in saved.items():
+        assert value.any() == ("lora_A" in name), "B starts at zero, and stays there"
+        layer = given[name.removeprefix("base_model.model.").replace("lora_A.", "").replace("lora_B.", "")]
+        assert value.shape == ((8, layer.shape[1]) if "lora_A" in name else (layer.shape[0], 8))
 
 
 # ---- as a user types it ----
