@@ -17,7 +17,7 @@ import slowmo_hf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "slowmo_hf"
-PROGRAMS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+PROGRAMS = sorted(path for folder in ("recipes", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 # From the top down: wings, which are folders, and in each the modules. A module imports from lower rows only, so two
 # of one row never know each other.
