@@ -489,6 +489,10 @@ def test_flags_beside_a_preset_win(tmp_path):
             "--max_length 2",
             "max_length must leave training pairs, got 2 tokens, and all are longer. Set --max_length.",
         ),
+        (
+            "--resume_from_checkpoint /no/such/checkpoint-5",
+            "resume_from_checkpoint must be true, false or a checkpoint's folder, got '/no/such/checkpoint-5', ",
+        ),
     ],
 )
 def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, said):
@@ -502,6 +506,33 @@ def test_the_best_checkpoint_has_the_least_nll():
         assert recipe.parse(["--metric_for_best_model", metric])[2].greater_is_better is greater
     args = recipe.parse(["--preset", "wmt16"])[2]
     assert (args.metric_for_best_model, args.greater_is_better, args.save_total_limit) == ("nll", False, 6)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_resume_of_another_size_is_refused(tmp_path, monkeypatch, capfd, heads):
+    """Of two sizes, and with other heads alone, where every weight would fit."""
+    monkeypatch.setitem(transformer.MODEL_SIZES, "few", {**transformer.MODEL_SIZES["mini"], "heads": heads})
+    transformer.make_transformer("few", 300).save_pretrained(tmp_path / "checkpoint-5")
+    shown = f"--output_dir {tmp_path} --use_cpu 1 --resume_from_checkpoint {tmp_path}/checkpoint-5"
+    said = (
+        rf"resume_from_checkpoint must be of a model of the same size, got '.*point-5' with .*'heads': {heads}\}}, "
+        r"and model_size=(tiny|mini) is .*'heads': 4\}\. Set --model_size"
+    )
+    ends_with_one_line(recipe, shown, "--model_size tiny", said, monkeypatch, capfd)
+    if heads == 2:
+        ends_with_one_line(recipe, shown, "--model_size mini", said, monkeypatch, capfd)
+    recipe.check_resumed_size("few", f"{tmp_path}/checkpoint-5")
+
+
+def test_resume_with_other_tokens_by_its_file(tokenizer, tmp_path):
+    """As many tokens of another text; how a call had them cut and padded is no difference."""
+    tokenizer.save_pretrained(tmp_path / "checkpoint-5")
+    other = tokens.train_tokenizer([row["target"][::-1] for row in pairs(400)], 600)
+    tokenizer("a b c", truncation=True, max_length=2, padding="max_length")
+    tokens.check_resumed_tokenizer(tokenizer, tmp_path, f"{tmp_path}/checkpoint-5")
+    tokens.check_resumed_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "checkpoint-5"), tmp_path, str(tmp_path))
+    with pytest.raises(recipe.SettingError, match=r"got '.*checkpoint-5' with 1,000 \(SHA-256 .* and now 600 \("):
+        tokens.check_resumed_tokenizer(other, tmp_path, f"{tmp_path}/checkpoint-5")
 
 
 def test_averaging_refuses_another_run_s_checkpoints(tmp_path):

@@ -12,6 +12,7 @@ the paper's table, on WMT'16 English-German from the Hub; flags beside it win. E
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -26,6 +27,7 @@ import sacrebleu
 import tokenizers
 import torch
 import transformers
+from accelerate.utils import gather_object
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -235,17 +237,16 @@ def main() -> None:
     """Parse, train, test, and write down what came out."""
     script, config, args = parse(sys.argv[1:])
     try:
+        resumed = checkpoint_to_resume(args)
+        check_resumed_size(script.model_size, resumed)
         sets = make_sets(script, args)
-        check_resumed_tokenizer(
-            sets.tokenizer, tokenizer_folder(script, args, sets.corpus), checkpoint_to_resume(args)
-        )
+        check_resumed_tokenizer(sets.tokenizer, tokenizer_folder(script, args, sets.corpus), resumed)
         transformers.set_seed(args.seed)
         trainer = make_trainer(script, config, args, sets)
     except (DataError, SettingError) as error:
         end(error)
     if trainer.is_world_process_zero():
         print_choices(script, sets, trainer.token_batches, args.gradient_accumulation_steps)
-    resumed = checkpoint_to_resume(args)
     others = checkpoints_of_others(args.output_dir, resumed)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resumed)
@@ -318,6 +319,38 @@ def _check_flags(script: ScriptArguments, args: RecipeTrainingArguments) -> None
             f"output_dir must hold no other run's checkpoints with average_checkpoints={script.average_checkpoints}, "
             f"got {found!r}. Set --output_dir, or go on from there with --resume_from_checkpoint true."
         )
+
+
+def check_resumed_size(model_size: str, checkpoint: str | None) -> None:
+    """
+    A checkpoint must be there, and of a model of the same shape: with another number of heads its weights would fit
+    and mean something else. All ranks decide alike.
+    """
+    if checkpoint is None:
+        return
+    file = Path(checkpoint) / "config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    named = {
+        "d_model": "d_model",
+        "layers": "encoder_layers",
+        "ffn": "encoder_ffn_dim",
+        "heads": "encoder_attention_heads",
+    }
+    there = {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
+    told = gather_object([(file.parent.is_dir(), there)])
+    if not any(is_there for is_there, _ in told):
+        raise SettingError(
+            f"resume_from_checkpoint must be true, false or a checkpoint's folder, got {checkpoint!r}, which is no "
+            "folder. Set --resume_from_checkpoint."
+        )
+    asked = {name: MODEL_SIZES[model_size][name] for name in named}
+    for _, shape in told:
+        if any(asked[name] != value for name, value in shape.items()):
+            raise SettingError(
+                f"resume_from_checkpoint must be of a model of the same size, got {checkpoint!r} with {shape}, and "
+                f"model_size={model_size} is {asked}. Set --model_size to that run's, or start anew with "
+                "--resume_from_checkpoint false."
+            )
 
 
 # ---- data and Trainer ----
@@ -421,6 +454,8 @@ def score(
 
     def score_one(steps: list[int]) -> dict[str, float]:
         models.put(steps)
+        if trainer.is_world_process_zero():
+            print(f"scores of the model of {_steps(steps)}:", flush=True)
         metrics = trainer.evaluate(metric_key_prefix="validation", num_beams=num_beams)
         test = trainer.predict(sets.test, num_beams=num_beams)
         if steps == models.chosen["saved"]:
