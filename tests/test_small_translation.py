@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,29 @@ def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match=r"1 empty lines, the first in row 0. Set --dataset_name") as error:
         small_translation.load(str(tmp_path))
     assert "--test_set" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"test.de": None}, r"a file for each language, got '.*test\.en' without 'test\.de'\."),
+        ({"test.de": ""}, r"must hold sentence pairs, got '.*test\.de', which is empty\."),
+        ({"test.de": "eins\n"}, r"as many lines in each language, got 60 in '.*test\.en' and 1 in '.*test\.de'\."),
+        (
+            {"test.de": "the cat is here\n" * 60, "test.en": "die Katze ist nicht hier\n" * 60},
+            r"got the other way round: .* 240 are in the other's sentences, 0 in their own, in the first 60 rows\.",
+        ),
+    ],
+)
+def test_wrong_text_names_no_flag_that_the_study_lacks(tmp_path, changed, said):
+    for split in ("train", "validation", "test"):
+        for name, line in ((f"{split}.en", "the cat is here\n"), (f"{split}.de", "die Katze ist nicht hier\n")):
+            content = changed.get(name, line * 60)
+            if content is not None:
+                (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{said} Set --dataset_name to other") as error:
+        small_translation.load(str(tmp_path))
+    assert set(re.findall(r"--\w+", str(error.value))) == {"--dataset_name"}
 
 
 def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):

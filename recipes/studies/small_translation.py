@@ -91,7 +91,7 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
                 f"validation and test must hold pairs of at most {size.max_length} tokens a side, got none."
             )
     except DataError as error:
-        said = re.split(r" (?:Set|Mend|Leave) ", str(error))[0]  # flags of translation.py
+        said = re.split(r" (?:Set|Mend|Leave|Add|Fill|Exchange) ", str(error))[0]  # flags of translation.py
         raise DataError(
             f"{said} Set --dataset_name to other English-German pairs, or leave it out for the shipped help text."
         ) from error
