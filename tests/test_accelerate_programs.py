@@ -450,7 +450,7 @@ def run_the_readme():
     """The lines of README's second diff, with a loop where it has dots."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(1)
-    rows = torch.randn(96, 4, dtype=torch.float64)
+    rows = torch.randn(80, 4, dtype=torch.float64)
     names = {
         "accelerator": accelerator,
         "loader": DataLoader(TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=4),
@@ -470,10 +470,12 @@ def run_the_readme():
 
 
 def test_the_readmes_loop_ends_on_the_average(tmp_path, monkeypatch):
-    """12 steps on each worker, one round; what it saves is the one model of both."""
+    """10 steps on each worker, and no round yet: the mean of both is what they end on, and what is saved."""
     monkeypatch.chdir(tmp_path)
     (own, final), (other, others_final) = run_workers(run_the_readme, 2)
     assert torch.equal(final, others_final)
+    assert not torch.equal(own, other)
+    assert torch.allclose(final, (own + other) / 2, rtol=0, atol=1e-7)  # averages are in fp32
     saved = load_file(tmp_path / "trained/model.safetensors")
     assert torch.equal(torch.cat([saved[name].flatten() for name in saved]).sort().values, final.sort().values)
 

@@ -356,9 +356,7 @@ def test_links_lead_to_something(name):
 COMMANDS = {
     r"make docs": "tests/test_docs.py::test_the_site_has_every_page",
     r"make train": "tests/test_recipes.py::test_record_is_complete_and_right",
-    r"torchrun --nproc-per-node 2 train\.py$": (
-        "tests/test_quickstarts.py::test_the_trainers_command_on_one_machine"
-    ),
+    r"torchrun --nproc-per-node 2 train\.py$": ("tests/test_quickstarts.py::test_the_trainers_command_on_one_machine"),
     r"torchrun --nproc-per-node 2 program\.py$": (
         "tests/test_quickstarts.py::test_the_accelerate_commands_on_one_machine_and_on_two"
     ),

@@ -227,9 +227,11 @@ def test_a_trainer_goes_on_with_two_and_with_three_machines(tmp_path):
         check_start(again, cluster.out / "checkpoint-16")
         check_end(again, cluster.out, steps=24)
         said = "".join(cluster.said(machine).read_text() for machine in range(4))
-    assert re.search(r"rank 2 on \S+ left without a word after step [89]; .* It was missed at step 12, the round", said)
+    assert re.search(
+        r"rank 2 on \S+ left without a word after step [89]; .* It was missed at step 12, the round", said
+    )
     assert "resumed with 2 workers in place of 3: all start from the average with the shared velocity" in said
-    assert said.count("SIGTERM: all ranks save when they next") == 2
+    assert said.count("SIGTERM: all ranks save when the next") == 2
     assert "saved at step 16 after a signal: exit code 75 asks for a requeue" in said
     assert "resumed with 3 workers in place of 2: all start from the average with the shared velocity" in said
     assert "with every worker's own state" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import sys
 import warnings
 from pathlib import Path
@@ -147,8 +148,107 @@ def test_text_of_another_encoding(tmp_path):
     for name in ("train", "validation", "test"):
         (tmp_path / f"{name}.en").write_bytes("größer\n".encode("latin-1"))
         (tmp_path / f"{name}.de").write_text("größer\n")
-    with pytest.raises(TextError, match=r"train\.en and .*train\.de must be UTF-8"):
+    with pytest.raises(
+        TextError, match=r"train_split must be text in UTF-8, got '.*train\.en' with line 1 .* --train_"
+    ):
         load_corpus(str(tmp_path))
+
+
+EN = ["the cat is here", "you are with the dog", "that is for you", "of the cat and the dog"] * 5
+DE = ["die Katze ist hier", "der Hund ist mit dir", "das ist nicht von mir", "ein Hund und eine Katze"] * 5
+
+
+def text_folder(folder, **changed):
+    """`train`, `validation` and `test` of twenty lines; `changed` by `split_language`: bytes, or None for no file."""
+    for split in ("train", "validation", "test"):
+        for language, lines in (("en", EN), ("de", DE)):
+            content = changed.get(f"{split}_{language}", "".join(f"{line}\n" for line in lines).encode())
+            if content is not None:
+                (folder / f"{split}.{language}").write_bytes(content)
+    return str(folder)
+
+
+def lines(sentences, end="\n", encoding="utf-8"):
+    return "".join(f"{line}{end}" for line in sentences).encode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"train_de": None},
+            r"train_split must have a file for each language, got '.*train.en' without 'train.de'. Add",
+        ),
+        (
+            {"test_en": None},
+            r"test_set must have a file for each language, got '.*test.de' without 'test.en'. .*--test_",
+        ),
+        (
+            {"train_en": None, "validation_en": None, "test_en": None},
+            r"train_split must have a file for each language, got '.*train.de' without 'train.en'. .* --source_lang",
+        ),
+        (
+            {"test_en": None, "test_de": None},
+            r"test_set must be one of the splits \['train', 'validation'\].*--test_set",
+        ),
+        (
+            {"validation_de": lines(DE[:17])},
+            r"validation_set must have as many lines in each language, got 20 in '.*n\.en' and 17 in '.*n\.de'. Mend",
+        ),
+        (
+            {"test_en": lines(EN, encoding="utf-16")},
+            r"test_set must be text in UTF-8, got '.*test.en' with line 1 that",
+        ),
+        (
+            {"train_de": lines(EN)},
+            r"en and de must be different languages, .* 20 of 20 training rows. Set --source_lang",
+        ),
+        (
+            {"test_de": lines(EN)},
+            r"en and de must be different .* 20 of 20 rows of test_set test. Set --source_lang and",
+        ),
+        (
+            {"train_en": lines(DE), "train_de": lines(EN)},
+            r"source_lang=en and target_lang=de must name the languages of the training rows, got the other way round",
+        ),
+        (
+            {"test_en": lines(DE), "test_de": lines(EN)},
+            r"source_lang=en .* of the rows of test_set test, got the other way .* Exchange the names .* --test_set",
+        ),
+        (
+            {"test_de": lines(["", *DE[1:]])},
+            r"test_set must hold sentence pairs, got 'test' with 1 empty lines, .* row 0",
+        ),
+        (
+            {"test_de": lines(DE, end="\r"), "test_en": lines(EN, end="\r")},
+            r"test_set must end lines with line feeds, got one line with carriage returns in '.*test.en' or",
+        ),
+    ],
+)
+def test_wrong_text_files_are_named(tmp_path, changed, said):
+    with pytest.raises(TextError, match=f"^{said}"):
+        load_corpus(text_folder(tmp_path, **changed))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+def test_marks_of_other_systems_are_no_text(tmp_path, end, mark):
+    folder = text_folder(tmp_path, train_en=mark + lines(EN, end), test_de=mark + lines(DE, end))
+    corpus = load_corpus(folder)
+    assert (corpus.train["source"][:], corpus.test["target"][:]) == (EN, DE)
+    text = "\n".join([*EN, *DE]).encode()
+    assert corpus.sha256() == dict.fromkeys(("train", "validation", "test"), hashlib.sha256(text).hexdigest())
+
+
+def test_swapped_languages_are_seen_in_english_and_german_alone(tmp_path):
+    """Under other names nobody can tell; and a few words are no evidence."""
+    folder = Path(text_folder(tmp_path, train_en=lines(DE[:4]), train_de=lines(EN[:4])))
+    assert load_corpus(str(folder)).train["source"][:] == DE[:4]
+    for path in folder.glob("*.en"):
+        path.rename(path.with_suffix(".xx"))
+    (folder / "train.xx").write_bytes(lines(DE))
+    (folder / "train.de").write_bytes(lines(EN))
+    assert load_corpus(str(folder), source_lang="xx").train["source"][:] == DE
 
 
 # ---- a study's progress ----

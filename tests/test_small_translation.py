@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,8 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data,
     metrics, curve = found["metrics"], found["curve"]
     assert [look["epoch"] for look in curve] == [1, 2, 3]
     assert metrics["validation_nll"] == curve[2]["validation_nll"]
+    for nats in ("training_loss", "training_nll", "validation_nll"):
+        assert [look[f"{nats}_bits"] for look in curve] == [look[nats] / math.log(2) for look in curve]
     assert metrics["best_validation_nll"] == min(look["validation_nll"] for look in curve)
     assert curve[2]["training_loss"] < curve[0]["training_loss"] - 0.5, "it learns"
     assert {column.removesuffix("_bits") for column in showing.SHOWN["translation"].columns} <= set(metrics)
@@ -187,7 +190,7 @@ def test_bleu_is_sacrebleus_on_the_beams_translations(data):
         small_translation._losses(model, data.test.rows, 0.0)[0].backward()
         adam.step()
         adam.zero_grad()
-    scores, _ = small_translation._scores(model, data)
+    scores = small_translation._scores(model, data)
     for name, part in (("test", data.test), ("validation", data.validation)):
         hypotheses = translate(model, data.tokenizer, part.sources, num_beams=4, length_penalty=0.6)
         assert scores[f"{name}_bleu"] == _sacrebleu(hypotheses, part.targets)[0]
@@ -220,6 +223,29 @@ def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
     assert "--test_set" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"test.de": None}, r"a file for each language, got '.*test\.en' without 'test\.de'\."),
+        ({"test.de": ""}, r"must hold sentence pairs, got '.*test\.de', which is empty\."),
+        ({"test.de": "eins\n"}, r"as many lines in each language, got 60 in '.*test\.en' and 1 in '.*test\.de'\."),
+        (
+            {"test.de": "the cat is here\n" * 60, "test.en": "die Katze ist nicht hier\n" * 60},
+            r"got the other way round: .* 240 are in the other's sentences, 0 in their own, in the first 60 rows\.",
+        ),
+    ],
+)
+def test_wrong_text_names_no_flag_that_the_study_lacks(tmp_path, changed, said):
+    for split in ("train", "validation", "test"):
+        for name, line in ((f"{split}.en", "the cat is here\n"), (f"{split}.de", "die Katze ist nicht hier\n")):
+            content = changed.get(name, line * 60)
+            if content is not None:
+                (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{said} Set --dataset_name to other") as error:
+        small_translation.load(str(tmp_path))
+    assert set(re.findall(r"--\w+", str(error.value))) == {"--dataset_name"}
+
+
 def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):
     """Weights 1 to 7, the best at epoch 2; then the run goes on from epoch 6 once more, and its end is another."""
     model = torch.nn.Linear(1, 1, bias=False)
@@ -232,7 +258,7 @@ def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):
         keep(epoch, 1.0 if epoch == 2 else 2.0, float(epoch))
     kept = KeptModels(tmp_path)
     assert kept.epochs() == {"best": [2], "last": [7], "mean_of_5": [3, 4, 5, 6, 7]}
-    assert {kind: state["weight"].item() for kind, state in kept.models().items()} == {
+    assert {kind: kept.mean(epochs)["weight"].item() for kind, epochs in kept.epochs().items()} == {
         "best": 2.0,
         "last": 7.0,
         "mean_of_5": 5.0,
@@ -240,7 +266,7 @@ def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):
     keep(6, 2.0, 16.0)  # 7 goes: it was of what is run again
     keep(7, 0.5, 27.0)
     assert kept.epochs() == {"best": [7], "last": [7], "mean_of_5": [3, 4, 5, 6, 7]}
-    assert kept.models()["mean_of_5"]["weight"].item() == (3 + 4 + 5 + 16 + 27) / 5
+    assert kept.mean(kept.epochs()["mean_of_5"])["weight"].item() == (3 + 4 + 5 + 16 + 27) / 5
     assert len(list(tmp_path.iterdir())) == 5
 
 

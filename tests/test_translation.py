@@ -1,6 +1,7 @@
 """The translation recipe: run as a user runs it, on shipped text, and its parts against stated values."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -12,9 +13,11 @@ import datasets
 import evaluate
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacremoses import MosesTokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
 from harness import run_workers
@@ -31,8 +34,9 @@ from translation import model as transformer  # noqa: E402
 from translation import tokens  # noqa: E402
 from translation import train as recipe  # noqa: E402
 from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds  # noqa: E402
-from translation.data import NEWSTESTS, DataError, load_corpus  # noqa: E402
-from translation.trainer import average_last  # noqa: E402
+from translation.data import NEWSTESTS, PROTOCOL_ROWS, DataError, load_corpus  # noqa: E402
+from translation.judged import all_scores, choose, judge, named  # noqa: E402
+from translation.trainer import RunModels, checkpoints_of_others  # noqa: E402
 
 RECORD_KEYS = {
     *(
@@ -82,6 +86,7 @@ RECORD_KEYS = {
         "seconds",
     ),
     *("seconds_communicating", "command", "versions", "commit", "hardware"),
+    *("corpus_sha256", "tokenizer_sha256", "steps_of_models", "seconds_scoring"),
 }
 
 
@@ -130,7 +135,7 @@ def run_recipe(output_dir: Path, flags: str, *, really: bool = False):
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """
-    Forty pairs by heart: two workers, a batch per epoch and process, checkpoints at steps 60, 80, 100; the last two
+    Forty pairs by heart: two workers, a batch per epoch and process, checkpoints at steps 20, 40 to 100; the last two
     averaged.
     """
     folder = tmp_path_factory.mktemp("learned")
@@ -140,7 +145,7 @@ def learned(tmp_path_factory):
         folder / "out",
         f"--dataset_name {data} --vocab_size 600 --max_tokens 512 --max_steps 100 --sync_every 5 --learning_rate 3e-3 "
         "--warmup_steps 30 --dropout 0 --eval_strategy steps --eval_steps 50 --save_strategy steps --save_steps 20 "
-        "--save_total_limit 3 --average_checkpoints 2 --per_device_eval_batch_size 16 --logging_steps 10 --plot "
+        "--average_checkpoints 2 --per_device_eval_batch_size 16 --logging_steps 10 --plot "
         "--disable_tqdm 1",
     )
     return folder / "out", data, said, record
@@ -177,6 +182,9 @@ def test_record_is_complete_and_right(learned):
     assert [float(figure) for figure in logged.groups()] == pytest.approx(
         [held["target"], held["target_padded"]], rel=1e-3
     )
+    logged = re.search(r"'loss': '?([\d.]+)'?.*'loss_bits': '?([\d.]+)", said)
+    nats, bits = (float(figure) for figure in logged.groups())
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-3)
     assert f"target tokens per update{held['target']:,.0f}, {held['target_padded']:,.0f} with padding" in said
     assert record["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert [point["step"] for point in record["curve"]] == [50, 100]
@@ -192,6 +200,10 @@ def test_it_learns(learned):
     assert record["curve"][0]["validation_nll"] > record["curve"][1]["validation_nll"]
     assert metrics["validation_bleu"] == metrics["test_bleu"]
     assert metrics["validation_nll"] == pytest.approx(metrics["test_nll"], rel=1e-6)
+    for nats in [name for name in metrics if "nll" in name and "bits" not in name]:
+        nats, _, kind = nats.partition("nll")
+        nats, bits = f"{nats}nll{kind}", f"{nats}nll_bits{kind}"
+        assert metrics[bits] == pytest.approx(metrics[nats] / math.log(2))
     for nats in ("validation_nll", "test_nll"):
         assert metrics[f"{nats}_bits"] == pytest.approx(metrics[nats] / math.log(2))
     assert [look["validation_nll_bits"] for look in record["curve"]] == pytest.approx(
@@ -257,11 +269,6 @@ def test_beams_are_scored_as_in_fairseq(learned):
 @pytest.mark.slow
 def test_saved_model_is_the_mean_of_the_last_checkpoints(learned):
     folder, _, _, _ = learned
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
-        "checkpoint-100",
-        "checkpoint-60",
-        "checkpoint-80",
-    ]
     read = {
         name: AutoModelForSeq2SeqLM.from_pretrained(folder / name).state_dict()
         for name in ("", "checkpoint-80", "checkpoint-100")
@@ -271,6 +278,94 @@ def test_saved_model_is_the_mean_of_the_last_checkpoints(learned):
         torch.testing.assert_close(value, mean.float(), rtol=0, atol=0)
     weight = "model.shared.weight"
     assert not torch.equal(read[""][weight], read["checkpoint-100"][weight]), "nothing was averaged"
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_models_built_by_hand(learned):
+    """
+    The best, the last and the mean of the five checkpoints, each read, translated with and scored without the recipe:
+    every habit of BLEU by sacrebleu, NLL sentence by sentence.
+    """
+    folder, data, said, record = learned
+    nll = {look["step"]: look["validation_nll"] for look in record["curve"]}
+    best = 100 if nll[100] < nll[50] else None
+    assert record["steps_of_models"] == {
+        "best": [best],
+        "last": [100],
+        "mean_of_5": [20, 40, 60, 80, 100],
+        "saved": [80, 100],
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sources, targets = ((Path(data) / f"test.{end}").read_text().splitlines() for end in ("en", "de"))
+    rows = [
+        {"input_ids": tokenizer(source)["input_ids"], "labels": tokenizer(target)["input_ids"]}
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    read = [AutoModelForSeq2SeqLM.from_pretrained(folder / f"checkpoint-{step}") for step in (20, 40, 60, 80, 100)]
+    mean = {
+        name: (sum(model.state_dict()[name].double() for model in read) / 5).float() for name in read[0].state_dict()
+    }
+    for kind, state in (("last", read[-1].state_dict()), ("best", read[-1].state_dict()), ("mean_of_5", mean)):
+        model = transformer.make_transformer("tiny", len(tokenizer)).eval()
+        model.load_state_dict(state)
+        hypotheses = transformer.translate(model, tokenizer, sources, batch_size=16)
+        total = sum(transformer.sentence_nll(model, tokens.collate([row])).item() for row in rows)
+        nats = total / sum(len(row["labels"]) for row in rows)
+        for name, value in all_scores(hypotheses, targets, nats).items():
+            for part in ("validation", "test"):  # the same pairs here
+                assert record["metrics"][f"{part}_{name}_{kind}"] == pytest.approx(value, rel=1e-5), (part, name, kind)
+    told = record["metrics"]
+    assert told["test_nll_mean_of_5"] > told["test_nll_last"], "of early ones too: another model"
+    assert told["test_nll"] not in (told["test_nll_mean_of_5"], told["test_nll_last"])
+    assert re.search(
+        rf"test, mean of 5 +BLEU {told['test_bleu_mean_of_5']:.2f}, .* NLL {told['test_nll_mean_of_5']:.3f} nats, "
+        rf"{told['test_nll_bits_mean_of_5']:.3f} bits \(steps 20, 40, 60, 80, 100\)",
+        said,
+    )
+
+
+@pytest.mark.slow
+def test_scoring_takes_no_longer_than_it_must(learned):
+    """Three of the four models are distinct, and each is scored once; training takes about as long."""
+    _, _, said, record = learned
+    scored = re.findall(r"scores of the model of steps? ([\d, ]+):", said)
+    assert scored == ["100", "20, 40, 60, 80, 100", "80, 100"]
+    assert 0 < record["seconds_scoring"] < 3 * record["seconds"]
+
+
+@pytest.mark.slow
+def test_checksums_are_those_of_the_files(learned):
+    """Both languages' sentences, one file after the other; the tokenizer's are in its file."""
+    folder, data, _, record = learned
+    for split in ("train", "validation", "test"):
+        text = b"".join((Path(data) / f"{split}.{end}").read_bytes() for end in ("en", "de"))
+        assert record["corpus_sha256"][split] == hashlib.sha256(text.removesuffix(b"\n")).hexdigest()
+    saved = json.loads((folder / "tokenizer.json").read_text())["model"]
+    assert record["tokenizer_sha256"] == hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.slow
+def test_resume_with_other_tokens_is_refused(learned, tmp_path, monkeypatch, capfd):
+    """As many tokens, but of another text; and fewer. With its own tokenizer the checkpoint is gone on from."""
+    folder, data, _, record = learned
+    checkpoint = folder / "checkpoint-40"
+    shown = f"--output_dir {tmp_path} --use_cpu 1 --dataset_name {data} --resume_from_checkpoint {checkpoint}"
+    own = next((folder / "tokenizers").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    other = tokens.train_tokenizer([row["target"][::-1] for row in pairs(400)], len(tokenizer))
+    assert len(other) == len(tokenizer)
+    tokens.save_tokenizer(other, tmp_path / "as_many" / own.name)
+    said = (
+        r"resume_from_checkpoint must be of a run with the same tokens, got '.*checkpoint-40' with "
+        rf"{len(tokenizer)} \(SHA-256 {record['tokenizer_sha256'][:12]}\), and now "
+    )
+    as_many = f"--tokenizer_dir {tmp_path / 'as_many'} --vocab_size 600"
+    ends_with_one_line(recipe, shown, as_many, rf"{said}{len(tokenizer)} \(", monkeypatch, capfd)
+    ends_with_one_line(
+        recipe, shown, "--vocab_size 300", rf"{said}300 \(.* Set --tokenizer_dir and", monkeypatch, capfd
+    )
+    tokens.check_resumed_tokenizer(tokenizer, own, str(checkpoint))
+    tokens.check_resumed_tokenizer(other, own, None)
 
 
 @pytest.mark.slow
@@ -311,6 +406,10 @@ def test_shipped_text_and_the_baseline(tmp_path):
     assert "BLEU on it is not comparable with WMT's" in record["dataset"]
     assert re.search(r"BLEU of the average .* \(test, 10 rows; not comparable with WMT\)", said)
     assert (record["rounds"], record["steps"], record["bytes_sent_per_worker"]) == (0, 3, None)
+    assert record["steps_of_models"] == {name: [3] for name in ("best", "last", "mean_of_5", "saved")}, "none is saved"
+    assert re.findall(r"scores of the model of (.*):", said) == ["step 3"], "it is scored once"
+    for name in ("bleu", "bleu_tokenised", "bleu_compound_split", "nll", "nll_bits"):
+        assert len({record["metrics"][f"test_{name}{kind}"] for kind in ("", "_best", "_last", "_mean_of_5")}) == 1
     assert "average_tokens_across_devices is switched off" not in said
     assert record["curve"][0]["validation_nll"] == pytest.approx(math.log(record["vocab_size"]), rel=0.1)
 
@@ -391,11 +490,15 @@ def test_flags_beside_a_preset_win(tmp_path):
         ),
         (
             "--average_checkpoints 3",
-            "average_checkpoints=3 needs as many at the end, got save_strategy=no, .* Set --save_strategy epoch",
+            "average_checkpoints=3 needs as many at the end, .*got save_strategy=no, .* Set --save_strategy epoch",
         ),
         (
             "--average_checkpoints 3 --save_strategy epoch --save_total_limit 2",
             "average_checkpoints=3 .* save_total_limit=2, ",
+        ),
+        (
+            "--average_checkpoints 3 --save_strategy epoch --save_total_limit 3",
+            "average_checkpoints=3 needs as many at the end, and the best .* or set it to 4 or more",
         ),
         ("--adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--no_such_flag 1", r"Some specified arguments are not used .* \['--no_such_flag', '1'\]"),
@@ -408,11 +511,50 @@ def test_flags_beside_a_preset_win(tmp_path):
             "--max_length 2",
             "max_length must leave training pairs, got 2 tokens, and all are longer. Set --max_length.",
         ),
+        (
+            "--resume_from_checkpoint /no/such/checkpoint-5",
+            "resume_from_checkpoint must be true, false or a checkpoint's folder, got '/no/such/checkpoint-5', ",
+        ),
     ],
 )
 def test_wrong_value_ends_with_one_line(tmp_path, monkeypatch, capfd, flags, said):
     shown = f"--output_dir {tmp_path} --use_cpu 1 --vocab_size 300 --max_train_samples 64 --max_eval_samples 8"
     ends_with_one_line(recipe, shown, flags, said, monkeypatch, capfd)
+
+
+def test_the_best_checkpoint_has_the_least_nll():
+    """Trainer's own default would be the greatest."""
+    for metric, greater in (("nll", False), ("eval_nll", False), ("nll_bits", False), ("bleu", True)):
+        assert recipe.parse(["--metric_for_best_model", metric])[2].greater_is_better is greater
+    args = recipe.parse(["--preset", "wmt16"])[2]
+    assert (args.metric_for_best_model, args.greater_is_better, args.save_total_limit) == ("nll", False, 6)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_resume_of_another_size_is_refused(tmp_path, monkeypatch, capfd, heads):
+    """Of two sizes, and with other heads alone, where every weight would fit."""
+    monkeypatch.setitem(transformer.MODEL_SIZES, "few", {**transformer.MODEL_SIZES["mini"], "heads": heads})
+    transformer.make_transformer("few", 300).save_pretrained(tmp_path / "checkpoint-5")
+    shown = f"--output_dir {tmp_path} --use_cpu 1 --resume_from_checkpoint {tmp_path}/checkpoint-5"
+    said = (
+        rf"resume_from_checkpoint must be of a model of the same size, got '.*point-5' with .*'heads': {heads}\}}, "
+        r"and model_size=(tiny|mini) is .*'heads': 4\}\. Set --model_size"
+    )
+    ends_with_one_line(recipe, shown, "--model_size tiny", said, monkeypatch, capfd)
+    if heads == 2:
+        ends_with_one_line(recipe, shown, "--model_size mini", said, monkeypatch, capfd)
+    recipe.check_resumed_size("few", f"{tmp_path}/checkpoint-5")
+
+
+def test_resume_with_other_tokens_by_its_file(tokenizer, tmp_path):
+    """As many tokens of another text; how a call had them cut and padded is no difference."""
+    tokenizer.save_pretrained(tmp_path / "checkpoint-5")
+    other = tokens.train_tokenizer([row["target"][::-1] for row in pairs(400)], 600)
+    tokenizer("a b c", truncation=True, max_length=2, padding="max_length")
+    tokens.check_resumed_tokenizer(tokenizer, tmp_path, f"{tmp_path}/checkpoint-5")
+    tokens.check_resumed_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "checkpoint-5"), tmp_path, str(tmp_path))
+    with pytest.raises(recipe.SettingError, match=r"got '.*checkpoint-5' with 1,000 \(SHA-256 .* and now 600 \("):
+        tokens.check_resumed_tokenizer(other, tmp_path, f"{tmp_path}/checkpoint-5")
 
 
 def test_averaging_refuses_another_run_s_checkpoints(tmp_path):
@@ -890,25 +1032,137 @@ def bleu_of(trainer, rows, batch_size: int) -> float:
     return bleu(texts, rows["target"][:])["score"]
 
 
-def average_on_ranks(folder: str) -> dict:
-    """Rank 1 has no checkpoints of its own."""
+def average_on_ranks(folder: str) -> tuple:
+    """Rank 1 has no checkpoints of its own, and its own end of training was said to be another."""
     rank = torch.distributed.get_rank()
     trainer = trainer_with(f"{folder}/{rank}")
+    trainer.state.global_step = 100
     if rank == 0:
         for step, value in ((9, 7.0), (10, 1.0), (100, 4.0)):
-            model = transformer.make_transformer("tiny", len(trainer.processing_class))
-            model.model.shared.weight.data.fill_(value)
-            model.save_pretrained(f"{folder}/0/checkpoint-{step}")
-    found = average_last(trainer, 2)
-    return found, trainer.model.model.shared.weight.detach().clone()
+            save_filled(trainer, f"{folder}/0/checkpoint-{step}", value)
+    models = RunModels(trainer, 2, {})
+    models.put(models.chosen["saved"])
+    return models.chosen, trainer.model.model.shared.weight.detach().clone()
+
+
+def save_filled(trainer, folder: str, value: float) -> None:
+    """A checkpoint whose embeddings all have this value."""
+    model = transformer.make_transformer("tiny", len(trainer.processing_class))
+    model.model.shared.weight.data.fill_(value)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.slow
 def test_all_ranks_have_the_average(tmp_path):
-    (found, ours), (_, theirs) = run_workers(average_on_ranks, 2, str(tmp_path))
-    assert found == 2
-    assert (ours == 2.5).all(), "of steps 10 and 100, not of 9 and 100 nor 10 and 9"
+    (chosen, ours), (same, theirs) = run_workers(average_on_ranks, 2, str(tmp_path))
+    assert chosen == same == {"best": [100], "last": [100], "mean_of_5": [9, 10, 100], "saved": [10, 100]}
+    # What the Trainer holds is the model of step 100; the file of that name is not read.
+    torch.manual_seed(0)
+    drawn = trainer_with(f"{tmp_path}/again").model.model.shared.weight
+    torch.testing.assert_close(ours, (drawn + 1.0) / 2)
     assert torch.equal(ours, theirs)
+
+
+def test_models_are_those_of_this_run(tmp_path):
+    """
+    Steps 10 to 60 are saved, 70 is the end; 20 has the least NLL of validation, 40 has none. A checkpoint of a run
+    before is left out until this one writes over it, and so is what holds no model.
+    """
+    trainer = trainer_with(str(tmp_path))
+    for step in (10, 20, 30, 40, 50, 60, 900):
+        save_filled(trainer, f"{tmp_path}/checkpoint-{step}", float(step))
+    (tmp_path / "checkpoint-800").mkdir()
+    others = {path: when for path, when in checkpoints_of_others(str(tmp_path), None).items() if "900" in path.name}
+    trainer.state.global_step = 70
+    nll = {10: 3.0, 20: 1.0, 30: 2.0, 50: 1.5, 60: math.nan, 70: 1.25}
+    trainer.state.log_history = [{"step": step, "eval_nll": value} for step, value in nll.items()]
+    end = trainer.model.model.shared.weight.detach().clone()
+    models = RunModels(trainer, 3, others)
+    assert models.chosen == {
+        "best": [20],
+        "last": [70],
+        "mean_of_5": [30, 40, 50, 60, 70],
+        "saved": [50, 60, 70],
+    }
+    for kind, expected in (
+        ("best", torch.full_like(end, 20.0)),
+        ("mean_of_5", ((30 + 40 + 50 + 60 + end.double()) / 5).float()),
+        ("saved", ((50 + 60 + end.double()) / 3).float()),
+        ("last", end),
+    ):
+        models.put(models.chosen[kind])
+        torch.testing.assert_close(trainer.model.model.shared.weight.detach(), expected, rtol=0, atol=0, msg=kind)
+    assert RunModels(trainer, 1, others).chosen["saved"] == [70]
+    save_filled(trainer, f"{tmp_path}/checkpoint-900", 1.0)
+    assert 900 in RunModels(trainer, 1, others).chosen["mean_of_5"]
+    # Gone on from 30: what lies there up to it is of this run.
+    before = checkpoints_of_others(str(tmp_path), f"{tmp_path}/checkpoint-30")
+    assert sorted(path.name for path in before) == [f"checkpoint-{step}" for step in (40, 50, 60, 900)]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
+    """
+    Every step is saved, and each is worse than the one before. Trainer keeps the best of three: the mean of the last
+    two is of steps 4 and 5, not of 1 and 5.
+    """
+    trainer = trainer_with(
+        str(tmp_path),
+        "--max_steps 5 --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --save_total_limit 3 "
+        "--average_checkpoints 2 --sync_every 1 --max_tokens 256",
+    )
+    trainer.compute_metrics = lambda _: {"nll": float(trainer.state.global_step)}
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4", "checkpoint-5"}
+    assert RunModels(trainer, 2, {}).chosen == {
+        "best": [1],
+        "last": [5],
+        "mean_of_5": [1, 4, 5],
+        "saved": [4, 5],
+    }
+
+
+def test_what_is_chosen_by_hand():
+    assert choose({3: None}) == {"best": [3], "last": [3], "mean_of_5": [3]}
+    assert choose({30: 2.0, 4: 1.0, 20: 1.0}) == {"best": [4], "last": [30], "mean_of_5": [4, 20, 30]}
+    assert choose({1: math.nan, 2: 2.0, 3: None})["best"] == [2]
+    asked = []
+
+    def score(made_of):
+        asked.append(made_of)
+        return {"test_nll": float(sum(made_of))}
+
+    chosen = {"best": [4], "last": [6], "mean_of_5": [4, 6], "saved": [6]}
+    assert named(judge(chosen, score), "saved") == {
+        "test_nll_best": 4.0,
+        "test_nll_last": 6.0,
+        "test_nll_mean_of_5": 10.0,
+        "test_nll": 6.0,
+    }
+    assert asked == [[4], [6], [4, 6]], "no model is scored twice"
+
+
+def test_all_scores_are_sacrebleu_s(scored):
+    """Every habit by a direct call; NLL in both units."""
+    references, hypotheses, _ = scored
+    references, hypotheses = references[:200], [hypotheses[0].lower(), *hypotheses[1:200]]
+    plain = sacrebleu.metrics.BLEU(tokenize="none", smooth_method="none", force=True)
+    lower = sacrebleu.metrics.BLEU(tokenize="none", smooth_method="none", force=True, lowercase=True)
+    moses = MosesTokenizer(lang="de")
+    words = [
+        [moses.tokenize(text, return_str=True, escape=False) for text in side] for side in (hypotheses, references)
+    ]
+    split = [[re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", text) for text in side] for side in words]
+    found = all_scores(hypotheses, references, 1.5)
+    assert found == {
+        "bleu": sacrebleu.metrics.BLEU().corpus_score(hypotheses, [references]).score,
+        "bleu_tokenised": plain.corpus_score(words[0], [words[1]]).score,
+        "bleu_tokenised_lowercase": lower.corpus_score(words[0], [words[1]]).score,
+        "bleu_compound_split": plain.corpus_score(split[0], [split[1]]).score,
+        "nll": 1.5,
+        "nll_bits": 1.5 / math.log(2),
+    }
+    assert len({round(value, 6) for value in found.values()}) == 6, "no two are the same"
 
 
 def test_choices_are_said(corpus, tokenizer, capsys):
@@ -990,9 +1244,10 @@ def test_only_line_feeds_end_a_line(tmp_path):
 
 
 def test_other_splits_by_name(tmp_path):
-    folder = parquet(tmp_path, {"train": HAND, "dev": HAND[:1], "newstest2014": HAND[1:2]})
+    own = [{"source": f"line {number}", "target": f"Zeile {number}"} for number in range(3003)]
+    folder = parquet(tmp_path, {"train": HAND, "dev": HAND[:1], "newstest2014": own})
     corpus = load_corpus(folder, validation_set="dev", test_set="newstest2014")
-    assert (corpus.validation.to_list(), corpus.test.to_list()) == (HAND[:1], HAND[1:2]), (
+    assert (corpus.validation.to_list(), corpus.test.to_list()) == (HAND[:1], own), (
         "a split of one's own comes before the Hub's"
     )
     with pytest.raises(
@@ -1069,7 +1324,9 @@ def test_unequal_text_files(tmp_path):
     folder = write_text(tmp_path, {"train": HAND, "validation": HAND, "test": HAND})
     (tmp_path / "train.de").write_text("eins\n")
     with pytest.raises(
-        DataError, match=r"cannot be read: DataError: .*train.en and .*train.de must have equally many lines"
+        DataError,
+        match=r"^train_split must have as many lines in each language, got 4 in '.*train.en' and 1 in '.*train.de'. "
+        r"Mend it, or set --train_split or --dataset_name.",
     ):
         load_corpus(folder)
 
@@ -1118,11 +1375,29 @@ def test_protocol_of_ott_et_al(hub):
     assert load_corpus("wmt/wmt16", test_set="test").test[0]["source"] == "wmt/wmt16 test 0"
 
 
-def test_a_test_set_that_is_not_whole(hub, monkeypatch):
-    monkeypatch.setitem(NEWSTESTS, "newstest2014", ("wmt/wmt14", "test", 2737))
+@pytest.mark.parametrize(
+    ("name", "rows", "told"),
+    [
+        ("newstest2013", 2999, "3,000 rows, got 2,999: BLEU"),
+        ("newstest2014", 2737, r"3,003 rows, got 2,737 \(its filtered version, sacrebleu's wmt14\): BLEU"),
+        ("test2016", 999, "1,000 rows, got 999: BLEU"),
+        ("test_2016_flickr", 1001, "1,000 rows, got 1,001: BLEU"),
+    ],
+)
+def test_a_test_set_that_is_not_whole(tmp_path, name, rows, told):
+    """A split that has a published set's name is that set; under another name anything goes."""
+    some = [{"source": f"line {number}", "target": f"Zeile {number}"} for number in range(rows)]
+    folder = write_text(tmp_path, {"train": HAND, "validation": HAND, name: some, "own": some})
     with pytest.raises(
-        DataError, match=r"test_set newstest2014 must have 2737 rows, got 3003: BLEU would not be comparable"
+        DataError, match=rf"test_set {name} must have {told} would not be comparable. Set --test_set to"
     ):
+        load_corpus(folder, test_set=name)
+    assert len(load_corpus(folder, test_set="own").test) == rows
+
+
+def test_the_hub_s_test_set_is_not_whole(hub, monkeypatch):
+    monkeypatch.setitem(PROTOCOL_ROWS, "newstest2014", 3004)
+    with pytest.raises(DataError, match=r"test_set newstest2014 must have 3,004 rows, got 3,003: BLEU"):
         load_corpus("wmt/wmt16")
 
 

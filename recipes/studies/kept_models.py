@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-MEAN_OF = 5
-KINDS = ("best", "last", f"mean_of_{MEAN_OF}")
+from translation.judged import choose
+from translation.model import mean_of_states
 
 
 class KeptModels:
@@ -31,31 +31,23 @@ class KeptModels:
         beside = path.with_suffix(".part")
         torch.save(values, beside)
         beside.replace(path)
-        wanted = {self._best, *self._paths[-MEAN_OF:]}
-        for other in set(self._paths) - wanted:
-            other.unlink()
+        wanted = {epoch for epochs in self.epochs().values() for epoch in epochs}
+        for other in self._paths:
+            if _epoch(other) not in wanted:
+                other.unlink()
 
-    def models(self) -> dict[str, dict[str, torch.Tensor]]:
-        """State dictionaries by `KINDS`; early in a run the mean is of fewer."""
-        late = [self._load(path) for path in self._paths[-MEAN_OF:]]
-        mean = {
-            name: torch.stack([state[name].double() for state in late]).mean(0).to(value.dtype)
-            for name, value in late[-1].items()
-        }
-        return dict(zip(KINDS, (self._load(self._best), late[-1], mean), strict=True))
+    def mean(self, epochs: list[int]) -> dict[str, torch.Tensor]:
+        """State dictionary of the mean of these epochs' averages."""
+        paths = {_epoch(path): path for path in self._paths}
+        return mean_of_states(self._load(paths[epoch]) for epoch in epochs)
 
     def epochs(self) -> dict[str, list[int]]:
-        """Whose averages `models` are made of."""
-        late = [_epoch(path) for path in self._paths[-MEAN_OF:]]
-        return dict(zip(KINDS, ([_epoch(self._best)], late[-1:], late), strict=True))
+        """By kind of model, whose averages it is made of."""
+        return choose({_epoch(path): _nll(path) for path in self._paths})
 
     @property
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("average*.pt"), key=_epoch)
-
-    @property
-    def _best(self) -> Path:
-        return min(self._paths, key=_nll)
 
     def _forget_after(self, epoch: int) -> None:
         """A run that went on from an earlier save comes to these epochs again."""

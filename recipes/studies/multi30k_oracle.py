@@ -14,7 +14,6 @@ the workers' means.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +32,9 @@ from studies.small_translation import (
     NUM_BEAMS,
     WARMUP,
     Translations,
-    bleu_of,
 )
+from translation.bleu import bleu_signature
+from translation.judged import all_scores, named
 from translation.model import MODEL_SIZES, decode
 from translation.tokens import TokenBatches
 
@@ -100,16 +100,14 @@ def score(run: Run, told: dict[str, Any], data: Translations) -> dict[str, Any]:
     for name, of in told["translations"].items():
         split, kind = name.split()
         hypotheses = [decode(data.tokenizer, torch.tensor([tokens]))[0] for tokens in of["tokens"]]
-        scores, signature = bleu_of(hypotheses, getattr(data, split).targets)
-        scores |= {"nll": of["nll"], "nll_bits": of["nll"] / math.log(2)}
-        end = "" if kind == "last" else f"_{kind}"
-        metrics |= {f"{split}_{name}{end}": value for name, value in scores.items()}
+        scores = all_scores(hypotheses, getattr(data, split).targets, of["nll"])
+        metrics |= named({kind: {f"{split}_{score}": value for score, value in scores.items()}}, "last")
     return {
         "study": "fairseq",
         "task": run.task,
         "run": asdict(run),
         "metrics": metrics,
-        "bleu_signature": signature,
+        "bleu_signature": bleu_signature(),
         "epochs_of_models": told["epochs"],
         "curve": told["curve"],
         "seconds": told["seconds"],

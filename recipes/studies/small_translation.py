@@ -5,8 +5,6 @@ at the end.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -24,8 +22,9 @@ from studies.kept import Keeper
 from studies.kept_models import KeptModels
 from studies.plan import Run
 from studies.small_runs import Job, train_workers
-from translation.bleu import bleu, compound_split_bleu, tokenised_bleu
-from translation.data import DataError, load_corpus
+from translation.bleu import bleu_signature
+from translation.data import DataError, load_corpus, sha256_of
+from translation.judged import all_scores, judge, named, with_bits
 from translation.model import make_transformer, smoothed_loss, translate
 from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
 
@@ -92,7 +91,7 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
                 f"validation and test must hold pairs of at most {size.max_length} tokens a side, got none."
             )
     except DataError as error:
-        said = re.split(r" (?:Set|Mend|Leave) ", str(error))[0]  # flags of translation.py
+        said = re.split(r" (?:Set|Mend|Leave|Add|Fill|Exchange) ", str(error))[0]  # flags of translation.py
         raise DataError(
             f"{said} Set --dataset_name to other English-German pairs, or leave it out for the shipped help text."
         ) from error
@@ -100,9 +99,7 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
     return Translations(
         name=corpus.name if dataset_name is None or not Path(dataset_name).is_dir() else Path(dataset_name).name,
         size=size,
-        sha256=hashlib.sha256(
-            "\n".join(s for part in (train, validation, test) for s in part.sources + part.targets).encode()
-        ).hexdigest(),
+        sha256=sha256_of(s for part in (train, validation, test) for s in part.sources + part.targets),
         tokenizer=tokenizer,
         train=train,
         lengths=token_counts(sets.train),
@@ -138,7 +135,7 @@ def train(run: Run, data: Translations, keeper: Keeper | None = None) -> dict[st
         **told,
         **judged,
         "tokens_per_update": {
-            "target": round(float(data.lengths[:, 1].sum()) / sampler.in_all * run.workers, 1),
+            **{name: round(count, 1) for name, count in sampler.tokens_per_update().items()},
             "at_most": run.batch_size * run.workers,  # a side's, padding included
         },
         "dataset": data.name,
@@ -204,7 +201,7 @@ def _look(model: MarianMTModel, data: Translations, models: KeptModels, epoch: i
     smoothed, nll = _evaluate(model, data.told)
     validation_nll = _evaluate(model, data.validation)[1]
     models.keep(epoch, validation_nll, model)
-    return {"validation_nll": validation_nll, "training_loss": smoothed, "training_nll": nll}
+    return with_bits({"validation_nll": validation_nll, "training_loss": smoothed, "training_nll": nll})
 
 
 def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations) -> dict[str, Any]:
@@ -213,35 +210,25 @@ def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations
     look's, with the scores of the last model under their own names, and of the others with theirs behind.
     """
     model = make_transformer(data.size.model, len(data.tokenizer))
-    metrics = {**curve[-1], "best_validation_nll": min(look["validation_nll"] for look in curve)}
-    metrics["validation_nll_bits"] = metrics["validation_nll"] / math.log(2)
-    signature = ""
-    for kind, state in models.models().items():
-        model.load_state_dict(state)
-        scores, signature = _scores(model, data)
-        metrics |= {name if kind == "last" else f"{name}_{kind}": value for name, value in scores.items()}
-    return {"metrics": metrics, "bleu_signature": signature, "epochs_of_models": models.epochs()}
+    metrics = {**curve[-1], **with_bits({"best_validation_nll": min(look["validation_nll"] for look in curve)})}
+
+    def score(epochs: list[int]) -> dict[str, float]:
+        model.load_state_dict(models.mean(epochs))
+        return _scores(model, data)
+
+    chosen = models.epochs()
+    return {
+        "metrics": {**metrics, **named(judge(chosen, score), "last")},
+        "bleu_signature": bleu_signature(),
+        "epochs_of_models": chosen,
+    }
 
 
-def _scores(model: MarianMTModel, data: Translations) -> tuple[dict[str, float], str]:
-    """BLEU in percent of the translations by beam search, in every habit; NLL per token; sacreBLEU's signature."""
-    scores, signature = {}, ""
+def _scores(model: MarianMTModel, data: Translations) -> dict[str, float]:
+    """`all_scores` of the translations by beam search, of validation and test."""
+    scores = {}
     for name, part in (("validation", data.validation), ("test", data.test)):
         hypotheses = translate(model, data.tokenizer, part.sources, num_beams=NUM_BEAMS, length_penalty=LENGTH_PENALTY)
-        nll = _evaluate(model, part)[1]
-        of, signature = bleu_of(hypotheses, part.targets)
-        scores |= {f"{name}_{kind}": value for kind, value in of.items()}
-        scores |= {f"{name}_nll": nll, f"{name}_nll_bits": nll / math.log(2)}
-    return scores, signature
-
-
-def bleu_of(hypotheses: list[str], references: list[str]) -> tuple[dict[str, float], str]:
-    """In percent, in every habit; sacreBLEU's signature."""
-    result = bleu(hypotheses, references)
-    scores = {
-        "bleu": result["score"],
-        "bleu_tokenised": tokenised_bleu(hypotheses, references),
-        "bleu_tokenised_lowercase": tokenised_bleu(hypotheses, references, lowercase=True),
-        "bleu_compound_split": compound_split_bleu(hypotheses, references),
-    }
-    return scores, result["signature"]
+        own = all_scores(hypotheses, part.targets, _evaluate(model, part)[1])
+        scores |= {f"{name}_{score}": value for score, value in own.items()}
+    return scores

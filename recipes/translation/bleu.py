@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import datasets
@@ -66,8 +67,13 @@ def split_compounds(sentences: Sequence[str], language: str) -> list[str]:
 
 def moses_tokens(sentences: Sequence[str], language: str) -> list[str]:
     """With spaces between."""
+    return list(_moses_tokens(tuple(sentences), language))
+
+
+@lru_cache(maxsize=4)  # every habit wants the same tokens, and every validation those of the same references
+def _moses_tokens(sentences: tuple[str, ...], language: str) -> tuple[str, ...]:
     moses = MosesTokenizer(lang=language)
-    return [moses.tokenize(sentence, return_str=True, escape=False) for sentence in sentences]
+    return tuple(moses.tokenize(sentence, return_str=True, escape=False) for sentence in sentences)
 
 
 def tokenised_bleu(
@@ -85,6 +91,11 @@ def tokenised_bleu(
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """`SacreBleu` in one call: `{"score": float, "signature": str}`."""
     return SacreBleu().compute(predictions=list(predictions), references=list(references))
+
+
+def bleu_signature() -> str:
+    """How `bleu` scores."""
+    return str(bleu(["a"], ["a"])["signature"])
 
 
 def compound_split_bleu(predictions: Sequence[str], references: Sequence[str], language: str = "de") -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ NEWSTESTS = {
     "newstest2015": ("wmt/wmt16", "validation", 2169),
     "newstest2016": ("wmt/wmt16", "test", 2999),
 }
+FILTERED = {"newstest2014": 2737}
+TEST2016_ROWS = 1000  # of Multi30k, under either of its names
+PROTOCOL_ROWS = {
+    **{name: rows for name, (_, _, rows) in NEWSTESTS.items()},
+    **dict.fromkeys(("test2016", "test_2016_flickr"), TEST2016_ROWS),
+}
+# Frequent words of one language alone, to find languages that are swapped. `die`, `in` and `was` are of both.
+WORDS = {
+    "en": frozenset(["the", "of", "and", "to", "is", "for", "with", "that", "you", "are"]),
+    "de": frozenset(["der", "das", "und", "ist", "nicht", "ein", "eine", "mit", "von", "zu"]),
+}
+LOOKED_AT, LEAST_WORDS = 1000, 50
 LOCAL_FOLDER = (
     "a folder that holds a saved DatasetDict, or train*, validation* and test* as .parquet or .jsonl, or text files "
     "such as train.en and train.de"
@@ -52,6 +65,14 @@ class Corpus:
         """Whether this is the help text, whose BLEU is not comparable with WMT's."""
         return self.name == SHIPPED_NAME
 
+    def sha256(self) -> dict[str, str]:
+        """
+        By split, of the sentences that are used, all sources and then all targets. Where none was left out, that is
+        `cat train.en train.de | head -c -1 | sha256sum` of text files.
+        """
+        sets = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: sha256_of(_column(rows, "source", "target")) for name, rows in sets.items()}
+
 
 @dataclass(frozen=True)
 class Languages:
@@ -60,6 +81,22 @@ class Languages:
     source: str
     target: str
     column: str
+
+
+def sha256_of(sentences: Iterable[str]) -> str:
+    """Of the sentences in UTF-8, with line feeds between."""
+    digest, between = hashlib.sha256(), ""
+    for sentence in sentences:
+        digest.update((between + sentence).encode())
+        between = "\n"
+    return digest.hexdigest()
+
+
+def _column(rows: datasets.Dataset, *columns: str) -> Iterator[str]:
+    """Sentences of one column after the other."""
+    for column in columns:
+        for batch in rows.select_columns([column]).iter(10_000):
+            yield from batch[column]
 
 
 def load_corpus(
@@ -94,8 +131,9 @@ def load_corpus(
         max_train_samples (`int`, *optional*), max_eval_samples (`int`, *optional*): Only the first rows.
 
     Raises:
-        DataError: No such set, no Hub, terms not accepted, or a split, column or language that is not there, or lines
-            that are empty.
+        DataError: No such set, no Hub, terms not accepted, or a split, column or language that is not there; lines
+            that are empty, or not as many in both languages; languages that are swapped, or one of them twice; a test
+            set that is not whole. Lines that do not translate each other are not found.
     """
     if source_lang == target_lang:
         raise DataError(
@@ -135,7 +173,7 @@ def _train_rows(
             f"train_split must hold sentence pairs, got {split!r}, whose {len(rows)} rows are all empty. Set "
             "--train_split."
         )
-    _check_languages(rows, languages)
+    _check_languages(rows, languages, "train_split", split)
     return (rows.select(np.flatnonzero(~empty)) if empty.any() else rows), int(empty.sum())
 
 
@@ -143,31 +181,40 @@ def _eval_rows(
     splits: Mapping[str, Any], name: str, flag: str, languages: Languages, limit: int | None
 ) -> datasets.Dataset:
     """A split of the training set, or a test set of WMT; every row counts in BLEU, so none is left out."""
-    if name in splits or name not in NEWSTESTS:
-        rows, expected = _pick(splits, name, flag), None
-    else:
-        rows, expected = _load_newstest(name, flag, languages)
-    rows = _pairs(rows, languages, flag)
-    if expected not in (None, len(rows)):
-        raise DataError(
-            f"{flag} {name} must have {expected} rows, got {len(rows)}: BLEU would not be comparable. Set --{flag}."
-        )
+    own = name in splits or name not in NEWSTESTS
+    rows = _pairs(_pick(splits, name, flag) if own else _load_newstest(name, flag, languages), languages, flag)
+    _check_length(rows, name, flag, languages)
     rows = _first(rows, limit, "max_eval_samples")
     empty = np.flatnonzero(_empty(rows))
     if len(empty) or not len(rows):
         first = f"{len(empty)} empty lines, the first in row {empty[0]}" if len(empty) else "no rows"
         raise DataError(f"{flag} must hold sentence pairs, got {name!r} with {first}. Mend it, or set --{flag}.")
+    _check_languages(rows, languages, flag, name)
     return rows
 
 
-def _load_newstest(name: str, flag: str, languages: Languages) -> tuple[datasets.Dataset, int]:
+def _check_length(rows: datasets.Dataset, name: str, flag: str, languages: Languages) -> None:
+    """What has a published set's name, here or on the Hub, must be all of it."""
+    expected = PROTOCOL_ROWS.get(name)
+    if name in NEWSTESTS and {languages.source, languages.target} != {"en", "de"}:
+        return
+    if expected not in (None, len(rows)):
+        filtered = " (its filtered version, sacrebleu's wmt14)" if FILTERED.get(name) == len(rows) else ""
+        raise DataError(
+            f"{flag} {name} must have {expected:,} rows, got {len(rows):,}{filtered}: BLEU would not be comparable. "
+            f"Set --{flag} to the whole set, or rename this one and set --{flag} to its name."
+        )
+
+
+def _load_newstest(name: str, flag: str, languages: Languages) -> datasets.Dataset:
     if {languages.source, languages.target} != {"en", "de"}:
         raise DataError(
             f"{flag}={name} is English and German, got {languages.source} and {languages.target}. Set --{flag} to a "
             "split of your data."
         )
-    hub_name, split, expected = NEWSTESTS[name]
-    return _from_hub(hub_name, "de-en", flag, split=split), expected
+    hub_name, split, _ = NEWSTESTS[name]
+    rows: datasets.Dataset = _from_hub(hub_name, "de-en", flag, split=split)
+    return rows
 
 
 def _pick(splits: Mapping[str, Any], name: str, flag: str) -> datasets.Dataset:
@@ -221,15 +268,36 @@ def _empty(rows: datasets.Dataset) -> np.ndarray:
     return pc.or_(*sides).to_numpy()
 
 
-def _check_languages(rows: datasets.Dataset, languages: Languages) -> None:
-    """A column that was copied, or a text that was never translated, trains nothing."""
+def _check_languages(rows: datasets.Dataset, languages: Languages, flag: str, split: str) -> None:
+    """
+    A column that was copied, or a text that was never translated, trains nothing. Swapped languages train the other
+    direction, or test it: of English and German they are seen by frequent words, of others they are not.
+    """
     table = rows.with_format("arrow")[:]
     same = int(pc.sum(pc.fill_null(pc.equal(table["source"], table["target"]), False)).as_py())
+    kind = "training rows" if flag == "train_split" else f"rows of {flag} {split}"
     if same > len(rows) / 2:
         raise DataError(
             f"{languages.source} and {languages.target} must be different languages, got the same sentence on both "
-            f"sides in {same} of {len(rows)} training rows. Set --source_lang and --target_lang, or mend the data."
+            f"sides in {same} of {len(rows)} {kind}. Set --source_lang and --target_lang, or mend the data."
         )
+    if {languages.source, languages.target} != set(WORDS):
+        return
+    first = rows.select(range(min(LOOKED_AT, len(rows))))
+    sides = {languages.source: first["source"][:], languages.target: first["target"][:]}
+    right = sum(_count_words(sides[language], language) for language in WORDS)
+    swapped = _count_words(sides["en"], "de") + _count_words(sides["de"], "en")
+    if swapped >= max(LEAST_WORDS, 5 * right):
+        raise DataError(
+            f"source_lang={languages.source} and target_lang={languages.target} must name the languages of the "
+            f"{kind}, got the other way round: of their frequent words {swapped:,} are in the other's sentences, "
+            f"{right:,} in their own, in the first {len(first):,} rows. Exchange the names of its files or columns, "
+            f"or set --{flag} or --dataset_name."
+        )
+
+
+def _count_words(sentences: Iterable[str | None], language: str) -> int:
+    return sum(word in WORDS[language] for sentence in sentences for word in (sentence or "").lower().split())
 
 
 # ---- the Hub and folders ----
@@ -260,7 +328,7 @@ def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
         if files:
             return {split: _later(folder, builder, paths) for split, paths in files.items()}
     ends = (languages.source, languages.target)
-    names = sorted(path.stem for path in folder.glob(f"*.{ends[0]}") if path.with_suffix(f".{ends[1]}").is_file())
+    names = sorted({path.name.removesuffix(f".{end}") for end in ends for path in folder.glob(f"*.{end}")})
     if names:
         return {
             name: lambda flag, name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends, flag)
@@ -298,6 +366,12 @@ def _refuse_empty(paths: list[Path], flag: str) -> None:
 
 def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str], flag: str) -> datasets.Dataset:
     """Two text files, read line by line into columns named after the languages."""
+    for path, other in (paths, paths[::-1]):
+        if not path.is_file():
+            raise DataError(
+                f"{flag} must have a file for each language, got {str(other)!r} without {path.name!r}. Add it, or set "
+                f"--{flag}, --source_lang or --target_lang."
+            )
     _refuse_empty(paths, flag)
     # A file that changed is not taken from the cache.
     stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
@@ -308,22 +382,42 @@ def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str], flag
         "stamps": stamps,
     }
     features = datasets.Features({language: datasets.Value("string") for language in languages})
-    return _read(folder, lambda: datasets.Dataset.from_generator(_lines, gen_kwargs=settings, features=features))
+    try:
+        rows = datasets.Dataset.from_generator(_lines, gen_kwargs=settings, features=features)
+    except Exception as error:  # datasets' own, around what `_lines` said
+        wrong = _wrong_text(paths) or f"cannot be read: {error.__cause__ or error}"
+        raise DataError(f"{flag} {wrong}. Mend it, or set --{flag} or --dataset_name.") from error
+    if len(rows) == 1 and any("\r" in sentence for sentence in rows[0].values()):
+        raise DataError(
+            f"{flag} must end lines with line feeds, got one line with carriage returns in {str(paths[0])!r} or "
+            f"{str(paths[1])!r}. Mend it, or set --{flag} or --dataset_name."
+        )
+    return rows
 
 
 def _lines(paths: tuple[str, str], languages: tuple[str, str], stamps: tuple[Any, ...]) -> Iterator[dict[str, str]]:
     """Only `\\n` ends a line: other marks occur inside sentences, in one language and not in the other."""
-    with (
-        open(paths[0], encoding="utf-8", newline="\n") as source,
-        open(paths[1], encoding="utf-8", newline="\n") as target,
+    with (  # a byte-order mark at a file's start is none of its first sentence
+        open(paths[0], encoding="utf-8-sig", newline="\n") as source,
+        open(paths[1], encoding="utf-8-sig", newline="\n") as target,
     ):
-        try:
-            for pair in zip(source, target, strict=True):
-                yield {language: line.rstrip("\r\n") for language, line in zip(languages, pair, strict=True)}
-        except UnicodeDecodeError as error:
-            raise DataError(f"{paths[0]} and {paths[1]} must be UTF-8 ({error})") from error
-        except ValueError as error:
-            raise DataError(f"{paths[0]} and {paths[1]} must have equally many lines ({error})") from error
+        for pair in zip(source, target, strict=True):
+            yield {language: line.rstrip("\r\n") for language, line in zip(languages, pair, strict=True)}
+
+
+def _wrong_text(paths: list[Path]) -> str:
+    """Why two files are no pairs of lines; empty where that is not the reason."""
+    lines = dict.fromkeys(paths, 0)
+    for path in paths:
+        with open(path, "rb") as file:
+            for line in file:
+                lines[path] += 1
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    return f"must be text in UTF-8, got {str(path)!r} with line {lines[path]:,} that is not ({error})"
+    told = " and ".join(f"{count:,} in {str(path)!r}" for path, count in lines.items())
+    return f"must have as many lines in each language, got {told}" if len(set(lines.values())) > 1 else ""
 
 
 def _read(folder: Path, load: Callable[[], Any], files: str = "") -> Any:

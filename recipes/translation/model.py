@@ -5,7 +5,7 @@ Trainer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,22 @@ def translate(
 
 
 def average_checkpoints(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
-    """Mean of the parameters that `save_pretrained` wrote into each folder, summed in float64."""
+    """Mean of the parameters that `save_pretrained` wrote into each folder."""
+    return mean_of_states(map(load_state, folders))
+
+
+def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` wrote."""
+    state: dict[str, torch.Tensor] = AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict()
+    return state
+
+
+def mean_of_states(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Mean of every tensor, summed in float64 one state after the other, in its own dtype."""
     total: dict[str, torch.Tensor] = {}
-    for folder in folders:
-        for name, value in AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict().items():
-            total[name] = total.get(name, 0) + value.double()
-    return {name: value / len(folders) for name, value in total.items()}
+    count = 0
+    for state in states:
+        count += 1
+        dtypes = {name: value.dtype for name, value in state.items()}
+        total = {name: total.get(name, 0) + value.double() for name, value in state.items()}
+    return {name: (value / count).to(dtypes[name]) for name, value in total.items()}

@@ -6,6 +6,7 @@ Trainer.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -96,12 +97,35 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> No
     Training it is deterministic, so machines without a shared disk agree; data or versions may differ, and nobody
     would notice.
     """
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    if len(set(gather_object([digest]))) > 1:
+    if len(set(gather_object([tokens_sha256(tokenizer.backend_tokenizer)]))) > 1:
         raise SettingError(
             f"tokenizer_dir must hold the same tokenizer on all machines, got different ones in {str(folder)!r}. Copy "
             "rank 0's there, or set --tokenizer_dir to a folder that all share."
         )
+
+
+def check_resumed_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, checkpoint: str | None) -> None:
+    """
+    A checkpoint holds the tokenizer that its model learned with. With other tokens, be they as many, the model would
+    go on with each embedding for another token. All ranks decide alike, also where one has no checkpoint of its own.
+    """
+    file = Path(checkpoint or "") / "tokenizer.json"
+    before = Tokenizer.from_file(str(file)) if checkpoint and file.is_file() else None
+    ours = tokens_sha256(tokenizer.backend_tokenizer)
+    told = gather_object([(before.get_vocab_size(), tokens_sha256(before)) if before else None])
+    for size, digest in filter(None, told):
+        if digest != ours:
+            raise SettingError(
+                f"resume_from_checkpoint must be of a run with the same tokens, got {checkpoint!r} with {size:,} "
+                f"(SHA-256 {digest[:12]}), and now {len(tokenizer):,} ({ours[:12]}) of {str(folder)!r}. Set "
+                "--tokenizer_dir and --vocab_size to that run's, with its data; or start anew with "
+                "--resume_from_checkpoint false."
+            )
+
+
+def tokens_sha256(tokenizer: Tokenizer) -> str:
+    """Of tokens, their ids and merges: not of how a call has it cut and pad, which it writes down beside them."""
+    return hashlib.sha256(json.dumps(json.loads(tokenizer.to_str())["model"], sort_keys=True).encode()).hexdigest()
 
 
 # ---- rows ----

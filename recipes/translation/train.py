@@ -12,6 +12,8 @@ the paper's table, on WMT'16 English-German from the Hub; flags beside it win. E
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
 import time
@@ -25,6 +27,7 @@ import sacrebleu
 import tokenizers
 import torch
 import transformers
+from accelerate.utils import gather_object
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -33,22 +36,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders sh
 from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from translation.bleu import bleu
-from translation.data import NEWSTESTS, DataError, load_corpus
+from translation.bleu import bleu_signature
+from translation.data import NEWSTESTS, Corpus, DataError, load_corpus
+from translation.judged import KINDS, judge, named
 from translation.model import MODEL_SIZES, beam_settings, decode, make_transformer
 from translation.tokens import (
     POSITIONS,
     TokenBatches,
     TokenSets,
+    check_resumed_tokenizer,
     check_same_tokenizer,
     encode_corpus,
     save_tokenizer,
     sentences_of,
     token_counts,
     tokenizer_name,
+    tokens_sha256,
     train_tokenizer,
 )
-from translation.trainer import TranslationTrainer, average_last
+from translation.trainer import RunModels, TranslationTrainer, checkpoints_of_others
 
 # Ott et al. (2018), as fairseq publishes it: 8 GPUs with 16 micro-batches each, as 128 GPUs. The number of epochs is
 # the SlowMo paper's.
@@ -66,7 +72,7 @@ _OTT: dict[str, Any] = {
     "num_train_epochs": 25,
     "logging_steps": 480,  # a multiple of 12 and of 48
     "save_strategy": "epoch",
-    "save_total_limit": 5,
+    "save_total_limit": 6,  # five for the mean, and the best
     "average_checkpoints": 5,
     "dataloader_num_workers": 2,
 }
@@ -133,7 +139,11 @@ class ScriptArguments:
     )
     dropout: float | None = field(default=None, metadata={"help": "Another than the size's own: 0.1, or 0.3 for big."})
     average_checkpoints: int = field(
-        default=1, metadata={"help": "Test the mean of this many last checkpoints; 1: the end of training."}
+        default=1,
+        metadata={
+            "help": "Save, and translate with, the mean of this many last checkpoints; 1: the end of training. Best, "
+            "last and mean of five are scored too, as far as they were saved."
+        },
     )
     num_beams: int = field(default=4, metadata={"help": "Beams at the end; --generation_num_beams while training."})
     length_penalty: float = field(
@@ -195,12 +205,19 @@ class RecipeTrainingArguments(Seq2SeqTrainingArguments):
     )
     predict_with_generate: bool = field(default=True, metadata={"help": "Always on: this is where BLEU comes from."})
     metric_for_best_model: str | None = field(
-        default="bleu", metadata={"help": "For --load_best_model_at_end: bleu; or nll with --greater_is_better False."}
+        default="nll",
+        metadata={"help": "What the best checkpoint, which is kept, has the least of; or bleu, the most of."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The texts are the references."})
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Page-locked batches, for GPUs."}
     )
+
+    def __post_init__(self) -> None:
+        # Trainer takes all but what ends with "loss" for the better the greater.
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("nll", "nll_bits")):
+            self.greater_is_better = False
+        super().__post_init__()
 
 
 # Of TrainingArguments, and without effect here: said, not ignored.
@@ -218,23 +235,27 @@ def main() -> None:
     """Parse, train, test, and write down what came out."""
     script, config, args = parse(sys.argv[1:])
     try:
+        resumed = checkpoint_to_resume(args)
+        check_resumed_size(script.model_size, resumed)
         sets = make_sets(script, args)
+        check_resumed_tokenizer(sets.tokenizer, tokenizer_folder(script, args, sets.corpus), resumed)
         transformers.set_seed(args.seed)
         trainer = make_trainer(script, config, args, sets)
     except (DataError, SettingError) as error:
         end(error)
     if trainer.is_world_process_zero():
         print_choices(script, sets, trainer.token_batches, args.gradient_accumulation_steps)
+    others = checkpoints_of_others(args.output_dir, resumed)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resumed)
     seconds = time.perf_counter() - start
-    averaged = average_last(trainer, script.average_checkpoints)
-    metrics = trainer.evaluate(metric_key_prefix="validation", num_beams=script.num_beams)
-    test = trainer.predict(sets.test, num_beams=script.num_beams)
+    models = RunModels(trainer, script.average_checkpoints, others)
+    metrics, translations = score(trainer, models, sets, script.num_beams)
+    seconds_scoring = time.perf_counter() - start - seconds
     trainer.save_model()
     if trainer.is_world_process_zero():
-        signature = write_translations(sets, decode(sets.tokenizer, test.predictions[0]), Path(args.output_dir))
-        results = {**metrics, **test.metrics, "bleu_signature": signature, "averaged_checkpoints": averaged}
+        write_translations(sets, translations, Path(args.output_dir))
+        results = {"metrics": metrics, "steps_of_models": models.chosen, "seconds_scoring": seconds_scoring}
         record = make_record(script, config, trainer, sets, results, seconds)
         write_record(record, Path(args.output_dir) / "record.json")
         print_table(record, table_of(record, sets))
@@ -274,13 +295,16 @@ def _check_flags(script: ScriptArguments, args: RecipeTrainingArguments) -> None
             raise SettingError(f"{name} has no effect here, got {getattr(args, name)!r}: {why}. Leave --{name} out.")
     if script.average_checkpoints == 1:
         return
-    kept = args.save_total_limit or script.average_checkpoints
-    if args.save_strategy == "no" or kept < script.average_checkpoints or args.load_best_model_at_end:
+    # Trainer keeps the best one among them, however old it is: the mean would be of it and of one late one less.
+    keeps_best = args.metric_for_best_model is not None and args.eval_strategy != "no"
+    least = script.average_checkpoints + keeps_best
+    kept = args.save_total_limit or least
+    if args.save_strategy == "no" or kept < least or args.load_best_model_at_end:
         raise SettingError(
-            f"average_checkpoints={script.average_checkpoints} needs as many at the end, got "
-            f"save_strategy={args.save_strategy.value}, save_total_limit={args.save_total_limit}, "
+            f"average_checkpoints={script.average_checkpoints} needs as many at the end, and the best beside them, "
+            f"got save_strategy={args.save_strategy.value}, save_total_limit={args.save_total_limit}, "
             f"load_best_model_at_end={args.load_best_model_at_end}. Set --save_strategy epoch, leave "
-            "--load_best_model_at_end out, and --save_total_limit too or raise it."
+            f"--load_best_model_at_end out, and --save_total_limit too or set it to {least} or more."
         )
     found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if found and (args.resume_from_checkpoint or "false").lower() == "false":
@@ -288,6 +312,38 @@ def _check_flags(script: ScriptArguments, args: RecipeTrainingArguments) -> None
             f"output_dir must hold no other run's checkpoints with average_checkpoints={script.average_checkpoints}, "
             f"got {found!r}. Set --output_dir, or go on from there with --resume_from_checkpoint true."
         )
+
+
+def check_resumed_size(model_size: str, checkpoint: str | None) -> None:
+    """
+    A checkpoint must be there, and of a model of the same shape: with another number of heads its weights would fit
+    and mean something else. All ranks decide alike.
+    """
+    if checkpoint is None:
+        return
+    file = Path(checkpoint) / "config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    named = {
+        "d_model": "d_model",
+        "layers": "encoder_layers",
+        "ffn": "encoder_ffn_dim",
+        "heads": "encoder_attention_heads",
+    }
+    there = {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
+    told = gather_object([(file.parent.is_dir(), there)])
+    if not any(is_there for is_there, _ in told):
+        raise SettingError(
+            f"resume_from_checkpoint must be true, false or a checkpoint's folder, got {checkpoint!r}, which is no "
+            "folder. Set --resume_from_checkpoint."
+        )
+    asked = {name: MODEL_SIZES[model_size][name] for name in named}
+    for _, shape in told:
+        if any(asked[name] != value for name, value in shape.items()):
+            raise SettingError(
+                f"resume_from_checkpoint must be of a model of the same size, got {checkpoint!r} with {shape}, and "
+                f"model_size={model_size} is {asked}. Set --model_size to that run's, or start anew with "
+                "--resume_from_checkpoint false."
+            )
 
 
 # ---- data and Trainer ----
@@ -310,9 +366,7 @@ def make_sets(script: ScriptArguments, args: RecipeTrainingArguments) -> TokenSe
             max_train_samples=script.max_train_samples,
             max_eval_samples=script.max_eval_samples,
         )
-    folder = Path(script.tokenizer_dir or Path(args.output_dir) / "tokenizers") / tokenizer_name(
-        corpus, script.vocab_size
-    )
+    folder = tokenizer_folder(script, args, corpus)
     with args.main_process_first(desc="tokenizer"):
         if not folder.is_dir():
             save_tokenizer(train_tokenizer(sentences_of(corpus.train), script.vocab_size), folder)
@@ -320,6 +374,12 @@ def make_sets(script: ScriptArguments, args: RecipeTrainingArguments) -> TokenSe
     check_same_tokenizer(tokenizer, folder)
     with args.main_process_first(desc="tokens"):
         return encode_corpus(corpus, tokenizer, script.max_length)
+
+
+def tokenizer_folder(script: ScriptArguments, args: RecipeTrainingArguments, corpus: Corpus) -> Path:
+    """Where the tokenizer of this text and size lies."""
+    folder = Path(script.tokenizer_dir or Path(args.output_dir) / "tokenizers")
+    return folder / tokenizer_name(corpus, script.vocab_size)
 
 
 def print_choices(script: ScriptArguments, sets: TokenSets, batches: TokenBatches, micro_batches: int = 1) -> None:
@@ -376,10 +436,35 @@ def make_trainer(
 # ---- what is left behind ----
 
 
-def write_translations(sets: TokenSets, translations: list[str], folder: Path) -> str:
+def score(
+    trainer: TranslationTrainer, models: RunModels, sets: TokenSets, num_beams: int
+) -> tuple[dict[str, float], list[str]]:
+    """
+    All scores of every model, those of the saved one under plain names, and its translations of the test set; it is in
+    the Trainer then. All ranks at once.
+    """
+    translations: list[str] = []
+
+    def score_one(steps: list[int]) -> dict[str, float]:
+        models.put(steps)
+        if trainer.is_world_process_zero():
+            print(f"scores of the model of {_steps(steps)}:", flush=True)
+        metrics = trainer.evaluate(metric_key_prefix="validation", num_beams=num_beams)
+        test = trainer.predict(sets.test, num_beams=num_beams)
+        if steps == models.chosen["saved"]:
+            translations[:] = decode(sets.tokenizer, test.predictions[0])
+        found = {**metrics, **test.metrics}
+        return {name: value for name, value in found.items() if re.match(r"(validation|test)_(bleu|nll)", name)}
+
+    scores = judge(models.chosen, score_one)
+    models.put(models.chosen["saved"])
+    return named(scores, "saved"), translations
+
+
+def write_translations(sets: TokenSets, translations: list[str], folder: Path) -> None:
     """
     `test.<source>`, `test.<target>` and `test.hyp.<target>`, in the test set's order, for `sacrebleu test.<target> -i
-    test.hyp.<target>`. Returns BLEU's signature.
+    test.hyp.<target>`.
     """
     order = np.argsort(sets.test["row"][:])
     source, target = sets.corpus.source_lang, sets.corpus.target_lang
@@ -391,7 +476,6 @@ def write_translations(sets: TokenSets, translations: list[str], folder: Path) -
     for name, sentences in texts.items():
         lines = [re.sub(r"[\r\n]+", " ", sentences[place]) for place in order]
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return bleu(translations, sets.test["target"][:])["signature"]
 
 
 def make_record(
@@ -402,18 +486,11 @@ def make_record(
     results: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Everything that a reader needs to judge the run, and to run it again."""
-    names = (
-        "validation_bleu",
-        "validation_bleu_compound_split",
-        "validation_nll",
-        "validation_nll_bits",
-        "test_bleu",
-        "test_bleu_compound_split",
-        "test_nll",
-        "test_nll_bits",
-    )
-    metrics = {name: results[name] for name in names}
+    """
+    Everything that a reader needs to judge the run, and to run it again. Metrics with a plain name are of the saved
+    model; those of the best by validation NLL, the last and the mean of the last five have `_best`, `_last` and
+    `_mean_of_5` behind. `steps_of_models` says of which checkpoints each is.
+    """
     curve = [entry for entry in trainer.state.log_history if "eval_bleu" in entry]
     return {
         "study": "single",
@@ -421,6 +498,8 @@ def make_record(
         "preset": script.preset,
         "dataset": sets.corpus.name,
         "languages": f"{sets.corpus.source_lang}-{sets.corpus.target_lang}",
+        "corpus_sha256": sets.corpus.sha256(),
+        "tokenizer_sha256": tokens_sha256(sets.tokenizer.backend_tokenizer),
         "train_rows": len(sets.train),
         "validation_set": sets.corpus.validation_set,
         "validation_rows": len(sets.validation),
@@ -432,10 +511,9 @@ def make_record(
         "tokens_per_update": trainer.token_batches.tokens_per_update(trainer.args.gradient_accumulation_steps),
         "num_beams": script.num_beams,
         "length_penalty": script.length_penalty,
-        "averaged_checkpoints": results["averaged_checkpoints"],
-        # fairseq's is in bits, and so are the paper's figures (docs/results.md).
-        "metrics": metrics,
-        "bleu_signature": results["bleu_signature"],
+        "averaged_checkpoints": len(results["steps_of_models"]["saved"]),
+        **results,
+        "bleu_signature": bleu_signature(),
         "curve": [
             {"step": entry["step"], **{f"validation_{name}": entry[f"eval_{name}"] for name in CURVE}}
             for entry in curve
@@ -453,13 +531,37 @@ def table_of(record: dict[str, Any], sets: TokenSets) -> dict[str, str]:
         "BLEU of the average": f"{metrics['test_bleu']:.2f} "
         f"({place}{'; not comparable with WMT' if sets.corpus.shipped else ''})",
         "signature": record["bleu_signature"],
+        "tokenised BLEU": f"{metrics['test_bleu_tokenised']:.2f} (Moses tokens)",
         "compound-split BLEU": f"{metrics['test_bleu_compound_split']:.2f} (Moses tokens)",
         **{
             f"{name} NLL": f"{metrics[f'{name}_nll']:.3f} nats per token, {metrics[f'{name}_nll_bits']:.3f} bits"
             for name in ("validation", "test")
         },
+        **{
+            _words(kind): _line(metrics, kind, steps)
+            for kind, steps in record["steps_of_models"].items()
+            if kind in KINDS
+        },
         "target tokens per update": f"{held['target']:,.0f}, {held['target_padded']:,.0f} with padding",
     }
+
+
+def _words(kind: str) -> str:
+    return f"test, {kind.replace('_', ' ')}"
+
+
+def _line(metrics: dict[str, float], kind: str, steps: list[int]) -> str:
+    bleu, tokenised, split, nll = (
+        metrics[f"test_{name}_{kind}"] for name in ("bleu", "bleu_tokenised", "bleu_compound_split", "nll")
+    )
+    return (
+        f"BLEU {bleu:.2f}, tokenised {tokenised:.2f}, compound-split {split:.2f}, NLL {nll:.3f} nats, "
+        f"{nll / math.log(2):.3f} bits ({_steps(steps)})"
+    )
+
+
+def _steps(steps: list[int]) -> str:
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
 
 
 if __name__ == "__main__":

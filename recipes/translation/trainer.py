@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from transformers import EvalPrediction, Seq2SeqTrainer
 
-from translation.bleu import bleu, compound_split_bleu
-from translation.model import average_checkpoints, decode, generate, sentence_nll, smoothed_loss
+from translation.judged import all_scores, choose, with_bits
+from translation.model import decode, generate, load_state, mean_of_states, sentence_nll, smoothed_loss
 from translation.tokens import NO_LABEL, TokenBatches, collate, token_counts
 
 
@@ -57,7 +57,11 @@ class TranslationTrainer(Seq2SeqTrainer):
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's own; beside a loss, how many target tokens an update holds, over all processes."""
+        """
+        Trainer's own; losses, which are in nats, in bits too, and beside one of training how many target tokens an
+        update holds, over all processes.
+        """
+        logs.update(with_bits(logs))
         if "loss" in logs:
             held = self.token_batches.tokens_per_update(self.args.gradient_accumulation_steps)
             told = {"tokens_per_update": held["target"], "tokens_per_update_padded": held["target_padded"]}
@@ -90,29 +94,86 @@ class TranslationTrainer(Seq2SeqTrainer):
         return None, (tokens, nll), inputs["labels"]
 
     def scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        """`compute_metrics`: BLEU in percent, NLL per token, `</s>` included: in nats, and in bits as fairseq's."""
+        """`compute_metrics`: `all_scores`."""
         tokens, nll = prediction.predictions
         texts = decode(self.processing_class, tokens)
         nll = float(nll.astype(np.float64).sum() / (prediction.label_ids != NO_LABEL).sum())
-        return {
-            "bleu": bleu(texts, self.references)["score"],
-            "bleu_compound_split": compound_split_bleu(texts, self.references, self.target_lang),
-            "nll": nll,
-            "nll_bits": nll / math.log(2),
-        }
+        return all_scores(texts, self.references, nll, self.target_lang)
 
 
-def average_last(trainer: TranslationTrainer, count: int) -> int:
+def checkpoints_of_others(output_dir: str, resumed: str | None) -> dict[Path, int]:
     """
-    Put the mean of the last `count` checkpoints into the model, on every rank; rank 0 reads them, for only its machine
-    is sure to have them. Returns how many there were, on rank 0; 1 leaves the model as it is.
+    What lies in the output folder before training and is of no part of this run, each with the time when it was
+    written: this run may write one of the same name.
+
+    Args:
+        resumed (`str`, *optional*): The checkpoint that is gone on from; those before it are of this run.
     """
-    if count == 1:
-        return 1
-    steps = sorted(int(path.name.split("-")[1]) for path in Path(trainer.args.output_dir).glob("checkpoint-*[0-9]"))
-    folders = [Path(trainer.args.output_dir) / f"checkpoint-{step}" for step in steps[-count:]]
-    if trainer.is_world_process_zero() and folders:
-        trainer.model.load_state_dict(average_checkpoints(folders))
-    for tensor in trainer.model.state_dict().values():
-        broadcast(tensor, from_process=0)
-    return len(folders)
+    before = [] if resumed is None else _checkpoints(Path(resumed).parent)
+    ours = {path.resolve() for path in before if _step(path) <= _step(Path(resumed or ""))}
+    return {path: _written(path) for path in _checkpoints(Path(output_dir)) if path.resolve() not in ours}
+
+
+class RunModels:
+    """
+    The models of a run that is over, by optimizer steps: its checkpoints, the workers' average each, and the end of
+    training, which is in the Trainer. Rank 0 reads and decides, for only its machine is sure to have the files; all
+    ranks do the same at the same time.
+
+    Args:
+        trainer (`TranslationTrainer`): After `train()`.
+        average (`int`): The model that is saved is the mean of this many last ones; 1: what the Trainer holds.
+        others (`Mapping[Path, int]`): See `checkpoints_of_others`.
+
+    Attributes:
+        chosen (`dict[str, list[int]]`): By kind of model (`choose`, and `saved`), the steps of what it is the mean of.
+    """
+
+    def __init__(self, trainer: TranslationTrainer, average: int, others: Mapping[Path, int]) -> None:
+        self.trainer = trainer
+        whole = not any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+        # Into a model that is divided over processes no file is loaded: there is its end alone.
+        found = _checkpoints(Path(trainer.args.output_dir)) if whole else []
+        self.folders = {_step(path): path for path in found if others.get(path) != _written(path)}
+        state = trainer.state
+        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        held = _step(Path(best)) if best else state.global_step
+        nll = {entry["step"]: entry["eval_nll"] for entry in state.log_history if "eval_nll" in entry}
+        steps = sorted({*self.folders, held})
+        saved = [held] if average == 1 else steps[-average:]
+        chosen = {**choose({step: nll.get(step) for step in steps}), "saved": saved}
+        self.chosen: dict[str, list[int]]
+        self.held: int
+        self.chosen, self.held = broadcast_object_list([chosen, held])
+        self.inside = [self.held]
+        self.values: dict[str, torch.Tensor] = {}
+        if trainer.is_world_process_zero() and any(made_of != self.inside for made_of in self.chosen.values()):
+            self.values = {name: value.cpu().clone() for name, value in trainer.model.state_dict().items()}
+
+    def put(self, steps: list[int]) -> None:
+        """Put the mean of these steps' models into the Trainer's, on every rank."""
+        if steps == self.inside:
+            return
+        if self.trainer.is_world_process_zero():
+            states = (self.values if step == self.held else load_state(self.folders[step]) for step in steps)
+            self.trainer.model.load_state_dict(mean_of_states(states))
+        for tensor in self.trainer.model.state_dict().values():
+            broadcast(tensor, from_process=0)
+        self.inside = steps
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that hold a whole model."""
+    found = [path.parent for path in folder.glob("checkpoint-*/config.json")]
+    return [path for path in found if _step(path) >= 0 and any(path.glob("model*.safetensors"))]
+
+
+def _step(checkpoint: Path) -> int:
+    """-1 for a folder of another name."""
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _written(checkpoint: Path) -> int:
+    state = checkpoint / "trainer_state.json"
+    return (state if state.is_file() else checkpoint / "config.json").stat().st_mtime_ns
