@@ -74,22 +74,18 @@ def test_a_ring_by_hand():
 
 
 def test_made_up_pairs(tmp_path):
-    """As many as asked, in WMT's format, none like another, with an empty line in every 10,000th."""
-    write_pairs(tmp_path, 20_000)
+    """As many as asked in three files of WMT's format, hardly two alike, and each file's 10,000th has an empty side."""
+    write_pairs(tmp_path, 30_000)
     corpus = load_corpus(str(tmp_path))
-    assert (len(corpus.train), corpus.empty_train_rows, len(corpus.validation), len(corpus.test)) == (
-        19_998,
-        2,
-        3000,
-        3000,
-    )
+    assert (len(corpus.train), corpus.empty_train_rows) == (29_997, 3)
+    assert (len(corpus.validation), len(corpus.test)) == (3000, 3000)
     files = sorted(tmp_path.glob("train*"))
-    assert len(files) == 3
+    assert [pq.read_metadata(file).num_rows for file in files] == [10_000] * 3
     assert [field.name for field in pq.read_schema(files[0]).field("translation").type] == ["de", "en"]
-    assert len(set(corpus.train["source"][:])) > 19_500, "short ones may meet"
-    lengths = np.array([len(sentence.split()) for sentence in corpus.train["target"][:]])
-    assert lengths.mean() == pytest.approx(18, rel=0.05)
-    assert len({word for sentence in corpus.train["target"][:] for word in sentence.split()}) > 100_000
+    assert len(set(corpus.train["source"][:])) > 29_000, "short ones may meet"
+    words = [sentence.split() for sentence in corpus.train["target"][:]]
+    assert np.mean([len(sentence) for sentence in words]) == pytest.approx(18, rel=0.05)
+    assert len({word for sentence in words for word in sentence}) > 100_000
 
 
 # ---- the program ----
@@ -174,10 +170,11 @@ def test_a_tiny_resume_is_exact(tiny):
 
 
 def test_record_is_of_the_papers_size():
-    """4.5 million pairs in batches of the preset, resumed exactly; a model of the preset; no path is told."""
+    """4.5 million pairs in batches of the preset, resumed exactly; no path is told."""
     script, _, args = recipe.parse(["--preset", "wmt16"])
-    found, step = RECORD["preprocessing"], RECORD["steps"]["2 processes"]["ranks"]
+    found = RECORD["preprocessing"]
     assert found["pairs"] == 4_500_000
+    assert found["batched_pairs"] == pytest.approx(4_500_000, rel=0.001)
     assert (found["max_tokens"], found["max_length"]) == (script.max_tokens, script.max_length)
     assert found["micro_batches"] == args.gradient_accumulation_steps
     assert found["vocabulary"] == script.vocab_size
@@ -186,10 +183,15 @@ def test_record_is_of_the_papers_size():
     assert found["second_process"]["bytes_written"] == 0
     check_resume(found["resume"])
     assert {rank["batches"] for rank in found["resume"]["ranks"]} == {found["batches_per_process_and_epoch"]}
-    assert (step[0]["model_size"], step[0]["sync_every"]) == (script.model_size, 1)
-    assert step[0]["parameters"] == RECORD["arithmetic"]["parameters"]
-    check_step(step)
+    assert RECORD["arithmetic"]["parameters"] == 209_125_376, "of big"
     assert not re.search(r'["= ]/\w', json.dumps(RECORD))
+
+
+def test_record_s_step_is_a_round_of_two():
+    """Bytes and files as worked out from the parameters."""
+    ranks = RECORD["steps"]["2 processes"]["ranks"]
+    assert {(rank["base"], rank["sync_every"], rank["micro_batches"]) for rank in ranks} == {("local_sgd", 1, 1)}
+    check_step(ranks)
 
 
 def test_record_s_arithmetic_is_the_program_s():
@@ -205,6 +207,11 @@ def test_page_has_the_figures():
     section = page.partition("## The paper's sizes")[2]
     for line in tables(RECORD).splitlines():
         assert line in section, line
-    found, step = RECORD["preprocessing"], RECORD["steps"]["2 processes"]["ranks"][0]
-    assert f"{found['text_pairs']:,} pairs" in section
-    assert f"{step['max_tokens']:,} positions" in section
+    found, worked_out = RECORD["preprocessing"], RECORD["arithmetic"]
+    positions = RECORD["steps"]["2 processes"]["ranks"][0]["max_tokens"]
+    assert f"first {found['text_pairs']:,} pairs" in section
+    assert f"with {positions:,} positions in place of {found['max_tokens']:,}" in section
+    assert f"{worked_out['updates_per_epoch']:,} an epoch" in section
+    assert f"{worked_out['parameters']:,} fp32 parameters" in section
+    per_gpu = worked_out["target_tokens_per_update"] / worked_out["processes"] / 0.505
+    assert f"{per_gpu:,.0f} target tokens a second and GPU" in section

@@ -40,27 +40,29 @@ def _found(record: dict[str, Any]) -> str:
         "target tokens of an update": f"{held['target']:,.0f}; {held['target_padded']:,.0f} with padding",
         "padding": f"{found['padding']:.1%} of all positions",
         "resumed in the middle of an epoch": f"{'the same batches' if exact else 'OTHER BATCHES'}, "
-        f"{max(orders):.1f} s until the order is there",
+        f"{max(orders):.1f} s on the clock for their order",
     }
-    for name, step in record.get("steps", {}).items():
-        rows |= _step(name, step["ranks"])
+    for step in record.get("steps", {}).values():
+        rows |= _step(step["ranks"])
     return _table(("measured", "figure"), rows)
 
 
-def _step(name: str, ranks: list[dict[str, Any]]) -> dict[str, str]:
+def _step(ranks: list[dict[str, Any]]) -> dict[str, str]:
     first = ranks[0]
-    pass_, update = (
+    who = f"`{first['model_size']}`, {'one process' if len(ranks) == 1 else f'{len(ranks)} processes'}"
+    passes, update = (
         max(rank[key]["cpu_seconds"] for rank in ranks) for key in ("forward_and_backward", "inner_update")
     )
     peak = max(rank["stages"]["train"]["peak_bytes"] for rank in ranks)
-    files = first["checkpoint_bytes"].values()
-    return {
-        f"`{first['model_size']}`, {name}: a micro-batch": f"{first['max_tokens']:,} positions, {pass_:,.0f} CPU s",
-        f"`{first['model_size']}`, {name}: Adam": f"{update:,.1f} CPU s",
-        f"`{first['model_size']}`, {name}: the round": f"{_gb(first['bytes_sent'])} sent by each",
-        f"`{first['model_size']}`, {name}: peak of memory": f"{_gb(peak)} a process",
-        f"`{first['model_size']}`, {name}: the checkpoint": _gb(sum(files)),
+    rows = {
+        f"{who}: forward and backward": f"{first['max_tokens']:,} positions, {passes:,.1f} CPU s",
+        f"{who}: Adam": f"{update:,.1f} CPU s",
+        f"{who}: peak of memory": f"{_gb(peak)} a process",
+        f"{who}: the checkpoint": _gb(sum(first["checkpoint_bytes"].values())),
     }
+    if len(ranks) > 1:
+        rows[f"{who}: the round"] = f"{first['bytes_sent']:,} bytes sent by each"
+    return rows
 
 
 def _worked_out(record: dict[str, Any]) -> str:
