@@ -74,7 +74,7 @@ def test_a_ring_by_hand():
 
 
 def test_made_up_pairs(tmp_path):
-    """As many as asked in three files of WMT's format, hardly two alike, and each file's 10,000th has an empty side."""
+    """As many as asked in three files of WMT's format, hardly two alike, an empty line in each file."""
     write_pairs(tmp_path, 30_000)
     corpus = load_corpus(str(tmp_path))
     assert (len(corpus.train), corpus.empty_train_rows) == (29_997, 3)
@@ -190,7 +190,8 @@ def test_record_is_of_the_papers_size():
 def test_record_s_step_is_a_round_of_two():
     """Bytes and files as worked out from the parameters."""
     ranks = RECORD["steps"]["2 processes"]["ranks"]
-    assert {(rank["base"], rank["sync_every"], rank["micro_batches"]) for rank in ranks} == {("local_sgd", 1, 1)}
+    names = ("model_size", "base", "sync_every", "micro_batches", "parameters")
+    assert {tuple(rank[name] for name in names) for rank in ranks} == {("big", "local_sgd", 1, 1, 209_125_376)}
     check_step(ranks)
 
 
