@@ -263,9 +263,16 @@ def _pairs(rows: datasets.Dataset, languages: Languages, flag: str) -> datasets.
 
 def _empty(rows: datasets.Dataset) -> np.ndarray:
     """Per row, whether a side is missing or white space only."""
-    table = rows.with_format("arrow")[:]
-    sides = [pc.equal(pc.utf8_trim_whitespace(pc.fill_null(table[column], "")), "") for column in ("source", "target")]
-    return pc.or_(*sides).to_numpy()
+    found = [np.zeros(0, dtype=bool)]
+    for table in _parts(rows):
+        sides = [pc.equal(pc.utf8_trim_whitespace(pc.fill_null(side, "")), "") for side in table.columns]
+        found.append(pc.or_(*sides).to_numpy())
+    return np.concatenate(found)
+
+
+def _parts(rows: datasets.Dataset) -> Iterator[Any]:
+    """Tables of `source` and `target`: not all at once, for every process of a machine looks through them."""
+    return rows.select_columns(["source", "target"]).with_format("arrow").iter(100_000)
 
 
 def _check_languages(rows: datasets.Dataset, languages: Languages, flag: str, split: str) -> None:
@@ -273,8 +280,7 @@ def _check_languages(rows: datasets.Dataset, languages: Languages, flag: str, sp
     A column that was copied, or a text that was never translated, trains nothing. Swapped languages train the other
     direction, or test it: of English and German they are seen by frequent words, of others they are not.
     """
-    table = rows.with_format("arrow")[:]
-    same = int(pc.sum(pc.fill_null(pc.equal(table["source"], table["target"]), False)).as_py())
+    same = sum(pc.sum(pc.fill_null(pc.equal(*table.columns), False)).as_py() for table in _parts(rows))
     kind = "training rows" if flag == "train_split" else f"rows of {flag} {split}"
     if same > len(rows) / 2:
         raise DataError(

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from translation.data import Corpus, DataError
 PAD, EOS = 0, 1  # ids of <pad>, which also starts every translation (Marian's habit), and </s>
 NO_LABEL = -100  # where there is nothing to predict
 POSITIONS = 1024  # longest sentence in tokens
+PART = 100_000  # rows that are looked through at once
 
 
 # ---- tokens ----
@@ -180,8 +180,11 @@ def sort_by_length(rows: datasets.Dataset) -> datasets.Dataset:
 
 def token_counts(rows: datasets.Dataset) -> np.ndarray:
     """Of source and target, shape (rows, 2)."""
-    table = rows.select_columns(["input_ids", "labels"]).with_format("arrow")[:]
-    return np.stack([pc.list_value_length(table[column]).to_numpy() for column in ("input_ids", "labels")], axis=1)
+    counts = [np.zeros((0, 2), dtype=np.int32)]
+    # In parts: all tokens of rows that were selected would be copied, in every process of a machine.
+    for table in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(PART):
+        counts.append(np.stack([pc.list_value_length(column).to_numpy() for column in table.columns], axis=1))
+    return np.concatenate(counts)
 
 
 # ---- batches ----
@@ -200,17 +203,24 @@ def make_batches(lengths: np.ndarray, max_tokens: int, seed: int = 0, epoch: int
         max_tokens (`int`): A row longer than this is a batch of its own.
         seed (`int`), epoch (`int`): The same pair gives the same batches.
     """
+    return [batch.tolist() for batch in batch_arrays(lengths, max_tokens, seed, epoch)]
+
+
+def batch_arrays(lengths: np.ndarray, max_tokens: int, seed: int = 0, epoch: int = 0) -> list[np.ndarray]:
+    """As `make_batches`, in arrays: a list of 4.5 million rows takes five times the memory, for an epoch's length."""
     generator = np.random.default_rng([seed, epoch])
     shuffled = generator.permutation(len(lengths))
     order = shuffled[np.lexsort(lengths[shuffled].T)]
-    batches: list[list[int]] = []
-    longest = 0
-    for row, length in zip(order.tolist(), lengths.max(axis=1)[order].tolist(), strict=True):
-        longest = max(longest, length)
-        if not batches or longest * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-            longest = length
-        batches[-1].append(row)
+    longer_side = lengths.max(axis=1)[order]
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        at_most = max(1, max_tokens // int(longer_side[start]))
+        longest = np.maximum.accumulate(longer_side[start : start + at_most])
+        fitting = np.count_nonzero(longest * np.arange(1, len(longest) + 1) <= max_tokens)  # the first ones: it grows
+        end = start + max(1, int(fitting))
+        batches.append(order[start:end])
+        start = end
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
@@ -229,7 +239,10 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
         self.lengths, self.max_tokens, self.seed = lengths, max_tokens, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.in_all = len(make_batches(lengths, max_tokens, seed))
+        batches = batch_arrays(lengths, max_tokens, seed)
+        self.in_all = len(batches)
+        # Of an epoch's batches, of source and target: tokens and padding.
+        self.positions = np.sum([len(batch) * lengths[batch].max(axis=0) for batch in batches], axis=0, dtype=np.int64)
 
     def set_epoch(self, epoch: int) -> None:
         """Epoch whose order the next iteration has."""
@@ -239,15 +252,9 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
         return math.ceil(self.in_all / self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = make_batches(self.lengths, self.max_tokens, self.seed, self.epoch)
+        batches = batch_arrays(self.lengths, self.max_tokens, self.seed, self.epoch)
         for step in range(len(self)):
-            yield batches[(step * self.world_size + self.rank) % len(batches)]
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """Of an epoch's batches, of source and target: tokens and padding, shape (2,)."""
-        batches = make_batches(self.lengths, self.max_tokens, self.seed)
-        return np.sum([len(batch) * self.lengths[batch].max(axis=0) for batch in batches], axis=0)
+            yield batches[(step * self.world_size + self.rank) % len(batches)].tolist()
 
     def padding(self) -> float:
         """Share of all positions, source and target, that hold padding."""
