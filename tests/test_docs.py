@@ -376,6 +376,11 @@ COMMANDS = {
     r"accelerate launch --(multi_gpu|config_file recipes/configs/cpu_two_processes\.yaml recipes/image/train\.py$)": (
         "tests/test_launch.py::test_a_command_starts_what_the_page_says"
     ),
+    r"pip install git\+ADDRESS": "tests/test_packaging.py::test_pip_installs_it_from_git",
+    r"torchrun --nproc-per-node 2 examples/accelerate_loop\.py --resume_from": (
+        "tests/test_examples.py::test_accelerate_loop_and_its_resume"
+    ),
+    r"make test$": "tests/test_habits.py::test_each_job_calls_one_make_target_that_is_there",
     r"pip install \.": "tests/test_packaging.py::test_an_installed_wheel_works_outside_the_checkout",
     r"python benchmarks/round_cost\.py": "tests/test_benchmarks.py::test_the_command_writes_a_record",
     r"python benchmarks/start_cost\.py": "tests/test_benchmarks.py::test_start_cost_compares_with_stock",

@@ -54,6 +54,18 @@ def metadata(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history")
+def test_pip_installs_it_from_git(tmp_path):
+    """README's command, with a clone as the address: the last commit."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(clone)], check=True)
+    flags = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", "installed")
+    _run("-m", "pip", "install", *flags, f"git+file://{clone}", cwd=tmp_path)
+    names = {path.name for path in (clone / "src/slowmo_hf").iterdir()}
+    assert names <= {path.name for path in (tmp_path / "installed/slowmo_hf").iterdir()}
+
+
+@pytest.mark.slow
 def test_an_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
