@@ -119,7 +119,7 @@ def test_metadata(metadata):
     assert metadata["Version"] == slowmo_hf.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"recipes", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"recipes", "test", "docs", "dev"}
 
 
 def test_an_installed_torch_is_never_replaced(metadata, wheel, tmp_path):
