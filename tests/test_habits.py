@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -174,7 +173,7 @@ def test_the_versions_command_of_the_bug_form_prints_them():
     program, flag, code = shlex.split(command)
     assert (program, flag) == ("python", "-c")
     printed = subprocess.run([sys.executable, flag, code], check=True, capture_output=True, text=True).stdout
-    assert f"slowmo-hf {version('slowmo-hf')}\ntorch {torch.__version__}\n" in printed
+    assert f"slowmo-hf {version('slowmo-hf')}\ntorch {version('torch')}\n" in printed
     assert f"accelerate {version('accelerate')}\ntransformers {version('transformers')}\n" in printed
 
 
