@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
@@ -16,6 +18,11 @@ from torch.utils.data import Dataset
 from tiny import arguments
 
 WORDS, WIDTH = 5, 4
+
+NEEDED = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"),
+    reason="FSDP2 runs on CPU from torch 2.7 on: torch.cpu.Stream has no record_event before",
+)
 
 
 class Block(nn.Module):

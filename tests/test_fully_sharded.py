@@ -26,6 +26,8 @@ from slowmo_hf.dtensors import sharded_modules
 from slowmo_hf.upstream import fsdp_parameter_groups
 from tiny import arguments, error_of
 
+pytestmark = fsdp.NEEDED
+
 SHARDS = 2
 
 

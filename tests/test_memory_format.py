@@ -265,6 +265,7 @@ def shards_convert():
     return words
 
 
+@fsdp.NEEDED
 def test_shards_in_another_order_are_an_error_on_all_ranks():
     for words in run_workers(shards_convert, 4):
         assert words[:3] == [""] * 3

@@ -440,6 +440,7 @@ def shards_of(module):
     return {name: param.to_local().clone() for name, param in module.named_parameters()}
 
 
+@fsdp.NEEDED
 def test_shards_of_a_teacher_are_averaged_with_their_counterparts(tmp_path):
     found = run_workers(shards_move, 4, str(tmp_path / "saved"), time_limit_seconds=patience(240))
     for rank, (seen, shown, again) in enumerate(found):

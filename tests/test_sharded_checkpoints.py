@@ -22,6 +22,8 @@ from slowmo_hf.checkpoints.files import FOLDER, seal
 from slowmo_hf.contents import CheckpointError
 from tiny import Regression, Rows, equal, two_groups, values
 
+pytestmark = fsdp.NEEDED
+
 TAU, STEPS = 3, 7  # two rounds, and a step behind them
 
 

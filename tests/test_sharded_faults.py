@@ -24,6 +24,8 @@ from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.wire.communicator import Communicator
 from tiny import error_of
 
+pytestmark = fsdp.NEEDED
+
 SURVIVORS = (0, 2, 3)
 WHERE = f"on {re.escape(HOST)}"
 IN_TIME = f"within timeout_seconds={TIMEOUT_SECONDS:g}"

@@ -16,6 +16,8 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, finish
 from tiny import arguments, equal, error_of
 
+pytestmark = fsdp.NEEDED
+
 TAU, STEPS = 3, 8
 
 

@@ -23,6 +23,8 @@ from slowmo_hf.dtensors import local
 from slowmo_hf.wire.gossip import make_topology
 from tiny import equal, error_of
 
+pytestmark = fsdp.NEEDED
+
 STEPS, ROWS, LR, TAU = 8, 3, 0.1, 3
 MESSAGES = {
     "plain": {},

@@ -12,6 +12,8 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus
 from tiny import equal
 
+pytestmark = fsdp.NEEDED
+
 STEPS, TAU = 8, 3
 SETTINGS = {"plain": {}, "overlapped": {"overlap_steps": 1}, "sgp": {"base": "sgp"}}
 

@@ -312,7 +312,7 @@ class AsksWhileShown(TrainerCallback):
 
 def check_nested(folder):
     out = {}
-    looks = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    looks = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     for name, callbacks in {"asked": [AsksWhileShown(folder)], "alone": []}.items():
         recorder = Recorder()
         trainer = asked_trainer(

@@ -101,7 +101,6 @@ def check_loop_settings(folder, names):
     cases = {
         "accumulation": {"gradient_accumulation_steps": 3},
         "clipping": {"watchers": [clipped], "max_grad_norm": 1e-2},
-        "autocast": {"model": autocast, "bf16": True},
         "bf16 parameters": {"model": Precise(torch.bfloat16), "data": Rows(128, torch.bfloat16)},
         "checkpointing": {"model": bert(), "data": sentences(), "gradient_checkpointing": True},
         "no checkpointing": {"model": bert(), "data": sentences()},
@@ -110,6 +109,7 @@ def check_loop_settings(folder, names):
         "long round": {"config": SlowMoConfig(sync_every=100)},
         "one step, one round": {"config": SlowMoConfig(sync_every=1), "max_steps": 1},
         "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 3, "learning_rate": 3e-2},
+        "autocast": {"model": autocast, "bf16": True},  # last: transformers 4.57 leaves it in the environment
     }
     out = {}
     for name in names or cases:
@@ -269,7 +269,8 @@ def test_sources_of_data_and_models(tmp_path):
         assert {tuple(row.tolist()) for row in both} == {tuple(row.tolist()) for row in rows[: len(both)]}
     for out in ranks:
         _, sizes, tokens, flags = out["out of memory"]
-        assert sizes == [4] * 4 + [3] * STEPS, "four steps, then again with a smaller batch"
+        assert sizes == [4] * 4 + [sizes[-1]] * STEPS, "four steps, then again with a smaller batch"
+        assert sizes[-1] in (2, 3)  # accelerate 1.3 takes a half, 1.15 nine tenths
         assert tokens is True
         assert flags
         assert set(flags) == {(True, True)}
@@ -497,6 +498,7 @@ def check_sft(folder):
 
 @pytest.mark.slow
 def test_trl_sft_trainer(tmp_path):
+    pytest.importorskip("trl", reason="trl's releases want newer libraries than the oldest ones")
     ranks = run_workers(check_sft, 2, str(tmp_path))
     runs = [recording for recording, _ in ranks]
     assert follow_float32(runs) == STEPS // TAU

@@ -45,6 +45,7 @@ def masked(text):
         line = re.sub(r"rank \d on \S+\)", "rank # on HOST)", line)
         line = re.sub(r"(?<=times the mean computation\.).*", " ADVICE", line)  # on the machine's speed
         line = re.sub(r"worker \d ", "worker # ", line)
+        line = re.sub(r"'(-?\d[\d.e-]*)'", r"\1", line)  # transformers 4.57 prints numbers where 5 prints strings
         line = re.sub(r"(?<![\w#])-?\d[\d,.]*(e-?\d+)?(?= |'|$|,|;|:|\)|\.)", "#", line)
         lines.append(re.sub(r" (ms|s|kB|MB|bytes)\b", " UNIT", line))
     return lines

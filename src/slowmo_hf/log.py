@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 logger = logging.getLogger("slowmo_hf")
 
@@ -28,7 +28,13 @@ class _OncePerJob(logging.Filter):
 logger.addFilter(_OncePerJob())
 
 
-class Prefixed(logging.LoggerAdapter[logging.Logger]):
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # Python 3.10's takes no type argument
+
+
+class Prefixed(_Adapter):
     """
     The logger, with words in front of each line.
 

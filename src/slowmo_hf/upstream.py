@@ -213,7 +213,7 @@ def default_store() -> Any:
 
 def accelerate_is_in_use() -> bool:
     """
-    `AcceleratorState._shared_state`, accelerate >= 1.1: whether an Accelerator was made. The public constructor would
+    `AcceleratorState._shared_state`, accelerate >= 1.3: whether an Accelerator was made. The public constructor would
     make the state (tests/test_callback.py::test_unsupported_engines_are_refused_by_name).
     """
     return bool(AcceleratorState._shared_state)
@@ -221,7 +221,7 @@ def accelerate_is_in_use() -> bool:
 
 def prepared_optimizers(accelerator: Any) -> list[Any]:
     """
-    `Accelerator._optimizers`, accelerate >= 1.1: those that `prepare` took
+    `Accelerator._optimizers`, accelerate >= 1.3: those that `prepare` took
     (tests/test_finish.py::test_end_training_finishes).
     """
     return list(accelerator._optimizers)
@@ -229,7 +229,7 @@ def prepared_optimizers(accelerator: Any) -> list[Any]:
 
 def prepared_schedulers(accelerator: Any) -> list[Any]:
     """
-    `Accelerator._schedulers`, accelerate >= 1.1: those that `prepare` took
+    `Accelerator._schedulers`, accelerate >= 1.3: those that `prepare` took
     (tests/test_optimizer.py::test_save_state_goes_on_bit_for_bit).
     """
     return list(accelerator._schedulers)
