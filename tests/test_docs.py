@@ -376,6 +376,7 @@ COMMANDS = {
     r"accelerate launch --(multi_gpu|config_file recipes/configs/cpu_two_processes\.yaml recipes/image/train\.py$)": (
         "tests/test_launch.py::test_a_command_starts_what_the_page_says"
     ),
+    r"nice python recipes/studies/dry_run\.py": "tests/test_dry_run.py::test_the_program_at_a_tiny_size",
     r"pip install git\+ADDRESS": "tests/test_packaging.py::test_pip_installs_it_from_git",
     r"torchrun --nproc-per-node 2 examples/accelerate_loop\.py --resume_from": (
         "tests/test_examples.py::test_accelerate_loop_and_its_resume"
