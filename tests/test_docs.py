@@ -20,7 +20,7 @@ import pytest
 import slowmo_hf
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT / name for name in ("README.md", "benchmarks/README.md"))
+PAGES = sorted(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"))
 PAGES += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
@@ -381,7 +381,8 @@ COMMANDS = {
     r"torchrun --nproc-per-node 2 examples/accelerate_loop\.py --resume_from": (
         "tests/test_examples.py::test_accelerate_loop_and_its_resume"
     ),
-    r"make test$": "tests/test_habits.py::test_each_job_calls_one_make_target_that_is_there",
+    r"make (test|test-fast|lint)$": "tests/test_habits.py::test_each_job_calls_one_make_target_that_is_there",
+    r"\.venv/bin/python -m pytest tests/test_core\.py -k two_rounds": "tests/test_core.py::test_two_rounds_by_hand",
     r"pip install \.": "tests/test_packaging.py::test_an_installed_wheel_works_outside_the_checkout",
     r"python benchmarks/round_cost\.py": "tests/test_benchmarks.py::test_the_command_writes_a_record",
     r"python benchmarks/start_cost\.py": "tests/test_benchmarks.py::test_start_cost_compares_with_stock",
