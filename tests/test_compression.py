@@ -6,6 +6,7 @@ refusals.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from slowmo_hf.wire.reduction import AllReduce, Launch, bytes_per_message
 from slowmo_hf.wire.two_stage import TwoStage
 from tiny import Heard, Regression, Rows, train_node_workers, two_groups, values
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 WIDE = (torch.float32, torch.float64)
 
@@ -91,7 +93,7 @@ def test_int8_is_off_by_half_a_scale_at_most(dtype, name):
     assert (scales <= torch.maximum(huge / 127 * (1 + 1e-6), torch.tensor(torch.finfo(dtype).tiny, dtype=dtype))).all()
 
 
-@pytest.mark.parametrize("code", [Int8(), BFloat16()], ids=["int8", "bf16"])
+@pytest.mark.parametrize("code", [find(path)() for path in CODES.values()], ids=CODES)
 @pytest.mark.parametrize("dtype", WIDE)
 def test_what_a_message_says_and_what_stays_are_the_value(dtype, code):
     """Longer than a processor's cache, so in several runs; bit for bit the quantisation of the whole."""
@@ -122,8 +124,23 @@ def test_sizes_by_hand():
     assert [shard_elements(n, 4) for n in (1, 3, 1024, 1025, 4097)] == [256, 256, 256, 512, 1280]
 
 
+@pytest.mark.parametrize("code", [find(path)() for path in CODES.values()], ids=CODES)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_a_message_of_zero_bytes_says_0(dtype, code):
+    """What `ErrorFeedback.pack_` sends for a worker that brings nothing."""
+    out = torch.ones(2 * BLOCK, dtype=dtype)
+    code.decode_(torch.zeros(code.message_bytes(len(out), dtype), dtype=torch.uint8), out)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_every_code_is_told_of(name):
+    for told in (SlowMoConfig.__doc__, (ROOT / "docs/wire.md").read_text()):
+        assert f'"{name}"' in told
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("code", [Int8(), BFloat16()], ids=["int8", "bf16"])
+@pytest.mark.parametrize("code", [find(path)() for path in CODES.values()], ids=CODES)
 @pytest.mark.parametrize("dtype", WIDE)
 def test_cuda_rounds_as_the_cpu(dtype, code):
     for name, given in hard_values(dtype).items():
@@ -586,5 +603,5 @@ def test_other_bases_refuse_it(base, name):
 
 
 def test_an_unknown_compression_is_refused():
-    with pytest.raises(ValueError, match=r"compression must be one of none, bf16, int8, got 'int4'"):
-        SlowMoConfig(compression="int4")
+    with pytest.raises(ValueError, match=r"compression must be one of none, bf16, int8, got 'morse'"):
+        SlowMoConfig(compression="morse")

@@ -74,7 +74,7 @@ def test_a_cost_that_is_no_part_of_the_time_is_not_said_again():
 
 def test_enough_steps_are_enough():
     """In t steps a rank computes t mean of t most + round: the t that is named reaches the share, t - 1 does not."""
-    for mean, most, spent in ((0.01, 0.01, 0.2), (0.01, 0.0104, 0.2), (0.3, 0.3, 0.01)):
+    for mean, most, spent in ((0.01, 0.01, 0.2), (0.01, 0.0103, 0.2), (0.3, 0.3, 0.01)):
         words = enough_steps(mean, most, spent).split(", ")
         for share, one in zip((0.9, 0.95), words, strict=True):
             t = int(one.split()[2])
@@ -83,6 +83,11 @@ def test_enough_steps_are_enough():
     assert enough_steps(0.01, 0.0108, 0.2).split(", ")[1] == (
         "no sync_every gives 95 %: the others wait for the slowest"
     )
+    # 0.95 x 0.2 s over 0.01 - 0.95 x 0.0104 s are 1,584 steps: longer than anybody waits for a round.
+    assert enough_steps(0.01, 0.0104, 0.2).split(", ") == [
+        "sync_every >= 282 would give 90 %",
+        "no sync_every up to 1,000 gives 95 %",
+    ]
 
 
 SLOW_ROUND = ((0.04, 0.025),) * 2  # a step takes 10 ms, a round 25

@@ -291,9 +291,9 @@ STARTS = [  # (processes_per_worker, LOCAL_WORLD_SIZE of every rank, processes p
     ("auto", "4444", 1, "4 workers, one process each, on 1 machine(s):"),
     ("auto", "1111", 1, "4 workers, one process each, on 4 machine(s):"),
     ("node", "2222", 2, "2 workers, 2 processes each, on 2 machine(s):"),
-    ("node", "4444", 4, "1 workers, 4 processes each, on 1 machine(s):"),
+    ("node", "4444", 4, "1 worker, 4 processes each, on 1 machine(s):"),
     (2, "4444", 2, "2 workers, 2 processes each, on 1 machine(s):"),
-    (4, "2222", 4, "1 workers, 4 processes each, on 2 machine(s):"),
+    (4, "2222", 4, "1 worker, 4 processes each, on 2 machine(s):"),
 ]
 REFUSED = [  # (settings, LOCAL_WORLD_SIZE of every rank, words)
     (

@@ -18,10 +18,10 @@ _MOST_TEMPORARY = 2**24  # elements that quantisation works on at a time where m
 
 class Code(ABC):
     """
-    One way to round. A message is scales, if the code has them, then codes, in bytes.
+    One way to round. A message is scales, if the code has them, then codes, in bytes. One of zero bytes must say 0.
 
     Attributes:
-        dtype (`torch.dtype`): Of a code.
+        dtype (`torch.dtype`): Of a code, one for each element.
         has_scales (`bool`): Whether every block of `BLOCK` elements has a scale, in the dtype of the values.
     """
 

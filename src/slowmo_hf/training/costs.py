@@ -16,6 +16,7 @@ _PAUSE = 10  # rounds between two lines, at least
 _CHANGE = 0.2  # of a cost, which is worth a new line,
 _MATTERS = 0.02  # where it is as large a part of the time as this
 _ENOUGH = 0.95  # utilisation above which nothing is advised
+_LONGEST = 1000  # optimizer steps: a longer period is not advised
 # Where quantisation pays: on one core it handles some 500 MB/s, and three quarters of the bytes are saved; a link that
 # carries more than this has nothing to gain. A message below `_WORTHWHILE` waits for latency, not for bytes.
 _SLOW_LINK = 250e6  # bytes per second
@@ -148,7 +149,7 @@ class Costs:
 def enough_steps(mean: float, most: float, spent: float) -> str:
     """
     Which `sync_every` would give 90 % and 95 % utilisation: in t steps a rank computes t `mean` seconds of the
-    t `most` + `spent` that pass, for all wait for the slowest one.
+    t `most` + `spent` that pass, for all wait for the slowest one. A t above `_LONGEST` is no advice.
     """
     found = []
     for share in (0.9, 0.95):
@@ -156,7 +157,11 @@ def enough_steps(mean: float, most: float, spent: float) -> str:
         if left <= 0:
             found.append(f"no sync_every gives {100 * share:.0f} %: the others wait for the slowest")
             break
-        found.append(f"sync_every >= {max(1, math.ceil(share * spent / left - 1e-9))} would give {100 * share:.0f} %")
+        enough = max(1, math.ceil(share * spent / left - 1e-9))
+        if enough > _LONGEST:
+            found.append(f"no sync_every up to {_LONGEST:,} gives {100 * share:.0f} %")
+            break
+        found.append(f"sync_every >= {enough} would give {100 * share:.0f} %")
     return ", ".join(found)
 
 

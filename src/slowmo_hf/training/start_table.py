@@ -24,7 +24,7 @@ def log_start(parts: Parts) -> None:
     parts.costs.hosts = [host for host, *_ in rows]
     each = "one process each" if workers.size == 1 else f"{workers.size} processes each"
     where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
-    lines = [f"{workers.count} workers, {where}:"]
+    lines = [f"{workers.count} worker{'s' if workers.count > 1 else ''}, {where}:"]
     lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
     lines += [
         f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
