@@ -211,7 +211,8 @@ def test_page_has_the_figures():
     section = " ".join(section.replace("\n> ", " ").split())
     found, worked_out = RECORD["preprocessing"], RECORD["arithmetic"]
     positions = RECORD["steps"]["2 processes"]["ranks"][0]["max_tokens"]
-    assert f"first {found['text_pairs']:,} pairs" in section
+    assert found["text_pairs"] == found["pairs"] - found["empty_pairs"]  # all of them
+    assert f"encoding took {found['stages']['encode']['seconds'] / 60:.0f} minutes" in section
     assert f"with {positions:,} positions in place of {found['max_tokens']:,}" in section
     assert f"{worked_out['updates_per_epoch']:,} an epoch" in section
     assert f"{worked_out['parameters']:,} fp32 parameters" in section
