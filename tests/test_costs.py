@@ -97,8 +97,11 @@ SLOW_ROUND = ((0.04, 0.025),) * 2  # a step takes 10 ms, a round 25
     ("settings", "overlap", "compression"),
     [
         ({}, 3, True),
-        ({"compression": "int8"}, 3, False),
-        ({"shard_slow_state": True}, 3, False),  # the rules refuse them together
+        # Two stages of 12.5 ms take two steps each, which are a round's steps; so do those of a sharded slow state.
+        ({"compression": "int8"}, None, False),
+        ({"compression": "int8", "sync_every": 8}, 4, False),
+        ({"shard_slow_state": True, "sync_every": 8}, 4, False),  # the rules refuse a code beside it
+        ({"compression": "int8", "sync_every": 8, "overlap_steps": 2}, 6, False),
         ({"inner_state": "average"}, None, True),
         ({"overlap_steps": 1}, None, True),  # 1 + 3 are a round's steps
         ({"base": "sgp"}, None, False),
@@ -106,10 +109,10 @@ SLOW_ROUND = ((0.04, 0.025),) * 2  # a step takes 10 ms, a round 25
 )
 def test_advice_keeps_to_the_rules(settings, overlap, compression):
     """And what it advises can be set: a megabyte on a slow link."""
-    config, costs = SlowMoConfig(sync_every=TAU, **settings), None
+    config = SlowMoConfig(**{"sync_every": TAU, **settings})
     costs = Costs(config, Few)
     for number in range(4):
-        costs.hear(number, [Spent(*one) for one in SLOW_ROUND])
+        costs.hear(number, [Spent(0.01 * config.sync_every, 0.025)] * 2)
     line = costs.news(2 * 2**20)
     assert (f"overlap_steps={overlap} would" in line) == (overlap is not None)
     assert overlap is not None or "overlap_steps" not in line

@@ -203,7 +203,8 @@ def test_hooks_fetch_nothing_and_do_what_make_lint_does():
 def test_commands_of_contributing_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert set(re.findall(r"\bmake ([a-z-]+)", text)) <= TARGETS
-    paths = re.findall(r"`((?:tests|src|docs|benchmarks|recipes)/[\w./]+)`", text) + re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    paths = re.findall(r"`((?:tests|src|docs|benchmarks|recipes)/[\w./]+)`", text)
+    paths += re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     assert len(paths) > 6
     for path in [*paths, *(f"src/slowmo_hf/{name}" for name in re.findall(r"`(algorithm/\w+\.py)`", text))]:
         assert (ROOT / path).exists(), path

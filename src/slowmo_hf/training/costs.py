@@ -135,9 +135,9 @@ class Costs:
         step = max(most, 1e-9)
         if config.sync_every * step >= _ENOUGH * (config.sync_every * step + spent):
             return words
-        overlap = config.overlap_steps + math.ceil(spent / step)
-        if config.compression != "none":
-            overlap = max(2, overlap)  # two stages
+        # Each stage takes whole steps: the second one is launched at the step that finds the first one's sums.
+        stages = 2 if config.compression != "none" or config.shard_slow_state else 1
+        overlap = stages * math.ceil((config.overlap_steps + spent / step) / stages)
         if goes(config, overlap_steps=overlap):
             words += f" overlap_steps={overlap} would hide the round."
         is_slow = bytes_sent > _WORTHWHILE and bytes_sent < _SLOW_LINK * spent
