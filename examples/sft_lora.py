@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GPT2TokenizerFast, HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-
-HELP_TEXT = Path(__file__).parents[1] / "recipes" / "data" / "en_de_help"
 
 
 @dataclass
@@ -36,7 +35,7 @@ def as_prompt(row):
 def small_model(folder, data):
     """A folder like a model's on the Hub: random weights, and a tokenizer of the data."""
     set_seed(0)
-    empty = GPT2TokenizerFast(vocab={}, merges=[], pad_token="<pad>")
+    empty = GPT2TokenizerFast(tokenizer_object=Tokenizer.from_str(ByteLevelBPETokenizer().to_str()), pad_token="<pad>")
     tokenizer = empty.train_new_from_iterator(data["completion"], vocab_size=1000, show_progress=False)
     tokenizer.save_pretrained(folder)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -60,7 +59,7 @@ parser.set_defaults(
     bf16=torch.cuda.is_available(),
 )
 arguments, config, training_args = parser.parse_args_into_dataclasses()
-data = load_dataset(arguments.dataset_name or str(HELP_TEXT), split="train")
+data = load_dataset(arguments.dataset_name or f"{Path(__file__).parents[1]}/recipes/data/en_de_help", split="train")
 if not arguments.dataset_name:
     data = data.select(range(2000)).map(as_prompt, remove_columns="translation")
 model_name = arguments.model_name or f"{training_args.output_dir}/small_model"

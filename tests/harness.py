@@ -123,6 +123,8 @@ def _worker(
         result = check(*args)
         torch.save(result, f"{folder}/{rank}.pt")
         if world_size > 1:
+            if Version(torch.__version__) < Version("2.9"):
+                time.sleep(0.1)  # torch 2.6 may hang in the next line right after a gather; a stock program, too
             torch.distributed.destroy_process_group()
     except BaseException:
         Path(f"{folder}/{rank}.error").write_text(traceback.format_exc())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -393,6 +395,31 @@ def main_process_generates():
 )
 def test_a_loop_of_this_shape(loop):
     assert run_workers(loop, 2) == [True, True]
+
+
+def jobs_in_a_row():
+    """As in a notebook, or in a search over settings: each job has a default group of its own."""
+    store, ends = slowmo_hf.upstream.default_store(), []
+    for number in range(25):
+        time.sleep(0.1 if dist.get_rank() == number % 2 else 0)
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(True)
+        rank = int(os.environ["RANK"])
+        dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=2)
+        accelerator, models, optimizer = make(settings())
+        for batch in range(4):
+            micro_batch(accelerator, models, optimizer, batch)
+        slowmo_hf.finish(optimizer)
+        ends.append(weights(models[0]).clone())
+        del accelerator, models, optimizer
+    return torch.stack(ends)
+
+
+@pytest.mark.slow
+def test_a_job_after_another_in_one_process():
+    first, second = run_workers(jobs_in_a_row, 2)
+    assert torch.equal(first, second)
+    assert torch.equal(first, first[:1].expand_as(first))
 
 
 # ---- the page's loop ----

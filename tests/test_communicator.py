@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from harness import patience, run_workers
+from slowmo_hf import upstream
 from slowmo_hf.wire.communicator import Communicator
-from slowmo_hf.wire.job import host_and_address, machines_in_job
+from slowmo_hf.wire.job import host_and_address, leave_job, machines_in_job
 
 CPU = torch.device("cpu")
 
@@ -229,6 +231,24 @@ class Late:
             raise RuntimeError("Operation timed out!")
         if self.failure:
             raise RuntimeError(self.failure)
+
+
+def leave_right_after_a_gather():
+    store, rank = upstream.default_store(), dist.get_rank()
+    for number in range(15):
+        found = [torch.zeros(40, dtype=torch.float64) for _ in range(2)]
+        dist.all_gather(found, torch.ones(40, dtype=torch.float64))
+        del found  # gloo's thread has the last reference, and needs the interpreter to drop it
+        leave_job()
+        dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=2)
+    dist.barrier()
+    return number
+
+
+@pytest.mark.skipif(Version(torch.__version__) >= Version("2.9"), reason="newer versions let the thread go")
+def test_a_process_that_leaves_right_after_a_gather_ends():
+    """With torch 2.6 a group that is dropped at that moment waits for its thread, and the thread for it."""
+    assert run_workers(leave_right_after_a_gather, 2) == [14, 14]
 
 
 class Nobody:

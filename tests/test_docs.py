@@ -62,6 +62,7 @@ def prose(text):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
+    pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
@@ -118,6 +119,7 @@ def test_the_changelog_is_the_repository_s(site):
 
 
 def _hooks():
+    pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs/hooks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -364,7 +364,7 @@ def numbers(text):
 @pytest.fixture(scope="module")
 def notebook():
     """(what it prints now, what is committed)"""
-    import nbclient
+    nbclient = pytest.importorskip("nbclient")
     import nbformat
 
     with warnings.catch_warnings():

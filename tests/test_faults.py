@@ -12,11 +12,13 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
@@ -621,6 +623,9 @@ def _one_pass(folder, strategies):
     return values(trainer.accelerator.unwrap_model(trainer.model)), trainer.state.global_step, local.seen
 
 
+@pytest.mark.skipif(
+    Version(version("accelerate")) < Version("1.15"), reason="a stock Trainer fails with 1.3 at a stream that is spent"
+)
 @pytest.mark.parametrize(
     ("strategies", "end", "weights"),
     [

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+pytest.importorskip("trl", reason="trl's releases want newer libraries than the oldest ones")
+
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from test_trainer_breadth import follow_float32, tiny_llama, tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable
 from logging import Logger, LoggerAdapter
 from typing import Any
@@ -310,12 +311,13 @@ def gather_inside(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torc
     return torch.cat(parts)
 
 
-_lonely: dict[int, dist.ProcessGroup] = {}
+_lonely: dict[weakref.ref[dist.ProcessGroup], dist.ProcessGroup] = {}
 
 
 def _lonely_group() -> dist.ProcessGroup:
     """A group of this process alone; made without the others, once per default group."""
-    key = id(dist.group.WORLD)
+    assert dist.group.WORLD is not None
+    key = weakref.ref(dist.group.WORLD)  # a later job's may get its id
     if key not in _lonely:
         group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         assert group is not None

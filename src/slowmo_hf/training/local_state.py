@@ -118,4 +118,6 @@ def _taken(contents: Contents, name: str, like: torch.Tensor) -> torch.Tensor:
     """One of a file; it may hold infinities that mean something."""
     if like.dtype != torch.complex128:
         return contents.tensor(name, like, finite=False)
-    return torch.view_as_complex(contents.tensor(name, torch.view_as_real(like), finite=False))
+    pairs = contents.tensor(name, torch.view_as_real(like), finite=False)
+    # A file's tensors lie at multiples of 8 bytes, and torch 2.6 crashes where it copies complex128 from one of 8.
+    return torch.view_as_complex(pairs.clone())

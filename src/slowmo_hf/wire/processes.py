@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class _Known:
         notes (`dict`): What the runs in a group leave for each other, by group and name.
     """
 
-    groups: dict[tuple[int, tuple[int, ...], str, float], Any] = field(default_factory=dict)
+    groups: dict[tuple[weakref.ref[Any], tuple[int, ...], str, float], Any] = field(default_factory=dict)
     under_way: dict[int, list[Transfer]] = field(default_factory=dict)
     owed: dict[int, Callable[[], None]] = field(default_factory=dict)
     notes: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
@@ -51,7 +52,8 @@ def _known() -> _Known:
 
 def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> Any:
     groups = _known().groups
-    key = (id(wire().group.WORLD), tuple(ranks), purpose, timeout_seconds)
+    # A job may follow another in one process: on some ranks its default group may get the id of the other's.
+    key = (weakref.ref(wire().group.WORLD), tuple(ranks), purpose, timeout_seconds)
     if key not in groups:
         # `ddp_timeout` is ignored on CPU; a group of our own fails in our time.
         groups[key] = wire().new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
