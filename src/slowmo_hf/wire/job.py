@@ -40,13 +40,14 @@ def leave_job() -> None:
     """
     End gloo's threads before the process ends: with torch 2.13 one process in seven that exits with a gloo group alive
     aborts ("terminate called without an active exception"), and a finished job counts as failed. A thread that is slow
-    to let go of its last message still needs the interpreter, and gets a moment of it first. Without, 2 of some 400
-    processes aborted on a busy machine; and with torch 2.6 one in ten that left right after an all-gather hung, since
-    there the group's destructor keeps the interpreter while it waits for the thread.
+    to let go of its last message still needs the interpreter, and gets a moment of it on both sides. Without the later
+    one 2 of some 400 processes aborted on a busy machine. Without the earlier one, one in ten hung with torch 2.6 that
+    left right after an all-gather: there the group's destructor keeps the interpreter while it waits for the thread.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         time.sleep(_LET_GO_SECONDS)
         dist.destroy_process_group()
+        time.sleep(_LET_GO_SECONDS)
 
 
 def rank_in_job() -> int:
