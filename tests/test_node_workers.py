@@ -357,7 +357,7 @@ def _starts():
     for value, local_world_sizes, _, _ in STARTS:
         listener.words.clear()
         workers = _start(local_world_sizes, {"processes_per_worker": value})
-        table = next((words for words in listener.words if "workers," in words), "")
+        table = next((words for words in listener.words if " each, on " in words), "")
         found.append(
             (
                 workers.size,

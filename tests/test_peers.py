@@ -18,11 +18,13 @@ from harness import run_workers
 from tiny import equal, values
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import peer_job
 import peer_pictures
 import peers
 from peer_job import SYSTEMS, Settings
+from records import half_interval
 
 
 @pytest.mark.parametrize(
@@ -320,17 +322,24 @@ def test_the_table_of_the_readme_is_that_of_the_record(name):
         assert f"| {' | '.join(cells)} |" in page
 
 
-def test_slow_momentum_alone_is_on_the_seed_that_both_have():
-    """The row without it has one run: README compares that seed's two."""
+def test_what_slow_momentum_alone_brings_is_said_with_its_interval():
+    """The same link, wire and seeds, with it and without: paired differences, Student's t."""
     rows = json.loads((RECORDS / "peers_same_seconds.json").read_text())["rows"]
-    of = {
-        (row["system"], row["seed"]): row["final_validation_loss"]
-        for row in rows
-        if row["rho"] == 3.1 and row["system"].endswith("maintained, int8")
-    }
-    ((without, seed),) = [key for key in of if "slowmo," not in key[0]]
-    both = f"{of[without, seed]:.3f} to {of[f'{OURS}, int8', seed]:.3f}"
-    assert f"Slow momentum alone: {both}" in (RECORDS.parents[1] / "README.md").read_text()
+    with_it, without = (
+        {
+            row["seed"]: row["final_validation_loss"]
+            for row in rows
+            if (row["rho"], row["system"]) == (3.1, f"slowmo_hf local_sgd, {name}maintained, int8")
+        }
+        for name in ("slowmo, ", "")
+    )
+    gaps = [with_it[seed] - without[seed] for seed in without]
+    assert max(gaps) < 0
+    assert len(gaps) == 3
+    mean, half = statistics.mean(gaps), half_interval(gaps)
+    interval = f"{mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
+    page = " ".join((RECORDS.parents[1] / "README.md").read_text().split())
+    assert f"Slow momentum is ahead on each of three seeds; the 95 % interval, {interval}, contains 0." in page
 
 
 def test_the_best_peer_of_the_readme_is_that_of_the_record():
