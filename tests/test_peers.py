@@ -339,10 +339,8 @@ def test_what_slow_momentum_alone_brings_is_said_with_its_interval():
     mean, half = statistics.mean(gaps), half_interval(gaps)
     interval = f"{mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
     page = " ".join((RECORDS.parents[1] / "README.md").read_text().split())
-    assert (
-        f"Slow momentum lowers the loss on each of three seeds; the 95 % interval of the change, {interval}, contains 0."
-        in page
-    )
+    claim = "Slow momentum lowers the loss on each of three seeds; the 95 % interval of the change,"
+    assert f"{claim} {interval}, contains 0." in page
 
 
 def test_the_best_peer_of_the_readme_is_that_of_the_record():
