@@ -43,7 +43,7 @@ def main() -> None:
 
 def settings(given: dict[str, Any]) -> Any:
     """fairseq's configuration of the same run."""
-    shape = given["shape"]
+    shape, run = given["shape"], given["run"]
     sides = [
         f"--{side}-{flag}={shape[ours]}"
         for side in ("encoder", "decoder")
@@ -53,8 +53,8 @@ def settings(given: dict[str, Any]) -> Any:
         )
     ]
     line = f"""
-        nowhere --arch transformer --share-all-embeddings --dropout {shape["dropout"]} --cpu --seed {given["seed"]}
-        --optimizer adam --adam-betas (0.9,0.98) --clip-norm 0.0 --weight-decay 0.0 --lr {given["inner_lr"]}
+        nowhere --arch transformer --share-all-embeddings --dropout {shape["dropout"]} --cpu --seed {run["seed"]}
+        --optimizer adam --adam-betas (0.9,0.98) --clip-norm 0.0 --weight-decay 0.0 --lr {run["inner_lr"]}
         --lr-scheduler inverse_sqrt --warmup-init-lr 0 --warmup-updates {given["warmup_updates"]}
         --criterion label_smoothed_cross_entropy --label-smoothing {given["label_smoothing"]}
     """
@@ -82,7 +82,7 @@ class Run:
             name: [tuple([to_theirs[token] for token in side] for side in pair) for pair in given[name]]
             for name in ("train", "validation", "test")
         }
-        torch.manual_seed(given["seed"])
+        torch.manual_seed(given["run"]["seed"])
         config = settings(given)
         self.task, self.model, criterion = parts(config, self.words)
         for module in self.model.encoder.layers:

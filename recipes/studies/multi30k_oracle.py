@@ -85,10 +85,8 @@ def given(run: Run, data: Translations) -> dict[str, Any]:
         },
         "epochs": epochs,
         "shape": MODEL_SIZES[data.size.model],
-        "inner_lr": run.inner_lr,
         "warmup_updates": round(WARMUP * sum(len(epoch) for epoch in epochs)),
         "label_smoothing": LABEL_SMOOTHING,
-        "seed": run.seed,
         "num_beams": NUM_BEAMS,
         "length_penalty": LENGTH_PENALTY,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -113,12 +112,12 @@ def _words(kind: str) -> str:
 
 
 def _line(metrics: dict[str, float], kind: str, steps: list[int]) -> str:
-    bleu, tokenised, split, nll = (
-        metrics[f"test_{name}_{kind}"] for name in ("bleu", "bleu_tokenised", "bleu_compound_split", "nll")
+    bleu, tokenised, split, nll, bits = (
+        metrics[f"test_{name}_{kind}"] for name in ("bleu", "bleu_tokenised", "bleu_compound_split", "nll", "nll_bits")
     )
     return (
         f"BLEU {bleu:.2f}, tokenised {tokenised:.2f}, compound-split {split:.2f}, NLL {nll:.3f} nats, "
-        f"{nll / math.log(2):.3f} bits ({in_words(steps)})"
+        f"{bits:.3f} bits ({in_words(steps)})"
     )
 
 
