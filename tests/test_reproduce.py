@@ -301,7 +301,9 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
 )
 def test_bad_input_ends_with_one_line_that_names_the_flag(monkeypatch, tmp_path, flags, said):
     monkeypatch.setattr(
-        reproduce, "run_all", lambda runs, asked, folder: reproduce.run_one(runs[0], asked.dataset_name, str(folder))
+        reproduce,
+        "run_all",
+        lambda runs, asked, *where: reproduce.run_one(runs[0], asked.dataset_name, *map(str, where)),
     )
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--study", "tuning", "--records", str(tmp_path), *flags.split()])
     with pytest.raises(SystemExit, match=f"^reproduce.py: {said}") as end:

@@ -20,13 +20,14 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from studies import multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
+from devices import on_each_device  # noqa: E402
+from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.kept_models import KeptModels  # noqa: E402
 from studies.plan import Run  # noqa: E402
 from translation.bleu import tokenised_bleu  # noqa: E402
 from translation.data import SHIPPED, DataError  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
-from translation.tokens import TokenBatches  # noqa: E402
+from translation.tokens import TokenBatches, collate  # noqa: E402
 
 RUN = Run("table1", "translation", "local_sgd", 0.5, 0.02, seed=3, sync_every=3, workers=2, epochs=3, batch_size=80)
 TINY = {"d_model": 16, "ffn": 32, "heads": 2, "layers": 1, "dropout": 0.0}
@@ -110,13 +111,38 @@ def test_losses_are_torchs_sentence_by_sentence(data):
     assert model.training
 
 
+class NotCaptured:
+    """In place of a CUDA graph: the function itself."""
+
+    def __init__(self, function, changes, memory):
+        self.function = function
+
+    def __call__(self, value):
+        return self.function(value)
+
+
+@on_each_device
+def test_graphed_passes_train_as_plain_ones(monkeypatch, data, device):
+    """Batches filled up to a few shapes: the same run up to rounding; gossip and slow momentum."""
+    run = replace(RUN, base="sgp")
+    plain = small_translation.train(run, data)
+    if device == "cpu":
+        monkeypatch.setattr(small_translation, "GRAPHED", ("cpu",))
+        monkeypatch.setattr(graphed, "Captured", NotCaptured)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    filled = small_translation.train(run, data, device=device)
+    assert len(filled["curve"]) == RUN.epochs
+    for mine, its in zip(filled["curve"], plain["curve"], strict=True):
+        assert mine == pytest.approx(its, rel=1e-4)
+
+
 def test_all_reduce_is_one_adam_on_the_mean_gradient(data, tmp_path):
     """Two workers of 80 tokens against torch's Adam on the mean of both losses."""
     run = replace(RUN, base="all_reduce", outer_momentum=0.0, epochs=1)
     jobs, models = {}, KeptModels(tmp_path)
 
     def make_job(rank):
-        jobs[rank] = small_translation._make_job(run, data, rank, models)
+        jobs[rank] = small_translation._make_job(run, data, rank, models, "cpu")
         jobs[rank].look = lambda epoch, is_last: {}
         return jobs[rank]
 
@@ -129,7 +155,8 @@ def test_all_reduce_is_one_adam_on_the_mean_gradient(data, tmp_path):
     for step, batches in enumerate(zip(*samplers, strict=True)):
         adam.param_groups[0]["lr"] = run.inner_lr * small_translation.learning_rate_factor(step, steps)
         losses = [
-            small_translation._losses(model, [data.train.rows[row] for row in batch], 0.1)[0] for batch in batches
+            small_translation._losses(model, collate([data.train.rows[row] for row in batch]), 0.1)[0]
+            for batch in batches
         ]
         (sum(losses) / 2).backward()
         adam.step()
@@ -187,7 +214,7 @@ def test_bleu_is_sacrebleus_on_the_beams_translations(data):
     model = make_transformer("mini", len(data.tokenizer))
     adam = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(60):
-        small_translation._losses(model, data.test.rows, 0.0)[0].backward()
+        small_translation._losses(model, collate(data.test.rows), 0.0)[0].backward()
         adam.step()
         adam.zero_grad()
     scores = small_translation._scores(model, data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.func import functional_call, vmap
@@ -114,14 +115,17 @@ class Captured:
     Args:
         function (`Callable`): Launches the same kernels on the same memory each time.
         changes (`list[torch.Tensor]`): What it changes in place. The passes that warm up leave no trace in these.
+        memory (`Any`, *optional*): A handle of `torch.cuda.graph_pool_handle()`, shared with graphs that never run at
+            the same time; memory of its own by default.
     """
 
     def __init__(
         self,
         function: Callable[[torch.Tensor], list[tuple[torch.Tensor, ...]]],
         changes: list[torch.Tensor],
+        memory: Any = None,
     ) -> None:
-        self.function, self.changes = function, changes
+        self.function, self.changes, self.memory = function, changes, memory
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, value: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
@@ -144,6 +148,6 @@ class Captured:
         for tensor, old in zip(self.changes, before, strict=True):
             tensor.copy_(old)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records, and computes nothing
+        with torch.cuda.graph(graph, pool=self.memory):  # records, and computes nothing
             self.returned = self.function(self.value)
         self.graph = graph

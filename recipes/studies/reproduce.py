@@ -49,7 +49,7 @@ MODULES: dict[str, ModuleType] = {
     "multi30k": multi30k,
 }
 SCRIPTS = {"image_classification": "image/train.py", "translation": "translation/train.py"}
-KEPT = ("multi30k",)  # whose runs take an hour
+KEPT = ("multi30k",)  # whose runs take an hour of a core; they may have a GPU
 RECORDS = Path(__file__).parents[1] / "records"
 
 
@@ -115,9 +115,8 @@ def main() -> None:
     parser.error = end  # argparse's own would print all flags first
     try:
         arguments, gpu = parser.parse_args_into_dataclasses()
-        if arguments.scale != "gpu" and gpu != GpuArguments():
-            odd = next(name for name, value in vars(GpuArguments()).items() if value != getattr(gpu, name))
-            raise SettingError(f"{odd} is for --scale gpu, got {getattr(gpu, odd)!r} with --scale {arguments.scale}.")
+        if arguments.scale != "gpu":
+            check_no_gpu_flags(arguments, gpu)
         if arguments.scale == "paper":
             print(
                 "RANK=0 MAIN=192.168.1.10 PORT=29500  # on each machine: its number, and machine 0's address and port"
@@ -129,9 +128,21 @@ def main() -> None:
             run_one_by_one(runs, gpu, arguments.dataset_name, Path(arguments.records), arguments.max_runs)
             show(runs, arguments, Path(arguments.records))
         else:
-            run_study(arguments, Path(arguments.records))
+            run_study(arguments, Path(arguments.records), gpu.device or "cpu")
     except (SettingError, image_data.DataError, translation_data.DataError) as error:
         end(error)
+
+
+def check_no_gpu_flags(arguments: Arguments, gpu: GpuArguments) -> None:
+    """Flags of another scale are refused; --device is for tasks that are kept too."""
+    for name, own in vars(GpuArguments()).items():
+        value = getattr(gpu, name)
+        if value != own and not (name == "device" and arguments.task in KEPT):
+            also = f" and --task {', '.join(KEPT)}" if name == "device" else ""
+            raise SettingError(
+                f"{name} is for --scale gpu{also}, got {value!r} with --scale {arguments.scale} and --task "
+                f"{arguments.task}."
+            )
 
 
 def end(error: object) -> NoReturn:
@@ -139,13 +150,13 @@ def end(error: object) -> NoReturn:
     end_program(__file__, error)
 
 
-def run_study(arguments: Arguments, folder: Path) -> None:
+def run_study(arguments: Arguments, folder: Path, device: str) -> None:
     """Run what is missing, then show what is there."""
     left = arguments.max_runs
     while (missing := [run for run in study_runs(arguments, folder) if not find_record(run, folder)]) and left != 0:
         missing = missing[:left]  # what tuning has chosen brings more
         print(f"{len(missing)} runs to do", flush=True)
-        run_all(missing, arguments, folder)
+        run_all(missing, arguments, folder, device)
         left = None if left is None else left - len(missing)
     show(study_runs(arguments, folder), arguments, folder)
 
@@ -188,12 +199,12 @@ def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
 # ---- running ----
 
 
-def run_all(runs: list[Run], arguments: Arguments, folder: Path) -> None:
+def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) -> None:
     """Several at a time, each in a process of its own with one thread; each writes its record when it is done."""
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(len(runs), arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_one_thread) as pool:
-        under_way = {pool.submit(run_one, run, arguments.dataset_name, str(folder)): run.name for run in runs}
+        under_way = {pool.submit(run_one, run, arguments.dataset_name, str(folder), device): run.name for run in runs}
         print(progress.line(list(under_way.values())), flush=True)
         try:
             for done in as_completed(under_way):
@@ -210,16 +221,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
+def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu") -> dict[str, Any]:
     """One run and its record."""
     module, data = MODULES[run.task], _load(run.task, dataset_name)
     check_same_data(data, run.task, dataset_name, Path(folder))
     command = f"python recipes/studies/reproduce.py --study {run.study} --task {run.task}"
     if run.task in KEPT:
         command += " --dataset_name FOLDER"
+        command += f" --device {device}" if device != "cpu" else ""
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process"
-    keeper = _keeper(run, data, Path(folder)) if run.task in KEPT else None
-    told = module.train(run, data, *([keeper] if keeper else []))
+    if device != "cpu":
+        hardware = f"{torch.cuda.get_device_name()} for several runs at a time, {hardware}"
+    keeper = _keeper(run, data, Path(folder), device) if run.task in KEPT else None
+    told = module.train(run, data, *([keeper, device] if keeper else []))
     record = make_record(run, told, module.LIBRARIES, command, hardware)
     write_record(record, Path(folder) / f"{run.name}.json")
     if keeper:
@@ -227,10 +241,10 @@ def run_one(run: Run, dataset_name: str | None, folder: str) -> dict[str, Any]:
     return record
 
 
-def _keeper(run: Run, data: Any, folder: Path) -> Keeper:
+def _keeper(run: Run, data: Any, folder: Path, device: str) -> Keeper:
     """A run that is cut off goes on from its last epoch's end."""
     identity = {"run": asdict(run), "dataset_sha256": data.sha256}
-    return Keeper(folder / f"{run.name}.state", identity, 1, Clock(None), cpu=True)
+    return Keeper(folder / f"{run.name}.state", identity, 1, Clock(None), cpu=device == "cpu")
 
 
 @functools.cache

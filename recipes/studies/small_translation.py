@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import tokenizers
 import torch
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
+from studies.graphed import GraphedGradients
 from studies.kept import Keeper
 from studies.kept_models import KeptModels
 from studies.plan import Run
@@ -34,6 +36,8 @@ WARMUP = 0.1  # of the run, linear from 0; then 1/sqrt(step)
 LABEL_SMOOTHING = 0.1
 BETAS = (0.9, 0.98)  # of the inner Adam
 NUM_BEAMS, LENGTH_PENALTY = 4, 0.6
+SENTENCES_AT_ONCE = 250  # in a beam search
+GRAPHED = ("cuda",)  # devices on which launching a pass takes longer than the pass
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,12 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(done, done**-0.5)
 
 
-def train(run: Run, data: Translations, keeper: Keeper | None = None) -> dict[str, Any] | None:
+def train(run: Run, data: Translations, keeper: Keeper | None = None, device: str = "cpu") -> dict[str, Any] | None:
     """All workers of one run; the part of its record that they know. None where its state was left for later."""
     with tempfile.TemporaryDirectory() as beside:
         models = KeptModels(keeper.folder / "averages" if keeper else Path(beside))
-        told = train_workers(run, lambda rank: _make_job(run, data, rank, models), keeper)
-        judged = {} if told is None else _judge(told["curve"], models, data)
+        told = train_workers(run, lambda rank: _make_job(run, data, rank, models, device), keeper)
+        judged = {} if told is None else _judge(told["curve"], models, data, device)
     if told is None:
         return None
     sampler = TokenBatches(data.lengths, run.batch_size, world_size=run.workers)
@@ -151,9 +155,9 @@ def train(run: Run, data: Translations, keeper: Keeper | None = None) -> dict[st
     }
 
 
-def _make_job(run: Run, data: Translations, rank: int, models: KeptModels) -> Job:
+def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, device: str) -> Job:
     torch.manual_seed(run.seed)
-    model = make_transformer(data.size.model, len(data.tokenizer))
+    model = make_transformer(data.size.model, len(data.tokenizer)).to(device)
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
     sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
 
@@ -161,24 +165,25 @@ def _make_job(run: Run, data: Translations, rank: int, models: KeptModels) -> Jo
         sampler.set_epoch(epoch)
         return sampler
 
-    def learn(rows: list[int]) -> None:
-        _losses(model, [data.train.rows[row] for row in rows], LABEL_SMOOTHING)[0].backward()
+    def alone(rows: Sequence[dict[str, Any]]) -> None:
+        _losses(model, collate(rows), LABEL_SMOOTHING)[0].backward()
 
+    graphed = GraphedGradients(model, lambda model, batch: _losses(model, batch, LABEL_SMOOTHING)[0], run.batch_size)
+    learn = graphed if device in GRAPHED else alone
     return Job(
         model=model,
         inner=torch.optim.Adam(model.parameters(), lr=run.inner_lr, betas=BETAS, fused=True),
         learning_rate_factor=lambda step: learning_rate_factor(step, run.epochs * len(sampler)),
         batches=batches,
-        learn=learn,
+        learn=lambda rows: learn([data.train.rows[row] for row in rows]),
         look=lambda epoch, is_last: _look(model, data, models, epoch),
     )
 
 
-def _losses(model: MarianMTModel, rows: list[dict[str, list[int]]], *smoothings: float) -> list[torch.Tensor]:
+def _losses(model: MarianMTModel, batch: dict[str, torch.Tensor], *smoothings: float) -> list[torch.Tensor]:
     """Mean cross entropy per token, `</s>` included, in nats: one for each label smoothing."""
-    batch = collate(rows)
-    labels = batch.pop("labels")
-    outputs = model(**batch, use_cache=False)
+    labels = batch["labels"]
+    outputs = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     return [smoothed_loss(outputs, labels, label_smoothing=smoothing) for smoothing in smoothings]
 
 
@@ -190,7 +195,8 @@ def _evaluate(model: MarianMTModel, part: Part) -> tuple[float, float]:
     for start in range(0, len(part.rows), 100):
         rows = part.rows[start : start + 100]
         count = sum(len(row["labels"]) for row in rows)
-        total += count * torch.stack(_losses(model, rows, LABEL_SMOOTHING, 0.0))
+        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
+        total += count * torch.stack(_losses(model, batch, LABEL_SMOOTHING, 0.0)).cpu()
         tokens += count
     model.train()
     smoothed, nll = (total / tokens).tolist()
@@ -204,12 +210,12 @@ def _look(model: MarianMTModel, data: Translations, models: KeptModels, epoch: i
     return with_bits({"validation_nll": validation_nll, "training_loss": smoothed, "training_nll": nll})
 
 
-def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations) -> dict[str, Any]:
+def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations, device: str) -> dict[str, Any]:
     """
     Every score of the best, the last and the mean model, and which epochs' averages these are; `metrics` are the last
     look's, with the scores of the last model under their own names, and of the others with theirs behind.
     """
-    model = make_transformer(data.size.model, len(data.tokenizer))
+    model = make_transformer(data.size.model, len(data.tokenizer)).to(device)
     metrics = {**curve[-1], **with_bits({"best_validation_nll": min(look["validation_nll"] for look in curve)})}
 
     def score(epochs: list[int]) -> dict[str, float]:
@@ -228,7 +234,14 @@ def _scores(model: MarianMTModel, data: Translations) -> dict[str, float]:
     """`all_scores` of the translations by beam search, of validation and test."""
     scores = {}
     for name, part in (("validation", data.validation), ("test", data.test)):
-        hypotheses = translate(model, data.tokenizer, part.sources, num_beams=NUM_BEAMS, length_penalty=LENGTH_PENALTY)
+        hypotheses = translate(
+            model,
+            data.tokenizer,
+            part.sources,
+            num_beams=NUM_BEAMS,
+            length_penalty=LENGTH_PENALTY,
+            batch_size=SENTENCES_AT_ONCE,
+        )
         own = all_scores(hypotheses, part.targets, _evaluate(model, part)[1])
         scores |= {f"{name}_{score}": value for score, value in own.items()}
     return scores

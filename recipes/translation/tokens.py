@@ -283,13 +283,18 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
     input_ids = padded([row["input_ids"] for row in rows], PAD)
     labels = padded([row["labels"] for row in rows], NO_LABEL)
-    before = torch.cat([torch.full((len(labels), 1), PAD), labels[:, :-1]], dim=1)
     return {
         "input_ids": input_ids,
         "attention_mask": input_ids.ne(PAD).long(),
         "labels": labels,
-        "decoder_input_ids": before.masked_fill(before == NO_LABEL, PAD),
+        "decoder_input_ids": shifted(labels),
     }
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder sees where it predicts `labels`: `<pad>`, then the labels before."""
+    before = torch.cat([torch.full_like(labels[:, :1], PAD), labels[:, :-1]], dim=1)
+    return before.masked_fill(before == NO_LABEL, PAD)
 
 
 def padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
