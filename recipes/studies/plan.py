@@ -83,8 +83,8 @@ TASKS = {
     ),
     "multi30k": Task(
         bases=("local_sgd", "all_reduce", "sgp"),
-        learning_rates=(0.0025, 0.005, 0.01),  # Wu et al. (2021) give 0.005
-        momenta=(0.2, 0.4, 0.6),
+        learning_rates=(0.00125, 0.0025, 0.005, 0.01, 0.02),  # Wu et al. (2021) give 0.005
+        momenta=(0.2, 0.4, 0.6, 0.8),
         metric="validation_nll",
         smaller_is_better=True,
         seeds=3,

@@ -244,7 +244,8 @@ def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu"
 def _keeper(run: Run, data: Any, folder: Path, device: str) -> Keeper:
     """A run that is cut off goes on from its last epoch's end."""
     identity = {"run": asdict(run), "dataset_sha256": data.sha256}
-    return Keeper(folder / f"{run.name}.state", identity, 1, Clock(None), cpu=device == "cpu")
+    every = 1 if device == "cpu" else 8  # epochs; of minutes here, of seconds there
+    return Keeper(folder / f"{run.name}.state", identity, every, Clock(None), cpu=device == "cpu")
 
 
 @functools.cache
