@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,19 +35,23 @@ class GraphedGradients:
         self.model, self.loss, self.max_tokens = model, loss, max_tokens
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.graphs: dict[torch.Size, Captured] = {}
-        self.memory: Any = None  # what the graphs share: one runs at a time
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
         both = filled_up(rows, self.max_tokens).to(self.parameters[0].device)
         if both.shape not in self.graphs:
-            self.memory = self.memory or torch.cuda.graph_pool_handle()
-            self.graphs[both.shape] = Captured(self.gradients, changes=[], memory=self.memory)
+            self.graphs[both.shape] = Captured(self.gradients, changes=[], memory=_memory())
         for parameter, gradient in zip(self.parameters, self.graphs[both.shape](both), strict=True):
             parameter.grad = gradient
 
     def gradients(self, both: torch.Tensor) -> list[torch.Tensor]:
         """Of the loss of what `filled_up` made, in the order of the parameters."""
         return list(torch.autograd.grad(self.loss(self.model, as_batch(both)), self.parameters))
+
+
+@functools.cache
+def _memory() -> Any:
+    """What all graphs of this process share, of all workers: one runs at a time."""
+    return torch.cuda.graph_pool_handle()
 
 
 def filled_up(rows: Sequence[dict[str, Any]], max_tokens: int) -> torch.Tensor:
