@@ -33,14 +33,25 @@ def on_cpu(recording):
 
 
 class Overflow(TrainerCallback):
-    """An infinite gradient on the last rank at step 2, and what the scaler made of it."""
+    """An infinite gradient on the last rank at step 2, as backward leaves it, and what the scaler made of it."""
 
     def __init__(self):
-        self.skipped, self.before = [], None
+        self.skipped, self.before, self.step = [], None, 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        last = (dist.get_world_size() if dist.is_initialized() else 1) - 1
+
+        def overflow(parameter):
+            if self.step == 1 and rank() == last:
+                parameter.grad.fill_(float("inf"))
+
+        # In backward: Trainer unscales before on_pre_optimizer_step, and the scaler would not see it there.
+        next(model.parameters()).register_post_accumulate_grad_hook(overflow)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 1 and rank() == (dist.get_world_size() if dist.is_initialized() else 1) - 1:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
         self.before = [p.detach().clone() for p in model.parameters()]
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -49,7 +60,6 @@ class Overflow(TrainerCallback):
 
 def check_trainer(folder, precision, device):
     recorder, overflow = Recorder(), Overflow()
-    # max_grad_norm=0: clipping would unscale before on_pre_optimizer_step, and the scaler would not see our infinity
     trainer = Trainer(
         model=Regression(torch.float32),
         args=arguments(
@@ -57,7 +67,6 @@ def check_trainer(folder, precision, device):
             max_steps=STEPS,
             learning_rate=1e-2,
             use_cpu=device == "cpu",
-            max_grad_norm=0,
             eval_strategy="steps",
             eval_steps=4,
             **{precision: True},

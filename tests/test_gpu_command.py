@@ -215,3 +215,15 @@ def test_the_dry_run(tmp_path):
     assert {"device", "versions", "commit", "figures", "seconds"} <= set(record)
     assert gpu.targets(record["figures"]), "a ratio and its target"
     assert "done     1  arithmetic" in done.stdout
+
+
+def test_the_page_says_what_the_records_of_a_card_say():
+    page = (gpu.ROOT / "docs" / "benchmarks.md").read_text()
+    records = [json.loads(path.read_text()) for path in sorted((gpu.ROOT / gpu.OUTPUT["cuda"]).glob("*.json"))]
+    tests = [record for record in records if "pytest" in record["command"]]
+    assert tests
+    for record in tests:
+        assert "H100" in record["device"]["name"]
+        ended = [case["ended"] for case in record["figures"].values()]
+        row = f"| `{record['slice']}` | {ended.count('passed')} of {len(ended)} tests passed"
+        assert row in page, row

@@ -45,7 +45,7 @@ class BatchedGradients:
         for whole in self.parameters.values():
             whole.requires_grad_()
         self.buffers = _stack([dict(model.named_buffers()) for model in models])
-        self.template = _with_plain_means(copy.deepcopy(models[0]).to("meta"))
+        self.template = _for_vmap(copy.deepcopy(models[0]).to("meta"))
         on_gpu = next(iter(self.parameters.values())).is_cuda
         self._run = Captured(self._gradients, changes=list(self.buffers.values())) if on_gpu else self._gradients
 
@@ -99,11 +99,22 @@ class _Mean(torch.nn.Module):
         return images.mean((-2, -1), keepdim=True)
 
 
-def _with_plain_means(model: torch.nn.Module) -> torch.nn.Module:
+class _BatchNorm(torch.nn.BatchNorm2d):
+    """`BatchNorm2d` by torch's own kernel: for cuDNN's it asks for a layout, which vmap does not know."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return super().forward(images)
+
+
+def _for_vmap(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model in operations that vmap batches."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.AdaptiveAvgPool2d):
                 setattr(module, name, _Mean())
+            elif isinstance(child, torch.nn.BatchNorm2d):
+                child.__class__ = _BatchNorm
     return model
 
 
