@@ -83,8 +83,8 @@ TASKS = {
     ),
     "multi30k": Task(
         bases=("local_sgd", "all_reduce", "sgp"),
-        learning_rates=(0.00125, 0.0025, 0.005, 0.01, 0.02),  # Wu et al. (2021) give 0.005
-        momenta=(0.2, 0.4, 0.6, 0.8),
+        learning_rates=(0.00125, 0.0025, 0.005, 0.01),  # Wu et al. (2021) give 0.005
+        momenta=(0.2, 0.4, 0.6),
         metric="validation_nll",
         smaller_is_better=True,
         seeds=3,
@@ -162,6 +162,12 @@ class Run:
             inner_state=self.inner_state,
             exact_average=self.exact_average,
         )
+
+    @property
+    def schedule_epochs(self) -> int:
+        """Whose tenth is the warm-up of translation: of a run that tunes, the epochs of those that it tunes for."""
+        whole = int(TASKS[self.task].sizes.get("epochs", 0)) if self.study == "tuning" else 0
+        return max(self.epochs, whole)
 
     @property
     def slowmo(self) -> bool:

@@ -173,7 +173,7 @@ def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, devic
     return Job(
         model=model,
         inner=torch.optim.Adam(model.parameters(), lr=run.inner_lr, betas=BETAS, fused=True),
-        learning_rate_factor=lambda step: learning_rate_factor(step, run.epochs * len(sampler)),
+        learning_rate_factor=lambda step: learning_rate_factor(step, run.schedule_epochs * len(sampler)),
         batches=batches,
         learn=lambda rows: learn([data.train.rows[row] for row in rows]),
         look=lambda epoch, is_last: _look(model, data, models, epoch),

@@ -25,16 +25,16 @@ MODEL_SIZES = {
     "base": {"d_model": 512, "ffn": 2048, "heads": 8, "layers": 6, "dropout": 0.1},
     "big": {"d_model": 1024, "ffn": 4096, "heads": 16, "layers": 6, "dropout": 0.3},
 }
-# These start as fairseq's. The recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner
-# with it, and the records of the studies have it.
-PUBLISHED_SIZES = ("small", "base", "big")
+# These start as fairseq's of the year in which their figures were published. The recipe's own keep Marian's draw,
+# variance 1 / d_model everywhere: they learn sooner with it, and the records of the studies have it.
+PUBLISHED_SIZES = {"small": 2021, "base": 2017, "big": 2019}
 
 
 def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -> MarianMTModel:
     """
     The Transformer of Vaswani et al. (2017) as Marian's: sinusoidal positions, layer norm after each residual sum,
     ReLU, and one matrix for both embeddings and the output. Embeddings are drawn with variance 1 / d_model and scaled
-    by its root; the rest of `PUBLISHED_SIZES` as fairseq drew it (`draw_weights`), of the others like embeddings.
+    by its root; the rest of `PUBLISHED_SIZES` as fairseq drew it then (`draw_weights`), of the others like embeddings.
 
     Args:
         size (`str`): One of `MODEL_SIZES`.
@@ -60,22 +60,28 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
     )
     model = MarianMTModel(config)
     if size in PUBLISHED_SIZES:
-        draw_weights(model)
+        draw_weights(model, PUBLISHED_SIZES[size])
     model.generation_config.update(max_length=POSITIONS, suppress_tokens=[PAD], **beam_settings())
     return model
 
 
 @torch.no_grad()
-def draw_weights(model: MarianMTModel) -> None:
+def draw_weights(model: MarianMTModel, year: int) -> None:
     """
-    Draw the matrices of a new model as fairseq did when the paper was written: Glorot's uniform, with queries, keys
-    and values as one matrix, and biases 0. With Marian's own draw those of a feed-forward layer of `big` start 1.6
-    times as large, and queries and keys 1.4 times.
+    Draw the layers of a new model as fairseq did in that year: all matrices by Glorot's uniform, with queries, keys
+    and values as one, and biases 0; since 2020 (0.10) feed-forward layers, and the biases of queries, keys and values,
+    as torch draws them. With Marian's own draw the feed-forward matrices of `big` start 1.6 times as large as in 2019,
+    and queries and keys 1.4 times; the second matrix of `small` starts twice as large by Glorot as by torch.
     """
     for name, module in model.model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            of_three = name.endswith(("q_proj", "k_proj", "v_proj"))
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        of_three = name.endswith(("q_proj", "k_proj", "v_proj"))
+        of_attention = of_three or name.endswith("out_proj")
+        module.reset_parameters()
+        if of_attention or year < 2020:
             torch.nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if of_three else 1.0)
+        if name.endswith("out_proj") or year < 2020:
             torch.nn.init.zeros_(module.bias)
 
 
