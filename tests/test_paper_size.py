@@ -328,7 +328,8 @@ def test_the_command_goes_on_with_what_was_left(folder, tmp_path, monkeypatch, c
         ("--scale gpu --bases osgp", "bases must be some of local_sgd, sgp, got 'osgp'. Set --bases."),
         ("--scale gpu --minutes -1", "minutes must be >= 0, got -1.0. Set --minutes."),
         ("--scale gpu --architecture vit", "architecture must be small or resnet18, got 'vit'. Set --architecture."),
-        ("--workers 4", "workers is for --scale gpu, got 4 with --scale small."),
+        ("--workers 4", "workers is for --scale gpu, got 4 with --scale small and --task image_classification."),
+        ("--device cpu", "device is for --scale gpu and --task multi30k, got 'cpu' with --scale small"),
         ("--scale gpu --dataset_name /nowhere", "dataset_name must be .*'/nowhere'.* Set --dataset_name"),
     ],
 )

@@ -23,7 +23,7 @@ sys.path.insert(0, str(RECIPES))
 from devices import on_each_device  # noqa: E402
 from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.kept_models import KeptModels  # noqa: E402
-from studies.plan import Run  # noqa: E402
+from studies.plan import TASKS, Run, make_run  # noqa: E402
 from translation.bleu import tokenised_bleu  # noqa: E402
 from translation.data import SHIPPED, DataError  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
@@ -63,6 +63,29 @@ def test_the_schedule_in_numbers():
     factor = [small_translation.learning_rate_factor(step, 200) for step in range(200)]
     assert [factor[step] for step in (0, 9, 19, 44, 79)] == pytest.approx([0.05, 0.5, 1.0, 2 / 3, 0.5])
     assert factor[199] == pytest.approx(math.sqrt(0.1))
+
+
+@pytest.mark.parametrize(
+    ("study", "task", "epochs", "expected"),
+    [
+        ("tuning", "multi30k", 12, 24),
+        ("table1", "multi30k", 24, 24),
+        ("table1", "multi30k", 1, 1),
+        ("tuning", "translation", 22, 22),
+    ],
+)
+def test_runs_that_tune_have_the_schedule_of_those_they_tune_for(study, task, epochs, expected):
+    assert make_run(study, task, "sgp", 0.0, 0.005, 0, epochs=epochs).schedule_epochs == expected
+
+
+def test_the_warm_up_of_a_short_tuning_run(data, monkeypatch, tmp_path):
+    """Of 10 passes, though it ends after 3: its rate is still rising at the end of the first."""
+    monkeypatch.setitem(TASKS["translation"].sizes, "epochs", 10)
+    for study, peak in (("tuning", 10), ("table1", 3)):
+        job = small_translation._make_job(replace(RUN, study=study), data, 0, KeptModels(tmp_path), "cpu")
+        warm_up = round(0.1 * peak * len(job.batches(0)))
+        assert job.learning_rate_factor(0) == pytest.approx(1 / warm_up)
+        assert job.learning_rate_factor(warm_up - 1) == 1.0
 
 
 def test_long_pairs_are_left_out(folder, data):
@@ -394,3 +417,21 @@ def test_what_fairseq_translated_is_scored_as_ours(data):
     assert metrics["validation_nll_bits"] == 1.0
     texts = data.tokenizer.batch_decode(wrong, skip_special_tokens=True)
     assert metrics["test_bleu"] == sacrebleu.corpus_bleu(texts, [data.test.targets]).score < 100
+
+
+def test_the_page_has_the_starts_of_the_record():
+    record = json.loads((RECIPES / "records/multi30k/starts.json").read_text())
+    page = (RECIPES.parent / "docs/results.md").read_text()
+    for run in record["runs"]:
+        first, second = run["validation_nll"]
+        assert f"| {run['start']} | {run['seed']} | {first:.2f} | {second:.2f} |" in page
+    best = record["thrown_away"]["best_validation_nll"]
+    lowest = {
+        base: min(nll for name, nll in best.items() if name.startswith(base)) for base in ("all", "local", "sgp")
+    }
+    without = min(nll for name, nll in best.items() if name.startswith("local_sgd_beta0.0"))
+    told = (
+        f"{lowest['all']:.2f} of AR-Adam, {lowest['local']:.2f} of Local Adam with β = 0.2 ({without:.2f} without), "
+    )
+    assert f"{len(best)} tuning runs" in page
+    assert told + f"{lowest['sgp']:.2f} of SGP" in " ".join(page.replace("\n>", " ").split())

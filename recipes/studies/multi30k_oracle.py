@@ -62,7 +62,7 @@ def main() -> None:
     print({name: round(value, 4) for name, value in record["metrics"].items()})
     if asked.records:
         run = record["run"]
-        write_record(record, asked.records / f"multi30k/fairseq/lr{run['inner_lr']}_seed{run['seed']}.json")
+        write_record(record, asked.records / f"multi30k/fairseq_lr{run['inner_lr']}_seed{run['seed']}.json")
 
 
 def given(run: Run, data: Translations) -> dict[str, Any]:
