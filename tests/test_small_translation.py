@@ -380,7 +380,7 @@ def test_fairseq_is_given_the_batches_and_the_rate_of_the_run(data):
     used = {}
 
     def make_job(rank):
-        job = small_translation._make_job(run, data, rank, None)
+        job = small_translation._make_job(run, data, rank, None, "cpu")
         job.look = lambda epoch, is_last: {}
 
         def learn(rows):
