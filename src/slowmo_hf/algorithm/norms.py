@@ -81,11 +81,15 @@ def finiteness(tensors: list[torch.Tensor]) -> torch.Tensor:
     1 where all of this process's values are finite, else NaN: 0-dim, in fp64, on the first one's device. Reads all
     once and writes nothing; nothing waits for the device here.
     """
-    ends = [end for tensor in map(local, tensors) if tensor.numel() for end in torch.aminmax(tensor.detach())]
-    if not ends:
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in map(local, tensors):
+        if tensor.numel():
+            alike.setdefault((tensor.device, tensor.dtype), []).extend(torch.aminmax(tensor.detach()))
+    if not alike:
         return torch.ones((), dtype=torch.float64)
-    all_ends = torch.stack([end.to(ends[0].device, torch.float64) for end in ends])
-    return (all_ends - all_ends).sum() + 1
+    first = next(iter(alike))[0]
+    ends = torch.cat([torch.stack(group).to(first, torch.float64) for group in alike.values()])
+    return (ends - ends).sum() + 1
 
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
