@@ -78,7 +78,8 @@ def draw_weights(model: MarianMTModel, year: int) -> None:
             continue
         of_three = name.endswith(("q_proj", "k_proj", "v_proj"))
         of_attention = of_three or name.endswith("out_proj")
-        module.reset_parameters()
+        if year >= 2020:
+            module.reset_parameters()
         if of_attention or year < 2020:
             torch.nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if of_three else 1.0)
         if name.endswith("out_proj") or year < 2020:
