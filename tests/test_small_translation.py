@@ -23,7 +23,7 @@ sys.path.insert(0, str(RECIPES))
 from devices import on_each_device  # noqa: E402
 from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.kept_models import KeptModels  # noqa: E402
-from studies.plan import TASKS, Run, make_run  # noqa: E402
+from studies.plan import TASKS, Run, make_run, published  # noqa: E402
 from translation.bleu import tokenised_bleu  # noqa: E402
 from translation.data import SHIPPED, DataError  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
@@ -59,8 +59,8 @@ def _tiny(monkeypatch):
 
 
 def test_the_schedule_in_numbers():
-    """200 steps: warm-up over 20, then 1/sqrt: half of the peak at the 80th step."""
-    factor = [small_translation.learning_rate_factor(step, 200) for step in range(200)]
+    """Warm-up over 20 steps, then 1/sqrt: half of the peak at the 80th step."""
+    factor = [small_translation.learning_rate_factor(step, 20) for step in range(200)]
     assert [factor[step] for step in (0, 9, 19, 44, 79)] == pytest.approx([0.05, 0.5, 1.0, 2 / 3, 0.5])
     assert factor[199] == pytest.approx(math.sqrt(0.1))
 
@@ -76,6 +76,17 @@ def test_the_schedule_in_numbers():
 )
 def test_runs_that_tune_have_the_schedule_of_those_they_tune_for(study, task, epochs, expected):
     assert make_run(study, task, "sgp", 0.0, 0.005, 0, epochs=epochs).schedule_epochs == expected
+
+
+def test_the_published_size():
+    """4 workers of 2,048 tokens, 62 updates a pass: 7,998 of 8,000, and 2,000 of warm-up."""
+    runs = published("multi30k")
+    assert [(run.base, run.seed, run.workers, run.batch_size, run.inner_lr) for run in runs] == [
+        ("all_reduce", seed, 4, 2048, 0.005) for seed in (1, 2, 3)
+    ]
+    assert runs[0].warmup * runs[0].schedule_epochs * 62 == pytest.approx(2000, abs=1)
+    assert runs[0].name == "multi30k/published/all_reduce_beta0.0_lr0.005_epochs129_batch2048_seed1"
+    assert published("translation") == []
 
 
 def test_the_warm_up_of_a_short_tuning_run(data, monkeypatch, tmp_path):
@@ -176,7 +187,7 @@ def test_all_reduce_is_one_adam_on_the_mean_gradient(data, tmp_path):
     samplers = [TokenBatches(data.lengths, 80, seed=3, rank=rank, world_size=2) for rank in range(2)]
     assert steps == len(samplers[0]) >= 3
     for step, batches in enumerate(zip(*samplers, strict=True)):
-        adam.param_groups[0]["lr"] = run.inner_lr * small_translation.learning_rate_factor(step, steps)
+        adam.param_groups[0]["lr"] = run.inner_lr * small_translation.learning_rate_factor(step, 0.1 * steps)
         losses = [
             small_translation._losses(model, collate([data.train.rows[row] for row in batch]), 0.1)[0]
             for batch in batches
@@ -395,7 +406,7 @@ def test_fairseq_is_given_the_batches_and_the_rate_of_the_run(data):
     updates = [update for epoch in given["epochs"] for update in epoch]
     assert [list(update) for update in zip(used[0], used[1], strict=True)] == updates
     assert len(updates) == steps
-    peak = max(range(steps), key=lambda step: small_translation.learning_rate_factor(step, steps))
+    peak = max(range(steps), key=lambda step: small_translation.learning_rate_factor(step, 0.1 * steps))
     assert given["warmup_updates"] == peak + 1
     assert given["train"] == [(row["input_ids"], row["labels"]) for row in data.train.rows]
 
@@ -435,3 +446,18 @@ def test_the_page_has_the_starts_of_the_record():
     )
     assert f"{len(best)} tuning runs" in page
     assert told + f"{lowest['sgp']:.2f} of SGP" in " ".join(page.replace("\n>", " ").split())
+
+
+def test_the_page_has_the_figures_of_fairseqs_run():
+    record = json.loads((RECIPES / "records/multi30k/fairseq_lr0.005_seed1.json").read_text())
+    page = (RECIPES.parent / "docs/results.md").read_text()
+    for words, name in (
+        ("BLEU, sacreBLEU", "test_bleu"),
+        ("BLEU, tokenised and lower-cased", "test_bleu_tokenised_lowercase"),
+        ("NLL per token, nats", "test_nll"),
+    ):
+        best, last, mean = (record["metrics"][f"{name}{end}"] for end in ("_best", "", "_mean_of_5"))
+        assert f"| {words} | {best:.2f} | {last:.2f} | {mean:.2f} |" in page
+    assert (record["run"]["seed"], record["run"]["inner_lr"]) == (1, 0.005)
+    below = 41.02 - record["metrics"]["test_bleu_tokenised_lowercase_mean_of_5"]
+    assert f"fairseq itself stays {below:.1f} below it" in page

@@ -30,7 +30,6 @@ from studies.small_translation import (
     LABEL_SMOOTHING,
     LENGTH_PENALTY,
     NUM_BEAMS,
-    WARMUP,
     Translations,
 )
 from translation.bleu import bleu_signature
@@ -85,7 +84,7 @@ def given(run: Run, data: Translations) -> dict[str, Any]:
         },
         "epochs": epochs,
         "shape": MODEL_SIZES[data.size.model],
-        "warmup_updates": round(WARMUP * sum(len(epoch) for epoch in epochs)),
+        "warmup_updates": round(run.warmup * sum(len(epoch) for epoch in epochs)),
         "label_smoothing": LABEL_SMOOTHING,
         "num_beams": NUM_BEAMS,
         "length_penalty": LENGTH_PENALTY,

@@ -38,6 +38,8 @@ class Task:
         tuning_epochs (`int`, *optional*): Of the runs that choose, where they are shorter than the others.
         two_workers (`tuple[float, ...]`): Momenta of Local SGD by two workers, of as many tokens together; the
             task's sweep.
+        published (`dict[str, Any]`): Settings of `make_run` with which all-reduce's figure was published; nothing is
+            tuned for these runs.
         given (`Tuned`, *optional*): The paper's own size, with these settings for every base; nothing is tuned.
     """
 
@@ -52,6 +54,7 @@ class Task:
     sync_every: dict[str, int] = field(default_factory=dict)
     tuning_epochs: int | None = None
     two_workers: tuple[float, ...] = ()
+    published: dict[str, Any] = field(default_factory=dict)
     given: Tuned | None = None
 
     def best(self, results: dict[float, float]) -> float:
@@ -93,6 +96,7 @@ TASKS = {
         sync_every={"sgp": 48},
         tuning_epochs=12,
         two_workers=(0.0, 0.2, 0.5),
+        published={"inner_lr": 0.005, "batch_size": 2048, "epochs": 129},  # 7,998 steps of 8,192 tokens: Wu et al.
     ),
     "cifar10": Task(
         bases=("local_sgd", "sgp"),
@@ -132,7 +136,7 @@ class Run:
     One training run of several workers in one process.
 
     Args:
-        study (`str`): table1, sweep or tuning.
+        study (`str`): table1, sweep, tuning or published.
         task (`str`): image_classification, translation, multi30k or cifar10.
         inner_lr (`float`): Peak learning rate of the inner optimizer.
         epochs (`int`): Passes over the training data, all workers together.
@@ -164,8 +168,13 @@ class Run:
         )
 
     @property
+    def warmup(self) -> float:
+        """Of translation, its share of `schedule_epochs`; of published runs 2,000 updates of 8,000."""
+        return 0.25 if self.study == "published" else 0.1
+
+    @property
     def schedule_epochs(self) -> int:
-        """Whose tenth is the warm-up of translation: of a run that tunes, the epochs of those that it tunes for."""
+        """Of translation's learning rate: of a run that tunes, the epochs of those that it tunes for."""
         whole = int(TASKS[self.task].sizes.get("epochs", 0)) if self.study == "tuning" else 0
         return max(self.epochs, whole)
 
@@ -272,6 +281,13 @@ def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list
             if momentum is not None:
                 runs.append(make_run("table1", task, base, momentum, lr, seed))
     return runs
+
+
+def published(task: str) -> list[Run]:
+    """The size at which a figure of all-reduce was published."""
+    settings = TASKS[task].published
+    seeds = range(1, 1 + TASKS[task].seeds) if settings else ()
+    return [make_run("published", task, "all_reduce", 0.0, seed=seed, **settings) for seed in seeds]
 
 
 def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:

@@ -36,7 +36,7 @@ from studies import cifar10, multi30k, small_images, small_translation
 from studies.drawing import plot, plot_sweep
 from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
 from studies.kept import Clock, Keeper
-from studies.plan import TASKS, Run, Tuned, choose, sweeps, table1, tuning
+from studies.plan import TASKS, Run, Tuned, choose, published, sweeps, table1, tuning
 from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
 from studies.showing import data_line, table
@@ -57,7 +57,13 @@ RECORDS = Path(__file__).parents[1] / "records"
 class Arguments:
     """What to run, and where its records are."""
 
-    study: str = field(default="table1", metadata={"help": "What to run.", "choices": ["tuning", "table1", "sweep"]})
+    study: str = field(
+        default="table1",
+        metadata={
+            "help": "What to run; published is all-reduce at the size of a published figure, of multi30k.",
+            "choices": ["tuning", "table1", "sweep", "published"],
+        },
+    )
     task: str = field(default="image_classification", metadata={"help": "On what.", "choices": list(MODULES)})
     scale: str = field(
         default="small",
@@ -102,6 +108,9 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name} must be >= {least}, got {value}. Set --{name}.")
+        if self.study == "published" and not TASKS[self.task].published:
+            having = ", ".join(name for name, task in TASKS.items() if task.published)
+            raise SettingError(f"study published is of task {having}, got task {self.task!r}. Set --task or --study.")
         for base in self.bases or ():
             if base not in TASKS[self.task].bases:
                 raise SettingError(
@@ -175,6 +184,8 @@ def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
     The runs of a study, in the order in which they are done; those of the table and the sweeps wait for what tuning
     chooses.
     """
+    if arguments.study == "published":
+        return _asked(arguments, published(arguments.task))
     undecided = dict.fromkeys(TASKS[arguments.task].bases, Tuned())
     tried = [
         record for run in _asked(arguments, tuning(arguments.task, undecided)) if (record := find_record(run, folder))

@@ -32,7 +32,6 @@ from translation.tokens import TokenBatches, collate, encode_corpus, sentences_o
 
 LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here
 TOLD_ROWS = 800  # of the training rows, for the training loss of the average
-WARMUP = 0.1  # of the run, linear from 0; then 1/sqrt(step)
 LABEL_SMOOTHING = 0.1
 BETAS = (0.9, 0.98)  # of the inner Adam
 NUM_BEAMS, LENGTH_PENALTY = 4, 0.6
@@ -120,9 +119,9 @@ def _part(rows: datasets.Dataset, max_length: int) -> Part:
     return Part(encoded, rows["source"][:], rows["target"][:])
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up, then 1/sqrt(step); `step` counts from 0."""
-    done = (step + 1) / max(1, round(WARMUP * steps))
+def learning_rate_factor(step: int, warm_up: float) -> float:
+    """Linear from 0 for so many steps, then 1/sqrt(step); `step` counts from 0."""
+    done = (step + 1) / max(1, round(warm_up))
     return min(done, done**-0.5)
 
 
@@ -161,6 +160,8 @@ def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, devic
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
     sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
 
+    warm_up = run.warmup * run.schedule_epochs * len(sampler)  # steps
+
     def batches(epoch: int) -> TokenBatches:
         sampler.set_epoch(epoch)
         return sampler
@@ -173,7 +174,7 @@ def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, devic
     return Job(
         model=model,
         inner=torch.optim.Adam(model.parameters(), lr=run.inner_lr, betas=BETAS, fused=True),
-        learning_rate_factor=lambda step: learning_rate_factor(step, run.schedule_epochs * len(sampler)),
+        learning_rate_factor=lambda step: learning_rate_factor(step, warm_up),
         batches=batches,
         learn=lambda rows: learn([data.train.rows[row] for row in rows]),
         look=lambda epoch, is_last: _look(model, data, models, epoch),
