@@ -75,7 +75,7 @@ def test_the_schedule_in_numbers():
     ],
 )
 def test_runs_that_tune_have_the_schedule_of_those_they_tune_for(study, task, epochs, expected):
-    assert make_run(study, task, "sgp", 0.0, 0.005, 0, epochs=epochs).schedule_epochs == expected
+    assert make_run(study, task, "sgp", 0.0, 0.005, 0, epochs=epochs).warmup_epochs == 0.1 * expected
 
 
 def test_the_published_size():
@@ -84,7 +84,7 @@ def test_the_published_size():
     assert [(run.base, run.seed, run.workers, run.batch_size, run.inner_lr) for run in runs] == [
         ("all_reduce", seed, 4, 2048, 0.005) for seed in (1, 2, 3)
     ]
-    assert runs[0].warmup * runs[0].schedule_epochs * 62 == pytest.approx(2000, abs=1)
+    assert runs[0].warmup_epochs * 62 == pytest.approx(2000, abs=1)
     assert runs[0].name == "multi30k/published/all_reduce_beta0.0_lr0.005_epochs129_batch2048_seed1"
     assert published("translation") == []
 
@@ -445,6 +445,12 @@ def test_the_page_has_the_starts_of_the_record():
         f"{lowest['all']:.2f} of AR-Adam, {lowest['local']:.2f} of Local Adam with β = 0.2 ({without:.2f} without), "
     )
     assert f"{len(best)} tuning runs" in page
+    seconds = record["thrown_away"]["seconds_per_pass"]
+    spans = {
+        words: [seconds[name] for name in best if name.startswith(base)]
+        for base, words in (("all", "AR-Adam"), ("local", "Local Adam"), ("sgp", "SGP"))
+    }
+    assert ", ".join(f"{words} {min(own):.0f} to {max(own):.0f}" for words, own in spans.items()) in page
     assert told + f"{lowest['sgp']:.2f} of SGP" in " ".join(page.replace("\n>", " ").split())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from studies.batched import Captured
-from translation.tokens import EOS, NO_LABEL, PAD, collate, shifted
+from translation.tokens import EOS, NO_LABEL, PAD, as_batch, collate
 
 LENGTHS = (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 
@@ -45,7 +45,7 @@ class GraphedGradients:
 
     def gradients(self, both: torch.Tensor) -> list[torch.Tensor]:
         """Of the loss of what `filled_up` made, in the order of the parameters."""
-        return list(torch.autograd.grad(self.loss(self.model, as_batch(both)), self.parameters))
+        return list(torch.autograd.grad(self.loss(self.model, as_batch(*both)), self.parameters))
 
 
 @functools.cache
@@ -70,14 +70,3 @@ def filled_up(rows: Sequence[dict[str, Any]], max_tokens: int) -> torch.Tensor:
         whole[: len(rows), : batch[name].shape[1]] = batch[name]
     both[0, len(rows) :, 0] = EOS  # attention to nothing would be NaN
     return both
-
-
-def as_batch(both: torch.Tensor) -> dict[str, torch.Tensor]:
-    """As `collate` makes it, of what `filled_up` made."""
-    source, labels = both
-    return {
-        "input_ids": source,
-        "attention_mask": source.ne(PAD).long(),
-        "labels": labels,
-        "decoder_input_ids": shifted(labels),
-    }

@@ -84,7 +84,7 @@ def given(run: Run, data: Translations) -> dict[str, Any]:
         },
         "epochs": epochs,
         "shape": MODEL_SIZES[data.size.model],
-        "warmup_updates": round(run.warmup * sum(len(epoch) for epoch in epochs)),
+        "warmup_updates": round(run.warmup_epochs * len(samplers[0])),
         "label_smoothing": LABEL_SMOOTHING,
         "num_beams": NUM_BEAMS,
         "length_penalty": LENGTH_PENALTY,

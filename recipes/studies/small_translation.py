@@ -160,17 +160,19 @@ def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, devic
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
     sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
 
-    warm_up = run.warmup * run.schedule_epochs * len(sampler)  # steps
+    warm_up = run.warmup_epochs * len(sampler)  # steps
 
     def batches(epoch: int) -> TokenBatches:
         sampler.set_epoch(epoch)
         return sampler
 
-    def alone(rows: Sequence[dict[str, Any]]) -> None:
-        _losses(model, collate(rows), LABEL_SMOOTHING)[0].backward()
+    def loss(model: MarianMTModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return _losses(model, batch, LABEL_SMOOTHING)[0]
 
-    graphed = GraphedGradients(model, lambda model, batch: _losses(model, batch, LABEL_SMOOTHING)[0], run.batch_size)
-    learn = graphed if device in GRAPHED else alone
+    def alone(rows: Sequence[dict[str, Any]]) -> None:
+        loss(model, _batch_of(rows, model)).backward()
+
+    learn = GraphedGradients(model, loss, run.batch_size) if device in GRAPHED else alone
     return Job(
         model=model,
         inner=torch.optim.Adam(model.parameters(), lr=run.inner_lr, betas=BETAS, fused=True),
@@ -179,6 +181,11 @@ def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, devic
         learn=lambda rows: learn([data.train.rows[row] for row in rows]),
         look=lambda epoch, is_last: _look(model, data, models, epoch),
     )
+
+
+def _batch_of(rows: Sequence[dict[str, Any]], model: MarianMTModel) -> dict[str, torch.Tensor]:
+    """On the model's device."""
+    return {name: value.to(model.device) for name, value in collate(rows).items()}
 
 
 def _losses(model: MarianMTModel, batch: dict[str, torch.Tensor], *smoothings: float) -> list[torch.Tensor]:
@@ -196,8 +203,7 @@ def _evaluate(model: MarianMTModel, part: Part) -> tuple[float, float]:
     for start in range(0, len(part.rows), 100):
         rows = part.rows[start : start + 100]
         count = sum(len(row["labels"]) for row in rows)
-        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
-        total += count * torch.stack(_losses(model, batch, LABEL_SMOOTHING, 0.0)).cpu()
+        total += count * torch.stack(_losses(model, _batch_of(rows, model), LABEL_SMOOTHING, 0.0)).cpu()
         tokens += count
     model.train()
     smoothed, nll = (total / tokens).tolist()

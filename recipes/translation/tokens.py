@@ -281,20 +281,18 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     Encoded rows as padded int64 tensors of shape (rows, longest): `input_ids`, `attention_mask`, `labels`, and
     `decoder_input_ids`, which are the labels one place later.
     """
-    input_ids = padded([row["input_ids"] for row in rows], PAD)
-    labels = padded([row["labels"] for row in rows], NO_LABEL)
+    return as_batch(padded([row["input_ids"] for row in rows], PAD), padded([row["labels"] for row in rows], NO_LABEL))
+
+
+def as_batch(input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `collate` gives, of its first and its third tensor, on their device."""
+    before = torch.cat([torch.full_like(labels[:, :1], PAD), labels[:, :-1]], dim=1)
     return {
         "input_ids": input_ids,
         "attention_mask": input_ids.ne(PAD).long(),
         "labels": labels,
-        "decoder_input_ids": shifted(labels),
+        "decoder_input_ids": before.masked_fill(before == NO_LABEL, PAD),
     }
-
-
-def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """What the decoder sees where it predicts `labels`: `<pad>`, then the labels before."""
-    before = torch.cat([torch.full_like(labels[:, :1], PAD), labels[:, :-1]], dim=1)
-    return before.masked_fill(before == NO_LABEL, PAD)
 
 
 def padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
