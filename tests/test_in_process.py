@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import slowmo_hf
 from harness import run_workers
@@ -222,6 +223,45 @@ def test_runs_repeat_and_generators_are_each_workers_own():
         assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert first[0][1] == alone[0][1], "what others draw does not matter"
     assert first[0][1] != first[1][1]
+
+
+SAVED_AT, LAST = 5, 9  # steps: inside a round of 4, and the run's end
+
+
+def _saved_and_gone_on_with(config, rank, folder, begin):
+    torch.manual_seed(7 if begin else 3)  # others than the run that is gone on with had
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 1))
+    optimizer = SlowMoOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), config)
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(model)
+    slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(100 * begin + rank)
+    if begin:
+        accelerator.load_state(folder)
+    drawn = []
+    for step in range(begin, LAST):
+        rows = torch.full((2, 6), float(rank + step))
+        model(rows + torch.rand(1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))
+        if step + 1 == SAVED_AT:
+            accelerator.save_state(folder)
+    return values(model), drawn
+
+
+@pytest.mark.parametrize("case", ["local adam", "sgp", "sgp, no average", "all_reduce", "all_reduce alone"])
+def test_a_state_saved_by_workers_here_goes_on_bit_for_bit(case, tmp_path):
+    """Each with its own weights, inner optimizer and dropout; plain all-reduce too, which Accelerate has not taken."""
+    config = CASES[case][0]
+    whole = run_in_process(lambda rank: _saved_and_gone_on_with(config, rank, str(tmp_path), 0), 3)
+    again = run_in_process(lambda rank: _saved_and_gone_on_with(config, rank, str(tmp_path), SAVED_AT), 3)
+    for (mine, drawn), (other, then) in zip(whole, again, strict=True):
+        assert then == drawn[SAVED_AT:]
+        for name in mine:
+            assert torch.equal(mine[name], other[name]), name
+    slowmo_hf.verify_checkpoint(tmp_path)
 
 
 def _fails(rank):

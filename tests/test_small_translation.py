@@ -25,8 +25,8 @@ from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, smal
 from studies.kept_models import KeptModels  # noqa: E402
 from studies.plan import TASKS, Run, make_run, published  # noqa: E402
 from translation.bleu import tokenised_bleu  # noqa: E402
-from translation.data import SHIPPED, DataError  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
+from translation.sources import SHIPPED, DataError  # noqa: E402
 from translation.tokens import TokenBatches, collate  # noqa: E402
 
 RUN = Run("table1", "translation", "local_sgd", 0.5, 0.02, seed=3, sync_every=3, workers=2, epochs=3, batch_size=80)
@@ -332,11 +332,18 @@ def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, data):
-    """Its curve, all scores and the mean of its models are those of a run that was never cut off."""
+@pytest.mark.parametrize(
+    "run", [RUN, replace(RUN, base="all_reduce", outer_momentum=0.0)], ids=["Local Adam", "AR-Adam"]
+)
+def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, data, run):
+    """
+    Its curve, all scores and the mean of its models are those of a run that was never cut off, with each worker's own
+    dropout.
+    """
+    monkeypatch.setitem(MODEL_SIZES, "mini", {**TINY, "dropout": 0.3})
     monkeypatch.setattr(reproduce, "_load", lambda task, dataset_name: data)
     monkeypatch.setattr(reproduce, "KEPT", ("translation",))
-    whole = reproduce.run_one(RUN, None, str(tmp_path / "whole"))
+    whole = reproduce.run_one(run, None, str(tmp_path / "whole"))
     evaluate, looks = small_translation._evaluate, []
 
     def cut_off(*given):
@@ -347,10 +354,10 @@ def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, dat
 
     monkeypatch.setattr(small_translation, "_evaluate", cut_off)
     with pytest.raises(BaseException):  # noqa: B017
-        reproduce.run_one(RUN, None, str(tmp_path / "cut"))
+        reproduce.run_one(run, None, str(tmp_path / "cut"))
     monkeypatch.setattr(small_translation, "_evaluate", evaluate)
-    assert (tmp_path / "cut" / f"{RUN.name}.state" / "epoch2").is_dir()
-    gone_on = reproduce.run_one(RUN, None, str(tmp_path / "cut"))
+    assert (tmp_path / "cut" / f"{run.name}.state" / "epoch2").is_dir()
+    gone_on = reproduce.run_one(run, None, str(tmp_path / "cut"))
     assert gone_on["metrics"] == whole["metrics"]
     assert gone_on["curve"] == whole["curve"]
     assert (
@@ -362,7 +369,7 @@ def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, dat
             "mean_of_5": [1, 2, 3],
         }
     )
-    assert not (tmp_path / "cut" / f"{RUN.name}.state").exists()
+    assert not (tmp_path / "cut" / f"{run.name}.state").exists()
 
 
 def test_what_is_not_all_of_multi30k_is_refused(folder):

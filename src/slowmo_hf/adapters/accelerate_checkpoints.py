@@ -15,7 +15,7 @@ from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import DataLoader
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, verify_checkpoint
+from ..checkpoints.files import FOLDER, read_part, verify_checkpoint, write_part
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import (
     check_snapshot,
@@ -26,11 +26,11 @@ from ..checkpoints.state import (
     together,
     write_snapshot,
 )
-from ..contents import CheckpointError
+from ..contents import CheckpointError, Contents
 from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
-from ..wire.job import is_in_process
+from ..wire.job import is_in_process, rank_in_job
 from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
@@ -42,7 +42,8 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
     """
     Have `accelerator.save_state` and `load_state` save and load an optimizer that `accelerator.prepare` has not taken;
     those that it took need no line. The folder gets the average where Accelerate puts the model, and beside it every
-    worker's own weights, inner optimizer and messages, which a load takes up before training goes on.
+    worker's own weights, inner optimizer and messages, which a load takes up before training goes on. A model that was
+    not prepared either needs `accelerator.register_for_checkpointing(model)`, as in stock Accelerate.
 
     Save into a new folder each time (`ProjectConfiguration(automatic_checkpoint_naming=True)`): a save over an old
     folder that is killed half-way would mix the two.
@@ -67,6 +68,11 @@ def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
     return {("" if place == first else f"optimizer_{place}/"): one for place, one in found.items()}
 
 
+def _is_kept(bare: SlowMoOptimizer) -> bool:
+    """Plain all-reduce that Accelerate has taken is stock training, and so are its checkpoints."""
+    return bare.config.has_rounds or not bare.is_prepared
+
+
 # ---- saving ----
 
 
@@ -82,9 +88,7 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         if any(bare.awaits_a_checkpoint for bare in ours.values() if bare.outer_loop is None):
             raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
         begun = {
-            folder: bare.outer_loop
-            for folder, bare in ours.items()
-            if bare.outer_loop is not None and bare.config.has_rounds  # else not started, or stock training
+            folder: bare.outer_loop for folder, bare in ours.items() if bare.outer_loop is not None and _is_kept(bare)
         }
         if not begun:
             return save_state(self, *args, **kwargs)
@@ -125,6 +129,9 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) 
     words = f"checkpoint {folder} cannot be written"
     objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
     together(first, words, lambda: objects.update(_own_objects(accelerator)))
+    if is_in_process():
+        generators = Contents(objects=RandomState.take().to_dict())
+        together(first, words, lambda: write_part(folder, _generators(), generators))
     for within, outer_loop in begun.items():
         write = functools.partial(
             write_snapshot, str(folder), outer_loop, shared=keeping.shared, objects=objects, within=within
@@ -136,6 +143,14 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) 
             seal_snapshot(folder, first)
 
     return lambda: finish_together(first, folder, finish)
+
+
+def _generators() -> str:
+    """
+    The files of a worker of `run_in_process` with its random generators: the one that Accelerate writes for a process
+    is written by all its workers, one over the other.
+    """
+    return f"generators_{rank_in_job()}"
 
 
 def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
@@ -160,10 +175,13 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load_state)
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        found: list[Path] = []
+
         def wait(models: list[Any], folder: str) -> None:
+            found.append(Path(folder))
             verify = functools.cache(verify_checkpoint)  # reads every byte: once for all optimizers
             for within, bare in _ours(self).items():
-                if bare.config.has_rounds:
+                if _is_kept(bare):
                     bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify))
 
         with ExitStack() as given_back:
@@ -173,6 +191,9 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
                     bare.outer_loop.consensus.restore()
             given_back.callback(self.register_load_state_pre_hook(wait).remove)
             result = load_state(self, *args, **kwargs)
+        for folder in found if is_in_process() else ():
+            if (folder / FOLDER / f"{_generators()}.pt").exists():  # an older checkpoint has none, nor a worker more
+                RandomState.from_dict(read_part(folder, _generators()).objects).give_back()
         if any(bare.awaits_a_checkpoint for bare in _ours(self).values()):
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
