@@ -36,7 +36,7 @@ from transformers import HfArgumentParser, get_scheduler
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import slowmo_hf
-from image.data import normalised
+from image.pixels import normalised
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 

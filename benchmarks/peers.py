@@ -33,7 +33,8 @@ from transformers import HfArgumentParser
 import peer_pictures
 import pictures
 from hosts import Hosts, why_not
-from image.data import SmallImages, load_images, make_dataset
+from image.data import load_images
+from image.pixels import SmallImages, make_dataset
 from measuring import hardware, versions
 from peer_job import SYSTEMS, Training, package, period
 from records import mean_sd, mean_with_interval

@@ -15,10 +15,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from image.data import DataError, load_images, make_dataset
+from image.data import load_images
+from image.pixels import make_dataset
+from image.sources import DataError
 from studies.progress import Progress
-from translation.data import DataError as TextError
 from translation.data import load_corpus
+from translation.sources import DataError as TextError
 
 PICTURE = Image.new("RGB", (8, 8), (40, 180, 90))
 CLASSES = datasets.ClassLabel(names=["cat", "dog"])

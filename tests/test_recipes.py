@@ -28,9 +28,12 @@ RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 from image import data as image_data  # noqa: E402
+from image import pixels  # noqa: E402
 from image import train as recipe  # noqa: E402
-from image.data import Batch, DataError, load_images  # noqa: E402
+from image.data import load_images  # noqa: E402
+from image.pixels import Batch  # noqa: E402
 from image.small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
+from image.sources import DataError  # noqa: E402
 
 SHORT = (
     "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps "
@@ -113,8 +116,8 @@ def test_saved_model_has_the_recorded_accuracy(short_run):
     folder, _, record = short_run
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     sets = load_images(None, max_train_samples=768, max_eval_samples=250)
-    batch = Batch(*image_data.mean_and_std(image_data.make_dataset(sets.train, sets, seed=0)))
-    rows = image_data.make_dataset(sets.test, sets)
+    batch = Batch(*pixels.mean_and_std(pixels.make_dataset(sets.train, sets, seed=0)))
+    rows = pixels.make_dataset(sets.test, sets)
     right = 0
     for start in (0, 125):
         inputs = batch([rows[index] for index in range(start, start + 125)])
@@ -360,7 +363,7 @@ def test_shipped_images():
     assert (len(sets.train), len(sets.test), sets.image_size, sets.channels) == (10_000, 2_000, 28, 1)
     assert sets.label_names[0] == "T-shirt/top"
     assert np.bincount(sets.test["label"]).tolist() == [200] * 10
-    mean, std = image_data.mean_and_std(image_data.make_dataset(sets.train, sets))
+    mean, std = pixels.mean_and_std(pixels.make_dataset(sets.train, sets))
     assert mean == pytest.approx(0.2860, abs=2e-3)  # all 60,000: 0.2860 and 0.3530
     assert std == pytest.approx(0.3530, abs=2e-3)
 
@@ -369,7 +372,7 @@ def test_local_folder_with_integer_labels(tmp_path):
     folder = write_set(tmp_path, {"train": [0, 2, 1], "test": [1, 0]})
     sets = load_images(folder, "picture", "kind")
     assert (sets.label_names, sets.image_size, sets.channels) == (["0", "1", "2"], 32, 3)
-    row = image_data.make_dataset(sets.train, sets, seed=0)[1]
+    row = pixels.make_dataset(sets.train, sets, seed=0)[1]
     assert row["image"].shape == (3, 32, 32)
     assert row["label"] == 2
 
@@ -379,7 +382,7 @@ def test_large_grey_images_become_three_channels_of_224(tmp_path):
     sets = load_images(folder, "picture", "kind")
     assert (sets.image_size, sets.channels) == (224, 3)
     for seed in (0, None):
-        rows = image_data.make_dataset(sets.train, sets, seed=seed)
+        rows = pixels.make_dataset(sets.train, sets, seed=seed)
         assert rows[0]["image"].shape == (3, 224, 224)
 
 
@@ -442,7 +445,7 @@ def test_image_net_s_folders(tmp_path):
     assert (sets.train["label"][:], sets.test["label"][:]) == ([0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1])
     assert {image.mode for image in sets.train["image"]} == set(modes)
     for seed in (0, None):
-        rows = image_data.make_dataset(sets.train, sets, seed=seed)
+        rows = pixels.make_dataset(sets.train, sets, seed=seed)
         grey, colour, ink = (rows[index]["image"].float().mean((1, 2)).tolist() for index in range(3))
         assert grey == pytest.approx([128] * 3, abs=4)  # 0.299 * 40 + 0.587 * 180 + 0.114 * 90
         assert colour == pytest.approx([40, 180, 90], abs=4)
@@ -526,7 +529,7 @@ def test_broken_image_is_named(tmp_path):
 def test_small_images_keep_their_colours_whichever_comes_first(tmp_path, modes, channels):
     sets = load_images(write_images(tmp_path, {"train/a": modes, "train/b": modes, "test/a": modes}))
     assert (sets.image_size, sets.channels) == (32, channels)
-    rows = image_data.make_dataset(sets.train, sets, seed=0)
+    rows = pixels.make_dataset(sets.train, sets, seed=0)
     assert rows[0]["image"].shape == (channels, 32, 32)
     for row, mode in zip(rows.images, modes, strict=False):
         assert row.float().mean((1, 2)).tolist() == pytest.approx(
@@ -564,7 +567,7 @@ def test_saved_dictionary(tmp_path):
     sets = load_images(str(tmp_path / "set"))
     assert (sets.test_split, sets.label_names, sets.image_size, sets.channels) == ("validation", ["cat", "dog"], 28, 1)
     assert (sets.train["label"][:], sets.test["label"][:]) == ([1, 0, 1], [0, 1])
-    assert len(image_data.make_dataset(sets.train, sets, seed=0)) == 3
+    assert len(pixels.make_dataset(sets.train, sets, seed=0)) == 3
     with pytest.raises(
         DataError, match=r"test_split must be one of \['train', 'validation'\], got 'test'. Set --test_split."
     ):
@@ -741,7 +744,7 @@ def test_augmentation_is_a_shift_of_the_image_or_its_mirror():
         padded[:, 1:4, 1:4] = picture
         allowed |= {tuple(padded[0, y : y + 3, x : x + 3].flatten().tolist()) for y in range(3) for x in range(3)}
     made = Batch(mean=0, std=1, crop_padding=1, flip=True)(rows_of(image.expand(500, 1, 3, 3), (0, 0, 0)))
-    seen = {tuple((pixels * 255).round().int().flatten().tolist()) for pixels in made["pixel_values"]}
+    seen = {tuple((image * 255).round().int().flatten().tolist()) for image in made["pixel_values"]}
     assert seen == allowed
     assert len(seen) == 18
 
@@ -752,7 +755,7 @@ def test_a_batch_that_is_made_again_is_the_same_and_draws_from_no_global_generat
     batch = Batch(mean=0, std=1, crop_padding=2, flip=True)
 
     def made(seed: int, epoch: int, first: int) -> torch.Tensor:
-        rows = image_data.make_dataset(sets.train, sets, seed=seed)
+        rows = pixels.make_dataset(sets.train, sets, seed=seed)
         rows.set_epoch(epoch)
         return batch([rows[index] for index in (first, 7, 8, 9)])["pixel_values"][1:]
 
@@ -763,7 +766,7 @@ def test_a_batch_that_is_made_again_is_the_same_and_draws_from_no_global_generat
     assert torch.equal(made(1, 2, 3), first)
     for others in ((0, 2, 3), (1, 1, 3), (1, 2, 4)):
         assert not torch.equal(made(*others), first)
-    rows = image_data.make_dataset(sets.train, sets, seed=1)
+    rows = pixels.make_dataset(sets.train, sets, seed=1)
     loader = torch.utils.data.DataLoader(rows, batch_size=64, collate_fn=batch, num_workers=1, persistent_workers=True)
     passes = []
     for epoch in (0, 1, 0):
@@ -793,10 +796,10 @@ def test_large_images_have_boxes_of_their_own():
         features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64")),
     )
     sets = SimpleNamespace(image_column="image", label_column="label", image_size=224)
-    rows = image_data.make_dataset(train, sets, seed=0)
+    rows = pixels.make_dataset(train, sets, seed=0)
     first = rows[0]["image"]
     assert torch.equal(rows[0]["image"], first)
-    assert torch.equal(image_data.make_dataset(train, sets, seed=-(2**64))[0]["image"], first), (
+    assert torch.equal(pixels.make_dataset(train, sets, seed=-(2**64))[0]["image"], first), (
         "a negative seed is one too"
     )
     rows.set_epoch(1)
@@ -806,16 +809,16 @@ def test_large_images_have_boxes_of_their_own():
 def test_every_image_has_its_own_shift():
     torch.manual_seed(0)
     image = torch.arange(784, dtype=torch.float32).view(1, 1, 28, 28)
-    shifted = image_data.random_crop(image.expand(8, 1, 28, 28), padding=2)
+    shifted = pixels.random_crop(image.expand(8, 1, 28, 28), padding=2)
     assert len({tuple(one.flatten().tolist()) for one in shifted}) > 1
-    assert [image_data.crop_padding(size) for size in (28, 32, 224)] == [2, 4, 0]
+    assert [pixels.crop_padding(size) for size in (28, 32, 224)] == [2, 4, 0]
 
 
 def test_boxes():
     """The shorter side, 256, gives a square of 224 in the middle."""
-    assert image_data.centre_box(256, 512) == (16.0, 144.0, 240.0, 368.0)
+    assert pixels.centre_box(256, 512) == (16.0, 144.0, 240.0, 368.0)
     torch.manual_seed(0)
-    boxes = np.array([image_data.random_resized_box(300, 200) for _ in range(500)])
+    boxes = np.array([pixels.random_resized_box(300, 200) for _ in range(500)])
     left, top, right, bottom = boxes.T
     assert (left >= 0).all()
     assert (top >= 0).all()

@@ -296,6 +296,13 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
         ),
         ("--study published", "study published is of task multi30k, got task 'image_classification'. Set --task"),
         ("--seeds 0", "seeds must be >= 1, got 0. Set --seeds."),
+        ("--study table1 --inner_lr 0", "inner_lr must be > 0 and < inf, got 0.0. Set --inner_lr."),
+        ("--study table1 --outer_momentum 1", "outer_momentum must be > 0 and < 1, got 1.0. Set --outer_momentum."),
+        ("--inner_lr 0.1", "inner_lr is of --study table1 and sweep at --scale small, got 0.1 with --study tuning"),
+        (
+            "--study table1 --scale gpu --outer_momentum 0.5",
+            "outer_momentum is of --study table1 and sweep at --scale small, got 0.5 with --study table1 --scale gpu",
+        ),
         ("--task speech", "argument --task: invalid choice: 'speech'"),
         ("--task translation --dataset_name /nowhere", r"dataset_name must be .*'/nowhere'.* Set --dataset_name"),
     ],
@@ -310,6 +317,20 @@ def test_bad_input_ends_with_one_line_that_names_the_flag(monkeypatch, tmp_path,
     with pytest.raises(SystemExit, match=f"^reproduce.py: {said}") as end:
         reproduce.main()
     assert "\n" not in str(end.value)
+
+
+def test_settings_that_are_given_need_no_tuning(tmp_path):
+    """A rate alone gives the rows without slow momentum that are whole with it; both give all."""
+    asked = reproduce.Arguments(study="table1", task="multi30k", inner_lr=0.005)
+    assert [run.name for run in reproduce.study_runs(asked, tmp_path)] == [
+        f"multi30k/table1/all_reduce_beta0.0_lr0.005_seed{seed}" for seed in (1, 2, 3)
+    ]
+    asked = reproduce.Arguments(study="table1", task="multi30k", inner_lr=0.005, outer_momentum=0.2, seeds=1)
+    assert {(run.base, run.outer_momentum, run.inner_lr) for run in reproduce.study_runs(asked, tmp_path)} == {
+        *(("all_reduce", 0.0, 0.005), ("local_sgd", 0.0, 0.005), ("local_sgd", 0.2, 0.005)),
+        *(("sgp", 0.0, 0.005), ("sgp", 0.2, 0.005)),
+    }
+    assert reproduce.study_runs(reproduce.Arguments(study="table1", task="multi30k"), tmp_path) == []
 
 
 def test_the_clusters_commands_are_the_papers_rows():

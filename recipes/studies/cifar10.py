@@ -12,7 +12,8 @@ import datasets
 import torch
 
 import slowmo_hf
-from image.data import SmallImages, crop_padding, generator_of, load_images, make_dataset, mean_and_std, normalised
+from image.data import load_images
+from image.pixels import SmallImages, crop_padding, generator_of, make_dataset, mean_and_std, normalised
 from image.presets import PRESETS
 from image.small_resnet import make_model
 from studies.batched import BatchedGradients

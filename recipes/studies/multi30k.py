@@ -11,7 +11,8 @@ from pathlib import Path
 
 from studies import small_translation
 from studies.small_translation import Size, Translations
-from translation.data import TEST2016_ROWS, DataError
+from translation.data import TEST2016_ROWS
+from translation.sources import DataError
 
 LIBRARIES = small_translation.LIBRARIES
 SIZE = Size("small", 8000, 128)  # no pair is longer

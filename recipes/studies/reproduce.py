@@ -14,6 +14,7 @@ cluster command of every row at the paper's size.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import platform
 import sys
@@ -25,12 +26,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import datasets
 import torch
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from image import data as image_data
+from image.sources import DataError as ImageError
 from records import SettingError, end_program, write_record
 from studies import cifar10, multi30k, small_images, small_translation
 from studies.drawing import plot, plot_sweep
@@ -40,7 +42,7 @@ from studies.plan import TASKS, Run, Tuned, choose, published, sweeps, table1, t
 from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
 from studies.showing import data_line, table
-from translation import data as translation_data
+from translation.sources import DataError as TextError
 
 # Modules with `load`, `train` and `LIBRARIES`, and the scripts that train at the paper's size on a cluster.
 MODULES: dict[str, ModuleType] = {
@@ -51,6 +53,11 @@ MODULES: dict[str, ModuleType] = {
 SCRIPTS = {"image_classification": "image/train.py", "translation": "translation/train.py"}
 KEPT = ("multi30k",)  # whose runs take an hour of a core; they may have a GPU
 RECORDS = Path(__file__).parents[1] / "records"
+# glibc would map the memory of every large tensor anew: a fifth of a run's time on one core.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+}
 
 
 @dataclass
@@ -89,6 +96,12 @@ class Arguments:
         },
     )
     bases: list[str] | None = field(default=None, metadata={"help": "Only these."})
+    inner_lr: float | None = field(
+        default=None, metadata={"help": "Of table1 and sweep: peak learning rate, instead of what tuning chooses."}
+    )
+    outer_momentum: float | None = field(
+        default=None, metadata={"help": "Of table1 and sweep: slow momentum, instead of what tuning chooses."}
+    )
     epochs: int | None = field(default=None, metadata={"help": "Instead of the study's, for a dry run."})
     jobs: int = field(
         default=os.cpu_count() or 1,
@@ -108,6 +121,15 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name} must be >= {least}, got {value}. Set --{name}.")
+        for name, low, high in (("inner_lr", 0.0, float("inf")), ("outer_momentum", 0.0, 1.0)):
+            value = getattr(self, name)
+            if value is not None and not low < value < high:
+                raise SettingError(f"{name} must be > {low:g} and < {high:g}, got {value}. Set --{name}.")
+            if value is not None and (self.study not in ("table1", "sweep") or self.scale != "small"):
+                raise SettingError(
+                    f"{name} is of --study table1 and sweep at --scale small, got {value} with --study {self.study} "
+                    f"--scale {self.scale}. Leave it out."
+                )
         if self.study == "published" and not TASKS[self.task].published:
             having = ", ".join(name for name, task in TASKS.items() if task.published)
             raise SettingError(f"study published is of task {having}, got task {self.task!r}. Set --task or --study.")
@@ -138,7 +160,7 @@ def main() -> None:
             show(runs, arguments, Path(arguments.records))
         else:
             run_study(arguments, Path(arguments.records), gpu.device or "cpu")
-    except (SettingError, image_data.DataError, translation_data.DataError) as error:
+    except (SettingError, ImageError, TextError) as error:
         end(error)
 
 
@@ -182,7 +204,7 @@ def show(runs: Sequence[Run], arguments: Arguments, folder: Path) -> None:
 def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
     """
     The runs of a study, in the order in which they are done; those of the table and the sweeps wait for what tuning
-    chooses.
+    chooses, where it is not given.
     """
     if arguments.study == "published":
         return _asked(arguments, published(arguments.task))
@@ -196,7 +218,11 @@ def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
         for run in _asked(arguments, tuning(arguments.task, chosen))
         if run.slowmo and (record := find_record(run, folder))
     ]
-    chosen = choose(tried, arguments.task)
+    lr, momentum = arguments.inner_lr, arguments.outer_momentum
+    chosen = {
+        base: Tuned(lr or own.inner_lr, None if base == "all_reduce" else momentum or own.outer_momentum)
+        for base, own in choose(tried, arguments.task).items()
+    }
     if arguments.study == "table1":
         return _asked(arguments, table1(arguments.task, chosen, arguments.seeds))
     return _asked(arguments, {"tuning": tuning, "sweep": sweeps}[arguments.study](arguments.task, chosen))
@@ -214,7 +240,9 @@ def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) ->
     """Several at a time, each in a process of its own with one thread; each writes its record when it is done."""
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(len(runs), arguments.jobs)
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_one_thread) as pool:
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)  # read by a process when it starts
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_start_process) as pool:
         under_way = {pool.submit(run_one, run, arguments.dataset_name, str(folder), device): run.name for run in runs}
         print(progress.line(list(under_way.values())), flush=True)
         try:
@@ -228,8 +256,10 @@ def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) ->
             raise
 
 
-def _one_thread() -> None:
+def _start_process() -> None:
     torch.set_num_threads(1)
+    logging.getLogger("slowmo_hf").setLevel(logging.WARNING)  # a table at each start would hide this program's lines
+    datasets.disable_progress_bars()
 
 
 def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu") -> dict[str, Any]:
@@ -239,6 +269,9 @@ def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu"
     command = f"python recipes/studies/reproduce.py --study {run.study} --task {run.task}"
     if run.task in KEPT:
         command += " --dataset_name FOLDER"
+        if run.study in ("table1", "sweep"):
+            command += f" --inner_lr {run.inner_lr}"
+            command += f" --outer_momentum {run.outer_momentum}" if run.slowmo else ""
         command += f" --device {device}" if device != "cpu" else ""
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process"
     if device != "cpu":

@@ -12,10 +12,10 @@ from typing import Any
 import datasets
 import torch
 
-from image.data import (
+from image.data import load_images
+from image.pixels import (
     SmallImages,
     crop_padding,
-    load_images,
     make_dataset,
     mean_and_std,
     normalised,

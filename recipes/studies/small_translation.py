@@ -25,9 +25,10 @@ from studies.kept_models import KeptModels
 from studies.plan import Run
 from studies.small_runs import Job, train_workers
 from translation.bleu import bleu_signature
-from translation.data import DataError, load_corpus, sha256_of
+from translation.data import load_corpus, sha256_of
 from translation.judged import all_scores, judge, named, with_bits
 from translation.model import make_transformer, smoothed_loss, translate
+from translation.sources import DataError
 from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
 
 LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here

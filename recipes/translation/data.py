@@ -1,21 +1,19 @@
-"""Sentence pairs for `translation.py`: loading from the Hub or local files, and what is wrong with them."""
+"""Sentence pairs for `translation.py`: three sets of them, their columns, lines and languages."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-SHIPPED = Path(__file__).parents[1] / "data" / "en_de_help"
+from translation.sources import WMT, DataError, Languages, from_hub, load_splits
+
 SHIPPED_NAME = "en_de_help (shipped; BLEU on it is not comparable with WMT's)"
-WMT = ("wmt/wmt14", "wmt/wmt16")
 # WMT's English-German test sets on the Hub: set, split, rows. sacrebleu calls 2014's `wmt14/full`; its `wmt14` has
 # 2,737 rows.
 NEWSTESTS = {
@@ -36,14 +34,6 @@ WORDS = {
     "de": frozenset(["der", "das", "und", "ist", "nicht", "ein", "eine", "mit", "von", "zu"]),
 }
 LOOKED_AT, LEAST_WORDS = 1000, 50
-LOCAL_FOLDER = (
-    "a folder that holds a saved DatasetDict, or train*, validation* and test* as .parquet or .jsonl, or text files "
-    "such as train.en and train.de"
-)
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the setting, its value, the rule and the flag that mends it."""
 
 
 @dataclass
@@ -72,15 +62,6 @@ class Corpus:
         """
         sets = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: sha256_of(_column(rows, "source", "target")) for name, rows in sets.items()}
-
-
-@dataclass(frozen=True)
-class Languages:
-    """Where a row holds its sentences."""
-
-    source: str
-    target: str
-    column: str
 
 
 def sha256_of(sentences: Iterable[str]) -> str:
@@ -144,7 +125,7 @@ def load_corpus(
     protocol = dataset_name in WMT and {source_lang, target_lang} == {"en", "de"}
     validation_set = validation_set or ("newstest2013" if protocol else "validation")
     test_set = test_set or ("newstest2014" if protocol else "test")
-    splits = _load_splits(dataset_name, dataset_config, languages)
+    splits = load_splits(dataset_name, dataset_config, languages)
     train, empty = _train_rows(_pick(splits, train_split, "train_split"), languages, train_split, max_train_samples)
     return Corpus(
         name=SHIPPED_NAME if dataset_name is None else dataset_name,
@@ -213,7 +194,7 @@ def _load_newstest(name: str, flag: str, languages: Languages) -> datasets.Datas
             "split of your data."
         )
     hub_name, split, _ = NEWSTESTS[name]
-    rows: datasets.Dataset = _from_hub(hub_name, "de-en", flag, split=split)
+    rows: datasets.Dataset = from_hub(hub_name, "de-en", flag, split=split)
     return rows
 
 
@@ -304,159 +285,3 @@ def _check_languages(rows: datasets.Dataset, languages: Languages, flag: str, sp
 
 def _count_words(sentences: Iterable[str | None], language: str) -> int:
     return sum(word in WORDS[language] for sentence in sentences for word in (sentence or "").lower().split())
-
-
-# ---- the Hub and folders ----
-
-
-def _load_splits(dataset_name: str | None, config: str | None, languages: Languages) -> Mapping[str, Any]:
-    """Splits, or functions that load them, by name."""
-    folder = SHIPPED if dataset_name is None else Path(dataset_name)
-    if folder.is_dir():
-        return _load_folder(folder, languages)
-    if folder.exists() or folder.is_absolute() or str(dataset_name).startswith("."):
-        raise DataError(
-            f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. "
-            "Set --dataset_name."
-        )
-    if config is None and dataset_name in WMT:
-        config = "-".join([language for language in (languages.source, languages.target) if language != "en"] + ["en"])
-    return _from_hub(str(dataset_name), config, "dataset_name")
-
-
-def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
-    if (folder / "dataset_dict.json").is_file():
-        return _read(folder, lambda: datasets.load_from_disk(str(folder)))
-    for end, builder in ((".parquet", "parquet"), (".jsonl", "json")):
-        files: dict[str, list[str]] = {}
-        for path in sorted(folder.glob(f"*{end}")):
-            files.setdefault(re.match("[^.-]*", path.name).group(), []).append(str(path))
-        if files:
-            return {split: _later(folder, builder, paths) for split, paths in files.items()}
-    ends = (languages.source, languages.target)
-    names = sorted({path.name.removesuffix(f".{end}") for end in ends for path in folder.glob(f"*.{end}")})
-    if names:
-        return {
-            name: lambda flag, name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends, flag)
-            for name in names
-        }
-    raise DataError(
-        f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which holds none of these for {ends[0]} and "
-        f"{ends[1]}. Set --dataset_name, or --source_lang and --target_lang."
-    )
-
-
-def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[str], datasets.Dataset]:
-    """Splits are read apart: they may differ in columns that nobody wants. The function takes the split's flag."""
-
-    def load(flag: str) -> datasets.Dataset:
-        _refuse_empty([Path(path) for path in paths], flag)
-        return _read(
-            folder,
-            lambda: datasets.load_dataset(builder, data_files={"train": paths}, split="train"),
-            f" ({', '.join(Path(path).name for path in paths[:3])})",
-        )
-
-    return load
-
-
-def _refuse_empty(paths: list[Path], flag: str) -> None:
-    """datasets has other words for each kind of file, and names none."""
-    for path in paths:
-        if not path.stat().st_size:
-            raise DataError(
-                f"{flag} must hold sentence pairs, got {str(path)!r}, which is empty. Fill it, or set --{flag} or "
-                "--dataset_name."
-            )
-
-
-def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str], flag: str) -> datasets.Dataset:
-    """Two text files, read line by line into columns named after the languages."""
-    for path, other in (paths, paths[::-1]):
-        if not path.is_file():
-            raise DataError(
-                f"{flag} must have a file for each language, got {str(other)!r} without {path.name!r}. Add it, or set "
-                f"--{flag}, --source_lang or --target_lang."
-            )
-    _refuse_empty(paths, flag)
-    # A file that changed is not taken from the cache.
-    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    # Datasets would divide lists into shards.
-    settings = {
-        "paths": tuple(map(str, paths)),
-        "languages": languages,
-        "stamps": stamps,
-    }
-    features = datasets.Features({language: datasets.Value("string") for language in languages})
-    try:
-        rows = datasets.Dataset.from_generator(_lines, gen_kwargs=settings, features=features)
-    except Exception as error:  # datasets' own, around what `_lines` said
-        wrong = _wrong_text(paths) or f"cannot be read: {error.__cause__ or error}"
-        raise DataError(f"{flag} {wrong}. Mend it, or set --{flag} or --dataset_name.") from error
-    if len(rows) == 1 and any("\r" in sentence for sentence in rows[0].values()):
-        raise DataError(
-            f"{flag} must end lines with line feeds, got one line with carriage returns in {str(paths[0])!r} or "
-            f"{str(paths[1])!r}. Mend it, or set --{flag} or --dataset_name."
-        )
-    return rows
-
-
-def _lines(paths: tuple[str, str], languages: tuple[str, str], stamps: tuple[Any, ...]) -> Iterator[dict[str, str]]:
-    """Only `\\n` ends a line: other marks occur inside sentences, in one language and not in the other."""
-    with (  # a byte-order mark at a file's start is none of its first sentence
-        open(paths[0], encoding="utf-8-sig", newline="\n") as source,
-        open(paths[1], encoding="utf-8-sig", newline="\n") as target,
-    ):
-        for pair in zip(source, target, strict=True):
-            yield {language: line.rstrip("\r\n") for language, line in zip(languages, pair, strict=True)}
-
-
-def _wrong_text(paths: list[Path]) -> str:
-    """Why two files are no pairs of lines; empty where that is not the reason."""
-    lines = dict.fromkeys(paths, 0)
-    for path in paths:
-        with open(path, "rb") as file:
-            for line in file:
-                lines[path] += 1
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    return f"must be text in UTF-8, got {str(path)!r} with line {lines[path]:,} that is not ({error})"
-    told = " and ".join(f"{count:,} in {str(path)!r}" for path, count in lines.items())
-    return f"must have as many lines in each language, got {told}" if len(set(lines.values())) > 1 else ""
-
-
-def _read(folder: Path, load: Callable[[], Any], files: str = "") -> Any:
-    try:
-        return load()
-    except Exception as error:  # datasets lets through errors of many libraries; what went wrong is often in the cause
-        cause = error.__cause__ or error
-        raise DataError(
-            f"dataset_name={str(folder)!r}{files} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or "
-            "set --dataset_name."
-        ) from error
-
-
-def _from_hub(name: str, config: str | None, flag: str, **settings: Any) -> Any:
-    try:
-        return datasets.load_dataset(name, config, **settings)
-    except Exception as error:  # as for files
-        raise DataError(_hub_message(name, config, flag, error)) from error
-
-
-def _hub_message(name: str, config: str | None, flag: str, error: Exception) -> str:
-    """What went wrong with the Hub, and the way out."""
-    what = f"{flag} needs {name!r}{f' ({config})' if config else ''}, which cannot be loaded: "
-    if "gated" in str(error):
-        page = f"https://huggingface.co/datasets/{name}"
-        return (
-            f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or set "
-            f"--{flag}."
-        )
-    if any(isinstance(cause, ConnectionError | TimeoutError) for cause in (error, error.__cause__, error.__context__)):
-        way_out = {
-            "dataset_name": "Leave --dataset_name and --preset out for the shipped help text, or set it to "
-            f"{LOCAL_FOLDER}.",
-        }.get(flag, f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}.")
-        return f"{what}the Hub is not reachable ({type(error).__name__}: {error}). {way_out}"
-    return f"{what}{type(error).__name__}: {error} Set --{flag}, or --dataset_config (such as de-en)."

@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders sh
 from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, end_program, plot, print_table, write_record
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from translation.data import Corpus, DataError, load_corpus
+from translation.data import Corpus, load_corpus
 from translation.judged import judge, named
 from translation.model import MODEL_SIZES, beam_settings, decode, make_transformer
 from translation.outcome import in_words, make_record, table_of, write_translations
 from translation.settings import PRESETS, RecipeTrainingArguments, ScriptArguments, check_flags
+from translation.sources import DataError
 from translation.tokens import (
     POSITIONS,
     TokenBatches,
