@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill
+import kill_jobs
 import kill_runs
 import kill_switch
 from kill_runs import Kill, Run
@@ -46,7 +47,7 @@ RESUME_MOMENTS = 12  # a resume of these jobs has more of them
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_job_goes_on_by_itself_and_ends_the_same(tmp_path, name):
     """Two kills, or three, each in an attempt of its own; the last attempt goes to the end."""
-    job, launcher = kill.JOBS[name], kill_runs.accelerate_launch if name in REALLY_LAUNCHED else launch
+    job, launcher = kill_jobs.JOBS[name], kill_runs.accelerate_launch if name in REALLY_LAUNCHED else launch
     reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
     assert reference.exit_code == 0, reference.said[-4000:]
     assert [len(set(weights)) for weights in reference.weights(0)] == [16, 16]
@@ -66,8 +67,8 @@ def test_any_process_of_a_worker_of_two_may_die(tmp_path, name):
     In a message each of the four dies once, a first and a second process of both workers, after the save of step 2:
     between rounds, which come every 3 steps, or with one under way.
     """
-    short = (kill.NODE_JOBS | kill.SHARD_JOBS)[f"Accelerate, {name}"]
-    job = kill.Job(f"{short.command} --steps 16", short.processes)
+    short = (kill_jobs.NODE_JOBS | kill_jobs.SHARD_JOBS)[f"Accelerate, {name}"]
+    job = kill_runs.Job(f"{short.command} --steps 16", short.processes)
     reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
     assert reference.exit_code == 0, reference.said[-4000:]
     weights = reference.weights(0)
@@ -91,7 +92,7 @@ def test_any_process_of_a_worker_of_two_may_die(tmp_path, name):
 @pytest.mark.timeout(360)
 def test_a_sharded_trainer_goes_on_by_itself_and_ends_the_same(tmp_path):
     """Killed in a sharded save's own files, and in ours."""
-    job = kill.SHARD_JOBS["Trainer, sgp, 2 x 2 shards"]
+    job = kill_jobs.SHARD_JOBS["Trainer, sgp, 2 x 2 shards"]
     assert "--state_dict_type SHARDED_STATE_DICT" in job.command
     reference = kill_runs.launch(job, tmp_path / "never killed", launcher=launch)
     assert reference.exit_code == 0, reference.said[-4000:]
@@ -109,7 +110,7 @@ def test_a_sharded_trainer_goes_on_by_itself_and_ends_the_same(tmp_path):
 def test_every_surface_and_base_is_killed():
     assert sum(map(len, KILLS.values())) >= 12
     assert {name.partition(", ")[0] for name in KILLS} == {"Trainer", "Accelerate"}
-    assert {name.partition(", ")[2] for name in KILLS} == set(kill.BASES)
+    assert {name.partition(", ")[2] for name in KILLS} == set(kill_jobs.BASES)
     assert {stratum for strata in KILLS.values() for stratum in strata} == set(kill.STRATA) - {
         "the start",
         "after the last step",
@@ -203,7 +204,7 @@ def test_many_kills_come_within_four_steps_each(reference):
 def test_a_plan_mixes_all_pairs_and_keeps_resumes_for_the_end():
     pairs = kill.plan(200, seed=0)
     assert len(pairs) == 200
-    assert len(set(pairs)) == len(kill.JOBS) * len(kill.STRATA) == 168
+    assert len(set(pairs)) == len(kill_jobs.JOBS) * len(kill.STRATA) == 168
     places = [index for index, (_, stratum) in enumerate(pairs) if stratum == "the resume"]
     assert places == list(range(200 - len(places), 200))
     assert kill.plan(200, seed=0) == pairs != kill.plan(200, seed=1)
@@ -216,7 +217,7 @@ def test_node_workers_have_a_plan_of_their_own():
     assert all("--processes_per_worker 2" in job.command for job in args.jobs.values())
     pairs = kill.plan(200, 0, args.jobs)
     assert len(set(pairs)) == len(args.jobs) * len(kill.STRATA) == 168
-    assert {name for name, _ in pairs} == set(kill.NODE_JOBS)
+    assert {name for name, _ in pairs} == set(kill_jobs.NODE_JOBS)
     with pytest.raises(ValueError, match="processes_per_worker must be 1 or 2, got 3"):
         kill.KillArguments(processes_per_worker=3)
 
@@ -224,15 +225,16 @@ def test_node_workers_have_a_plan_of_their_own():
 def test_both_kinds_of_workers_of_two_are_killed_into_one_record():
     """Each kind has half of the points or so, of all strata, and each base both kinds of save."""
     args = kill.KillArguments(processes_per_worker=2, shards=2)
-    assert args.jobs == kill.NODE_JOBS | kill.SHARD_JOBS
+    assert args.jobs == kill_jobs.NODE_JOBS | kill_jobs.SHARD_JOBS
     pairs = kill.plan(120, 0, args.jobs)
     kinds = Counter(kill.kind_of(name) for name, _ in pairs)
     assert set(kinds) == {"2 x 2 processes", "2 x 2 shards"}
     assert min(kinds.values()) >= 48
     for kind in kinds:
         assert {stratum for name, stratum in pairs if kill.kind_of(name) == kind} == set(kill.STRATA)
-    for base in kill.SHARD_BASES:
-        commands = [kill.SHARD_JOBS[f"{surface}, {base}, 2 x 2 shards"].command for surface in kill.SHARD_LOOPS]
+    for base in kill_jobs.SHARD_BASES:
+        names = [f"{surface}, {base}, 2 x 2 shards" for surface in kill_jobs.SHARD_LOOPS]
+        commands = [kill_jobs.SHARD_JOBS[name].command for name in names]
         assert sorted("SHARDED_STATE_DICT" in command for command in commands) == [False, True]
 
 
@@ -247,8 +249,8 @@ def test_both_kinds_of_workers_of_two_are_killed_into_one_record():
 )
 def test_ten_kills_have_48_steps_to_come_in(name, flags):
     """Of 64 images, 4 for each process and step: 8 steps an epoch with two processes, 4 with four."""
-    job = (kill.JOBS | kill.NODE_JOBS | kill.SHARD_JOBS)[name]
-    assert kill.longer(name, job) == kill.Job(f"{job.command} {flags}", job.processes)
+    job = (kill_jobs.JOBS | kill_jobs.NODE_JOBS | kill_jobs.SHARD_JOBS)[name]
+    assert kill_jobs.longer(name, job) == kill_runs.Job(f"{job.command} {flags}", job.processes)
 
 
 def test_a_record_of_other_jobs_is_refused(tmp_path):
@@ -309,7 +311,7 @@ def test_the_committed_record_is_of_the_plan_and_has_no_difference():
     assert len(points) >= 200
     assert [(point["job"], point["stratum"]) for point in points] == kill.plan(len(points), values["seed"])
     assert {point["stratum"] for point in points} == set(kill.STRATA)
-    assert {point["job"] for point in points} == set(values["jobs"]) == set(kill.JOBS)
+    assert {point["job"] for point in points} == set(values["jobs"]) == set(kill_jobs.JOBS)
     assert len(longer) >= 2
     assert all(len(point["kills"]) == 10 for point in longer)
     for point in [*points, *longer]:
@@ -410,11 +412,11 @@ def test_a_moment_that_never_came_is_no_point(reference, tmp_path, monkeypatch):
     monkeypatch.setattr(kill, "launch", lambda job, folder, kills=(), launcher=None: reference if not kills else whole)
     record = kill.Record(kill.KillArguments(output=str(tmp_path / "kills.json"), folder=str(tmp_path / "runs")))
     kills = (Kill(0, 1, "end", 7),)
-    assert record.add("points", "a job", kill.Job("script"), kills) is False
+    assert record.add("points", "a job", kill_runs.Job("script"), kills) is False
     assert (record.values["points"], record.values["never_reached"]) == ([], 1)
     whole.notes[0, 1][3] = ["weights", "others"]
     (tmp_path / "runs").mkdir()
-    assert record.add("points", "a job", kill.Job("script"), kills) is True
+    assert record.add("points", "a job", kill_runs.Job("script"), kills) is True
     assert record.values["points"][0]["differences"] == [
         "attempt 0, rank 1: weights differ after it had begun at step 0"
     ]

@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import peer_job
 import peer_pictures
+import peer_systems
+import peer_tables
 import peers
-from peer_job import SYSTEMS, Settings
+from peer_systems import SYSTEMS, Settings
 from records import half_interval
 
 
@@ -56,7 +58,7 @@ def test_a_system_s_own_period_counts():
     system = "slowmo_hf local_sgd, slowmo 0.3, maintained, every 6, overlapped by 2, int8"
     row = peers.row_of(system, 3.1, 100.0, peers.PeerArguments(), figures([0.0125] * 5))
     assert (row["sync_every"], row["theory_bytes"]) == (6, 250)
-    assert peer_job.period("slowmo_hf local_sgd, slowmo, overlapped by 4, int8", 12) == 12
+    assert peer_systems.period("slowmo_hf local_sgd, slowmo, overlapped by 4, int8", 12) == 12
 
 
 def figures(seconds, losses=()):
@@ -84,9 +86,9 @@ def test_rows_targets_and_table_by_hand():
     assert [row["seconds_per_step"] for row in rows] == [0.045, 0.0125]
     assert [row["utilisation"] for row in rows] == pytest.approx([0.01 / 0.045, 0.8])
     assert rows[0]["allreduce_over_compute"] == pytest.approx(3.1)
-    peers.set_targets(rows)
+    peer_tables.set_targets(rows)
     assert [row["seconds_to_target"] for row in rows] == [6.0, 4.0]
-    lines = peers.table(
+    lines = peer_tables.table(
         [*rows, {"system": "fairscale SlowMo", "rho": 3.1, "not_run": "fairscale is not installed"}]
     ).splitlines()
     assert lines[2] == "| 3.1 | ddp | 45.0 | 22.2 % | 1.050 | 1.00 |"
@@ -102,14 +104,14 @@ def test_table2_and_spread_by_hand():
     args = peers.PeerArguments()
     systems = {"slowmo_hf local_sgd": 0.01, "slowmo_hf local_sgd, slowmo": 0.0102}
     rows = [peers.row_of(system, 0.5, 100.0, args, figures([seconds] * 5)) for system, seconds in systems.items()]
-    assert "| Local SGD | 10.0, 10.2, +2.0 % |  |" in peers.table2(rows).splitlines()
+    assert "| Local SGD | 10.0, 10.2, +2.0 % |  |" in peer_tables.table2(rows).splitlines()
     seeds = [("exact", 0, 0.4), ("exact", 1, 0.6), ("int8", 0, 0.5), ("int8", 1, 0.9)]
-    lines = peers.spread(
+    lines = peer_tables.spread(
         [{"system": name, "seed": seed, "final_validation_loss": loss} for name, seed, loss in seeds]
     ).splitlines()
     assert lines[2:] == ["| exact | 0.5000 ± 0.1414 (2) |  |", "| int8 | 0.7000 ± 0.2828 (2) | +0.2000 ± 0.1414 |"]
     seconds = [("a", 0, 6.0), ("a", 1, None), ("b", 0, 4.0), ("b", 1, 7.0)]
-    lines = peers.spread(
+    lines = peer_tables.spread(
         [{"system": name, "seed": seed, "x_y": value} for name, seed, value in seconds], "x_y", than="b"
     ).splitlines()
     assert lines[0] == "| system | x y (seeds) | minus that of b |"
@@ -127,7 +129,7 @@ def test_targets_are_each_seed_s_own():
         peers.row_of("slowmo_hf local_sgd", 3.1, 100.0, args, figures([0.05] * 5, [0.7, 0.6, 0.5]), seed)
         for seed in (0, 1)
     ]
-    peers.set_targets(rows)
+    peer_tables.set_targets(rows)
     assert [row["seconds_to_target"] for row in rows] == [2.0, 2.0, 6.0, 4.0]
 
 
@@ -153,8 +155,8 @@ def test_same_seconds_by_hand():
             rows.append(
                 {"rho": 3.1, "system": system, "seed": seed, "final_validation_loss": looks[-1][1], "curve": curve}
             )
-    peers.set_targets(rows)
-    assert peers.same_seconds_table(rows).splitlines()[2:] == [
+    peer_tables.set_targets(rows)
+    assert peer_tables.same_seconds_table(rows).splitlines()[2:] == [
         "| 3.1 | ddp | 24 | 7.0 | 1.55 (1.50 to 1.60) | not reached |  | 0.5000 ± 0.0000 (2) |  |",
         "| 3.1 | accelerate LocalSGD | 48 | 4.5 | 1.00 (1.00 to 1.00) | 7.0 | 1.00 (1.00 to 1.00) | 0.4000 ± 0.0000 "
         "(2) |  |",
@@ -275,7 +277,8 @@ def test_the_tables_of_the_page_are_those_of_the_records(subtests):
     rows = json.loads((RECORDS / "peers.json").read_text())["rows"]
     seeds = json.loads((RECORDS / "peers_compression.json").read_text())["rows"]
     raced = json.loads((RECORDS / "peers_same_seconds.json").read_text())["rows"]
-    tables = peers.table(rows), peers.table2(rows), peers.spread(seeds), peers.same_seconds_table(raced)
+    tables = [table(rows) for table in (peer_tables.table, peer_tables.table2)]
+    tables += [peer_tables.spread(seeds), peer_tables.same_seconds_table(raced)]
     for line in "\n".join(tables).splitlines():
         with subtests.test(line):
             assert line in page
