@@ -264,6 +264,14 @@ def test_a_state_saved_by_workers_here_goes_on_bit_for_bit(case, tmp_path):
     slowmo_hf.verify_checkpoint(tmp_path)
 
 
+def test_a_forged_state_of_generators_is_refused(tmp_path):
+    config, name = CASES["all_reduce alone"][0], tmp_path / "slowmo" / "generators_1.pt"
+    run_in_process(lambda rank: _saved_and_gone_on_with(config, rank, str(tmp_path), 0), 2)
+    torch.save({**torch.load(name, weights_only=True), "cpu": torch.zeros(3)}, name)
+    with pytest.raises(ValueError, match=r"generators_1.pt holds no state of random generators .*Resume from another"):
+        run_in_process(lambda rank: _saved_and_gone_on_with(config, rank, str(tmp_path), SAVED_AT), 2)
+
+
 def _fails(rank):
     if rank == 2:
         raise ValueError("bad batch")

@@ -1,11 +1,12 @@
 """
 Multi30k by fairseq 0.12.2, beside AR-Adam of `reproduce.py --task multi30k`: the same tokens, batches, updates,
-learning rates and search, its own model, Trainer and dropout. Three commands, the second in fairseq's environment
+learning rates and search, its own model, Trainer and dropout. Four commands, the second in fairseq's environment
 (`oracle_fairseq.py` says how to make it):
 
     python recipes/studies/multi30k_oracle.py write FOLDER --dataset_name MULTI30K --inner_lr 0.0025 --seed 1
     ORACLE/bin/python recipes/studies/multi30k_fairseq.py FOLDER
     python recipes/studies/multi30k_oracle.py score FOLDER --dataset_name MULTI30K --records recipes/records
+    python recipes/studies/multi30k_oracle.py table recipes/records   # beside our runs of the same rates and seeds
 
 One thing differs by design: fairseq divides the gradient of all workers' tokens by their number, ours is the mean of
 the workers' means.
@@ -14,6 +15,7 @@ the workers' means.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import environment, write_record
+from records import end_program, environment, mean_sd, mean_with_interval, write_record
 from studies import multi30k
 from studies.plan import Run, make_run, run_of
+from studies.run_records import find_record
 from studies.small_translation import (
     LABEL_SMOOTHING,
     LENGTH_PENALTY,
@@ -35,23 +38,32 @@ from studies.small_translation import (
 from translation.bleu import bleu_signature
 from translation.judged import all_scores, named
 from translation.model import MODEL_SIZES, decode
+from translation.sources import DataError
 from translation.tokens import TokenBatches
 
 
 def main() -> None:
-    """One of both halves."""
+    """One of the three commands here."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("half", choices=("write", "score"))
-    parser.add_argument("folder", type=Path, help="what is handed to fairseq, and what it hands back")
-    parser.add_argument("--dataset_name", required=True, help="a folder with Multi30k")
+    parser.add_argument("command", choices=("write", "score", "table"))
+    parser.add_argument("folder", type=Path, help="what is handed to fairseq and back; table: records")
+    parser.add_argument("--dataset_name", help="write, score: a folder with Multi30k")
     parser.add_argument(
         "--inner_lr", type=float, help="write: peak learning rate, as tuning has chosen it for AR-Adam"
     )
     parser.add_argument("--seed", type=int, default=1, help="write: of batches and weights")
     parser.add_argument("--records", type=Path, help="score: folder of the records")
     asked = parser.parse_args()
-    data = multi30k.load(asked.dataset_name)
-    if asked.half == "write":
+    if asked.command == "write" and asked.inner_lr is None:
+        end_program(__file__, "inner_lr must be given to write a run, got None. Set --inner_lr.")
+    if asked.command == "table":
+        print(table(asked.folder))
+        return
+    try:
+        data = multi30k.load(asked.dataset_name)
+    except DataError as error:
+        end_program(__file__, error)
+    if asked.command == "write":
         asked.folder.mkdir(parents=True, exist_ok=True)
         run = make_run("table1", "multi30k", "all_reduce", 0.0, asked.inner_lr, asked.seed)
         torch.save(given(run, data), asked.folder / "given.pt")
@@ -112,6 +124,31 @@ def score(run: Run, told: dict[str, Any], data: Translations) -> dict[str, Any]:
         "theirs": told["versions"],
         **environment(multi30k.LIBRARIES),
     }
+
+
+COMPARED = {
+    "test BLEU, best": "test_bleu_best",
+    "last": "test_bleu",
+    "mean of the last 5": "test_bleu_mean_of_5",
+    "tokenised and lower-cased, mean of 5": "test_bleu_tokenised_lowercase_mean_of_5",
+    "NLL per token in nats, mean of 5": "test_nll_mean_of_5",
+}
+
+
+def table(records: Path) -> str:
+    """
+    Every run of fairseq, and AR-Adam at the same learning rate: mean ± standard deviation (runs), and the mean of ours
+    minus theirs over the seeds that both have, with its 95 % interval.
+    """
+    theirs = [json.loads(path.read_text()) for path in sorted((records / "multi30k").glob("fairseq_*.json"))]
+    pairs = [(record, found) for record in theirs if (found := find_record(run_of(record["run"]), records))]
+    lines = ["| test2016 | fairseq | AR-Adam here | ours minus theirs |", "|---|---|---|---|"]
+    for words, metric in COMPARED.items():
+        sides = ([record["metrics"][metric] for record in side] for side in (theirs, [mine for _, mine in pairs]))
+        cells = [f"{mean_sd(values)} ({len(values)})" if values else "not run" for values in sides]
+        gaps = [mine["metrics"][metric] - other["metrics"][metric] for other, mine in pairs]
+        lines.append(f"| {words} | {' | '.join(cells)} | {mean_with_interval(gaps)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

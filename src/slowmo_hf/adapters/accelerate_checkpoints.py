@@ -192,14 +192,28 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             given_back.callback(self.register_load_state_pre_hook(wait).remove)
             result = load_state(self, *args, **kwargs)
         for folder in found if is_in_process() else ():
-            if (folder / FOLDER / f"{_generators()}.pt").exists():  # an older checkpoint has none, nor a worker more
-                RandomState.from_dict(read_part(folder, _generators()).objects).give_back()
+            _give_back_generators(folder)
         if any(bare.awaits_a_checkpoint for bare in _ours(self).values()):
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
         return result
 
     return load
+
+
+def _give_back_generators(folder: Path) -> None:
+    """This worker's own; an older checkpoint has none, nor has one of fewer workers."""
+    path = folder / FOLDER / f"{_generators()}.pt"
+    if not path.exists():
+        return
+    saved = read_part(folder, _generators()).objects
+    try:
+        RandomState.from_dict(saved).give_back()
+    except Exception as error:  # of Python, numpy or torch
+        raise CheckpointError(
+            f"{path} holds no state of random generators ({type(error).__name__}: {error}). Resume from another "
+            "checkpoint."
+        ) from error
 
 
 _loaded_generators: list[RandomState] = []  # from a load to the first pass: one
