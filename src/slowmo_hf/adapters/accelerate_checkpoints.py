@@ -68,9 +68,9 @@ def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
     return {("" if place == first else f"optimizer_{place}/"): one for place, one in found.items()}
 
 
-def _is_kept(bare: SlowMoOptimizer) -> bool:
+def _is_kept(accelerator: Accelerator, bare: SlowMoOptimizer) -> bool:
     """Plain all-reduce that Accelerate has taken is stock training, and so are its checkpoints."""
-    return bare.config.has_rounds or not bare.is_prepared
+    return bare.config.has_rounds or bare not in prepared_by(accelerator).values()
 
 
 # ---- saving ----
@@ -88,7 +88,9 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         if any(bare.awaits_a_checkpoint for bare in ours.values() if bare.outer_loop is None):
             raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
         begun = {
-            folder: bare.outer_loop for folder, bare in ours.items() if bare.outer_loop is not None and _is_kept(bare)
+            folder: bare.outer_loop
+            for folder, bare in ours.items()
+            if bare.outer_loop is not None and _is_kept(self, bare)
         }
         if not begun:
             return save_state(self, *args, **kwargs)
@@ -181,7 +183,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             found.append(Path(folder))
             verify = functools.cache(verify_checkpoint)  # reads every byte: once for all optimizers
             for within, bare in _ours(self).items():
-                if _is_kept(bare):
+                if _is_kept(self, bare):
                     bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify))
 
         with ExitStack() as given_back:
