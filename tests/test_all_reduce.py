@@ -20,7 +20,15 @@ from transformers import Trainer, TrainerCallback
 import test_wire
 from harness import patience, run_workers
 from reference import slowmo_reference
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round, register_for_checkpointing
+from slowmo_hf import (
+    SlowMoCallback,
+    SlowMoConfig,
+    SlowMoOptimizer,
+    consensus,
+    last_round,
+    register_for_checkpointing,
+    verify_checkpoint,
+)
 from tiny import (
     Recorder,
     Regression,
@@ -504,6 +512,46 @@ def test_a_state_saved_inside_a_round_continues_bit_for_bit(tmp_path):
         for save_at, (through, resumed) in out.items():
             for step, (left, right) in enumerate(zip(through[save_at:], resumed, strict=True), start=save_at + 1):
                 assert equal(left, right), f"saved at step {save_at}, sync_every 4: step {step} differs"
+
+
+def _plain_loop(folder, prepares, save_at=None, load_at=0, steps=7):
+    accelerator, bare, rows = Accelerator(cpu=True), Regression(), Rows(100)
+    optimizer = SlowMoOptimizer(two_groups(bare, "adamw", LR), PLAIN)
+    if prepares:
+        model, optimizer = accelerator.prepare(bare, optimizer)
+    else:
+        model = nn.parallel.DistributedDataParallel(bare)
+        accelerator.register_for_checkpointing(bare)
+        register_for_checkpointing(accelerator, optimizer)
+    if load_at:
+        accelerator.load_state(folder)
+    for step in range(load_at, steps):
+        start = (step * dist.get_world_size() + dist.get_rank()) * BATCH
+        accelerator.backward(model(rows.x[start : start + BATCH], rows.y[start : start + BATCH])["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 == save_at:
+            accelerator.save_state(folder)
+    return values(bare)
+
+
+def check_plain_saves(folder):
+    return [
+        (
+            _plain_loop(f"{folder}/{prepares}", prepares, save_at=4),
+            _plain_loop(f"{folder}/{prepares}", prepares, load_at=4),
+        )
+        for prepares in (True, False)
+    ]
+
+
+def test_plain_all_reduce_goes_on_from_what_holds_its_optimizer(tmp_path):
+    """Accelerate's own files where it has prepared the optimizer; ours, with a manifest, where it was registered."""
+    for runs in run_workers(check_plain_saves, 2, str(tmp_path)):
+        for through, resumed in runs:
+            assert equal(through, resumed)
+    assert not (tmp_path / "True" / "slowmo").exists()
+    verify_checkpoint(tmp_path / "False")
 
 
 # ---- what makes no sense is refused ----
