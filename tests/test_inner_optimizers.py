@@ -365,7 +365,8 @@ def test_bitsandbytes_states_are_kept_and_reset(optim, name, policy):
     for (mine, dtype), right in zip(ours, anew if policy == "reset" else kept, strict=True):
         assert dtype == torch.uint8
         for key, value in right.items():
-            torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-7)  # fp32, and codes of what it has rounded
+            # fp32 rounding, which differs by processor, moves a few states to the next code: up to 7e-7 was seen.
+            torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-6)
     assert (kept[0]["body.weight"] - anew[0]["body.weight"]).abs().max() > 1e-4
 
 
