@@ -2,7 +2,7 @@
 One system's training on one host of `benchmarks/peers.py`: the same model, images, batches and seeds whatever the
 system.
 
-Every system is a function from (model, SGD, accelerator, settings) to a `Job`. First the computation alone and one
+First the computation alone and one
 all-reduce alone are measured, then steps without a look, then training to a validation loss.
 """
 

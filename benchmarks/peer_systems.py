@@ -1,6 +1,6 @@
 """
-Ours and its peers, each as its page says, and how a job of `peers.py` trains with it: what each takes is imported when
-it is asked for.
+Ours and its peers, each as its page says. Every system is a function from (model, SGD, accelerator, settings) to a
+`Job`, which imports its package when it is called.
 """
 
 from __future__ import annotations

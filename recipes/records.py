@@ -49,6 +49,10 @@ class SettingError(ValueError):
     """A flag's value cannot be used; the message names the flag."""
 
 
+class DataError(ValueError):
+    """The data cannot be used; the message names the setting, its value, the rule and the flag that mends it."""
+
+
 def end_program(script: str, error: object) -> NoReturn:
     """End the program with one line, however many the error has, that starts with the script's name."""
     sys.exit(f"{Path(script).name}: {' '.join(str(error).split())}")

@@ -365,8 +365,9 @@ def test_bitsandbytes_states_are_kept_and_reset(optim, name, policy):
     for (mine, dtype), right in zip(ours, anew if policy == "reset" else kept, strict=True):
         assert dtype == torch.uint8
         for key, value in right.items():
-            # fp32 rounding, which differs by processor, moves a few states to the next code: up to 7e-7 was seen.
+            # fp32, and codes of what it has rounded; by processor one or two are the next code, up to 7e-7 away.
             torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-6)
+            assert ((mine[key] - value).abs() > 2e-7).sum() <= 2, key
     assert (kept[0]["body.weight"] - anew[0]["body.weight"]).abs().max() > 1e-4
 
 

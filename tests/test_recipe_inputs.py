@@ -17,10 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from image.data import load_images
 from image.pixels import make_dataset
-from image.sources import DataError
+from records import DataError
 from studies.progress import Progress
 from translation.data import load_corpus
-from translation.sources import DataError as TextError
 
 PICTURE = Image.new("RGB", (8, 8), (40, 180, 90))
 CLASSES = datasets.ClassLabel(names=["cat", "dog"])
@@ -141,7 +140,7 @@ def test_an_empty_file_of_sentences_is_named(tmp_path, split, flag, ending):
             getattr(rows, {"jsonl": "to_json", "parquet": "to_parquet"}[ending])(tmp_path / f"{name}.{ending}")
     assert len(load_corpus(str(tmp_path)).train) in (1, 2)
     (tmp_path / f"{split}.{ending}").write_bytes(b"")
-    with pytest.raises(TextError, match=rf"^{flag} must hold .*{split}\.{ending}', which is empty.*--{flag} or --dat"):
+    with pytest.raises(DataError, match=rf"^{flag} must hold .*{split}\.{ending}', which is empty.*--{flag} or --dat"):
         load_corpus(str(tmp_path))
 
 
@@ -150,7 +149,7 @@ def test_text_of_another_encoding(tmp_path):
         (tmp_path / f"{name}.en").write_bytes("größer\n".encode("latin-1"))
         (tmp_path / f"{name}.de").write_text("größer\n")
     with pytest.raises(
-        TextError, match=r"train_split must be text in UTF-8, got '.*train\.en' with line 1 .* --train_"
+        DataError, match=r"train_split must be text in UTF-8, got '.*train\.en' with line 1 .* --train_"
     ):
         load_corpus(str(tmp_path))
 
@@ -227,7 +226,7 @@ def lines(sentences, end="\n", encoding="utf-8"):
     ],
 )
 def test_wrong_text_files_are_named(tmp_path, changed, said):
-    with pytest.raises(TextError, match=f"^{said}"):
+    with pytest.raises(DataError, match=f"^{said}"):
         load_corpus(text_folder(tmp_path, **changed))
 
 

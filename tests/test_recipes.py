@@ -33,7 +33,7 @@ from image import train as recipe  # noqa: E402
 from image.data import load_images  # noqa: E402
 from image.pixels import Batch  # noqa: E402
 from image.small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
-from image.sources import DataError  # noqa: E402
+from records import DataError  # noqa: E402
 
 SHORT = (
     "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps "

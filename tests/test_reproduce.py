@@ -405,8 +405,10 @@ BEST = {
     "cifar10": ("test_accuracy", max, "test_accuracy"),
 }
 PARAMETERS = {
-    **{"image_classification": 19_890, "translation": 180_736},
-    **{"multi30k": 2_349_056, "cifar10": 11_173_962},
+    "image_classification": 19_890,
+    "translation": 180_736,
+    "multi30k": 2_349_056,
+    "cifar10": 11_173_962,
 }
 WORKERS = {"multi30k": 2}  # at least; 8 of other tasks
 # 8 passes over 50,000 rows, 128 a step; over the help text; 200 passes, 4,096 a step. Digests of the training rows,

@@ -30,13 +30,13 @@ RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import records  # noqa: E402
+from records import DataError  # noqa: E402
 from translation import model as transformer  # noqa: E402
 from translation import tokens  # noqa: E402
 from translation import train as recipe  # noqa: E402
 from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds  # noqa: E402
 from translation.data import NEWSTESTS, PROTOCOL_ROWS, load_corpus  # noqa: E402
 from translation.judged import all_scores, choose, judge, named  # noqa: E402
-from translation.sources import DataError  # noqa: E402
 from translation.trainer import RunModels, checkpoints_of_others  # noqa: E402
 
 RECORD_KEYS = {

@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from image.sources import DataError, load_splits
+from image.sources import load_splits
+from records import DataError
 
 # Names that differ between known sets: image column, label column, test split (ImageNet's own test labels are hidden).
 _KNOWN_COLUMNS: dict[str, tuple[str, str, str | None]] = {

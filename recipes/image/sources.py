@@ -13,15 +13,13 @@ import datasets
 from PIL import Image
 from pyarrow import parquet
 
+from records import DataError
+
 SHIPPED = Path(__file__).parents[1] / "data" / "fashion_mnist"
 LOCAL_FOLDER = (
     "a folder that holds train*.parquet and test*.parquet, images as train/<class>/* and test/<class>/*, "
     "or a saved DatasetDict"
 )
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the setting, its value, the rule and the flag that mends it."""
 
 
 # Rows to train on, rows to test on, the name of the split these are.

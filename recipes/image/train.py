@@ -37,9 +37,17 @@ from image.data import ImageSets, load_images
 from image.pixels import Batch, LargeImages, SmallImages, crop_padding, make_dataset, mean_and_std
 from image.presets import PRESETS, step_decay, zero_last_norms
 from image.small_resnet import ARCHITECTURES, make_model
-from image.sources import DataError
 from paper_rows import set_preset
-from records import SettingError, checkpoint_to_resume, describe_run, end_program, plot, print_table, write_record
+from records import (
+    DataError,
+    SettingError,
+    checkpoint_to_resume,
+    describe_run,
+    end_program,
+    plot,
+    print_table,
+    write_record,
+)
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 
 

@@ -91,9 +91,6 @@ def main() -> None:
     print(tables(record))
 
 
-# ---- preprocessing ----
-
-
 def settings(folder: Path, flags: list[str], *more: str) -> Any:
     """The recipe's own, with the pairs in place of WMT's; what the data library keeps lies in the folder too."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
@@ -105,6 +102,9 @@ def settings(folder: Path, flags: list[str], *more: str) -> Any:
 def bytes_of(folder: Path) -> int:
     """Of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---- preprocessing ----
 
 
 def preprocess(folder: Path, flags: list[str], text_pairs: int | None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from records import DataError
 from studies import small_translation
 from studies.small_translation import Size, Translations
 from translation.data import TEST2016_ROWS
-from translation.sources import DataError
 
 LIBRARIES = small_translation.LIBRARIES
 SIZE = Size("small", 8000, 128)  # no pair is longer

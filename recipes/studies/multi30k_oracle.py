@@ -25,10 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import end_program, environment, mean_sd, mean_with_interval, write_record
+from records import DataError, end_program, environment, mean_sd, write_record
 from studies import multi30k
 from studies.plan import Run, make_run, run_of
 from studies.run_records import find_record
+from studies.showing import paired_gain
 from studies.small_translation import (
     LABEL_SMOOTHING,
     LENGTH_PENALTY,
@@ -38,7 +39,6 @@ from studies.small_translation import (
 from translation.bleu import bleu_signature
 from translation.judged import all_scores, named
 from translation.model import MODEL_SIZES, decode
-from translation.sources import DataError
 from translation.tokens import TokenBatches
 
 
@@ -137,17 +137,16 @@ COMPARED = {
 
 def table(records: Path) -> str:
     """
-    Every run of fairseq, and AR-Adam at the same learning rate: mean ± standard deviation (runs), and the mean of ours
-    minus theirs over the seeds that both have, with its 95 % interval.
+    Every run of fairseq, all at one learning rate, and AR-Adam at the same: mean ± standard deviation (runs), and the
+    mean of ours minus theirs over the seeds that both have, with its 95 % interval.
     """
     theirs = [json.loads(path.read_text()) for path in sorted((records / "multi30k").glob("fairseq_*.json"))]
-    pairs = [(record, found) for record in theirs if (found := find_record(run_of(record["run"]), records))]
+    ours = [found for record in theirs if (found := find_record(run_of(record["run"]), records))]
     lines = ["| test2016 | fairseq | AR-Adam here | ours minus theirs |", "|---|---|---|---|"]
     for words, metric in COMPARED.items():
-        sides = ([record["metrics"][metric] for record in side] for side in (theirs, [mine for _, mine in pairs]))
+        sides = ([record["metrics"][metric] for record in side] for side in (theirs, ours))
         cells = [f"{mean_sd(values)} ({len(values)})" if values else "not run" for values in sides]
-        gaps = [mine["metrics"][metric] - other["metrics"][metric] for other, mine in pairs]
-        lines.append(f"| {words} | {' | '.join(cells)} | {mean_with_interval(gaps)} |")
+        lines.append(f"| {words} | {' | '.join(cells)} | {paired_gain(ours, theirs, metric)} |")
     return "\n".join(lines)
 
 

@@ -32,8 +32,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from image.sources import DataError as ImageError
-from records import SettingError, end_program, write_record
+from records import DataError, SettingError, end_program, write_record
 from studies import cifar10, multi30k, small_images, small_translation
 from studies.drawing import plot, plot_sweep
 from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
@@ -42,7 +41,6 @@ from studies.plan import TASKS, Run, Tuned, choose, published, sweeps, table1, t
 from studies.progress import Progress
 from studies.run_records import check_same_data, find_record, make_record, outcome
 from studies.showing import data_line, table
-from translation.sources import DataError as TextError
 
 # Modules with `load`, `train` and `LIBRARIES`, and the scripts that train at the paper's size on a cluster.
 MODULES: dict[str, ModuleType] = {
@@ -160,7 +158,7 @@ def main() -> None:
             show(runs, arguments, Path(arguments.records))
         else:
             run_study(arguments, Path(arguments.records), gpu.device or "cpu")
-    except (SettingError, ImageError, TextError) as error:
+    except (SettingError, DataError) as error:
         end(error)
 
 

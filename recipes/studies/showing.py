@@ -125,8 +125,8 @@ def paired_gain(own: list[dict[str, Any]], partners: list[dict[str, Any]], metri
 
 def paired_differences(own: list[dict[str, Any]], partners: list[dict[str, Any]], metric: str) -> list[float]:
     """Of the seeds that both have."""
-    theirs = {record["seed"]: record["metrics"][metric] for record in partners}
-    return [record["metrics"][metric] - theirs[record["seed"]] for record in own if record["seed"] in theirs]
+    mine, theirs = ({record["run"]["seed"]: record["metrics"][metric] for record in side} for side in (own, partners))
+    return [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
 
 
 def swept_runs(

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
+from records import DataError
 from studies.graphed import GraphedGradients
 from studies.kept import Keeper
 from studies.kept_models import KeptModels
@@ -28,7 +29,6 @@ from translation.bleu import bleu_signature
 from translation.data import load_corpus, sha256_of
 from translation.judged import all_scores, judge, named, with_bits
 from translation.model import make_transformer, smoothed_loss, translate
-from translation.sources import DataError
 from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
 
 LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here

@@ -11,7 +11,8 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from translation.sources import WMT, DataError, Languages, from_hub, load_splits
+from records import DataError
+from translation.sources import WMT, Languages, from_hub, load_splits
 
 SHIPPED_NAME = "en_de_help (shipped; BLEU on it is not comparable with WMT's)"
 # WMT's English-German test sets on the Hub: set, split, rows. sacrebleu calls 2014's `wmt14/full`; its `wmt14` has

@@ -10,16 +10,14 @@ from typing import Any
 
 import datasets
 
+from records import DataError
+
 SHIPPED = Path(__file__).parents[1] / "data" / "en_de_help"
 WMT = ("wmt/wmt14", "wmt/wmt16")
 LOCAL_FOLDER = (
     "a folder that holds a saved DatasetDict, or train*, validation* and test* as .parquet or .jsonl, or text files "
     "such as train.en and train.de"
 )
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the setting, its value, the rule and the flag that mends it."""
 
 
 @dataclass(frozen=True)

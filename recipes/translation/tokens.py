@@ -26,9 +26,8 @@ from tokenizers.trainers import BpeTrainer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from records import SettingError
+from records import DataError, SettingError
 from translation.data import Corpus
-from translation.sources import DataError
 
 PAD, EOS = 0, 1  # ids of <pad>, which also starts every translation (Marian's habit), and </s>
 NO_LABEL = -100  # where there is nothing to predict
