@@ -6,6 +6,7 @@ statistics.
 from __future__ import annotations
 
 import json
+import math
 import re
 import string
 import sys
@@ -83,6 +84,18 @@ TUNED = {
 }
 
 
+def tried(task):
+    """Tuning records without slow momentum: the middle of the grid is best for every base."""
+    grid = studies.TASKS[task]
+    own = [grid.learning_rates[i] for i in (1, 0, 2)] if grid.learning_rates else []
+    results = sorted((0.1, 0.2, 0.3), reverse=not grid.smaller_is_better)
+    return [
+        {**tuning_record(base, lr, 0.0, 0.0), "metrics": {grid.metric: result}}
+        for base in grid.bases
+        for lr, result in zip(own, results, strict=bool(own))
+    ]
+
+
 def test_the_table_has_the_papers_rows():
     runs = studies.table1("image_classification", TUNED, 5)
     counts = {}
@@ -97,14 +110,15 @@ def test_the_table_has_the_papers_rows():
     assert len({run.name for run in runs}) == len(runs)
     assert 0 not in {run.seed for run in runs}, "seed 0 chose the settings"
     assert {run.workers for run in runs} == {8}
-    for study in (studies.tuning("image_classification", TUNED), studies.sweeps("image_classification", TUNED)):
+    tuning = studies.tuning("image_classification", tried("image_classification"))
+    for study in (tuning, studies.sweeps("image_classification", TUNED)):
         assert len({run.name for run in study}) == len(study)
 
 
 def test_gossip_without_slow_momentum_is_as_published():
     """No exact average there, and that is what the gain of its partner is measured against."""
     for task in studies.TASKS:
-        for run in (*studies.table1(task, TUNED), *studies.tuning(task, TUNED)):
+        for run in (*studies.table1(task, TUNED), *studies.tuning(task, tried(task))):
             assert (
                 run.config.exact_average
                 == run.exact_average
@@ -133,7 +147,7 @@ def test_the_tables_rows_of_translation():
         (b, slow, tau): 3 for b, tau in periods.items() for slow in (False, True) if not slow or b != "all_reduce"
     }
     assert {run.seed for run in runs} == {1, 2, 3}
-    tuning = Counter(run.base for run in studies.tuning("translation", TUNED))
+    tuning = Counter(run.base for run in studies.tuning("translation", tried("translation")))
     assert tuning == {"local_sgd": 6, "sgp": 6, "all_reduce": 3}
 
 
@@ -170,6 +184,30 @@ def test_tuning_takes_the_smaller_nll_of_translation():
     rates = [told(lr, 0.0, nll) for lr, nll in ((0.002, 2.2), (0.004, 2.1), (0.008, 2.3))]
     momenta = [told(0.004, beta, nll) for beta, nll in ((0.3, 2.0), (0.5, 2.1), (0.7, 2.2))]
     assert studies.choose([*rates, *momenta], "translation")["sgp"] == studies.Tuned(0.004, 0.3)
+
+
+def test_a_grid_widens_until_its_best_rate_is_inside():
+    """
+    From 0.0025, 0.005, 0.01: the NLL is least at the upper edge, so 0.02 is tried; now it is inside. A run that
+    diverged to NaN is the worst, wherever it stands. Downwards alike.
+    """
+
+    def found(results):
+        records = [
+            {**tuning_record("sgp", lr, 0.0, 0.0), "metrics": {"validation_nll": nll}} for lr, nll in results.items()
+        ]
+        planned = {run.inner_lr for run in studies.tuning("multi30k", records) if run.base == "sgp" and not run.slowmo}
+        return sorted(planned), studies.choose(records, "multi30k")["sgp"].inner_lr
+
+    start = [0.0025, 0.005, 0.01]
+    assert found({}) == found({0.0025: 3.0, 0.01: 2.0}) == (start, None)
+    assert found({0.0025: 3.0, 0.005: 2.0, 0.01: 2.5}) == (start, 0.005)
+    upper = {0.0025: 3.0, 0.005: 2.5, 0.01: 2.0}
+    assert found(upper) == ([*start, 0.02], None)
+    assert found({**upper, 0.02: 2.1}) == ([*start, 0.02], 0.01)
+    assert found({**upper, 0.02: math.nan}) == ([*start, 0.02], 0.01)
+    assert found({0.0025: math.nan, 0.005: 2.0, 0.01: math.nan}) == (start, 0.005)
+    assert found({0.0025: 2.0, 0.005: 2.5, 0.01: math.nan}) == ([0.00125, *start], None)
 
 
 def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
@@ -330,7 +368,11 @@ def test_settings_that_are_given_need_no_tuning(tmp_path):
         *(("all_reduce", 0.0, 0.005), ("local_sgd", 0.0, 0.005), ("local_sgd", 0.2, 0.005)),
         *(("sgp", 0.0, 0.005), ("sgp", 0.2, 0.005)),
     }
-    assert reproduce.study_runs(reproduce.Arguments(study="table1", task="multi30k"), tmp_path) == []
+    for study in ("table1", "sweep"):
+        assert reproduce.study_runs(reproduce.Arguments(study=study, task="multi30k"), tmp_path) == []
+    two = reproduce.study_runs(reproduce.Arguments(study="sweep", task="multi30k", inner_lr=0.005), tmp_path)
+    assert [(run.outer_momentum, run.seed) for run in two] == [(beta, s) for s in (1, 2, 3) for beta in (0, 0.2, 0.5)]
+    assert {(run.base, run.workers, run.batch_size) for run in two} == {("local_sgd", 2, 1024)}
 
 
 def test_the_clusters_commands_are_the_papers_rows():

@@ -5,7 +5,8 @@ What `reproduce.py` runs: the rows of the paper's Table 1, the grids they were t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ class Task:
     Args:
         bases (`tuple[str, ...]`): The rows of the paper's Table 1, in the order in which the table is filled.
         learning_rates (`tuple[float, ...]`): Of the inner optimizer; each base takes the best without slow momentum.
+        widens (`bool`): Whether the grid of learning rates grows where the best is at its edge.
         momenta (`tuple[float, ...]`): Of slow momentum, at that learning rate.
         metric (`str`): The final validation metric by which tuning chooses.
         smaller_is_better (`bool`): Of that metric.
@@ -56,10 +58,25 @@ class Task:
     two_workers: tuple[float, ...] = ()
     published: dict[str, Any] = field(default_factory=dict)
     given: Tuned | None = None
+    widens: bool = False
 
     def best(self, results: dict[float, float]) -> float:
-        """The setting with the best result."""
-        return (min if self.smaller_is_better else max)(results, key=lambda setting: results[setting])
+        """The setting with the best result; a run that diverged to NaN has the worst."""
+        sign = -1 if self.smaller_is_better else 1
+        return max(results, key=lambda setting: -math.inf if math.isnan(results[setting]) else sign * results[setting])
+
+    def rates(self, results: dict[float, float]) -> tuple[float, ...]:
+        """
+        Learning rates to try, ascending. Where the grid `widens` and the best of it is at its edge by these results,
+        the next one belongs to it too, half or twice as large.
+        """
+        rates = self.learning_rates
+        while self.widens and set(results) >= set(rates):
+            best = self.best({rate: results[rate] for rate in rates})
+            if best not in (rates[0], rates[-1]):
+                break
+            rates = (best / 2, *rates) if best == rates[0] else (*rates, 2 * best)
+        return rates
 
 
 _CIFAR10 = PRESETS["cifar10"]
@@ -86,8 +103,9 @@ TASKS = {
     ),
     "multi30k": Task(
         bases=("local_sgd", "all_reduce", "sgp"),
-        learning_rates=(0.00125, 0.0025, 0.005, 0.01),  # Wu et al. (2021) give 0.005
-        momenta=(0.2, 0.4, 0.6),
+        learning_rates=(0.0025, 0.005, 0.01),  # Wu et al. (2021) give 0.005
+        widens=True,
+        momenta=(0.1, 0.2, 0.4),
         metric="validation_nll",
         smaller_is_better=True,
         seeds=3,
@@ -234,32 +252,44 @@ def without_slowmo(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "outer_momentum": 0.0, "exact_average": run["base"] not in ("sgp", "osgp")}
 
 
-def tuning(task: str, tuned: dict[str, Tuned]) -> list[Run]:
-    """Learning rates without slow momentum, for every base; then, where one has been chosen, momenta."""
-    runs = []
-    sizes = {"epochs": TASKS[task].tuning_epochs} if TASKS[task].tuning_epochs else {}
-    for base in TASKS[task].bases:
-        runs += [make_run("tuning", task, base, 0.0, lr, seed=0, **sizes) for lr in TASKS[task].learning_rates]
+def tuning(task: str, records: Sequence[dict[str, Any]] = ()) -> list[Run]:
+    """
+    Learning rates without slow momentum, for every base; then, where one has been chosen, momenta. `records` are those
+    that are there: by them the grid widens, and the rate is chosen.
+    """
+    runs, grid, tuned = [], TASKS[task], choose(records, task)
+    sizes = {"epochs": grid.tuning_epochs} if grid.tuning_epochs else {}
+    for base in grid.bases:
+        rates = grid.rates(_without_slowmo(records, task, base))
+        runs += [make_run("tuning", task, base, 0.0, lr, seed=0, **sizes) for lr in rates]
         lr = tuned[base].inner_lr
         if lr is not None and base != "all_reduce":
-            runs += [make_run("tuning", task, base, momentum, lr, seed=0, **sizes) for momentum in TASKS[task].momenta]
+            runs += [make_run("tuning", task, base, momentum, lr, seed=0, **sizes) for momentum in grid.momenta]
     return runs
 
 
-def choose(records: list[dict[str, Any]], task: str) -> dict[str, Tuned]:
+def choose(records: Sequence[dict[str, Any]], task: str) -> dict[str, Tuned]:
     """By the tuning records of one task: the best learning rate, then the best momentum at it."""
     grid, chosen = TASKS[task], {}
     for base in grid.bases:
-        own = [record for record in records if record["study"] == "tuning" and record["base"] == base]
-        plain = {record["inner_lr"]: record["metrics"][grid.metric] for record in own if not record["slowmo"]}
-        lr = grid.best(plain) if set(plain) >= set(grid.learning_rates) else None
+        plain = _without_slowmo(records, task, base)
+        lr = grid.best(plain) if plain and set(plain) >= set(grid.rates(plain)) else None
         slow = {
             record["outer_momentum"]: record["metrics"][grid.metric]
-            for record in own
-            if record["slowmo"] and record["inner_lr"] == lr
+            for record in records
+            if (record["study"], record["base"], record["inner_lr"]) == ("tuning", base, lr) and record["slowmo"]
         }
-        chosen[base] = Tuned(lr, grid.best(slow) if set(slow) >= set(grid.momenta) else None)
+        chosen[base] = Tuned(lr, grid.best(slow) if slow and set(slow) >= set(grid.momenta) else None)
     return chosen
+
+
+def _without_slowmo(records: Sequence[dict[str, Any]], task: str, base: str) -> dict[float, float]:
+    """What tuning chooses by, of each learning rate of a base."""
+    return {
+        record["inner_lr"]: record["metrics"][TASKS[task].metric]
+        for record in records
+        if (record["study"], record["base"]) == ("tuning", base) and not record["slowmo"]
+    }
 
 
 def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list[Run]:
@@ -294,9 +324,7 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     Local SGD rows both reset it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
     """
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
-    if lr is None or momentum is None:
-        return []
-    if TASKS[task].two_workers:
+    if lr is not None and TASKS[task].two_workers:
         together = TASKS[task].sizes
         sizes = {"workers": 2, "batch_size": together["batch_size"] * together["workers"] // 2}
         return [
@@ -304,6 +332,8 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
             for seed in range(1, 1 + TASKS[task].pair_seeds)
             for beta in TASKS[task].two_workers
         ]
+    if lr is None or momentum is None:
+        return []
     middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
     seeds = range(1, 1 + TASKS[task].pair_seeds)
     runs = [

@@ -206,16 +206,15 @@ def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
     """
     if arguments.study == "published":
         return _asked(arguments, published(arguments.task))
-    undecided = dict.fromkeys(TASKS[arguments.task].bases, Tuned())
-    tried = [
-        record for run in _asked(arguments, tuning(arguments.task, undecided)) if (record := find_record(run, folder))
-    ]
-    chosen = choose(tried, arguments.task)
-    tried += [
-        record
-        for run in _asked(arguments, tuning(arguments.task, chosen))
-        if run.slowmo and (record := find_record(run, folder))
-    ]
+    tried: list[dict[str, Any]] = []
+    while True:  # what has been tried says what else is tried
+        tunes = _asked(arguments, tuning(arguments.task, tried))
+        found = [record for run in tunes if (record := find_record(run, folder))]
+        if found == tried:
+            break
+        tried = found
+    if arguments.study == "tuning":
+        return tunes
     lr, momentum = arguments.inner_lr, arguments.outer_momentum
     chosen = {
         base: Tuned(lr or own.inner_lr, None if base == "all_reduce" else momentum or own.outer_momentum)
@@ -223,7 +222,7 @@ def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
     }
     if arguments.study == "table1":
         return _asked(arguments, table1(arguments.task, chosen, arguments.seeds))
-    return _asked(arguments, {"tuning": tuning, "sweep": sweeps}[arguments.study](arguments.task, chosen))
+    return _asked(arguments, sweeps(arguments.task, chosen))
 
 
 def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
