@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round, rules
+from slowmo_hf.algorithm import layout
 from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
 from slowmo_hf.algorithm.norms import squared_norm
 from slowmo_hf.algorithm.slow_momentum import SlowMomentum, slow_momentum_update_
@@ -180,6 +181,21 @@ def test_rounding_to_bf16_never_enters_the_velocity():
     assert weight.tolist() == [1.0, 1.0]
 
 
+def check_chunks(bucket, message):
+    """They are the bucket, one after the other, each of one dtype; what they pack is what its pieces hold."""
+    chunks = bucket.chunks()
+    assert [piece for chunk in chunks for piece in chunk.pieces] == bucket.pieces
+    assert torch.equal(torch.cat([chunk.of(bucket.item.flat) for chunk in chunks]), message)
+    for chunk in chunks:
+        assert {piece.param.dtype for piece in chunk.pieces} == {chunk.dtype}
+        packed = torch.full_like(chunk.of(bucket.item.flat), torch.nan)
+        chunk.pack_(packed)
+        assert torch.equal(packed, torch.cat([piece.values().to(packed.dtype) for piece in chunk.pieces]))
+        chunk.unpack_(2 * packed)
+        assert torch.equal(2 * packed, torch.cat([piece.values().to(packed.dtype) for piece in chunk.pieces]))
+        chunk.unpack_(packed)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
@@ -202,12 +218,26 @@ def test_buckets_hold_every_element_once(shapes, bucket_elements, dtypes):
                 assert piece.group == int(any(piece.param is p for p in params[1::2]))
                 assert piece.anchor.data_ptr() == run.data_ptr() == piece.of(item.flat).data_ptr()
                 assert torch.equal(run, piece.values().to(run.dtype))
+            check_chunks(bucket, message)
         assert all((count == 1).all() for count in counts.values())
         for anchor, span in zip(item.anchors(), item.spans, strict=True):
             assert torch.equal(anchor, span.param.to(anchor.dtype))
 
 
 MIB = 2**20
+
+
+def test_chunks_end_where_a_dtype_does_and_fit_the_cache(monkeypatch):
+    """Of 3, 3, 3, 9 and 1 elements, the second in bfloat16: at most 8 on a CPU, at most 12 elsewhere."""
+    monkeypatch.setitem(layout.CACHED_ELEMENTS, "cpu", 8)
+    params = [torch.rand(n).to(torch.bfloat16 if i == 1 else torch.float32) for i, n in enumerate((3, 3, 3, 9, 1))]
+    (item,) = flat_anchors(flat_layouts([params]))
+    (bucket,) = item.buckets(MIB)
+    assert [[piece.elements for piece in chunk.pieces] for chunk in bucket.chunks()] == [[3], [3], [3], [8], [1, 1]]
+    monkeypatch.delitem(layout.CACHED_ELEMENTS, "cpu")
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 12)
+    (bucket,) = item.buckets(MIB)
+    assert [[piece.elements for piece in chunk.pieces] for chunk in bucket.chunks()] == [[3], [3], [3, 9], [1]]
 
 
 @pytest.mark.parametrize(

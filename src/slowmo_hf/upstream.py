@@ -13,6 +13,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
@@ -20,6 +21,15 @@ from accelerate.state import AcceleratorState
 # asks for (torch >= 2.0; tests/test_optimizer.py::test_fp16_step_skipped_on_one_rank), and the tables of state hooks,
 # `_optimizer_state_dict_pre_hooks` and its like (torch >= 2.0;
 # tests/test_optimizer.py::test_state_dict_hooks_fire_as_torchs_do). They are its own attributes: no functions here.
+
+
+def copy_each_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """
+    `torch._foreach_copy_`, torch >= 2.1: many small copies, of any dtypes, in one call and few launches, as torch's
+    optimizers do. Nothing public copies into tensors that exist
+    (tests/test_core.py::test_buckets_hold_every_element_once).
+    """
+    torch._foreach_copy_(targets, sources)
 
 
 def set_process_group(ddp: Any, group: dist.ProcessGroup) -> None:

@@ -9,11 +9,14 @@ import torch
 
 from ..contents import Contents
 from ..dtensors import local
+from ..upstream import copy_each_
 
 # Elements that the arithmetic of a round works on at a time, by device: on a CPU a run's message, anchor, velocity and
 # parameter then stay in its cache from the first operation to the last. Elsewhere each operation is a kernel launch,
 # and whole tensors are better.
 CACHED_ELEMENTS = {"cpu": 2**18}
+# Of a chunk elsewhere, which has several tensors: what is computed on the way stays small beside the model.
+CHUNK_ELEMENTS = 2**22
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -125,6 +128,38 @@ class Bucket:
     def runs(self, message: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece with its run of a message."""
         return [(p, message[p.offset - self.offset : p.offset - self.offset + p.elements]) for p in self.pieces]
+
+    def pack_(self, message: torch.Tensor) -> None:
+        """Copy the parameters' elements into a message."""
+        copy_each_(self._split(message), [piece.values() for piece in self.pieces])
+
+    def unpack_(self, message: torch.Tensor) -> None:
+        """The inverse of `pack_`."""
+        copy_each_([piece.values() for piece in self.pieces], self._split(message))
+
+    def _split(self, message: torch.Tensor) -> list[torch.Tensor]:
+        """The runs alone, in a third of the time: gossip asks at every step."""
+        return list(message.split_with_sizes([piece.elements for piece in self.pieces]))
+
+    def chunks(self) -> list[Bucket]:
+        """
+        Cut between pieces, where the dtype of parameters changes and before it is too long; a longer piece is alone.
+        """
+        chunks: list[Bucket] = []
+        longest = CACHED_ELEMENTS.get(self.item.flat.device.type, CHUNK_ELEMENTS)
+        for piece in self.pieces:
+            last = chunks[-1] if chunks else None
+            if last and piece.param.dtype == last.dtype and last.elements + piece.elements <= longest:
+                last.pieces.append(piece)
+                last.elements += piece.elements
+            else:
+                chunks.append(Bucket(self.item, piece.offset, piece.elements, [piece]))
+        return chunks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The first parameter's; of a chunk all parameters'."""
+        return self.pieces[0].param.dtype
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..algorithm.layout import Bucket, flat_layouts, wide_dtype
+from ..algorithm.layout import flat_layouts, wide_dtype
 from .communicator import Communicator
 
 
@@ -115,10 +115,10 @@ class Averages:
                     for bucket in layout.part(place, places).buckets(self._longest_message):
                         flat = buffers.get(bucket.elements, dtype, layout.device)
                         if place == self.communicator.rank:
-                            _pack_(bucket, flat)
+                            bucket.pack_(flat)
                         self.communicator.broadcast_(flat, source=place)
                         if place != self.communicator.rank:
-                            _unpack_(bucket, flat)
+                            bucket.unpack_(flat)
 
     def _each_bucket(
         self,
@@ -133,16 +133,6 @@ class Averages:
             for layout in flat_layouts([tensors], wire_dtype):
                 for bucket in layout.part(*part).buckets(self._longest_message):
                     flat = buffers.get(bucket.elements, layout.flat.dtype, layout.device)
-                    _pack_(bucket, flat)
+                    bucket.pack_(flat)
                     collective(flat)
-                    _unpack_(bucket, flat)
-
-
-def _pack_(bucket: Bucket, flat: torch.Tensor) -> None:
-    for piece, run in bucket.runs(flat):
-        run.copy_(piece.values())
-
-
-def _unpack_(bucket: Bucket, flat: torch.Tensor) -> None:
-    for piece, run in bucket.runs(flat):
-        piece.values().copy_(run)
+                    bucket.unpack_(flat)

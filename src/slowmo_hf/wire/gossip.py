@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 
@@ -76,6 +77,7 @@ class GossipBase(Base):
         # Behind the computation few large ones are better (`bytes_per_message`).
         message_bytes = config.bucket_bytes if self.staleness else min(MESSAGE_BYTES, config.bucket_bytes)
         self._buckets = [bucket for item in anchors for bucket in item.buckets(message_bytes)]
+        self._chunks = {bucket: bucket.chunks() for bucket in self._buckets}
         self._degree = max(len(self.topology.sources(communicator.rank, k)) for k in range(self.topology.cycle_length))
         self._free: list[Exchange] = []
 
@@ -94,14 +96,14 @@ class GossipBase(Base):
         exchange = self._new_exchange()
         exchange.address(self.topology, self.communicator.rank, number, step, messages=len(self._buckets) + 1)
         for bucket in self._buckets:
-            for piece in bucket.pieces:
-                self._absorb(exchange, piece, share)
+            for chunk in self._chunks[bucket]:
+                self._absorb(exchange, chunk, share)
             self._send(exchange, bucket)
         self._refuse_lost(exchange)
         for bucket, transfer in zip(self._buckets, exchange.buckets, strict=True):
             self.communicator.finish(transfer)
-            for piece in bucket.pieces:
-                self._take_in(exchange.received, piece, self.weight)
+            for chunk in self._chunks[bucket]:
+                self._take_in(exchange.received, chunk, self.weight)
         self._free.append(exchange)
 
     def _mix_behind(self, number: int, share: float, step: int) -> None:
@@ -118,34 +120,35 @@ class GossipBase(Base):
         for index, bucket in enumerate(self._buckets):
             if due:
                 self.communicator.finish(due.buckets[index])
-            for piece in bucket.pieces:
-                self._absorb(exchange, piece, share)
-                self._take_in(due.received if due else [], piece, weight)
+            for chunk in self._chunks[bucket]:
+                self._absorb(exchange, chunk, share)
+                self._take_in(due.received if due else [], chunk, weight)
             self._send(exchange, bucket)
         self.weight = weight
         self.in_flight.append(exchange)
 
-    def _absorb(self, exchange: Exchange | None, piece: Piece, share: float) -> None:
+    def _absorb(self, exchange: Exchange | None, chunk: Bucket, share: float) -> None:
         """
-        x <- p (x + z' - z), with z as it was handed back: rounded to the parameter's dtype. The message is the same.
+        x <- p (x + z' - z), with z as it was handed back: rounded to the parameters' dtype. The message is the same.
         """
-        x = piece.of(self.numerators[piece.item])
-        if self.is_apart:
-            x.mul_(share)
-        elif self.weight == 1 and piece.param.dtype == x.dtype:
-            torch.mul(piece.values(), share, out=x)  # x = z
-        else:
-            x.add_(piece.values() - rounded(x / self.weight, piece.param.dtype)).mul_(share)
+        x = chunk.of(self.numerators[chunk.item])
+        if not self.is_apart and self.weight == 1 and chunk.dtype == x.dtype:
+            chunk.pack_(x)  # x = z
+        elif not self.is_apart:
+            moved = torch.empty_like(x)
+            chunk.pack_(moved)
+            x.add_(moved.sub_(rounded(x / self.weight, chunk.dtype)))
+        x.mul_(share)
         if exchange and exchange.outgoing is not self.numerators:
-            piece.of(exchange.outgoing[piece.item]).copy_(x)
+            chunk.of(exchange.outgoing[chunk.item]).copy_(x)
 
-    def _take_in(self, received: list[dict[FlatAnchor, torch.Tensor]], piece: Piece, weight: float) -> None:
-        """x <- x + the messages that are due; the parameter is z = x / w."""
-        x = piece.of(self.numerators[piece.item])
+    def _take_in(self, received: list[dict[FlatAnchor, torch.Tensor]], chunk: Bucket, weight: float) -> None:
+        """x <- x + the messages that are due; the parameters are z = x / w."""
+        x = chunk.of(self.numerators[chunk.item])
         for flat in received:
-            x.add_(piece.of(flat[piece.item]).to(x.device))
+            x.add_(chunk.of(flat[chunk.item]).to(x.device))
         if not self.is_apart:
-            piece.values().copy_(x if weight == 1 else x / weight)
+            chunk.unpack_(_debiased(x, weight))
 
     # ---- messages ----
 
@@ -199,14 +202,15 @@ class GossipBase(Base):
 
     def hand_back_(self, piece: Piece) -> None:
         """x = w anchor; the parameter is the anchor."""
-        torch.mul(piece.anchor, 1.0 if self.exact_average else self.weight, out=piece.of(self.numerators[piece.item]))
-        self._take_in([], piece, 1.0 if self.exact_average else self.weight)
+        weight = 1.0 if self.exact_average else self.weight
+        x = torch.mul(piece.anchor, weight, out=piece.of(self.numerators[piece.item]))
+        if not self.is_apart:
+            piece.values().copy_(_debiased(x, weight))
 
     def settle(self) -> None:
         """Absorb the last inner step, and wait for the messages in flight; they stay due when they were."""
-        for bucket in self._buckets:
-            for piece in bucket.pieces:
-                self._absorb(None, piece, 1.0)
+        for chunk in chain.from_iterable(self._chunks.values()):
+            self._absorb(None, chunk, 1.0)
         self.wait_for_messages()
         for exchange in self.in_flight:
             self._refuse_lost(exchange)
@@ -231,8 +235,7 @@ class GossipBase(Base):
         """As `Base.begin_anew`; messages in flight belong to what is left."""
         self._drop_messages()
         for bucket in self._buckets:
-            for piece in bucket.pieces:
-                piece.of(self.numerators[piece.item]).copy_(piece.values())
+            bucket.pack_(bucket.of(self.numerators[bucket.item]))
 
     def _drop_messages(self) -> None:
         self.wait_for_messages()
@@ -245,11 +248,8 @@ class GossipBase(Base):
         if agree:
             return Saved()
         self.wait_for_messages()
-        own = Contents({"weight": self.weight})
-        own.settings["in_flight"] = [
-            [float(weight) for weight in exchange.weight.received] if exchange.weight else []
-            for exchange in self.in_flight
-        ]
+        weights = [[float(weight) for weight in e.weight.received] if e.weight else [] for e in self.in_flight]
+        own = Contents({"weight": self.weight, "in_flight": weights})
         for index, item in enumerate(self.numerators):
             own.tensors[f"numerator.{index}"] = self.numerators[item]
             for number, exchange in enumerate(self.in_flight):
@@ -294,3 +294,8 @@ class GossipBase(Base):
         self._drop_messages()
         for item, numerator in self.numerators.items():
             numerator.copy_(item.flat)
+
+
+def _debiased(x: torch.Tensor, weight: float) -> torch.Tensor:
+    """z of a numerator and its weight; the numerator itself where that is 1."""
+    return x if weight == 1 else x / weight
