@@ -101,7 +101,8 @@ def accelerate_launch(
     """
     `accelerate launch` of a script and its flags, which prints into `said`; its exit code, -1 of one that hangs.
     """
-    launcher = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
+    config = "recipes/configs/cpu_two_processes.yaml"
+    launcher = f"-m accelerate.commands.launch --config_file {config} --main_process_port 0"
     # c10d and the variable below: with torch 2.13 a launcher's own store keeps the dead attempt's addresses, which the
     # next one's ranks take for each other's, and hang (https://github.com/pytorch/pytorch/issues/135712). A store in a
     # file needs no port.

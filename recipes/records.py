@@ -69,6 +69,17 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return get_last_checkpoint(args.output_dir) if asked.lower() == "true" and os.path.isdir(args.output_dir) else None
 
 
+def divide_warm_up(args: Any) -> None:
+    """
+    Before the arguments' own checks: transformers 4 takes whole steps in `warmup_steps`, a fraction of all steps in
+    `warmup_ratio`.
+    """
+    if TrainingArguments.__dataclass_fields__["warmup_steps"].type in (int, "int"):
+        if 0 < args.warmup_steps < 1:
+            args.warmup_ratio = args.warmup_ratio or args.warmup_steps
+        args.warmup_steps = math.floor(args.warmup_steps)
+
+
 def describe_run(
     config: SlowMoConfig, trainer: Trainer, seconds: float, libraries: list[ModuleType]
 ) -> dict[str, Any]:

@@ -49,12 +49,12 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}  # absolute: parameters
 over_each_backend = pytest.mark.parametrize(
     ("device", "backend"),
     [
-        ("cpu", "gloo"),
+        pytest.param("cpu", "gloo", marks=fsdp.NEEDED),
         pytest.param("cuda", "nccl", marks=pytest.mark.cuda),
         pytest.param("cuda", MIXED, marks=pytest.mark.cuda),
     ],
 )
-on_each = pytest.mark.parametrize("device", ["cpu", CUDA])
+on_each = pytest.mark.parametrize("device", [pytest.param("cpu", marks=fsdp.NEEDED), CUDA])
 
 
 def join(folder, device, backend=None, *, launched=False):

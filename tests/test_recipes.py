@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageClassification, EvalPrediction
 
@@ -293,6 +295,7 @@ def test_named_optimizer_is_trainer_s_own(tmp_path):
     assert len(decayed["params"]) + len(spared["params"]) == len(list(trainer.model.parameters()))
 
 
+@pytest.mark.skipif(Version(version("transformers")) < Version("5"), reason="its Trainer gives RMSprop no arguments")
 def test_optim_args_reach_the_named_optimizer(tmp_path):
     trainer = trainer_with(tmp_path, "--optim rmsprop --optim_args alpha=0.9,momentum=0.5 --learning_rate 1e-3")
     assert type(trainer.optimizer) is torch.optim.RMSprop
@@ -870,11 +873,12 @@ def test_launch_configs(name, machines, cpu):
 
 def test_the_launch_config_of_sharded_machines(monkeypatch):
     """What its processes read of it: FSDP of version 2, and shards that are a machine's processes."""
-    from accelerate import ParallelismConfig
+    ParallelismConfig = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.launch import prepare_multi_gpu_env
 
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)  # by a run beside the tests
     path = str(RECIPES / "configs" / "sharded_machines.yaml")
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))
     monkeypatch.setattr(os, "environ", {**os.environ, **prepare_multi_gpu_env(args)})

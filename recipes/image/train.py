@@ -43,6 +43,7 @@ from records import (
     SettingError,
     checkpoint_to_resume,
     describe_run,
+    divide_warm_up,
     end_program,
     plot,
     print_table,
@@ -165,6 +166,10 @@ class RecipeTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Page-locked batches, for GPUs."}
     )
+
+    def __post_init__(self) -> None:
+        divide_warm_up(self)
+        super().__post_init__()
 
 
 def main() -> None:

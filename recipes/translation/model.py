@@ -54,14 +54,15 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
         max_position_embeddings=POSITIONS,
         pad_token_id=PAD,
         eos_token_id=EOS,
-        forced_eos_token_id=EOS,
         decoder_start_token_id=PAD,
         **sides,
     )
     model = MarianMTModel(config)
     if size in PUBLISHED_SIZES:
         draw_weights(model, PUBLISHED_SIZES[size])
-    model.generation_config.update(max_length=POSITIONS, suppress_tokens=[PAD], **beam_settings())
+    model.generation_config.update(
+        max_length=POSITIONS, suppress_tokens=[PAD], forced_eos_token_id=EOS, **beam_settings()
+    )
     return model
 
 

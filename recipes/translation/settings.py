@@ -10,7 +10,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from records import SettingError
+from records import SettingError, divide_warm_up
 from translation.data import NEWSTESTS
 from translation.model import MODEL_SIZES
 from translation.tokens import POSITIONS
@@ -175,6 +175,7 @@ class RecipeTrainingArguments(Seq2SeqTrainingArguments):
         # Trainer takes all but what ends with "loss" for the better the greater.
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("nll", "nll_bits")):
             self.greater_is_better = False
+        divide_warm_up(self)
         super().__post_init__()
 
 

@@ -65,6 +65,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> PreTrainedToke
         model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        add_prefix_space=True,  # transformers 4 would switch the pre-tokenizer's off
     )
 
 
