@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 from devices import on_each_device  # noqa: E402
-from records import DataError  # noqa: E402
+from records import DataError, half_interval  # noqa: E402
 from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.kept_models import KeptModels  # noqa: E402
 from studies.plan import TASKS, Run, make_run, published, run_of  # noqa: E402
@@ -474,10 +474,16 @@ def test_the_page_has_fairseq_beside_ar_adam():
     ours = [found for record in theirs if (found := reproduce.find_record(run_of(record["run"]), folder))]
     seeds = [record["seed"] for record in ours]
     gaps = showing.paired_differences(ours, theirs, "test_bleu_mean_of_5")
-    told = " and ".join(f"{gap:+.2f}" for gap in gaps)
+    *first, last_gap = (f"{gap:+.2f}" for gap in gaps)
     assert max(map(abs, gaps)) < 1, "the first half of claim 1"
     words = " ".join(page.split())
-    assert f"is {told} BLEU (sacreBLEU, seeds {' and '.join(map(str, seeds))})" in words
+    assert seeds == [1, 2, 3]
+    average, half = statistics.mean(gaps), half_interval(gaps)
+    assert f"is {', '.join(first)} and {last_gap} BLEU (sacreBLEU, seeds 1, 2 and 3): {average:+.2f} on avera" in words
+    reached = [statistics.mean(r["metrics"]["test_bleu_mean_of_5"] for r in side) for side in (ours, theirs)]
+    assert "{:.2f} against {:.2f}, 3 seeds, [within ±{:.1f}]".format(*reached, half) in words
+    low, high = average - half, average + half
+    assert f"interval from {low:+.1f} to {high:+.1f} is wide" in words
     assert f"fairseq itself stays {41.02 - mean:.1f} below it" in words
     assert f"fairseq's own last ones differ by {max(last) - min(last):.1f} between {len(theirs)} seeds" in words
 
