@@ -34,6 +34,8 @@ ALLOWED_WARNINGS = [
     ("ignore", ".*gradient_checkpointing.*", FutureWarning),
     # accelerate 1.15 asks torch's mesh for the flattened dimension that it shards over.
     ("ignore", "Slicing a flattened dim.*", UserWarning),
+    # torch.compile advises against this patch release of Python.
+    ("ignore", "Guards may run slower on Python 3.13.0.*", RuntimeWarning),
     # torch 2.6's SequentialLR steps its own schedulers in the way that it warns of.
     ("ignore", "The epoch parameter in `scheduler.step.*", UserWarning),
 ]
