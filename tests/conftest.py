@@ -1,8 +1,10 @@
 """Warnings are errors in tests, here and in worker processes; CUDA tests are skipped where there is no CUDA device;
-time limits scale by TEST_PATIENCE; tests of a file that share a fixture run in one process."""
+time limits scale by TEST_PATIENCE; tests of a file that share a fixture run in one process; files lie in memory."""
 
 import functools
 import os
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,29 @@ from xdist.scheduler import LoadScopeScheduling
 from harness import patience, warnings_are_errors
 
 torch.set_num_threads(1)
+
+MEMORY = Path("/dev/shm")
+ROOM = 4 * 2**30  # bytes; all tests together need less
+
+
+def _folder_in_memory():
+    """For all that tests write, unless TMPDIR says where: a checkpoint is written through to the disk, and waits."""
+    if "TMPDIR" in os.environ or not MEMORY.is_dir():
+        return None
+    there = os.statvfs(MEMORY)
+    if there.f_flag & os.ST_NOEXEC or there.f_bavail * there.f_frsize < ROOM:
+        return None
+    return tempfile.mkdtemp(prefix="slowmo-tests-", dir=MEMORY)
+
+
+FOLDER = _folder_in_memory()
+if FOLDER:  # processes that tests start have it from the environment, pytest's own among them
+    os.environ["TMPDIR"] = tempfile.tempdir = FOLDER
+
+
+def pytest_unconfigure():
+    if FOLDER:
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
