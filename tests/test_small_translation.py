@@ -25,7 +25,7 @@ from devices import on_each_device  # noqa: E402
 from records import DataError, half_interval  # noqa: E402
 from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
 from studies.kept_models import KeptModels  # noqa: E402
-from studies.plan import TASKS, Run, make_run, published, run_of  # noqa: E402
+from studies.plan import TASKS, Run, choose, make_run, published, run_of  # noqa: E402
 from translation.bleu import tokenised_bleu  # noqa: E402
 from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
 from translation.sources import SHIPPED  # noqa: E402
@@ -486,6 +486,22 @@ def test_the_page_has_fairseq_beside_ar_adam():
     assert f"interval from {low:+.1f} to {high:+.1f} is wide" in words
     assert f"fairseq itself stays {41.02 - mean:.1f} below it" in words
     assert f"fairseq's own last ones differ by {max(last) - min(last):.1f} between {len(theirs)} seeds" in words
+
+
+def test_the_page_tells_how_far_tuning_is():
+    """Local Adam's best rate is the middle one of three, and AR-Adam's seeds are ahead of it after as many passes."""
+    folder = RECIPES / "records" / "multi30k"
+    tuned = [json.loads(path.read_text()) for path in (folder / "tuning").glob("local_sgd_beta0.0_*.json")]
+    nll = {record["inner_lr"]: record["metrics"]["validation_nll"] for record in tuned}
+    assert sorted(nll) == [0.0025, 0.005, 0.01]
+    assert choose(tuned, "multi30k")["local_sgd"].inner_lr == 0.005 == min(nll, key=nll.get)
+    passes = {record["run"]["epochs"] for record in tuned}
+    ahead = [json.loads(path.read_text())["curve"][11] for path in (folder / "table1").glob("all_reduce_*.json")]
+    assert passes == {look["epoch"] for look in ahead} == {12}
+    ends = [look["validation_nll"] for look in ahead]
+    assert max(ends) < nll[0.005]
+    words = " ".join((RECIPES.parent / "docs/results.md").read_text().split())
+    assert f"three seeds have a validation NLL of {min(ends):.2f} to {max(ends):.2f} after as many passes" in words
 
 
 def test_the_table_pairs_seeds(tmp_path):
