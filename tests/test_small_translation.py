@@ -501,6 +501,11 @@ def test_the_page_tells_how_far_tuning_is():
     ends = [look["validation_nll"] for look in ahead]
     assert max(ends) < nll[0.005]
     words = " ".join((RECIPES.parent / "docs/results.md").read_text().split())
+    (slow,) = (json.loads(path.read_text()) for path in (folder / "tuning").glob("local_sgd_beta0.2_*.json"))
+    assert (slow["inner_lr"], slow["run"]["epochs"]) == (0.005, 12)
+    assert (
+        f"does not help there:** NLL {slow['metrics']['validation_nll']:.3f} against {nll[0.005]:.3f} without" in words
+    )
     assert f"three seeds have a validation NLL of {min(ends):.2f} to {max(ends):.2f} after as many passes" in words
 
 
