@@ -22,9 +22,8 @@ import torch
 from harness import fork_server, launcher_store, patience, rank_environment
 
 ROOT = Path(__file__).parents[1]
-ACCELERATE_LAUNCH = (  # on any free port: tests run side by side
-    "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml --main_process_port 0"
-)
+PRINTED_LAUNCH = "-m accelerate.commands.launch --config_file recipes/configs/cpu_two_processes.yaml"
+ACCELERATE_LAUNCH = f"{PRINTED_LAUNCH} --main_process_port 0"  # any free one: tests run side by side
 RECIPE_ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

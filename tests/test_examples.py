@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 
 from harness import patience, warnings_are_errors
-from launcher import ACCELERATE_LAUNCH, RECIPE_ENVIRONMENT, ROOT, run_really, run_script
+from launcher import ACCELERATE_LAUNCH, PRINTED_LAUNCH, RECIPE_ENVIRONMENT, ROOT, run_really, run_script
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, finish, run_in_process, verify_checkpoint
 from test_trainer_breadth import tiny_llama, tokenizer
 
@@ -330,10 +330,9 @@ def test_a_command_as_it_is_printed(tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launch_as_it_is_printed(tmp_path):
-    printed = f"{ACCELERATE_LAUNCH} examples/gan.py"
     words = re.search(r"`accelerate launch (--config_file [^`]*)`", (EXAMPLES / "README.md").read_text()).group(1)
-    assert printed == f"-m accelerate.commands.launch {words}"
-    check_short_gan(tmp_path, printed)
+    assert f"{PRINTED_LAUNCH} examples/gan.py" == f"-m accelerate.commands.launch {words}"
+    check_short_gan(tmp_path, f"{ACCELERATE_LAUNCH} examples/gan.py")
 
 
 def check_short_gan(folder, command):
