@@ -2,8 +2,8 @@
 One system's training on one host of `benchmarks/peers.py`: the same model, images, batches and seeds whatever the
 system.
 
-First the computation alone and one
-all-reduce alone are measured, then steps without a look, then training to a validation loss.
+First the computation alone and one all-reduce alone are measured, then steps without a look, then training to a
+validation loss.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def tuning(task: str, records: Sequence[dict[str, Any]] = ()) -> list[Run]:
     runs, grid, tuned = [], TASKS[task], choose(records, task)
     sizes = {"epochs": grid.tuning_epochs} if grid.tuning_epochs else {}
     for base in grid.bases:
-        rates = grid.rates(_without_slowmo(records, task, base))
+        rates = grid.rates(_plain_results(_tried(records, base), grid))
         runs += [make_run("tuning", task, base, 0.0, lr, seed=0, **sizes) for lr in rates]
         lr = tuned[base].inner_lr
         if lr is not None and base != "all_reduce":
@@ -272,24 +272,26 @@ def choose(records: Sequence[dict[str, Any]], task: str) -> dict[str, Tuned]:
     """By the tuning records of one task: the best learning rate, then the best momentum at it."""
     grid, chosen = TASKS[task], {}
     for base in grid.bases:
-        plain = _without_slowmo(records, task, base)
+        own = _tried(records, base)
+        plain = _plain_results(own, grid)
         lr = grid.best(plain) if plain and set(plain) >= set(grid.rates(plain)) else None
         slow = {
             record["outer_momentum"]: record["metrics"][grid.metric]
-            for record in records
-            if (record["study"], record["base"], record["inner_lr"]) == ("tuning", base, lr) and record["slowmo"]
+            for record in own
+            if record["slowmo"] and record["inner_lr"] == lr
         }
         chosen[base] = Tuned(lr, grid.best(slow) if slow and set(slow) >= set(grid.momenta) else None)
     return chosen
 
 
-def _without_slowmo(records: Sequence[dict[str, Any]], task: str, base: str) -> dict[float, float]:
-    """What tuning chooses by, of each learning rate of a base."""
-    return {
-        record["inner_lr"]: record["metrics"][TASKS[task].metric]
-        for record in records
-        if (record["study"], record["base"]) == ("tuning", base) and not record["slowmo"]
-    }
+def _tried(records: Sequence[dict[str, Any]], base: str) -> list[dict[str, Any]]:
+    """The tuning records of a base."""
+    return [record for record in records if record["study"] == "tuning" and record["base"] == base]
+
+
+def _plain_results(tried: list[dict[str, Any]], grid: Task) -> dict[float, float]:
+    """What tuning chooses by, of each learning rate without slow momentum."""
+    return {record["inner_lr"]: record["metrics"][grid.metric] for record in tried if not record["slowmo"]}
 
 
 def table1(task: str, tuned: dict[str, Tuned], seeds: int | None = None) -> list[Run]:
@@ -324,7 +326,9 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
     Local SGD rows both reset it, and other packages' Local SGD maintains it), the period, slow momentum, the averages.
     """
     lr, momentum = tuned["local_sgd"].inner_lr, tuned["local_sgd"].outer_momentum
-    if lr is not None and TASKS[task].two_workers:
+    if lr is None:
+        return []
+    if TASKS[task].two_workers:
         together = TASKS[task].sizes
         sizes = {"workers": 2, "batch_size": together["batch_size"] * together["workers"] // 2}
         return [
@@ -332,7 +336,7 @@ def sweeps(task: str, tuned: dict[str, Tuned]) -> list[Run]:
             for seed in range(1, 1 + TASKS[task].pair_seeds)
             for beta in TASKS[task].two_workers
         ]
-    if lr is None or momentum is None:
+    if momentum is None:
         return []
     middle = make_run("sweep", task, "local_sgd", momentum, lr, seed=1)
     seeds = range(1, 1 + TASKS[task].pair_seeds)
