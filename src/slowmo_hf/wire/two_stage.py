@@ -280,8 +280,7 @@ class _SumForOwner(_InTwoStages):
         if not launch.is_ahead:
             self.arrived()
             bucket, anchors, _ = self.ends.gathered(self.number, launch, self.outgoing)
-            for piece, run in bucket.runs(anchors):
-                piece.values().copy_(run)
+            bucket.unpack_(anchors)
 
     def arrived(self) -> None:
         """Wait for the second, if it was started."""
