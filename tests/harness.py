@@ -36,6 +36,8 @@ ALLOWED_WARNINGS = [
     ("ignore", "Slicing a flattened dim.*", UserWarning),
     # torch.compile advises against this patch release of Python.
     ("ignore", "Guards may run slower on Python 3.13.0.*", RuntimeWarning),
+    # torch 2.15's compiler asks every tensor for its gradient, FSDP2's unsharded parameters too.
+    ("ignore", "The .grad attribute of a Tensor that is not a leaf.*", UserWarning),
     # torch 2.6's SequentialLR steps its own schedulers in the way that it warns of.
     ("ignore", "The epoch parameter in `scheduler.step.*", UserWarning),
 ]

@@ -179,16 +179,17 @@ def fsdp_all_reduce_hook(group: Any) -> Any:
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> timedelta | None:
     """
-    `torch.distributed.distributed_c10d._set_pg_timeout`, torch >= 2.3: how long collectives of a group wait from now
-    on; what it was before, None where that is not known. The public way, an argument of `new_group`, is for a group
-    that is not there yet (tests/test_fully_sharded.py::test_a_frozen_mate_is_told_in_time).
+    `torch.distributed.set_timeout`, torch >= 2.15; `torch.distributed.distributed_c10d._set_pg_timeout` before: how
+    long collectives of a group wait from now on; what it was before, None where that is not known
+    (tests/test_fully_sharded.py::test_a_frozen_mate_is_told_in_time).
     """
     before = None
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
         before = getattr(options, "_timeout", before)
     if before is not None:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timeout, group)
     return before
 
 
