@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from measuring import tensor_bytes
 from slowmo_hf import consensus, last_round

@@ -14,16 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import patience, run_workers
-
-# As a folder: fairscale installs a package of this name.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import columns
 import round_cost
 import round_parts
 import speed
 import start_cost
+from harness import patience, run_workers
 from hosts import why_not
 from measuring import ratio
 from round_parts import BenchmarkArguments, Textbook, outer_step_of

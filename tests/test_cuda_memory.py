@@ -5,14 +5,9 @@ a round and of a look on a CUDA device.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from devices import BACKENDS, CUDA, take
 from harness import patience, run_workers

@@ -9,17 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fsdp
 from devices import CUDA, join_alone, take

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,18 +16,16 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from launcher import run_really
+from slowmo_hf import SlowMoConfig
+from studies.dry_run_tables import tables
+from studies.made_up_pairs import write_pairs
+from studies.paper_arithmetic import Checkpoints, all_rows, ring_bytes, row
+from translation import train as recipe
+from translation.data import load_corpus
+from translation.tokens import TokenBatches, encode_corpus, make_batches, token_counts
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-from slowmo_hf import SlowMoConfig  # noqa: E402
-from studies.dry_run_tables import tables  # noqa: E402
-from studies.made_up_pairs import write_pairs  # noqa: E402
-from studies.paper_arithmetic import Checkpoints, all_rows, ring_bytes, row  # noqa: E402
-from translation import train as recipe  # noqa: E402
-from translation.data import load_corpus  # noqa: E402
-from translation.tokens import TokenBatches, encode_corpus, make_batches, token_counts  # noqa: E402
 
 RECORD = json.loads((RECIPES / "records/translation/dry_run.json").read_text())
 SIZE = "--pairs 2000 --vocab_size 400 --model_size mini --max_tokens 256 --max_length 128"

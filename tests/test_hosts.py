@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from harness import patience
+from hosts import Hosts, why_not
 from launcher import run_script
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from hosts import Hosts, why_not  # noqa: E402
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 FLAGS = ["--max_train_samples", "800", "--max_eval_samples", "40", "--eval_strategy", "no", "--logging_steps", "12"]

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import kill
 import kill_jobs
 import kill_runs

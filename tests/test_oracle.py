@@ -9,7 +9,6 @@ import ast
 import json
 import math
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +17,13 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from studies import oracle
+from translation import model as transformer
+from translation import train as recipe
+from translation.tokens import EOS, NO_LABEL, PAD
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-from studies import oracle  # noqa: E402
-from translation import model as transformer  # noqa: E402
-from translation import train as recipe  # noqa: E402
-from translation.tokens import EOS, NO_LABEL, PAD  # noqa: E402
 
 RECORD = json.loads((RECIPES / "records/translation/oracle.json").read_text())
 PIECES = {row["piece"]: row for row in RECORD["rows"]}

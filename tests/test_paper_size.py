@@ -19,14 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
+from image.presets import PRESETS, decay_factor
+from slowmo_hf import SlowMoOptimizer, run_in_process
+from studies import cifar10, gpu, kept, reproduce
+from studies.kept import Clock, Keeper
+from studies.plan import PaperRun, make_run
 
-from image.presets import PRESETS, decay_factor  # noqa: E402
-from slowmo_hf import SlowMoOptimizer, run_in_process  # noqa: E402
-from studies import cifar10, gpu, kept, reproduce  # noqa: E402
-from studies.kept import Clock, Keeper  # noqa: E402
-from studies.plan import PaperRun, make_run  # noqa: E402
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 SIZES = {"workers": 4, "batch_size": 4, "architecture": "small", "look_every": 2}
 CASES = {

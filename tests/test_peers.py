@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,19 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from harness import run_workers
-from tiny import equal, values
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
 import peer_job
 import peer_pictures
 import peer_systems
 import peer_tables
 import peers
+from harness import run_workers
 from peer_systems import SYSTEMS, Settings
 from records import half_interval
+from tiny import equal, values
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,19 @@ from itertools import combinations
 from math import sqrt
 from pathlib import Path
 
+import draw
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import pictures
+import records
+from image import train as image_recipe
+from studies import drawing
+
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
-sys.path.insert(0, str(ROOT / "recipes"))
-sys.path.insert(0, str(PICTURES))
-
-import draw  # noqa: E402
-
-import pictures  # noqa: E402
-import records  # noqa: E402
-from image import train as image_recipe  # noqa: E402
-from studies import drawing  # noqa: E402
 
 T = {2: 4.303, 4: 2.776, 7: 2.365}  # Student's two-sided 95 % points, by degrees of freedom
 OURS_BY_2 = "slowmo_hf local_sgd, slowmo, maintained, overlapped by 2, int8"

@@ -5,13 +5,8 @@ at 0.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from image import presets as image_presets
 from image import train as image_classification

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import datasets
 import pyarrow.parquet
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from image.data import load_images
 from image.pixels import make_dataset

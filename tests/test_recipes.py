@@ -22,20 +22,18 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, EvalPrediction
 
 from harness import patience
+from image import data as image_data
+from image import pixels
+from image import train as recipe
+from image.data import load_images
+from image.pixels import Batch
+from image.small_resnet import SmallResNetForImageClassification, make_model
 from launcher import ACCELERATE_LAUNCH, run_really, run_script
+from records import DataError
 from tiny import ends_with_one_line
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-from image import data as image_data  # noqa: E402
-from image import pixels  # noqa: E402
-from image import train as recipe  # noqa: E402
-from image.data import load_images  # noqa: E402
-from image.pixels import Batch  # noqa: E402
-from image.small_resnet import SmallResNetForImageClassification, make_model  # noqa: E402
-from records import DataError  # noqa: E402
 
 SHORT = (
     "--max_train_samples 768 --max_eval_samples 250 --per_device_eval_batch_size 125 --width 8 --logging_steps "

@@ -19,13 +19,12 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
+from studies import plan as studies
+from studies import reproduce, showing, small_images
+from studies.plan import Run
+from translation import data as translation_data
 
-from studies import plan as studies  # noqa: E402
-from studies import reproduce, showing, small_images  # noqa: E402
-from studies.plan import Run  # noqa: E402
-from translation import data as translation_data  # noqa: E402
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 RUN = Run("table1", "image_classification", "local_sgd", 0.5, 0.1, seed=3, workers=4, batch_size=5)
 

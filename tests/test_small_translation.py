@@ -9,7 +9,6 @@ import json
 import math
 import re
 import statistics
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,18 +17,17 @@ import pytest
 import sacrebleu
 import torch
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
+from devices import on_each_device
+from records import DataError, half_interval
+from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation
+from studies.kept_models import KeptModels
+from studies.plan import TASKS, Run, choose, make_run, published, run_of
+from translation.bleu import tokenised_bleu
+from translation.model import MODEL_SIZES, make_transformer, translate
+from translation.sources import SHIPPED
+from translation.tokens import TokenBatches, collate
 
-from devices import on_each_device  # noqa: E402
-from records import DataError, half_interval  # noqa: E402
-from studies import graphed, multi30k, multi30k_oracle, reproduce, showing, small_runs, small_translation  # noqa: E402
-from studies.kept_models import KeptModels  # noqa: E402
-from studies.plan import TASKS, Run, choose, make_run, published, run_of  # noqa: E402
-from translation.bleu import tokenised_bleu  # noqa: E402
-from translation.model import MODEL_SIZES, make_transformer, translate  # noqa: E402
-from translation.sources import SHIPPED  # noqa: E402
-from translation.tokens import TokenBatches, collate  # noqa: E402
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 RUN = Run("table1", "translation", "local_sgd", 0.5, 0.02, seed=3, sync_every=3, workers=2, epochs=3, batch_size=80)
 TINY = {"d_model": 16, "ffn": 32, "heads": 2, "layers": 1, "dropout": 0.0}

@@ -20,24 +20,22 @@ from hypothesis import strategies as st
 from sacremoses import MosesTokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
+import records
 from harness import run_workers
 from launcher import RECIPE_ENVIRONMENT, run_really, run_script
+from records import DataError
 from slowmo_hf import SlowMoConfig
 from tiny import ends_with_one_line
+from translation import model as transformer
+from translation import tokens
+from translation import train as recipe
+from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds
+from translation.data import NEWSTESTS, PROTOCOL_ROWS, load_corpus
+from translation.judged import all_scores, choose, judge, named
+from translation.trainer import RunModels, checkpoints_of_others
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import records  # noqa: E402
-from records import DataError  # noqa: E402
-from translation import model as transformer  # noqa: E402
-from translation import tokens  # noqa: E402
-from translation import train as recipe  # noqa: E402
-from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds  # noqa: E402
-from translation.data import NEWSTESTS, PROTOCOL_ROWS, load_corpus  # noqa: E402
-from translation.judged import all_scores, choose, judge, named  # noqa: E402
-from translation.trainer import RunModels, checkpoints_of_others  # noqa: E402
 
 RECORD_KEYS = {
     *(
