@@ -52,6 +52,22 @@ def _warnings():
         yield
 
 
+@pytest.fixture(scope="session")
+def corpus():
+    """A part of the translation recipe's shipped text."""
+    from translation.data import load_corpus
+
+    return load_corpus(max_train_samples=2000, max_eval_samples=60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    """Of that text."""
+    from translation import tokens
+
+    return tokens.train_tokenizer(tokens.sentences_of(corpus.train), 1000)
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
