@@ -109,10 +109,10 @@ def slices(device: str, dataset_name: str | None) -> list[Slice]:
         checks(
             "sharded",
             "FSDP2 in a world of one over NCCL, main memory beside the card, resume: the plain model's values",
-            "test_cuda_sharded.py",
+            "test_cuda_sharded.py test_cuda_sharded_programs.py",
             device,
             seconds={"cuda": 420, "cpu": 120},  # 350 beside three other slices were not enough
-            others=("tests/fsdp.py", "benchmarks/measuring.py"),
+            others=("tests/cuda_shards.py", "tests/fsdp.py", "benchmarks/measuring.py"),
         ),
         costs("overlap", "a step with an overlapped round, two ranks on a card", device, f"--parts overlap {STEP}"),
         costs("overlap_alone", "the same without a message", device, f"--processes 1 --parts overlap {STEP}"),
@@ -134,18 +134,19 @@ SECONDS = {"cuda": 120, "cpu": 20}
 
 
 def checks(
-    name: str, says: str, file: str, device: str, seconds: dict[str, float] = SECONDS, others: tuple[str, ...] = ()
+    name: str, says: str, files: str, device: str, seconds: dict[str, float] = SECONDS, others: tuple[str, ...] = ()
 ) -> Slice:
-    """A file of tests: those that need a card, or those that do not. `others` are more sources."""
+    """Files of tests: those that need a card, or those that do not. `others` are more sources."""
     marked = "cuda" if device == "cuda" else "not cuda"
+    tests = [f"tests/{file}" for file in files.split()]
     return Slice(
         name,
         says,
-        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, f"tests/{file}", "--junitxml={figures}"),
+        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, *tests, "--junitxml={figures}"),
         seconds=seconds[device],
         needs=("pytest", "pytest_timeout"),
         sources=(
-            f"tests/{file}",
+            *tests,
             "tests/devices.py",
             "tests/memory.py",
             "tests/harness.py",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-from harness import patience, warnings_are_errors
+from harness import patience, run_workers, warnings_are_errors
 
 torch.set_num_threads(1)
 
@@ -66,6 +66,15 @@ def tokenizer(corpus):
     from translation import tokens
 
     return tokens.train_tokenizer(tokens.sentences_of(corpus.train), 1000)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Folder of the runs of `saved_runs.save_all`, and what each rank recorded of the main one."""
+    from saved_runs import save_all
+
+    folder = tmp_path_factory.mktemp("saved")
+    return folder / "here", run_workers(save_all, 2, folder)
 
 
 def pytest_collection_modifyitems(config, items):

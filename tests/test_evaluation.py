@@ -15,8 +15,8 @@ from torch import nn
 
 import slowmo_hf
 from harness import patience, run_workers
+from llama import tiny_llama
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from test_trainer_breadth import tiny_llama
 from tiny import arguments, equal, values
 
 SYNC_EVERY = 4

@@ -18,8 +18,8 @@ from torch.utils.data import DistributedSampler
 
 from harness import patience, warnings_are_errors
 from launcher import ACCELERATE_LAUNCH, PRINTED_LAUNCH, RECIPE_ENVIRONMENT, ROOT, run_really, run_script
+from llama import letter_tokenizer, tiny_llama
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, finish, run_in_process, verify_checkpoint
-from test_trainer_breadth import tiny_llama, tokenizer
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "how_it_works.ipynb"
@@ -285,7 +285,7 @@ def own_model_and_data(folder):
     """(a folder with a model and its tokenizer, a folder with text)"""
     model, data = folder / "model", folder / "data"
     tiny_llama().save_pretrained(model)
-    tokenizer().save_pretrained(model)
+    letter_tokenizer().save_pretrained(model)
     data.mkdir()
     rows = [json.dumps({"text": " ".join("abcdefghij"[row % 5 :] * 8)}) for row in range(600)]
     (data / "train.jsonl").write_text("\n".join(rows))

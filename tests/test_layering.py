@@ -251,6 +251,13 @@ def test_rooms_are_small(subtests):
             assert not long, f"{', '.join(long)}: above 250 lines"
 
 
+def test_files_of_tests_are_small(subtests):
+    """None above 500 lines."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        with subtests.test(path.name):
+            assert len(path.read_text().splitlines()) <= 500
+
+
 def test_every_wing_is_in_the_docs():
     """And every room of it, by name."""
     words = (ROOT / "docs" / "internals.md").read_text()

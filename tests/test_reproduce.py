@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import string
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -16,16 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 
 from studies import plan as studies
 from studies import reproduce, showing, small_images
 from studies.plan import Run
-from translation import data as translation_data
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
 RUN = Run("table1", "image_classification", "local_sgd", 0.5, 0.1, seed=3, workers=4, batch_size=5)
 
 
@@ -372,145 +366,3 @@ def test_settings_that_are_given_need_no_tuning(tmp_path):
     two = reproduce.study_runs(reproduce.Arguments(study="sweep", task="multi30k", inner_lr=0.005), tmp_path)
     assert [(run.outer_momentum, run.seed) for run in two] == [(beta, s) for s in (1, 2, 3) for beta in (0, 0.2, 0.5)]
     assert {(run.base, run.workers, run.batch_size) for run in two} == {("local_sgd", 2, 1024)}
-
-
-def test_the_clusters_commands_are_the_papers_rows():
-    images, translations = (reproduce.paper_commands(task) for task in ("image_classification", "translation"))
-    assert len(images) == 2 * 4 * 2
-    assert images[1].endswith("recipes/image/train.py --preset cifar10 --base local_sgd")
-    assert images[2].endswith("--preset cifar10 --base sgp --outer_momentum 0")
-    assert len(translations) == 3 * 2
-
-
-MACHINES = {"cifar10": 4, "imagenet": 32, "wmt16": 8}  # of eight GPUs
-
-
-@pytest.mark.parametrize("task", ["image_classification", "translation"])
-def test_a_clusters_command_is_complete(monkeypatch, capsys, task):
-    """As printed, on machine 2: accelerate's own parser knows machines, processes and address without a file."""
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--scale", "paper", "--task", task])
-    reproduce.main()
-    monkeypatch.setattr("accelerate.commands.launch.default_config_file", "/nowhere")
-    variables, *commands = capsys.readouterr().out.splitlines()
-    values = dict(pair.split("=") for pair in variables.partition("#")[0].split())
-    assert values.keys() == {"RANK", "MAIN", "PORT"}
-    for command in commands:
-        words = string.Template(command).substitute(values, RANK="2").split()
-        assert words[:2] == ["accelerate", "launch"]
-        parsed = launch_command_parser().parse_args(words[2:])
-        assert parsed.config_file is None
-        preset = parsed.training_script_args[parsed.training_script_args.index("--preset") + 1]
-        assert (parsed.num_machines, parsed.num_processes) == (MACHINES[preset], 8 * MACHINES[preset])
-        environment = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
-        assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
-        assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == (str(MACHINES[preset]), "8", 2)
-        assert parsed.rdzv_endpoint == f"{values['MAIN']}:{values['PORT']}"
-        assert (reproduce.RECORDS.parents[1] / parsed.training_script).is_file()
-
-
-# ---- the committed records ----
-
-COMMITTED = [json.loads(path.read_text()) for path in sorted(reproduce.RECORDS.glob("*/*/*.json"))]
-FIELDS = {
-    *(
-        "study",
-        "task",
-        "dataset",
-        "model",
-        "base",
-        "slowmo",
-        "workers",
-        "sync_every",
-        "outer_lr",
-        "outer_momentum",
-        "inner_lr",
-    ),
-    *(
-        "inner_state",
-        "seed",
-        "metrics",
-        "curve",
-        "bytes_sent_per_worker",
-        "seconds",
-        "command",
-        "versions",
-        "commit",
-        "hardware",
-    ),
-}
-
-
-BEST = {
-    "image_classification": ("validation_accuracy", max, "test_accuracy"),
-    **dict.fromkeys(("translation", "multi30k"), ("validation_nll", min, "test_bleu")),
-    "cifar10": ("test_accuracy", max, "test_accuracy"),
-}
-PARAMETERS = {
-    "image_classification": 19_890,
-    "translation": 180_736,
-    "multi30k": 2_349_056,
-    "cifar10": 11_173_962,
-}
-WORKERS = {"multi30k": 2}  # at least; 8 of other tasks
-# 8 passes over 50,000 rows, 128 a step; over the help text; 200 passes, 4,096 a step. Digests of the training rows,
-# and of all sentences.
-STEPS = {"image_classification": 8 * (50_000 // 128), "translation": 7_436, "cifar10": 200 * (50_000 // 4_096)}
-PASSES = {("multi30k", 4, 512): 242, ("multi30k", 4, 2048): 62}  # steps of one, by workers and tokens
-DATA = {
-    "image_classification": ("zalando-datasets/fashion_mnist", "1f243a60"),
-    "translation": (translation_data.SHIPPED_NAME, "79fe11f3"),
-    "multi30k": ("multi30k", "fb4d0995"),
-    "cifar10": ("JPEG-coded CIFAR-10", "bd98cdb3"),
-}
-
-
-def test_committed_records_are_whole(subtests):
-    for record in COMMITTED:
-        with subtests.test(record["name"]):
-            check_record(record)
-
-
-def check_record(record):
-    run = studies.run_of(record["run"])
-    assert record["name"] == run.name
-    assert run.matches(record)
-    assert set(record) >= FIELDS
-    assert record["workers"] >= WORKERS.get(run.task, 8)
-    steps_of_a_pass = PASSES.get((run.task, run.workers, run.batch_size))
-    assert record["steps"] == (run.epochs * steps_of_a_pass if steps_of_a_pass else STEPS[run.task])
-    assert (record["dataset"], record["dataset_sha256"][:8]) == DATA[record["task"]], (
-        "runs on other data are not compared"
-    )
-    rounds = record["steps"] // record["sync_every"]
-    assert rounds >= 150 or (record["study"] == "sweep" and record["sync_every"] > 12)  # of the period
-    metric, best, test = BEST[record["task"]]
-    columns = {column.removesuffix("_bits") for column in showing.SHOWN[record["task"]].columns}
-    assert {test, f"best_{metric}", *columns} <= set(record["metrics"])
-    assert record["metrics"][f"best_{metric}"] == best(look[metric] for look in record["curve"])
-    assert len(record["curve"]) == run.epochs // getattr(run, "look_every", 1)
-    if record["base"] == "local_sgd" and record["inner_state"] != "average":
-        # A round's ring all-reduce of parameters and averaged buffers, fp32, and headers
-        theory = 2 * (1 - 1 / run.workers) * 4 * PARAMETERS[record["task"]] * rounds
-        assert theory <= record["bytes_sent_per_worker"] <= 1.05 * theory
-
-
-def test_the_tables_of_the_results_page_are_those_of_the_records(subtests):
-    page = (Path(__file__).parents[1] / "docs/results.md").read_text()
-    for study, task in sorted({(record["study"], record["task"]) for record in COMMITTED}):
-        own = [record for record in COMMITTED if (record["study"], record["task"]) == (study, task)]
-        for line in reproduce.table(own, task).splitlines()[2:]:
-            with subtests.test(study=study, task=task):
-                assert line in page
-
-
-def test_the_figures_of_the_readme_are_those_of_the_records():
-    own = [
-        r for r in COMMITTED if (r["study"], r["task"], r["base"]) == ("table1", "image_classification", "local_sgd")
-    ]
-    rows = [line.split(" | ") for line in reproduce.table(own, "image_classification").splitlines()[2:]]
-    without, with_it = (row[4].rpartition(" (")[0] for row in rows)
-    gain, low, high = re.search(r"(\S+) \[(\S+), (\S+)\]", rows[1][5]).groups()
-    page = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
-    assert f"takes Local SGD from {without} to {with_it} (8 seeds; paired gain {gain}" in page
-    assert f"95 % interval {low} to {high})" in page
-    assert {row["seed"] for row in own} == set(range(1, 9))

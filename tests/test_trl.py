@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="trl's releases want newer libraries than the oldest ones")
 
+from followed import follow_float32
 from harness import patience, run_workers
+from llama import letter_tokenizer, tiny_llama
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from test_trainer_breadth import follow_float32, tiny_llama, tokenizer
 from tiny import QUIET, Heard, Recorder, arguments, equal, recorded, values
 
 TAU, STEPS = 3, 7
@@ -65,7 +66,7 @@ def make(kind, folder, callbacks, adapters=False):
             args=SFTConfig(folder, **settings),
             train_dataset=data,
             eval_dataset=data.select(range(8)),
-            processing_class=tokenizer(),
+            processing_class=letter_tokenizer(),
             callbacks=callbacks,
             peft_config=lora,
         )
@@ -80,7 +81,7 @@ def make(kind, folder, callbacks, adapters=False):
             args=RewardConfig(folder, **settings),
             train_dataset=data,
             eval_dataset=data.select(range(8)),
-            processing_class=tokenizer(),
+            processing_class=letter_tokenizer(),
             callbacks=callbacks,
         )
     return DPOTrainer(
@@ -89,7 +90,7 @@ def make(kind, folder, callbacks, adapters=False):
         args=DPOConfig(folder, **settings),
         train_dataset=data,
         eval_dataset=data.select(range(8)),
-        processing_class=tokenizer(),
+        processing_class=letter_tokenizer(),
         callbacks=callbacks,
         peft_config=lora,
     )
@@ -204,7 +205,7 @@ def train_grpo(folder, adapters, settings):
             folder, max_completion_length=8, learning_rate=3e-2, beta=0.1 if adapters else 0.0, **shared, **settings
         ),
         train_dataset=Dataset.from_list([{"prompt": "abcdefghij"[i % 10]} for i in range(64)]),
-        processing_class=tokenizer(),
+        processing_class=letter_tokenizer(),
         peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]) if adapters else None,
         callbacks=[collectives, recorder, SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))],
     )

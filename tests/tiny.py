@@ -368,3 +368,9 @@ def follow(runs: list[dict[str, Any]], config: Any, tolerance: float = 1e-6) -> 
 def message_memory(loop: Any) -> list[torch.Tensor]:
     """What an outer loop keeps for messages, of which none is under way."""
     return [memory for buffers in loop.parts.slow.averages.pool.free for memory in buffers.flat.values()]
+
+
+def held_back(optimizer):
+    """Copies of the residuals of a compressed run, by name."""
+    held = optimizer.outer_loop.parts.slow.reduction.saved(agree=False, keep=True).own.tensors
+    return {key: part.clone() for key, part in held.items()}

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
-# What `SlowMoOptimizer` has to be called as torch calls it, on itself: `_step_supports_amp_scaling`, which GradScaler
-# asks for (torch >= 2.0; tests/test_optimizer.py::test_fp16_step_skipped_on_one_rank), and the tables of state hooks,
-# `_optimizer_state_dict_pre_hooks` and its like (torch >= 2.0;
-# tests/test_optimizer.py::test_state_dict_hooks_fire_as_torchs_do). They are its own attributes: no functions here.
+# What `SlowMoOptimizer` has to be called as torch calls it, on itself (torch >= 2.0): `_step_supports_amp_scaling`,
+# which GradScaler asks for (tests/test_optimizer_accelerate.py::test_fp16_step_skipped_on_one_rank), and the tables of
+# state hooks, `_optimizer_state_dict_pre_hooks` and its like
+# (tests/test_optimizer.py::test_state_dict_hooks_fire_as_torchs_do). They are its own attributes: no functions here.
 
 
 def copy_each_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -36,7 +36,7 @@ def set_process_group(ddp: Any, group: dist.ProcessGroup) -> None:
     """
     `DistributedDataParallel._update_process_group`, torch >= 2.6. Nothing public keeps gradients, unused-parameter
     bitmaps and buffers inside a group after the constructor
-    (tests/test_node_workers.py::test_processes_of_a_worker_share_gradients_and_buffers).
+    (tests/test_node_workers_wire.py::test_processes_of_a_worker_share_gradients_and_buffers).
     """
     ddp._update_process_group(group)
 
@@ -45,7 +45,7 @@ def communication_hook(ddp: Any) -> str:
     """
     `DistributedDataParallel._get_ddp_logging_data`, torch >= 1.8: the name of a registered hook, built-in ones too,
     which DDP lists nowhere else; empty without one
-    (tests/test_node_workers.py::test_a_communication_hook_that_would_couple_workers_is_refused).
+    (tests/test_node_workers_wire.py::test_a_communication_hook_that_would_couple_workers_is_refused).
     """
     return str(ddp._get_ddp_logging_data().get("comm_hook") or "")
 
@@ -53,7 +53,7 @@ def communication_hook(ddp: Any) -> str:
 def join_is_on(ddp: Any) -> bool:
     """
     `Joinable._join_config`, torch >= 1.10: whether a `Join` was entered with this wrapper. It stays so when that is
-    left, and nothing public tells (tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    left, and nothing public tells (tests/test_torch_join.py::test_join_is_refused_on_every_rank).
     """
     return bool(ddp._join_config.enable)
 
@@ -61,7 +61,7 @@ def join_is_on(ddp: Any) -> bool:
 def switch_join_off(ddp: Any) -> None:
     """
     The same, torch >= 1.10: a forward pass gathers no more. `Join` itself sets it anew when it is entered
-    (tests/test_refused_optimizers.py::test_a_join_that_was_left_couples_nobody).
+    (tests/test_torch_join.py::test_a_join_that_was_left_couples_nobody).
     """
     ddp._join_config = ddp._join_config._replace(enable=False)
 
@@ -69,7 +69,7 @@ def switch_join_off(ddp: Any) -> None:
 def joined_models(join: Any) -> list[Any]:
     """
     `Join._joinables`, torch >= 1.10: what a `Join` is of
-    (tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    (tests/test_torch_join.py::test_join_is_refused_on_every_rank).
     """
     return list(join._joinables)
 
@@ -101,7 +101,7 @@ def fsdp_parameters(module: Any) -> list[Any]:
     is gathered, the module's own `parameters()` are others; where a model was loaded into its shards (`assign=True`)
     and not called yet, `sharded_param` is another one
     (tests/test_fully_sharded.py::test_a_model_that_was_evaluated_first_is_known,
-    tests/test_fully_sharded.py::test_what_is_not_supported_is_refused_by_name).
+    tests/test_fully_sharded_refusals.py::test_what_is_not_supported_is_refused_by_name).
     """
     groups = fsdp_parameter_groups(module)
     held = [(one, group.is_sharded) for group in groups for one in group.fsdp_params]
@@ -181,7 +181,7 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> timedelta
     """
     `torch.distributed.set_timeout`, torch >= 2.15; `torch.distributed.distributed_c10d._set_pg_timeout` before: how
     long collectives of a group wait from now on; what it was before, None where that is not known
-    (tests/test_fully_sharded.py::test_a_frozen_mate_is_told_in_time).
+    (tests/test_fully_sharded_refusals.py::test_a_frozen_mate_is_told_in_time).
     """
     before = None
     for device in group._device_types:
@@ -225,7 +225,7 @@ def default_store() -> Any:
 def accelerate_is_in_use() -> bool:
     """
     `AcceleratorState._shared_state`, accelerate >= 1.3: whether an Accelerator was made. The public constructor would
-    make the state (tests/test_callback.py::test_unsupported_engines_are_refused_by_name).
+    make the state (tests/test_callback_logs.py::test_unsupported_engines_are_refused_by_name).
     """
     return bool(AcceleratorState._shared_state)
 
@@ -241,7 +241,7 @@ def prepared_optimizers(accelerator: Any) -> list[Any]:
 def prepared_schedulers(accelerator: Any) -> list[Any]:
     """
     `Accelerator._schedulers`, accelerate >= 1.3: those that `prepare` took
-    (tests/test_optimizer.py::test_save_state_goes_on_bit_for_bit).
+    (tests/test_optimizer_state.py::test_save_state_goes_on_bit_for_bit).
     """
     return list(accelerator._schedulers)
 
@@ -250,7 +250,7 @@ def output_folder(trainer: Any) -> str:
     """
     `Trainer._get_output_dir` and `Trainer._trial`, transformers >= 4.57: where checkpoints of this run go. A
     hyperparameter search gives every trial a folder, which no test holds
-    (tests/test_checkpoint.py::test_saves_at_epochs_and_of_the_best_are_whole).
+    (tests/test_checkpoint_folders.py::test_saves_at_epochs_and_of_the_best_are_whole).
     """
     return str(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
 
@@ -269,7 +269,7 @@ def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
 def push_checkpoint(trainer: Any, folder: str) -> None:
     """
     `Trainer._push_from_checkpoint`, transformers >= 4.57: the push of `hub_strategy`, made when the checkpoint is
-    whole (tests/test_checkpoint.py::test_a_checkpoint_from_the_hub_goes_on).
+    whole (tests/test_checkpoint_folders.py::test_a_checkpoint_from_the_hub_goes_on).
     """
     trainer._push_from_checkpoint(folder)
 
@@ -292,8 +292,8 @@ def is_called_by(function: str, module: str) -> bool:
     optimizer's state by a step that must not count, and `_get_optim_state_dict` there asks for it in a save;
     `evaluation_loop` of transformers'
     Trainer (>= 4.57) calls `model.eval()` first
-    (tests/test_optimizer.py::test_distributed_checkpoints_dummy_step_does_not_count,
-    tests/test_optimizer.py::test_save_state_says_what_is_wrong,
+    (tests/test_optimizer_state.py::test_distributed_checkpoints_dummy_step_does_not_count,
+    tests/test_optimizer_state.py::test_save_state_says_what_is_wrong,
     tests/test_evaluation.py::test_trainer_evaluates_the_average_of_a_wrapped_optimizer).
     """
     return any(
@@ -304,7 +304,7 @@ def is_called_by(function: str, module: str) -> bool:
 def is_entering_join() -> bool:
     """
     `enable` of the `Join` that is being made above: with False it does nothing, and `join_hook` is not told
-    (torch >= 1.10; tests/test_refused_optimizers.py::test_join_is_refused_on_every_rank).
+    (torch >= 1.10; tests/test_torch_join.py::test_join_is_refused_on_every_rank).
     """
     return any(
         frame.f_code.co_name == "__init__"
@@ -330,7 +330,7 @@ def calling_objects(kind: type) -> list[Any]:
     """
     The objects of that class whose methods are above this call, the nearest first. A callback's events are given
     neither Trainer nor Accelerator, and Trainers train one inside the other (transformers >= 4.57;
-    tests/test_callback.py::test_one_callback_serves_the_trainer_that_trains,
+    tests/test_callback_logs.py::test_one_callback_serves_the_trainer_that_trains,
     tests/test_trainer_asked.py::test_one_callback_in_two_trainers_at_once_is_refused).
     """
     found = {id(frame.f_locals.get("self")): frame.f_locals.get("self") for frame in _callers(sys.getrecursionlimit())}
@@ -341,7 +341,7 @@ def loaded_checkpoint(trainer: Any) -> str | None:
     """
     `resume_from_checkpoint` of `Trainer._inner_training_loop` or `train`, as a call above has it: the folder that the
     Trainer has loaded, which no event is given (transformers >= 4.57;
-    tests/test_checkpoint.py::test_a_checkpoint_is_found_where_it_is).
+    tests/test_checkpoint_folders.py::test_a_checkpoint_is_found_where_it_is).
     """
     for frame in _callers(40):
         folder = frame.f_locals.get("resume_from_checkpoint")

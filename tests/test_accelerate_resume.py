@@ -1,0 +1,184 @@
+"""Loops under Accelerate that are saved in several ways and gone on with in the middle of an epoch."""
+
+from __future__ import annotations
+
+import accelerate
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DataLoaderConfiguration
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slowmo_hf
+from accelerate_loops import on_all_ranks, settings, weights
+from harness import run_workers
+from slowmo_hf import SlowMoOptimizer
+
+
+def everything(model):
+    return torch.cat([t.detach().flatten().double() for t in (*model.parameters(), *model.buffers())])
+
+
+# ---- resume in the middle of an epoch, as Accelerate teaches it ----
+
+
+class Program:
+    """A regression with BatchNorm and dropout over 14 batches a rank, two epochs."""
+
+    def __init__(self, config):
+        accelerate.utils.set_seed(3)
+        loaders = DataLoaderConfiguration(use_seedable_sampler=True)  # else stock resumes with another order, too
+        self.accelerator = Accelerator(cpu=True, dataloader_config=loaders)
+        torch.manual_seed(7)
+        rows = torch.randn(112, 5)
+        data = DataLoader(TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=4, shuffle=True)
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        optimizer = SlowMoOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), config)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, 60)
+        self.model, self.optimizer, self.data, self.scheduler = self.accelerator.prepare(
+            model, optimizer, data, scheduler
+        )
+
+    def run(self, *, save_at=None, evaluate_before=False, folder=None, resume_at=None):
+        """
+        Save at `save_at` (epoch, batch), or at the end of an epoch (batch None); go on from there.
+
+        Returns:
+            `torch.Tensor`: All weights and buffers of this rank.
+        """
+        first_epoch, skip = 0, 0
+        if resume_at is not None:
+            self.accelerator.load_state(folder)
+            first_epoch, skip = (resume_at[0], resume_at[1]) if resume_at[1] is not None else (resume_at[0] + 1, 0)
+        for epoch in range(first_epoch, 2):
+            self.model.train()
+            self.data.set_epoch(epoch)
+            data = self.accelerator.skip_first_batches(self.data, skip) if skip else self.data
+            for number, (rows, labels) in enumerate(data, start=skip + 1):
+                loss = nn.functional.mse_loss(self.model(rows), labels)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+                if save_at == (epoch, number):
+                    self.save(folder, evaluate_before)
+            skip = 0
+            if save_at == (epoch, None):
+                self.save(folder, evaluate_before)
+        return everything(self.model)
+
+    def save(self, folder, evaluate_before):
+        if evaluate_before:
+            self.model.eval()
+            with torch.no_grad():
+                self.model(torch.randn(3, 5))
+        self.accelerator.save_state(folder)
+        self.model.train()
+
+
+def resume_the_taught_way(folder, point, evaluate_before, fields):
+    config = settings(sync_every=5, **fields)
+    where = f"{folder}/saved"
+    through = Program(config).run()
+    saved = Program(config).run(save_at=point, evaluate_before=evaluate_before, folder=where)
+    assert torch.equal(saved, through), "a save and an evaluation leave a trace"
+    dist.barrier()
+    resumed = Program(config).run(folder=where, resume_at=point)
+    return torch.equal(resumed, through), through
+
+
+@pytest.mark.parametrize("fields", [{}, {"base": "osgp"}, {"overlap_steps": 2}], ids=["local", "osgp", "overlap"])
+@pytest.mark.parametrize("evaluate_before", [False, True], ids=["training", "evaluated"])
+@pytest.mark.parametrize("point", [(0, 6), (0, 8), (1, 3), (0, None)], ids=str)
+def test_resume_in_the_middle_of_an_epoch_with_dropout(tmp_path, point, evaluate_before, fields):
+    """`load_state`, then `skip_first_batches`: bit for bit the run that was never stopped, on every rank."""
+    (first, a), (second, b) = run_workers(resume_the_taught_way, 2, str(tmp_path), point, evaluate_before, fields)
+    assert first
+    assert second
+    assert not torch.equal(a, b)
+
+
+# ---- saves in four ways, with a hook of the user's own ----
+
+
+def save_in_four_ways(folder):
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2, dtype=torch.float64)
+    model, optimizer = accelerator.prepare(
+        model, SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), settings())
+    )
+    for step in range(6):
+        torch.manual_seed(100 * step + accelerator.process_index)
+        accelerator.backward(model(torch.randn(8, 4, dtype=torch.float64)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3:
+            last_round = weights(model).clone()
+    bare = accelerator.unwrap_model(model)
+    average = sum(on_all_ranks(weights(model))) / 2
+
+    def own_hook(models, states, output_dir):  # as diffusers' scripts do
+        if accelerator.is_main_process:
+            torch.save(weights(models[0]), f"{folder}/hook.pt")
+        states.clear()
+
+    hook = accelerator.register_save_state_pre_hook(own_hook)
+    accelerator.save_state(f"{folder}/hooked")
+    hook.remove()
+    accelerator.save_state(f"{folder}/state")
+    model.eval()
+    accelerator.save_model(model, f"{folder}/model")
+    if accelerator.is_main_process:
+        torch.save(bare.state_dict(), f"{folder}/plain.pt")
+        accelerator.save(accelerator.get_state_dict(model), f"{folder}/got.pt")
+    with slowmo_hf.consensus(optimizer):
+        accelerator.save_model(model, f"{folder}/exact")
+    accelerator.wait_for_everyone()
+    return last_round, average
+
+
+def test_what_is_saved_is_known_to_the_last_bit(tmp_path):
+    """`save_state` the exact average, also by a user's own hook; after `model.eval()` the last round's model."""
+    (last_round, average), (other, _) = run_workers(save_in_four_ways, 2, str(tmp_path))
+    assert torch.equal(last_round, other)
+
+    def of(state):
+        return torch.cat([state["weight"].flatten(), state["bias"]])
+
+    for name in ("plain.pt", "got.pt"):
+        assert torch.equal(of(torch.load(tmp_path / name)), last_round)
+    assert torch.equal(of(load_file(tmp_path / "model/model.safetensors")), last_round)
+    for found in (
+        of(load_file(tmp_path / "exact/model.safetensors")),
+        of(load_file(tmp_path / "state/model.safetensors")),
+        torch.load(tmp_path / "hook.pt"),
+    ):
+        torch.testing.assert_close(found, average, rtol=0, atol=1e-12)
+        assert not torch.equal(found, last_round)
+
+
+def pass_before_prepare():
+    """All ranks, or rank 0 alone, look at the model's output before they prepare it."""
+    apart = []
+    for alone in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), settings(sync_every=50))
+        if not alone or accelerator.is_main_process:
+            model(torch.zeros(2, 4))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for step in range(3):
+            torch.manual_seed(100 * step + accelerator.process_index)
+            accelerator.backward(model(torch.randn(8, 4)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        apart.append(not torch.equal(*on_all_ranks(weights(model))))
+    return apart
+
+
+def test_a_pass_before_prepare_does_not_hide_the_wrapper():
+    assert run_workers(pass_before_prepare, 2) == [[True, True]] * 2

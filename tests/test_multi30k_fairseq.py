@@ -1,0 +1,165 @@
+"""The same run of Multi30k by fairseq, and what docs/results.md says of both."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+
+from records import half_interval
+from small_text import RUN, TINY, write_pairs
+from studies import multi30k_oracle, reproduce, showing, small_runs, small_translation
+from studies.plan import choose, make_run, run_of
+from translation.model import MODEL_SIZES
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_translation.load(str(write_pairs(tmp_path_factory.mktemp("pairs"))))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(MODEL_SIZES, "mini", TINY)
+
+
+def test_fairseq_is_given_the_batches_and_the_rate_of_the_run(data):
+    run = replace(RUN, base="all_reduce", outer_momentum=0.0)
+    given = multi30k_oracle.given(run, data)
+    used = {}
+
+    def make_job(rank):
+        job = small_translation._make_job(run, data, rank, None, "cpu")
+        job.look = lambda epoch, is_last: {}
+
+        def learn(rows):
+            used.setdefault(rank, []).append(rows)
+            for parameter in job.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        job.learn = learn
+        return job
+
+    steps = small_runs.train_workers(run, make_job)["steps"]
+    updates = [update for epoch in given["epochs"] for update in epoch]
+    assert [list(update) for update in zip(used[0], used[1], strict=True)] == updates
+    assert len(updates) == steps
+    peak = max(range(steps), key=lambda step: small_translation.learning_rate_factor(step, 0.1 * steps))
+    assert given["warmup_updates"] == peak + 1
+    assert given["train"] == [(row["input_ids"], row["labels"]) for row in data.train.rows]
+
+
+def test_what_fairseq_translated_is_scored_as_ours(data):
+    """Perfect translations score 100; those of the last model have names of their own."""
+    tokens = {name: [row["labels"] for row in getattr(data, name).rows] for name in ("validation", "test")}
+    wrong = [[*row[:-2], row[-1]] for row in tokens["test"]]
+    told = {
+        "translations": {
+            "validation last": {"tokens": tokens["validation"], "nll": math.log(2)},
+            "test last": {"tokens": wrong, "nll": 1.0},
+            "test best": {"tokens": tokens["test"], "nll": 1.0},
+        },
+        **{"epochs": {}, "curve": [], "seconds": 1.0, "versions": {}},
+    }
+    metrics = multi30k_oracle.score(RUN, told, data)["metrics"]
+    assert metrics["validation_bleu"] == metrics["test_bleu_best"] == pytest.approx(100)
+    assert metrics["validation_nll_bits"] == 1.0
+    texts = data.tokenizer.batch_decode(wrong, skip_special_tokens=True)
+    assert metrics["test_bleu"] == sacrebleu.corpus_bleu(texts, [data.test.targets]).score < 100
+
+
+def test_the_page_has_the_starts_of_the_record():
+    record = json.loads((RECIPES / "records/multi30k/starts.json").read_text())
+    page = (RECIPES.parent / "docs/results.md").read_text()
+    for run in record["runs"]:
+        first, second = run["validation_nll"]
+        assert f"| {run['start']} | {run['seed']} | {first:.2f} | {second:.2f} |" in page
+    best = record["thrown_away"]["best_validation_nll"]
+    lowest = {
+        base: min(nll for name, nll in best.items() if name.startswith(base)) for base in ("all", "local", "sgp")
+    }
+    without = min(nll for name, nll in best.items() if name.startswith("local_sgd_beta0.0"))
+    told = (
+        f"{lowest['all']:.2f} of AR-Adam, {lowest['local']:.2f} of Local Adam with β = 0.2 ({without:.2f} without), "
+    )
+    assert f"{len(best)} tuning runs" in page
+    seconds = record["thrown_away"]["seconds_per_pass"]
+    spans = {
+        words: [seconds[name] for name in best if name.startswith(base)]
+        for base, words in (("all", "AR-Adam"), ("local", "Local Adam"), ("sgp", "SGP"))
+    }
+    assert ", ".join(f"{words} {min(own):.0f} to {max(own):.0f}" for words, own in spans.items()) in page
+    assert told + f"{lowest['sgp']:.2f} of SGP" in " ".join(page.replace("\n>", " ").split())
+
+
+def test_the_page_has_fairseq_beside_ar_adam():
+    folder = RECIPES / "records"
+    page = (RECIPES.parent / "docs/results.md").read_text()
+    assert multi30k_oracle.table(folder) in page
+    theirs = [json.loads(path.read_text()) for path in sorted((folder / "multi30k").glob("fairseq_*.json"))]
+    assert {record["run"]["inner_lr"] for record in theirs} == {0.005}
+    mean = statistics.mean(record["metrics"]["test_bleu_tokenised_lowercase_mean_of_5"] for record in theirs)
+    last = [record["metrics"]["test_bleu"] for record in theirs]
+    ours = [found for record in theirs if (found := reproduce.find_record(run_of(record["run"]), folder))]
+    seeds = [record["seed"] for record in ours]
+    gaps = showing.paired_differences(ours, theirs, "test_bleu_mean_of_5")
+    *first, last_gap = (f"{gap:+.2f}" for gap in gaps)
+    assert max(map(abs, gaps)) < 1, "the first half of claim 1"
+    words = " ".join(page.split())
+    assert seeds == [1, 2, 3]
+    average, half = statistics.mean(gaps), half_interval(gaps)
+    assert f"is {', '.join(first)} and {last_gap} BLEU (sacreBLEU, seeds 1, 2 and 3): {average:+.2f} on avera" in words
+    reached = [statistics.mean(r["metrics"]["test_bleu_mean_of_5"] for r in side) for side in (ours, theirs)]
+    assert "{:.2f} against {:.2f}, 3 seeds, [within ±{:.1f}]".format(*reached, half) in words
+    low, high = average - half, average + half
+    assert f"interval from {low:+.1f} to {high:+.1f} is wide" in words
+    assert f"fairseq itself stays {41.02 - mean:.1f} below it" in words
+    assert f"fairseq's own last ones differ by {max(last) - min(last):.1f} between {len(theirs)} seeds" in words
+
+
+def test_the_page_tells_how_far_tuning_is():
+    """Local Adam's best rate is the middle one of three, and AR-Adam's seeds are ahead of it after as many passes."""
+    folder = RECIPES / "records" / "multi30k"
+    tuned = [json.loads(path.read_text()) for path in (folder / "tuning").glob("local_sgd_beta0.0_*.json")]
+    nll = {record["inner_lr"]: record["metrics"]["validation_nll"] for record in tuned}
+    assert sorted(nll) == [0.0025, 0.005, 0.01]
+    assert choose(tuned, "multi30k")["local_sgd"].inner_lr == 0.005 == min(nll, key=nll.get)
+    passes = {record["run"]["epochs"] for record in tuned}
+    ahead = [json.loads(path.read_text())["curve"][11] for path in (folder / "table1").glob("all_reduce_*.json")]
+    assert passes == {look["epoch"] for look in ahead} == {12}
+    ends = [look["validation_nll"] for look in ahead]
+    assert max(ends) < nll[0.005]
+    words = " ".join((RECIPES.parent / "docs/results.md").read_text().split())
+    (slow,) = (json.loads(path.read_text()) for path in (folder / "tuning").glob("local_sgd_beta0.2_*.json"))
+    assert (slow["inner_lr"], slow["run"]["epochs"]) == (0.005, 12)
+    assert (
+        f"does not help there:** NLL {slow['metrics']['validation_nll']:.3f} against {nll[0.005]:.3f} without" in words
+    )
+    assert f"three seeds have a validation NLL of {min(ends):.2f} to {max(ends):.2f} after as many passes" in words
+
+
+def test_the_table_pairs_seeds(tmp_path):
+    """Ours 38 and 36 of seeds 1 and 2, theirs 37, 36.5 and 40 of 1 to 3: the pairs differ by +1 and -0.5."""
+    (tmp_path / "multi30k" / "table1").mkdir(parents=True)
+
+    def write(name, seed, value):
+        run = make_run("table1", "multi30k", "all_reduce", 0.0, 0.005, seed)
+        metrics = dict.fromkeys(multi30k_oracle.COMPARED.values(), value)
+        (tmp_path / f"{name or run.name}.json").write_text(json.dumps({"run": asdict(run), "metrics": metrics}))
+
+    for seed, ours, theirs in ((1, 38.0, 37.0), (2, 36.0, 36.5), (3, None, 40.0)):
+        write(f"multi30k/fairseq_lr0.005_seed{seed}", seed, theirs)
+        if ours:
+            write(None, seed, ours)
+    last = multi30k_oracle.table(tmp_path).splitlines()[3]
+    half = 12.706 * 1.5 / 2  # Student's t of one degree of freedom, times the standard error
+    gap = f"+0.2500 [{0.25 - half:+.4f}, {0.25 + half:+.4f}] (2)"
+    assert last == f"| last | 37.8333 ± 1.8930 (3) | 37.0000 ± 1.4142 (2) | {gap} |"
