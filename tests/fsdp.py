@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,6 +267,9 @@ def small_llama(folder: str | Path, dtype: torch.dtype = torch.float64, *, tied:
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return str(folder)
+
+
+SHARDS_AT_LOAD = Version(version("transformers")) >= Version("5.23")  # over replicas
 
 
 def sharded_at_load(folder: str, shards: int, replicas: int, dtype: torch.dtype = torch.float64) -> Any:

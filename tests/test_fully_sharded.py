@@ -136,7 +136,7 @@ def on_every_route(folder: str) -> dict[str, dict[str, float]]:
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).train()
 
-    for early in (True, False):
+    for early in (True, False) if fsdp.SHARDS_AT_LOAD else ():
         model = fsdp.sharded_at_load(folder, 2, 2).train()
         found[f"at load, early={early}"] = measured(Route(model, whole, batch), early=early)
     for early in (True, False):

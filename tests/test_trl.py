@@ -158,9 +158,9 @@ def train_own_loss(folder):
     class Coupled(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             time.sleep(0.2 * self.args.process_index)
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            self.seen = self.accelerator.gather(loss.detach())
-            return loss
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.seen = self.accelerator.gather((found[0] if return_outputs else found).detach())
+            return found
 
     collectives = Collectives()
     config = SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30))
