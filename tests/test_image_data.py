@@ -340,7 +340,8 @@ def test_fewer_rows_have_all_classes(tmp_path):
 def test_hub_out_of_reach():
     """Tests run with HF_HUB_OFFLINE=1, so this asks nobody."""
     with pytest.raises(
-        DataError, match=r"'nobody/no-such-set' cannot be loaded: the Hub is not reachable .* Leave --dataset_name out"
+        DataError,
+        match=r"'nobody/no-such-set', which cannot be loaded: the Hub is not reachable .* Leave --dataset_name out",
     ):
         load_images("nobody/no-such-set")
 
@@ -359,7 +360,7 @@ def test_hub_out_of_reach():
     ],
 )
 def test_hub_refuses(monkeypatch, said, way_out):
-    def refuse(name):
+    def refuse(name, config):
         raise datasets.exceptions.DatasetNotFoundError(said)
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
@@ -372,14 +373,14 @@ def test_known_sets_need_no_column_flags(monkeypatch):
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = datasets.Dataset.from_dict({"img": [Image.new("RGB", (32, 32))] * 2, "label": [0, 1]}, features=features)
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows, test=rows, validation=rows)
+        datasets, "load_dataset", lambda name, config: datasets.DatasetDict(train=rows, test=rows, validation=rows)
     )
     assert load_images("uoft-cs/cifar10").label_names == ["cat", "dog"]
     with pytest.raises(
         DataError, match=r"test_split must be one of \['train', 'test', 'validation'\], got 'dev'. Set --test_split."
     ):
         load_images("uoft-cs/cifar10", test_split="dev")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows, test=rows.select([])))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: datasets.DatasetDict(train=rows, test=rows.select([])))
     with pytest.raises(
         DataError, match=r"test_split must hold images, got 'test', which has no rows. Set --test_split."
     ):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import datasets
 from PIL import Image
 from pyarrow import parquet
 
+import loading
 from records import DataError
 
 SHIPPED = Path(__file__).parents[1] / "data" / "fashion_mnist"
@@ -36,19 +36,18 @@ def load_splits(dataset_name: str | None, train_split: str, test_split: str | No
             f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. "
             "Set --dataset_name."
         )
-    try:
-        sets = datasets.load_dataset(str(dataset_name))
-    except (
-        Exception
-    ) as error:  # datasets lets through errors of many libraries; each ends here with a word on what to do
-        raise DataError(_hub_message(str(dataset_name), error)) from error
+    offline = f"Leave --dataset_name out for the shipped images, or set it to {LOCAL_FOLDER}."
+    otherwise = f"Set --dataset_name to a set on the Hub, such as uoft-cs/cifar10, or to {LOCAL_FOLDER}."
+    sets = loading.from_hub(str(dataset_name), None, "dataset_name", offline=offline, otherwise=otherwise)
     return _pick(sets, train_split, test_split)
 
 
 def _load_folder(folder: Path, train_split: str, test_split: str | None) -> Loaded:
     """One of the three kinds of folder."""
     if (folder / "dataset_dict.json").is_file():
-        return _pick(_read(folder, lambda: datasets.load_from_disk(str(folder))), train_split, test_split)
+        return _pick(
+            loading.from_folder(folder, lambda: datasets.load_from_disk(str(folder))), train_split, test_split
+        )
     if any(folder.glob("*.parquet")):
         return _load_parquet(folder, train_split, test_split)
     if _folders_in(folder):
@@ -110,7 +109,9 @@ def _read_parquet(folder: Path, names: list[str], flag: str) -> datasets.Dataset
             "--dataset_name."
         )
     paths = [glob.escape(str(folder / name)) for name in names]
-    return _read(folder, lambda: datasets.load_dataset("parquet", data_files={"train": paths}, split="train"))
+    return loading.from_folder(
+        folder, lambda: datasets.load_dataset("parquet", data_files={"train": paths}, split="train")
+    )
 
 
 def _files_of(split: str, names: list[str]) -> list[str]:
@@ -146,7 +147,7 @@ def _load_class_folders(folder: Path, train_split: str, test_split: str | None) 
         name: f"{glob.escape(str(folder / split))}/*/*"
         for name, split in (("train", train_split), ("test", test_split))
     }
-    sets = _read(
+    sets = loading.from_folder(
         folder, lambda: datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, drop_metadata=True)
     )
     for name, split in (("train", train_split), ("test", test_split)):
@@ -219,35 +220,3 @@ def _test_split(asked: str | None, train_split: str, found: Collection[str]) -> 
             "test_split must be named: train_split is 'test', and there is no validation or val. Set --test_split."
         )
     return "test"  # which is not there, and the caller says so
-
-
-def _read(folder: Path, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except Exception as error:  # as from the Hub: errors of many libraries, and what went wrong is often in the cause
-        cause = error.__cause__ or error
-        raise DataError(
-            f"dataset_name={str(folder)!r} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or set "
-            "--dataset_name."
-        ) from error
-
-
-def _hub_message(name: str, error: Exception) -> str:
-    """What went wrong with the Hub, and the way out."""
-    what = f"dataset_name={name!r} cannot be loaded: "
-    causes = [error, error.__cause__, error.__context__]
-    if "gated" in str(error):
-        page = f"https://huggingface.co/datasets/{name}"
-        return (
-            f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or leave "
-            "--dataset_name out."
-        )
-    if any(isinstance(cause, ConnectionError | TimeoutError) for cause in causes):
-        return (
-            f"{what}the Hub is not reachable ({type(error).__name__}: {error}). Leave --dataset_name out for the "
-            f"shipped images, or set --dataset_name to {LOCAL_FOLDER}."
-        )
-    return (
-        f"{what}{type(error).__name__}: {error} Set --dataset_name to a set on the Hub, such as uoft-cs/cifar10, "
-        f"or to {LOCAL_FOLDER}."
-    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+import loading
 from records import DataError
 
 SHIPPED = Path(__file__).parents[1] / "data" / "en_de_help"
@@ -46,7 +47,7 @@ def load_splits(dataset_name: str | None, config: str | None, languages: Languag
 
 def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
     if (folder / "dataset_dict.json").is_file():
-        return _read(folder, lambda: datasets.load_from_disk(str(folder)))
+        return loading.from_folder(folder, lambda: datasets.load_from_disk(str(folder)))
     for end, builder in ((".parquet", "parquet"), (".jsonl", "json")):
         files: dict[str, list[str]] = {}
         for path in sorted(folder.glob(f"*{end}")):
@@ -71,7 +72,7 @@ def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[str], data
 
     def load(flag: str) -> datasets.Dataset:
         _refuse_empty([Path(path) for path in paths], flag)
-        return _read(
+        return loading.from_folder(
             folder,
             lambda: datasets.load_dataset(builder, data_files={"train": paths}, split="train"),
             f" ({', '.join(Path(path).name for path in paths[:3])})",
@@ -146,37 +147,10 @@ def _wrong_text(paths: list[Path]) -> str:
     return f"must have as many lines in each language, got {told}" if len(set(lines.values())) > 1 else ""
 
 
-def _read(folder: Path, load: Callable[[], Any], files: str = "") -> Any:
-    try:
-        return load()
-    except Exception as error:  # datasets lets through errors of many libraries; what went wrong is often in the cause
-        cause = error.__cause__ or error
-        raise DataError(
-            f"dataset_name={str(folder)!r}{files} cannot be read: {type(cause).__name__}: {cause}. Mend its files, or "
-            "set --dataset_name."
-        ) from error
-
-
 def from_hub(name: str, config: str | None, flag: str, **settings: Any) -> Any:
-    try:
-        return datasets.load_dataset(name, config, **settings)
-    except Exception as error:  # as for files
-        raise DataError(_hub_message(name, config, flag, error)) from error
-
-
-def _hub_message(name: str, config: str | None, flag: str, error: Exception) -> str:
-    """What went wrong with the Hub, and the way out."""
-    what = f"{flag} needs {name!r}{f' ({config})' if config else ''}, which cannot be loaded: "
-    if "gated" in str(error):
-        page = f"https://huggingface.co/datasets/{name}"
-        return (
-            f"{what}it is gated. Accept its terms at {page}, then set HF_TOKEN or run `hf auth login`; or set "
-            f"--{flag}."
-        )
-    if any(isinstance(cause, ConnectionError | TimeoutError) for cause in (error, error.__cause__, error.__context__)):
-        way_out = {
-            "dataset_name": "Leave --dataset_name and --preset out for the shipped help text, or set it to "
-            f"{LOCAL_FOLDER}.",
-        }.get(flag, f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}.")
-        return f"{what}the Hub is not reachable ({type(error).__name__}: {error}). {way_out}"
-    return f"{what}{type(error).__name__}: {error} Set --{flag}, or --dataset_config (such as de-en)."
+    """A set of the Hub, or `DataError` with a way out."""
+    offline = f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}."
+    if flag == "dataset_name":
+        offline = f"Leave --dataset_name and --preset out for the shipped help text, or set it to {LOCAL_FOLDER}."
+    otherwise = f"Set --{flag}, or --dataset_config (such as de-en)."
+    return loading.from_hub(name, config, flag, offline=offline, otherwise=otherwise, **settings)
