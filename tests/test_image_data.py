@@ -380,7 +380,9 @@ def test_known_sets_need_no_column_flags(monkeypatch):
         DataError, match=r"test_split must be one of \['train', 'test', 'validation'\], got 'dev'. Set --test_split."
     ):
         load_images("uoft-cs/cifar10", test_split="dev")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: datasets.DatasetDict(train=rows, test=rows.select([])))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config: datasets.DatasetDict(train=rows, test=rows.select([]))
+    )
     with pytest.raises(
         DataError, match=r"test_split must hold images, got 'test', which has no rows. Set --test_split."
     ):
