@@ -203,6 +203,20 @@ def test_a_grid_widens_until_its_best_rate_is_inside():
     assert found({0.0025: 2.0, 0.005: 2.5, 0.01: math.nan}) == ([0.00125, *start], None)
 
 
+def test_slow_momentum_at_half_the_rate_is_tried_and_chooses_nothing():
+    """0.005 is best, and there β = 0.1; β = 0.5 is also tried at 0.0025, and would win if it were asked."""
+
+    def told(lr, momentum, nll):
+        return {**tuning_record("local_sgd", lr, momentum, 0.0), "metrics": {"validation_nll": nll}}
+
+    rates = [told(lr, 0.0, nll) for lr, nll in ((0.0025, 2.4), (0.005, 2.2), (0.01, 3.4))]
+    planned = [(run.inner_lr, run.outer_momentum) for run in studies.tuning("multi30k", rates) if run.slowmo]
+    assert planned == [(0.005, 0.1), (0.005, 0.2), (0.005, 0.4), (0.0025, 0.5)]
+    momenta = [told(0.005, beta, nll) for beta, nll in ((0.1, 2.2), (0.2, 2.3), (0.4, 3.3))]
+    chosen = studies.choose([*rates, *momenta, told(0.0025, 0.5, 2.0)], "multi30k")
+    assert chosen["local_sgd"] == studies.Tuned(0.005, 0.1)
+
+
 def test_a_damaged_or_foreign_record_is_run_again(tmp_path):
     path = tmp_path / f"{RUN.name}.json"
     assert path.name == "local_sgd_beta0.5_lr0.1_workers4_batch5_seed3.json"

@@ -32,6 +32,8 @@ class Task:
         learning_rates (`tuple[float, ...]`): Of the inner optimizer; each base takes the best without slow momentum.
         widens (`bool`): Whether the grid of learning rates grows where the best is at its edge.
         momenta (`tuple[float, ...]`): Of slow momentum, at that learning rate.
+        at_half_rate (`tuple[float, ...]`): Of Local SGD's slow momentum at half that learning rate; nothing is chosen
+            by these runs (docs/from_ddp.md has a rule for Adam).
         metric (`str`): The final validation metric by which tuning chooses.
         smaller_is_better (`bool`): Of that metric.
         seeds (`int`), pair_seeds (`int`): Per row of the table; of the Local SGD pair, at least.
@@ -55,6 +57,7 @@ class Task:
     sizes: dict[str, Any] = field(default_factory=dict)
     sync_every: dict[str, int] = field(default_factory=dict)
     tuning_epochs: int | None = None
+    at_half_rate: tuple[float, ...] = ()
     two_workers: tuple[float, ...] = ()
     published: dict[str, Any] = field(default_factory=dict)
     given: Tuned | None = None
@@ -106,6 +109,7 @@ TASKS = {
         learning_rates=(0.0025, 0.005, 0.01),  # Wu et al. (2021) give 0.005
         widens=True,
         momenta=(0.1, 0.2, 0.4),
+        at_half_rate=(0.5,),
         metric="validation_nll",
         smaller_is_better=True,
         seeds=3,
@@ -265,6 +269,8 @@ def tuning(task: str, records: Sequence[dict[str, Any]] = ()) -> list[Run]:
         lr = tuned[base].inner_lr
         if lr is not None and base != "all_reduce":
             runs += [make_run("tuning", task, base, momentum, lr, seed=0, **sizes) for momentum in grid.momenta]
+        if lr is not None and base == "local_sgd":
+            runs += [make_run("tuning", task, base, beta, lr / 2, seed=0, **sizes) for beta in grid.at_half_rate]
     return runs
 
 
