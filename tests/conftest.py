@@ -84,6 +84,8 @@ def pytest_collection_modifyitems(config, items):
         own = item.get_closest_marker("timeout")
         seconds = own.args[0] if own else float(config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(patience(seconds)))
+    if hasattr(config, "workerinput"):  # the long ones first: no process is left with one at the end
+        items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 @pytest.fixture(scope="module")
