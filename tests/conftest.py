@@ -2,6 +2,7 @@
 time limits scale by TEST_PATIENCE; tests of a file that share a fixture run in one process; files lie in memory."""
 
 import functools
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -36,11 +37,8 @@ def _folder_in_memory():
 FOLDER = _folder_in_memory()
 if FOLDER:  # processes that tests start have it from the environment, pytest's own among them
     os.environ["TMPDIR"] = tempfile.tempdir = FOLDER
-
-
-def pytest_unconfigure():
-    if FOLDER:
-        shutil.rmtree(FOLDER, ignore_errors=True)
+    # Behind multiprocessing's own, of priority -100, which removes a folder inside.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (FOLDER, True), exitpriority=-200)
 
 
 @pytest.fixture(autouse=True)

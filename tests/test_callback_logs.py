@@ -148,7 +148,7 @@ def _check_lines(ranks):
     table = [line for _, line in ranks[0]["heard"] if line.startswith("2 workers")]
     assert len(table) == 1
     assert "  settings: sync_every=2, outer_momentum=0.6\n" in table[0]
-    assert "inner_state in effect: maintain" in table[0]
+    assert "inner_state in effect: maintain\n  effective step: 2.5 times the learning rate, " in table[0]
     rows = [line.split() for line in table[0].splitlines()[2:4]]
     assert [row[:3] for row in rows] == [["0", "0", "gloo"], ["1", "1", "gloo"]]
     costs = [line for _, line in ranks[0]["heard"] if line.startswith("costs:")]

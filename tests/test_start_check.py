@@ -18,6 +18,7 @@ import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.training.outer_loop import OuterLoop
+from slowmo_hf.training.start_table import _effective_step
 from slowmo_hf.wire import job
 
 
@@ -354,6 +355,7 @@ def test_the_table_has_what_is_no_default_on_rank_0():
     assert lines.count("settings: sync_every=2, outer_momentum=0.0") == 1
     assert other == ""
     assert lines.count("inner_state in effect: reset") == 1
+    assert "effective step" not in table
     assert "2 workers, one process each, on 2 machine(s):" in table
     rows = [line.split() for line in lines if socket.gethostname() in line]
     assert [row[:2] for row in rows] == [["0", "0"], ["1", "1"]]
@@ -361,6 +363,23 @@ def test_the_table_has_what_is_no_default_on_rank_0():
     assert all("gloo" in row[2] for row in rows)
     assert lines.count("slow momentum is off: this is Local SGD") == 1
     assert warnings == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy", "said"),
+    [
+        ({}, "maintain", "2"),
+        ({}, "average", "2"),
+        ({}, "reset", None),
+        ({"outer_momentum": 0.0}, "maintain", None),
+        ({"outer_momentum": 0.7, "outer_lr": 0.3}, "maintain", None),  # 0.3 / 0.3, but for rounding
+        ({"outer_momentum": 0.3, "outer_lr": 0.3}, "maintain", "0.429"),
+        ({"outer_optimizer": "torch.optim.SGD", "outer_lr": 0.7}, "maintain", None),
+    ],
+)
+def test_the_effective_step(settings, policy, said):
+    expected = [f"  effective step: {said} times the learning rate, outer_lr / (1 - outer_momentum)"] if said else []
+    assert _effective_step(SlowMoConfig(**settings), policy) == expected
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,22 @@ def log_start(parts: Parts) -> None:
     elements = sum(p.numel() for p in parts.tensors.trainable)
     lines += [f"  trains: {parts.tensors.words}, {elements:,} parameters"]
     lines += [f"  settings: {_settings(config)}", f"  inner_state in effect: {parts.inner_state.policy}"]
+    lines += _effective_step(config, parts.inner_state.policy)
     if parts.meets_others and workers.count > 1:
         lines += [f"  plan: {plan.words(config.sync_every)}"]
     workers.logger.info("%s", "\n".join(lines))
     _warn(parts, plan, machines, rows)
+
+
+def _effective_step(config: SlowMoConfig, policy: str) -> list[str]:
+    """
+    alpha / (1-beta): rounds that point one way move so many times as far. A reset cancels it in part, and then nothing
+    is said.
+    """
+    factor = f"{config.outer_lr / (1 - config.outer_momentum):.3g}"
+    if config.outer_optimizer != SLOW_MOMENTUM or policy == "reset" or factor == "1":
+        return []
+    return [f"  effective step: {factor} times the learning rate, outer_lr / (1 - outer_momentum)"]
 
 
 def _settings(config: SlowMoConfig) -> str:
