@@ -135,15 +135,32 @@ def test_the_page_tells_how_far_tuning_is():
     passes = {record["run"]["epochs"] for record in tuned}
     ahead = [json.loads(path.read_text())["curve"][11] for path in (folder / "table1").glob("all_reduce_*.json")]
     assert passes == {look["epoch"] for look in ahead} == {12}
-    ends = [look["validation_nll"] for look in ahead]
-    assert max(ends) < nll[0.005]
+    ahead_nll = [look["validation_nll"] for look in ahead]
+    assert max(ahead_nll) < nll[0.005]
     words = " ".join((RECIPES.parent / "docs/results.md").read_text().split())
-    (slow,) = (json.loads(path.read_text()) for path in (folder / "tuning").glob("local_sgd_beta0.2_*.json"))
-    assert (slow["inner_lr"], slow["run"]["epochs"]) == (0.005, 12)
-    assert (
-        f"does not help there:** NLL {slow['metrics']['validation_nll']:.3f} against {nll[0.005]:.3f} without" in words
-    )
-    assert f"three seeds have a validation NLL of {min(ends):.2f} to {max(ends):.2f} after as many passes" in words
+    slow = [json.loads(path.read_text()) for path in sorted((folder / "tuning").glob("local_sgd_beta0.[1-9]_*.json"))]
+    ends = {(record["outer_momentum"], record["inner_lr"]): record["metrics"]["validation_nll"] for record in slow}
+    assert {record["run"]["epochs"] for record in slow} == {12}
+    told = [f"{ends[beta, 0.005]:.3f} with β = {beta}" for beta in (0.1, 0.2, 0.4)]
+    assert f"NLL {nll[0.005]:.3f} without, {told[0]}, {told[1]} and {told[2]}" in words
+    half = f"With β = 0.5 at 0.0025 it is {ends[0.5, 0.0025]:.3f}: below the {nll[0.0025]:.3f} without"
+    assert half in words
+    assert nll[0.005] < ends[0.5, 0.0025] < nll[0.0025]
+    rule = " ".join((RECIPES.parent / "docs/from_ddp.md").read_text().split())
+    assert f"NLL {', '.join(f'{ends[beta, 0.005]:.3f}' for beta in (0.1, 0.2, 0.4))} against {nll[0.005]:.3f}" in rule
+    assert f"NLL {ends[0.5, 0.0025]:.3f}; {nll[0.0025]:.3f} without slow momentum at that rate" in rule
+    lowest, highest = (f"{find(ahead_nll):.2f}" for find in (min, max))
+    assert f"three seeds have a validation NLL of {lowest} to {highest} after as many passes" in words
+    for path in (folder / "table1").glob("local_sgd_beta0.0_*.json"):
+        local, alike = (
+            json.loads((folder / "table1" / name).read_text())
+            for name in (path.name, path.name.replace("local_sgd", "all_reduce"))
+        )
+        pairs = [
+            f"{local['metrics'][name]:.{digits}f} against {alike['metrics'][name]:.{digits}f}"
+            for name, digits in (("validation_nll", 3), ("test_bleu_mean_of_5", 2))
+        ]
+        assert f"NLL {pairs[0]}, BLEU (mean of 5) {pairs[1]} (seed {local['seed']})" in words
 
 
 def test_the_table_pairs_seeds(tmp_path):
