@@ -27,6 +27,7 @@ from tiny import (
     Regression,
     Rows,
     SmallNorm,
+    accumulated,
     arguments,
     equal,
     recorded,
@@ -82,25 +83,17 @@ def _accelerate(case):
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(two_groups(bare, name, LR), config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer.inner_optimizer, warmup_and_decay)
     after, shown, reports, profiler = [], {}, [], test_wire._StepProfiler()
-    for micro in range(STEPS * ACCUMULATION):
-        start = (micro * dist.get_world_size() + dist.get_rank()) * BATCH
-        with accelerator.accumulate(model):
-            accelerator.backward(model(rows.x[start : start + BATCH], rows.y[start : start + BATCH])["loss"])
-            optimizer.step()
-            if accelerator.sync_gradients:
-                scheduler.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            after.append(values(bare))
-            reports.append(last_round(optimizer))
-            random = torch.get_rng_state()
-            profiler.begin()
-            with consensus(optimizer):
-                shown[len(after)] = values(bare)
-                torch.rand(3)
-            profiler.end()
-            assert torch.equal(torch.get_rng_state(), random)
-            assert equal(values(bare), after[-1])
+    for _ in accumulated(accelerator, model, optimizer, scheduler, rows, STEPS * ACCUMULATION, BATCH):
+        after.append(values(bare))
+        reports.append(last_round(optimizer))
+        random = torch.get_rng_state()
+        profiler.begin()
+        with consensus(optimizer):
+            shown[len(after)] = values(bare)
+            torch.rand(3)
+        profiler.end()
+        assert torch.equal(torch.get_rng_state(), random)
+        assert equal(values(bare), after[-1])
     assert all(calls == {} for calls, _ in profiler.steps)
     return bare.seen, after, shown, reports
 

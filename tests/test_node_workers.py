@@ -24,6 +24,7 @@ from tiny import (
     Recorder,
     Regression,
     Rows,
+    accumulated,
     arguments,
     equal,
     follow,
@@ -64,17 +65,9 @@ def _accelerate(case):
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(optimizer, config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer.inner_optimizer, warmup_and_decay)
     after, looks = [], {}
-    for micro in range(STEPS * ACCUMULATION):
-        start = (micro * dist.get_world_size() + dist.get_rank()) * BATCH
-        with accelerator.accumulate(model):
-            accelerator.backward(model(rows.x[start : start + BATCH], rows.y[start : start + BATCH])["loss"])
-            optimizer.step()
-            if accelerator.sync_gradients:
-                scheduler.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            after.append(values(bare))
-        if len(after) in (LOOK, STEPS) and len(after) not in looks:
+    for _ in accumulated(accelerator, model, optimizer, scheduler, rows, STEPS * ACCUMULATION, BATCH):
+        after.append(values(bare))
+        if len(after) in (LOOK, STEPS):
             with consensus(optimizer):
                 looks[len(after)] = values(bare)
             assert equal(after[-1], values(bare)), "local weights return bit for bit"

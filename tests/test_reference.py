@@ -14,7 +14,7 @@ from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.wire.gossip import make_topology
-from tiny import Regression, Rows, two_groups, warmup_and_decay
+from tiny import Regression, Rows, accumulated, two_groups, warmup_and_decay
 
 STEPS, ACCUMULATION, BATCH = 12, 2, 3
 LR = 0.05
@@ -51,15 +51,8 @@ def _accelerate(case, dtype):
     optimizer = two_groups(bare, name, LR)
     model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(optimizer, config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer.inner_optimizer, warmup_and_decay)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for micro in range(STEPS * ACCUMULATION):
-        start = (micro * world + rank) * BATCH % 180
-        with accelerator.accumulate(model):
-            accelerator.backward(model(rows.x[start : start + BATCH], rows.y[start : start + BATCH])["loss"])
-            optimizer.step()
-            if accelerator.sync_gradients:
-                scheduler.step()
-            optimizer.zero_grad()
+    for _ in accumulated(accelerator, model, optimizer, scheduler, rows, STEPS * ACCUMULATION, BATCH, wrap=180):
+        pass
     local = [p.detach().clone() for p in bare.parameters()]
     with consensus(optimizer):
         average = [p.detach().clone() for p in bare.parameters()]

@@ -374,3 +374,20 @@ def held_back(optimizer):
     """Copies of the residuals of a compressed run, by name."""
     held = optimizer.outer_loop.parts.slow.reduction.saved(agree=False, keep=True).own.tensors
     return {key: part.clone() for key, part in held.items()}
+
+
+def accumulated(accelerator, model, optimizer, scheduler, rows, batches, size, wrap=None):
+    """
+    The loop that Accelerate teaches; a turn for every optimizer step, behind it. Each rank has `batches` of `size`
+    rows, dealt in turn, and begins anew behind row `wrap`.
+    """
+    for micro in range(batches):
+        start = (micro * accelerator.num_processes + accelerator.process_index) * size % (wrap or len(rows))
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows.x[start : start + size], rows.y[start : start + size])["loss"])
+            optimizer.step()
+            if accelerator.sync_gradients:
+                scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            yield
