@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
 
 from .. import upstream
+from ..log import of_this_rank
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
-from .isolation import ddp_wrappers
+from .isolation import ddp_wrappers, is_apart
 from .optimizer import SlowMoOptimizer
 from .refusals import allow_join
 from .trainer_methods import callback_of
@@ -126,12 +128,23 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Accelerator], None]:
-    """`Accelerator.end_training` that first finishes what the accelerator has prepared."""
+    """
+    `Accelerator.end_training` that first finishes what the accelerator has prepared; in a `finally` that an error
+    passes, it does not take part in the others' rounds.
+    """
 
     @functools.wraps(end_training)
     def finish_first(self: Accelerator) -> None:
-        for bare in prepared_by(self).values():
-            finish(bare)
+        own = prepared_by(self).values()
+        if sys.exc_info()[0] is None:
+            for bare in own:
+                finish(bare)
+        elif any(bare.outer_loop is not None for bare in own):
+            of_this_rank.warning(
+                "accelerator.end_training() while %s is handled: the model is this worker's own, and the others are "
+                "not waited for. Where all ranks come here, call slowmo_hf.finish(optimizer).",
+                type(sys.exc_info()[1]).__name__,
+            )
         end_training(self)
 
     return finish_first
@@ -187,8 +200,21 @@ def _watched(gather: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
+def _not_where_apart(trigger: Callable[..., Any]) -> Callable[..., Any]:
+    """`Accelerator.trigger_sync_in_backward` that leaves a wrapper alone which exchanges nothing."""
+
+    @functools.wraps(trigger)
+    def not_where_apart(model: torch.nn.Module) -> Any:
+        return nullcontext() if is_apart(model) else trigger(model)
+
+    return not_where_apart
+
+
 for _name in ("gather", "gather_for_metrics", "reduce"):
     setattr(Accelerator, _name, _watched(getattr(Accelerator, _name)))
+Accelerator.trigger_sync_in_backward = staticmethod(  # type: ignore[method-assign]
+    _not_where_apart(Accelerator.trigger_sync_in_backward)
+)
 Accelerator.end_training = _finish_first(Accelerator.end_training)  # type: ignore[method-assign]
 Accelerator.prepare_optimizer = _note(Accelerator.prepare_optimizer)  # type: ignore[method-assign]
 

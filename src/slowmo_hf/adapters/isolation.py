@@ -203,11 +203,11 @@ class Isolation:
     Holds DDP wrappers apart from other workers, until `release`.
 
     In a worker of several processes the wrappers get the worker's process group: gradients, unused-parameter bitmaps
-    and buffers stay inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough, with two
-    exceptions. A `no_sync()` that is open puts them back when it closes, so they are set again at every forward pass
-    until `settle` finds them set. `static_graph` asserts that gradients are reduced: there, the wrapper gets a process
-    group of its own, this process alone. SyncBatchNorm, which would meet the whole job at every forward pass, meets
-    the worker's processes.
+    and buffers stay inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough. They are
+    set again at every forward pass: `no_sync()` puts them back when it closes, and loops that accumulate by hand set
+    them themselves. One exception: `static_graph` asserts that gradients are reduced. There, the wrapper gets a
+    process group of its own, this process alone. SyncBatchNorm, which would meet the whole job at every forward pass,
+    meets the worker's processes.
 
     Args:
         wrappers (`list`): The model's.
@@ -236,11 +236,10 @@ class Isolation:
         self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
         _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
         self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds, log=log)
-        self._hooks = [
-            ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags if not ddp.require_backward_grad_sync
-        ]
+        self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags]
         for ddp in self._by_flags:
             _switch_off(ddp)
+        _apart.update(self._by_flags)
         for ddp, _ in self._by_group:
             upstream.set_process_group(ddp, group or _lonely_group())
         norms = [m for ddp in wrappers for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
@@ -252,28 +251,23 @@ class Isolation:
         elif wrappers:
             log.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
-    def settle(self) -> None:
-        """Call at an optimizer step: stop setting the flags at every forward pass once they stay."""
-        if self._hooks and not any(ddp.require_backward_grad_sync for ddp in self._by_flags):
-            self._remove_hooks()
+    def go_on(self) -> None:
+        """Call at an optimizer step: training may go on behind `finish`."""
         if self._joins is not None:
             self._joins.set()
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
     def release(self) -> None:
         """Give the wrappers back as they were."""
-        self._remove_hooks()
+        for hook in self._hooks:
+            hook.remove()
         for ddp in self._by_flags:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
+            _apart.discard(ddp)
         for ddp, group in self._by_group:
             upstream.set_process_group(ddp, group)
         for norm, norm_group in self._norms:
             norm.process_group = norm_group
-        self._by_flags, self._by_group, self._norms = [], [], []
+        self._hooks, self._by_flags, self._by_group, self._norms = [], [], [], []
         self._sharded.release()
 
 
@@ -290,6 +284,15 @@ def _refuse_communication_hooks(wrappers: list[Any]) -> None:
                 "kept inside a worker. Register none, or use processes_per_worker=1 without static_graph, where DDP "
                 "exchanges nothing."
             )
+
+
+# Wrappers that exchange nothing, as their flags say.
+_apart: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+
+
+def is_apart(model: torch.nn.Module) -> bool:
+    """Whether it is a wrapper that exchanges nothing."""
+    return model in _apart
 
 
 def _switch_off(ddp: Any, inputs: Any = None) -> None:

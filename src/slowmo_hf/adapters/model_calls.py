@@ -79,7 +79,7 @@ class ModelCalls:
         )
 
     def on_train(self) -> None:
-        """Local weights and random generators are back."""
+        """Local weights are back."""
         self._stop_listening()
         self._stop_listening = _nothing
         self._outer_loop.consensus.end_last_round()

@@ -150,7 +150,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         """Local weights in the parameters (Trainer calls it before each step). Passed on, to one that has `train`."""
         self._tell_inner("train")
         if self.outer_loop is not None:
-            self.outer_loop.consensus.restore()
+            self.outer_loop.consensus.restore(give_back_random_state=False)
 
     def eval(self) -> None:
         """The average in the parameters (Trainer calls it before each evaluation). Collective. Passed on, likewise."""
@@ -168,7 +168,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
             return
-        self._passed = weakref.ref(module)
+        if not whole_model(self, self._passed()):  # submodules come behind the one that holds all
+            self._passed = weakref.ref(module)
         if is_before_prepare(self, module):
             return
         wrappers = self._wrappers(within=module)
@@ -282,7 +283,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         outer_loop = self._started()
         outer_loop.refuse_while_shown()
         if self.isolation is not None:
-            self.isolation.settle()
+            self.isolation.go_on()
         if self.config.base == "all_reduce" and is_in_process():
             closure = outer_loop.averaging(closure)
         loss = self._inner_step(closure)

@@ -142,7 +142,8 @@ class Consensus:
         now = parts.tensors.others.now() if averaged else {}
         view.begin()
         parts.inner_state.remember_emptiness()
-        view.show([*params, *(now[name] for name in averaged)], write_)
+        # `model.eval()` has no end that a program sets, and draws are the program's own until then.
+        view.show([*params, *(now[name] for name in averaged)], write_, keeps_random_state=False)
         view.is_of_last_round = True
 
     @property
@@ -162,7 +163,7 @@ class Consensus:
         return ""
 
     def end_last_round(self) -> None:
-        """Local weights and random generators are back, if the last round's model is shown."""
+        """Local weights are back, if the last round's model is shown."""
         if self.parts.view.is_of_last_round:
             self.restore()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -16,7 +17,8 @@ from .model_tensors import copy_tensors_
 class ConsensusView:
     """
     Parameters and buffers that show the average, or the last round's model, for a while. There is no outer update in
-    it: local weights and random generators come back as they were, and no report counts its seconds.
+    it: local weights come back as they were, random generators too where it shows the average, and no report counts
+    its seconds.
 
     Args:
         account (`Account`): Of the rounds.
@@ -30,6 +32,7 @@ class ConsensusView:
         self._shown: list[torch.Tensor] = []
         self._stash: list[torch.Tensor] | None = None
         self._random_state: RandomState | None = None
+        self._noted: weakref.ref[ConsensusView] | None = None
         self._paused = ExitStack()
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
@@ -42,18 +45,26 @@ class ConsensusView:
         """From here to `restore` or `keep` no report counts the seconds, the wait for all ranks among them."""
         self._paused.enter_context(self._account.paused())
 
-    def show(self, tensors: list[torch.Tensor], write_: Callable[[], None]) -> None:
+    def show(
+        self, tensors: list[torch.Tensor], write_: Callable[[], None], *, keeps_random_state: bool = True
+    ) -> None:
         """
-        Put the local values by, and have others written in their place.
+        Put the local values by, and have others written in their place. Of what another view shows meanwhile (two
+        optimizers of one model share its buffers) the local value is the one that the other has put by: views may end
+        in any order.
 
         Args:
             tensors (`list[torch.Tensor]`): What differs between workers: parameters and buffers.
             write_ (`Callable`): Writes what all have into them. If it fails, `restore` is the caller's.
+            keeps_random_state (`bool`): Whether the random generators are put by too.
         """
-        self._random_state = RandomState.take()
-        self._shown = tensors
-        own = [local(t).detach() for t in tensors]
+        self._random_state = RandomState.take() if keeps_random_state else None
+        put_by = {id(t): stashed for view in _open_views() for t, stashed in view._put_by()}
+        own = [put_by[id(t)] if id(t) in put_by else local(t).detach() for t in tensors]
         self._stash = [t.to(self._device, copy=True) if self._device else t.clone() for t in own]
+        self._shown = tensors
+        self._noted = weakref.ref(self, _open.remove)
+        _open.append(self._noted)
         if tensors:
             let_reads_end(tensors)
             write_()
@@ -84,10 +95,21 @@ class ConsensusView:
 
     def local_value(self, tensor: torch.Tensor) -> torch.Tensor:
         """What this process has of a parameter, or a buffer, also while the average is shown in its place."""
-        for shown, stashed in zip(self._shown, self._stash or [], strict=False):
-            if shown is tensor:
-                return stashed
-        return local(tensor)
+        return next((stashed for shown, stashed in self._put_by() if shown is tensor), local(tensor))
+
+    def _put_by(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(self._shown, self._stash or [], strict=False))
 
     def _end(self) -> None:
         self._stash, self._shown, self.is_of_last_round = None, [], False
+        if self._noted is not None:
+            _open.remove(self._noted)
+            self._noted = None
+
+
+_open: list[weakref.ref[ConsensusView]] = []
+
+
+def _open_views() -> list[ConsensusView]:
+    """All that are shown now, of all optimizers of this process."""
+    return [view for reference in tuple(_open) if (view := reference()) is not None]
