@@ -29,9 +29,9 @@ WINGS = {
         ["optimizer", "trainer_end", "trainer_gathers", "trainer_logs", "trainer_saves"],
         [
             *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
-            *("trainer_checkpoints", "trainer_methods", "trainer_start"),
+            *("trainer_checkpoints", "trainer_start"),
         ],
-        ["refusals"],
+        ["refusals", "trainer_methods"],
         ["fully_sharded"],
     ],
     "checkpoints": [["claim", "last_lines", "state"], ["places"], ["files"]],

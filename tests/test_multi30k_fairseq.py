@@ -163,6 +163,38 @@ def test_the_page_tells_how_far_tuning_is():
         assert f"NLL {pairs[0]}, BLEU (mean of 5) {pairs[1]} (seed {local['seed']})" in words
 
 
+def test_the_page_tells_what_two_workers_have_shown():
+    folder = RECIPES / "records" / "multi30k"
+    name = "sweep/local_sgd_beta{}_lr0.005_workers2_batch1024_seed1.json"
+    ruined, without, alike = (
+        json.loads((folder / path).read_text())
+        for path in (name.format(0.5), name.format(0.0), "table1/all_reduce_beta0.0_lr0.005_seed1.json")
+    )
+    nll, bleu = (
+        [record["metrics"][metric] for record in (ruined, without, alike)]
+        for metric in ("validation_nll", "test_bleu_mean_of_5")
+    )
+    second = [record["curve"][1]["validation_nll"] for record in (ruined, without)]
+    page, rule, links = (
+        " ".join((RECIPES.parent / f"docs/{page}.md").read_text().split())
+        for page in ("results", "from_ddp", "two_machines")
+    )
+    assert (
+        "NLL {:.3f} against {:.3f} without slow momentum, BLEU (mean of 5) {:.2f} against {:.2f}.".format(
+            *nll[:2], *bleu[:2]
+        )
+        in page
+    )
+    assert f"AR-Adam has {nll[2]:.3f} and {bleu[2]:.2f} with this seed" in page
+    assert "It shows early: {:.2f} against {:.2f} after two passes".format(*second) in page
+    assert "ruined: NLL {:.3f}, and {:.3f} without; BLEU {:.1f} and {:.1f} |".format(*nll[:2], *bleu[:2]) in rule
+    assert "BLEU {:.1f}, and {:.1f} with β = 0".format(*bleu[:2]) in links
+    pair = [folder / f"table1/local_sgd_beta{beta}_lr0.005_seed1.json" for beta in (0.1, 0.0)]
+    slow, plain = (json.loads(path.read_text())["metrics"]["validation_nll"] for path in pair)
+    assert f"NLL after 24 passes is {slow:.3f}, and {plain:.3f} without (seed 1)" in page
+    assert slow > plain, "claim 2, second half"
+
+
 def test_the_table_pairs_seeds(tmp_path):
     """Ours 38 and 36 of seeds 1 and 2, theirs 37, 36.5 and 40 of 1 to 3: the pairs differ by +1 and -0.5."""
     (tmp_path / "multi30k" / "table1").mkdir(parents=True)

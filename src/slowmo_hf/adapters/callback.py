@@ -66,9 +66,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._training = False
         self.looks = Looks()
         self._given_back = ExitStack()  # at the end: what is switched off while we train
+        self.given_arguments = ExitStack()  # gives TrainingArguments back, also where training fails
         self._round_logs = RoundLogs()
-        self._round_ended = False  # at this step
-        self._counted_step = -1  # Trainer's, of the last step that we have counted
+        self._round_ended, self._counted_step = False, -1  # at this step; Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
         self._gathers: TrainerGathers | None = None
         self._trainer: weakref.ref[Trainer] | None = None
@@ -123,7 +123,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
-            switch_off_token_average(args, self._given_back)
+            switch_off_token_average(args, self.given_arguments)
             advise(args, self.config)
         self._gathers = TrainerGathers(self._find_trainer(), outer_loop, self._given_back)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
@@ -148,6 +148,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = TrainerSaves(args, outer_loop)
         self._given_back.callback(self._saves.end)
+        self.given_arguments.callback(self._saves.give_back_arguments)
         if state.global_step:
             try:
                 self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)
@@ -167,6 +168,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _restore(self) -> None:
         self._training, self._saves = False, None
         self._given_back.close()
+        self.given_arguments.close()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

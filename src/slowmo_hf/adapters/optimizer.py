@@ -73,8 +73,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._model_calls: ModelCalls | None = None
         self._before_training: Callable[[OuterLoop], None] | None = None
         self._stop_signals: StopSignals | None = None
-        self._stop_asked = False
-        self._state_is_made_up = False
+        self._stop_asked = self._state_is_made_up = False
         self._passed: Callable[[], torch.nn.Module | None] = lambda: None  # the module that was called
         super().__setstate__(state)
         self._stop_listening = listen(self)

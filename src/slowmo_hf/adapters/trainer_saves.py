@@ -34,9 +34,12 @@ class TrainerSaves:
         self._saves = Saves("trainer.train(resume_from_checkpoint={})", raised_in="trainer.py")
         self._saves.begin()
 
-    def end(self) -> None:
-        """Give the arguments back as they were."""
+    def give_back_arguments(self) -> None:
+        """As they were."""
         self._checkpoints.end()
+
+    def end(self) -> None:
+        """Training has ended: an error from now on is not this run's."""
         self._saves.end()
 
     def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:

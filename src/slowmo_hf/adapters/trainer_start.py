@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +15,7 @@ from ..log import logger
 from ..training.program import Program
 from ..wire.job import processes_in_job
 from .refusals import refuse_schedule_free
+from .trainer_methods import callback_of
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -97,6 +100,25 @@ def refuse_resumable_saves(args: TrainingArguments, model: Any) -> None:
             "at load (DistributedConfig). Use save_strategy='no' or save_only_model=True, or load the model whole and "
             "shard it by accelerate's FSDP2 (fsdp=True, fsdp_config={'version': 2})."
         )
+
+
+def _or_give_back(train: Callable[..., Any]) -> Callable[..., Any]:
+    """`Trainer.train` that gives its callback's `TrainingArguments` back where it raises."""
+
+    @functools.wraps(train)
+    def train_or_give_back(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(self, *args, **kwargs)
+        except BaseException:
+            callback = callback_of(self)
+            if callback is not None:
+                callback.given_arguments.close()
+            raise
+
+    return train_or_give_back
+
+
+Trainer.train = _or_give_back(Trainer.train)  # type: ignore[method-assign]
 
 
 def switch_off_token_average(args: TrainingArguments, given_back: ExitStack) -> None:

@@ -1,0 +1,328 @@
+"""Loops that users write, beside what stock training does with them: flags, evaluations, two optimizers, errors."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+import slowmo_hf
+from harness import run_workers
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
+from tiny import Heard, Regression, Rows, SmallNorm, arguments, equal, error_of, values
+
+TAU = 4
+CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.0)
+
+
+def own_gradients(model, batches):
+    """Of this process's batches alone."""
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    for x in batches:
+        twin(x).square().mean().backward()
+    return [p.grad for p in twin.parameters()]
+
+
+def batch(step):
+    return Rows(3, seed=10 * step + dist.get_rank()).x
+
+
+# ---- who averages gradients ----
+
+
+def flags_by_hand(base):
+    """nanoGPT's loop: of two micro-batches the second one is to be averaged."""
+    model = torch.nn.Linear(4, 2).double()
+    ddp = DistributedDataParallel(model)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base=base, sync_every=TAU))
+    are_own = []
+    for step in range(3):
+        batches = [batch(2 * step), batch(2 * step + 1)]
+        for micro, x in enumerate(batches):
+            ddp.require_backward_grad_sync = micro == 1
+            ddp(x).square().mean().backward()
+        right = own_gradients(model, batches)
+        are_own += [torch.allclose(p.grad, own, atol=1e-14) for p, own in zip(model.parameters(), right, strict=True)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return are_own
+
+
+def triggered():
+    """Accelerate's own way to have a late backward pass averaged."""
+    accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 2).double()
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), CONFIG))
+    are_own = []
+    for step in range(3):
+        batches = [batch(2 * step), batch(2 * step + 1)]
+        with accelerator.no_sync(model):
+            losses = [model(x).square().mean() for x in batches]
+        accelerator.backward(losses[0])
+        with accelerator.trigger_sync_in_backward(model):
+            accelerator.backward(losses[1])
+        right = own_gradients(bare, batches)
+        are_own += [torch.allclose(p.grad, own, atol=1e-14) for p, own in zip(bare.parameters(), right, strict=True)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return are_own
+
+
+def averaged_by_stock():
+    """The control: DDP by itself."""
+    model = torch.nn.Linear(4, 2).double()
+    ddp = DistributedDataParallel(model)
+    ddp(batch(0)).square().mean().backward()
+    return torch.equal(model.weight.grad, own_gradients(model, [batch(0)])[0])
+
+
+def all_flags():
+    return {"local_sgd": flags_by_hand("local_sgd"), "sgp": flags_by_hand("sgp"), "trigger": triggered()}
+
+
+def test_a_program_that_sets_ddps_flags_averages_no_gradients():
+    for found in run_workers(all_flags, 2):
+        assert found == {name: [True] * 6 for name in found}
+    assert run_workers(averaged_by_stock, 2) == [False, False]
+
+
+# ---- random generators ----
+
+
+def draws(wrap):
+    """Roll-outs in evaluation mode, an update in training mode: PPO's shape. What each roll-out drew."""
+    torch.manual_seed(3)
+    model, drawn = torch.nn.Linear(4, 1), []
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3 * TAU):
+        model.eval()
+        with torch.no_grad():
+            drawn.append(model(torch.randn(2, 4)).sum().item())
+        drawn.append(torch.rand(()).item())
+        model.train()
+        model(torch.ones(2, 4)).sum().mul(0).backward()  # no update: only what is drawn may differ
+        optimizer.step()
+        optimizer.zero_grad()
+    return drawn
+
+
+def test_an_evaluation_draws_on_as_with_a_stock_optimizer():
+    right = draws(lambda inner: inner)
+    assert len(set(right)) == len(right)
+    assert run_workers(draws_of_ours, 2) == [right, right]
+
+
+def draws_of_ours():
+    return draws(lambda inner: SlowMoOptimizer(inner, CONFIG))
+
+
+def order_of_rows(wrap, seedable):
+    """Trainer's, over five epochs with an evaluation at each one's end."""
+    model, rows = Regression(torch.float32), Rows(8, torch.float32)
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.01))
+    args = arguments(
+        tempfile.mkdtemp(),
+        max_steps=-1,
+        num_train_epochs=5,
+        eval_strategy="epoch",
+        accelerator_config={"use_seedable_sampler": seedable},
+    )
+    Trainer(model, args, train_dataset=rows, eval_dataset=rows, optimizers=(optimizer, None)).train()
+    return torch.cat([x for x, _ in model.seen])
+
+
+@pytest.mark.parametrize("seedable", [True, False])
+def test_trainers_epochs_are_shuffled_as_with_a_stock_optimizer(seedable):
+    right = order_of_rows(lambda inner: inner, seedable)
+    assert not torch.equal(right[:8], right[8:16])
+    assert torch.equal(order_of_rows(lambda inner: SlowMoOptimizer(inner, CONFIG), seedable), right)
+
+
+# ---- two optimizers of one model ----
+
+
+class TwoHeads(torch.nn.Module):
+    """An encoder with BatchNorm that both losses train, a head of each, and a teacher that follows one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6)).double()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(6, 1) for _ in range(2)).double()
+        self.teacher = copy.deepcopy(self.heads[0]).requires_grad_(False)
+
+    def forward(self, x, head):
+        hidden = torch.tanh(self.encoder(x))
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.heads[0].weight, 0.1)
+            taught = self.teacher(hidden)
+        return (self.heads[head](hidden) - taught).square().mean()
+
+
+def both(shared):
+    """Prepared: the second optimizer has the encoder too where it is shared."""
+    accelerator, bare = Accelerator(cpu=True), TwoHeads()
+    encoder = list(bare.encoder.parameters())
+    parts = [[*encoder, *bare.heads[0].parameters()], [*(encoder if shared else []), *bare.heads[1].parameters()]]
+    made = [SlowMoOptimizer(torch.optim.SGD(part, lr=0.05), CONFIG) for part in parts]
+    return accelerator, bare, *accelerator.prepare(bare, *made)
+
+
+def train_both(made, steps, evaluates=False):
+    accelerator, _, model, *optimizers = made
+    for step in steps:
+        for head, optimizer in enumerate(optimizers):
+            accelerator.backward(model(batch(2 * step + head), head))
+            optimizer.step()
+            for one in optimizers:
+                one.zero_grad()
+        if evaluates and step % 3 == 2:
+            model.eval()
+            model.train()
+    return values(made[1])
+
+
+def evaluated_and_resumed(shared):
+    """A run in one go, one that evaluates, and one that is saved inside a round and resumed."""
+    first = both(shared)
+    train_both(first, range(6))
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    first[0].save_state(folder[0])
+    in_one_go = train_both(first, range(6, 11))
+    evaluated = train_both(both(shared), range(11), evaluates=True)
+    again = both(shared)
+    again[0].load_state(folder[0])
+    return in_one_go, evaluated, train_both(again, range(6, 11))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_optimizers_of_one_model_evaluate_and_resume_without_a_trace(shared):
+    for in_one_go, evaluated, resumed in run_workers(evaluated_and_resumed, 2, shared):
+        assert equal(evaluated, in_one_go)
+        assert equal(resumed, in_one_go)
+
+
+# ---- a model that was not prepared ----
+
+
+def unprepared():
+    """An Accelerator is in use, and its model has layers of its own: BatchNorm's statistics behind a round."""
+    Accelerator(cpu=True)
+    model, heard = SmallNorm(), Heard()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), CONFIG)
+    with heard:
+        for step in range(TAU):
+            rows = Rows(8, torch.float32, seed=10 * step + dist.get_rank())
+            model(rows.x, rows.y)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return values(model), heard.about("no module with all of the optimizer's parameters")
+
+
+def test_the_module_that_holds_all_is_the_model():
+    (first, warned), (second, _) = run_workers(unprepared, 2)
+    assert equal(first, second)
+    assert not warned
+
+
+# ---- an error that passes `end_training` ----
+
+
+def raised_in_time():
+    """Rank 1 fails at its third step, with `end_training` in a `finally`. What each rank raises, and when."""
+    accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 1).double()
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), CONFIG))
+    accelerator.state.destroy_process_group = lambda: None  # the test's own
+    began = time.monotonic()
+
+    def train():
+        try:
+            for step in range(30):
+                accelerator.backward(model(batch(step)).square().mean())
+                if step == 2 and dist.get_rank() == 1:
+                    raise ValueError("a fault of the program's own")
+                time.sleep(0.2)
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            accelerator.end_training()
+
+    said = error_of(train)
+    return said, time.monotonic() - began
+
+
+def test_end_training_in_a_finally_holds_no_error_back():
+    (_, _), (said, seconds) = run_workers(raised_in_time, 2)
+    assert said == "ValueError: a fault of the program's own"
+    assert seconds < 4, "30 steps of the other take 6 s"
+
+
+def test_the_end_is_the_average_where_no_error_passes():
+    def train(rank):
+        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 1).double()
+        optimizer = accelerator.prepare(SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), CONFIG))
+        for _ in range(3):
+            (model(torch.full((2, 4), rank + 1.0).double()) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        slowmo_hf.finish(optimizer)
+        return values(model)
+
+    assert equal(*run_in_process(train, 2))
+
+
+# ---- a Trainer that fails ----
+
+
+class Fails(Trainer):
+    """At its third step, once."""
+
+    has_failed = False
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 2 and not Fails.has_failed:
+            Fails.has_failed = True
+            raise RuntimeError("a fault of the program's own")
+        return super().training_step(*args, **kwargs)
+
+
+def given(args):
+    return args.save_total_limit, args.hub_strategy, args.average_tokens_across_devices
+
+
+def fails_and_goes_on():
+    """Two Trainers with the same arguments: what is left of these, and of the second one's checkpoints."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    args = arguments(
+        folder[0],
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=1,
+        average_tokens_across_devices=True,
+    )
+    before, seen = given(args), []
+    for _ in range(2):
+        trainer = Fails(
+            Regression(torch.float32), args, train_dataset=Rows(24, torch.float32), callbacks=[SlowMoCallback(CONFIG)]
+        )
+        said = error_of(trainer.train)
+        seen.append((said, given(args) == before))
+    dist.barrier()
+    return seen, sorted(path.name for path in Path(folder[0]).glob("checkpoint-*"))
+
+
+def test_a_trainer_that_fails_gives_its_arguments_back():
+    for seen, left in run_workers(fails_and_goes_on, 2):
+        assert seen == [("RuntimeError: a fault of the program's own", True), ("", True)]
+        assert left == ["checkpoint-6"]
