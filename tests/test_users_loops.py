@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -92,6 +93,47 @@ def test_a_program_that_sets_ddps_flags_averages_no_gradients():
     for found in run_workers(all_flags, 2):
         assert found == {name: [True] * 6 for name in found}
     assert run_workers(averaged_by_stock, 2) == [False, False]
+
+
+def let_go():
+    """Stock training of a model whose optimizer of ours has ended and is gone: are gradients averaged again?"""
+    accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 2).double()
+    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), CONFIG))
+    for step in range(TAU + 1):
+        accelerator.backward(model(batch(step)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    slowmo_hf.finish(optimizer)
+    accelerator.free_memory()
+    del optimizer
+    gc.collect()
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
+    for step in range(3):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(bare)
+
+
+def test_ddp_averages_again_when_the_optimizer_is_gone():
+    assert equal(*run_workers(let_go, 2))
+
+
+def refused():
+    """A start that refuses the slow state which it was given: its errors, and what it leaves of DDP."""
+    model = torch.nn.Linear(4, 2).double()
+    ddp = DistributedDataParallel(model)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), CONFIG)
+    optimizer.load_state_dict({**optimizer.state_dict(), "slowmo": {"version": 1}})
+    said = [error_of(ddp, batch(0)) for _ in range(2)]
+    return said, ddp.require_backward_grad_sync, "join_hook" in vars(ddp)
+
+
+def test_a_start_that_fails_leaves_ddp_as_it_was():
+    for said, averages, refuses_join in run_workers(refused, 2):
+        assert said[0]
+        assert said[0] == said[1]
+        assert (averages, refuses_join) == (True, False)
 
 
 # ---- random generators ----

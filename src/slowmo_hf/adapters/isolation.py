@@ -239,7 +239,6 @@ class Isolation:
         self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags]
         for ddp in self._by_flags:
             _switch_off(ddp)
-        _apart.update(self._by_flags)
         for ddp, _ in self._by_group:
             upstream.set_process_group(ddp, group or _lonely_group())
         norms = [m for ddp in wrappers for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
@@ -256,18 +255,28 @@ class Isolation:
         if self._joins is not None:
             self._joins.set()
 
-    def release(self) -> None:
-        """Give the wrappers back as they were."""
+    def let_go(self) -> None:
+        """
+        Give the wrappers back that flags hold apart; another optimizer that has them sets these at its next pass. A
+        process group of its own may be another's too, and stays.
+        """
         for hook in self._hooks:
             hook.remove()
         for ddp in self._by_flags:
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
             _apart.discard(ddp)
+        self._hooks, self._by_flags = [], []
+        if self._joins is not None:
+            self._joins.release()
+
+    def release(self) -> None:
+        """Give the wrappers back as they were."""
+        self.let_go()
         for ddp, group in self._by_group:
             upstream.set_process_group(ddp, group)
         for norm, norm_group in self._norms:
             norm.process_group = norm_group
-        self._hooks, self._by_flags, self._by_group, self._norms = [], [], [], []
+        self._by_group, self._norms = [], []
         self._sharded.release()
 
 
@@ -297,6 +306,7 @@ def is_apart(model: torch.nn.Module) -> bool:
 
 def _switch_off(ddp: Any, inputs: Any = None) -> None:
     ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+    _apart.add(ddp)
 
 
 def gather_inside(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

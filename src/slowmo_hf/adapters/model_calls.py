@@ -99,7 +99,7 @@ class ModelCalls:
                         "training is. An evaluation belongs under torch.no_grad().",
                     )
 
-        self._stop_listening = register_module_forward_pre_hook(on_forward).remove
+        self._stop_listening = weakref.finalize(self, register_module_forward_pre_hook(on_forward).remove)
 
     def _trains(self, module: Module) -> bool:
         own = {id(param) for param in self._outer_loop.tensors.trainable}

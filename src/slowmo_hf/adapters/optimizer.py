@@ -192,16 +192,13 @@ class SlowMoOptimizer(OptimizerWrapper):
             compare_programs(outer_loop.workers.world, program_in_use())
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)
+            if self._pending is not None:
+                outer_loop.load_state_dict(self._pending)  # it may refuse
+            self.isolation = _isolation(self, outer_loop, models, wrappers, joins)
         except BaseException:
             joins.release()
             self._stop_listening = listen(self)
             raise
-        if self.config.base != "all_reduce":
-            group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            sharded, log = sharded_modules(models), outer_loop.workers.logger
-            self.isolation = Isolation(wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log)
-        if self._pending is not None:
-            outer_loop.load_state_dict(self._pending)
         self._pending = None
         outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
@@ -288,6 +285,20 @@ class SlowMoOptimizer(OptimizerWrapper):
         loss = self._inner_step(closure)
         outer_loop.step(inner_lrs(self.inner_optimizer))
         return loss
+
+
+def _isolation(
+    optimizer: SlowMoOptimizer, outer_loop: OuterLoop, models: list[Any], wrappers: list[Any], joins: JoinRefusal
+) -> Isolation | None:
+    """From here until the optimizer is let go its wrappers are apart, where the base wants it."""
+    if optimizer.config.base == "all_reduce":
+        return None
+    group, timeout = outer_loop.workers.gradients.group, optimizer.config.timeout_seconds
+    sharded, log = sharded_modules(models), outer_loop.workers.logger
+    made = Isolation(wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log)
+    # `finish` lets training go on; a program that drops the optimizer has stock DDP again.
+    weakref.finalize(optimizer, made.let_go).atexit = False
+    return made
 
 
 def _checked(inner_optimizer: Any, config: Any, settings: dict[str, Any]) -> SlowMoConfig:
