@@ -88,6 +88,52 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_round(tmp_path, base, n
         assert all(same)
 
 
+class Worse(Trainer):
+    """The longer it trains, the worse is its metric: the first evaluation is the best."""
+
+    def evaluation_loop(self, *args, **kwargs):
+        found = super().evaluation_loop(*args, **kwargs)
+        found.metrics["eval_worse"] = float(self.state.global_step)
+        return found
+
+
+def _train_for_the_best(folder, callbacks, resume=None):
+    args = arguments(
+        folder,
+        max_steps=STEPS,
+        learning_rate=0.05,
+        save_strategy="best",
+        eval_strategy="steps",
+        eval_steps=4,
+        metric_for_best_model="worse",
+        greater_is_better=False,
+    )
+    rows, ours = Rows(60, torch.float32), SlowMoCallback(SlowMoConfig(sync_every=4, timeout_seconds=patience(20)))
+    trainer = Worse(
+        Regression(torch.float32), args, train_dataset=rows, eval_dataset=rows, callbacks=[*callbacks, ours]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return values(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _stopped_at_no_best(folder):
+    whole = _train_for_the_best(folder / "whole", [])
+    with pytest.raises(SystemExit) as stopped:
+        _train_for_the_best(folder / "cut", [SignalAt(1, 5, signal.SIGTERM)])
+    left = sorted(path.name for path in (folder / "cut").iterdir())
+    slowmo_hf.verify_checkpoint(folder / "cut" / "checkpoint-8")
+    resumed = _train_for_the_best(folder / "cut", [], resume=True)
+    return stopped.value.code, left, [torch.equal(whole[name], resumed[name]) for name in whole]
+
+
+def test_a_signal_saves_where_an_evaluation_finds_no_better_model(tmp_path):
+    """At 8, the round, there is an evaluation too, after which Trainer wants no save."""
+    for code, left, same in run_workers(_stopped_at_no_best, 2, tmp_path):
+        assert code == REQUEUE_EXIT_CODE
+        assert left == ["checkpoint-4", "checkpoint-8"]
+        assert all(same)
+
+
 def _too_late(folder):
     """A signal after the last round: training ends by itself, and nothing asks for a requeue."""
     _, steps = _train(folder, "local_sgd", [SignalAt(0, 13, signal.SIGTERM)])

@@ -188,6 +188,39 @@ def test_trainers_epochs_are_shuffled_as_with_a_stock_optimizer(seedable):
     assert torch.equal(order_of_rows(lambda inner: SlowMoOptimizer(inner, CONFIG), seedable), right)
 
 
+# ---- weights that a program loads ----
+
+
+def swapped():
+    """An EMA is evaluated behind `model.eval()`, and what was shown is loaded again: the end with and without."""
+    ends = []
+    for swaps in (False, True):
+        accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 2).double()
+        torch.nn.init.ones_(bare.weight)
+        torch.nn.init.zeros_(bare.bias)
+        optimizer = SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.05), CONFIG)
+        model, optimizer = accelerator.prepare(bare, optimizer)
+        for step in range(2 * TAU + 2):
+            accelerator.backward(model(batch(step)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            if swaps and step % 3 == 0:
+                model.eval()
+                shown = copy.deepcopy(bare.state_dict())
+                bare.load_state_dict({name: 0 * value for name, value in shown.items()})
+                assert not bare.weight.any()
+                bare.load_state_dict(shown)
+                model.train()
+        ends.append(values(bare))
+    return ends
+
+
+def test_an_ema_swap_leaves_no_trace():
+    (first, second), (other, _) = run_workers(swapped, 2)
+    assert equal(first, second)
+    assert not equal(first, other), "inside a round"
+
+
 # ---- two optimizers of one model ----
 
 
@@ -368,3 +401,33 @@ def test_a_trainer_that_fails_gives_its_arguments_back():
     for seen, left in run_workers(fails_and_goes_on, 2):
         assert seen == [("RuntimeError: a fault of the program's own", True), ("", True)]
         assert left == ["checkpoint-6"]
+
+
+class OwnLoop(Trainer):
+    """A training loop of its own, without `on_optimizer_step`."""
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self.create_optimizer_and_scheduler(num_training_steps=4)
+        self.state.max_steps = 4
+        handler = self.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
+        handler.train_dataloader = self.get_train_dataloader()
+        self.control = handler.on_train_begin(self.args, self.state, self.control)
+        for inputs in handler.train_dataloader:
+            self.control = handler.on_step_begin(self.args, self.state, self.control)
+            self.model(**inputs)["loss"].backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.state.global_step += 1
+            self.control = handler.on_step_end(self.args, self.state, self.control)
+
+
+def test_a_trainers_own_loop_that_counts_no_steps_is_refused(tmp_path):
+    trainer = OwnLoop(
+        Regression(torch.float32),
+        arguments(tmp_path),
+        train_dataset=Rows(16, torch.float32),
+        callbacks=[SlowMoCallback(CONFIG)],
+    )
+    with pytest.raises(RuntimeError, match="came to the end of step 1 without on_optimizer_step"):
+        trainer.train()

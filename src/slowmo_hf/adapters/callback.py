@@ -22,7 +22,7 @@ from .isolation import Isolation, ddp_wrappers, refusal
 from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
-from .trainer_end import Ending, StepTooMany, best_model
+from .trainer_end import Ending, StepTooMany, best_model, refuse_uncounted
 from .trainer_gathers import TrainerGathers
 from .trainer_logs import RoundLogs
 from .trainer_methods import Looks
@@ -222,9 +222,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """
-        Give the local weights back. The generators went back after the view: the next batches have been drawn since.
-        """
+        """Give the local weights back; the generators went back after the view: batches have been drawn since."""
         if self.outer_loop is not None:
             self.outer_loop.consensus.restore(give_back_random_state=False)
             if state.global_step >= state.max_steps and self._step_too_many is None:
@@ -237,6 +235,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self._step_too_many is not None:
             self._step_too_many.undo(state, control)
             self._step_too_many = None
+        elif self._training:
+            refuse_uncounted(self._counted_step, state)
         if self._ending is not None:
             self._ending.stop_with_others(state, control, round_ended=self._round_ended)
         self._look_if_due(args, state, control, kwargs)
@@ -244,10 +244,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """
-        As at a step's end; a rank that stops ends with the others first, and then all do what an epoch's end asks for.
-        """
+        """As at a step's end; a rank that stops ends with the others first."""
         if self._ending is not None:
+            self._ending.save_if_stopped(state, control)
             if not control.should_training_stop and not self._ending.all_gather(control):
                 control.should_training_stop = True
             if control.should_training_stop:
@@ -270,7 +269,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The checkpoint is whole."""
-        if self._saves:
+        if self._saves and self._ending:
+            self._ending.saved_at = state.global_step
             self._saves.finish(self._find_trainer(), kwargs["lr_scheduler"], state)
 
     # ---- its Trainer ----

@@ -121,14 +121,19 @@ class ModelCalls:
                 loop.workers.world.rank,
             )
 
+    def before_load_state_dict(self) -> None:
+        """An EMA swap loads other weights behind `model.eval()`, and then those again that were shown."""
+        if self._outer_loop.view.is_of_last_round:
+            self._outer_loop.view.remember_shown()
+
     def on_load_state_dict(self) -> None:
         """What the program loads stays, until training goes on."""
         optimizer = self._optimizer()
         if optimizer is None or optimizer.awaits_a_checkpoint:
             return  # `accelerator.load_state`: every worker's own follow
-        if self._outer_loop.view.is_of_last_round:
-            self._outer_loop.view.keep()
-        self._loaded_at = self._outer_loop.clock.attempted_steps
+        view = self._outer_loop.view
+        is_back = view.is_of_last_round and not view.is_overwritten
+        self._loaded_at = None if is_back else self._outer_loop.clock.attempted_steps
 
     @property
     def _holds_local_weights(self) -> bool:
@@ -191,10 +196,12 @@ def _wrap_once() -> None:
 
     @functools.wraps(load_state_dict)
     def load_and_tell(self: Module, *args: Any, **kwargs: Any) -> Any:
+        listeners = [listener for module in self.modules() for listener in _listeners(module)]
+        for listener in listeners:
+            listener.before_load_state_dict()
         result = load_state_dict(self, *args, **kwargs)
-        for module in self.modules():
-            for listener in _listeners(module):
-                listener.on_load_state_dict()
+        for listener in listeners:
+            listener.on_load_state_dict()
         return result
 
     Module.train = train_and_tell  # type: ignore[method-assign,assignment]

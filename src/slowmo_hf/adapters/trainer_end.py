@@ -28,6 +28,7 @@ class Ending:
     def __init__(self, outer_loop: OuterLoop, max_steps: int) -> None:
         self.outer_loop = outer_loop
         self.ended = self.stopped = False
+        self.saved_at: int | None = None  # the step of the last checkpoint
         self._planned_end: int | None = None  # max_steps, where it is the same on all ranks
         if outer_loop.config.base in GOSSIP_BASES:
             plans = set(outer_loop.workers.world.gather_objects(max_steps))
@@ -57,6 +58,14 @@ class Ending:
             self.stopped = False  # nothing is saved, and nobody need come back
         elif self.outer_loop.status.stop_agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
+
+    def save_if_stopped(self, state: TrainerState, control: TrainerControl) -> None:
+        """
+        At the pass's end, which follows a stop: with `save_strategy="best"` the evaluation of the step has taken the
+        save back.
+        """
+        if self.stopped and self.saved_at != state.global_step:
+            control.should_save, control.should_evaluate = True, False
 
     def end(
         self,
@@ -92,6 +101,22 @@ class Ending:
         if self.stopped:
             logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", step, REQUEUE_EXIT_CODE)
             raise SystemExit(REQUEUE_EXIT_CODE)
+
+
+def refuse_uncounted(counted_step: int, state: TrainerState) -> None:
+    """
+    Refuse a Trainer whose own loop leaves out the event at which steps are counted: it would have no rounds.
+
+    Raises:
+        RuntimeError: This step has come to its end uncounted.
+    """
+    if counted_step != state.global_step - 1:
+        raise RuntimeError(
+            f"this Trainer came to the end of step {state.global_step} without on_optimizer_step, where steps are "
+            "counted: it would have no rounds. In its training loop call "
+            "self.callback_handler.on_optimizer_step(args, self.state, self.control) behind optimizer.step(), before "
+            "global_step is raised, as Trainer does."
+        )
 
 
 @dataclass

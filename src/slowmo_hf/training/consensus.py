@@ -163,7 +163,7 @@ class Consensus:
         return ""
 
     def end_last_round(self) -> None:
-        """Local weights are back, if the last round's model is shown."""
+        """As `restore`, if the last round's model is shown."""
         if self.parts.view.is_of_last_round:
             self.restore()
 
@@ -176,9 +176,16 @@ class Consensus:
 
     @_as_in_training
     def restore(self, *, give_back_random_state: bool = True) -> None:
-        """End a view: local weights and buffers return, bit for bit, and random generators if they have not yet."""
+        """
+        End a view: local weights and buffers return, bit for bit, and random generators if they have not yet. What the
+        program has loaded over the last round's model stays.
+        """
         self.parts.workers.only_gradients_meet()
-        self.parts.view.restore(give_back_random_state=give_back_random_state)
+        view = self.parts.view
+        if view.is_of_last_round and view.is_overwritten:
+            view.keep()
+        else:
+            view.restore(give_back_random_state=give_back_random_state)
         self.parts.inner_state.empty_again()
 
     def keep(self) -> None:

@@ -34,6 +34,7 @@ class ConsensusView:
         self._random_state: RandomState | None = None
         self._noted: weakref.ref[ConsensusView] | None = None
         self._paused = ExitStack()
+        self._shown_values: list[torch.Tensor] | None = None  # copies, where the program loads others over them
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
     @property
@@ -88,6 +89,19 @@ class ConsensusView:
         self.give_back_random_state()
         self._paused.close()
 
+    def remember_shown(self) -> None:
+        """The program is about to load other values over what is shown."""
+        if self._shown_values is None:
+            self._shown_values = [local(t).detach().clone() for t in self._shown]
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the program has loaded values, and has not loaded those again that were shown."""
+        if self._shown_values is None:
+            return False
+        pairs = zip(self._shown, self._shown_values, strict=True)
+        return not all(torch.equal(local(now), shown) for now, shown in pairs)
+
     def give_back_random_state(self) -> None:
         """Set every random generator as it was before the view: an evaluation draws from them."""
         if self._random_state is not None:
@@ -101,7 +115,7 @@ class ConsensusView:
         return list(zip(self._shown, self._stash or [], strict=False))
 
     def _end(self) -> None:
-        self._stash, self._shown, self.is_of_last_round = None, [], False
+        self._stash, self._shown, self._shown_values, self.is_of_last_round = None, [], None, False
         if self._noted is not None:
             _open.remove(self._noted)
             self._noted = None
