@@ -28,7 +28,16 @@ WINGS = {
         ["callback", "functions"],
         ["optimizer", "trainer_end", "trainer_gathers", "trainer_logs", "trainer_saves"],
         [
-            *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper", "stop_signals"),
+            *(
+                "exit_notice",
+                "first_pass",
+                "given",
+                "isolation",
+                "model_calls",
+                "optimizer_wrapper",
+                "other_optimizers",
+            ),
+            "stop_signals",
             *("trainer_checkpoints", "trainer_start"),
         ],
         ["refusals", "trainer_methods"],

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
 from harness import run_workers
@@ -134,6 +134,33 @@ def test_a_start_that_fails_leaves_ddp_as_it_was():
         assert said[0]
         assert said[0] == said[1]
         assert (averages, refuses_join) == (True, False)
+
+
+def wrapped_late():
+    """A look at shapes begins training; then DDP wraps the model. Later, inside a round, it may not."""
+    model = torch.nn.Linear(4, 2).double()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), CONFIG)
+    model(batch(0))
+    ddp = DistributedDataParallel(model)
+    are_own = []
+    for step in range(3):
+        ddp(batch(step)).square().mean().backward()
+        own = own_gradients(model, [batch(step)])
+        are_own += [
+            torch.allclose(p.grad, right, atol=1e-14) for p, right in zip(model.parameters(), own, strict=True)
+        ]
+        optimizer.step()
+        optimizer.zero_grad()
+    said = error_of(DistributedDataParallel, model)
+    slowmo_hf.finish(optimizer)
+    return are_own, said, error_of(DistributedDataParallel, model)
+
+
+def test_a_wrapper_that_comes_late_is_kept_apart_or_refused():
+    for are_own, inside, after in run_workers(wrapped_late, 2):
+        assert are_own == [True] * 6
+        assert inside.startswith("RuntimeError: this model has trained for 3 steps, each worker on its own")
+        assert after == ""
 
 
 # ---- random generators ----
@@ -286,6 +313,30 @@ def test_two_optimizers_of_one_model_evaluate_and_resume_without_a_trace(shared)
         assert equal(resumed, in_one_go)
 
 
+def shared_momentum():
+    """Two optimizers of one weight with slow momentum: the second one's start; behind the first's end; with β = 0."""
+    told = []
+    for finishes, beta in ((False, 0.5), (True, 0.5), (False, 0.0)):
+        weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        first, second = (
+            SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=TAU, outer_momentum=momentum))
+            for momentum in (0.5, beta)
+        )
+        weight.grad = torch.ones_like(weight)
+        first.step()
+        if finishes:
+            slowmo_hf.finish(first)
+        told.append(error_of(second.step))
+    return told
+
+
+def test_slow_momentum_of_two_optimizers_over_one_parameter_is_refused():
+    for refused, after_the_end, without in run_workers(shared_momentum, 2):
+        assert "ValueError: " in refused
+        assert "parameter 0 of group 0 (1 in all) is in another SlowMoOptimizer too" in refused
+        assert (after_the_end, without) == ("", "")
+
+
 # ---- a model that was not prepared ----
 
 
@@ -431,3 +482,18 @@ def test_a_trainers_own_loop_that_counts_no_steps_is_refused(tmp_path):
     )
     with pytest.raises(RuntimeError, match="came to the end of step 1 without on_optimizer_step"):
         trainer.train()
+
+
+class CallsOff(TrainerCallback):
+    """Behind ours: saves of steps 4 and 6 are called off."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save and state.global_step not in (4, 6)
+
+
+def test_a_save_that_is_called_off_costs_no_whole_checkpoint(tmp_path):
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=2)
+    rows, callbacks = Rows(32, torch.float32), [SlowMoCallback(CONFIG), CallsOff()]
+    Trainer(Regression(torch.float32), args, train_dataset=rows, callbacks=callbacks).train()
+    for step in (2, 8):
+        slowmo_hf.verify_checkpoint(tmp_path / f"checkpoint-{step}")

@@ -231,24 +231,36 @@ class Isolation:
         joins: JoinRefusal | None = None,
         log: LoggerAdapter[Logger] | Logger = logger,
     ) -> None:
-        self._joins = joins
-        self._by_flags = [ddp for ddp in wrappers if group is None and not ddp.static_graph]
-        self._by_group = [(ddp, ddp.process_group) for ddp in wrappers if group is not None or ddp.static_graph]
-        _refuse_communication_hooks([ddp for ddp, _ in self._by_group])
+        self._joins, self._group, self._log = joins, group, log
+        self._by_flags: list[DistributedDataParallel] = []
+        self._by_group: list[tuple[DistributedDataParallel, Any]] = []
+        self._norms: list[tuple[torch.nn.SyncBatchNorm, Any]] = []
+        self._hooks: list[Any] = []
+        _refuse_communication_hooks([ddp for ddp in wrappers if group is not None or ddp.static_graph])
         self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds, log=log)
-        self._hooks = [ddp.register_forward_pre_hook(_switch_off) for ddp in self._by_flags]
-        for ddp in self._by_flags:
-            _switch_off(ddp)
-        for ddp, _ in self._by_group:
-            upstream.set_process_group(ddp, group or _lonely_group())
+        self.take(wrappers)
+
+    def take(self, wrappers: list[DistributedDataParallel]) -> None:
+        """Hold these apart too."""
+        group = self._group
+        for ddp in wrappers:
+            if group is None and not ddp.static_graph:
+                self._by_flags.append(ddp)
+                self._hooks.append(ddp.register_forward_pre_hook(_switch_off))
+                _switch_off(ddp)
+            else:
+                self._by_group.append((ddp, ddp.process_group))
+                upstream.set_process_group(ddp, group or _lonely_group())
         norms = [m for ddp in wrappers for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
-        self._norms = [(norm, norm.process_group) for norm in norms]
+        self._norms += [(norm, norm.process_group) for norm in norms]
         for norm in norms:
             norm.process_group = group or _lonely_group()
         if wrappers and group is None:
-            log.info("DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds")
+            self._log.info(
+                "DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds"
+            )
         elif wrappers:
-            log.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
+            self._log.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
     def go_on(self) -> None:
         """Call at an optimizer step: training may go on behind `finish`."""

@@ -31,6 +31,7 @@ from .given import Settings, config_of, what_is
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper
+from .other_optimizers import double_momentum, note_start
 from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
@@ -185,7 +186,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refused = refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
+            refused = double_momentum(self)
+            refused = refused or refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
@@ -202,6 +204,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._pending = None
         outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
+        note_start(self)
         self._model_calls = ModelCalls(self, models)
         tell_at_exit(self)
         self._go_on(outer_loop)

@@ -149,7 +149,9 @@ class TrainerCheckpoints:
         if not limit or limit < 0:
             return
         keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
-        found = sorted(_checkpoints(newest.parent), key=lambda path: path.stat().st_mtime)  # as Trainer does
+        # By age, as Trainer does. A save that another callback has called off has our part alone, and counts for none.
+        ended = [path for path in _checkpoints(newest.parent) if is_whole(path) or not (path / FOLDER).is_dir()]
+        found = sorted(ended, key=lambda path: path.stat().st_mtime)
         over = max(0, len(found) - max(limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:
             logger.info("deleting %s: save_total_limit=%d", path, limit)

@@ -1,0 +1,82 @@
+"""What another SlowMoOptimizer of the program, or a new DDP wrapper, may do with parameters that train already."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+_started: list[weakref.ref[Any]] = []  # all that train, or have trained
+
+
+def note_start(optimizer: Any) -> None:
+    """This SlowMoOptimizer trains from now on."""
+    _started.append(weakref.ref(optimizer, _started.remove))
+
+
+def double_momentum(optimizer: Any) -> str | None:
+    """
+    Why this one cannot start beside another that trains: each one's round would take the other's slow momentum for
+    progress of its own, and a shared parameter moves further from round to round, without bound.
+    """
+    if not optimizer.config.outer_momentum:
+        return None
+    own = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    others = [one for one in _training(own) if one.config.outer_momentum and one.outer_loop.attempted_steps]
+    shared = [own[id(p)] for other in others for group in other.param_groups for p in group["params"] if id(p) in own]
+    if not shared:
+        return None
+    group, index = min(shared)
+    return (
+        f"parameter {index} of group {group} ({len(set(shared))} in all) is in another SlowMoOptimizer too, whose "
+        "training has not ended, and both have slow momentum: each would take the other's for progress. Call "
+        "slowmo_hf.finish on the earlier one if it is done; else use outer_momentum=0 in one of them, or one "
+        "optimizer."
+    )
+
+
+def _training(params: Container[int]) -> list[Any]:
+    """Those that have begun, and not ended, with one of these parameters by identity."""
+
+    def found() -> list[Any]:
+        alive = [optimizer for reference in tuple(_started) if (optimizer := reference()) is not None]
+        return [
+            one
+            for one in alive
+            if one.outer_loop is not None
+            and one.finished_at != one.outer_loop.attempted_steps
+            and any(id(p) in params for group in one.param_groups for p in group["params"])
+        ]
+
+    return found() and (gc.collect(), found())[1]  # one that nobody has any more may wait for its collection
+
+
+def _and_keep_apart(wrap: Callable[..., None]) -> Callable[..., None]:
+    """
+    `DistributedDataParallel.__init__` of a model that trains already. Before the first step (a pass that only looks at
+    shapes has begun it) the wrapper is held apart like others. Later it would give all workers rank 0's weights.
+    """
+
+    @functools.wraps(wrap)
+    def wrap_and_keep_apart(self: DistributedDataParallel, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        training = [one for one in _training({id(p) for p in module.parameters()}) if one.isolation is not None]
+        step = max((one.outer_loop.attempted_steps for one in training), default=0)
+        if step:
+            raise RuntimeError(
+                f"this model has trained for {step} steps, each worker on its own: a new DistributedDataParallel "
+                "would give all of them rank 0's weights. Keep the one that accelerator.prepare returned; or call "
+                "slowmo_hf.finish(optimizer) first."
+            )
+        wrap(self, module, *args, **kwargs)
+        for one in training:
+            one.isolation.take([self])
+
+    return wrap_and_keep_apart
+
+
+DistributedDataParallel.__init__ = _and_keep_apart(DistributedDataParallel.__init__)  # type: ignore[method-assign]
