@@ -33,7 +33,16 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-def _train(folder, base, callbacks, resume=None, **settings):
+class CallsOff(TrainerCallback):
+    """No save, at a step's end or a pass's."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = False
+
+    on_epoch_end = on_step_end
+
+
+def _train(folder, base, callbacks, resume=None, after=(), **settings):
     args = arguments(folder, max_steps=STEPS, learning_rate=0.05, save_strategy="steps", save_steps=100, seed=3)
     trainer = Trainer(
         model=Regression(torch.float32),
@@ -44,6 +53,7 @@ def _train(folder, base, callbacks, resume=None, **settings):
             SlowMoCallback(
                 SlowMoConfig(base=base, sync_every=4, outer_momentum=0.5, timeout_seconds=patience(20), **settings)
             ),
+            *after,
         ],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -132,6 +142,19 @@ def test_a_signal_saves_where_an_evaluation_finds_no_better_model(tmp_path):
         assert code == REQUEUE_EXIT_CODE
         assert left == ["checkpoint-4", "checkpoint-8"]
         assert all(same)
+
+
+def _called_off(folder):
+    with pytest.raises(SystemExit) as stopped, Heard() as heard:
+        _train(folder, "local_sgd", [SignalAt(0, 5, signal.SIGTERM)], after=[CallsOff()])
+    return stopped.value.code, len(heard.about("saved at step")), heard.about("after a signal")
+
+
+def test_a_save_that_was_called_off_is_not_said_to_be_there(tmp_path):
+    (code, saved, said), (other_code, *_) = run_workers(_called_off, 2, tmp_path)
+    assert code == other_code == REQUEUE_EXIT_CODE
+    assert not saved
+    assert said == ["stopped at step 8 after a signal, where a callback called the save off: exit code 75"]
 
 
 def _too_late(folder):

@@ -53,7 +53,11 @@ def _training(params: Container[int]) -> list[Any]:
             and any(id(p) in params for group in one.param_groups for p in group["params"])
         ]
 
-    return found() and (gc.collect(), found())[1]  # one that nobody has any more may wait for its collection
+    holders = found()
+    if holders:
+        gc.collect()  # one that nobody has any more may wait for its collection
+        holders = found()
+    return holders
 
 
 def _and_keep_apart(wrap: Callable[..., None]) -> Callable[..., None]:

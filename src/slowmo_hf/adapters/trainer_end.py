@@ -99,7 +99,10 @@ class Ending:
     def exit_if_stopped(self, step: int) -> None:
         """Raise `SystemExit` with `REQUEUE_EXIT_CODE` where a signal asked for the end, and the save is done."""
         if self.stopped:
-            logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", step, REQUEUE_EXIT_CODE)
+            words = "saved at step %d after a signal: exit code %d asks for a requeue"
+            if self.saved_at != step:
+                words = "stopped at step %d after a signal, where a callback called the save off: exit code %d"
+            logger.warning(words, step, REQUEUE_EXIT_CODE)
             raise SystemExit(REQUEUE_EXIT_CODE)
 
 
