@@ -72,8 +72,11 @@ class TrainerCheckpoints:
         return self._keeping
 
     def end(self) -> None:
-        """Give the arguments back as they were."""
+        """A save that was under way is given up."""
         self._release()
+
+    def give_back_arguments(self) -> None:
+        """As they were."""
         for name, value in self._given.items():
             setattr(self.args, name, value)
 

@@ -36,10 +36,11 @@ class TrainerSaves:
 
     def give_back_arguments(self) -> None:
         """As they were."""
-        self._checkpoints.end()
+        self._checkpoints.give_back_arguments()
 
     def end(self) -> None:
         """Training has ended: an error from now on is not this run's."""
+        self._checkpoints.end()
         self._saves.end()
 
     def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
