@@ -6,7 +6,6 @@ import copy
 import gc
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +23,28 @@ TAU = 4
 CONFIG = SlowMoConfig(sync_every=TAU, outer_momentum=0.0)
 
 
-def own_gradients(model, batches):
-    """Of this process's batches alone."""
+def are_own(model, batches):
+    """Of every gradient, whether it is that of this process's batches alone."""
     twin = copy.deepcopy(model)
     twin.zero_grad()
     for x in batches:
         twin(x).square().mean().backward()
-    return [p.grad for p in twin.parameters()]
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return [torch.allclose(p.grad, own.grad, atol=1e-14) for p, own in pairs]
+
+
+def prepared():
+    """A linear model, bare and under Accelerate's DDP, and its optimizer."""
+    accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 2).double()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), CONFIG)
+    return accelerator, bare, *accelerator.prepare(bare, optimizer)
+
+
+def train(accelerator, model, optimizer, steps):
+    for step in steps:
+        accelerator.backward(model(batch(step)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def batch(step):
@@ -45,24 +59,22 @@ def flags_by_hand(base):
     model = torch.nn.Linear(4, 2).double()
     ddp = DistributedDataParallel(model)
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(base=base, sync_every=TAU))
-    are_own = []
+    found = []
     for step in range(3):
         batches = [batch(2 * step), batch(2 * step + 1)]
         for micro, x in enumerate(batches):
             ddp.require_backward_grad_sync = micro == 1
             ddp(x).square().mean().backward()
-        right = own_gradients(model, batches)
-        are_own += [torch.allclose(p.grad, own, atol=1e-14) for p, own in zip(model.parameters(), right, strict=True)]
+        found += are_own(model, batches)
         optimizer.step()
         optimizer.zero_grad()
-    return are_own
+    return found
 
 
 def triggered():
     """Accelerate's own way to have a late backward pass averaged."""
-    accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 2).double()
-    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), CONFIG))
-    are_own = []
+    accelerator, bare, model, optimizer = prepared()
+    found = []
     for step in range(3):
         batches = [batch(2 * step), batch(2 * step + 1)]
         with accelerator.no_sync(model):
@@ -70,11 +82,10 @@ def triggered():
         accelerator.backward(losses[0])
         with accelerator.trigger_sync_in_backward(model):
             accelerator.backward(losses[1])
-        right = own_gradients(bare, batches)
-        are_own += [torch.allclose(p.grad, own, atol=1e-14) for p, own in zip(bare.parameters(), right, strict=True)]
+        found += are_own(bare, batches)
         optimizer.step()
         optimizer.zero_grad()
-    return are_own
+    return found
 
 
 def averaged_by_stock():
@@ -82,7 +93,7 @@ def averaged_by_stock():
     model = torch.nn.Linear(4, 2).double()
     ddp = DistributedDataParallel(model)
     ddp(batch(0)).square().mean().backward()
-    return torch.equal(model.weight.grad, own_gradients(model, [batch(0)])[0])
+    return are_own(model, [batch(0)])
 
 
 def all_flags():
@@ -92,26 +103,18 @@ def all_flags():
 def test_a_program_that_sets_ddps_flags_averages_no_gradients():
     for found in run_workers(all_flags, 2):
         assert found == {name: [True] * 6 for name in found}
-    assert run_workers(averaged_by_stock, 2) == [False, False]
+    assert run_workers(averaged_by_stock, 2) == [[False, False]] * 2
 
 
 def let_go():
     """Stock training of a model whose optimizer of ours has ended and is gone: are gradients averaged again?"""
-    accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 2).double()
-    model, optimizer = accelerator.prepare(bare, SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), CONFIG))
-    for step in range(TAU + 1):
-        accelerator.backward(model(batch(step)).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
+    accelerator, bare, model, optimizer = prepared()
+    train(accelerator, model, optimizer, range(TAU + 1))
     slowmo_hf.finish(optimizer)
     accelerator.free_memory()
     del optimizer
     gc.collect()
-    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
-    for step in range(3):
-        model(batch(step)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(accelerator, model, torch.optim.SGD(bare.parameters(), lr=0.1), range(3))
     return values(bare)
 
 
@@ -142,23 +145,20 @@ def wrapped_late():
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), CONFIG)
     model(batch(0))
     ddp = DistributedDataParallel(model)
-    are_own = []
+    found = []
     for step in range(3):
         ddp(batch(step)).square().mean().backward()
-        own = own_gradients(model, [batch(step)])
-        are_own += [
-            torch.allclose(p.grad, right, atol=1e-14) for p, right in zip(model.parameters(), own, strict=True)
-        ]
+        found += are_own(model, [batch(step)])
         optimizer.step()
         optimizer.zero_grad()
     said = error_of(DistributedDataParallel, model)
     slowmo_hf.finish(optimizer)
-    return are_own, said, error_of(DistributedDataParallel, model)
+    return found, said, error_of(DistributedDataParallel, model)
 
 
 def test_a_wrapper_that_comes_late_is_kept_apart_or_refused():
-    for are_own, inside, after in run_workers(wrapped_late, 2):
-        assert are_own == [True] * 6
+    for found, inside, after in run_workers(wrapped_late, 2):
+        assert found == [True] * 6
         assert inside.startswith("RuntimeError: this model has trained for 3 steps, each worker on its own")
         assert after == ""
 
@@ -292,23 +292,21 @@ def train_both(made, steps, evaluates=False):
     return values(made[1])
 
 
-def evaluated_and_resumed(shared):
+def evaluated_and_resumed(folder, shared):
     """A run in one go, one that evaluates, and one that is saved inside a round and resumed."""
     first = both(shared)
     train_both(first, range(6))
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    first[0].save_state(folder[0])
+    first[0].save_state(folder)
     in_one_go = train_both(first, range(6, 11))
     evaluated = train_both(both(shared), range(11), evaluates=True)
     again = both(shared)
-    again[0].load_state(folder[0])
+    again[0].load_state(folder)
     return in_one_go, evaluated, train_both(again, range(6, 11))
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_two_optimizers_of_one_model_evaluate_and_resume_without_a_trace(shared):
-    for in_one_go, evaluated, resumed in run_workers(evaluated_and_resumed, 2, shared):
+def test_two_optimizers_of_one_model_evaluate_and_resume_without_a_trace(tmp_path, shared):
+    for in_one_go, evaluated, resumed in run_workers(evaluated_and_resumed, 2, str(tmp_path), shared):
         assert equal(evaluated, in_one_go)
         assert equal(resumed, in_one_go)
 
@@ -400,7 +398,7 @@ def test_the_end_is_the_average_where_no_error_passes():
             (model(torch.full((2, 4), rank + 1.0).double()) - 1).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        slowmo_hf.finish(optimizer)
+        accelerator.end_training()
         return values(model)
 
     assert equal(*run_in_process(train, 2))
@@ -425,12 +423,10 @@ def given(args):
     return args.save_total_limit, args.hub_strategy, args.average_tokens_across_devices
 
 
-def fails_and_goes_on():
+def fails_and_goes_on(folder):
     """Two Trainers with the same arguments: what is left of these, and of the second one's checkpoints."""
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
     args = arguments(
-        folder[0],
+        folder,
         max_steps=6,
         save_strategy="steps",
         save_steps=2,
@@ -445,11 +441,11 @@ def fails_and_goes_on():
         said = error_of(trainer.train)
         seen.append((said, given(args) == before))
     dist.barrier()
-    return seen, sorted(path.name for path in Path(folder[0]).glob("checkpoint-*"))
+    return seen, sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
-def test_a_trainer_that_fails_gives_its_arguments_back():
-    for seen, left in run_workers(fails_and_goes_on, 2):
+def test_a_trainer_that_fails_gives_its_arguments_back(tmp_path):
+    for seen, left in run_workers(fails_and_goes_on, 2, tmp_path):
         assert seen == [("RuntimeError: a fault of the program's own", True), ("", True)]
         assert left == ["checkpoint-6"]
 

@@ -186,8 +186,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refused = double_momentum(self)
-            refused = refused or refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
+            refused = double_momentum(self) or refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)

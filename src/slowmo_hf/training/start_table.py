@@ -92,18 +92,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum == 0 and config.outer_lr == 1:
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
-    factor = _effective_step(config, parts.inner_state.policy)
-    if 1 < workers.count < FULL_MOMENTUM and factor > SAFE_STEP:
-        logger.warning(
-            "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far "
-            "as the learning rate says. Below %d workers that ruined runs whose rate was right without it. Start with "
-            "outer_momentum=0, or divide the learning rate by %.3g (docs/from_ddp.md).",
-            config.outer_momentum,
-            workers.count,
-            factor,
-            FULL_MOMENTUM,
-            factor,
-        )
+    _warn_of_far_steps(parts)
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
         least = enough_rounds(config.outer_momentum)
         if 0 < plan.rounds < least:
@@ -116,3 +105,20 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
                 config.sync_every,
                 plan.steps,
             )
+
+
+def _warn_of_far_steps(parts: Parts) -> None:
+    """Of few workers whose inner state is kept."""
+    config, workers = parts.config, parts.workers
+    factor = _effective_step(config, parts.inner_state.policy)
+    if 1 < workers.count < FULL_MOMENTUM and factor > SAFE_STEP:
+        workers.logger.warning(
+            "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far "
+            "as the learning rate says. Below %d workers that ruined runs whose rate was right without it. Start with "
+            "outer_momentum=0, or divide the learning rate by %.3g (docs/from_ddp.md).",
+            config.outer_momentum,
+            workers.count,
+            factor,
+            FULL_MOMENTUM,
+            factor,
+        )
