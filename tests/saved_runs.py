@@ -58,10 +58,20 @@ def of_rank_0(lines):
     return box[0]
 
 
-def make(folder, config=CONFIG, model=None, data=None, watchers=(), kind=Trainer, ours=SlowMoCallback, **settings):
+def make(
+    folder,
+    config=CONFIG,
+    model=None,
+    data=None,
+    watchers=(),
+    kind=Trainer,
+    ours=SlowMoCallback,
+    added=False,
+    **settings,
+):
     """
     (recorder, trainer), with a checkpoint after every step unless `settings` say otherwise; config None is stock
-    training.
+    training. With `added` the callbacks are added to a Trainer that is there.
     """
     recorder = Recorder()
     last = [watcher for watcher in watchers if isinstance(watcher, Stop)]  # when the save is finished
@@ -78,8 +88,10 @@ def make(folder, config=CONFIG, model=None, data=None, watchers=(), kind=Trainer
         args=arguments(folder, **{**defaults, "per_device_train_batch_size": 2, **settings}),
         train_dataset=rows,
         eval_dataset=rows,
-        callbacks=callbacks,
+        callbacks=None if added else callbacks,
     )
+    for callback in callbacks if added else ():
+        trainer.add_callback(callback)
     return recorder, trainer
 
 

@@ -26,11 +26,13 @@ WINGS = {
     "adapters": [
         ["accelerate_checkpoints"],
         ["callback", "functions"],
-        ["optimizer", "trainer_end", "trainer_gathers", "trainer_logs", "trainer_saves"],
+        ["optimizer", "trainer_logs", "trainer_saves", "trainer_views"],
+        ["trainer_end", "trainer_gathers"],
         [
             *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper"),
-            *("other_optimizers", "stop_signals", "trainer_checkpoints", "trainer_start"),
+            *("other_optimizers", "stop_signals", "trainer_start"),
         ],
+        ["trainer_checkpoints"],
         ["refusals", "trainer_methods"],
         ["fully_sharded"],
     ],
@@ -46,7 +48,7 @@ WINGS = {
         ["consensus_view", "costs", "inner_state"],
         ["account", "model_tensors"],
         ["other_tensors"],
-        ["clock", "program", "report"],
+        ["clock", "digests", "program", "report"],
     ],
     "wire": [
         ["error_feedback", "gossip", "inside", "sharding"],
@@ -100,6 +102,7 @@ ONLY = {
         "adapters.trainer_gathers",
         "adapters.trainer_saves",
         "adapters.trainer_start",
+        "adapters.trainer_views",
     ),
 }
 

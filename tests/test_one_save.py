@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig, verify_checkpoint
 from slowmo_hf.checkpoints.claim import Claim, is_claimed
@@ -289,15 +290,19 @@ here.make(sys.argv[1])
 """
 
 
-class Meanwhile(TrainerCallback):
-    """Does something between our files and Trainer's end of the save at step 8."""
+class Meanwhile(TrainerCallback, ExportableState):
+    """Does something where Trainer asks for its state: between our files and the end of the save at step 8."""
 
-    def __init__(self, act):
-        self.act = act
+    def __init__(self, act, step=8):
+        self.act, self.step, self.now, self.folder = act, step, 0, None
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == 8:
-            self.act(Path(args.output_dir))
+    def on_step_end(self, args, state, control, **kwargs):
+        self.now, self.folder = state.global_step, Path(args.output_dir)
+
+    def state(self):
+        if self.now == self.step:
+            self.act(self.folder)
+        return {"args": {}, "attributes": {}}
 
 
 def test_a_second_program_leaves_a_save_under_way_alone(run, tmp_path):
@@ -342,27 +347,34 @@ def test_without_locks_a_save_may_be_lost_and_training_goes_on(run, tmp_path, mo
     def no_locks(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
+    own = Trainer._save_checkpoint
+
+    def save_and_lose(trainer, *given):
+        own(trainer, *given)
+        if trainer.state.global_step == 8:
+            make(tmp_path)
+
     monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_lose)
     with Heard() as heard:
-        end = train(tmp_path, before=[Meanwhile(make)], save_steps=8)
+        end = train(tmp_path, save_steps=8)
     assert same(end, run[1])
     assert heard.about("checkpoint-8 was taken away by another program while it was being written", "WARNING")
     assert {path.name for path in tmp_path.iterdir()} == {"incomplete-checkpoint-8", "checkpoint-10"}
     verify_checkpoint(tmp_path / "checkpoint-10")
 
 
-class Fails(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        raise KeyError("a user's mistake")
+def fail(folder):
+    raise KeyError("a user's mistake")
 
 
 def test_a_save_that_failed_is_no_longer_claimed_when_its_trainer_trains_again(tmp_path):
     """In one process, as in a notebook."""
-    trainer = make(tmp_path, before=[Fails()])
+    trainer = make(tmp_path, before=[Meanwhile(fail, step=4)])
     with pytest.raises(KeyError):
         trainer.train()
     assert is_claimed(tmp_path / "checkpoint-4")
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, Fails)]
+    trainer.remove_callback(Meanwhile)
     trainer.train()
     assert not is_claimed(tmp_path / "checkpoint-4")
     verify_checkpoint(tmp_path / "checkpoint-4")

@@ -151,36 +151,83 @@ def test_metrics_of_a_worker_of_several_processes(tmp_path):
         assert_same_entries(out["quiet"][1], out["gathering"][1])
 
 
-def train_own_loss(folder):
-    """A subclass whose own loss gathers: what reaches the loss stays as it is. Rank 1 is slow."""
-    from trl import SFTTrainer
+def train_own_loss(folder, place):
+    """The user's own code gathers in a training step: what reaches the loss stays as it is. Rank 1 is slow."""
+    from trl import DPOTrainer, SFTTrainer
 
-    class Coupled(SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    class Slow:
+        """Of a Trainer."""
+
+        def gathers(self, found):
             time.sleep(0.2 * self.args.process_index)
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self.seen = self.accelerator.gather((found[0] if return_outputs else found).detach())
+            loss = found[0] if isinstance(found, tuple) else found
+            self.seen = self.accelerator.gather(loss.detach())
             return found
 
+    class InTheLoss(Slow, SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return self.gathers(super().compute_loss(*args, **kwargs))
+
+    class InAPartOfTheLoss(Slow, DPOTrainer):
+        def _compute_loss(self, *args, **kwargs):
+            return self.gathers(super()._compute_loss(*args, **kwargs))
+
+    class AroundTheLoss(Slow, SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            return self.gathers(super().training_step(*args, **kwargs))
+
+    class InItsFunction(Slow, SFTTrainer):
+        def loss_function(self, outputs, labels, num_items_in_batch=None):
+            return self.gathers(outputs.logits.float().square().mean())
+
+    kinds = {"loss": InTheLoss, "part": InAPartOfTheLoss, "step": AroundTheLoss, "function": InItsFunction}
     collectives = Collectives()
     config = SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30))
     callback = SlowMoCallback(config)
-    trainer = make("SFTTrainer", folder, [collectives, callback])
-    trainer.__class__ = Coupled
+    trainer = make("DPOTrainer" if place == "part" else "SFTTrainer", folder, [collectives, callback])
+    trainer.__class__ = kinds[place]
+    if place == "function":
+        trainer.compute_loss_func = trainer.loss_function
     with Heard() as heard:
         trainer.train()
     utilisation = callback.outer_loop.account.spent.utilisation  # this rank's
     return collectives.names, len(trainer.seen), heard.about("gathers over all ranks"), utilisation
 
 
-def test_a_loss_that_gathers_is_left_alone_and_said(tmp_path):
-    (names, seen, said, utilisation), (_, _, nothing, of_the_slow) = run_workers(train_own_loss, 2, str(tmp_path))
-    assert len(names) >= 4
+@pytest.mark.parametrize(
+    "place", ["loss", *(pytest.param(place, marks=pytest.mark.slow) for place in ("part", "step", "function"))]
+)
+def test_a_loss_that_gathers_is_left_alone_and_said(tmp_path, place):
+    ranks = run_workers(train_own_loss, 2, str(tmp_path), place)
+    (names, seen, said, utilisation), (_, _, nothing, of_the_slow) = ranks
+    assert len(names) >= (4 if place == "loss" else 1)
     assert utilisation < 0.6 < of_the_slow, "rank 0 waits at every step, and that is no computation"
     assert seen == 2
-    assert len(said) == 1
-    assert "Coupled gathers over all ranks in its training steps" in said[0]
+    assert "gathers over all ranks in its training steps" in " ".join(said)
     assert not nothing
+
+
+class AsksForALog(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or state.global_step == 2
+
+
+def check_asked_late(folder):
+    out = {}
+    for place in ("before", "behind"):
+        ours = SlowMoCallback(SlowMoConfig(sync_every=TAU, timeout_seconds=patience(30)))
+        trainer = make("SFTTrainer", folder, [AsksForALog(), ours] if place == "before" else [ours, AsksForALog()])
+        trainer.train()
+        out[place] = [entry for entry in trainer.state.log_history if entry["step"] == 2]
+    return out
+
+
+def test_a_log_that_a_later_callback_asks_for_has_all_ranks_metrics(tmp_path):
+    ranks = run_workers(check_asked_late, 2, str(tmp_path))
+    for rank in ranks:
+        (before,), (behind,) = rank["before"], rank["behind"]
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert before[name] == behind[name] == ranks[0]["before"][0][name], name
 
 
 # ---- GRPO ----

@@ -255,6 +255,12 @@ def output_folder(trainer: Any) -> str:
     return str(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
 
 
+# Trainer's own method that writes a checkpoint, of all ranks, transformers >= 4.57. No event comes before it, and
+# save_strategy="best" decides behind the evaluation
+# (tests/test_checkpoint_folders.py::test_saves_at_epochs_and_of_the_best_are_whole).
+SAVE_CHECKPOINT = "_save_checkpoint"
+
+
 def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
     """
     `_metrics` of TRL's trainers, trl >= 1.0: by name, what was added since the last entry of the log and goes into the

@@ -23,7 +23,6 @@ from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany, best_model, refuse_uncounted
-from .trainer_gathers import TrainerGathers
 from .trainer_logs import RoundLogs
 from .trainer_methods import Looks
 from .trainer_saves import TrainerSaves
@@ -36,6 +35,7 @@ from .trainer_start import (
     refuse_wrong_launch,
     switch_off_token_average,
 )
+from .trainer_views import TrainerViews
 
 
 class SlowMoCallback(TrainerCallback, ExportableState):
@@ -68,9 +68,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._given_back = ExitStack()  # at the end: what is switched off while we train
         self.given_arguments = ExitStack()  # gives TrainingArguments back, also where training fails
         self._round_logs = RoundLogs()
-        self._round_ended, self._counted_step = False, -1  # at this step; Trainer's, of the last step that was counted
+        self._counted_step = -1  # Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
-        self._gathers: TrainerGathers | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
@@ -125,12 +124,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
             switch_off_token_average(args, self.given_arguments)
             advise(args, self.config)
-        self._gathers = TrainerGathers(self._find_trainer(), outer_loop, self._given_back)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training, self._round_ended, self._counted_step = True, False, -1
+        self._training, self._counted_step = True, -1
         self._ending = Ending(outer_loop, state.max_steps)
+        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._given_back)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
             self._round_logs.begin(self._find_trainer(), outer_loop, self._given_back)
@@ -147,7 +146,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = TrainerSaves(args, outer_loop)
-        self._given_back.callback(self._saves.end)
+        self._saves.begin(self._find_trainer(), self.looks, self._given_back)
         self.given_arguments.callback(self._saves.give_back_arguments)
         if state.global_step:
             try:
@@ -181,11 +180,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """
         if self.outer_loop is None or self._ending is None:
             return
+        best = best_model(args, state)
         if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
             dataloader = kwargs.get("train_dataloader")
             self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
-            self.outer_loop.consensus.keep()
-        log_end(self.outer_loop.parts, best_model(args, state))
+            self.outer_loop.consensus.keep(loaded=bool(best))
+        log_end(self.outer_loop.parts, best)
+        if self._saves:
+            self._saves.keep_the_best_alone(state)
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
         self._ending.exit_if_stopped(state.global_step)
@@ -205,9 +207,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self._step_too_many is not None or self._counted_step == state.global_step:
             return
         assert self.outer_loop is not None
+        assert self._ending is not None
         self._counted_step = state.global_step
         report = self.outer_loop.step(inner_lrs(raw_optimizer(optimizer)))
-        self._round_ended = report is not None
+        self._ending.round_ended = report is not None
         if report is not None:
             self._round_logs.rounds.append(report)
 
@@ -217,61 +220,34 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if upstream.is_telling(trainer.callback_handler, "on_optimizer_step"):
             self._count_step(trainer.optimizer, trainer.state)
 
-    # ---- views: evaluation and saving follow on_step_end and on_epoch_end ----
+    # ---- around the steps; what they show is in `trainer_views.py` ----
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the local weights back; the generators went back after the view: batches have been drawn since."""
-        if self.outer_loop is not None:
-            self.outer_loop.consensus.restore(give_back_random_state=False)
-            if state.global_step >= state.max_steps and self._step_too_many is None:
-                self._step_too_many = StepTooMany.of(kwargs["model"], state)
+        """A step too many leaves no trace."""
+        if self._training and state.global_step >= state.max_steps and self._step_too_many is None:
+            self._step_too_many = StepTooMany.of(kwargs["model"], state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the average where an evaluation, a save or the end follows."""
+        """
+        Take a step too many back.
+
+        Raises:
+            RuntimeError: The Trainer's own loop counts no steps.
+        """
         if self._step_too_many is not None:
             self._step_too_many.undo(state, control)
             self._step_too_many = None
         elif self._training:
             refuse_uncounted(self._counted_step, state)
-        if self._ending is not None:
-            self._ending.stop_with_others(state, control, round_ended=self._round_ended)
-        self._look_if_due(args, state, control, kwargs)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """As at a step's end; a rank that stops ends with the others first."""
-        if self._ending is not None:
-            self._ending.save_if_stopped(state, control)
-            if not control.should_training_stop and not self._ending.all_gather(control):
-                control.should_training_stop = True
-            if control.should_training_stop:
-                self._ending.end(self._find_trainer(), args, state, kwargs.get("train_dataloader"))
-        self._look_if_due(args, state, control, kwargs)
-
-    def _look_if_due(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, events: dict[str, Any]
-    ) -> None:
-        if self.outer_loop is None or self._ending is None:
-            return
-        if control.should_evaluate or control.should_save:
-            self.outer_loop.consensus.show()
-        elif control.should_training_stop and not control.should_log:  # a log comes first, which all gather for
-            self._ending.end(self._find_trainer(), args, state, events.get("train_dataloader"))
-        if self._gathers is not None and control.should_log:
-            self._gathers.bring_together()
-        if self._saves and control.should_save:
-            self._saves.write(self._find_trainer(), events["lr_scheduler"], state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The checkpoint is whole."""
-        if self._saves and self._ending:
+        """What a signal asked for is saved."""
+        if self._ending:
             self._ending.saved_at = state.global_step
-            self._saves.finish(self._find_trainer(), kwargs["lr_scheduler"], state)
 
     # ---- its Trainer ----
 

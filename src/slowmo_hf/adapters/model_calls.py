@@ -124,7 +124,7 @@ class ModelCalls:
     def before_load_state_dict(self) -> None:
         """An EMA swap loads other weights behind `model.eval()`, and then those again that were shown."""
         if self._outer_loop.view.is_of_last_round:
-            self._outer_loop.view.remember_shown()
+            self._outer_loop.view.keep_writes()
 
     def on_load_state_dict(self) -> None:
         """What the program loads stays, until training goes on."""
@@ -132,7 +132,7 @@ class ModelCalls:
         if optimizer is None or optimizer.awaits_a_checkpoint:
             return  # `accelerator.load_state`: every worker's own follow
         view = self._outer_loop.view
-        is_back = view.is_of_last_round and not view.is_overwritten
+        is_back = view.is_of_last_round and not view.is_written
         self._loaded_at = None if is_back else self._outer_loop.clock.attempted_steps
 
     @property

@@ -156,7 +156,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         """The average in the parameters (Trainer calls it before each evaluation). Collective. Passed on, likewise."""
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
-            self.outer_loop.consensus.show()
+            # One that swaps weights itself may bring back other last digits.
+            self.outer_loop.consensus.show(keep_writes=not hasattr(self.inner_optimizer, "eval"))
         self._tell_inner("eval")
 
     # ---- the start ----

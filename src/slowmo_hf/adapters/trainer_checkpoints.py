@@ -101,10 +101,8 @@ class TrainerCheckpoints:
             raise
         self._written = folder
 
-    def finish(self, folder: Path, objects: dict[str, Any], state: TrainerState) -> None:
+    def finish(self, folder: Path, state: TrainerState) -> None:
         """Trainer's part is written too: seal the folder, then delete what is over `save_total_limit`. Collective."""
-        if self._written != folder:  # save_strategy="best" decides after the evaluation
-            self.write(folder, objects)
 
         def keep() -> None:
             if not self._decide_who_keeps().seals:
@@ -147,13 +145,20 @@ class TrainerCheckpoints:
             finally:
                 self.args.hub_strategy = HubStrategy.END
 
-    def _rotate(self, newest: Path, best: str | None) -> None:
+    def keep_the_best_alone(self, best: str | None) -> None:
+        """What Trainer does with `save_total_limit=1` where training has ended: the last checkpoint goes."""
+        if best and self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals:
+            self._rotate(Path(best))
+
+    def _rotate(self, *kept: Path | str | None) -> None:
+        """Delete what is over `save_total_limit`, and none of these."""
         limit = self._given["save_total_limit"]
         if not limit or limit < 0:
             return
-        keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
-        # By age, as Trainer does. A save that another callback has called off has our part alone, and counts for none.
-        ended = [path for path in _checkpoints(newest.parent) if is_whole(path) or not (path / FOLDER).is_dir()]
+        keep = {Path(path).resolve() for path in kept if path}
+        # By age, as Trainer does. A save that has failed has our part alone, and counts for none.
+        folder = next(iter(keep)).parent
+        ended = [path for path in _checkpoints(folder) if is_whole(path) or not (path / FOLDER).is_dir()]
         found = sorted(ended, key=lambda path: path.stat().st_mtime)
         over = max(0, len(found) - max(limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:

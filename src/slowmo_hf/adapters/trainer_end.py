@@ -27,7 +27,7 @@ class Ending:
 
     def __init__(self, outer_loop: OuterLoop, max_steps: int) -> None:
         self.outer_loop = outer_loop
-        self.ended = self.stopped = False
+        self.ended = self.stopped = self.round_ended = False  # the last: at this step
         self.saved_at: int | None = None  # the step of the last checkpoint
         self._planned_end: int | None = None  # max_steps, where it is the same on all ranks
         if outer_loop.config.base in GOSSIP_BASES:
@@ -45,9 +45,9 @@ class Ending:
         """Meet before Trainer gathers: False where a rank has ended, and will not come."""
         return not _gathers(control) or self.ended or self.outer_loop.meet_before_gathering()
 
-    def stop_with_others(self, state: TrainerState, control: TrainerControl, *, round_ended: bool) -> None:
+    def stop_with_others(self, state: TrainerState, control: TrainerControl) -> None:
         """A rank that was sent a signal, or has no more data, has said so where all met: all stop together."""
-        if round_ended:
+        if self.round_ended:
             self._stop_with_others(state, control, self.outer_loop.status.somebody_ended)
         if not self.all_gather(control):
             self._stop_with_others(state, control, True)
@@ -99,10 +99,7 @@ class Ending:
     def exit_if_stopped(self, step: int) -> None:
         """Raise `SystemExit` with `REQUEUE_EXIT_CODE` where a signal asked for the end, and the save is done."""
         if self.stopped:
-            words = "saved at step %d after a signal: exit code %d asks for a requeue"
-            if self.saved_at != step:
-                words = "stopped at step %d after a signal, where a callback called the save off: exit code %d"
-            logger.warning(words, step, REQUEUE_EXIT_CODE)
+            logger.warning("saved at step %d after a signal: exit code %d asks for a requeue", step, REQUEUE_EXIT_CODE)
             raise SystemExit(REQUEUE_EXIT_CODE)
 
 

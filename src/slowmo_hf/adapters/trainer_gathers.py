@@ -18,6 +18,14 @@ from .trainer_methods import Method, replace_method
 # Of TRL: what they gather in a training step is for their logs alone, and all of it is averaged or counted there.
 FOR_LOGS_ALONE = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
 _COUNTERS = ("num_tokens",)
+_KEPT = (
+    "%s gathers metrics at every step: between rounds each worker gathers its own, and they are averaged over workers "
+    "(tokens: summed) where they are logged"
+)
+_LEFT = (
+    "%s gathers over all ranks in its training steps: each step waits for the slowest rank, and counts that as "
+    "communication. Rounds then save bytes, and no waiting"
+)
 
 
 class TrainerGathers:
@@ -34,25 +42,31 @@ class TrainerGathers:
 
     def __init__(self, trainer: Trainer, outer_loop: OuterLoop, given_back: ExitStack) -> None:
         self._trainer, self._outer_loop = trainer, outer_loop
-        self._is_stepping = self._is_inside = self._is_said = False
-        self._are_for_logs = _defines_its_loss(trainer) in FOR_LOGS_ALONE
+        self._is_stepping = self._is_in_loss = self._is_inside = False
+        self._said: set[str] = set()
+        self._are_for_logs = _loss_of_trl(trainer) in FOR_LOGS_ALONE
         if not outer_loop.parts.trains_alone:
             return
         for name in ("gather", "gather_for_metrics", "reduce"):
             replace_method(trainer.accelerator, name, functools.partial(self._watched, name), given_back)
-        replace_method(trainer, "training_step", self._noting_the_step, given_back)
+        replace_method(trainer, "training_step", functools.partial(self._noting, "_is_stepping", True), given_back)
+        replace_method(trainer, "compute_loss", functools.partial(self._noting, "_is_in_loss", True), given_back)
+        if callable(getattr(trainer, "compute_loss_func", None)):  # the user's own, which the loss calls
+            its_own = functools.partial(self._noting, "_is_in_loss", False)
+            replace_method(trainer, "compute_loss_func", its_own, given_back)
         replace_method(trainer, "log", self._in_summaries, given_back)
 
-    def _noting_the_step(self, training_step: Method) -> Method:
-        @functools.wraps(training_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self._is_stepping = True
+    def _noting(self, flag: str, inside: bool, method: Method) -> Method:
+        @functools.wraps(method)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            before = getattr(self, flag)
+            setattr(self, flag, inside)
             try:
-                return training_step(*args, **kwargs)
+                return method(*args, **kwargs)
             finally:
-                self._is_stepping = False
+                setattr(self, flag, before)
 
-        return step
+        return noted
 
     def _watched(self, name: str, gather: Method) -> Method:
         @functools.wraps(gather)
@@ -61,16 +75,10 @@ class TrainerGathers:
             model = self._trainer.model
             if self._is_inside or not (self._is_stepping and model is not None and model.training):
                 return gather(*args, **kwargs)
-            if self._are_for_logs and name != "reduce":
-                self._say(
-                    "%s gathers metrics at every step: between rounds each worker gathers its own, and they are "
-                    "averaged over workers (tokens: summed) where they are logged"
-                )
+            if self._are_for_logs and self._is_in_loss and name != "reduce":
+                self._say(_KEPT)
                 return self._inside_the_worker(*args, **kwargs)
-            self._say(
-                "%s gathers over all ranks in its training steps: each step waits for the slowest rank, and counts "
-                "that as communication. Rounds then save bytes, and no waiting"
-            )
+            self._say(_LEFT)
             self._is_inside = True  # one calls another
             try:
                 with self._outer_loop.account.communicating():
@@ -85,9 +93,9 @@ class TrainerGathers:
         return recursively_apply(lambda t: gather_inside(t, group), data)  # type: ignore[no-untyped-call]
 
     def _say(self, words: str) -> None:
-        if not self._is_said:
+        if words not in self._said:
             logger.warning(words, type(self._trainer).__name__)
-        self._is_said = True
+        self._said.add(words)
 
     def _in_summaries(self, log: Method) -> Method:
         @functools.wraps(log)
@@ -102,7 +110,7 @@ class TrainerGathers:
     def bring_together(self) -> None:
         """Metrics of all workers, where all ranks are about to log. Collective."""
         metrics = upstream.trl_metrics(self._trainer)
-        if not self._are_for_logs or metrics is None or not self._is_said:
+        if not self._are_for_logs or metrics is None or _KEPT not in self._said:
             return
         with self._outer_loop.account.paused(), self._outer_loop.account.apart():
             everywhere = self._outer_loop.workers.world.gather_objects(
@@ -117,7 +125,9 @@ class TrainerGathers:
                 metrics[name] = [sum(value * n for value, n in found) / sum(n for _, n in found)]
 
 
-def _defines_its_loss(trainer: Trainer) -> str:
-    """The class of TRL whose loss it trains with; empty where a subclass has a loss of its own."""
-    cls = next(one for one in type(trainer).__mro__ if "compute_loss" in vars(one))
-    return cls.__name__ if cls.__module__.split(".")[0] == "trl" else ""
+def _loss_of_trl(trainer: Trainer) -> str:
+    """The class of TRL whose loss it trains with; empty where a subclass has a loss, or a part of it, of its own."""
+    cls = type(trainer)
+    names = [name for name in ("compute_loss", "_compute_loss") if hasattr(cls, name)]
+    owners = [next(one for one in cls.__mro__ if name in vars(one)) for name in names]
+    return owners[0].__name__ if all(one.__module__.split(".")[0] == "trl" for one in owners) else ""

@@ -43,28 +43,32 @@ class Looks:
         """
         self._outer_loop, self._catch_up = outer_loop, catch_up
         given_back.callback(self._end)
+        own = functools.partial(self.look, keep_writes=True)  # a stock Trainer's callbacks write into its model
 
         @contextmanager
         def evaluating() -> Iterator[None]:
             before = trainer.args.average_tokens_across_devices
             trainer.args.average_tokens_across_devices = average_tokens
             try:
-                with self.look():
+                with own():
                     yield
             finally:
                 trainer.args.average_tokens_across_devices = before
 
-        for name, inside in (("evaluate", evaluating), ("predict", evaluating), ("save_model", self.look)):
+        for name, inside in (("evaluate", evaluating), ("predict", evaluating), ("save_model", own)):
             replace_method(trainer, name, functools.partial(_inside, inside), given_back)
 
     def _end(self) -> None:
         self._outer_loop, self._catch_up = None, lambda: None
 
     @contextmanager
-    def look(self) -> Iterator[None]:
+    def look(self, *, keep_writes: bool = False) -> Iterator[None]:
         """
         Inside, the average is in the model; afterwards weights and random generators are what they were. Collective,
         unless the average is shown anyway.
+
+        Args:
+            keep_writes (`bool`): As `ConsensusView.keep_writes`.
         """
         outer_loop = self._outer_loop
         if outer_loop is None:
@@ -73,7 +77,7 @@ class Looks:
         self._catch_up()
         random_state = RandomState.take()
         try:
-            with outer_loop.consensus.shown():
+            with outer_loop.consensus.shown(keep_writes=keep_writes):
                 yield
         finally:
             random_state.give_back()

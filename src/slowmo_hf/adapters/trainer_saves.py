@@ -1,7 +1,9 @@
-"""Trainer's events of saving and resuming, as calls of `TrainerCheckpoints`."""
+"""Trainer's saving and resuming, as calls of `TrainerCheckpoints`."""
 
 from __future__ import annotations
 
+import functools
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ..checkpoints.last_lines import Saves
 from ..checkpoints.state import save_names
 from ..training.outer_loop import OuterLoop
 from .trainer_checkpoints import TrainerCheckpoints
+from .trainer_methods import Looks, Method, replace_method
 
 
 class TrainerSaves:
@@ -32,13 +35,19 @@ class TrainerSaves:
         self.outer_loop = outer_loop
         self._checkpoints = TrainerCheckpoints(args, outer_loop)
         self._saves = Saves("trainer.train(resume_from_checkpoint={})", raised_in="trainer.py")
+
+    def begin(self, trainer: Trainer, looks: Looks, given_back: ExitStack) -> None:
+        """From here to the end the Trainer's checkpoints are complete."""
         self._saves.begin()
+        given_back.callback(self._end)
+        wrap = functools.partial(self._around_own_files, trainer, looks)
+        replace_method(trainer, upstream.SAVE_CHECKPOINT, wrap, given_back)
 
     def give_back_arguments(self) -> None:
         """As they were."""
         self._checkpoints.give_back_arguments()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Training has ended: an error from now on is not this run's."""
         self._checkpoints.end()
         self._saves.end()
@@ -57,27 +66,27 @@ class TrainerSaves:
         """Which save our part of a checkpoint is that Trainer writes now, for `trainer_state.json`."""
         return None if self.args.save_only_model else save_names(self.outer_loop)
 
-    def write(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
-        """Before Trainer's own files. Collective."""
-        self._checkpoints.write(_folder(trainer, state), _states(trainer, scheduler))
+    def keep_the_best_alone(self, state: TrainerState) -> None:
+        """As `TrainerCheckpoints.keep_the_best_alone`, where training has ended."""
+        self._checkpoints.keep_the_best_alone(state.best_model_checkpoint)
 
-    def finish(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
-        """After Trainer's own files: the checkpoint is whole, and pushed. Collective."""
-        folder = _folder(trainer, state)
-        self._checkpoints.finish(folder, _states(trainer, scheduler), state)
-        self._saves.add(folder)
-        self._checkpoints.push(trainer, folder)
+    def _around_own_files(self, trainer: Trainer, looks: Looks, save: Method) -> Method:
+        @functools.wraps(save)
+        def save_all(*args: Any, **kwargs: Any) -> Any:
+            """Collective: our part before Trainer's own files; behind them the checkpoint is whole, and is pushed."""
+            folder = Path(upstream.output_folder(trainer)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            states = {name: own.state_dict() for name, own in _own_objects(trainer, trainer.lr_scheduler).items()}
+            with looks.look(keep_writes=True):
+                self._checkpoints.write(folder, states)
+                result = save(*args, **kwargs)
+                self._checkpoints.finish(folder, trainer.state)
+                self._saves.add(folder)
+                self._checkpoints.push(trainer, folder)
+            return result
 
-
-def _folder(trainer: Trainer, state: TrainerState) -> Path:
-    """Trainer's checkpoint folder of this step."""
-    return Path(upstream.output_folder(trainer)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        return save_all
 
 
 def _own_objects(trainer: Trainer, scheduler: Any) -> dict[str, Any]:
     scaler = getattr(trainer.accelerator, "scaler", None)
     return {} if scaler is None else {"scaler": scaler, "scheduler": scheduler}
-
-
-def _states(trainer: Trainer, scheduler: Any) -> dict[str, Any]:
-    return {name: own.state_dict() for name, own in _own_objects(trainer, scheduler).items()}

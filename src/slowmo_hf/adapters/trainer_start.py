@@ -15,6 +15,7 @@ from ..log import logger
 from ..training.program import Program
 from ..wire.job import processes_in_job
 from .refusals import refuse_schedule_free
+from .trainer_checkpoints import set_aside_unfinished
 from .trainer_methods import callback_of
 
 
@@ -102,23 +103,29 @@ def refuse_resumable_saves(args: TrainingArguments, model: Any) -> None:
         )
 
 
-def _or_give_back(train: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.train` that gives its callback's `TrainingArguments` back where it raises."""
+def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    `Trainer.train` of one that has our callback: it begins with whole checkpoints alone, also where the callback came
+    after the Trainer was made; and gives its `TrainingArguments` back where it raises.
+    """
 
     @functools.wraps(train)
-    def train_or_give_back(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def begun_and_ended(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        callback = callback_of(self)
+        if callback is None:
+            return train(self, *args, **kwargs)
+        if callback.outer_loop is None:  # a save of its own that failed is still claimed by this process
+            set_aside_unfinished(self.args)
         try:
             return train(self, *args, **kwargs)
         except BaseException:
-            callback = callback_of(self)
-            if callback is not None:
-                callback.given_arguments.close()
+            callback.given_arguments.close()
             raise
 
-    return train_or_give_back
+    return begun_and_ended
 
 
-Trainer.train = _or_give_back(Trainer.train)  # type: ignore[method-assign]
+Trainer.train = _begun_and_ended(Trainer.train)  # type: ignore[method-assign]
 
 
 def switch_off_token_average(args: TrainingArguments, given_back: ExitStack) -> None:

@@ -44,28 +44,35 @@ class Consensus:
         self.parts, self.in_flight = parts, in_flight
 
     @_as_in_training
-    def show(self) -> None:
-        """Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway."""
+    def show(self, *, keep_writes: bool = False) -> None:
+        """
+        Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway.
+
+        Args:
+            keep_writes (`bool`): As `ConsensusView.keep_writes`: for a view that the program has not asked for.
+        """
         self.end_last_round()
         view = self.parts.view
-        if view.is_shown or not self.parts.config.has_rounds:
-            return
-        view.begin()
-        try:
-            self.show_buffers_of([] if self.nothing_to_average else self.in_flight.meet(Purpose.LOOK).changed_buffers)
-        except BaseException:
-            self.restore()
-            raise
+        if not view.is_shown and self.parts.config.has_rounds:
+            view.begin()
+            try:
+                agreement = None if self.nothing_to_average else self.in_flight.meet(Purpose.LOOK)
+                self.show_buffers_of(agreement.changed_buffers if agreement else [])
+            except BaseException:
+                self.restore()
+                raise
+        if keep_writes and view.is_shown:
+            view.keep_writes()
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def shown(self, *, keep_writes: bool = False) -> Iterator[None]:
         """Inside, the average is shown; afterwards the model is as it was, be it a view or local weights."""
         view = self.parts.view
         was_of_last_round = view.is_of_last_round
         if view.is_shown and not was_of_last_round:
             yield
             return
-        self.show()
+        self.show(keep_writes=keep_writes)
         try:
             yield
         finally:
@@ -176,20 +183,26 @@ class Consensus:
 
     @_as_in_training
     def restore(self, *, give_back_random_state: bool = True) -> None:
-        """
-        End a view: local weights and buffers return, bit for bit, and random generators if they have not yet. What the
-        program has loaded over the last round's model stays.
-        """
+        """End a view: local weights and buffers return, bit for bit, and random generators if they have not yet."""
         self.parts.workers.only_gradients_meet()
-        view = self.parts.view
-        if view.is_of_last_round and view.is_overwritten:
-            view.keep()
-        else:
-            view.restore(give_back_random_state=give_back_random_state)
+        self.parts.view.restore(give_back_random_state=give_back_random_state)
         self.parts.inner_state.empty_again()
 
-    def keep(self) -> None:
-        """End training on the average: what is shown stays."""
+    def keep(self, *, loaded: bool = False) -> None:
+        """
+        End training on the average: it stays. Collective. What the program has written over it (`keep_writes`) is each
+        worker's own: that is averaged.
+
+        Args:
+            loaded (`bool`): All have loaded one model over it, which stays.
+        """
         self.show()
-        self.parts.view.keep()
+        view = self.parts.view
+        if view.keeps_writes and not loaded:
+            with self.parts.account.apart():
+                anybody = any(self.parts.workers.world.gather_objects(view.is_written))
+            if anybody:
+                self.restore(give_back_random_state=False)
+                self.show()
+        view.keep()
         self.parts.inner_state.empty_again()

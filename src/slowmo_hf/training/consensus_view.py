@@ -11,6 +11,7 @@ import torch
 from ..dtensors import let_reads_end, local
 from ..random_state import RandomState
 from .account import Account
+from .digests import digests, parts_of
 from .model_tensors import copy_tensors_
 
 
@@ -34,7 +35,7 @@ class ConsensusView:
         self._random_state: RandomState | None = None
         self._noted: weakref.ref[ConsensusView] | None = None
         self._paused = ExitStack()
-        self._shown_values: list[torch.Tensor] | None = None  # copies, where the program loads others over them
+        self._digests: list[list[int]] | None = None  # of what is shown, where the program may write into it
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
     @property
@@ -72,10 +73,14 @@ class ConsensusView:
             self._rewritten()
 
     def restore(self, *, give_back_random_state: bool = True) -> None:
-        """End the view: local values return, and the random generators if they have not yet."""
+        """
+        End the view: local values return, but for what `keep_writes` says; and the random generators if they have not
+        yet.
+        """
         if self._stash is not None:
             let_reads_end(self._shown)
-            copy_tensors_(self._shown, self._stash)
+            unwritten = self._unwritten()
+            copy_tensors_([shown for shown, _ in unwritten], [stashed for _, stashed in unwritten])
             if self._shown:
                 self._rewritten()
             self._end()
@@ -89,33 +94,44 @@ class ConsensusView:
         self.give_back_random_state()
         self._paused.close()
 
-    def remember_shown(self) -> None:
-        """The program is about to load other values over what is shown."""
-        if self._shown_values is None:
-            self._shown_values = [local(t).detach().clone() for t in self._shown]
+    def keep_writes(self) -> None:
+        """From here on a tensor of the view that the program writes into stays as written when the view ends."""
+        if self._digests is None:
+            self._digests = self._digests_now()
 
     @property
-    def is_overwritten(self) -> bool:
-        """Whether the program has loaded values, and has not loaded those again that were shown."""
-        if self._shown_values is None:
-            return False
-        pairs = zip(self._shown, self._shown_values, strict=True)
-        return not all(torch.equal(local(now), shown) for now, shown in pairs)
+    def keeps_writes(self) -> bool:
+        """Whether it does."""
+        return self._digests is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the program has written into what is shown, and not put it back."""
+        return self._digests not in (None, self._digests_now())
+
+    def _digests_now(self) -> list[list[int]]:
+        return digests([parts_of(t) for t in self._shown])
 
     def give_back_random_state(self) -> None:
         """Set every random generator as it was before the view: an evaluation draws from them."""
         if self._random_state is not None:
             self._random_state.give_back()
 
-    def local_value(self, tensor: torch.Tensor) -> torch.Tensor:
+    def local_values(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What this process has of a parameter, or a buffer, also while the average is shown in its place."""
-        return next((stashed for shown, stashed in self._put_by() if shown is tensor), local(tensor))
+        stash = {id(shown): stashed for shown, stashed in self._unwritten()}
+        return lambda tensor: stash[id(tensor)] if id(tensor) in stash else local(tensor)
+
+    def _unwritten(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What is shown, and its local values, but for what the program has written and keeps."""
+        was, now = self._digests, self._digests_now() if self._digests else None
+        return [pair for at, pair in enumerate(self._put_by()) if not was or not now or was[at] == now[at]]
 
     def _put_by(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self._shown, self._stash or [], strict=False))
 
     def _end(self) -> None:
-        self._stash, self._shown, self._shown_values, self.is_of_last_round = None, [], None, False
+        self._stash, self._shown, self._digests, self.is_of_last_round = None, [], None, False
         if self._noted is not None:
             _open.remove(self._noted)
             self._noted = None

@@ -32,7 +32,7 @@ class LocalTensors:
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`."""
-        tensors, others, local_value = self._tensors, self._tensors.others, self._view.local_value
+        tensors, others, local_value = self._tensors, self._tensors.others, self._view.local_values()
         changed, now = others.changed(), others.now()
         own_alone = others.own()
         own = Contents({"changed_buffers": changed})

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..algorithm.digest import digest
 from ..algorithm.layout import has_dense_memory, strides
 from ..algorithm.norms import all_finite
 from ..dtensors import local
@@ -21,6 +20,7 @@ from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
 from ..wire.job import host_name
 from ..wire.workers import Workers
+from .digests import digests, parts_of
 
 _FINITE = (
     "is not finite (NaN or infinity), and an average would give that to all workers. Skip such batches before the "
@@ -145,10 +145,10 @@ class OtherTensors:
             if (other := its()) is not None:
                 other._note_others()
         now = {name: tensor for name, tensor in self.now().items() if _is_watched(tensor)}
-        digests = _digests([_parts(tensor) for tensor in now.values()])
+        firsts = digests([parts_of(tensor) for tensor in now.values()])
         self._first = {
-            name: First(tensor.shape, tensor.dtype, _stride(tensor), found)
-            for (name, tensor), found in zip(now.items(), digests, strict=True)
+            name: First(tensor.shape, tensor.dtype, _stride(tensor), first)
+            for (name, tensor), first in zip(now.items(), firsts, strict=True)
         }
         self._changed = set()
 
@@ -162,8 +162,8 @@ class OtherTensors:
             if first is None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype):
                 self._changed.add(name)
             else:
-                asked[name] = _parts(tensor, first.stride)
-        for name, found in zip(asked, _digests(list(asked.values())), strict=True):
+                asked[name] = parts_of(tensor, first.stride)
+        for name, found in zip(asked, digests(list(asked.values())), strict=True):
             if found != self._first[name].digests:
                 self._changed.add(name)
         return sorted(self._changed & now.keys())
@@ -333,41 +333,7 @@ def _is_integer(tensor: torch.Tensor) -> bool:
 
 def _is_watched(tensor: torch.Tensor) -> bool:
     """Whether its bytes can be told; what has none here (meta), or hides them, is a constant."""
-    return not tensor.is_meta and bool(_parts(tensor))
-
-
-def _parts(tensor: torch.Tensor, stride: tuple[int, ...] = ()) -> list[torch.Tensor]:
-    """Dense tensors that hold its bytes, in the order of memory that is asked for; none where they are hidden."""
-    own = local(tensor).detach()
-    if own.layout == torch.sparse_coo:
-        own = own.coalesce()
-        return [own.indices(), own.values()]
-    if own.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [own.crow_indices(), own.col_indices(), own.values()]
-    if own.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [own.ccol_indices(), own.row_indices(), own.values()]
-    if own.layout != torch.strided or own.is_quantized or hasattr(own, "__tensor_flatten__"):
-        return []
-    if not has_dense_memory(own):
-        return [own.contiguous()]
-    if stride and own.stride() != stride:
-        return [torch.empty_strided(own.shape, stride, dtype=own.dtype, device=own.device).copy_(own)]
-    return [own]
-
-
-def _digests(tensors: list[list[torch.Tensor]]) -> list[list[int]]:
-    """Of each one's parts; a card is waited for once."""
-    flat = [digest(part) for parts in tensors for part in parts]
-    devices = {number.device for number in flat}
-    numbers: dict[int, int] = {}
-    for device in devices:
-        here = [index for index, number in enumerate(flat) if number.device == device]
-        numbers.update(zip(here, torch.stack([flat[index] for index in here]).tolist(), strict=True))
-    found, at = [], 0
-    for parts in tensors:
-        found.append([numbers[index] for index in range(at, at + len(parts))])
-        at += len(parts)
-    return found
+    return not tensor.is_meta and bool(parts_of(tensor))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
