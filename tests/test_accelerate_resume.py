@@ -100,6 +100,50 @@ def test_resume_in_the_middle_of_an_epoch_with_dropout(tmp_path, point, evaluate
     assert not torch.equal(a, b)
 
 
+# ---- a scheduler that each worker drives by its own loss ----
+
+
+def plateaus(folder, config, resume):
+    """Rank 1's loss stops to fall: its learning rate is cut, rank 0's is not. Of the last six steps of 12."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(7)
+    model = nn.Linear(3, 1, dtype=torch.float64)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(inner, factor=0.5, patience=1)
+    model, optimizer, scheduler = accelerator.prepare(model, SlowMoOptimizer(inner, config), plateau)
+    if resume:
+        accelerator.load_state(folder)
+    found = []
+    for step in range(7 if resume else 1, 13):
+        torch.manual_seed(100 * step + accelerator.process_index)
+        accelerator.backward(model(torch.randn(4, 3, dtype=torch.float64)).square().mean())
+        optimizer.step()
+        scheduler.step(1 / step if accelerator.process_index == 0 else 1.0)
+        optimizer.zero_grad()
+        found.append((everything(model), inner.param_groups[0]["lr"], scheduler.state_dict()["num_bad_epochs"]))
+        if step == 6:
+            accelerator.save_state(folder)
+    return found[-6:]
+
+
+def plateau_and_resume(folder, sync_every):
+    config = settings(sync_every=sync_every)
+    through = plateaus(folder, config, resume=False)
+    dist.barrier()
+    return through, plateaus(folder, config, resume=True)
+
+
+@pytest.mark.parametrize("sync_every", [4, 6], ids=["inside a round", "at a round"])
+def test_a_scheduler_of_each_workers_own_goes_on(tmp_path, sync_every):
+    ranks = run_workers(plateau_and_resume, 2, str(tmp_path), sync_every)
+    for through, resumed in ranks:
+        for (weights_, *rest), (its, *its_rest) in zip(through, resumed, strict=True):
+            assert torch.equal(weights_, its)
+            assert rest == its_rest
+    assert [lr for _, lr, _ in ranks[0][0]] == [0.1] * 6
+    assert ranks[1][0][-1][1] < 0.01
+
+
 # ---- saves in four ways, with a hook of the user's own ----
 
 

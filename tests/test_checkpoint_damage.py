@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, do not fit, or meet a disk that fails."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -10,13 +11,14 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+import slowmo_hf.checkpoints.files
 import slowmo_hf.checkpoints.state
 from harness import patience, run_workers
 from saved_runs import CONFIG, GOSSIP, MIDDLE, STEPS, contents, copy, train, whole
 from slowmo_hf import SlowMoConfig
-from slowmo_hf.checkpoints.files import seal, verify_checkpoint
+from slowmo_hf.checkpoints.files import file_digests, seal, verify_checkpoint, verify_in_turns
 from slowmo_hf.contents import CheckpointError
-from tiny import Regression, values
+from tiny import Regression, error_of, values
 
 
 class Steps(TrainerCallback):
@@ -82,6 +84,59 @@ def test_every_damage_of_every_file_is_refused(saved, tmp_path):
             assert isinstance(error.value, ValueError)
             path.write_bytes(good)
     verify_checkpoint(target)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 20])
+def test_processes_of_a_machine_read_every_file_once(saved, tmp_path, processes):
+    """What they read is what the manifest has, and one of them finds a damage that keeps the size."""
+    target = tmp_path / "checkpoint-5"
+    shutil.copytree(saved[0] / "run" / "checkpoint-5", target)
+    manifest = target / "slowmo" / "manifest.json"
+    listed = json.loads(manifest.read_text())["files"]
+    found = [file_digests(target, turn, processes) for turn in range(processes)]
+    assert sorted(name for some in found for name in some) == sorted(listed)
+    assert {name: entry for some in found for name, entry in some.items()} == listed
+    sizes = [sum(entry["bytes"] for entry in some.values()) for some in found]
+    largest = max(entry["bytes"] for entry in listed.values())
+    assert max(sizes) <= sum(sizes) / processes + largest
+    for name in listed:
+        good = (target / name).read_bytes()
+        flip(target / name, len(good) // 2)
+        finders = [bool(error_of(verify_in_turns, target, turn, processes)) for turn in range(processes)]
+        assert sum(finders) == 1 or name.endswith(("shared.json", "trainer_state.json")), name  # read by all
+        assert any(finders)
+        (target / name).write_bytes(good)
+
+
+class Reads(TrainerCallback):
+    """How many bytes this process has read for digests."""
+
+    def __init__(self):
+        self.bytes, digest = 0, slowmo_hf.checkpoints.files._digest
+
+        def counted(path):
+            self.bytes += path.stat().st_size
+            return digest(path)
+
+        slowmo_hf.checkpoints.files._digest = counted
+
+
+def _check_readers(folder):
+    reads = Reads()
+    train(folder, watchers=[reads], max_steps=MIDDLE, save_steps=MIDDLE)
+    saving, reads.bytes = reads.bytes, 0
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), LOCAL_WORLD_SIZE="2")
+    train(folder, resume=True, max_steps=MIDDLE, save_strategy="no")
+    return saving, reads.bytes
+
+
+def test_no_process_reads_a_whole_checkpoint(tmp_path):
+    ranks = run_workers(_check_readers, 2, tmp_path)
+    manifest = json.loads((tmp_path / f"checkpoint-{MIDDLE}" / "slowmo" / "manifest.json").read_text())
+    whole_ = sum(entry["bytes"] for entry in manifest["files"].values())
+    for moment in (0, 1):
+        assert sum(rank[moment] for rank in ranks) == whole_, ("saving", "resuming")[moment]
+        assert max(rank[moment] for rank in ranks) < 0.8 * whole_
 
 
 def test_damage_of_the_manifest_is_refused(saved, tmp_path):

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from harness import patience, run_workers
 from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, rank0, same_end, train, whole
 from slowmo_hf import SlowMoConfig
+from slowmo_hf.checkpoints.claim import Claim, is_claimed
 from slowmo_hf.checkpoints.files import verify_checkpoint
 from slowmo_hf.contents import CheckpointError
 from tiny import equal, stand_in_for_the_hub
@@ -102,6 +103,27 @@ def _check_rotation(folder):
 @pytest.mark.slow
 def test_rotation_always_leaves_a_whole_checkpoint(tmp_path):
     run_workers(_check_rotation, 2, tmp_path)
+
+
+def test_a_lock_goes_with_its_process_and_not_to_its_children(tmp_path):
+    claim = Claim(tmp_path / "checkpoint-3")
+    assert is_claimed(tmp_path / "checkpoint-3")
+    (starts, started), (waits, ends) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # as a DataLoader's worker: it outlives the lock
+        os.close(ends)
+        os.write(started, b"1")
+        os.read(waits, 1)
+        os._exit(0)
+    try:
+        os.read(starts, 1)
+        assert is_claimed(tmp_path / "checkpoint-3")
+        os.close(claim._descriptor)  # what the kernel does for a killed process
+        claim._descriptor = None
+        assert not is_claimed(tmp_path / "checkpoint-3")
+    finally:
+        os.close(ends)
+        os.waitpid(child, 0)
 
 
 # ---- when Trainer saves, and from where it resumes ----

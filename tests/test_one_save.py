@@ -6,7 +6,6 @@ run, folders that cannot be written, and settings that a file names.
 import errno
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig, verify_checkpoint
-from slowmo_hf.checkpoints.claim import Claim, is_claimed
+from slowmo_hf.checkpoints.claim import is_claimed
 from slowmo_hf.checkpoints.files import is_whole, seal
 from slowmo_hf.contents import CheckpointError
 from tiny import Heard, arguments, values
@@ -318,27 +317,6 @@ def test_a_second_program_leaves_a_save_under_way_alone(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (4, 8, 10)}
     verify_checkpoint(tmp_path / "checkpoint-8")
     assert not (tmp_path / "checkpoint-8/.slowmo-saving").exists()
-
-
-def test_a_lock_goes_with_its_process_and_not_to_its_children(tmp_path):
-    claim = Claim(tmp_path / "checkpoint-3")
-    assert is_claimed(tmp_path / "checkpoint-3")
-    (starts, started), (waits, ends) = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:  # as a DataLoader's worker: it outlives the lock
-        os.close(ends)
-        os.write(started, b"1")
-        os.read(waits, 1)
-        os._exit(0)
-    try:
-        os.read(starts, 1)
-        assert is_claimed(tmp_path / "checkpoint-3")
-        os.close(claim._descriptor)  # what the kernel does for a killed process
-        claim._descriptor = None
-        assert not is_claimed(tmp_path / "checkpoint-3")
-    finally:
-        os.close(ends)
-        os.waitpid(child, 0)
 
 
 def test_without_locks_a_save_may_be_lost_and_training_goes_on(run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
@@ -14,7 +15,7 @@ from apart import HOST, TIMEOUT_SECONDS
 from faulty import BATCHES, LR, OnePass, eight_steps
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
-from tiny import Regression, Rows, arguments, values
+from tiny import Regression, Rows, arguments, error_of, values
 
 
 def _joined(config, momentum):
@@ -122,6 +123,83 @@ def test_a_look_on_one_rank_alone_is_told_on_both(apart):
     assert first == second
     assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
     assert seconds < TIMEOUT_SECONDS
+
+
+def _saves(rank, at):
+    """By the main process alone, as some do with stock DDP."""
+    accelerator = Accelerator(cpu=True)
+    folder = tempfile.mkdtemp()
+    for step, _, optimizer in eight_steps():
+        slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+        if rank == 0 and step == at:
+            accelerator.save_state(folder)
+
+
+def _saves_inside_a_round(rank):
+    _saves(rank, at=6)
+
+
+def _saves_at_a_round(rank):
+    """Where there is nothing to average."""
+    _saves(rank, at=4)
+
+
+def _told_of_a_save(apart, step):
+    (first, second), seconds = apart
+    places = f"rank 0 on {HOST} at step {step}, a view of the average; rank 1 on {HOST} at step 8, the round"
+    assert first == second
+    assert first.startswith(f"RuntimeError: ranks met at different places: {places}"), first
+    assert seconds < TIMEOUT_SECONDS
+
+
+@pytest.mark.slow
+@pytest.mark.apart(_saves_inside_a_round, survivors=(0, 1))
+def test_a_save_on_one_rank_alone_is_told_on_both(apart):
+    _told_of_a_save(apart, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.apart(_saves_at_a_round, survivors=(0, 1))
+def test_so_is_one_at_a_round(apart):
+    _told_of_a_save(apart, 4)
+
+
+def _loads_on_one(folder):
+    """What `load_state` by the main process alone says, or a state dictionary of its own."""
+    accelerator, model = Accelerator(cpu=True), Regression(torch.float32)
+
+    def optimizer_of(model):
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        return SlowMoOptimizer(inner, SlowMoConfig(sync_every=1, timeout_seconds=TIMEOUT_SECONDS))
+
+    def step(model, optimizer):
+        rows = Rows(4, torch.float32)
+        model(rows.x, rows.y)["loss"].backward()
+        optimizer.step()
+
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    step(model, optimizer)
+    accelerator.save_state(folder)
+    state, errors = optimizer.state_dict(), []
+    for of_accelerate in (True, False):
+        accelerator = Accelerator(cpu=True)
+        model = Regression(torch.float32)
+        model, optimizer = accelerator.prepare(model, optimizer_of(model))
+        if dist.get_rank() == 0 and of_accelerate:
+            accelerator.load_state(folder)
+        elif dist.get_rank() == 0:
+            optimizer.load_state_dict(state)
+        errors.append(error_of(step, model, optimizer))
+    return errors
+
+
+def test_a_checkpoint_that_one_rank_loads_is_told_on_both_at_the_start(tmp_path):
+    first, second = run_workers(_loads_on_one, 2, str(tmp_path))
+    assert first == second
+    for error in first:
+        assert "rank 0 on" in error
+        assert "a loaded checkpoint = True" in error
+        assert error.endswith("Load it on every rank: each one takes up a part of its own.")
 
 
 class ManyPasses(OnePass):

@@ -15,9 +15,10 @@ from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import DataLoader
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, read_part, verify_checkpoint, write_part
+from ..checkpoints.files import FOLDER, read_part, verify_in_turns, write_part
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import (
+    Digests,
     check_snapshot,
     finish_together,
     keeps_files,
@@ -30,7 +31,7 @@ from ..contents import CheckpointError, Contents
 from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
-from ..wire.job import is_in_process, rank_in_job
+from ..wire.job import is_in_process, rank_in_job, turn_on_machine
 from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
@@ -95,6 +96,8 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         if not begun:
             return save_state(self, *args, **kwargs)
         seal_last: list[Callable[[], None]] = []
+        for outer_loop in begun.values():
+            outer_loop.consensus.meet()
         with ExitStack() as given_back:
             for folder, bare in ours.items():
                 given_back.enter_context(consensus(bare))
@@ -129,8 +132,7 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) 
     first = next(iter(begun.values()))
     keeping = keeps_files(first, folder, accelerator.local_process_index)
     words = f"checkpoint {folder} cannot be written"
-    objects: dict[str, Any] = {}  # made before `write_snapshot` begins, where workers may meet
-    together(first, words, lambda: objects.update(_own_objects(accelerator)))
+    objects = _own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet
     if is_in_process():
         generators = Contents(objects=RandomState.take().to_dict())
         together(first, words, lambda: write_part(folder, _generators(), generators))
@@ -140,11 +142,11 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) 
         )
         together(outer_loop, words, write)
 
-    def finish() -> None:
+    def finish(digests: Digests) -> None:
         if keeping.seals:
-            seal_snapshot(folder, first)
+            seal_snapshot(folder, first, digests)
 
-    return lambda: finish_together(first, folder, finish)
+    return lambda: finish_together(first, folder, keeping, finish)
 
 
 def _generators() -> str:
@@ -155,15 +157,32 @@ def _generators() -> str:
     return f"generators_{rank_in_job()}"
 
 
-def _own_objects(accelerator: Accelerator) -> dict[str, Any]:
-    """A scaler that skipped a step on one rank alone, and the schedulers that it held back."""
-    if accelerator.scaler is None:
-        return {}
-    schedulers = {
-        f"scheduler.{index}": scheduler.state_dict()
-        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator))
-    }
-    return {"scaler": accelerator.scaler.state_dict(), **schedulers}
+def _own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, Any]:
+    """
+    What Accelerate writes of rank 0 alone: a scaler that skipped a step on one rank, the schedulers that it held back,
+    and those that a worker drives by its own loss (`ReduceLROnPlateau`). Where all agree, Accelerate's do. Collective.
+    """
+    states: dict[str, Any] = {}
+    together(outer_loop, "schedulers cannot be saved", lambda: states.update(_scheduler_states(accelerator)))
+    if accelerator.scaler is not None:
+        return {"scaler": accelerator.scaler.state_dict(), **states}
+    own = {name: state for name, state in states.items() if _is_plain(state)}  # functions are not ours to keep
+    everywhere = outer_loop.workers.world.gather_objects(repr(own))
+    return own if len(set(everywhere)) > 1 else {}
+
+
+def _scheduler_states(accelerator: Accelerator) -> dict[str, Any]:
+    schedulers = enumerate(upstream.prepared_schedulers(accelerator))
+    return {f"scheduler.{index}": scheduler.state_dict() for index, scheduler in schedulers}
+
+
+def _is_plain(state: Any) -> bool:
+    """Whether it holds numbers and words alone."""
+    if isinstance(state, dict):
+        return all(_is_plain(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return all(_is_plain(value) for value in state)
+    return state is None or type(state) in (bool, int, float, str)
 
 
 # ---- loading ----
@@ -181,7 +200,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
 
         def wait(models: list[Any], folder: str) -> None:
             found.append(Path(folder))
-            verify = functools.cache(verify_checkpoint)  # reads every byte: once for all optimizers
+            verify = functools.cache(verify_in_turns)  # reads every byte: once for all optimizers
             for within, bare in _ours(self).items():
                 if _is_kept(self, bare):
                     bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify))
@@ -241,17 +260,14 @@ def _wrap_iterators() -> None:
 
 
 def _take_up(
-    accelerator: Accelerator, folder: Path, within: str, verify: Callable[[Path], None], outer_loop: OuterLoop
+    accelerator: Accelerator, folder: Path, within: str, verify: Callable[..., None], outer_loop: OuterLoop
 ) -> None:
     _loaded_generators.clear()
     words = f"checkpoint {folder} cannot be resumed"
 
-    def verify_here() -> None:
-        if not is_in_process() or outer_loop.workers.world.rank == 0:  # there all workers read the same disk
-            verify(folder)
-
     if any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
-        together(outer_loop, words, verify_here)  # nobody reads what another has found damaged
+        # Nobody reads what another has found damaged.
+        together(outer_loop, words, lambda: verify(folder, *turn_on_machine()))
     if not any(outer_loop.workers.world.gather_objects(any((folder / FOLDER).glob(f"{within}{SHARED}*.json")))):
         if outer_loop.attempted_steps:
             raise CheckpointError(
@@ -269,7 +285,8 @@ def _take_up(
     saves.add(folder)
     if accelerator.scaler is not None and "scaler" in objects:
         accelerator.scaler.load_state_dict(objects["scaler"])
-        for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
+    for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
+        if f"scheduler.{index}" in objects:
             scheduler.load_state_dict(objects[f"scheduler.{index}"])
 
 

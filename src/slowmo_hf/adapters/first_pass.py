@@ -94,10 +94,10 @@ def whole_model(
     return []
 
 
-def program_in_use() -> Program:
+def program_in_use(*, has_loaded: bool) -> Program:
     """What all ranks compare of Accelerate's settings; the batch size is that of the data loader which is iterated."""
     if is_in_process() or not upstream.accelerate_is_in_use():
-        return Program()
+        return Program(has_loaded=has_loaded)
     state: Any = GradientState()
     loader = state.active_dataloader
     batches = getattr(loader, "batch_sampler", None) or loader
@@ -105,6 +105,7 @@ def program_in_use() -> Program:
     return Program(
         accumulation=state.num_steps,
         batch_size=size if isinstance(size, int) else None,
+        has_loaded=has_loaded,
         accumulation_name="accelerator.gradient_accumulation_steps",
         batch_size_name="the DataLoader's batch size",
     )

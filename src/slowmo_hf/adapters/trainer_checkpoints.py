@@ -18,8 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
-from ..checkpoints.files import FOLDER, is_whole, recorded_saves, refuse_another_save, verify_checkpoint
+from ..checkpoints.files import FOLDER, is_whole, recorded_saves, refuse_another_save, verify_in_turns
 from ..checkpoints.state import (
+    Digests,
     Keeping,
     check_snapshot,
     finish_together,
@@ -32,6 +33,7 @@ from ..checkpoints.state import (
 from ..contents import CheckpointError
 from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
+from ..wire.job import turn_on_machine
 
 _ASIDE = "incomplete-"
 
@@ -104,18 +106,20 @@ class TrainerCheckpoints:
     def finish(self, folder: Path, state: TrainerState) -> None:
         """Trainer's part is written too: seal the folder, then delete what is over `save_total_limit`. Collective."""
 
-        def keep() -> None:
-            if not self._decide_who_keeps().seals:
+        keeping = self._decide_who_keeps()
+
+        def keep(digests: Digests) -> None:
+            if not keeping.seals:
                 return
             if self._written == folder:
                 if not (folder / FOLDER).is_dir():
                     self._give_up(folder)
                     return
-                seal_snapshot(folder, self.outer_loop)
+                seal_snapshot(folder, self.outer_loop, digests)
             self._rotate(folder, state.best_model_checkpoint)
 
         try:
-            finish_together(self.outer_loop, folder, keep)
+            finish_together(self.outer_loop, folder, keeping, keep)
         finally:
             self._release()
             self._written = None
@@ -201,8 +205,7 @@ class TrainerCheckpoints:
                     "is: TrainingArguments(resume_from_checkpoint=...)."
                 )
             refuse_another_save(folder, callbacks)
-            if self.args.local_process_index == 0:
-                verify_checkpoint(folder)
+            verify_in_turns(folder, *turn_on_machine())
 
         def check() -> Callable[[], dict[str, Any]]:
             return check_snapshot(str(folder), self.outer_loop, state.global_step)

@@ -36,8 +36,10 @@ from ..log import logger
 from ..training.inner_state import OBJECT, SHARDS
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name
-from .files import seal, write_part
+from .files import file_digests, seal, write_part
 from .places import SHARED, part_name, read_for
+
+Digests = dict[str, dict[str, Any]]  # of files, by name: size and SHA-256
 
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
 # that is said.
@@ -64,10 +66,12 @@ class Keeping:
         seals (`bool`): The manifest, once on every file system: rank 0, and the first process of a machine that does
             not see its files.
         shared (`bool`): Its part of the shared state.
+        files (`str`): The file system: empty where rank 0's files are seen, else this machine.
     """
 
     seals: bool
     shared: bool
+    files: str
 
 
 def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping:
@@ -106,7 +110,7 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
             )
 
     together(outer_loop, f"{folder} cannot be written", refuse_over_machines)
-    return Keeping(seals=first == 0, shared=first < workers.size)
+    return Keeping(seals=first == 0, shared=first < workers.size, files="" if sees_it else host_name())
 
 
 def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
@@ -144,10 +148,21 @@ def read_together(
     return objects
 
 
-def finish_together(outer_loop: OuterLoop, folder: Path, act: Callable[[], None]) -> None:
-    """Act on a checkpoint once the files of every rank are there. Collective; raises as `together`."""
-    outer_loop.workers.world.gather_objects(None)
-    together(outer_loop, f"checkpoint {folder} cannot be finished", act)
+def finish_together(outer_loop: OuterLoop, folder: Path, keeping: Keeping, act: Callable[[Digests], None]) -> None:
+    """
+    Act on a checkpoint once the files of every rank are there. Collective; raises as `together`.
+
+    Args:
+        act (`Callable`): Is given the digests of its files, which the processes that see them have read together.
+    """
+    world = outer_loop.workers.world
+    world.gather_objects(None)
+    words, own = f"checkpoint {folder} cannot be finished", dict[str, dict[str, Any]]()
+    together(outer_loop, words, lambda: own.update(file_digests(folder, world.rank, world.world_size)))
+    found: Digests = {}
+    for files, digests in world.gather_objects((keeping.files, own)):
+        found |= digests if files == keeping.files else {}
+    together(outer_loop, words, lambda: act(found))
 
 
 def save_names(outer_loop: OuterLoop) -> dict[str, str]:
@@ -155,9 +170,9 @@ def save_names(outer_loop: OuterLoop) -> dict[str, str]:
     return {"run": outer_loop.run_id, "save": outer_loop.save_id}
 
 
-def seal_snapshot(folder: Path, outer_loop: OuterLoop) -> None:
+def seal_snapshot(folder: Path, outer_loop: OuterLoop, known: Digests | None = None) -> None:
     """Write the manifest of what every process has written: once on every file system."""
-    seal(folder, {**save_names(outer_loop), "step": outer_loop.attempted_steps})
+    seal(folder, {**save_names(outer_loop), "step": outer_loop.attempted_steps}, known)
 
 
 def write_snapshot(

@@ -80,6 +80,17 @@ class Consensus:
             if was_of_last_round:
                 self.show_last_round()
 
+    def meet(self) -> None:
+        """
+        Before a save, where the view sends nothing: tell ranks that came for something else. Collective.
+
+        Raises:
+            RuntimeError: Some did.
+        """
+        if self.parts.meets_others and self.nothing_to_average and not self.parts.view.is_shown:
+            with self.parts.account.paused():
+                self.in_flight.meet(Purpose.LOOK)
+
     @property
     def nothing_to_average(self) -> bool:
         """Whether all workers have it already."""

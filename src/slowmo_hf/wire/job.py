@@ -76,6 +76,19 @@ def processes_on_machine(world_size: int) -> int:
     return world_size if is_in_process() else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
+def turn_on_machine() -> tuple[int, int]:
+    """
+    This process's place among those of its machine, and how many they are: LOCAL_RANK and LOCAL_WORLD_SIZE; (0, 1)
+    where the launcher does not tell both.
+    """
+    if is_in_process():
+        return rank_in_job(), processes_in_job()
+    try:
+        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
+
+
 def machines_in_job(world_size: int) -> int:
     """Number of machines; 1 where the launcher does not say."""
     return max(1, world_size // processes_on_machine(world_size))
