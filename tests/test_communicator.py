@@ -16,6 +16,7 @@ from harness import patience, run_workers
 from slowmo_hf import upstream
 from slowmo_hf.wire.communicator import Communicator
 from slowmo_hf.wire.job import host_and_address, leave_job, machines_in_job
+from slowmo_hf.wire.roll_call import RollCall
 
 CPU = torch.device("cpu")
 
@@ -249,6 +250,38 @@ def leave_right_after_a_gather():
 def test_a_process_that_leaves_right_after_a_gather_ends():
     """With torch 2.6 a group that is dropped at that moment waits for its thread, and the thread for it."""
     assert run_workers(leave_right_after_a_gather, 2) == [14, 14]
+
+
+def wait_among_many():
+    """What rank 0 asks the store for while rank 1 is late, and when it has left; it takes itself for one of 256."""
+    roll_call, asked = RollCall(30), []
+    roll_call.enter(1, "the start")
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        roll_call.enter(2, "the round")
+        roll_call.leave("it was asked to")
+        return None
+    ask = roll_call.store._ask
+    roll_call.store._ask = lambda call, *args: asked.append(call.__name__) or ask(call, *args)
+    roll_call.world_size, roll_call._meeting = 256, roll_call._meeting + 1
+    is_gone, for_one_look = roll_call.somebody_is_gone(), len(asked)
+    roll_call.world_size, roll_call._meeting = 2, roll_call._meeting - 1
+    asked.clear()
+    roll_call.enter(2, "the round")
+    while_it_waits = len(asked)
+    while not roll_call.register.has("left", 1):
+        time.sleep(0.01)
+    roll_call.come(3, "the next round")
+    return is_gone, for_one_look, while_it_waits, roll_call.somebody_is_gone()
+
+
+def test_who_waits_asks_the_store_for_little():
+    """Not for every rank at each look, and less often the longer it waits: in 4 s some 260 times, and not 400."""
+    (is_gone, for_one_look, while_it_waits, is_gone_at_last), _ = run_workers(wait_among_many, 2)
+    assert not is_gone
+    assert for_one_look <= 3
+    assert 20 < while_it_waits < 330
+    assert is_gone_at_last
 
 
 class Nobody:

@@ -35,9 +35,10 @@ class RollCall:
 
     A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host,
     step and place; two meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and
-    has seen a failure, `run/missed/rank` the words of one that has waited for this rank in vain, `run/told/any` those
-    of an error that is everybody's. A thread leaves `run/note/rank` every `_NOTE_SECONDS`: the step that this rank has
-    reached. It sends to the store alone and holds nobody up, also where the store is slow or gone.
+    has seen a failure; `run/left/any` and `run/failed/any` say that there is one. `run/missed/rank` has the words of
+    one that has waited for this rank in vain, `run/told/any` those of an error that is everybody's. A thread leaves
+    `run/note/rank` every `_NOTE_SECONDS`: the step that this rank has reached. It sends to the store alone and holds
+    nobody up, also where the store is slow or gone.
 
     Args:
         timeout_seconds (`float`): A rank that comes later than this is missed.
@@ -92,9 +93,10 @@ class RollCall:
         if self.store is None:
             return
         everybody = range(self.world_size)
-        until = time.monotonic() + self.timeout_seconds
+        came = time.monotonic()
+        until = came + self.timeout_seconds
         try:
-            while not self._all_come(self.store, min(SLICE_SECONDS, max(0.01, until - time.monotonic()))):
+            while not self._all_come(self.store, came, min(SLICE_SECONDS, max(0.01, until - time.monotonic()))):
                 if time.monotonic() >= until or self.somebody_is_gone():
                     raise self.explain(None, everybody)
         except StoreError as error:
@@ -106,13 +108,15 @@ class RollCall:
         """Note where this rank is, for its last word and for what it says of others; nothing is sent."""
         self.register.at(step, place)
 
-    def _all_come(self, store: JobStore, seconds: float) -> bool:
-        until, pause = time.monotonic() + seconds, 0.001
+    def _all_come(self, store: JobStore, came: float, seconds: float) -> bool:
+        until = time.monotonic() + seconds
         while not store.check(self._keys()):  # its own wait would print two warnings whenever it is in vain
-            if time.monotonic() >= until:
+            now = time.monotonic()
+            if now >= until:
                 return False
-            time.sleep(pause)
-            pause = min(0.01, 1.5 * pause)
+            # The longer the wait the fewer questions: all ranks but one may ask the same store.
+            waited = now - came
+            time.sleep(min(max(0.001, waited / 10), max(0.01, waited / 100), until - now))
         return True
 
     def somebody_is_gone(self) -> bool:
@@ -129,7 +133,7 @@ class RollCall:
                 return False
         except StoreError:
             return True
-        return any(
+        return self.register.has("left", ANY) and any(
             self.register.has("left", rank) and not self.register.has(self._meeting, rank)
             for rank in range(self.world_size)
         )
@@ -140,7 +144,8 @@ class RollCall:
         if self in _going:
             _going.remove(self)
             self._hurry()
-            self.register.try_to_say("left", self.rank, cause)
+            for whose in (self.rank, ANY):
+                self.register.try_to_say("left", whose, cause)
             if self.store is not None:
                 self.store.close()
 
