@@ -47,13 +47,18 @@ def watching(after, losses, sent, coupled):
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             after.append(fsdp.full_values(model))
+            self.end_step()
             self.before = coupled.between
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             sent.append(coupled.between - self.before)  # forward, backward and norm
 
-        def on_step_end(self, args, state, control, **kwargs):
-            sent[-1] = sent[-1], coupled.between - self.before
+        def end_step(self, *args, **kwargs):
+            """With the evaluation or the end that follows it."""
+            if sent:
+                sent[-1] = sent[-1], coupled.between - self.before
+
+        on_train_end = end_step
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             losses.append(metrics["eval_loss"])
