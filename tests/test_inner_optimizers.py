@@ -76,6 +76,31 @@ class MuonAndAdam(torch.optim.Optimizer):
                     p.addcdiv_(state["momentum_buffer"], state["square"].sqrt() + 1e-8, value=-group["lr"])
 
 
+class SeveralInOne(torch.optim.Optimizer):
+    """Two optimizers as one, whose state is a merged copy: as Megatron's ChainedOptimizer and many a Muon script."""
+
+    def __init__(self, params):
+        first, *others = params
+        self.parts = [torch.optim.SGD([first], lr=0.05, momentum=0.9), torch.optim.AdamW(others, lr=0.01)]
+        self.defaults = {}
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self):
+        return {param: state for part in self.parts for param, state in part.state.items()}
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
     "SGD, momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
@@ -94,7 +119,9 @@ OPTIMIZERS = {
     "Adafactor of transformers": lambda p: Adafactor(p, lr=0.01, relative_step=False, beta1=0.9),
     "Adafactor of transformers, lr=None": lambda p: Adafactor(p, lr=None, relative_step=True, warmup_init=True),
     "Muon and Adam in one": lambda p: MuonAndAdam(p, lr=0.01),
+    "several in one": SeveralInOne,
 }
+NO_RESET = {"Adagrad": "Adagrad, whose state is made at construction", "several in one": "SeveralInOne, whose `state`"}
 
 
 def trained(worker, make, config):
@@ -144,8 +171,8 @@ def simulated(make, policy, config=None):
 def test_every_optimizer_with_every_inner_state(name, policy):
     make = OPTIMIZERS[name]
     config = SlowMoConfig.local_sgd(TAU, inner_state=policy)
-    if name == "Adagrad" and policy == "reset":
-        with pytest.raises(ValueError, match="inner_state='reset' cannot be used with Adagrad"):
+    if name in NO_RESET and policy == "reset":
+        with pytest.raises(ValueError, match=f"inner_state='reset' cannot be used with {NO_RESET[name]}"):
             trained(0, make, config)
         return
     ours = run_in_process(lambda worker: trained(worker, make, config), WORKERS)
