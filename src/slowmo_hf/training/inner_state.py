@@ -48,8 +48,8 @@ class InnerState:
             )
         if self.policy == "reset" and self.optimizer.state is not self.optimizer.state:
             raise ValueError(
-                f"inner_state='reset' cannot be used with {type(self.optimizer).__name__}, whose `state` is a copy for "
-                "whoever asks: a reset would change nothing. Use inner_state='maintain' or 'average', or a "
+                f"inner_state='reset' cannot be used with {type(self.optimizer).__name__}, whose `state` is a copy "
+                "for whoever asks: a reset would change nothing. Use inner_state='maintain' or 'average', or a "
                 "SlowMoOptimizer for each optimizer in it."
             )
         if self.policy == "reset" and getattr(self.optimizer, "is_paged", False) and tensors.device.type != "cpu":
