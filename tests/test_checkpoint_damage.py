@@ -139,6 +139,22 @@ def test_no_process_reads_a_whole_checkpoint(tmp_path):
         assert max(rank[moment] for rank in ranks) < 0.8 * whole_
 
 
+def _check_places_that_do_not_fit(folder):
+    """A card per task: every process is told LOCAL_RANK=0. All read all."""
+    reads = Reads()
+    train(folder, watchers=[reads], max_steps=MIDDLE, save_steps=MIDDLE)
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+    reads.bytes = 0
+    train(folder, resume=True, max_steps=MIDDLE, save_strategy="no")
+    return reads.bytes
+
+
+def test_where_launchers_tell_wrong_places_every_process_reads_all(tmp_path):
+    ranks = run_workers(_check_places_that_do_not_fit, 2, tmp_path)
+    manifest = json.loads((tmp_path / f"checkpoint-{MIDDLE}" / "slowmo" / "manifest.json").read_text())
+    assert ranks == [sum(entry["bytes"] for entry in manifest["files"].values())] * 2
+
+
 def test_damage_of_the_manifest_is_refused(saved, tmp_path):
     target = tmp_path / "checkpoint-5"
     shutil.copytree(saved[0] / "run" / "checkpoint-5", target)

@@ -18,7 +18,7 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.training.inner_state import InnerState
 from slowmo_hf.training.model_tensors import ModelTensors
-from tiny import Recorder, Regression, Rows, arguments, equal, error_of, follow, recorded, values
+from tiny import Recorder, Regression, Rows, SeveralInOne, arguments, equal, error_of, follow, recorded, values
 
 WORKERS, TAU, STEPS = 2, 3, 8
 POLICIES = ("reset", "maintain", "average")
@@ -74,31 +74,6 @@ class MuonAndAdam(torch.optim.Optimizer):
                     p.sub_(left @ right, alpha=group["lr"])
                 else:
                     p.addcdiv_(state["momentum_buffer"], state["square"].sqrt() + 1e-8, value=-group["lr"])
-
-
-class SeveralInOne(torch.optim.Optimizer):
-    """Two optimizers as one, whose state is a merged copy: as Megatron's ChainedOptimizer and many a Muon script."""
-
-    def __init__(self, params):
-        first, *others = params
-        self.parts = [torch.optim.SGD([first], lr=0.05, momentum=0.9), torch.optim.AdamW(others, lr=0.01)]
-        self.defaults = {}
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    @property
-    def state(self):
-        return {param: state for part in self.parts for param, state in part.state.items()}
-
-    def step(self, closure=None):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none=True):
-        for part in self.parts:
-            part.zero_grad(set_to_none)
 
 
 OPTIMIZERS = {

@@ -151,46 +151,67 @@ def test_the_page_tells_how_far_tuning_is():
     assert f"NLL {ends[0.5, 0.0025]:.3f}; {nll[0.0025]:.3f} without slow momentum at that rate" in rule
     lowest, highest = (f"{find(ahead_nll):.2f}" for find in (min, max))
     assert f"three seeds have a validation NLL of {lowest} to {highest} after as many passes" in words
-    for path in (folder / "table1").glob("local_sgd_beta0.0_*.json"):
-        local, alike = (
-            json.loads((folder / "table1" / name).read_text())
-            for name in (path.name, path.name.replace("local_sgd", "all_reduce"))
-        )
-        pairs = [
-            f"{local['metrics'][name]:.{digits}f} against {alike['metrics'][name]:.{digits}f}"
-            for name, digits in (("validation_nll", 3), ("test_bleu_mean_of_5", 2))
-        ]
-        assert f"NLL {pairs[0]}, BLEU (mean of 5) {pairs[1]} (seed {local['seed']})" in words
+    for seed in seeds_of(folder / "table1", LOCAL):
+        assert told_pair(folder / "table1", LOCAL, AR, seed) in words
+
+
+LOCAL, AR = "local_sgd_beta0.0_lr0.005_seed{}.json", "all_reduce_beta0.0_lr0.005_seed{}.json"
+TWO = "local_sgd_beta{}_lr0.005_workers2_batch1024_seed{{}}.json"
+
+
+def metrics(folder, name, seed):
+    return json.loads((folder / name.format(seed)).read_text())["metrics"]
+
+
+def seeds_of(folder, name):
+    found = [seed for seed in (1, 2, 3) if (folder / name.format(seed)).exists()]
+    assert found
+    return found
+
+
+def told_pair(folder, name, other, seed):
+    """As the page tells of two records of one seed; the second may lie beside the first's folder."""
+    pair = metrics(folder, name, seed), metrics(folder, other, seed)
+    nll, bleu = ([one[key] for one in pair] for key in ("validation_nll", "test_bleu_mean_of_5"))
+    words = "NLL {:.3f} against {:.3f}, BLEU (mean of 5) {:.2f} against {:.2f}".format(*nll, *bleu)
+    return f"{words} (seed {seed})"
 
 
 def test_the_page_tells_what_two_workers_have_shown():
-    folder = RECIPES / "records" / "multi30k"
-    name = "sweep/local_sgd_beta{}_lr0.005_workers2_batch1024_seed1.json"
-    ruined, without, alike = (
-        json.loads((folder / path).read_text())
-        for path in (name.format(0.5), name.format(0.0), "table1/all_reduce_beta0.0_lr0.005_seed1.json")
-    )
-    nll, bleu = (
-        [record["metrics"][metric] for record in (ruined, without, alike)]
-        for metric in ("validation_nll", "test_bleu_mean_of_5")
-    )
-    second = [record["curve"][1]["validation_nll"] for record in (ruined, without)]
+    folder = RECIPES / "records" / "multi30k" / "sweep"
+    without, some, ruined = (TWO.format(beta) for beta in (0.0, 0.2, 0.5))
     page, rule, links = (
         " ".join((RECIPES.parent / f"docs/{page}.md").read_text().split())
         for page in ("results", "from_ddp", "two_machines")
     )
-    assert (
-        "NLL {:.3f} against {:.3f} without slow momentum, BLEU (mean of 5) {:.2f} against {:.2f}.".format(
-            *nll[:2], *bleu[:2]
-        )
-        in page
-    )
-    assert f"AR-Adam has {nll[2]:.3f} and {bleu[2]:.2f} with this seed" in page
+    assert seeds_of(folder, ruined) == [1]
+    assert seeds_of(folder, some) == seeds_of(folder, without) == [1, 2]
+    first = metrics(folder, ruined, 1), metrics(folder, without, 1)
+    nll, bleu = ([one[key] for one in first] for key in ("validation_nll", "test_bleu_mean_of_5"))
+    said = "NLL {:.3f} against {:.3f} without slow momentum, BLEU (mean of 5) {:.2f} against {:.2f}."
+    assert said.format(*nll, *bleu) in page
+    second = [
+        json.loads((folder / name.format(1)).read_text())["curve"][1]["validation_nll"] for name in (ruined, without)
+    ]
     assert "It shows early: {:.2f} against {:.2f} after two passes".format(*second) in page
-    assert "ruined: NLL {:.3f}, and {:.3f} without; BLEU {:.1f} and {:.1f} |".format(*nll[:2], *bleu[:2]) in rule
-    assert "BLEU {:.1f}, and {:.1f} with β = 0".format(*bleu[:2]) in links
-    pair = [folder / f"table1/local_sgd_beta{beta}_lr0.005_seed1.json" for beta in (0.1, 0.0)]
-    slow, plain = (json.loads(path.read_text())["metrics"]["validation_nll"] for path in pair)
+    assert "ruined: NLL {:.3f}, and {:.3f} without; BLEU {:.1f} and {:.1f} |".format(*nll, *bleu) in rule
+    assert "BLEU {:.1f}, and {:.1f} with β = 0".format(*bleu) in links
+    pairs = [(metrics(folder, some, seed), metrics(folder, without, seed)) for seed in (1, 2)]
+    assert all(one["validation_nll"] > other["validation_nll"] for one, other in pairs), "claim 3, first half"
+    assert first[0]["validation_nll"] > pairs[0][0]["validation_nll"], "second half"
+    for seed in (1, 2):
+        assert told_pair(folder, some, without, seed) in page
+        assert told_pair(folder, without, f"../table1/{AR}", seed) in page
+    numbers = [[f"{one['validation_nll']:.3f}" for one in pair] for pair in zip(*pairs, strict=True)]
+    assert "NLL {} and {}; {} and {} without: worse in both".format(*numbers[0], *numbers[1]) in rule
+    cost = [f"{other['test_bleu_mean_of_5'] - one['test_bleu_mean_of_5']:.1f}" for one, other in pairs]
+    assert f"β = 0.2 cost {cost[0]} and {cost[1]} BLEU (two seeds)" in links
+
+
+def test_the_page_tells_of_slow_momentum_with_four_workers():
+    folder = RECIPES / "records" / "multi30k" / "table1"
+    page = " ".join((RECIPES.parent / "docs/results.md").read_text().split())
+    slow, plain = (metrics(folder, name, 1)["validation_nll"] for name in (LOCAL.replace("beta0.0", "beta0.1"), LOCAL))
     assert f"NLL after 24 passes is {slow:.3f}, and {plain:.3f} without (seed 1)" in page
     assert slow > plain, "claim 2, second half"
 

@@ -42,12 +42,14 @@ class CallsOff(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-def _train(folder, base, callbacks, resume=None, after=(), **settings):
-    args = arguments(folder, max_steps=STEPS, learning_rate=0.05, save_strategy="steps", save_steps=100, seed=3)
+def _train(folder, base, callbacks, resume=None, after=(), more=(), **settings):
+    defaults = {"max_steps": STEPS, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 100, "seed": 3}
+    args = arguments(folder, **{**defaults, **dict(more)})
     trainer = Trainer(
         model=Regression(torch.float32),
         args=args,
         train_dataset=Rows(60, torch.float32),
+        eval_dataset=Rows(8, torch.float32),
         callbacks=[
             *callbacks,
             SlowMoCallback(
@@ -142,6 +144,27 @@ def test_a_signal_saves_where_an_evaluation_finds_no_better_model(tmp_path):
         assert code == REQUEUE_EXIT_CODE
         assert left == ["checkpoint-4", "checkpoint-8"]
         assert all(same)
+
+
+def _with_the_best_alone(folder):
+    """The best model is of step 4, and `save_total_limit=1` would leave it alone at the end."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    looks = {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    with pytest.raises(SystemExit):
+        _train(folder, "local_sgd", [GetsWorse(), SignalAt(0, 9, signal.SIGTERM)], more={**looks, **best})
+    slowmo_hf.verify_checkpoint(folder / "checkpoint-12")
+    dist.barrier()
+    return sorted(path.name for path in folder.iterdir())
+
+
+class GetsWorse(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+
+def test_a_signals_save_stays_beside_the_best(tmp_path):
+    for left in run_workers(_with_the_best_alone, 2, tmp_path):
+        assert left == ["checkpoint-12", "checkpoint-4"]
 
 
 def _called_off(folder):

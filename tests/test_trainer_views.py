@@ -20,12 +20,12 @@ LOOKS = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "s
 PLACES = ("before", "behind")
 
 
-def trained(folder, callback, place, resume=None, **settings):
+def trained(folder, callback, place, resume=None, kind=Trainer, **settings):
     """A worker of two, whose Trainer has ended; with "optimizer" it is ours, and there is no SlowMoCallback."""
     model, ours = Regression(torch.float32), SlowMoCallback(CONFIG)
     inner = torch.optim.AdamW(model.parameters(), lr=0.1)
     around = {"before": [callback, ours], "behind": [ours, callback], "optimizer": [callback]}
-    callback.trainer = Trainer(
+    callback.trainer = kind(
         model,
         arguments(folder, **{"max_steps": STEPS, "learning_rate": 0.1, **settings}),
         train_dataset=Rows(8 * STEPS, torch.float32),
@@ -145,26 +145,60 @@ def test_what_a_callback_writes_stays(tmp_path):
             assert not torch.equal(wrote["body.weight"], local["body.weight"]), "the average was shown"
 
 
-class Halves(TrainerCallback):
-    """Behind each evaluation one layer is halved."""
+class Cuts(TrainerCallback):
+    """Behind each evaluation a layer is made smaller, on rank 1 more."""
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
-            model.head.weight.mul_(0.5)
+            model.head.weight.mul_(0.5 / (1 + dist.get_rank()))
 
 
 def check_resume(folder):
-    whole = trained(f"{folder}/whole", Halves(), "before", **LOOKS)
+    """Step 6 ends a round, and so does 9, the last: nothing is averaged for these evaluations."""
+    looks = {**LOOKS, "max_steps": 3 * TAU, "eval_steps": 1, "save_steps": 1}
+    whole = trained(f"{folder}/whole", Cuts(), "before", **looks)
     return whole, [
-        trained(f"{folder}/{step}", Halves(), "before", resume=f"{folder}/whole/checkpoint-{step}", **LOOKS)
-        for step in (2, 4, 6)
+        trained(f"{folder}/{step}", Cuts(), "before", resume=f"{folder}/whole/checkpoint-{step}", **looks)
+        for step in (4, 5, 6, 7)
     ]
 
 
 def test_a_save_holds_what_was_written_behind_its_evaluation(tmp_path):
-    for whole, resumed in run_workers(check_resume, 2, str(tmp_path)):
-        for values_ in resumed:
-            assert equal(whole, values_)
+    """On every rank; and at the end all have one model."""
+    ranks = run_workers(check_resume, 2, str(tmp_path))
+    for whole, resumed in ranks:
+        assert [equal(whole, one) for one in resumed] == [True] * 4
+        assert equal(whole, ranks[0][0])
+
+
+class LoadsAtTheEnd(TrainerCallback):
+    """An average over time, each rank's own, is put in when training has ended."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.loaded = {name: value + 1 + 2 * dist.get_rank() for name, value in values(model).items()}
+        model.load_state_dict(self.loaded)
+
+
+def check_loads_at_the_end(folder):
+    out = {}
+    for place in PLACES:
+        for steps in (STEPS, 3 * TAU):
+            for evaluates in ("no", "steps", "epoch"):
+                loads = LoadsAtTheEnd()
+                settings = {"max_steps": steps, "eval_strategy": evaluates, "eval_steps": steps}
+                final = trained(f"{folder}/{place}_{steps}_{evaluates}", loads, place, **settings)
+                out[place, steps, evaluates] = final, loads.loaded
+    return out
+
+
+def test_what_is_loaded_when_training_has_ended_is_averaged(tmp_path):
+    """Inside a round and at its end, with an evaluation before and without."""
+    ranks = run_workers(check_loads_at_the_end, 2, str(tmp_path))
+    for run in ranks[0]:
+        (final, loaded), (others, their) = (rank[run] for rank in ranks)
+        assert equal(final, others), run
+        for name, value in final.items():
+            torch.testing.assert_close(value, (loaded[name] + their[name]) / 2, msg=f"{run}, {name}")
 
 
 class SwapsAnAverageIn(TrainerCallback):
@@ -215,6 +249,30 @@ class Saves(TrainerCallback):
             self.trainer._save_checkpoint(self.trainer.model_wrapped, trial=None)
 
 
+class SavesNothing(Trainer):
+    def _save_checkpoint(self, model, trial):
+        pass
+
+
+class SavesItsOwn(Trainer):
+    def _save_checkpoint(self, model, trial):
+        self.save_model(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
+
+
+def check_own_saves(folder):
+    for kind in (SavesNothing, SavesItsOwn):
+        trained(f"{folder}/{kind.__name__}", TrainerCallback(), "before", kind=kind, **LOOKS)
+
+
+def test_a_trainer_that_saves_no_checkpoint_leaves_none(tmp_path):
+    """Our part alone would pass for one."""
+    run_workers(check_own_saves, 2, str(tmp_path))
+    assert not list((tmp_path / "SavesNothing").glob("checkpoint-*"))
+    found = sorted(path.name for path in (tmp_path / "SavesItsOwn" / "checkpoint-4").iterdir())
+    assert "slowmo" not in found
+    assert "model.safetensors" in found
+
+
 def check_saves(folder):
     out = {}
     for place in PLACES:
@@ -229,3 +287,16 @@ def test_a_save_of_a_callbacks_own_goes_on(tmp_path):
     for rank in run_workers(check_saves, 2, str(tmp_path)):
         for whole, resumed in rank.values():
             assert equal(whole, resumed)
+
+
+class CallsOff(TrainerCallback):
+    """Behind ours: saves of steps 4 and 6 are called off."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save and state.global_step not in (4, 6)
+
+
+def test_a_save_that_is_called_off_costs_no_whole_checkpoint(tmp_path):
+    trained(tmp_path, CallsOff(), "behind", save_strategy="steps", save_steps=2, save_total_limit=2)
+    for step in (2, 8):
+        slowmo_hf.verify_checkpoint(tmp_path / f"checkpoint-{step}")

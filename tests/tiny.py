@@ -79,6 +79,31 @@ class WholeAdam(torch.optim.Adam):
     """An optimizer of one's own: what it needs of a tensor is not known."""
 
 
+class SeveralInOne(torch.optim.Optimizer):
+    """Two optimizers as one, whose state is a merged copy: as Megatron's ChainedOptimizer and many a Muon script."""
+
+    def __init__(self, params):
+        first, *others = params
+        self.parts = [torch.optim.SGD([first], lr=0.05, momentum=0.9), torch.optim.AdamW(others, lr=0.01)]
+        self.defaults = {}
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self):
+        return {param: state for part in self.parts for param, state in part.state.items()}
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
 def warmup_and_decay(step: int) -> float:
     """0, 1/4, ..., 1, then a linear decay: the first step of a run has learning rate 0."""
     return step / 4 if step < 4 else max(0.1, 1 - (step - 4) / 20)

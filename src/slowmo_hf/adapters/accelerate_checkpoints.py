@@ -25,13 +25,14 @@ from ..checkpoints.state import (
     read_together,
     seal_snapshot,
     together,
+    turn_on_machine,
     write_snapshot,
 )
 from ..contents import CheckpointError, Contents
 from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
-from ..wire.job import is_in_process, rank_in_job, turn_on_machine
+from ..wire.job import is_in_process, rank_in_job
 from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
@@ -267,7 +268,8 @@ def _take_up(
 
     if any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
         # Nobody reads what another has found damaged.
-        together(outer_loop, words, lambda: verify(folder, *turn_on_machine()))
+        turn = turn_on_machine(outer_loop)
+        together(outer_loop, words, lambda: verify(folder, *turn))
     if not any(outer_loop.workers.world.gather_objects(any((folder / FOLDER).glob(f"{within}{SHARED}*.json")))):
         if outer_loop.attempted_steps:
             raise CheckpointError(

@@ -129,7 +129,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self.outer_loop = outer_loop
         self._training, self._counted_step = True, -1
         self._ending = Ending(outer_loop, state.max_steps)
-        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._given_back)
+        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
             self._round_logs.begin(self._find_trainer(), outer_loop, self._given_back)
@@ -169,11 +169,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._given_back.close()
         self.given_arguments.close()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """
-        Leave the average (or the best model, if Trainer has just loaded it) in the model, and DDP as it was.
+        Behind all callbacks of `on_train_end`: leave the average (or the best model, if Trainer has just loaded it) in
+        the model, and DDP as it was.
 
         Raises:
             SystemExit: A signal asked for the end: with `REQUEUE_EXIT_CODE`, after the save.
@@ -182,11 +181,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             return
         best = best_model(args, state)
         if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
-            dataloader = kwargs.get("train_dataloader")
-            self._ending.end(self._find_trainer(), args, state, dataloader, pass_end_is_ahead=False)
+            trainer = self._find_trainer()
+            dataloader = trainer.callback_handler.train_dataloader
+            self._ending.end(trainer, args, state, dataloader, pass_end_is_ahead=False)
             self.outer_loop.consensus.keep(loaded=bool(best))
         log_end(self.outer_loop.parts, best)
-        if self._saves:
+        if self._saves and not self._ending.stopped:  # a requeue goes on from the last one
             self._saves.keep_the_best_alone(state)
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")

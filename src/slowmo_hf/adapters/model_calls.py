@@ -58,6 +58,7 @@ class ModelCalls:
         if not self._holds_local_weights or upstream.is_called_by("evaluation_loop", "transformers.trainer"):
             return
         loop.consensus.show_last_round()
+        loop.view.keep_writes()  # an EMA that was swapped in is swapped out; or other weights are loaded
         self._listen_for_gradients(tell=was_training)
         step = loop.consensus.last_round_step
         if not step and not clock.workers_agree:
@@ -120,11 +121,6 @@ class ModelCalls:
                 loop.clock.local_steps,
                 loop.workers.world.rank,
             )
-
-    def before_load_state_dict(self) -> None:
-        """An EMA swap loads other weights behind `model.eval()`, and then those again that were shown."""
-        if self._outer_loop.view.is_of_last_round:
-            self._outer_loop.view.keep_writes()
 
     def on_load_state_dict(self) -> None:
         """What the program loads stays, until training goes on."""
@@ -197,8 +193,6 @@ def _wrap_once() -> None:
     @functools.wraps(load_state_dict)
     def load_and_tell(self: Module, *args: Any, **kwargs: Any) -> Any:
         listeners = [listener for module in self.modules() for listener in _listeners(module)]
-        for listener in listeners:
-            listener.before_load_state_dict()
         result = load_state_dict(self, *args, **kwargs)
         for listener in listeners:
             listener.on_load_state_dict()

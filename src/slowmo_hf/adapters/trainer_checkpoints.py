@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
-from ..checkpoints.files import FOLDER, is_whole, recorded_saves, refuse_another_save, verify_in_turns
+from ..checkpoints.files import FOLDER, TRAINER_STATE, is_whole, recorded_saves, refuse_another_save, verify_in_turns
 from ..checkpoints.state import (
     Digests,
     Keeping,
@@ -28,12 +28,12 @@ from ..checkpoints.state import (
     read_together,
     seal_snapshot,
     together,
+    turn_on_machine,
     write_snapshot,
 )
 from ..contents import CheckpointError
 from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
-from ..wire.job import turn_on_machine
 
 _ASIDE = "incomplete-"
 
@@ -105,7 +105,6 @@ class TrainerCheckpoints:
 
     def finish(self, folder: Path, state: TrainerState) -> None:
         """Trainer's part is written too: seal the folder, then delete what is over `save_total_limit`. Collective."""
-
         keeping = self._decide_who_keeps()
 
         def keep(digests: Digests) -> None:
@@ -114,6 +113,9 @@ class TrainerCheckpoints:
             if self._written == folder:
                 if not (folder / FOLDER).is_dir():
                     self._give_up(folder)
+                    return
+                if not (folder / TRAINER_STATE).is_file():
+                    self._take_back(folder)
                     return
                 seal_snapshot(folder, self.outer_loop, digests)
             self._rotate(folder, state.best_model_checkpoint)
@@ -139,6 +141,13 @@ class TrainerCheckpoints:
         with suppress(OSError):
             if folder.exists():  # what Trainer has written since then
                 _set_aside(folder)
+
+    def _take_back(self, folder: Path) -> None:
+        """A subclass has saved nothing that a Trainer goes on from: our part alone would pass for a checkpoint."""
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        self._release()
+        with suppress(OSError):
+            folder.rmdir()  # where nothing else is in it
 
     def push(self, trainer: Trainer, folder: Path) -> None:
         """What Trainer would have pushed to the Hub before the checkpoint was whole."""
@@ -205,12 +214,12 @@ class TrainerCheckpoints:
                     "is: TrainingArguments(resume_from_checkpoint=...)."
                 )
             refuse_another_save(folder, callbacks)
-            verify_in_turns(folder, *turn_on_machine())
+            verify_in_turns(folder, *turn)
 
         def check() -> Callable[[], dict[str, Any]]:
             return check_snapshot(str(folder), self.outer_loop, state.global_step)
 
-        words = "the checkpoint cannot be resumed"
+        words, turn = "the checkpoint cannot be resumed", turn_on_machine(self.outer_loop)
         together(self.outer_loop, words, verify)  # nobody reads what has been found damaged
         return read_together(self.outer_loop, words, check)
 

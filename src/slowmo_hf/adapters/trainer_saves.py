@@ -77,6 +77,7 @@ class TrainerSaves:
             folder = Path(upstream.output_folder(trainer)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
             states = {name: own.state_dict() for name, own in _own_objects(trainer, trainer.lr_scheduler).items()}
             with looks.look(keep_writes=True):
+                self.outer_loop.consensus.hear_of_writes()
                 self._checkpoints.write(folder, states)
                 result = save(*args, **kwargs)
                 self._checkpoints.finish(folder, trainer.state)

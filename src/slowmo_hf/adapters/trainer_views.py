@@ -1,11 +1,12 @@
 """
 What a Trainer's loop sees of the average, whatever the order of its callbacks: it is shown behind all callbacks of a
-step's or a pass's end, and put away before any of the next begin.
+step's or a pass's end, and put away before any of the next begin; and behind all of training's end it stays.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,17 +26,26 @@ class TrainerViews:
         trainer (`Trainer`): That trains.
         outer_loop (`OuterLoop`): Started.
         ending (`Ending`): Its end.
+        end (`Callable`): Leaves the average in the model; is given the event's arguments.
         given_back (`ExitStack`): What gives the Trainer's events back as they were.
     """
 
-    def __init__(self, trainer: Trainer, outer_loop: OuterLoop, ending: Ending, given_back: ExitStack) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        outer_loop: OuterLoop,
+        ending: Ending,
+        end: Callable[[TrainingArguments, TrainerState, TrainerControl], None],
+        given_back: ExitStack,
+    ) -> None:
         self._trainer, self._outer_loop, self._ending = trainer, outer_loop, ending
         self._gathers = TrainerGathers(trainer, outer_loop, given_back)
         handler = trainer.callback_handler
         for event in ("on_epoch_begin", "on_step_begin"):
             replace_method(handler, event, self._local_before, given_back)
-        replace_method(handler, "on_step_end", functools.partial(self._then, self._behind_step), given_back)
-        replace_method(handler, "on_epoch_end", functools.partial(self._then, self._behind_pass), given_back)
+        behind = {"on_step_end": self._behind_step, "on_epoch_end": self._behind_pass, "on_train_end": end}
+        for event, act in behind.items():
+            replace_method(handler, event, functools.partial(self._then, act), given_back)
 
     def _local_before(self, tell: Method) -> Method:
         @functools.wraps(tell)
@@ -79,3 +89,4 @@ class TrainerViews:
 
     def _end(self, args: TrainingArguments, state: TrainerState) -> None:
         self._ending.end(self._trainer, args, state, self._trainer.callback_handler.train_dataloader)
+        self._outer_loop.consensus.show(keep_writes=True)

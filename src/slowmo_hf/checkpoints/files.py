@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,12 @@ def file_digests(checkpoint: str | os.PathLike[str], turn: int = 0, turns: int =
     out from the largest on.
     """
     root = Path(checkpoint)
-    sizes = sorted(((path.stat().st_size, str(path.relative_to(root))) for path in _files(root)), reverse=True)
-    return {name: {"bytes": size, "sha256": _digest(root / name)} for size, name in sizes[turn::turns]}
+    found = {}
+    with suppress(FileNotFoundError):  # another program takes the folder away: who keeps it sees that
+        sizes = sorted(((path.stat().st_size, str(path.relative_to(root))) for path in _files(root)), reverse=True)
+        for size, name in sizes[turn::turns]:
+            found[name] = {"bytes": size, "sha256": _digest(root / name)}
+    return found
 
 
 def seal(

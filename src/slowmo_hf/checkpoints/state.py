@@ -35,7 +35,7 @@ from ..contents import CheckpointError, Contents, Saved, check_all, save_all
 from ..log import logger
 from ..training.inner_state import OBJECT, SHARDS
 from ..training.outer_loop import OuterLoop
-from ..wire.job import host_name
+from ..wire.job import host_name, place_on_machine
 from .files import file_digests, seal, write_part
 from .places import SHARED, part_name, read_for
 
@@ -163,6 +163,18 @@ def finish_together(outer_loop: OuterLoop, folder: Path, keeping: Keeping, act: 
     for files, digests in world.gather_objects((keeping.files, own)):
         found |= digests if files == keeping.files else {}
     together(outer_loop, words, lambda: act(found))
+
+
+def turn_on_machine(outer_loop: OuterLoop) -> tuple[int, int]:
+    """
+    Which of a checkpoint's files this process verifies: turn and turns, for `verify_in_turns`. Collective. Where the
+    launchers' words do not fit each other (a card per task, each with LOCAL_RANK=0) every process reads all.
+    """
+    world = outer_loop.workers.world
+    told = world.gather_objects(place_on_machine())
+    size = told[0][1]
+    fits = size > 0 and told == [(rank % size, size) for rank in range(len(told))] and len(told) % size == 0
+    return told[world.rank] if fits else (0, 1)
 
 
 def save_names(outer_loop: OuterLoop) -> dict[str, str]:

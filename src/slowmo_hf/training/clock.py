@@ -62,6 +62,7 @@ class Clock:
         rounds (`int`): Begun so far.
         rates (`Rates`): Of this worker's own steps since the last round.
         begun_at (`int`): The attempted steps where this process began, or took up a checkpoint.
+        parted_at (`int`): The last step at which a rank is known to have written into its parameters behind the round.
         max_steps (`int`, *optional*): Where training ends, if that is known; for what is said alone.
     """
 
@@ -72,6 +73,7 @@ class Clock:
     rounds: int = 0
     rates: Rates = field(default_factory=Rates)
     begun_at: int = 0
+    parted_at: int = -1
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -128,7 +130,7 @@ class Clock:
         """
         Parameters are equal on all workers: a round has just ended, nothing has begun, or gradients are averaged.
         """
-        return self.agree_at(self.attempted_steps)
+        return self.parted_at != self.attempted_steps and self.agree_at(self.attempted_steps)
 
     def agree_at(self, step: int) -> bool:
         """The same after another step."""
@@ -141,6 +143,8 @@ class Clock:
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`."""
         everybodys = {"attempted_steps": self.attempted_steps, "rounds": self.rounds}
+        if self.parted_at == self.attempted_steps:
+            everybodys["parted"] = True
         own = {"local_steps": self.local_steps, "rates": dict(vars(self.rates))}
         return Saved(Contents(everybodys), Contents(own))
 
@@ -156,7 +160,10 @@ class Clock:
             above = found.numbers("above", len(first))
             rates = Rates(first, above, found.count("steps", least=bool(first), most=attempted_steps if first else 0))
 
+        parted = saved.shared.flag("parted", default=False) and same_number
+
         def take_up() -> None:
+            self.parted_at = attempted_steps if parted else -1
             self.attempted_steps, self.rounds, self.local_steps = attempted_steps, rounds, local_steps
             self.rates, self.begun_at = rates, attempted_steps
 

@@ -62,7 +62,7 @@ class Consensus:
                 self.restore()
                 raise
         if keep_writes and view.is_shown:
-            view.keep_writes()
+            view.keep_writes(self.parts.tensors.trainable if self.parts.clock.workers_agree else ())
 
     @contextmanager
     def shown(self, *, keep_writes: bool = False) -> Iterator[None]:
@@ -208,12 +208,22 @@ class Consensus:
             loaded (`bool`): All have loaded one model over it, which stays.
         """
         self.show()
-        view = self.parts.view
-        if view.keeps_writes and not loaded:
-            with self.parts.account.apart():
-                anybody = any(self.parts.workers.world.gather_objects(view.is_written))
-            if anybody:
-                self.restore(give_back_random_state=False)
-                self.show()
-        view.keep()
+        if not loaded and self.hear_of_writes():
+            self.restore(give_back_random_state=False)
+            self.show()
+        self.parts.view.keep()
         self.parts.inner_state.empty_again()
+
+    def hear_of_writes(self) -> bool:
+        """
+        Whether a rank's program has written into its model while it was shown; workers then differ, also behind a
+        round. Collective, where the view keeps that.
+        """
+        parts = self.parts
+        if not parts.view.keeps_writes:
+            return False
+        with parts.account.apart():
+            anybody = any(parts.workers.world.gather_objects(parts.view.is_written))
+        if anybody and parts.meets_others:
+            parts.clock.parted_at = parts.clock.attempted_steps
+        return anybody

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -35,7 +35,8 @@ class ConsensusView:
         self._random_state: RandomState | None = None
         self._noted: weakref.ref[ConsensusView] | None = None
         self._paused = ExitStack()
-        self._digests: list[list[int]] | None = None  # of what is shown, where the program may write into it
+        self._watched: list[torch.Tensor] = []
+        self._digests: list[list[int]] | None = None  # of these, where the program may write into them
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
     @property
@@ -94,9 +95,15 @@ class ConsensusView:
         self.give_back_random_state()
         self._paused.close()
 
-    def keep_writes(self) -> None:
-        """From here on a tensor of the view that the program writes into stays as written when the view ends."""
+    def keep_writes(self, others: Sequence[torch.Tensor] = ()) -> None:
+        """
+        From here on a tensor of the view that the program writes into stays as written when the view ends.
+
+        Args:
+            others (`Sequence[torch.Tensor]`): No part of the view, but looked at for `is_written`.
+        """
         if self._digests is None:
+            self._watched = [*self._shown, *others]
             self._digests = self._digests_now()
 
     @property
@@ -106,11 +113,11 @@ class ConsensusView:
 
     @property
     def is_written(self) -> bool:
-        """Whether the program has written into what is shown, and not put it back."""
+        """Whether the program has written into what is shown, or the others, and not put it back."""
         return self._digests not in (None, self._digests_now())
 
     def _digests_now(self) -> list[list[int]]:
-        return digests([parts_of(t) for t in self._shown])
+        return digests([parts_of(t) for t in self._watched])
 
     def give_back_random_state(self) -> None:
         """Set every random generator as it was before the view: an evaluation draws from them."""
@@ -131,7 +138,8 @@ class ConsensusView:
         return list(zip(self._shown, self._stash or [], strict=False))
 
     def _end(self) -> None:
-        self._stash, self._shown, self._digests, self.is_of_last_round = None, [], None, False
+        self._stash, self._shown, self._watched, self._digests = None, [], [], None
+        self.is_of_last_round = False
         if self._noted is not None:
             _open.remove(self._noted)
             self._noted = None

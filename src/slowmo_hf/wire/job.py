@@ -76,10 +76,10 @@ def processes_on_machine(world_size: int) -> int:
     return world_size if is_in_process() else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-def turn_on_machine() -> tuple[int, int]:
+def place_on_machine() -> tuple[int, int]:
     """
-    This process's place among those of its machine, and how many they are: LOCAL_RANK and LOCAL_WORLD_SIZE; (0, 1)
-    where the launcher does not tell both.
+    This process's place among those of its machine, and how many they are: LOCAL_RANK and LOCAL_WORLD_SIZE, as the
+    launcher says; (0, 1) where it does not.
     """
     if is_in_process():
         return rank_in_job(), processes_in_job()
