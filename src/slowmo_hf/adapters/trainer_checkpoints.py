@@ -163,15 +163,14 @@ class TrainerCheckpoints:
         if best and self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals:
             self._rotate(Path(best))
 
-    def _rotate(self, *kept: Path | str | None) -> None:
-        """Delete what is over `save_total_limit`, and none of these."""
+    def _rotate(self, newest: Path, best: str | None = None) -> None:
+        """Delete what is over `save_total_limit` beside the newest, and neither of these."""
         limit = self._given["save_total_limit"]
         if not limit or limit < 0:
             return
-        keep = {Path(path).resolve() for path in kept if path}
+        keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
         # By age, as Trainer does. A save that has failed has our part alone, and counts for none.
-        folder = next(iter(keep)).parent
-        ended = [path for path in _checkpoints(folder) if is_whole(path) or not (path / FOLDER).is_dir()]
+        ended = [path for path in _checkpoints(newest.parent) if is_whole(path) or not (path / FOLDER).is_dir()]
         found = sorted(ended, key=lambda path: path.stat().st_mtime)
         over = max(0, len(found) - max(limit, len(keep)))
         for path in [path for path in found if path.resolve() not in keep][:over]:

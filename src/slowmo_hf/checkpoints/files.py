@@ -119,10 +119,11 @@ def _inside(root: Path, path: Path) -> Path:
 def file_digests(checkpoint: str | os.PathLike[str], turn: int = 0, turns: int = 1) -> dict[str, dict[str, Any]]:
     """
     Size and SHA-256 of a checkpoint's files, by name: of all, or of those of one process of several, which deal them
-    out from the largest on.
+    out from the largest on. None where no part of it is ours: there will be no manifest.
     """
-    root = Path(checkpoint)
-    found = {}
+    root, found = Path(checkpoint), dict[str, dict[str, Any]]()
+    if not (root / FOLDER).is_dir():
+        return found
     with suppress(FileNotFoundError):  # another program takes the folder away: who keeps it sees that
         sizes = sorted(((path.stat().st_size, str(path.relative_to(root))) for path in _files(root)), reverse=True)
         for size, name in sizes[turn::turns]:

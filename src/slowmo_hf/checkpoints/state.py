@@ -66,12 +66,12 @@ class Keeping:
         seals (`bool`): The manifest, once on every file system: rank 0, and the first process of a machine that does
             not see its files.
         shared (`bool`): Its part of the shared state.
-        files (`str`): The file system: empty where rank 0's files are seen, else this machine.
+        sees_rank_0s (`bool`): Files of rank 0, and so those of all that see them too.
     """
 
     seals: bool
     shared: bool
-    files: str
+    sees_rank_0s: bool
 
 
 def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping:
@@ -110,7 +110,7 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
             )
 
     together(outer_loop, f"{folder} cannot be written", refuse_over_machines)
-    return Keeping(seals=first == 0, shared=first < workers.size, files="" if sees_it else host_name())
+    return Keeping(seals=first == 0, shared=first < workers.size, sees_rank_0s=sees_it)
 
 
 def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
@@ -153,15 +153,19 @@ def finish_together(outer_loop: OuterLoop, folder: Path, keeping: Keeping, act: 
     Act on a checkpoint once the files of every rank are there. Collective; raises as `together`.
 
     Args:
-        act (`Callable`): Is given the digests of its files, which the processes that see them have read together.
+        act (`Callable`): Is given the digests of files that processes which see them all have read between them.
     """
     world = outer_loop.workers.world
     world.gather_objects(None)
-    words, own = f"checkpoint {folder} cannot be finished", dict[str, dict[str, Any]]()
-    together(outer_loop, words, lambda: own.update(file_digests(folder, world.rank, world.world_size)))
-    found: Digests = {}
-    for files, digests in world.gather_objects((keeping.files, own)):
-        found |= digests if files == keeping.files else {}
+    words, own, found = f"checkpoint {folder} cannot be finished", Digests(), Digests()
+
+    def read() -> None:
+        if keeping.sees_rank_0s:
+            own.update(file_digests(folder, world.rank, world.world_size))
+
+    together(outer_loop, words, read)
+    for digests in world.gather_objects(own):
+        found |= digests if keeping.sees_rank_0s else {}
     together(outer_loop, words, lambda: act(found))
 
 
