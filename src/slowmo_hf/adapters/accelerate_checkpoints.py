@@ -15,10 +15,9 @@ from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import DataLoader
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, read_part, verify_in_turns, write_part
+from ..checkpoints.files import FOLDER, Digests, read_part, verify_in_turns, write_part
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import (
-    Digests,
     check_snapshot,
     finish_together,
     keeps_files,

@@ -181,9 +181,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             return
         best = best_model(args, state)
         if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
-            trainer = self._find_trainer()
-            dataloader = trainer.callback_handler.train_dataloader
-            self._ending.end(trainer, args, state, dataloader, pass_end_is_ahead=False)
+            self._ending.end(self._find_trainer(), args, state, pass_end_is_ahead=False)
             self.outer_loop.consensus.keep(loaded=bool(best))
         log_end(self.outer_loop.parts, best)
         if self._saves and not self._ending.stopped:  # a requeue goes on from the last one

@@ -18,9 +18,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
-from ..checkpoints.files import FOLDER, TRAINER_STATE, is_whole, recorded_saves, refuse_another_save, verify_in_turns
-from ..checkpoints.state import (
+from ..checkpoints.files import (
+    FOLDER,
+    TRAINER_STATE,
     Digests,
+    is_whole,
+    recorded_saves,
+    refuse_another_save,
+    verify_in_turns,
+)
+from ..checkpoints.state import (
     Keeping,
     check_snapshot,
     finish_together,

@@ -72,7 +72,6 @@ class Ending:
         trainer: Any,
         args: TrainingArguments,
         state: TrainerState,
-        dataloader: Any,
         *,
         pass_end_is_ahead: bool = True,
     ) -> None:
@@ -80,7 +79,8 @@ class Ending:
         if self.ended:
             return
         self.ended = True
-        meetings = _Meetings(args, state, self._planned_end, _steps_per_pass(args, dataloader))
+        steps_per_pass = _steps_per_pass(args, trainer.callback_handler.train_dataloader)
+        meetings = _Meetings(args, state, self._planned_end, steps_per_pass)
         all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
         all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
         self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)

@@ -88,5 +88,5 @@ class TrainerViews:
             self._gathers.bring_together()
 
     def _end(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._ending.end(self._trainer, args, state, self._trainer.callback_handler.train_dataloader)
+        self._ending.end(self._trainer, args, state)
         self._outer_loop.consensus.show(keep_writes=True)

@@ -32,6 +32,8 @@ LOCK = ".slowmo-saving"  # `claim`: there while it is being written
 TRAINER_STATE = "trainer_state.json"  # Trainer's last file
 VERSION = 1
 
+Digests = dict[str, dict[str, Any]]  # of files, by name: size and SHA-256
+
 
 def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents) -> None:
     """
@@ -116,37 +118,40 @@ def _inside(root: Path, path: Path) -> Path:
     return path
 
 
-def file_digests(checkpoint: str | os.PathLike[str], turn: int = 0, turns: int = 1) -> dict[str, dict[str, Any]]:
+def file_digests(checkpoint: str | os.PathLike[str], turn: int = 0, turns: int = 1) -> Digests:
     """
-    Size and SHA-256 of a checkpoint's files, by name: of all, or of those of one process of several, which deal them
-    out from the largest on. None where no part of it is ours: there will be no manifest.
+    Of a checkpoint's files: of all, or of those of one process of several, which deal them out. None where no part of
+    it is ours: there will be no manifest.
     """
-    root, found = Path(checkpoint), dict[str, dict[str, Any]]()
+    root, found = Path(checkpoint), Digests()
     if not (root / FOLDER).is_dir():
         return found
     with suppress(FileNotFoundError):  # another program takes the folder away: who keeps it sees that
-        sizes = sorted(((path.stat().st_size, str(path.relative_to(root))) for path in _files(root)), reverse=True)
-        for size, name in sizes[turn::turns]:
-            found[name] = {"bytes": size, "sha256": _digest(root / name)}
+        sizes = {str(path.relative_to(root)): path.stat().st_size for path in _files(root)}
+        for name in _dealt_out(sizes, turn, turns):
+            found[name] = _entry(root / name)
     return found
 
 
-def seal(
-    checkpoint: str | os.PathLike[str], settings: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
-) -> None:
+def _dealt_out(sizes: dict[str, int], turn: int, turns: int) -> list[str]:
+    """Names of files for one of several processes, dealt out from the largest on."""
+    return sorted(sizes, key=lambda name: (sizes[name], name), reverse=True)[turn::turns]
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any], known: Digests | None = None) -> None:
     """
     Write the manifest: every file of the checkpoint is there, and its digest. Call it when all have written.
 
     Args:
         known (`dict`, *optional*): What `file_digests` has found; the others are read here.
     """
-    root = Path(checkpoint)
-    found = known or {}
-    files = {
-        name: found.get(name) or {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in _files(root)
-        if (name := str(path.relative_to(root)))
-    }
+    root, found = Path(checkpoint), known or {}
+    paths = {str(path.relative_to(root)): path for path in _files(root)}
+    files = {name: found.get(name) or _entry(path) for name, path in paths.items()}
     manifest = {"version": VERSION, **settings, "files": files}
     manifest["sha256"] = _own_digest(manifest)
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
@@ -222,8 +227,8 @@ def verify_in_turns(checkpoint: str | os.PathLike[str], turn: int = 0, turns: in
     """`verify_checkpoint` by several processes, each of which reads some of the files."""
     root = Path(checkpoint)
     manifest = _read_manifest(root)
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    dealt_out = set(sorted(files, key=lambda name: (files[name]["bytes"], name), reverse=True)[turn::turns])
+    files: Digests = manifest["files"]
+    dealt_out = _dealt_out({name: entry["bytes"] for name, entry in files.items()}, turn, turns)
     for name, entry in sorted(files.items()):
         path = _inside(root, root / name)
         if not path.is_file():

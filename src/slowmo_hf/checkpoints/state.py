@@ -36,10 +36,8 @@ from ..log import logger
 from ..training.inner_state import OBJECT, SHARDS
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name, place_on_machine
-from .files import file_digests, seal, write_part
+from .files import Digests, file_digests, seal, write_part
 from .places import SHARED, part_name, read_for
-
-Digests = dict[str, dict[str, Any]]  # of files, by name: size and SHA-256
 
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
 # that is said.

@@ -131,8 +131,10 @@ class ConsensusView:
 
     def _unwritten(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What is shown, and its local values, but for what the program has written and keeps."""
-        was, now = self._digests, self._digests_now() if self._digests else None
-        return [pair for at, pair in enumerate(self._put_by()) if not was or not now or was[at] == now[at]]
+        if self._digests is None:
+            return self._put_by()
+        changes = zip(self._digests, self._digests_now(), strict=True)
+        return [pair for pair, (was, now) in zip(self._put_by(), changes, strict=False) if was == now]
 
     def _put_by(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self._shown, self._stash or [], strict=False))
