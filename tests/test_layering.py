@@ -27,9 +27,9 @@ WINGS = {
         ["accelerate_checkpoints"],
         ["callback", "functions"],
         ["optimizer", "trainer_logs", "trainer_saves", "trainer_views"],
-        ["trainer_end", "trainer_gathers"],
+        ["model_calls", "trainer_end", "trainer_gathers"],
         [
-            *("exit_notice", "first_pass", "given", "isolation", "model_calls", "optimizer_wrapper"),
+            *("exit_notice", "first_pass", "given", "isolation", "optimizer_wrapper"),
             *("other_optimizers", "stop_signals", "trainer_start"),
         ],
         ["trainer_checkpoints"],

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch.func import functional_call, vmap
 
-WAYS = ("batched", "in_turn")
-
 
 class BatchedGradients:
     """

@@ -8,6 +8,7 @@ from .adapters.optimizer import SlowMoOptimizer
 from .adapters.stop_signals import REQUEUE_EXIT_CODE
 from .checkpoints.files import verify_checkpoint
 from .config import SlowMoConfig
+from .contents import CheckpointError
 from .training.report import RoundReport
 from .wire.in_process import run_in_process, together
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
+    "CheckpointError",
     "RoundReport",
     "SlowMoCallback",
     "SlowMoConfig",

@@ -13,7 +13,10 @@ from .dtensors import local
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file and the reason."""
+    """
+    A checkpoint cannot be used, or written: it is damaged, unfinished, of another run, or does not fit the settings.
+    The message names the file and the reason. Where all ranks save or resume, all of them raise it.
+    """
 
 
 @dataclass

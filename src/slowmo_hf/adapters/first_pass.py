@@ -21,20 +21,21 @@ from ..wire.job import is_in_process, processes_in_job
 from .fully_sharded import all_parameters
 
 
-def listen(optimizer: Any) -> Callable[[], Any]:
+def listen(listener: Any) -> Callable[[], Any]:
     """
-    Have every module's forward pass shown to `optimizer`; call the result to end that. torch's table of global hooks
-    lives as long as the process, so it holds the optimizer weakly, and its entry goes with the optimizer: one that
-    never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook on every module.
+    Have every module's forward pass shown to `listener.on_forward(module)`; call the result to end that. torch's table
+    of global hooks lives as long as the process, so it holds the listener weakly, and its entry goes with it: an
+    optimizer that never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook
+    on every module.
     """
-    alive = weakref.ref(optimizer)
+    alive = weakref.ref(listener)
 
     def on_forward(module: torch.nn.Module, args: Any) -> None:
-        listener = alive()
-        if listener is not None:
-            listener.on_forward(module)
+        present = alive()
+        if present is not None:
+            present.on_forward(module)
 
-    return weakref.finalize(optimizer, register_module_forward_pre_hook(on_forward).remove)
+    return weakref.finalize(listener, register_module_forward_pre_hook(on_forward).remove)
 
 
 def trains(optimizer: Any, module: torch.nn.Module) -> bool:

@@ -27,34 +27,29 @@ _BY_ACCELERATE = (
 )
 
 
-def refuse_unsupported(models: Iterable[torch.nn.Module] = (), optimizer: torch.optim.Optimizer | None = None) -> None:
-    """
-    Refuse what replaces the parameters that rounds average, or shards them in a way that leaves it unknown who
-    averages gradients inside a worker. FSDP2 and HSDP are accepted.
-
-    Args:
-        models (`Iterable[torch.nn.Module]`, *optional*): What is trained, as it is called.
-        optimizer (`torch.optim.Optimizer`, *optional*): What holds its parameters. With it, gathered copies of sharded
-            ones are dropped: not to be called between a forward pass and its backward.
-
-    Raises:
-        ValueError: The job runs under DeepSpeed, Megatron-LM, XLA, FSDP of version 1, tensor, context, expert or
-            pipeline parallelism; FSDP was asked for and is not there; an optimizer holds plain parameters beside
-            sharded ones, or one parameter twice, or is none that rounds can work with (`refuse_optimizer`).
-    """
-    words = refusal(models, optimizer)
-    if words is not None:
-        raise ValueError(words)
-
-
 def refusal(
     models: Iterable[torch.nn.Module], optimizer: torch.optim.Optimizer | None, *, has_rounds: bool = True
 ) -> str | None:
     """
-    The same, where all ranks are about to meet: an engine, which is everybody's, is refused at once; what this rank
-    finds in its model is returned in words, which `OuterLoop.start` tells all. Two entries for one parameter are
-    seen where shards are empty, and other ranks would wait for this one until their time-out. Without rounds training
-    is stock, and the optimizer any.
+    Why there can be no rounds: something replaces the parameters that they average, or shards them in a way that
+    leaves it unknown who averages gradients inside a worker. FSDP2 and HSDP are accepted.
+
+    All ranks are about to meet: an engine, which is everybody's, is refused at once; what this rank finds in its model
+    is returned in words, which `OuterLoop.start` tells all, or they would wait for this one until their time-out.
+
+    Args:
+        models (`Iterable[torch.nn.Module]`): What is trained, as it is called.
+        optimizer (`torch.optim.Optimizer`, *optional*): What holds its parameters. With it, gathered copies of sharded
+            ones are dropped: not to be called between a forward pass and its backward.
+        has_rounds (`bool`, *optional*, defaults to `True`): Without rounds training is stock, and the optimizer any.
+
+    Returns:
+        `str`, *optional*: FSDP was asked for and is not there; an optimizer holds plain parameters beside sharded
+            ones, or one parameter twice, or is none that rounds can work with (`refuse_optimizer`).
+
+    Raises:
+        ValueError: The job runs under DeepSpeed, Megatron-LM, XLA, FSDP of version 1, tensor, context, expert or
+            pipeline parallelism.
     """
     models = list(models)
     sharded = sharded_modules(models)

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .. import upstream
 from ..training.outer_loop import OuterLoop
+from .first_pass import listen
 
 
 class ModelCalls:
@@ -43,6 +43,7 @@ class ModelCalls:
             _listening.setdefault(id(model()), weakref.WeakSet()).add(self)
         self._loaded_at: int | None = None  # the step at which the program loaded weights of its own choice
         self._stop_listening: Callable[[], object] = _nothing
+        self._was_training = False  # before the last `model.eval()`
         self._said: set[str] = set()
         _wrap_once()
 
@@ -59,7 +60,8 @@ class ModelCalls:
             return
         loop.consensus.show_last_round()
         loop.view.keep_writes()  # an EMA that was swapped in is swapped out; or other weights are loaded
-        self._listen_for_gradients(tell=was_training)
+        self._stop_listening()
+        self._was_training, self._stop_listening = was_training, listen(self)
         step = loop.consensus.last_round_step
         if not step and not clock.workers_agree:
             self._say(
@@ -85,22 +87,16 @@ class ModelCalls:
         self._stop_listening = _nothing
         self._outer_loop.consensus.end_last_round()
 
-    def _listen_for_gradients(self, *, tell: bool) -> None:
-        self._stop_listening()
-        alive = weakref.ref(self)
-
-        def on_forward(module: Module, args: Any) -> None:
-            listener = alive()
-            if listener is not None and torch.is_grad_enabled() and listener._trains(module):
-                listener.on_train()
-                if tell:
-                    listener._say(
-                        logging.WARNING,
-                        "a pass with gradients after model.eval(): it is made with this worker's own weights, as "
-                        "training is. An evaluation belongs under torch.no_grad().",
-                    )
-
-        self._stop_listening = weakref.finalize(self, register_module_forward_pre_hook(on_forward).remove)
+    def on_forward(self, module: Module) -> None:
+        """A pass behind `model.eval()`: with gradients it is one of training, and of the local weights."""
+        if torch.is_grad_enabled() and self._trains(module):
+            self.on_train()
+            if self._was_training:
+                self._say(
+                    logging.WARNING,
+                    "a pass with gradients after model.eval(): it is made with this worker's own weights, as "
+                    "training is. An evaluation belongs under torch.no_grad().",
+                )
 
     def _trains(self, module: Module) -> bool:
         own = {id(param) for param in self._outer_loop.tensors.trainable}

@@ -335,14 +335,6 @@ class Wire:
         """The tensor of `src`, a rank in the job."""
         return self._meet("broadcast", tensor.clone(), group, lambda brought: tensor.copy_(brought[src]), async_op)
 
-    def broadcast_object_list(self, objects: list[Any], src: int, group: Any = None) -> None:
-        """Copies of the values of `src`, a rank in the job."""
-
-        def take(brought: dict[int, Any]) -> None:
-            objects[:] = copy.deepcopy(brought[src])
-
-        self._meet("broadcast_object_list", copy.deepcopy(objects), group, take, False)
-
     def together(self, call: Callable[[list[Item]], Sequence[T]], item: Item) -> T:
         """The module's `together`."""
         mine: list[Any] = [item]  # then, after the call, `[item, entry]`
