@@ -50,12 +50,19 @@ class Norms:
     @property
     def pseudo_grad_square(self) -> float:
         """||pseudo_grad||^2."""
-        return sum(float(square) for square, _ in self._squares)
+        return _sum_of([square for square, _ in self._squares])
 
     @property
     def velocity_square(self) -> float:
         """||velocity||^2; 0 where the outer optimizer keeps none of ours."""
-        return sum(float(square) for _, square in self._squares if square is not None)
+        return _sum_of([square for _, square in self._squares if square is not None])
+
+
+def _sum_of(squares: list[torch.Tensor]) -> float:
+    """In their order. The device is waited for once, not at each."""
+    if not squares:
+        return 0.0
+    return float(sum(torch.stack([square.to(squares[0].device) for square in squares]).tolist()))
 
 
 def squared_norm(flat: torch.Tensor) -> torch.Tensor:
