@@ -26,15 +26,19 @@ def _check_free_settings(here, folder):
         for name in load_file(folder / "plain" / "checkpoint-5" / "slowmo" / "shared.safetensors")
     )
     momentum = train(folder / "plain", CONFIG, resume=True)
-    return free["said"], momentum["said"], len(free["after"]), len(momentum["after"])
+    copy(here / "run" / "checkpoint-5", folder / "without")
+    without = train(folder / "without", SlowMoConfig(sync_every=4, outer_momentum=0), resume=True)
+    runs = (free, momentum, without)
+    return *(run["said"] for run in runs), *(len(run["after"]) for run in runs)
 
 
 def test_free_settings_may_change_and_that_is_said(saved, tmp_path):
-    for free, momentum, *steps in run_workers(_check_free_settings, 2, saved[0], tmp_path):
+    for free, momentum, without, *steps in run_workers(_check_free_settings, 2, saved[0], tmp_path):
         timeouts = f"timeout_seconds {patience(30):.1f} -> 40.0"
         assert f"resumed with other settings: outer_momentum 0.5 -> 0.25, {timeouts}" in free
         assert "resumed with other settings: outer_momentum 0.0 -> 0.5" in momentum
-        assert steps == [STEPS - MIDDLE] * 2
+        assert "resumed with other settings: outer_momentum 0.5 -> 0.0" in " ".join(without)
+        assert steps == [STEPS - MIDDLE] * 3
 
 
 def _check_stock(here, folder):
