@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+import slowmo_hf
 from gossip_runs import (
     BASES,
     CLIP,
@@ -27,6 +28,7 @@ from gossip_runs import (
 )
 from harness import run_workers
 from reference import gossip_reference
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.wire.gossip import make_topology
 from tiny import (
     Regression,
@@ -264,3 +266,31 @@ def test_a_step_skipped_on_one_rank(tmp_path):
                 for parameter, local, average in zip(run_["trained"], end.z, end.average, strict=True):
                     assert (run_["after"][-1][parameter] - local).abs().max() <= 2e-6, (name, surface)
                     assert (run_["final"][parameter] - average).abs().max() <= 2e-6, (name, surface)
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_a_view_of_osgp_leaves_training_as_it_was_where_a_program_writes_weights(staleness):
+    """Weights are clamped behind each step, workers have weights other than 1, and all go on as without views."""
+
+    def work(rank, *, views):
+        weight = nn.Parameter(torch.tensor([2.0, -1.5], dtype=torch.float64))
+        config = SlowMoConfig(base="osgp", staleness=staleness, sync_every=50, outer_momentum=0)
+        optimizer = SlowMoOptimizer(SGD([weight], lr=0.1), config)
+        weights, shown = [], []
+        for step in range(8):
+            weight.grad = torch.tensor([rank + 1.0, 0.5 * step], dtype=torch.float64)
+            optimizer.step()
+            with torch.no_grad():
+                weight.clamp_(-1.6, 1.2)
+            weights.append(optimizer.outer_loop.base.weight)
+            if views:
+                with slowmo_hf.consensus(optimizer):
+                    shown.append(weight.detach().clone())
+        return weight.detach().clone(), weights, shown
+
+    without = run_in_process(lambda rank: work(rank, views=False), 3)
+    with_views = run_in_process(lambda rank: work(rank, views=True), 3)
+    assert any(one != 1 for _, weights, _ in without for one in weights)
+    for (end, _, _), (other, _, shown) in zip(without, with_views, strict=True):
+        assert torch.equal(end, other)
+        assert all(torch.equal(*pair) for pair in zip(shown, with_views[0][2], strict=True))

@@ -237,24 +237,32 @@ def _how_a_fork_dies():
 
 def _handlers():
     """
-    A handler of the user's own stays; passed on twice it is one; repeated later it does what it did; a thread hears
-    none.
+    A handler of the user's own stays; all that listen are told, once; repeated later it does what it did; a thread
+    hears none; a handler that somebody puts in our place stays.
     """
     heard = []
     own = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
-    dead, ear = Ear(heard), Ear(heard)
-    earlier = slowmo_hf.adapters.stop_signals.StopSignals(dead.hear)  # of a run that failed
+    gone, first, ear = Ear(["gone"]), Ear(heard), Ear(heard)
+    left = slowmo_hf.adapters.stop_signals.StopSignals(gone.hear)
+    earlier = slowmo_hf.adapters.stop_signals.StopSignals(first.hear)
     signals = slowmo_hf.adapters.stop_signals.StopSignals(ear.hear)
+    del gone
     assert _how_a_fork_dies() == signal.SIGTERM, "a pool ends its workers so"
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert heard == [signal.SIGUSR1, "SIGTERM"]
+    assert heard == [signal.SIGUSR1, "SIGTERM", "SIGTERM"], "two listen, and each is told once"
     slowmo_hf.adapters.stop_signals.PASSED_ON_SECONDS = -1.0
     assert _how_a_fork_dies() == signal.SIGTERM
     signals.release()
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "one still listens"
     earlier.release()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    left.release()
+    newer = slowmo_hf.adapters.stop_signals.StopSignals(ear.hear)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    newer.release()
+    assert signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_IGN, "the user's own, put there meanwhile"
     signal.signal(signal.SIGUSR1, own)
     thread = threading.Thread(target=lambda: slowmo_hf.adapters.stop_signals.StopSignals(ear.hear))
     thread.start()

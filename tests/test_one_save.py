@@ -351,10 +351,12 @@ def test_a_save_that_failed_is_no_longer_claimed_when_its_trainer_trains_again(t
     trainer = make(tmp_path, before=[Meanwhile(fail, step=4)])
     with pytest.raises(KeyError):
         trainer.train()
-    assert is_claimed(tmp_path / "checkpoint-4")
-    trainer.remove_callback(Meanwhile)
-    trainer.train()
     assert not is_claimed(tmp_path / "checkpoint-4")
+    trainer.remove_callback(Meanwhile)
+    with pytest.raises(ValueError, match="No valid checkpoint"):  # the half one is set aside; stock Trainer's words
+        trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"incomplete-checkpoint-4"}
+    trainer.train()
     verify_checkpoint(tmp_path / "checkpoint-4")
 
 

@@ -66,7 +66,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._training = False
         self.looks = Looks()
         self._given_back = ExitStack()  # at the end: what is switched off while we train
-        self.given_arguments = ExitStack()  # gives TrainingArguments back, also where training fails
+        self.given_arguments = ExitStack()  # gives TrainingArguments and a save back, also where training fails
         self._round_logs = RoundLogs()
         self._counted_step = -1  # Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
@@ -113,7 +113,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
         wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
         refuse_wrong_launch(args, wrappers or sharded)
-        self.outer_loop = self._ending = None
+        self.outer_loop = self._ending = None  # the slow state of a run before goes first
+        self._round_logs = RoundLogs()
         outer_loop.clock.max_steps = state.max_steps
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
         compare_programs(outer_loop.workers.world, program_of(args))
@@ -147,7 +148,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = TrainerSaves(args, outer_loop)
         self._saves.begin(self._find_trainer(), self.looks, self._given_back)
-        self.given_arguments.callback(self._saves.give_back_arguments)
+        self.given_arguments.callback(self._saves.give_up)
         if state.global_step:
             try:
                 self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)

@@ -18,8 +18,7 @@ _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _all_are_finished() -> bool:
-    loops = [(one.finished_at, one.outer_loop) for one in _told]
-    return all(loop is None or finished_at == loop.attempted_steps for finished_at, loop in loops)
+    return all(one.outer_loop is None or one.outer_loop.in_flight.is_over for one in _told)
 
 
 saves = Saves("accelerator.load_state({})", is_over=_all_are_finished)
@@ -54,8 +53,9 @@ def _unfinished(optimizer: Any) -> str:
     if loop is None or not loop.parts.trains_alone or loop.workers.world.rank:
         return ""
     clock = loop.clock
-    is_average = clock.workers_agree or optimizer.finished_at == clock.attempted_steps
-    if is_average or loop.status.stop_agreed:  # a run that was asked to stop has saved, and goes on later
+    if (
+        clock.workers_agree or loop.in_flight.is_over or loop.status.stop_agreed
+    ):  # a run that was asked to stop has saved, and goes on later
         return ""
     model = "the last round's, without them" if loop.view.is_of_last_round else "one worker's own"
     return (

@@ -120,10 +120,9 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
     """
     bare = unwrap(optimizer)
-    if bare.outer_loop is None or bare.finished_at != bare.outer_loop.attempted_steps:
-        outer_loop = bare.begun()
+    outer_loop = bare.begun()
+    if not outer_loop.in_flight.is_over:
         outer_loop.finish()
-        bare.finished_at = outer_loop.attempted_steps
         allow_join(ddp_wrappers(p for group in bare.param_groups for p in group["params"]))
 
 

@@ -59,7 +59,6 @@ class ModelCalls:
         if not self._holds_local_weights or upstream.is_called_by("evaluation_loop", "transformers.trainer"):
             return
         loop.consensus.show_last_round()
-        loop.view.keep_writes()  # an EMA that was swapped in is swapped out; or other weights are loaded
         self._stop_listening()
         self._was_training, self._stop_listening = was_training, listen(self)
         step = loop.consensus.last_round_step
@@ -134,10 +133,9 @@ class ModelCalls:
         what the program or `accelerator.load_state` has loaded.
         """
         loop, optimizer = self._outer_loop, self._optimizer()
-        step = loop.clock.attempted_steps
         if optimizer is None or not loop.parts.trains_alone or loop.view.is_shown or optimizer.awaits_a_checkpoint:
             return False
-        return step not in (self._loaded_at, optimizer.finished_at)
+        return not loop.in_flight.is_over and self._loaded_at != loop.clock.attempted_steps
 
     def _say(self, level: int, words: str, *values: object) -> None:
         """Once."""

@@ -70,7 +70,6 @@ class SlowMoOptimizer(OptimizerWrapper):
         self.isolation: Isolation | None = None
         self.is_prepared = False  # by Accelerate, with its model
         self.state_is_beside = False  # while `accelerator.save_state` or `load_state` is under way
-        self.finished_at: int | None = None  # the step at which all have ended, on the average
         self._model_calls: ModelCalls | None = None
         self._before_training: Callable[[OuterLoop], None] | None = None
         self._stop_signals: StopSignals | None = None
@@ -144,6 +143,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         if slow is not None:
             self._before_training = None  # it is here: nothing lies beside
         self.inner_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _SLOW_STATE})
+        if self.outer_loop is not None:
+            self.outer_loop.inner_state.keep_what_is_there()
         self._after_loading()
 
     def train(self) -> None:
@@ -211,13 +212,11 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._go_on(outer_loop)
 
     def before_training(self, act: Callable[[OuterLoop], None]) -> None:
-        """
-        Call `act` before training starts or goes on, at the next forward pass, step or view: a checkpoint is taken up
-        there.
-        """
+        """Call `act`, which takes a checkpoint up, at the next forward pass, step or view: before training goes on."""
         self._before_training = act
         if self.outer_loop is not None:
             self.outer_loop.consensus.restore()  # what is loaded now would be undone by the end of a view
+            self._stop_listening()
             self._stop_listening = listen(self)
 
     @property
@@ -250,9 +249,9 @@ class SlowMoOptimizer(OptimizerWrapper):
         return self.outer_loop
 
     def _go_on(self, outer_loop: OuterLoop) -> None:
+        self._stop_listening()
         act, self._before_training = self._before_training, None
         if act is not None:
-            self._stop_listening()
             act(outer_loop)
 
     def _started(self) -> OuterLoop:

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import SLOW_MOMENTUM, SlowMoConfig
+
 _started: list[weakref.ref[Any]] = []  # all that train, or have trained
 
 
 def note_start(optimizer: Any) -> None:
-    """This SlowMoOptimizer trains from now on."""
+    """This SlowMoOptimizer trains from now on. Where it is let go, its roll call ends."""
     _started.append(weakref.ref(optimizer, _started.remove))
+    leave = optimizer.outer_loop.workers.roll_call.leave_later
+    weakref.finalize(optimizer, leave, "its optimizer was let go").atexit = False
 
 
 def double_momentum(optimizer: Any) -> str | None:
@@ -24,10 +28,10 @@ def double_momentum(optimizer: Any) -> str | None:
     Why this one cannot start beside another that trains: each one's round would take the other's slow momentum for
     progress of its own, and a shared parameter moves further from round to round, without bound.
     """
-    if not optimizer.config.outer_momentum:
+    if not _outer_momentum(optimizer.config):
         return None
     own = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
-    others = [one for one in _training(own) if one.config.outer_momentum and one.outer_loop.attempted_steps]
+    others = [one for one in _training(own) if _outer_momentum(one.config) and one.outer_loop.attempted_steps]
     shared = [own[id(p)] for other in others for group in other.param_groups for p in group["params"] if id(p) in own]
     if not shared:
         return None
@@ -35,9 +39,16 @@ def double_momentum(optimizer: Any) -> str | None:
     return (
         f"parameter {index} of group {group} ({len(set(shared))} in all) is in another SlowMoOptimizer too, whose "
         "training has not ended, and both have slow momentum: each would take the other's for progress. Call "
-        "slowmo_hf.finish on the earlier one if it is done; else use outer_momentum=0 in one of them, or one "
-        "optimizer."
+        "slowmo_hf.finish on the earlier one if it is done; else use outer_momentum=0 in one of them (of an "
+        "outer_optimizer: a momentum of 0), or one optimizer."
     )
+
+
+def _outer_momentum(config: SlowMoConfig) -> float:
+    """Of slow momentum, or of another outer optimizer that has one by this name."""
+    if config.outer_optimizer == SLOW_MOMENTUM:
+        return config.outer_momentum
+    return float(config.outer_optimizer_arguments().get("momentum", 0))
 
 
 def _training(params: Container[int]) -> list[Any]:
@@ -49,7 +60,7 @@ def _training(params: Container[int]) -> list[Any]:
             one
             for one in alive
             if one.outer_loop is not None
-            and one.finished_at != one.outer_loop.attempted_steps
+            and not one.outer_loop.in_flight.is_over
             and any(id(p) in params for group in one.param_groups for p in group["params"])
         ]
 

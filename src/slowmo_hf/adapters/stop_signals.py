@@ -16,15 +16,14 @@ from ..log import logger
 REQUEUE_EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "try again later"
 PASSED_ON_SECONDS = 10.0
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-# transformers' own would save at a step of one rank's own; ours is an earlier run's, which may have failed.
-_REPLACED = ("transformers.trainer_jit_checkpoint", __name__)
+_REPLACED = "transformers.trainer_jit_checkpoint"  # which would save at a step of one rank's own
 
 
 class StopSignals:
     """
-    Listens until `release`. A handler of the user's own is left in place. A signal repeated after `PASSED_ON_SECONDS`
-    does what it did before; sooner, it is the same one: schedulers signal every process of a job, and launchers pass
-    on what they get.
+    Listens until `release`; all that listen are told. A handler of the user's own is left in place. A signal repeated
+    after `PASSED_ON_SECONDS` does what it did before; sooner, it is the same one: schedulers signal every process of a
+    job, and launchers pass on what they get.
 
     Args:
         on_signal (`Callable`): A bound method, held weakly; called once, with the signal's name, in the main thread.
@@ -33,32 +32,68 @@ class StopSignals:
     def __init__(self, on_signal: Callable[[str], None]) -> None:
         self._on_signal = weakref.WeakMethod(on_signal)
         self._process = os.getpid()
-        self._earlier: dict[int, Any] = {}
-        self._heard_at: float | None = None
+        self.heard_at: float | None = None
         if threading.current_thread() is not threading.main_thread():
             logger.info("training runs outside the main thread: SIGTERM and SIGUSR1 are left alone")
             return
-        for number in _SIGNALS:
-            earlier = signal.getsignal(number)
-            if earlier in (signal.SIG_DFL, signal.SIG_IGN) or getattr(earlier, "__module__", None) in _REPLACED:
-                self._earlier[number] = signal.signal(number, self._handle)
-            else:
-                logger.info("%s has a handler already, which stays", signal.Signals(number).name)
+        _listening.append(self)
+        _take_signals()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    @property
+    def lives(self) -> bool:
+        """Whether there is somebody to tell: not in a forked child, which a pool ends by SIGTERM."""
+        return self._process == os.getpid() and self._on_signal() is not None
+
+    def hear(self, name: str) -> None:
+        """Tell it, once."""
         on_signal = self._on_signal()
-        if os.getpid() != self._process:  # a forked child, which a pool ends by SIGTERM
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif on_signal is None or (self._heard_at and time.monotonic() - self._heard_at > PASSED_ON_SECONDS):
-            self.release()
-            os.kill(os.getpid(), number)
-        elif self._heard_at is None:
-            self._heard_at = time.monotonic()
-            on_signal(signal.Signals(number).name)
+        if self.heard_at is None and on_signal is not None:
+            self.heard_at = time.monotonic()
+            on_signal(name)
 
     def release(self) -> None:
-        """Give the signals back."""
-        for number, earlier in self._earlier.items():
+        """Listen no more; who is the last gives the signals back."""
+        if self in _listening:
+            _listening.remove(self)
+        if not _living():
+            _give_back()
+
+
+_listening: list[StopSignals] = []
+_earlier: dict[int, Any] = {}  # whose handlers ours has replaced
+
+
+def _living() -> list[StopSignals]:
+    _listening[:] = [one for one in _listening if one.lives]
+    return _listening
+
+
+def _take_signals() -> None:
+    for number in _SIGNALS:
+        earlier = signal.getsignal(number)
+        if earlier is _handle:
+            continue
+        if earlier in (signal.SIG_DFL, signal.SIG_IGN) or getattr(earlier, "__module__", None) == _REPLACED:
+            _earlier[number] = signal.signal(number, _handle)
+        else:
+            logger.info("%s has a handler already, which stays", signal.Signals(number).name)
+
+
+def _give_back() -> None:
+    for number, earlier in _earlier.items():
+        if signal.getsignal(number) is _handle:  # else somebody has put another in its place since, which stays
             signal.signal(number, earlier)
-        self._earlier = {}
+    _earlier.clear()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    living = _living()
+    heard = [one.heard_at for one in living if one.heard_at is not None]
+    if len(heard) < len(living) or (heard and time.monotonic() - max(heard) <= PASSED_ON_SECONDS):
+        for one in tuple(living):
+            one.hear(signal.Signals(number).name)
+    else:  # nobody listens, or all have heard before
+        _give_back()
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

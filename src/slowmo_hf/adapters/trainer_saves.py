@@ -43,9 +43,10 @@ class TrainerSaves:
         wrap = functools.partial(self._around_own_files, trainer, looks)
         replace_method(trainer, upstream.SAVE_CHECKPOINT, wrap, given_back)
 
-    def give_back_arguments(self) -> None:
-        """As they were."""
+    def give_up(self) -> None:
+        """Training has ended, also by an error: arguments are as they were, and no save is under way."""
         self._checkpoints.give_back_arguments()
+        self._checkpoints.end()
 
     def _end(self) -> None:
         """Training has ended: an error from now on is not this run's."""

@@ -114,8 +114,7 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
         callback = callback_of(self)
         if callback is None:
             return train(self, *args, **kwargs)
-        if callback.outer_loop is None:  # a save of its own that failed is still claimed by this process
-            set_aside_unfinished(self.args)
+        set_aside_unfinished(self.args)
         try:
             return train(self, *args, **kwargs)
         except BaseException:

@@ -87,7 +87,8 @@ class Consensus:
         Raises:
             RuntimeError: Some did.
         """
-        if self.parts.meets_others and self.nothing_to_average and not self.parts.view.is_shown:
+        view = self.parts.view  # of the last round's model each rank has its own, or none
+        if self.parts.meets_others and self.nothing_to_average and (view.is_of_last_round or not view.is_shown):
             with self.parts.account.paused():
                 self.in_flight.meet(Purpose.LOOK)
 
@@ -163,6 +164,7 @@ class Consensus:
         # `model.eval()` has no end that a program sets, and draws are the program's own until then.
         view.show([*params, *(now[name] for name in averaged)], write_, keeps_random_state=False)
         view.is_of_last_round = True
+        view.keep_writes()  # an EMA that was swapped in is swapped out; or other weights are loaded
 
     @property
     def _without_anchors(self) -> str:

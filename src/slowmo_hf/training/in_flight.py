@@ -28,6 +28,15 @@ class InFlight:
         self.rounds: list[Round] = []
         self.last: RoundReport | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether training has ended on the average, and no step, nor another state, has come behind it."""
+        return self.parts.tensors.others.is_over
+
+    def goes_on(self) -> None:
+        """A step or another state has come."""
+        self.parts.tensors.others.is_over = False
+
     # ---- what is due ----
 
     def advance(self) -> RoundReport | None:
@@ -50,7 +59,6 @@ class InFlight:
 
     def launch(self, inner_lrs: list[float]) -> RoundReport | None:
         """The round of this step; its report, if it is applied at once."""
-        self.parts.tensors.others.is_over = False
         if not self._goes_ahead:
             return self.launch_agreed(self.meet(Purpose.ROUND, inner_lrs))
         with record_function("slowmo::round"):
@@ -137,6 +145,7 @@ class InFlight:
         Another state is taken up: what is under way belongs to the run that is left, with what was wrong there, and is
         waited for.
         """
+        self.goes_on()
         with suppress(ValueError):
             self.hear()
         for one in self.rounds:

@@ -106,6 +106,10 @@ class InnerState:
             self.optimizer.state.clear()
         self._was_empty = False
 
+    def keep_what_is_there(self) -> None:
+        """The program has loaded a state, perhaps inside a view: it stays."""
+        self._was_empty = False
+
     def tensors_to_average(self, averages: Averages) -> list[torch.Tensor]:
         """
         What the policy "average" makes equal, the same on all workers. Collective between them.

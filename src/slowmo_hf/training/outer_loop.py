@@ -12,8 +12,7 @@ The heart: the clock drives rounds (Algorithm 1 of SlowMo, https://huggingface.c
             inner state: reset, maintain or average           line 2
 
 r = gamma_t / gamma_{t-1}, and gamma of a round is the mean learning rate of its attempted steps. The arithmetic is in
-`algorithm/slow_momentum.py`, one round in `round.py`, what is due in `clock.py`; the decisions behind it are in
-docs/internals.md.
+`algorithm/slow_momentum.py`, one round in `round.py`, what is due in `clock.py`; why it is so, in docs/internals.md.
 """
 
 from __future__ import annotations
@@ -107,6 +106,7 @@ class OuterLoop:
             `RoundReport` of a round, or None between rounds; of an overlapped one when it is applied.
         """
         self.refuse_while_shown()
+        self.in_flight.goes_on()
         clock = self.clock
         clock.step(inner_lrs)
         self.workers.roll_call.at(clock.attempted_steps, "training")

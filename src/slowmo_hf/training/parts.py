@@ -28,7 +28,7 @@ from .inner_state import InnerState
 from .model_tensors import ModelTensors, copy_tensors_
 from .report import RoundReport
 from .slow_state import SlowState
-from .status import Agreement, StatusExchange
+from .status import Agreement, Speaker, StatusExchange
 
 _NOT_FINITE = (
     "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and "
@@ -62,6 +62,7 @@ class Parts:
         cls, config: SlowMoConfig, workers: Workers, tensors: ModelTensors, inner_state: InnerState, clock: Clock
     ) -> Parts:
         """After the groups are made; anchors begin with the parameters' values."""
+        speaker = Speaker(workers, tensors)  # first: on all ranks alike, also where one of them cannot make the rest
         inside = _make_inside(config, workers, tensors)
         layouts = [inside.part(layout) for layout in flat_layouts(tensors.groups)] if config.has_rounds else []
         account = Account(lambda: workers.bytes_sent)
@@ -75,7 +76,7 @@ class Parts:
             clock=clock,
             account=account,
             costs=Costs(config, workers),
-            status=StatusExchange(workers, inner_state, clock, account, weigh),
+            status=StatusExchange(workers, inner_state, clock, account, weigh, speaker),
             view=ConsensusView(account, config.stash_device, tensors.rewritten),
             slow=slow,
             base=_make_base(config, workers, slow, tensors),

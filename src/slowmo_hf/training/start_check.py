@@ -60,6 +60,8 @@ def made_everywhere(workers: Workers, make: Callable[[], T]) -> T:
         made.append(make())
     except (ValueError, RuntimeError) as error:
         failure = str(error)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
     _raise_told(workers.world.gather_objects((host_name(), failure)))
     return made[0]
 

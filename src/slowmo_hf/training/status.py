@@ -267,6 +267,7 @@ class StatusExchange:
         clock (`Clock`): Where this rank is.
         account (`Account`): Counts what is sent for a round; other exchanges are apart.
         weigh (`Callable`): Is given every rank's local steps, where workers count by them.
+        speaker (`Speaker`): This optimizer, among all of the program.
     """
 
     def __init__(
@@ -276,11 +277,12 @@ class StatusExchange:
         clock: Clock,
         account: Account,
         weigh: Callable[[list[int]], None],
+        speaker: Speaker,
     ) -> None:
         self._workers, self._inner_state, self._clock, self._account = workers, inner_state, clock, account
         self._tensors = inner_state.tensors
         self._weigh = weigh
-        self.speaker = Speaker(workers, self._tensors)
+        self.speaker = speaker
         self.stop_asked = False  # this process was: it says so at the next exchange
         self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
         self.stop_agreed = False  # all know that a rank was asked to stop

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 
@@ -127,7 +126,7 @@ class GossipBase(Base):
         self.weight = weight
         self.in_flight.append(exchange)
 
-    def _absorb(self, exchange: Exchange | None, chunk: Bucket, share: float) -> None:
+    def _absorb(self, exchange: Exchange, chunk: Bucket, share: float) -> None:
         """
         x <- p (x + z' - z), with z as it was handed back: rounded to the parameters' dtype. The message is the same.
         """
@@ -139,7 +138,7 @@ class GossipBase(Base):
             chunk.pack_(moved)
             x.add_(moved.sub_(rounded(x / self.weight, chunk.dtype)))
         x.mul_(share)
-        if exchange and exchange.outgoing is not self.numerators:
+        if exchange.outgoing is not self.numerators:
             chunk.of(exchange.outgoing[chunk.item]).copy_(x)
 
     def _take_in(self, received: list[dict[FlatAnchor, torch.Tensor]], chunk: Bucket, weight: float) -> None:
@@ -191,14 +190,21 @@ class GossipBase(Base):
         to m, so the mean is that of origin - x; and a worker with more or less than its share shows no distance for
         it.
         """
-        out.copy_(self.origin(piece)).mul_(self._mass).sub_(piece.of(self.numerators[piece.item]))
+        out.copy_(self.origin(piece)).mul_(self._mass).sub_(self._numerator(piece))
         for exchange in self.in_flight:
             for flat in exchange.received:
                 out.sub_(piece.of(flat[piece.item]).to(out.device))
 
     def own_displacement_(self, piece: Piece, out: torch.Tensor) -> None:
         """Write anchor - z into `out`."""
-        torch.sub(piece.anchor, piece.of(self.numerators[piece.item]) / self.weight, out=out)
+        torch.sub(piece.anchor, self._numerator(piece) / self.weight, out=out)
+
+    def _numerator(self, piece: Piece) -> torch.Tensor:
+        """x, with what the parameters have moved since the last exchange; nothing is written."""
+        x, z = piece.of(self.numerators[piece.item]), piece.values()
+        if not self.is_apart and self.weight == 1 and z.dtype == x.dtype:
+            return z.to(x.device)
+        return x if self.is_apart else x + (z.to(x) - rounded(x / self.weight, z.dtype))
 
     def hand_back_(self, piece: Piece) -> None:
         """x = w anchor; the parameter is the anchor."""
@@ -208,18 +214,13 @@ class GossipBase(Base):
             piece.values().copy_(_debiased(x, weight))
 
     def settle(self) -> None:
-        """Absorb the last inner step, and wait for the messages in flight; they stay due when they were."""
-        for chunk in chain.from_iterable(self._chunks.values()):
-            self._absorb(None, chunk, 1.0)
+        """Wait for the messages in flight; they stay due when they were."""
         self.wait_for_messages()
         for exchange in self.in_flight:
             self._refuse_lost(exchange)
 
     def wait_for_messages(self) -> None:
-        """
-        Wait for the messages in flight; they stay due when they were. The parameters are not looked at: they may show
-        the average.
-        """
+        """Wait for the messages in flight, which stay due when they were. No parameter is read: it may be the average."""
         for exchange in self.in_flight:
             for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
                 self.communicator.finish(transfer)

@@ -149,6 +149,11 @@ class RollCall:
             if self.store is not None:
                 self.store.close()
 
+    def leave_later(self, cause: str) -> None:
+        """The same by a thread of its own: whoever collects garbage must not wait for the store."""
+        if self in _going:
+            threading.Thread(target=self.leave, args=(cause,), daemon=True, name="slowmo_hf leave").start()
+
     def tell(self, words: str) -> str:
         """
         Found between two meetings, and everybody's: whoever waits now, or waits next, fails with these words. The same
