@@ -133,6 +133,29 @@ def test_weights_loaded_in_eval_stay_also_behind_a_consensus_block():
         assert run_in_process(partial(work, with_block=with_block), 2) == [7.0, 7.0], with_block
 
 
+def test_weights_loaded_at_a_step_of_an_earlier_run_do_not_hide_this_ones():
+    """The clock comes to step 5 twice; the second time nothing was loaded, and `model.eval()` shows the last round."""
+
+    def work(rank):
+        model, optimizer, step = begin(rank)
+        for _ in range(4):
+            step()
+        state = optimizer.state_dict()
+        step()
+        model.load_state_dict({"weight": torch.full((1, 1), 7.0, dtype=torch.float64)})
+        model.eval()
+        loaded = model.weight.item()
+        model.train()
+        optimizer.load_state_dict(state)
+        step()
+        model.eval()
+        return loaded, model.weight.item(), optimizer.outer_loop.parts.slow.pieces[0].anchor.item()
+
+    for loaded, shown, anchor in run_in_process(work, 2):
+        assert loaded == 7.0
+        assert shown == anchor
+
+
 def test_an_optimizer_state_loaded_in_a_view_stays():
     """Before the first step it is empty, and the end of a view empties what a save has made up; not this."""
 

@@ -41,7 +41,7 @@ class ModelCalls:
             del _listening[gone]
         for model in self._models:
             _listening.setdefault(id(model()), weakref.WeakSet()).add(self)
-        self._loaded_at: int | None = None  # the step at which the program loaded weights of its own choice
+        self._loaded_at: int | None = None  # the move at which the program loaded weights of its own choice
         self._stop_listening: Callable[[], object] = _nothing
         self._was_training = False  # before the last `model.eval()`
         self._said: set[str] = set()
@@ -124,7 +124,7 @@ class ModelCalls:
             return  # `accelerator.load_state`: every worker's own follow
         view = self._outer_loop.view
         is_back = view.is_of_last_round and not view.is_written
-        self._loaded_at = None if is_back else self._outer_loop.clock.attempted_steps
+        self._loaded_at = None if is_back else self._outer_loop.in_flight.moves
 
     @property
     def _holds_local_weights(self) -> bool:
@@ -135,7 +135,7 @@ class ModelCalls:
         loop, optimizer = self._outer_loop, self._optimizer()
         if optimizer is None or not loop.parts.trains_alone or loop.view.is_shown or optimizer.awaits_a_checkpoint:
             return False
-        return not loop.in_flight.is_over and self._loaded_at != loop.clock.attempted_steps
+        return not loop.in_flight.is_over and self._loaded_at != loop.in_flight.moves
 
     def _say(self, level: int, words: str, *values: object) -> None:
         """Once."""

@@ -3,19 +3,21 @@ The complete state of an outer loop at one optimizer step, for a checkpoint: wha
 alone. Every part writes its own fields and checks them again; here stand those of the whole.
 
     shared  run, save, workers, processes, config, parameters              here
-            attempted_steps, rounds                                        Clock
+            processes_per_worker, place, sharded, of workers of several    here
+            processes or shards
+            attempted_steps, rounds; parted                                Clock
             parameters_alone                                               StatusExchange
             averaged_buffers, averaged_buffer.NAME                         LocalTensors
             anchor.i, velocity.i (own with exact_average=False)            SlowState
             previous_inner_lrs, or the object outer_optimizer (likewise)   OuterUpdate
     own     run, save, workers, attempted_steps; the caller's objects      here
             local_steps, rates                                             Clock
-            changed_buffers, buffer.NAME; parameter.NAME, where            LocalTensors
-            workers differ
+            changed_buffers, remade_buffers, buffer.NAME;                  LocalTensors
+            parameter.NAME, where workers differ
             the object inner_optimizer                                     InnerState
             bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
             departed, departed.i                                           InFlight, TrainingOn, of a round in flight
-            weight, in_flight, numerator.i, message.k.source.i             GossipBase, inside a round
+            weight, in_flight, numerator.i, message.k.source.i             GossipBase, where workers differ
 
 `run` stays when a run is resumed; `save` is of one save of one branch of it. The manifest and Trainer's state hold
 both. An older checkpoint has no `save`.

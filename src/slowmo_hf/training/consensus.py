@@ -46,7 +46,7 @@ class Consensus:
     @_as_in_training
     def show(self, *, keep_writes: bool = False) -> None:
         """
-        Put the average into parameters and buffers of every rank. Collective, unless the workers agree anyway.
+        Put the average into parameters and buffers of every rank. Collective, unless there is `nothing_to_average`.
 
         Args:
             keep_writes (`bool`): As `ConsensusView.keep_writes`: for a view that the program has not asked for.

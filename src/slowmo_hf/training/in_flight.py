@@ -27,6 +27,7 @@ class InFlight:
         self.parts = parts
         self.rounds: list[Round] = []
         self.last: RoundReport | None = None
+        self.moves = 0  # steps, and states taken up: the clock may come to one step twice
 
     @property
     def is_over(self) -> bool:
@@ -35,6 +36,7 @@ class InFlight:
 
     def goes_on(self) -> None:
         """A step or another state has come."""
+        self.moves += 1
         self.parts.tensors.others.is_over = False
 
     # ---- what is due ----

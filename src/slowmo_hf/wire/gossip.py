@@ -220,7 +220,7 @@ class GossipBase(Base):
             self._refuse_lost(exchange)
 
     def wait_for_messages(self) -> None:
-        """Wait for the messages in flight, which stay due when they were. No parameter is read: it may be the average."""
+        """Wait for the messages in flight, which stay due when they were. No parameter is read: views may be shown."""
         for exchange in self.in_flight:
             for transfer in [*([exchange.weight] if exchange.weight else []), *exchange.buckets]:
                 self.communicator.finish(transfer)
