@@ -6,6 +6,7 @@ after every exchange, with mixing matrices in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.optim import SGD
 from transformers import Trainer, TrainerCallback
 
 from harness import patience
+from mixing import mixing_matrix
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, last_round
 from slowmo_hf.wire.gossip import GossipBase, make_topology
 from tiny import (
@@ -60,7 +62,7 @@ def follow_gossip(
     and the end. Returns the average after every step, messages in flight included.
     """
     workers, names = range(len(runs)), runs[0]["trained"]
-    mixing = make_topology(config, len(runs)).mixing_matrix
+    mixing = partial(mixing_matrix, make_topology(config, len(runs)))
     staleness = config.staleness if config.base == "osgp" else 0
     z = [{name: run["start"][name].double() for name in names} for run in runs]
     assert names

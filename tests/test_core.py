@@ -46,8 +46,7 @@ def test_zero_learning_rate_keeps_the_average_and_the_ratio():
     optimizer = SlowMomentum([anchor], outer_momentum=0.5)
     for inner_lr, delta, right in ((2.0, 1.0, 9.0), (0.0, 3.0, 6.0), (4.0, 1.0, 4.5)):
         optimizer.param_groups[0]["inner_lr"] = inner_lr
-        anchor.grad = torch.tensor([delta])
-        optimizer.step()
+        optimizer.update_(anchor, torch.tensor([delta]), 0)
         optimizer.end_round()
         assert anchor.item() == right
 
@@ -58,8 +57,8 @@ def test_constant_learning_rate_is_torch_sgd_with_momentum():
     slow, sgd = SlowMomentum([ours], outer_lr=0.7, outer_momentum=0.6), torch.optim.SGD([theirs], lr=0.7, momentum=0.6)
     for _ in range(7):
         delta = torch.randn(5, dtype=torch.float64)
-        ours.grad, theirs.grad = delta.clone(), delta.clone()
-        slow.step(), slow.end_round(), sgd.step()
+        theirs.grad = delta.clone()
+        slow.update_(ours, delta, 0), slow.end_round(), sgd.step()
         assert torch.allclose(ours, theirs.detach(), rtol=0, atol=1e-14)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from gossip_runs import (
     some_rows,
 )
 from harness import run_workers
+from mixing import mixing_matrix
 from reference import gossip_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.wire.gossip import make_topology
@@ -79,7 +81,7 @@ def by_reference(config, seen, *, accumulation=1, clip=None, skipped=(), momentu
     policy = "reset" if momentum and config.has_outer_update else "maintain"
     arguments_ = (make_worker, len(seen), STEPS, config.sync_every, config.outer_lr, config.outer_momentum, policy)
     mixing, staleness = (
-        make_topology(config, len(seen)).mixing_matrix,
+        partial(mixing_matrix, make_topology(config, len(seen))),
         config.staleness if config.base == "osgp" else 0,
     )
     return gossip_reference(*arguments_, mixing=mixing, staleness=staleness, exact_average=config.exact_average), norms

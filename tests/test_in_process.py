@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 
 import slowmo_hf
 from harness import run_workers
+from mixing import mixing_matrix
 from pulls import PULLS, pulled
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
@@ -152,7 +154,10 @@ def test_sixteen_workers_against_the_paper(config):
     policy = config.inner_state if config.inner_state != "auto" else "reset"
     run = (_noisy, 16, 14, config.sync_every, config.outer_lr, config.outer_momentum, policy)
     if config.base in GOSSIP_BASES:
-        mixing, staleness = make_topology(config, 16).mixing_matrix, config.staleness if config.base == "osgp" else 0
+        mixing, staleness = (
+            partial(mixing_matrix, make_topology(config, 16)),
+            config.staleness if config.base == "osgp" else 0,
+        )
         workers = gossip_reference(*run, mixing=mixing, staleness=staleness, exact_average=config.exact_average)
         right = [worker.z for worker in workers]
     else:

@@ -7,12 +7,14 @@ import logging
 import os
 import socket
 import tempfile
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from harness import patience, run_workers
+from mixing import mixing_matrix
 from node_worker import ACCUMULATION, BATCH, LOOK, LR, STEPS, Gradients, mean_gradient, pairs
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
@@ -133,7 +135,7 @@ def _expected(case, seen, steps):
         workers = slowmo_reference(*run)
         return workers, [sum(tensors) / count for tensors in zip(*workers, strict=True)]
     staleness = config.staleness if config.base == "osgp" else 0
-    mixing = make_topology(config, count).mixing_matrix
+    mixing = partial(mixing_matrix, make_topology(config, count))
     ends = gossip_reference(*run, mixing=mixing, staleness=staleness, exact_average=config.exact_average)
     return [end.z for end in ends], ends[0].average
 

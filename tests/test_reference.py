@@ -4,12 +4,14 @@ accumulation 2.
 """
 
 import tempfile
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from harness import run_workers
+from mixing import mixing_matrix
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.config import GOSSIP_BASES
@@ -114,7 +116,7 @@ def _expected(case, seen):
         workers = slowmo_reference(*arguments)
         return workers, [sum(tensors) / len(seen) for tensors in zip(*workers, strict=True)]
     staleness = config.staleness if config.base == "osgp" else 0
-    mixing = make_topology(config, len(seen)).mixing_matrix
+    mixing = partial(mixing_matrix, make_topology(config, len(seen)))
     ends = gossip_reference(*arguments, mixing=mixing, staleness=staleness, exact_average=config.exact_average)
     return [end.z for end in ends], ends[0].average
 

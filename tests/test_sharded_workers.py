@@ -6,6 +6,7 @@ models, and as the paper's form in float64.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fsdp
 from harness import patience, run_workers
+from mixing import mixing_matrix
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.algorithm.codec import BLOCK
@@ -242,7 +244,7 @@ def by_paper(case, size, world):
     if config.base == "local_sgd":
         return slowmo_reference(*run)
     staleness = config.staleness if config.base == "osgp" else 0
-    mixing = make_topology(config, count).mixing_matrix
+    mixing = partial(mixing_matrix, make_topology(config, count))
     ends = gossip_reference(*run, mixing=mixing, staleness=staleness, exact_average=config.exact_average)
     return [end.z for end in ends]
 

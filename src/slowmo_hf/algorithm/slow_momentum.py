@@ -40,14 +40,15 @@ class SlowMomentum(torch.optim.Optimizer):
         anchor_{t+1} = anchor_t - alpha * v_t
 
     beta is `outer_momentum`, alpha is `outer_lr`, gamma is the inner learning rate, Delta_t is the pseudo-gradient
-    (anchor minus average, in `.grad`), and v = gamma * u with u the paper's slow momentum: nothing is divided by the
-    gamma of this round. Where gamma_t = 0 the paper's u has no value for Delta_t: momentum moves nothing (alpha
+    (anchor minus average), and v = gamma * u with u the paper's slow momentum: nothing is divided by the gamma of this
+    round. Where gamma_t = 0 the paper's u has no value for Delta_t: momentum moves nothing (alpha
     gamma_t u = 0), the average is kept (anchor - alpha Delta_t), u decays by beta, and the next ratio is taken to the
     last gamma that was not 0.
 
     Args:
         anchors (`Iterable[torch.Tensor]` or parameter groups): fp32 or fp64 tensors. Updated in place. A group per
-            inner parameter group: its entry `inner_lr` is set before `step()`.
+            inner parameter group: its entry `inner_lr` is set before a round's calls of `update_`, one for each
+            anchor; `end_round` comes behind them.
         outer_lr (`float`, *optional*, defaults to `1.0`): Step along `v`. 1.0 with `outer_momentum=0` is Local SGD.
         outer_momentum (`float`, *optional*, defaults to `0.5`): Slow momentum, in [0, 1). With 0 no velocity is kept.
     """
@@ -62,13 +63,6 @@ class SlowMomentum(torch.optim.Optimizer):
         super().__init__(anchors, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One outer step for every anchor that has a `.grad`."""
-        for index, group in enumerate(self.param_groups):
-            for anchor in group["params"]:
-                if anchor.grad is not None:
-                    self.update_(anchor, anchor.grad, index)
-
     def update_(self, anchor: torch.Tensor, pseudo_grad: torch.Tensor, group_index: int) -> torch.Tensor | None:
         """One anchor's outer step, of the group with this index. Returns its velocity, if it has one."""
         group = self.param_groups[group_index]

@@ -131,18 +131,6 @@ class Topology:
         """The share of its mass that `worker` keeps, and that each of its messages carries: 1 / (1 + targets)."""
         return 1 / (1 + len(self.targets(worker, exchange)))
 
-    def mixing_matrix(self, exchange: int) -> list[list[float]]:
-        """
-        P_k of the class docstring, `workers` rows of `workers` shares: row i is what worker i gets. Columns sum to 1,
-        and rows too.
-        """
-        matrix = [[0.0] * self.workers for _ in range(self.workers)]
-        for sender in range(self.workers):
-            weight = self.weight(sender, exchange)
-            for receiver in [sender, *self.targets(sender, exchange)]:
-                matrix[receiver][sender] = weight
-        return matrix
-
     @property
     def cycle_length(self) -> int:
         """Exchanges until the schedule repeats."""
@@ -153,40 +141,6 @@ class Topology:
         if self._paired and self.workers % 2:
             return math.lcm(turns, self.workers)
         return 2 if self._paired and self.name == "ring" and self.workers > 2 else turns
-
-    @property
-    def connected_within(self) -> int:
-        """
-        Exchanges after which, from any exchange on, every worker has heard (directly or not) of every other; 0 in a
-        world of one. Often exact, else an upper bound: the comments say what is proved and what was simulated.
-        """
-        n, odd = self.workers, self.workers % 2
-        if self._degree == n - 1:
-            return min(1, n - 1)  # everybody hears everybody; a world of one has nobody to hear
-        if self.name == "exponential":
-            # L powers of two lie below n, and every distance is a sum of some of them, in any order: it is travelled
-            # if each power has an exchange to itself. In L exchanges each power comes up `peers` times, and each
-            # exchange offers `peers` of them: a regular bipartite graph, so Hall's theorem gives each its own. With
-            # peers > L every exchange offers all powers.
-            return (n - 1).bit_length()
-        if self.name == "ring" and not self._paired:
-            return n // 2 if self.peers == 2 else n - 1
-        if self.name == "ring":
-            # News spreads as an interval with two ends. Even world: both move at every exchange. Odd world: idling
-            # makes an end wait, but of the 2t moves of t exchanges at most 3 are lost before the ends meet.
-            return n // 2 + 2 * odd
-        if self.peers == n // 2:
-            # Everybody hears the whole other side, and at the next exchange, through it, its own. Odd: who idles in
-            # between and the idler before, who takes that seat, reach the last ones at a third exchange.
-            return 2 + odd
-        # m distances 1 + a with a = 0, 2, 4, 8, ... Even world: a path picks exchanges and walks +d, -d, +d, ..., so
-        # the ones cancel and alternating sums of the a remain. Powers of two in order make every even number in reach
-        # that way (a run of ones in binary is 2^end - 2^start), and m + 1 exchanges, the list and its first entry
-        # again, reach all n seats. This proves peers = 1 and, as every exchange then offers all m, peers >= m; in
-        # between, even worlds to 2048 were simulated. Odd worlds were simulated to 129: idling costs at most as much
-        # again.
-        m = (n - 2).bit_length()
-        return (1 + odd) * m + 1
 
     @property
     def _degree(self) -> int:
