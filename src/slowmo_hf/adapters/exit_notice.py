@@ -53,9 +53,8 @@ def _unfinished(optimizer: Any) -> str:
     if loop is None or not loop.parts.trains_alone or loop.workers.world.rank:
         return ""
     clock = loop.clock
-    if (
-        clock.workers_agree or loop.in_flight.is_over or loop.status.stop_agreed
-    ):  # a run that was asked to stop has saved, and goes on later
+    has_saved = loop.status.stop_agreed  # a run that was asked to stop, and goes on later
+    if clock.workers_agree or loop.in_flight.is_over or has_saved:
         return ""
     model = "the last round's, without them" if loop.view.is_of_last_round else "one worker's own"
     return (
