@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
+from slowmo_hf.algorithm.slow_momentum import SlowMomentum
 
 BETA = 0.5
 MIB = 2**20
@@ -181,17 +182,19 @@ class Textbook:
 
 
 def outer_step_of(optimizer: SlowMoOptimizer) -> Callable[[], None]:
-    """The package's arithmetic alone: its outer optimizer's step on a pseudo-gradient that is already there."""
+    """The package's arithmetic alone: one round's calls of its update, on pseudo-gradients that are already there."""
     assert optimizer.outer_loop is not None
     outer = optimizer.outer_loop.parts.slow.update.optimizer
-    anchors = [anchor for group in outer.param_groups for anchor in group["params"]]
-    pseudo_grads = [torch.full_like(anchor, 1e-3) for anchor in anchors]
+    assert isinstance(outer, SlowMomentum)
+    moves = [
+        (anchor, torch.full_like(anchor, 1e-3), index)
+        for index, group in enumerate(outer.param_groups)
+        for anchor in group["params"]
+    ]
 
+    @torch.no_grad()
     def outer_step() -> None:
-        for anchor, pseudo_grad in zip(anchors, pseudo_grads, strict=True):
-            anchor.grad = pseudo_grad
-        outer.step()
-        for anchor in anchors:
-            anchor.grad = None
+        for anchor, pseudo_grad, index in moves:
+            outer.update_(anchor, pseudo_grad, index)
 
     return outer_step
