@@ -196,14 +196,18 @@ def test_loading_several_checkpoints_leaves_one_listener():
     assert run_in_process(work, 1) == [(1, 0, [2])]
 
 
-def let_go():
-    """Three optimizers that start, step and go: how many roll calls and store threads are left."""
+def let_go(refused):
+    """Three optimizers that start, step and go, or are refused: how many roll calls and store threads are left."""
     before = len(roll_call._going)
     for _ in range(3):
-        model, optimizer, step = begin(dist.get_rank())
-        for _ in range(4):
-            step()
-        slowmo_hf.finish(optimizer)
+        settings = {"outer_momentum": 0.1 * dist.get_rank()} if refused else {}
+        model, optimizer, step = begin(dist.get_rank(), **settings)
+        if refused:
+            assert "outer_momentum" in error_of(step)
+        else:
+            for _ in range(4):
+                step()
+            slowmo_hf.finish(optimizer)
         del model, optimizer, step
         gc.collect()
     until = time.monotonic() + patience(10)
@@ -215,8 +219,9 @@ def let_go():
     return len(roll_call._going) - before, sum("store" in thread.name for thread in threading.enumerate())
 
 
-def test_an_optimizer_that_is_let_go_leaves_no_thread():
-    assert run_workers(let_go, 2) == [(0, 0), (0, 0)]
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_optimizer_that_is_let_go_leaves_no_thread(refused):
+    assert run_workers(let_go, 2, refused) == [(0, 0), (0, 0)]
 
 
 def fail_once():

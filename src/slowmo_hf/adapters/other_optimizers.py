@@ -17,10 +17,8 @@ _started: list[weakref.ref[Any]] = []  # all that train, or have trained
 
 
 def note_start(optimizer: Any) -> None:
-    """This SlowMoOptimizer trains from now on. Where it is let go, its roll call ends."""
+    """This SlowMoOptimizer trains from now on."""
     _started.append(weakref.ref(optimizer, _started.remove))
-    leave = optimizer.outer_loop.workers.roll_call.leave_later
-    weakref.finalize(optimizer, leave, "its optimizer was let go").atexit = False
 
 
 def double_momentum(optimizer: Any) -> str | None:

@@ -157,7 +157,7 @@ class RollCall:
         """
         if self in _going:
             later = threading.Timer(_LAST_SECONDS, self.leave, (cause,))
-            later.daemon = True
+            later.daemon, later.name = True, "slowmo_hf leave"
             later.start()
 
     def tell(self, words: str) -> str:
