@@ -13,7 +13,6 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
-from slowmo_hf.algorithm.slow_momentum import SlowMomentum
 
 BETA = 0.5
 MIB = 2**20
@@ -185,7 +184,6 @@ def outer_step_of(optimizer: SlowMoOptimizer) -> Callable[[], None]:
     """The package's arithmetic alone: one round's calls of its update, on pseudo-gradients that are already there."""
     assert optimizer.outer_loop is not None
     outer = optimizer.outer_loop.parts.slow.update.optimizer
-    assert isinstance(outer, SlowMomentum)
     moves = [
         (anchor, torch.full_like(anchor, 1e-3), index)
         for index, group in enumerate(outer.param_groups)

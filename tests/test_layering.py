@@ -45,7 +45,7 @@ WINGS = {
         ["plan", "round"],
         ["parts", "start_check", "start_values"],
         ["local_state", "slow_state", "status"],
-        ["consensus_view", "costs", "inner_state"],
+        ["consensus_view", "costs", "inner_state", "own_collectives"],
         ["account", "model_tensors"],
         ["other_tensors"],
         ["clock", "digests", "program", "report"],

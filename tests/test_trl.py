@@ -258,7 +258,7 @@ def train_grpo(folder, adapters, settings):
     )
     with Heard() as heard:
         trainer.train()
-    return recorded(trainer, recorder), collectives.names, heard.about("gathers over all ranks"), trainer.state
+    return recorded(trainer, recorder), collectives.names, heard.about("over all ranks"), trainer.state
 
 
 @pytest.mark.slow

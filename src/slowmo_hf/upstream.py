@@ -32,6 +32,21 @@ def copy_each_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None
     torch._foreach_copy_(targets, sources)
 
 
+def collectives_of_job() -> int:
+    """
+    `ProcessGroup._get_sequence_number_for_group`, torch >= 1.9: how many collectives the job's default group has begun
+    so far, by whatever call; 0 where the backend does not count. Nothing public tells, and a wrapper around each of
+    torch's functions would miss those that a program has imported by name
+    (tests/test_own_collectives.py::test_a_loss_that_gathers_is_told).
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.group.WORLD is None:
+        return 0
+    try:
+        return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
 def set_process_group(ddp: Any, group: dist.ProcessGroup) -> None:
     """
     `DistributedDataParallel._update_process_group`, torch >= 2.6. Nothing public keeps gradients, unused-parameter

@@ -174,6 +174,7 @@ def _notice(optimizer: SlowMoOptimizer, loop: OuterLoop, name: str) -> None:
     comes_step_by_step = now[0] == before[0] and now[1] != before[1]
     _gathered_at[optimizer] = None if comes_step_by_step else now
     if comes_step_by_step:
+        loop.parts.own_collectives.is_said = True
         loop.workers.logger.warning(
             "accelerator.%s over all ranks at steps %d and %d, between rounds: each waits for the slowest rank, and "
             "counts as communication. Gather at rounds (step %% %d == 0), or in evaluations.",

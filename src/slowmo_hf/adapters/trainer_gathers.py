@@ -79,6 +79,7 @@ class TrainerGathers:
                 self._say(_KEPT)
                 return self._inside_the_worker(*args, **kwargs)
             self._say(_LEFT)
+            self._outer_loop.parts.own_collectives.is_said = True
             self._is_inside = True  # one calls another
             try:
                 with self._outer_loop.account.communicating():

@@ -47,14 +47,17 @@ class Account:
 
     Args:
         bytes_sent (`Callable`): Payload that this process has sent so far, in bytes.
+        collectives (`Callable`, *optional*): How many the job's default group has begun so far; ours have groups of
+            their own.
 
     Attributes:
         spent (`Spent`): Of the last report; zeros before the first one.
         rounds (`int`), bytes_sent (`int`): Of all reports since this process began, or took up a checkpoint.
     """
 
-    def __init__(self, bytes_sent: Callable[[], int]) -> None:
-        self._bytes_sent = bytes_sent
+    def __init__(self, bytes_sent: Callable[[], int], collectives: Callable[[], int] = lambda: 0) -> None:
+        self._bytes_sent, self._collectives = bytes_sent, collectives
+        self._collectives_of_training, self._begun = 0, collectives()
         self.begin()
         self._paused = self._communicating = False
         self.close()
@@ -71,13 +74,20 @@ class Account:
         self._bytes = self._bytes_sent()
 
     def _mark(self) -> None:
-        """The seconds until now were of the kind in force."""
-        now = time.perf_counter()
+        """The seconds until now were of the kind in force, and so were the program's collectives."""
+        now, begun = time.perf_counter(), self._collectives()
         if self._communicating and not self._paused:
             self._communicated += now - self._last
         elif not self._paused:
             self.computed_seconds += now - self._last
-        self._last = now
+            self._collectives_of_training += begun - self._begun
+        self._last, self._begun = now, begun
+
+    @property
+    def collectives_of_training(self) -> int:
+        """Those that the program has begun so far in seconds of computation."""
+        self._mark()
+        return self._collectives_of_training
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -58,8 +58,7 @@ class OuterLoop:
     def __init__(
         self, inner_optimizer: torch.optim.Optimizer, config: SlowMoConfig, model: torch.nn.Module | None = None
     ) -> None:
-        self.config = config
-        self.inner_optimizer = inner_optimizer
+        self.config, self.inner_optimizer = config, inner_optimizer
         self.tensors = ModelTensors(inner_optimizer, model)
         self.inner_state = InnerState(config, self.tensors)
         self.clock = Clock(config)
@@ -107,12 +106,13 @@ class OuterLoop:
         """
         self.refuse_while_shown()
         self.in_flight.goes_on()
+        if self.parts.trains_alone:
+            self.parts.own_collectives.at_step()
         clock = self.clock
         clock.step(inner_lrs)
         self.workers.roll_call.at(clock.attempted_steps, "training")
         if clock.exchange_is_due:
-            with self.account.communicating():
-                self.parts.exchange()
+            self.parts.exchange()
         if not self.in_flight.rounds and not clock.round_is_due:
             return None
         with self.account.communicating():

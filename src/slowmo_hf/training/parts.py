@@ -15,6 +15,7 @@ from ..algorithm.outer_update import works_elementwise
 from ..algorithm.starts import Base, TrainingOn
 from ..config import GOSSIP_BASES, SlowMoConfig
 from ..names import ELEMENTWISE
+from ..upstream import collectives_of_job
 from ..wire.averages import Averages
 from ..wire.gossip import GossipBase, make_topology
 from ..wire.inside import Inside, ShardedInside, WholeInside
@@ -26,6 +27,7 @@ from .consensus_view import ConsensusView
 from .costs import Costs
 from .inner_state import InnerState
 from .model_tensors import ModelTensors, copy_tensors_
+from .own_collectives import OwnCollectives
 from .report import RoundReport
 from .slow_state import SlowState
 from .status import Agreement, Speaker, StatusExchange
@@ -50,6 +52,7 @@ class Parts:
     inner_state: InnerState
     clock: Clock
     account: Account
+    own_collectives: OwnCollectives
     costs: Costs
     status: StatusExchange
     view: ConsensusView
@@ -65,7 +68,7 @@ class Parts:
         speaker = Speaker(workers, tensors)  # first: on all ranks alike, also where one of them cannot make the rest
         inside = _make_inside(config, workers, tensors)
         layouts = [inside.part(layout) for layout in flat_layouts(tensors.groups)] if config.has_rounds else []
-        account = Account(lambda: workers.bytes_sent)
+        account = Account(lambda: workers.bytes_sent, collectives_of_job)
         slow = SlowState(config, workers, layouts, len(tensors.groups), account)
         weigh = partial(_weigh, config, workers, slow.averages)
         return cls(
@@ -75,6 +78,7 @@ class Parts:
             inner_state=inner_state,
             clock=clock,
             account=account,
+            own_collectives=OwnCollectives(workers, clock, account),
             costs=Costs(config, workers),
             status=StatusExchange(workers, inner_state, clock, account, weigh, speaker),
             view=ConsensusView(account, config.stash_device, tensors.rewritten),
@@ -157,7 +161,7 @@ class Parts:
         """One gossip exchange (line 4)."""
         self.workers.roll_call.at(self.clock.attempted_steps, "the exchange")
         number = self.clock.exchange_number
-        with record_function("slowmo::exchange"):
+        with self.account.communicating(), record_function("slowmo::exchange"):
             self._mix(number)
             self.inside.hand_out_(self.tensors.trainable)
             self.tensors.rewritten()

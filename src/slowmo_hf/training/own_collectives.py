@@ -1,0 +1,49 @@
+"""What the program itself sends between rounds: found by counting, whatever function it calls, and said once."""
+
+from __future__ import annotations
+
+from ..wire.workers import Workers
+from .account import Account
+from .clock import Clock
+
+
+class OwnCollectives:
+    """
+    A loss that gathers, a metric, a loader that broadcasts: at one step after the other, inside a round, they make
+    each rank wait for the slowest. What evaluations and views gather is not counted.
+
+    Args:
+        workers (`Workers`): Of the job.
+        clock (`Clock`): Of the loop.
+        account (`Account`): Of the loop. It counts.
+
+    Attributes:
+        is_said (`bool`): It was, here or by who knows the call's name.
+    """
+
+    def __init__(self, workers: Workers, clock: Clock, account: Account) -> None:
+        self._workers, self._clock, self._account = workers, clock, account
+        self._before, self._met_at, self.is_said = 0, -1, False
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins: what came before was not of one."""
+        self._before = self._account.collectives_of_training
+
+    def at_step(self) -> None:
+        """Behind an inner step that the clock does not count yet."""
+        before, self._before = self._before, self._account.collectives_of_training
+        if self.is_said or self._before <= before:
+            return
+        step = self._clock.attempted_steps + 1
+        self.is_said = self._met_at == step - 1 and self._clock.local_steps > 0
+        self._met_at = step
+        if self.is_said:
+            self._workers.logger.warning(
+                "the program itself runs collectives over all ranks at steps %d and %d, between rounds (a loss that "
+                "gathers, a metric, a loader that broadcasts): each step waits for the slowest rank. Gather at rounds "
+                "(step %% %d == 0), or in evaluations.",
+                step - 1,
+                step,
+                self._clock.config.sync_every,
+            )
