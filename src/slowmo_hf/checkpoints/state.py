@@ -4,7 +4,7 @@ alone. Every part writes its own fields and checks them again; here stand those 
 
     shared  run, save, workers, processes, config, parameters              here
             processes_per_worker, place, sharded, of workers of several    here
-            processes or shards
+            processes or shards; at_anchors                                here
             attempted_steps, rounds; parted                                Clock
             parameters_alone                                               StatusExchange
             averaged_buffers, averaged_buffer.NAME                         LocalTensors
@@ -20,7 +20,8 @@ alone. Every part writes its own fields and checks them again; here stand those 
             weight, in_flight, numerator.i, message.k.source.i             GossipBase, where workers differ
 
 `run` stays when a run is resumed; `save` is of one save of one branch of it. The manifest and Trainer's state hold
-both. An older checkpoint has no `save`.
+both. An older checkpoint has no `save`. With `at_anchors` parameters are taken from anchors: the model's own file may
+lack some, or have rounded them.
 """
 
 from __future__ import annotations
@@ -221,6 +222,8 @@ def write_snapshot(
             saved.shared.add(Contents({**run, "parameters": loop.tensors.fingerprint()}))
         else:
             saved.shared.add(Contents({"attempted_steps": loop.attempted_steps}))
+        if loop.clock.workers_agree and loop.config.exact_average and loop.parts.slow.are_parameters(saved.shared):
+            saved.shared.add(Contents({"at_anchors": True}))
         saved.shared.add(Contents(header))
         write_part(folder, within + part_name(SHARED, workers.place, workers.size), saved.shared)
     if speaks_for_all:
@@ -269,10 +272,14 @@ def check_snapshot(
         _say_another_number(folder, then, outer_loop)
     parts = [*outer_loop.saved_parts, outer_loop.inner_state]
     take_up_parts = check_all(parts, Saved(shared, own), same_number=same_number)
+    at_anchors = shared.flag("at_anchors", default=False)
 
     @torch.no_grad()
     def take_up() -> dict[str, Any]:
         take_up_parts()
+        if at_anchors:
+            outer_loop.parts.slow.give_parameters_(shared)
+        outer_loop.parts.hand_out()
         outer_loop.parts.share_last_round()
         outer_loop.run_id = run
         if same_number:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..algorithm.codec import Code
@@ -118,6 +120,19 @@ class SlowState:
     def whole_anchors(self, contents: Contents) -> dict[FlatAnchor, torch.Tensor]:
         """Those of a checkpoint that `restore` has checked, by layout."""
         return {layout: layout.of_checkpoint(contents, f"anchor.{index}") for index, layout in enumerate(self.layouts)}
+
+    def are_parameters(self, contents: Contents) -> bool:
+        """Whether the parameters are a checkpoint's anchors, as a round leaves them."""
+        return all(torch.equal(values, run.to(values)) for values, run in self._anchored(contents))
+
+    def give_parameters_(self, contents: Contents) -> None:
+        """Start from a checkpoint's anchors, each process with its part: the model's own file may lack some."""
+        for values, run in self._anchored(contents):
+            values.copy_(run)
+
+    def _anchored(self, contents: Contents) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for layout, whole in self.whole_anchors(contents).items():
+            yield from ((span.values(), run) for span, run in layout.runs(whole))
 
     def _take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         if self._shards:

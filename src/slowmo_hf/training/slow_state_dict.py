@@ -67,9 +67,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     take_up()
     if step % parts.config.sync_every == 0:  # inside a round there is all_reduce alone, whose parameters stay
         if parts.config.shard_slow_state:  # others have the anchors of most of them
-            for layout, whole in parts.slow.whole_anchors(shared).items():
-                for span, run in layout.runs(whole):
-                    span.values().copy_(run)
+            parts.slow.give_parameters_(shared)
         parts.back_to_anchors()
     parts.share_last_round()
 
