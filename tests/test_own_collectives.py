@@ -21,7 +21,7 @@ def loop(gathers, settings):
     """Twelve steps of a custom loop; `gathers(step, optimizer, output)` is called in each, behind the pass."""
     torch.manual_seed(dist.get_rank())
     model = torch.nn.Linear(3, 1)
-    if settings.get("base") == "all_reduce":
+    if settings.get("base") == "all_reduce" or "processes_per_worker" in settings:
         model = DistributedDataParallel(model)
     config = SlowMoConfig(**{"sync_every": 4, "timeout_seconds": patience(20), **settings})
     optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
@@ -81,6 +81,7 @@ def test_a_loss_that_gathers_is_told():
 @pytest.mark.parametrize(
     ("gathers", "settings"),
     [
+        (nothing, {"processes_per_worker": 2}),
         (behind_rounds, {}),
         (at_every_other_step, {}),
         (in_a_view, {}),
@@ -94,7 +95,8 @@ def test_a_loss_that_gathers_is_told():
     ],
 )
 def test_what_waits_for_nobody_between_rounds_is_not_told(gathers, settings):
-    assert run_workers(loop, 2, gathers, settings) == [[], []]
+    processes = 2 * settings.get("processes_per_worker", 1)
+    assert run_workers(loop, processes, gathers, settings) == [[]] * processes
 
 
 class Contrastive(Trainer):
