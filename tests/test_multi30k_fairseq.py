@@ -142,9 +142,10 @@ def test_the_page_tells_how_far_tuning_is():
     told = "At 0.0025, 0.005 and 0.01 Local Adam's NLL is {}, {} and {}, and SGP's {}, {} and {}."
     assert told.format(*(f"{nll:.3f}" for own in rates for nll in own)) in words
     assert all(min(own) == own[1] for own in rates), "inside the grid"
-    low, middle, high = tuned_rates(folder / "tuning", "all_reduce")
-    assert low < middle < high
-    assert f"**AR-Adam is best at 0.0025, the grid's edge:** {low:.3f}, {middle:.3f} and {high:.3f}." in words
+    lowest, low, middle, high = tuned_rates(folder / "tuning", "all_reduce", (0.00125, 0.0025, 0.005, 0.01))
+    assert low == min(lowest, low, middle, high), "inside the grid"
+    told = f"{lowest:.3f}, {low:.3f}, {middle:.3f} and {high:.3f} at 0.00125, 0.0025, 0.005 and 0.01"
+    assert f"**AR-Adam is best at 0.0025, inside its grid too:** {told}" in words
     lower, published_rate = (
         metrics(folder / "tuning", f"all_reduce_beta0.0_lr{rate}_epochs12_seed{{}}.json", 0)
         for rate in (0.0025, 0.005)
@@ -168,11 +169,30 @@ def test_the_page_tells_how_far_tuning_is():
         assert told_pair(folder / "table1", LOCAL, AR, seed) in words
 
 
-def tuned_rates(folder, base):
+def test_the_page_has_sgps_slow_momentum_tuned():
+    """β = 0.1 is best of 0.1, 0.2 and 0.4, and better than none; and its one pair with Local Adam."""
+    folder = RECIPES / "records" / "multi30k"
+    words = " ".join((RECIPES.parent / "docs/results.md").read_text().split())
+    beta, name = (0.0, 0.1, 0.2, 0.4), "sgp_beta{}_lr0.005_epochs12_seed{{}}.json"
+    nll = {one: metrics(folder / "tuning", name.format(one), 0)["validation_nll"] for one in beta}
+    assert nll[0.1] == min(nll.values())
+    tuned = [json.loads(path.read_text()) for path in (folder / "tuning").glob("*.json")]
+    best = {base: (one.inner_lr, one.outer_momentum) for base, one in choose(tuned, "multi30k").items()}
+    assert best == {"all_reduce": (0.0025, None), "local_sgd": (0.005, 0.1), "sgp": (0.005, 0.1)}
+    told = [f"{nll[one]:.3f} with β = {one}" for one in beta[1:]]
+    assert f"NLL {nll[0.0]:.3f} without, {told[0]}, {told[1]} and {told[2]}." in words
+    sgp = "sgp_beta0.0_lr0.005_seed{}.json"
+    assert seeds_of(folder / "table1", sgp) == [1]
+    assert told_pair(folder / "table1", sgp, LOCAL, 1) in words
+    behind, ahead = (metrics(folder / "table1", other, 1)["validation_nll"] for other in (LOCAL, AR))
+    assert ahead < metrics(folder / "table1", sgp, 1)["validation_nll"] < behind
+
+
+def tuned_rates(folder, base, rates=(0.0025, 0.005, 0.01)):
     """Its NLL at each learning rate of the grid, ascending."""
     found = [json.loads(path.read_text()) for path in folder.glob(f"{base}_beta0.0_*.json")]
     nll = {record["inner_lr"]: record["metrics"]["validation_nll"] for record in found}
-    assert sorted(nll) == [0.0025, 0.005, 0.01]
+    assert sorted(nll) == list(rates)
     return [nll[rate] for rate in sorted(nll)]
 
 
