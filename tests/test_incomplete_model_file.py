@@ -73,15 +73,24 @@ def load_what_is_there(models, folder):
         models.pop().load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=False)  # noqa: SIM118
 
 
-def loop(folder, clamps, resumed):
+MOVED = {  # by name: which parameter, and how many of its rows; each is in the part of one process of two
+    "": ("head.weight", 0),
+    "head": ("head.weight", 1),
+    "body": ("body.weight", 1),
+}
+
+
+def loop(folder, settings, moves, resumed):
     """The same in a custom loop, whose program may move weights behind the round, all ranks alike."""
     accelerator, model = Accelerator(cpu=True), Regression(torch.float32)
+    (name, rows), whole_file = MOVED[moves], bool(moves)
     if resumed:
         model.head.weight.data.fill_(0.5)
-    config = SlowMoConfig(sync_every=3, timeout_seconds=patience(30))
+    moved = dict(model.named_parameters())[name]
+    config = SlowMoConfig(sync_every=3, timeout_seconds=patience(30), **settings)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     model, optimizer = accelerator.prepare(model, SlowMoOptimizer(inner, config))
-    if not clamps:
+    if not whole_file:
         accelerator.register_save_state_pre_hook(leave_the_head_out)
         accelerator.register_load_state_pre_hook(load_what_is_there)
     if resumed:
@@ -92,20 +101,21 @@ def loop(folder, clamps, resumed):
         accelerator.backward(model(inputs, inputs[:, :1])["loss"])
         optimizer.step()
         optimizer.zero_grad()
-        if clamps:
-            with torch.no_grad():
-                model.module.head.weight.clamp_(-0.1, 0.1)
+        with torch.no_grad():
+            moved[:rows].clamp_(-0.1, 0.1)
         if step == 6:
             accelerator.save_state(folder)
     slowmo_hf.finish(optimizer)
     return values(accelerator.unwrap_model(model))
 
 
-@pytest.mark.parametrize("clamps", [False, True])
-def test_a_custom_loop_resumes_exactly(tmp_path, clamps):
-    whole, resumed = (run_workers(loop, 2, str(tmp_path / "state"), clamps, again) for again in (False, True))
-    for rank in (0, 1):
-        assert equal(resumed[rank], whole[0])
+@pytest.mark.parametrize("moves", MOVED)
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_custom_loop_resumes_exactly(tmp_path, size, moves):
+    given = str(tmp_path / "state"), {"processes_per_worker": size}, moves
+    whole, resumed = (run_workers(loop, 2 * size, *given, again) for again in (False, True))
+    for one in resumed:
+        assert equal(one, whole[0])
 
 
 @pytest.mark.slow

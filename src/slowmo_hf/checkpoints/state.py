@@ -222,8 +222,9 @@ def write_snapshot(
             saved.shared.add(Contents({**run, "parameters": loop.tensors.fingerprint()}))
         else:
             saved.shared.add(Contents({"attempted_steps": loop.attempted_steps}))
-        if loop.clock.workers_agree and loop.config.exact_average and loop.parts.slow.are_parameters(saved.shared):
-            saved.shared.add(Contents({"at_anchors": True}))
+        if loop.clock.workers_agree and loop.config.exact_average:
+            parts_there = loop.parts.summed([float(loop.parts.slow.are_parameters(saved.shared))])
+            saved.shared.add(Contents({"at_anchors": parts_there == [workers.size]}))
         saved.shared.add(Contents(header))
         write_part(folder, within + part_name(SHARED, workers.place, workers.size), saved.shared)
     if speaks_for_all:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from ..algorithm.codec import Code
@@ -122,17 +120,16 @@ class SlowState:
         return {layout: layout.of_checkpoint(contents, f"anchor.{index}") for index, layout in enumerate(self.layouts)}
 
     def are_parameters(self, contents: Contents) -> bool:
-        """Whether the parameters are a checkpoint's anchors, as a round leaves them."""
-        return all(torch.equal(values, run.to(values)) for values, run in self._anchored(contents))
+        """Whether this process's part of the model is what is about to be saved, as a round leaves it."""
+        anchors = [contents.tensors[f"anchor.{index}"] for index in range(len(self.layouts))]
+        runs = (run for layout, whole in zip(self.layouts, anchors, strict=True) for run in layout.runs(whole))
+        return all(torch.equal(span.values(), run.to(span.values())) for span, run in runs)
 
     def give_parameters_(self, contents: Contents) -> None:
         """Start from a checkpoint's anchors, each process with its part: the model's own file may lack some."""
-        for values, run in self._anchored(contents):
-            values.copy_(run)
-
-    def _anchored(self, contents: Contents) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for layout, whole in self.whole_anchors(contents).items():
-            yield from ((span.values(), run) for span, run in layout.runs(whole))
+            for span, run in layout.runs(whole):
+                span.values().copy_(run)
 
     def _take_own_(self, states: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
         if self._shards:
