@@ -104,4 +104,5 @@ def _joined(first: Contents, others: list[Contents]) -> Contents:
                 "Resume from another checkpoint."
             )
         tensors[name] = torch.cat(parts)  # type: ignore[arg-type]
-    return Contents(first.settings, tensors, first.objects, first.source)
+    at_anchors = all(contents.flag("at_anchors", default=False) for contents in (first, *others))
+    return Contents({**first.settings, "at_anchors": at_anchors}, tensors, first.objects, first.source)

@@ -223,8 +223,7 @@ def write_snapshot(
         else:
             saved.shared.add(Contents({"attempted_steps": loop.attempted_steps}))
         if loop.clock.workers_agree and loop.config.exact_average:
-            parts_there = loop.parts.summed([float(loop.parts.slow.are_parameters(saved.shared))])
-            saved.shared.add(Contents({"at_anchors": parts_there == [workers.size]}))
+            saved.shared.add(Contents({"at_anchors": loop.parts.slow.are_parameters(saved.shared)}))  # of its part
         saved.shared.add(Contents(header))
         write_part(folder, within + part_name(SHARED, workers.place, workers.size), saved.shared)
     if speaks_for_all:
@@ -280,7 +279,8 @@ def check_snapshot(
         take_up_parts()
         if at_anchors:
             outer_loop.parts.slow.give_parameters_(shared)
-        outer_loop.parts.hand_out()
+        outer_loop.parts.inside.hand_out_(outer_loop.tensors.trainable)  # the others' parts
+        outer_loop.tensors.rewritten()
         outer_loop.parts.share_last_round()
         outer_loop.run_id = run
         if same_number:

@@ -6,6 +6,8 @@ from ..wire.workers import Workers
 from .account import Account
 from .clock import Clock
 
+_STEPS = 3  # on end: two may be rare meetings that touch
+
 
 class OwnCollectives:
     """
@@ -23,7 +25,7 @@ class OwnCollectives:
 
     def __init__(self, workers: Workers, clock: Clock, account: Account) -> None:
         self._workers, self._clock, self._account = workers, clock, account
-        self._before, self._met_at, self.is_said = 0, -1, False
+        self._before, self._met_at, self._on_end, self.is_said = 0, -1, 0, False
         self.begin()
 
     def begin(self) -> None:
@@ -36,14 +38,15 @@ class OwnCollectives:
         if self.is_said or self._before <= before:
             return
         step = self._clock.attempted_steps + 1
-        self.is_said = self._met_at == step - 1 and self._clock.local_steps > 0
-        self._met_at = step
+        follows = self._met_at == step - 1 and self._clock.local_steps > 0
+        self._on_end, self._met_at = self._on_end + 1 if follows else 1, step
+        self.is_said = self._on_end == _STEPS
         if self.is_said:
             self._workers.logger.warning(
-                "the program itself runs collectives over all ranks at steps %d and %d, between rounds (a loss that "
-                "gathers, a metric, a loader that broadcasts): each step waits for the slowest rank. Gather at rounds "
+                "the program itself runs collectives over all ranks at each step of %d to %d, between rounds (a loss "
+                "that gathers, a metric, a loader that broadcasts): each waits for the slowest rank. Gather at rounds "
                 "(step %% %d == 0), or in evaluations.",
-                step - 1,
+                step - _STEPS + 1,
                 step,
                 self._clock.config.sync_every,
             )
