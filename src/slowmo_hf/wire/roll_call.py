@@ -22,6 +22,7 @@ from .register import ANY, Register
 
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _SECOND_SECONDS = 0.5  # longer for who fails behind another, whose words it hears
+_LAST_SECONDS = 1.0  # for a process that lets everything go because it ends to say that
 _NOTE_SECONDS = 5.0  # between two notes of where a rank is
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _going: list[
@@ -150,9 +151,11 @@ class RollCall:
                 self.store.close()
 
     def leave_later(self, cause: str) -> None:
-        """The same by a thread of its own: whoever collects garbage must not wait for the store."""
+        """The same by a thread of its own, which waits: whoever collects garbage must not, and a process may end."""
         if self in _going:
-            threading.Thread(target=self.leave, args=(cause,), daemon=True, name="slowmo_hf leave").start()
+            later = threading.Timer(_LAST_SECONDS, self.leave, (cause,))
+            later.daemon, later.name = True, "slowmo_hf leave"
+            later.start()
 
     def tell(self, words: str) -> str:
         """

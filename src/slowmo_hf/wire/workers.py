@@ -51,9 +51,7 @@ class Workers:
         self.config, self.device, self._mates = config, device, mates
         self.speaks_for = ""  # which of a program's optimizers, in words
         self.roll_call = RollCall(config.timeout_seconds)
-        weakref.finalize(
-            self, self.roll_call.leave_later, "its optimizer was let go, or its process ended"
-        ).atexit = False
+        weakref.finalize(self, self.roll_call.leave_later, "its optimizer was let go").atexit = False
         self.roll_call.enter(0, "the start")
         self.world = Communicator(config.timeout_seconds, device, witness=self.roll_call)
         self.size = worker_size(config) if mates is None else len(mates)
