@@ -113,7 +113,7 @@ class Contrastive(Trainer):
         return torch.stack(gathered(loss)).mean()
 
 
-class Saves(TrainerCallback):
+class Measures(TrainerCallback):
     """A metric of a callback's own over all ranks, behind every step."""
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -121,7 +121,7 @@ class Saves(TrainerCallback):
 
 
 def train(folder, kind, settings):
-    callbacks = [Saves(), SlowMoCallback(SlowMoConfig(sync_every=4, timeout_seconds=patience(20)))]
+    callbacks = [Measures(), SlowMoCallback(SlowMoConfig(sync_every=4, timeout_seconds=patience(20)))]
     args = arguments(folder, max_steps=8, **settings)
     trainer = kind(model=Regression(), args=args, train_dataset=Rows(64), eval_dataset=Rows(8), callbacks=callbacks)
     with Heard() as heard:

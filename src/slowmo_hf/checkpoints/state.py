@@ -279,8 +279,7 @@ def check_snapshot(
         take_up_parts()
         if at_anchors:
             outer_loop.parts.slow.give_parameters_(shared)
-        outer_loop.parts.inside.hand_out_(outer_loop.tensors.trainable)  # the others' parts
-        outer_loop.tensors.rewritten()
+        outer_loop.parts.hand_out_unchecked()
         outer_loop.parts.share_last_round()
         outer_loop.run_id = run
         if same_number:

@@ -25,7 +25,7 @@ class OwnCollectives:
 
     def __init__(self, workers: Workers, clock: Clock, account: Account) -> None:
         self._workers, self._clock, self._account = workers, clock, account
-        self._before, self._met_at, self._on_end, self.is_said = 0, -1, 0, False
+        self._before, self._on_end, self.is_said = 0, 0, False
         self.begin()
 
     def begin(self) -> None:
@@ -35,13 +35,11 @@ class OwnCollectives:
     def at_step(self) -> None:
         """Behind an inner step that the clock does not count yet."""
         before, self._before = self._before, self._account.collectives_of_training
-        if self.is_said or self._before <= before:
-            return
-        step = self._clock.attempted_steps + 1
-        follows = self._met_at == step - 1 and self._clock.local_steps > 0
-        self._on_end, self._met_at = self._on_end + 1 if follows else 1, step
-        self.is_said = self._on_end == _STEPS
-        if self.is_said:
+        if self._clock.local_steps == 0:  # a round lies before it
+            self._on_end = 0
+        self._on_end = self._on_end + 1 if self._before > before else 0
+        if self._on_end == _STEPS and not self.is_said:
+            self.is_said, step = True, self._clock.attempted_steps + 1
             self._workers.logger.warning(
                 "the program itself runs collectives over all ranks at each step of %d to %d, between rounds (a loss "
                 "that gathers, a metric, a loader that broadcasts): each waits for the slowest rank. Gather at rounds "
