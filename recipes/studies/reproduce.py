@@ -51,8 +51,10 @@ MODULES: dict[str, ModuleType] = {
 SCRIPTS = {"image_classification": "image/train.py", "translation": "translation/train.py"}
 KEPT = ("multi30k",)  # whose runs take an hour of a core; they may have a GPU
 RECORDS = Path(__file__).parents[1] / "records"
-# glibc would map the memory of every large tensor anew: a fifth of a run's time on one core.
+# glibc would map the memory of every large tensor anew, and in a thread (each worker is one) whatever the thresholds:
+# each time a fifth of a run's time on one core.
 KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
 }
