@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from records import DataError
+
+# What is behind a split's name in that of a shard: its number, and of how many; older sets have a digest behind.
+SHARD = re.compile(r"[.-](\d+)(?:-of-(\d+)(?:-[0-9a-f]+)?)?")
+
+
+def check_one_split(folder: Path, names: Sequence[str], flag: str) -> None:
+    """
+    A split is one file, or numbered shards: `train-00000-of-00002.parquet` and its like, or `train-0.jsonl` and on.
+    `train.parquet` and `train-small.parquet` are two sets, and nobody would see that they were joined.
+
+    Args:
+        folder (`Path`): The value of --dataset_name.
+        names (`Sequence[str]`): Of its files, those whose names begin with the split's, up to the first `.` or `-`.
+        flag (`str`): What asked for the split, for the error.
+
+    Raises:
+        DataError: Of several files some are no shards, or not of one set.
+    """
+    shards = [SHARD.fullmatch(re.sub("^[^.-]*", "", Path(name).stem)) for name in names]
+    numbers = sorted(int(shard[1]) for shard in shards if shard)
+    first, last = (numbers[0], numbers[-1]) if numbers else (0, 0)
+    in_turn = first <= 1 and numbers == list(range(first, last + 1))
+    of_one = {shard[2] for shard in shards if shard}
+    if len(names) > 1 and (None in shards or len(of_one) > 1 or (None in of_one and not in_turn)):
+        raise DataError(
+            f"{flag} must be one file, or shards such as train-00000-of-00002, got {', '.join(sorted(names)[:4])} in "
+            f"{str(folder)!r}: nothing says that these are one set. Move the others away or rename them, or set "
+            f"--{flag}."
+        )
 
 
 def from_folder(folder: Path, load: Callable[[], Any], files: str = "") -> Any:

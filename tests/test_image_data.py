@@ -297,14 +297,24 @@ def test_a_smaller_set_beside_the_whole_one_is_left_alone(tmp_path):
     """
     for name, labels in (("train", [0, 1, 1]), ("train_small", [0, 1]), ("test", [1, 0, 0, 0]), ("test_small", [0])):
         dictionary({"train": labels})["train"].to_parquet(tmp_path / f"{name}.parquet")
-    dictionary({"train": [1, 1]})["train"].to_parquet(tmp_path / "train-00001-of-00002.parquet")
 
     def rows(**splits):
         sets = load_images(str(tmp_path), **splits)
         return len(sets.train), len(sets.test)
 
-    assert rows() == (5, 4), "one file and a shard"
+    assert rows() == (3, 4)
     assert rows(train_split="train_small", test_split="test_small") == (2, 1)
+    for name in ("train-00001-of-00002", "train-small"):
+        dictionary({"train": [1, 1]})["train"].to_parquet(tmp_path / f"{name}.parquet")
+        with pytest.raises(
+            DataError, match=rf"train_split must be one file, or shards .* got {name}\.parquet, train\."
+        ):
+            rows()
+        (tmp_path / f"{name}.parquet").unlink()
+    for shard, labels in ((0, [0, 1, 1]), (1, [1, 1])):
+        dictionary({"train": labels})["train"].to_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet")
+    (tmp_path / "train.parquet").unlink()
+    assert rows() == (5, 4), "two shards"
     for path in tmp_path.glob("*train[.-]*"):
         path.unlink()
     assert rows() == (2, 4)

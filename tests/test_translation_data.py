@@ -7,6 +7,7 @@ import pytest
 
 from corpora import write_text
 from records import DataError
+from translation import train as recipe
 from translation.data import NEWSTESTS, PROTOCOL_ROWS, load_corpus
 
 HAND = [{"source": f"line {number}", "target": f"Zeile {number}"} for number in range(4)]
@@ -50,6 +51,36 @@ def test_every_kind_of_folder(tmp_path):
         assert (corpus.name, corpus.shipped, corpus.test_set) == (folder, False, "test")
         turned = load_corpus(folder, source_lang="de", target_lang="en")
         assert turned.train[0] == {"source": "Zeile 0", "target": "line 0"}
+
+
+@pytest.mark.parametrize(
+    ("names", "are_one"),
+    [
+        (["train-00000-of-00002", "train-00001-of-00002"], True),
+        (["train-00000-of-00002-0123abcd", "train-00001-of-00002-4567cdef"], True),
+        (["train-0", "train-1"], True),
+        (["train.1", "train.2"], True),
+        (["train-small"], True),
+        (["train", "train-small"], False),
+        (["train", "train-00000-of-00001"], False),
+        (["train-00000-of-00002", "train-00000-of-00003"], False),
+        (["train-00000-of-00002", "train-0"], False),
+        (["train-2016", "train-2017"], False),
+        (["train", "train.2017"], False),
+    ],
+)
+def test_files_of_two_sets_are_not_joined(tmp_path, names, are_one):
+    """Training rows of both, and nobody told, where a smaller set or last year's lies beside the one that is meant."""
+    rows = {"test": HAND, "validation": HAND, **{name: [HAND[place]] for place, name in enumerate(names)}}
+    folder = parquet(tmp_path, rows, end="jsonl")
+    if are_one:
+        assert load_corpus(folder).train.to_list() == HAND[: len(names)]
+        return
+    with pytest.raises(
+        DataError, match=r"train_split must be one file, or shards such as .*, got train.* or set --tr"
+    ):
+        load_corpus(folder)
+    assert len(load_corpus(folder, train_split="test").train) == 4, "of the split that is asked for"
 
 
 def test_only_line_feeds_end_a_line(tmp_path):
@@ -229,6 +260,31 @@ def test_newstests_are_english_and_german(hub, tmp_path):
     with pytest.raises(DataError, match=r"target_lang must be one of the languages \['de', 'en'\], got 'cs'"):
         load_corpus("wmt/wmt16", target_lang="cs")
     assert hub[-1] == ("wmt/wmt16", "cs-en", None)
+
+
+def test_a_copy_of_wmt_on_disk_is_tested_as_the_preset_says(tmp_path, monkeypatch):
+    """
+    Its own splits validation and test are newstest2015 and 2016: BLEU of other sentences, under the preset's name. The
+    copy's rows of a name are taken before the Hub's.
+    """
+    splits = {"train": HAND, "validation": HAND, "test": HAND}
+    folder = parquet(tmp_path, splits)
+    for preset in ("wmt16", "ott"):
+        script = recipe.parse(["--preset", preset, "--dataset_name", folder])[0]
+        sets = {name: getattr(script, name) for name in ("dataset_name", "validation_set", "test_set")}
+        with pytest.raises(DataError, match=r"validation_set needs 'wmt/wmt14' .* such as validation"):
+            load_corpus(**sets)
+        with pytest.raises(DataError, match=r"test_set needs 'wmt/wmt14' .* Set --test_set to a split of your own"):
+            load_corpus(**{**sets, "validation_set": "validation"})
+    monkeypatch.setitem(PROTOCOL_ROWS, "newstest2013", 2)
+    monkeypatch.setitem(PROTOCOL_ROWS, "newstest2014", 3)
+    parquet(tmp_path, {"newstest2013": HAND[:2], "newstest2014": HAND[1:]})
+    corpus = load_corpus(**sets)
+    assert (corpus.validation.to_list(), corpus.test.to_list()) == (HAND[:2], HAND[1:])
+    own = recipe.parse(f"--preset wmt16 --dataset_name {folder} --validation_set validation --test_set test".split())[
+        0
+    ]
+    assert (own.validation_set, own.test_set) == ("validation", "test")
 
 
 def test_hub_out_of_reach():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from transformers import AutoTokenizer
 
-from corpora import pairs
+from corpora import pairs, write_text
 from slowmo_hf import SlowMoConfig
 from tiny import ends_with_one_line
 from translation import model as transformer
@@ -151,6 +151,29 @@ def test_resume_with_other_tokens_by_its_file(tokenizer, tmp_path):
     tokens.check_resumed_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "checkpoint-5"), tmp_path, str(tmp_path))
     with pytest.raises(recipe.SettingError, match=r"got '.*checkpoint-5' with 1,000 \(SHA-256 .* and now 600 \("):
         tokens.check_resumed_tokenizer(other, tmp_path, f"{tmp_path}/checkpoint-5")
+
+
+def test_text_that_was_mended_has_tokens_of_its_own(tmp_path, capfd):
+    """As many lines in the same folder, of which one is another: the kept tokenizer would split it as the old one."""
+    rows = pairs(120)
+    flags = f"--dataset_name {tmp_path / 'text'} --output_dir {tmp_path / 'out'} --use_cpu 1 --vocab_size 400"
+    script, _, args = recipe.parse([*flags.split(), "--disable_tqdm", "1"])
+    kept, learned = tmp_path / "out" / "tokenizers", []
+    for words in ("", 200 * " xyzzy"):
+        rows[0]["source"] += words
+        write_text(tmp_path / "text", {"train": rows, "validation": rows[:5], "test": rows[:5]})
+        learned.append(tokens.tokens_sha256(recipe.make_sets(script, args).tokenizer.backend_tokenizer))
+    assert len(set(learned)) == 2
+    names = {path.name for path in kept.iterdir()}
+    assert len(names) == 2
+    recipe.make_sets(script, args)
+    assert {path.name for path in kept.iterdir()} == names, "found again"
+    for path in kept.iterdir():
+        (path / "tokenizer.json").write_text("{")
+    with pytest.raises(
+        recipe.SettingError, match=r"tokenizer_dir must hold tokenizers that can be read, got '.*Remove"
+    ):
+        recipe.make_sets(script, args)
 
 
 def test_averaging_refuses_another_run_s_checkpoints(tmp_path):

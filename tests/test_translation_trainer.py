@@ -224,6 +224,31 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--save_strategy epoch",
+        "--save_strategy epoch --gradient_accumulation_steps 3",
+        "--save_strategy steps --max_steps 10",
+    ],
+)
+def test_what_a_signal_saved_is_in_no_mean(tmp_path, flags):
+    """Two checkpoints as training writes them, three that follow in turn, and one that a signal left in between."""
+    trainer = trainer_with(str(tmp_path), f"{flags} --save_steps 5 --num_train_epochs 2 --max_tokens 1024")
+    trainer.train()
+    every = trainer.saves_every()
+    written = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert every > 1
+    assert written[:2] == [every, 2 * every]
+    for step in (3 * every, 3 * every + 1, 4 * every):
+        save_filled(trainer, f"{tmp_path}/checkpoint-{step}", float(step))
+    trainer.state.global_step = 5 * every
+    chosen = RunModels(trainer, 3, {}).chosen
+    assert chosen["mean_of_5"] == [every, 2 * every, 3 * every, 4 * every, 5 * every]
+    assert chosen["saved"] == chosen["mean_of_5"][-3:]
+
+
 def test_what_is_chosen_by_hand():
     assert choose({3: None}) == {"best": [3], "last": [3], "mean_of_5": [3]}
     assert choose({30: 2.0, 4: 1.0, 20: 1.0}) == {"best": [4], "last": [30], "mean_of_5": [4, 20, 30]}

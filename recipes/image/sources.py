@@ -72,8 +72,9 @@ def _load_parquet(folder: Path, train_split: str, test_split: str | None) -> Loa
     words = {match.group() for match in (re.match("[A-Za-z]+", name) for name in names) if match}
     found = words | {"test" for word in words if word.startswith("test")}
     test_split = _test_split(test_split, train_split, sorted(found))
-    files = {split: _files_of(split, names) for split in (train_split, test_split)}
-    for split, paths in files.items():
+    files = {}
+    for split, flag in ((train_split, "train_split"), (test_split, "test_split")):
+        paths = files[split] = _files_of(folder, split, names, flag)
         if not paths:
             raise DataError(
                 f"dataset_name must be {LOCAL_FOLDER}, got {str(folder)!r}, which has no {split}*.parquet. "
@@ -114,12 +115,13 @@ def _read_parquet(folder: Path, names: list[str], flag: str) -> datasets.Dataset
     )
 
 
-def _files_of(split: str, names: list[str]) -> list[str]:
+def _files_of(folder: Path, split: str, names: list[str], flag: str) -> list[str]:
     """
-    `<split>.parquet` and its shards `<split>-*`, as on the Hub; where there are none, whatever starts with the split's
+    `<split>.parquet` or its shards `<split>-*`, as on the Hub; where there are none, whatever starts with the split's
     name. So a `train_small.parquet` beside `train.parquet` is not trained on as well.
     """
     own = [name for name in names if re.split("[.-]", name)[0] == split]
+    loading.check_one_split(folder, own, flag)
     return sorted(own or [name for name in names if name.startswith(split)])
 
 

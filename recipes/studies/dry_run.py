@@ -28,7 +28,7 @@ import numpy as np
 import tokenizers
 import torch
 from accelerate import skip_first_batches
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
@@ -43,6 +43,7 @@ from translation.tokens import (
     TokenBatches,
     TokenSets,
     encode_corpus,
+    load_tokenizer,
     save_tokenizer,
     sentences_of,
     token_counts,
@@ -95,7 +96,8 @@ def settings(folder: Path, flags: list[str], *more: str) -> Any:
     """The recipe's own, with the pairs in place of WMT's; what the data library keeps lies in the folder too."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     given = ["--preset", "wmt16", "--dataset_name", str(folder / "pairs"), "--output_dir", str(folder / "out")]
-    given += ["--tokenizer_dir", str(folder / "tokenizers"), "--disable_tqdm", "1", *more, *flags]
+    given += ["--validation_set", "validation", "--test_set", "test", "--tokenizer_dir", str(folder / "tokenizers")]
+    given += ["--disable_tqdm", "1", *more, *flags]
     return parse(given)
 
 
@@ -121,7 +123,7 @@ def preprocess(folder: Path, flags: list[str], text_pairs: int | None) -> dict[s
         path = Path(script.tokenizer_dir) / name
         if not path.is_dir():
             save_tokenizer(train_tokenizer(sentences_of(some.train), script.vocab_size), path)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
     with measured(stages, "encode"):
         sets = encode_corpus(some, tokenizer, script.max_length)
     with measured(stages, "count tokens"):
@@ -174,7 +176,7 @@ def found_again(folder: Path, flags: list[str], text_pairs: int | None) -> dict[
     with measured(stages, "second process"):
         corpus = _first(load_corpus(script.dataset_name), text_pairs)
         path = Path(script.tokenizer_dir) / tokenizer_name(corpus, script.vocab_size)
-        sets = encode_corpus(corpus, PreTrainedTokenizerFast.from_pretrained(path), script.max_length)
+        sets = encode_corpus(corpus, load_tokenizer(path), script.max_length)
         token_counts(sets.train)
     return {**stages["second process"], "bytes_written": bytes_of(folder / "cache") - before}
 

@@ -64,6 +64,10 @@ class Corpus:
         sets = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: sha256_of(_column(rows, "source", "target")) for name, rows in sets.items()}
 
+    def train_sha256(self) -> str:
+        """As `sha256`, of the training sentences alone."""
+        return sha256_of(_column(self.train, "source", "target"))
+
 
 def sha256_of(sentences: Iterable[str]) -> str:
     """Of the sentences in UTF-8, with line feeds between."""

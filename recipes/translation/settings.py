@@ -19,6 +19,8 @@ from translation.tokens import POSITIONS
 # the SlowMo paper's.
 _OTT: dict[str, Any] = {
     "dataset_name": "wmt/wmt16",
+    "validation_set": "newstest2013",  # also where --dataset_name is a copy on disk, whose own test set is another
+    "test_set": "newstest2014",
     "model_size": "big",
     "vocab_size": 32_000,
     "max_length": 256,

@@ -71,6 +71,7 @@ def _later(folder: Path, builder: str, paths: list[str]) -> Callable[[str], data
     """Splits are read apart: they may differ in columns that nobody wants. The function takes the split's flag."""
 
     def load(flag: str) -> datasets.Dataset:
+        loading.check_one_split(folder, [Path(path).name for path in paths], flag)
         _refuse_empty([Path(path) for path in paths], flag)
         return loading.from_folder(
             folder,

@@ -77,9 +77,25 @@ def sentences_of(rows: datasets.Dataset) -> Iterator[str]:
 
 
 def tokenizer_name(corpus: Corpus, vocab_size: int) -> str:
-    """A folder's name that says what the tokenizer was trained on."""
-    name = f"{corpus.name} {corpus.source_lang} {corpus.target_lang} {len(corpus.train)} {vocab_size}"
+    """
+    A folder's name that says what the tokenizer was trained on, to digits of its SHA-256: text that was mended in
+    place has other tokens. Reads all training sentences.
+    """
+    text = f"{len(corpus.train)} {corpus.train_sha256()[:12]}"
+    name = f"{corpus.name} {corpus.source_lang} {corpus.target_lang} {text} {vocab_size}"
     return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")[-120:]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """What `save_tokenizer` wrote; raises `SettingError` where it cannot be read."""
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        return tokenizer
+    except Exception as error:  # of several libraries
+        raise SettingError(
+            f"tokenizer_dir must hold tokenizers that can be read, got {str(folder)!r} ({type(error).__name__}: "
+            f"{error}). Remove that folder, and it is trained again; or set --tokenizer_dir."
+        ) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

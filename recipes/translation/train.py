@@ -22,14 +22,14 @@ from typing import NoReturn
 import datasets
 import transformers
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
 from paper_rows import set_preset
 from records import SettingError, checkpoint_to_resume, end_program, plot, print_table, write_record
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from translation.data import Corpus, load_corpus
+from translation.data import load_corpus
 from translation.judged import judge, named
 from translation.model import MODEL_SIZES, beam_settings, decode, make_transformer
 from translation.outcome import in_words, make_record, table_of, write_translations
@@ -42,6 +42,7 @@ from translation.tokens import (
     check_resumed_tokenizer,
     check_same_tokenizer,
     encode_corpus,
+    load_tokenizer,
     save_tokenizer,
     sentences_of,
     token_counts,
@@ -58,7 +59,7 @@ def main() -> None:
         resumed = checkpoint_to_resume(args)
         check_resumed_size(script.model_size, resumed)
         sets = make_sets(script, args)
-        check_resumed_tokenizer(sets.tokenizer, tokenizer_folder(script, args, sets.corpus), resumed)
+        check_resumed_tokenizer(sets.tokenizer, Path(sets.tokenizer.name_or_path), resumed)
         transformers.set_seed(args.seed)
         trainer = make_trainer(script, config, args, sets)
     except (DataError, SettingError) as error:
@@ -160,20 +161,15 @@ def make_sets(script: ScriptArguments, args: RecipeTrainingArguments) -> TokenSe
             max_train_samples=script.max_train_samples,
             max_eval_samples=script.max_eval_samples,
         )
-    folder = tokenizer_folder(script, args, corpus)
+    tokenizers = Path(script.tokenizer_dir or Path(args.output_dir) / "tokenizers")
+    folder = tokenizers / tokenizer_name(corpus, script.vocab_size)
     with args.main_process_first(desc="tokenizer"):
         if not folder.is_dir():
             save_tokenizer(train_tokenizer(sentences_of(corpus.train), script.vocab_size), folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     check_same_tokenizer(tokenizer, folder)
     with args.main_process_first(desc="tokens"):
         return encode_corpus(corpus, tokenizer, script.max_length)
-
-
-def tokenizer_folder(script: ScriptArguments, args: RecipeTrainingArguments, corpus: Corpus) -> Path:
-    """Where the tokenizer of this text and size lies."""
-    folder = Path(script.tokenizer_dir or Path(args.output_dir) / "tokenizers")
-    return folder / tokenizer_name(corpus, script.vocab_size)
 
 
 def print_choices(script: ScriptArguments, sets: TokenSets, batches: TokenBatches, micro_batches: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,17 @@ class TranslationTrainer(Seq2SeqTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def saves_every(self) -> int:
+        """
+        After `train()`, optimizer steps between two checkpoints in turn; others are of a stop in between. 1: there is
+        no turn.
+        """
+        if self.args.save_strategy == "steps":
+            return int(self.state.save_steps)
+        if self.args.save_strategy == "epoch":
+            return math.ceil(len(self.token_batches) / self.args.gradient_accumulation_steps)
+        return 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """
@@ -121,7 +133,8 @@ class RunModels:
     ranks do the same at the same time.
 
     Args:
-        trainer (`TranslationTrainer`): After `train()`.
+        trainer (`TranslationTrainer`): After `train()`. What it saved out of turn, as a signal makes it, is left out:
+            then the last five are five epochs' ends in every run.
         average (`int`): The model that is saved is the mean of this many last ones; 1: what the Trainer holds.
         others (`Mapping[Path, int]`): See `checkpoints_of_others`.
 
@@ -134,7 +147,8 @@ class RunModels:
         whole = not any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
         # Into a model that is divided over processes no file is loaded: there is its end alone.
         found = _checkpoints(Path(trainer.args.output_dir)) if whole else []
-        self.folders = {_step(path): path for path in found if others.get(path) != _written(path)}
+        ours = {_step(path): path for path in found if others.get(path) != _written(path)}
+        self.folders = {step: path for step, path in ours.items() if step % trainer.saves_every() == 0}
         state = trainer.state
         best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         held = _step(Path(best)) if best else state.global_step
