@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 import slowmo_hf
 from accelerate_loops import on_all_ranks, settings, weights
@@ -360,3 +361,101 @@ def gather_in_evaluations():
 
 def test_an_evaluation_may_gather():
     assert run_workers(gather_in_evaluations, 2) == [[], []]
+
+
+# ---- data without a length ----
+
+
+class Stream(IterableDataset):
+    """Ninety-six rows, whose number nobody is told."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1)
+        yield from torch.randn(96, 4, generator=generator)
+
+
+class Forever(Sampler):
+    """Rows of a data set with a length, in an order without one."""
+
+    def __iter__(self):
+        yield from itertools.cycle(range(24))
+
+
+def on_streams(kind):
+    """By a stream or an endless sampler: weights of a stock run, and with SlowMoOptimizer inside its first round."""
+    trained = []
+    for ours in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if ours:
+            optimizer = SlowMoOptimizer(optimizer, settings(sync_every=50))
+        rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(2))
+        loader = DataLoader(Stream(), batch_size=8) if kind == "stream" else DataLoader(rows, 8, sampler=Forever())
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        seen = 0
+        for batch in itertools.islice(loader, 6):
+            alone = model if ours else getattr(model, "module", model)  # without the average of gradients
+            accelerator.backward(alone(batch).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += len(batch)
+        trained.append((seen, weights(model)))
+    return trained
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", ["stream", "sampler"])
+def test_data_without_a_length_are_trained_on(kind, processes):
+    """Its batch sampler is neither true nor false. Inside the first round a worker is a stock run on its own share."""
+    for (stock_rows, stock), (rows, ours) in run_workers(on_streams, processes, kind):
+        assert rows == stock_rows > 0
+        torch.testing.assert_close(ours, stock, rtol=0, atol=0)
+
+
+# ---- two optimizers of one encoder ----
+
+
+def evaluated_between(order):
+    """The encoder is in both; what `model.eval()` shows of it, and each optimizer's last round."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("encoder", "first", "second")}).double()
+    heads = {
+        name: SlowMoOptimizer(
+            torch.optim.SGD([*model["encoder"].parameters(), *model[name].parameters()], lr=0.1),
+            settings(sync_every={"first": 2, "second": 3}[name], outer_momentum=0.0),
+        )
+        for name in order
+    }
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x, name):
+            return self.parts[name](torch.tanh(self.parts["encoder"](x))).square().mean()
+
+    model_of_both, *prepared = accelerator.prepare(Both(), *(heads[name] for name in order))
+    by_name = dict(zip(order, prepared, strict=True))
+    for step in range(7):
+        for name in order:
+            torch.manual_seed(100 * step + accelerator.process_index)
+            accelerator.backward(model_of_both(torch.randn(8, 4).double(), name))
+            by_name[name].step()
+            for one in prepared:
+                one.zero_grad()
+    last = {name: heads[name].outer_loop.parts.slow.anchors[0].flat[:16].clone() for name in order}
+    model_of_both.eval()
+    return model["encoder"].weight.detach().flatten().clone(), last[order[0]], last[order[1]]
+
+
+@pytest.mark.parametrize("order", [("first", "second"), ("second", "first")])
+def test_of_two_optimizers_that_share_an_encoder_the_later_ones_round_is_shown(order):
+    """On all ranks, whatever the addresses of objects."""
+    (shown, first, last), (theirs, _, _) = run_workers(evaluated_between, 2, order)
+    assert torch.equal(shown, theirs)
+    assert torch.equal(shown, last)
+    assert not torch.equal(shown, first)

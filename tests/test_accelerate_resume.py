@@ -226,3 +226,30 @@ def pass_before_prepare():
 
 def test_a_pass_before_prepare_does_not_hide_the_wrapper():
     assert run_workers(pass_before_prepare, 2) == [[True, True]] * 2
+
+
+def look_before_prepare(steps):
+    """One process, such as a program is tried in: a look at the output's shape, then another dtype, then training."""
+    trained = []
+    for ours in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if ours:
+            optimizer = SlowMoOptimizer(optimizer, settings(sync_every=50))
+        model(torch.zeros(2, 4))
+        model.double()  # as a move to another device is: the parameters are others than those that were looked at
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for step in range(steps):
+            torch.manual_seed(step)
+            accelerator.backward(model(torch.randn(8, 4).double()).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(weights(model))
+    return trained
+
+
+def test_a_look_before_prepare_does_not_start_training_in_one_process():
+    ((plain, ours),) = run_workers(look_before_prepare, 1, 5)
+    assert torch.equal(plain, ours)

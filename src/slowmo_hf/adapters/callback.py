@@ -65,8 +65,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._saves: TrainerSaves | None = None
         self._training = False
         self.looks = Looks()
-        self._given_back = ExitStack()  # at the end: what is switched off while we train
-        self.given_arguments = ExitStack()  # gives TrainingArguments and a save back, also where training fails
+        self.given_back = ExitStack()  # gives back what is another while we train; also where training fails
         self._round_logs = RoundLogs()
         self._counted_step = -1  # Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
@@ -118,28 +117,28 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         outer_loop.clock.max_steps = state.max_steps
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
         compare_programs(outer_loop.workers.world, program_of(args))
-        self._given_back.callback(JoinRefusal(wrappers, self.config).release)
+        self.given_back.callback(JoinRefusal(wrappers, self.config).release)
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
-            switch_off_token_average(args, self.given_arguments)
+            self.given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
+            switch_off_token_average(args, self.given_back)
             advise(args, self.config)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
         self._training, self._counted_step = True, -1
         self._ending = Ending(outer_loop, state.max_steps)
-        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
+        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self.given_back)
         if self.config.has_rounds:
-            self._given_back.callback(StopSignals(self._ending.on_signal).release)
-            self._round_logs.begin(self._find_trainer(), outer_loop, self._given_back)
+            self.given_back.callback(StopSignals(self._ending.on_signal).release)
+            self._round_logs.begin(self._find_trainer(), outer_loop, self.given_back)
             self.looks.begin(
                 self._find_trainer(),
                 outer_loop,
                 catch_up=self._catch_up,
                 average_tokens=average_tokens,
-                given_back=self._given_back,
+                given_back=self.given_back,
             )
 
     def _take_up_checkpoints(
@@ -147,8 +146,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = TrainerSaves(args, outer_loop)
-        self._saves.begin(self._find_trainer(), self.looks, self._given_back)
-        self.given_arguments.callback(self._saves.give_up)
+        self._saves.begin(self._find_trainer(), self.looks, self.given_back)
         if state.global_step:
             try:
                 self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)
@@ -166,9 +164,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": self.checkpoint}}
 
     def _restore(self) -> None:
+        if self._saves:
+            self._saves.end()
         self._training, self._saves = False, None
-        self._given_back.close()
-        self.given_arguments.close()
+        self.given_back.close()
 
     def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """
@@ -181,12 +180,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop is None or self._ending is None:
             return
         best = best_model(args, state)
-        if self.outer_loop.view.is_shown or not args.load_best_model_at_end:
+        if self.outer_loop.view.is_shown or not best:
             self._ending.end(self._find_trainer(), args, state, pass_end_is_ahead=False)
             self.outer_loop.consensus.keep(loaded=bool(best))
         log_end(self.outer_loop.parts, best)
         if self._saves and not self._ending.stopped:  # a requeue goes on from the last one
-            self._saves.keep_the_best_alone(state)
+            self._saves.keep_the_best_alone(self._find_trainer(), state)
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
         self._ending.exit_if_stopped(state.global_step)

@@ -76,8 +76,7 @@ def is_before_prepare(optimizer: Any, module: torch.nn.Module) -> bool:
     Args:
         optimizer (`SlowMoOptimizer`): Not started.
     """
-    is_alone = is_in_process() or processes_in_job() == 1
-    if is_alone or optimizer.is_prepared or not upstream.accelerate_is_in_use():
+    if is_in_process() or optimizer.is_prepared or not upstream.accelerate_is_in_use():
         return False
     return not (sharded_modules([module]) or any(isinstance(one, DistributedDataParallel) for one in module.modules()))
 
@@ -101,7 +100,8 @@ def program_in_use(*, has_loaded: bool) -> Program:
         return Program(has_loaded=has_loaded)
     state: Any = GradientState()
     loader = state.active_dataloader
-    batches = getattr(loader, "batch_sampler", None) or loader
+    sampler = getattr(loader, "batch_sampler", None)  # of a stream it has no length: it is neither true nor false
+    batches = loader if sampler is None else sampler
     size = getattr(batches, "batch_size", None)
     return Program(
         accumulation=state.num_steps,

@@ -37,10 +37,12 @@ class ModelCalls:
         self._optimizer = weakref.ref(optimizer)
         self._outer_loop: OuterLoop = optimizer.outer_loop
         self._models = [weakref.ref(_innermost(model)) for model in models]
-        for gone in [key for key, listeners in _listening.items() if not listeners]:
-            del _listening[gone]
+        for key, listeners in list(_listening.items()):
+            _listening[key] = [one for one in listeners if one() is not None]
+            if not _listening[key]:
+                del _listening[key]
         for model in self._models:
-            _listening.setdefault(id(model()), weakref.WeakSet()).add(self)
+            _listening.setdefault(id(model()), []).append(weakref.ref(self))
         self._loaded_at: int | None = None  # the move at which the program loaded weights of its own choice
         self._stop_listening: Callable[[], object] = _nothing
         self._was_training = False  # before the last `model.eval()`
@@ -154,12 +156,14 @@ def _innermost(model: Any) -> Module:
     return model if inner is None else _innermost(inner)
 
 
-# By the identity of their models: every submodule's `train` asks.
-_listening: dict[int, weakref.WeakSet[ModelCalls]] = {}
+# By the identity of their models: every submodule's `train` asks. In the order of their starts, which all ranks have:
+# of two optimizers that share parameters the later one's last round is shown.
+_listening: dict[int, list[weakref.ref[ModelCalls]]] = {}
 
 
 def _listeners(module: Module) -> list[ModelCalls]:
-    return [one for one in tuple(_listening.get(id(module), ())) if one.holds(module)]
+    present = [listener() for listener in _listening.get(id(module), ())]
+    return [one for one in present if one is not None and one.holds(module)]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -165,23 +165,35 @@ class TrainerCheckpoints:
             finally:
                 self.args.hub_strategy = HubStrategy.END
 
-    def keep_the_best_alone(self, best: str | None) -> None:
-        """What Trainer does with `save_total_limit=1` where training has ended: the last checkpoint goes."""
-        if best and self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals:
-            self._rotate(Path(best))
+    def keep_the_best_alone(self, folder: Path, best: str | None) -> None:
+        """
+        What Trainer does with `save_total_limit=1` where training has ended: the last checkpoint goes.
 
-    def _rotate(self, newest: Path, best: str | None = None) -> None:
+        Args:
+            folder (`Path`): Of this run. A run that was resumed from another's may have found no better one than that
+                run's best, whose folder is left alone.
+        """
+        if best and self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals:
+            self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
+
+    def _rotate(self, newest: Path, best: str | None) -> None:
         """Delete what is over `save_total_limit` beside the newest, and neither of these."""
         limit = self._given["save_total_limit"]
         if not limit or limit < 0:
             return
         keep = {newest.resolve(), *([Path(best).resolve()] if best else [])}
-        # By age, as Trainer does. A save that has failed has our part alone, and counts for none.
-        ended = [path for path in _checkpoints(newest.parent) if is_whole(path) or not (path / FOLDER).is_dir()]
-        found = sorted(ended, key=lambda path: path.stat().st_mtime)
+        found = self._ended(newest.parent)
         over = max(0, len(found) - max(limit, len(keep)))
-        for path in [path for path in found if path.resolve() not in keep][:over]:
-            logger.info("deleting %s: save_total_limit=%d", path, limit)
+        self._delete([path for path in found if path.resolve() not in keep][:over])
+
+    def _ended(self, folder: Path) -> list[Path]:
+        """By age, as Trainer does. A save that has failed has our part alone, and counts for none."""
+        ended = [path for path in _checkpoints(folder) if is_whole(path) or not (path / FOLDER).is_dir()]
+        return sorted(ended, key=lambda path: path.stat().st_mtime)
+
+    def _delete(self, checkpoints: Iterable[Path]) -> None:
+        for path in checkpoints:
+            logger.info("deleting %s: save_total_limit=%d", path, self._given["save_total_limit"])
             # Under another name: a half-deleted folder is no checkpoint.
             shutil.rmtree(_set_aside(path), ignore_errors=True)
 

@@ -82,7 +82,7 @@ class Ending:
         steps_per_pass = _steps_per_pass(args, trainer.callback_handler.train_dataloader)
         meetings = _Meetings(args, state, self._planned_end, steps_per_pass)
         all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
-        all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
+        all_meet_here = all_stop or not pass_end_is_ahead or meetings.at_pass_end(state.global_step)
         self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
         if self.outer_loop.status.somebody_ended_early:
             logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,7 +42,9 @@ class TrainerGathers:
     """
 
     def __init__(self, trainer: Trainer, outer_loop: OuterLoop, given_back: ExitStack) -> None:
-        self._trainer, self._outer_loop = trainer, outer_loop
+        self._trainer = trainer
+        # Trainer keeps what an evaluation gathered with, and with it this object, also when training has ended.
+        self._outer_loop: OuterLoop = weakref.proxy(outer_loop)
         self._is_stepping = self._is_in_loss = self._is_inside = False
         self._said: set[str] = set()
         self._are_for_logs = _loss_of_trl(trainer) in FOR_LOGS_ALONE

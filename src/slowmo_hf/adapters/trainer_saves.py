@@ -39,7 +39,7 @@ class TrainerSaves:
     def begin(self, trainer: Trainer, looks: Looks, given_back: ExitStack) -> None:
         """From here to the end the Trainer's checkpoints are complete."""
         self._saves.begin()
-        given_back.callback(self._end)
+        given_back.callback(self.give_up)
         wrap = functools.partial(self._around_own_files, trainer, looks)
         replace_method(trainer, upstream.SAVE_CHECKPOINT, wrap, given_back)
 
@@ -48,9 +48,8 @@ class TrainerSaves:
         self._checkpoints.give_back_arguments()
         self._checkpoints.end()
 
-    def _end(self) -> None:
-        """Training has ended: an error from now on is not this run's."""
-        self._checkpoints.end()
+    def end(self) -> None:
+        """Training has ended, and by no error: one from now on is not this run's."""
         self._saves.end()
 
     def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
@@ -67,9 +66,9 @@ class TrainerSaves:
         """Which save our part of a checkpoint is that Trainer writes now, for `trainer_state.json`."""
         return None if self.args.save_only_model else save_names(self.outer_loop)
 
-    def keep_the_best_alone(self, state: TrainerState) -> None:
+    def keep_the_best_alone(self, trainer: Trainer, state: TrainerState) -> None:
         """As `TrainerCheckpoints.keep_the_best_alone`, where training has ended."""
-        self._checkpoints.keep_the_best_alone(state.best_model_checkpoint)
+        self._checkpoints.keep_the_best_alone(Path(upstream.output_folder(trainer)), state.best_model_checkpoint)
 
     def _around_own_files(self, trainer: Trainer, looks: Looks, save: Method) -> Method:
         @functools.wraps(save)

@@ -106,7 +106,8 @@ def refuse_resumable_saves(args: TrainingArguments, model: Any) -> None:
 def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
     """
     `Trainer.train` of one that has our callback: it begins with whole checkpoints alone, also where the callback came
-    after the Trainer was made; and gives its `TrainingArguments` back where it raises.
+    after the Trainer was made. Where it raises, the Trainer, its arguments and its model's wrapper are as they were:
+    ranks may have failed at different steps, and a save then needs nobody, as with a stock Trainer.
     """
 
     @functools.wraps(train)
@@ -118,7 +119,7 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return train(self, *args, **kwargs)
         except BaseException:
-            callback.given_arguments.close()
+            callback.given_back.close()
             raise
 
     return begun_and_ended

@@ -1,0 +1,180 @@
+"""How a Trainer's run ends where not all goes by the book, and what it leaves behind for the next."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from harness import patience, run_workers
+from slowmo_hf import SlowMoCallback, SlowMoConfig
+from tiny import Regression, Rows, arguments, equal, values
+
+
+def trainer_of(folder, callbacks=(), model=None, rows=32, config=None, **settings):
+    """Four steps a pass with two ranks, and a round of each pass."""
+    made = {"sync_every": 4, "timeout_seconds": patience(20), **(config or {})}
+    return Trainer(
+        model=model or Regression(torch.float32),
+        args=arguments(folder, **{"learning_rate": 0.05, "num_train_epochs": 6, "seed": 3, **settings}),
+        train_dataset=Rows(rows, torch.float32),
+        eval_dataset=Rows(8, torch.float32),
+        callbacks=[*callbacks, SlowMoCallback(SlowMoConfig(**made))],
+    )
+
+
+# ---- the best model, where an evaluation stops training ----
+
+
+class Worse(TrainerCallback):
+    """Each evaluation finds the model worse than the one before."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+
+def stopped_by_an_evaluation(folder, base, strategy, steps):
+    """The first evaluation stays the best, and the second one stops training."""
+    trainer = trainer_of(
+        folder,
+        [Worse(), EarlyStoppingCallback(early_stopping_patience=1)],
+        config={"base": base},
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=steps,
+        save_steps=steps,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == f"checkpoint-{steps}"
+    assert trainer.state.global_step == 2 * steps
+    return values(trainer.model), load_file(best / "model.safetensors")
+
+
+@pytest.mark.parametrize("base", ["local_sgd", "sgp", "osgp", "dpsgd"])
+@pytest.mark.parametrize(("strategy", "steps"), [("epoch", 4), ("steps", 4), ("steps", 3)])
+def test_the_best_model_stays_where_an_evaluation_stops_training(tmp_path, base, strategy, steps):
+    """At a round's step and inside a round: what Trainer has loaded is what the model is, on all ranks."""
+    for model, best in run_workers(stopped_by_an_evaluation, 2, str(tmp_path), base, strategy, steps):
+        assert equal(model, best)
+
+
+# ---- checkpoints of another run ----
+
+
+def test_checkpoints_of_another_run_are_left_alone(tmp_path):
+    """
+    `save_total_limit=1` with the best model of the run that this one was resumed from: that run's folder stays whole,
+    and in this one's the last checkpoint goes, as with a stock Trainer.
+    """
+    kept = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4, "eval_steps": 4}
+    kept |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    left = {}
+    for name, callbacks in (("stock", []), ("ours", [SlowMoCallback(sync_every=4)])):
+        first, second = tmp_path / name / "first", tmp_path / name / "second"
+        for folder, steps, limit, resumed in ((first, 12, 5, None), (second, 20, 1, str(first / "checkpoint-12"))):
+            trainer = trainer_of(folder, [Worse()], max_steps=steps, save_total_limit=limit, **kept)
+            trainer.callback_handler.callbacks = [
+                one for one in trainer.callback_handler.callbacks if not isinstance(one, SlowMoCallback)
+            ]
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=resumed)
+        left[name] = [sorted(path.name for path in folder.glob("checkpoint-*")) for folder in (first, second)]
+        assert trainer.state.best_model_checkpoint == str(first / "checkpoint-4")
+    assert left["stock"][0] == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+    assert left["ours"][0] == left["stock"][0]
+    assert left["ours"][1] == left["stock"][1]
+
+
+# ---- training that fails ----
+
+
+class FailsAt(TrainerCallback):
+    """Each rank at its own step."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.steps[dist.get_rank()]:
+            raise KeyboardInterrupt
+
+
+def failed(folder):
+    """Ranks 0 and 1 fail at steps 5 and 6; each saves what it has, and trains on without the callback."""
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = trainer_of(folder, [FailsAt((5, 6))])
+    tokens = trainer.args.average_tokens_across_devices
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    own = values(trainer.model)
+    trainer.save_model(f"{folder}/{dist.get_rank()}")
+    kept = equal(values(trainer.model), own)
+    given_back = (signal.getsignal(signal.SIGTERM) is before, trainer.args.average_tokens_across_devices == tokens)
+    trainer.remove_callback(SlowMoCallback)
+    trainer.remove_callback(FailsAt)
+    for parameter in trainer.model.parameters():
+        dist.broadcast(parameter.data, 0)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return own, kept, given_back, values(trainer.model)
+
+
+def test_a_run_that_failed_leaves_the_trainer_as_it_was(tmp_path):
+    """
+    An emergency save needs nobody, wherever the other rank stands: rank 0 writes what it holds. Signals and arguments
+    are the program's again; and training without the callback averages gradients, so that ranks stay equal.
+    """
+    ranks = run_workers(failed, 2, str(tmp_path))
+    assert not equal(ranks[0][0], ranks[1][0]), "each its own weights"
+    saved = load_file(tmp_path / "0" / "model.safetensors")
+    assert equal({name: ranks[0][0][name] for name in saved}, saved)
+    for _, kept, given_back, _ in ranks:
+        assert (kept, given_back) == (True, (True, True))
+    assert equal(ranks[0][3], ranks[1][3])
+
+
+# ---- what a run leaves in memory ----
+
+
+class Watch(TrainerCallback):
+    """Whether the slow state of the run before is there still, when a run has begun."""
+
+    def __init__(self):
+        self.states, self.there = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            gc.collect()
+            self.there.append([one() is not None for one in self.states])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        callback = next(one for one in self.handler.callbacks if isinstance(one, SlowMoCallback))
+        self.states.append(weakref.ref(callback.outer_loop))
+
+
+def trained_again(folder):
+    watch = Watch()
+    trainer = trainer_of(folder, [watch], max_steps=6, eval_strategy="steps", eval_steps=3)
+    watch.handler = trainer.callback_handler
+    for _ in range(3):
+        trainer.train()
+    return watch.there
+
+
+def test_the_slow_state_of_a_run_before_goes_also_behind_its_evaluations(tmp_path):
+    """Trainer keeps the function that an evaluation gathered with."""
+    assert run_workers(trained_again, 2, str(tmp_path)) == [[[], [False], [False, False]]] * 2
