@@ -15,9 +15,10 @@ from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import DataLoader
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, Digests, read_part, verify_in_turns, write_part
+from ..checkpoints.files import FOLDER, Digests, Stamps, read_part, stamps, verify_in_turns, write_part
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import (
+    begin_together,
     check_snapshot,
     finish_together,
     keeps_files,
@@ -96,6 +97,8 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         if not begun:
             return save_state(self, *args, **kwargs)
         seal_last: list[Callable[[], None]] = []
+        chosen = kwargs.get("output_dir", args[0] if args else None)
+        before = stamps(chosen) if chosen else {}  # Accelerate names a folder of its own otherwise
         for outer_loop in begun.values():
             outer_loop.consensus.meet()
         with ExitStack() as given_back:
@@ -104,7 +107,7 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
                 if folder in begun:
                     given_back.enter_context(_beside(bare))
             hook = self.register_save_state_pre_hook(
-                lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder)))
+                lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder), before))
             )
             given_back.callback(hook.remove)
             saved_to = save_state(self, *args, **kwargs)
@@ -127,26 +130,32 @@ def _beside(bare: SlowMoOptimizer) -> Iterator[None]:
         bare.state_is_beside = False
 
 
-def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path) -> Callable[[], None]:
+def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, before: Stamps) -> Callable[[], None]:
     """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
     first = next(iter(begun.values()))
     keeping = keeps_files(first, folder, accelerator.local_process_index)
     words = f"checkpoint {folder} cannot be written"
     objects = _own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet
+    begin_together(first, words, folder, keeping, lambda: None)
     if is_in_process():
         generators = Contents(objects=RandomState.take().to_dict())
         together(first, words, lambda: write_part(folder, _generators(), generators))
     for within, outer_loop in begun.items():
         write = functools.partial(
-            write_snapshot, str(folder), outer_loop, shared=keeping.shared, objects=objects, within=within
+            write_snapshot,
+            str(folder),
+            outer_loop,
+            shared=keeping.shared_of(outer_loop),
+            objects=objects,
+            within=within,
         )
         together(outer_loop, words, write)
 
     def finish(digests: Digests) -> None:
         if keeping.seals:
-            seal_snapshot(folder, first, digests)
+            seal_snapshot(folder, first, digests, before)
 
-    return lambda: finish_together(first, folder, keeping, finish)
+    return lambda: finish_together(first, folder, keeping, finish, before)
 
 
 def _generators() -> str:

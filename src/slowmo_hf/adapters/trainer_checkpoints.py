@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from ..checkpoints.files import (
     verify_in_turns,
 )
 from ..checkpoints.state import (
+    Checked,
     Keeping,
+    begin_together,
     check_snapshot,
     finish_together,
     keeps_files,
@@ -96,22 +98,29 @@ class TrainerCheckpoints:
         if self.args.save_only_model:
             return
 
-        keeping = self._decide_who_keeps()
+        keeping, words = self._decide_who_keeps(), f"checkpoint {folder} cannot be written"
+        shared = keeping.shared_of(self.outer_loop)
 
-        def write() -> None:
-            if keeping.seals:
-                self._claim = self._claim or Claim(folder)
-            write_snapshot(str(folder), self.outer_loop, shared=keeping.shared, objects=objects)
+        def claim() -> None:
+            self._claim = self._claim or Claim(folder)
 
         try:
-            together(self.outer_loop, f"checkpoint {folder} cannot be written", write)
+            begin_together(self.outer_loop, words, folder, keeping, claim)
+            together(
+                self.outer_loop,
+                words,
+                lambda: write_snapshot(str(folder), self.outer_loop, shared=shared, objects=objects),
+            )
         except CheckpointError:
             self._release()
             raise
         self._written = folder
 
     def finish(self, folder: Path, state: TrainerState) -> None:
-        """Trainer's part is written too: seal the folder, then delete what is over `save_total_limit`. Collective."""
+        """
+        Trainer's part is written too: seal the folder, and when every machine has, delete what is over
+        `save_total_limit`. Collective.
+        """
         keeping = self._decide_who_keeps()
 
         def keep(digests: Digests) -> None:
@@ -125,10 +134,16 @@ class TrainerCheckpoints:
                     self._take_back(folder)
                     return
                 seal_snapshot(folder, self.outer_loop, digests)
-            self._rotate(folder, state.best_model_checkpoint)
+            is_sealed.append(True)
 
+        is_sealed: list[bool] = []
         try:
             finish_together(self.outer_loop, folder, keeping, keep)
+            together(
+                self.outer_loop,
+                f"checkpoints older than {folder} cannot be deleted",
+                lambda: self._rotate(folder, state.best_model_checkpoint) if is_sealed else None,
+            )
         finally:
             self._release()
             self._written = None
@@ -234,7 +249,7 @@ class TrainerCheckpoints:
             refuse_another_save(folder, callbacks)
             verify_in_turns(folder, *turn)
 
-        def check() -> Callable[[], dict[str, Any]]:
+        def check() -> Checked:
             return check_snapshot(str(folder), self.outer_loop, state.global_step)
 
         words, turn = "the checkpoint cannot be resumed", turn_on_machine(self.outer_loop)

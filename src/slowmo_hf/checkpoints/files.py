@@ -33,6 +33,7 @@ TRAINER_STATE = "trainer_state.json"  # Trainer's last file
 VERSION = 1
 
 Digests = dict[str, dict[str, Any]]  # of files, by name: size and SHA-256
+Stamps = dict[str, tuple[int, ...]]  # of files, by name: what changes with their content
 
 
 def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents) -> None:
@@ -118,16 +119,36 @@ def _inside(root: Path, path: Path) -> Path:
     return path
 
 
-def file_digests(checkpoint: str | os.PathLike[str], turn: int = 0, turns: int = 1) -> Digests:
+def stamps(folder: str | os.PathLike[str]) -> Stamps:
+    """Of all that lies in a folder before it becomes a checkpoint, or becomes another one."""
+    found = Stamps()
+    for path in _files(Path(folder)):
+        with suppress(FileNotFoundError):
+            found[str(path.relative_to(folder))] = _stamp(path)
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    told = path.stat()
+    return (told.st_ino, told.st_size, told.st_mtime_ns)
+
+
+def file_digests(
+    checkpoint: str | os.PathLike[str], turn: int = 0, turns: int = 1, before: Stamps | None = None
+) -> Digests:
     """
     Of a checkpoint's files: of all, or of those of one process of several, which deal them out. None where no part of
     it is ours: there will be no manifest.
+
+    Args:
+        before (`dict`, *optional*): What lay there before the save began, and is no part of it as long as it is as it
+            was: logs, or other checkpoints, in the folder that the user has chosen.
     """
     root, found = Path(checkpoint), Digests()
     if not (root / FOLDER).is_dir():
         return found
     with suppress(FileNotFoundError):  # another program takes the folder away: who keeps it sees that
-        sizes = {str(path.relative_to(root)): path.stat().st_size for path in _files(root)}
+        sizes = {name: path.stat().st_size for name, path in _written(root, before).items()}
         for name in _dealt_out(sizes, turn, turns):
             found[name] = _entry(root / name)
     return found
@@ -142,16 +163,21 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
-def seal(checkpoint: str | os.PathLike[str], settings: dict[str, Any], known: Digests | None = None) -> None:
+def seal(
+    checkpoint: str | os.PathLike[str],
+    settings: dict[str, Any],
+    known: Digests | None = None,
+    before: Stamps | None = None,
+) -> None:
     """
     Write the manifest: every file of the checkpoint is there, and its digest. Call it when all have written.
 
     Args:
         known (`dict`, *optional*): What `file_digests` has found; the others are read here.
+        before (`dict`, *optional*): See there.
     """
     root, found = Path(checkpoint), known or {}
-    paths = {str(path.relative_to(root)): path for path in _files(root)}
-    files = {name: found.get(name) or _entry(path) for name, path in paths.items()}
+    files = {name: found.get(name) or _entry(path) for name, path in _written(root, before).items()}
     manifest = {"version": VERSION, **settings, "files": files}
     manifest["sha256"] = _own_digest(manifest)
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
@@ -297,6 +323,12 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 def _files(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK) and p.suffix != ".tmp")
+
+
+def _written(root: Path, before: Stamps | None) -> dict[str, Path]:
+    """By name, what is new or another than it was before."""
+    paths = {str(path.relative_to(root)): path for path in _files(root)}
+    return {name: path for name, path in paths.items() if not before or before.get(name) != _stamp(path)}
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:

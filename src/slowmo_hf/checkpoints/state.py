@@ -26,6 +26,7 @@ lack some, or have rounded them.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from ..log import logger
 from ..training.inner_state import OBJECT, SHARDS
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name, place_on_machine
-from .files import Digests, file_digests, seal, write_part
+from .files import FOLDER, Digests, Stamps, file_digests, seal, write_part
 from .places import SHARED, part_name, read_for
 
 # Settings that give the saved state its meaning; with another value it cannot be taken up. The others may change, and
@@ -64,15 +65,21 @@ class Keeping:
     What a process writes of what all workers share.
 
     Args:
-        seals (`bool`): The manifest, once on every file system: rank 0, and the first process of a machine that does
-            not see its files.
-        shared (`bool`): Its part of the shared state.
+        place (`int`): Among the processes that see the same files.
         sees_rank_0s (`bool`): Files of rank 0, and so those of all that see them too.
     """
 
-    seals: bool
-    shared: bool
+    place: int
     sees_rank_0s: bool
+
+    @property
+    def seals(self) -> bool:
+        """The manifest, once on every file system: rank 0, and the first of a machine that does not see its files."""
+        return self.place == 0
+
+    def shared_of(self, outer_loop: OuterLoop) -> bool:
+        """Its part of the shared state of an optimizer, whose workers may be of another size than another's."""
+        return self.place < outer_loop.workers.size
 
 
 def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping:
@@ -111,7 +118,7 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
             )
 
     together(outer_loop, f"{folder} cannot be written", refuse_over_machines)
-    return Keeping(seals=first == 0, shared=first < workers.size, sees_rank_0s=sees_it)
+    return Keeping(place=first, sees_rank_0s=sees_it)
 
 
 def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
@@ -132,29 +139,60 @@ def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None
         raise CheckpointError(f"{words}. {'; '.join(told)}")
 
 
-def read_together(
-    outer_loop: OuterLoop, words: str, check: Callable[[], Callable[[], dict[str, Any]]]
-) -> dict[str, Any]:
+def read_together(outer_loop: OuterLoop, words: str, check: Callable[[], Checked]) -> dict[str, Any]:
     """
-    Take up a checkpoint once every rank has checked its part. Collective; raises as `together`, and then no rank has
-    changed.
+    Take up a checkpoint once every rank has checked its part, and all have the same save: machines with disks of their
+    own may have been left with different ones. Collective; raises as `together`, and then no rank has changed.
 
     Args:
         check (`Callable`): Returns what `check_snapshot` does.
     """
-    take_up: list[Callable[[], dict[str, Any]]] = []
+    checked: list[Checked] = []
     objects: dict[str, Any] = {}
-    together(outer_loop, words, lambda: take_up.append(check()))
-    together(outer_loop, words, lambda: objects.update(take_up[0]()))
+    together(outer_loop, words, lambda: checked.append(check()))
+    told = outer_loop.workers.world.gather_objects((checked[0].save, host_name()))
+    if any(save != told[0][0] for save, _ in told):
+        saves = "; ".join(f"rank {rank} on {host}: {save}" for rank, (save, host) in enumerate(told))
+        raise CheckpointError(
+            f"{words}. All ranks must have the same save, got {saves}. Delete the later ones, or copy one checkpoint "
+            "to all machines, and resume from it."
+        )
+    together(outer_loop, words, lambda: objects.update(checked[0]()))
     return objects
 
 
-def finish_together(outer_loop: OuterLoop, folder: Path, keeping: Keeping, act: Callable[[Digests], None]) -> None:
+def begin_together(
+    outer_loop: OuterLoop, words: str, folder: Path, keeping: Keeping, claim: Callable[[], None]
+) -> None:
+    """
+    Before the first file of ours: what an earlier save has left there would be sealed with this one's. Collective;
+    raises as `together`.
+
+    Args:
+        claim (`Callable`): Called on who seals, first.
+    """
+
+    def begin() -> None:
+        if keeping.seals:
+            claim()
+            shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+    together(outer_loop, words, begin)
+
+
+def finish_together(
+    outer_loop: OuterLoop,
+    folder: Path,
+    keeping: Keeping,
+    act: Callable[[Digests], None],
+    before: Stamps | None = None,
+) -> None:
     """
     Act on a checkpoint once the files of every rank are there. Collective; raises as `together`.
 
     Args:
         act (`Callable`): Is given the digests of files that processes which see them all have read between them.
+        before (`dict`, *optional*): See `file_digests`.
     """
     world = outer_loop.workers.world
     world.gather_objects(None)
@@ -162,7 +200,7 @@ def finish_together(outer_loop: OuterLoop, folder: Path, keeping: Keeping, act: 
 
     def read() -> None:
         if keeping.sees_rank_0s:
-            own.update(file_digests(folder, world.rank, world.world_size))
+            own.update(file_digests(folder, world.rank, world.world_size, before))
 
     together(outer_loop, words, read)
     for digests in world.gather_objects(own):
@@ -187,9 +225,29 @@ def save_names(outer_loop: OuterLoop) -> dict[str, str]:
     return {"run": outer_loop.run_id, "save": outer_loop.save_id}
 
 
-def seal_snapshot(folder: Path, outer_loop: OuterLoop, known: Digests | None = None) -> None:
+def seal_snapshot(
+    folder: Path, outer_loop: OuterLoop, known: Digests | None = None, before: Stamps | None = None
+) -> None:
     """Write the manifest of what every process has written: once on every file system."""
-    seal(folder, {**save_names(outer_loop), "step": outer_loop.attempted_steps}, known)
+    seal(folder, {**save_names(outer_loop), "step": outer_loop.attempted_steps}, known, before)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """
+    A checkpoint that this process can take up: a call does, in place, and returns the `objects` that `write_snapshot`
+    was given. Collective among the processes of a worker.
+
+    Args:
+        save (`dict`): Which one it is: run, save and step.
+    """
+
+    save: dict[str, Any]
+    take_up: Callable[[], dict[str, Any]]
+
+    def __call__(self) -> dict[str, Any]:
+        """Take it up."""
+        return self.take_up()
 
 
 def write_snapshot(
@@ -232,12 +290,10 @@ def write_snapshot(
     write_part(folder, within + part_name(f"worker_{workers.index}", workers.place, workers.size), saved.own)
 
 
-def check_snapshot(
-    folder: str, outer_loop: OuterLoop, step: int | None = None, within: str = ""
-) -> Callable[[], dict[str, Any]]:
+def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None, within: str = "") -> Checked:
     """
-    Check a checkpoint's state, after `OuterLoop.start`. Every process calls it, and none takes up what the result does
-    before all have checked: their own files may be damaged on one alone. Nothing is sent.
+    Check a checkpoint's state, after `OuterLoop.start`. Every process calls it, and none takes it up before all have
+    checked: their own files may be damaged on one alone. Nothing is sent.
 
     On another number of workers all start from the average, which is in the model already, with the shared anchors,
     velocity and clock; worker i takes the inner optimizer of worker i modulo the old number. Local weights, messages
@@ -246,10 +302,6 @@ def check_snapshot(
     Args:
         step (`int`, *optional*): Trainer's, which it must be of.
         within (`str`, *optional*): As `write_snapshot`.
-
-    Returns:
-        `Callable`: Takes it up, in place, and returns the `objects` that `write_snapshot` was given. Collective among
-        the processes of a worker.
 
     Raises:
         CheckpointError: The checkpoint is damaged or of another run, model or setting; nothing has been changed.
@@ -286,7 +338,7 @@ def check_snapshot(
             logger.info("resumed at step %d with every worker's own state", outer_loop.attempted_steps)
         return {name: value for name, value in own.objects.items() if name not in (OBJECT, SHARDS)}
 
-    return take_up
+    return Checked({key: shared.settings.get(key) for key in ("run", "save", "attempted_steps")}, take_up)
 
 
 def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
