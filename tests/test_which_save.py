@@ -1,0 +1,225 @@
+"""Which save a folder holds, and which one a resume takes up: one, the same on all machines, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
+from accelerate_loops import settings, weights
+from harness import patience, run_workers
+from saved_runs import MIDDLE, checkpoints, rank0, train, whole
+from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
+
+# ---- machines with disks of their own ----
+
+
+def own_disk(folder):
+    """Each process as a machine of its own."""
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    return folder / f"machine-{dist.get_rank()}", SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
+
+
+def resumed_from_different_saves(folder, kind):
+    mine, config = own_disk(folder)
+    constant = {"lr_scheduler_type": "constant"}  # or the start would find different learning rates
+    train(mine / "run", config, **constant)
+    if kind == "another run" and dist.get_rank() == 1:
+        shutil.copytree(mine / "run", mine / "kept")
+    if kind == "another run":
+        train(mine / "run", config, **constant)  # once more from the beginning: the same steps
+        if dist.get_rank() == 1:
+            shutil.rmtree(mine / "run")
+            shutil.move(mine / "kept", mine / "run")
+    step = MIDDLE + (kind == "a later step" and dist.get_rank() == 0)
+    shutil.copytree(mine / "run" / f"checkpoint-{step}", mine / "again" / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError) as error:
+        train(mine / "again", config, resume=True, **constant)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["a later step", "another run"])
+def test_a_resume_from_different_saves_is_refused(tmp_path, kind):
+    """
+    Machine 0 has sealed step 6 and machine 1 was killed before it did; or one has an old disk. Each folder is whole,
+    and the ranks would train from different anchors, or meet at different steps.
+    """
+    words, others = run_workers(resumed_from_different_saves, 2, tmp_path, kind)
+    assert words == others
+    assert "All ranks must have the same save, got rank 0 on " in words
+    assert "copy one checkpoint to all machines" in words
+    assert (f"'attempted_steps': {MIDDLE + 1}" in words) == (kind == "a later step")
+
+
+def one_cannot_seal(folder):
+    mine, config = own_disk(folder)
+    seal = trainer_checkpoints.seal_snapshot
+
+    def fails_on_one(folder, outer_loop, *others):
+        if dist.get_rank() == 1 and outer_loop.attempted_steps > MIDDLE:
+            raise OSError(28, "No space left on device")
+        seal(folder, outer_loop, *others)
+
+    trainer_checkpoints.seal_snapshot = fails_on_one
+    with pytest.raises(CheckpointError, match=r"rank 1 on .* No space left"):
+        train(mine, config, save_total_limit=1)
+    return whole(mine)
+
+
+def test_old_checkpoints_go_when_every_machine_has_sealed(tmp_path):
+    """With `save_total_limit=1` the last checkpoint that all have stays until there is another one."""
+    ours, theirs = run_workers(one_cannot_seal, 2, tmp_path)
+    assert f"checkpoint-{MIDDLE}" in ours & theirs
+
+
+# ---- a full disk ----
+
+
+def no_room_for_a_lock(folder):
+    class Full(trainer_checkpoints.Claim):
+        def __init__(self, checkpoint):
+            self._descriptor = None
+            raise OSError(28, "No space left on device")
+
+    trainer_checkpoints.Claim = Full  # rank 0 alone takes it
+    config = SlowMoConfig(sync_every=4, shard_slow_state=True, timeout_seconds=patience(60))
+    with pytest.raises(CheckpointError) as error:
+        train(folder, config)
+    return str(error.value)
+
+
+@pytest.mark.timeout(50)
+def test_a_full_disk_of_rank_0_is_told_at_once_with_a_sharded_slow_state(tmp_path):
+    """The others would be on their way to bring the slow state together, and wait for rank 0."""
+    words, others = run_workers(no_room_for_a_lock, 2, tmp_path)
+    assert words == others
+    assert "rank 0 on " in words
+    assert "No space left on device" in words
+
+
+# ---- what lay there before ----
+
+
+def saved_over_an_older_one(folder):
+    stale = folder / f"checkpoint-{MIDDLE}" / "slowmo"
+
+    def leave():
+        (stale / "optimizer_1").mkdir()
+        for name in ("shared_shard_0.json", "worker_7.pt", "worker_0_shard_1.pt", "optimizer_1/shared.json"):
+            (stale / name).write_text("{}")
+
+    train(folder)
+    rank0(leave)
+    train(folder)  # from the beginning, to the same steps
+    dist.barrier()
+    assert whole(folder) == checkpoints(folder)
+    verify_checkpoint(stale.parent)
+    train(folder / "again", resume=str(stale.parent))
+    return sorted(str(path.relative_to(stale)) for path in stale.rglob("*"))
+
+
+def test_files_of_an_older_save_are_not_sealed_with_the_new_one(tmp_path):
+    """Of a run with other workers, whose folder of the same step is written over."""
+    ours, theirs = run_workers(saved_over_an_older_one, 2, tmp_path)
+    assert ours == theirs
+    assert {"shared.json", "worker_0.json", "worker_1.json", "manifest.json"} <= set(ours)
+    assert not {"shared_shard_0.json", "worker_7.pt", "worker_0_shard_1.pt", "optimizer_1"} & set(ours)
+
+
+def prepared():
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), settings(sync_every=4))
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def train_on(accelerator, model, optimizer, steps):
+    for step in steps:
+        torch.manual_seed(100 * step + accelerator.process_index)
+        accelerator.backward(model(torch.randn(8, 4)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def saved_among_other_files(folder):
+    """Into a folder with logs and earlier states, twice; then the logs grow, and an earlier state is deleted."""
+    first = prepared()
+    log = Path(folder) / "logs" / "events.out"
+
+    def leave(text):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(log.read_text() + text if log.exists() else text)
+
+    rank0(lambda: leave("begun"))
+    train_on(*first, range(2))
+    first[0].save_state(f"{folder}/epoch_0")
+    train_on(*first, range(2, 4))
+    first[0].save_state(str(folder))
+    train_on(*first, range(4, 6))
+    first[0].save_state(str(folder))
+    in_one_go = train_on(*first, range(6, 11))
+    rank0(lambda: leave("ended"))
+    rank0(lambda: shutil.rmtree(f"{folder}/epoch_0"))
+    verify_checkpoint(folder)
+    again = prepared()
+    again[0].load_state(str(folder))
+    return in_one_go, train_on(*again, range(6, 11))
+
+
+def test_what_lay_in_the_folder_before_is_no_part_of_a_state(tmp_path):
+    """Stock Accelerate loads such a folder. What the save has written is checked as before."""
+    for in_one_go, resumed in run_workers(saved_among_other_files, 2, tmp_path):
+        assert torch.equal(in_one_go, resumed)
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        verify_checkpoint(tmp_path)
+
+
+# ---- two optimizers ----
+
+
+def workers_of_two_sizes(folder, order):
+    """Four processes: one optimizer's workers are processes, the other's are pairs of them."""
+    configs = {
+        "alone": settings(sync_every=4, processes_per_worker=1),
+        "pairs": settings(sync_every=4, processes_per_worker=2),
+    }
+    ends = []
+    for resumed in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        models = [torch.nn.Linear(4, 1) for _ in order]
+        made = [
+            SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), configs[name])
+            for name, model in zip(order, models, strict=True)
+        ]
+        prepared = accelerator.prepare(*models, *made)
+        models, optimizers = prepared[:2], prepared[2:]
+        if resumed:
+            accelerator.load_state(str(folder))
+        for step in range(5 if resumed else 0, 9):
+            if step == 5 and not resumed:
+                accelerator.save_state(str(folder))
+            for model, optimizer in zip(models, optimizers, strict=True):
+                torch.manual_seed(100 * step + accelerator.process_index)
+                accelerator.backward(model(torch.randn(8, 4)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append([weights(model) for model in models])
+    return ends
+
+
+@pytest.mark.parametrize("order", [("alone", "pairs"), ("pairs", "alone")])
+def test_optimizers_whose_workers_differ_in_size_are_saved_whole(tmp_path, order):
+    for in_one_go, resumed in run_workers(workers_of_two_sizes, 4, tmp_path, order):
+        for mine, other in zip(in_one_go, resumed, strict=True):
+            assert torch.equal(mine, other)
