@@ -36,7 +36,7 @@ WINGS = {
         ["refusals", "trainer_methods"],
         ["fully_sharded"],
     ],
-    "checkpoints": [["claim", "last_lines", "state"], ["places"], ["files"]],
+    "checkpoints": [["claim", "last_lines", "state"], ["together"], ["places"], ["files"]],
     "training": [
         ["outer_loop"],
         ["ending", "gradients", "slow_state_dict", "start_table"],

@@ -15,7 +15,8 @@ import fsdp
 import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.checkpoints.state import check_snapshot, keeps_files, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
+from slowmo_hf.checkpoints.together import keeps_files
 from slowmo_hf.contents import CheckpointError
 from tiny import error_of
 

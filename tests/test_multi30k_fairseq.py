@@ -118,8 +118,11 @@ def test_the_page_has_fairseq_beside_ar_adam():
     average, half = statistics.mean(gaps), half_interval(gaps)
     assert f"is {', '.join(first)} and {last_gap} BLEU (sacreBLEU, seeds 1, 2 and 3): {average:+.2f} on avera" in words
     reached = [statistics.mean(r["metrics"]["test_bleu_mean_of_5"] for r in side) for side in (ours, theirs)]
-    assert "{:.2f} against {:.2f}, 3 seeds, [within ±{:.1f}]".format(*reached, half) in words
     low, high = average - half, average + half
+    assert "{:.2f} against {:.2f}, 3 seeds; [from {:+.1f} to {:+.1f}]".format(*reached, low, high) in words
+    ends = [f"{gap:+.2f}" for gap in showing.paired_differences(ours, theirs, "test_bleu")]
+    assert f"Of the last checkpoint the pairs are {ends[0]}, {ends[1]} and {ends[2]}: the first is over 1." in words
+    assert [abs(float(gap)) > 1 for gap in ends] == [True, False, False]
     assert f"interval from {low:+.1f} to {high:+.1f} is wide" in words
     assert f"fairseq itself stays {41.02 - mean:.1f} below it" in words
     assert f"fairseq's own last ones differ by {max(last) - min(last):.1f} between {len(theirs)} seeds" in words
@@ -163,6 +166,8 @@ def test_the_page_tells_how_far_tuning_is():
     rule = " ".join((RECIPES.parent / "docs/from_ddp.md").read_text().split())
     assert f"NLL {', '.join(f'{ends[beta, 0.005]:.3f}' for beta in (0.1, 0.2, 0.4))} against {nll[0.005]:.3f}" in rule
     assert f"NLL {ends[0.5, 0.0025]:.3f}; {nll[0.0025]:.3f} without slow momentum at that rate" in rule
+    assert f"stable, but above {nll[0.005]:.3f} |" in rule
+    assert f"was {ends[0.5, 0.0025] - nll[0.005]:.2f} NLL worse than β = 0 at the full rate" in rule
     lowest, highest = (f"{find(ahead_nll):.2f}" for find in (min, max))
     assert f"three seeds have a validation NLL of {lowest} to {highest} after as many passes" in words
     for seed in seeds_of(folder / "table1", LOCAL):
@@ -274,6 +279,18 @@ def test_the_page_tells_of_slow_momentum_with_four_workers():
     mean, half = statistics.mean(bleu), half_interval(bleu)
     said = f"On average {statistics.mean(nll):+.3f} NLL and {mean:+.2f} BLEU, with an interval from"
     assert f"{said} {mean - half:+.2f} to {mean + half:+.2f}: no effect" in page
+    kept, behind, tested = (
+        [metrics(folder, one, seed)[key] - metrics(folder, other, seed)[key] for seed in seeds]
+        for one, other, key in (
+            (slow, LOCAL, "validation_nll_mean_of_5"),
+            (LOCAL, AR, "validation_nll_mean_of_5"),
+            (slow, LOCAL, "test_nll_mean_of_5"),
+        )
+    )
+    assert max(kept) < 0, "lower in all three"
+    assert f"lower in all three, by {-statistics.mean(kept):.3f}: a twenty-seventh of its distance" in page
+    assert round(-statistics.mean(behind) / statistics.mean(kept)) == 27
+    assert f"On the test set it is {statistics.mean(tested):.3f} higher." in page
 
 
 def test_the_table_pairs_seeds(tmp_path):

@@ -16,7 +16,8 @@ import slowmo_hf
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoints.files import read_part
-from slowmo_hf.checkpoints.state import check_snapshot, together, write_snapshot
+from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
+from slowmo_hf.checkpoints.together import together
 from slowmo_hf.contents import CheckpointError
 from slowmo_hf.training.outer_loop import OuterLoop
 from tiny import Heard, Regression, Rows, message_memory, train_node_workers, two_groups, values

@@ -78,6 +78,27 @@ def test_old_checkpoints_go_when_every_machine_has_sealed(tmp_path):
     assert f"checkpoint-{MIDDLE}" in ours & theirs
 
 
+def accelerate_on_own_disks(folder):
+    mine, _ = own_disk(folder)
+    first = prepared()
+    train_on(*first, range(5))
+    project = first[0].project_configuration
+    first[0].save_state(str(mine))
+    assert project.save_on_each_node is False
+    verify_checkpoint(mine)
+    in_one_go = train_on(*first, range(5, 10))
+    again = prepared()
+    again[0].load_state(str(mine))
+    return in_one_go, train_on(*again, range(5, 10)), {path.name for path in mine.iterdir()}
+
+
+def test_accelerate_saves_a_whole_state_on_every_machine(tmp_path):
+    """Of two machines without a shared disk the second one had our part alone, sealed, and no model."""
+    for in_one_go, resumed, names in run_workers(accelerate_on_own_disks, 2, tmp_path):
+        assert torch.equal(in_one_go, resumed)
+        assert {"model.safetensors", "optimizer.bin", "slowmo"} <= names
+
+
 # ---- a full disk ----
 
 

@@ -8,8 +8,9 @@ learning rates and search, its own model, Trainer and dropout. Four commands, th
     python recipes/studies/multi30k_oracle.py score FOLDER --dataset_name MULTI30K --records recipes/records
     python recipes/studies/multi30k_oracle.py table recipes/records   # beside our runs of the same rates and seeds
 
-One thing differs by design: fairseq divides the gradient of all workers' tokens by their number, ours is the mean of
-the workers' means.
+What differs, and is each system's own: fairseq divides the gradient of all workers' tokens by their number, ours is
+the mean of the workers' means; its smoothing leaves the right token out, its decoder starts with </s>, its positions
+count from behind the padding's id, its learning rate is one update behind (`oracle.py` has the sizes of most).
 """
 
 from __future__ import annotations

@@ -17,16 +17,14 @@ from torch.utils.data import DataLoader
 from .. import upstream
 from ..checkpoints.files import FOLDER, Digests, Stamps, read_part, stamps, verify_in_turns, write_part
 from ..checkpoints.places import SHARED
-from ..checkpoints.state import (
+from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
+from ..checkpoints.together import (
     begin_together,
-    check_snapshot,
     finish_together,
     keeps_files,
     read_together,
-    seal_snapshot,
     together,
     turn_on_machine,
-    write_snapshot,
 )
 from ..contents import CheckpointError, Contents
 from ..log import logger
@@ -101,7 +99,9 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         before = stamps(chosen) if chosen else {}  # Accelerate names a folder of its own otherwise
         for outer_loop in begun.values():
             outer_loop.consensus.meet()
+        project = self.project_configuration
         with ExitStack() as given_back:
+            given_back.callback(setattr, project, "save_on_each_node", project.save_on_each_node)
             for folder, bare in ours.items():
                 given_back.enter_context(consensus(bare))
                 if folder in begun:
@@ -134,6 +134,8 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, 
     """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
     first = next(iter(begun.values()))
     keeping = keeps_files(first, folder, accelerator.local_process_index)
+    if sum(first.workers.world.gather_objects(keeping.seals)) > 1:  # machines that do not share the folder
+        accelerator.project_configuration.save_on_each_node = True
     words = f"checkpoint {folder} cannot be written"
     objects = _own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet
     begin_together(first, words, folder, keeping, lambda: None)

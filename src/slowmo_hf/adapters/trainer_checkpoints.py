@@ -27,18 +27,16 @@ from ..checkpoints.files import (
     refuse_another_save,
     verify_in_turns,
 )
-from ..checkpoints.state import (
+from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
+from ..checkpoints.together import (
     Checked,
     Keeping,
     begin_together,
-    check_snapshot,
     finish_together,
     keeps_files,
     read_together,
-    seal_snapshot,
     together,
     turn_on_machine,
-    write_snapshot,
 )
 from ..contents import CheckpointError
 from ..log import logger, of_this_rank

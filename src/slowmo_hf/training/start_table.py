@@ -8,8 +8,8 @@ from ..wire.job import host_and_address, is_in_process, machines_in_job
 from .parts import Parts
 from .plan import Plan, enough_rounds
 
-# Measured with Adam (docs/from_ddp.md): with 8 workers twice the step did well; with 2 and 4 it ruined training at the
-# rate that is best without, as 1.67 times did, and 1.25 times did no harm.
+# Measured with Adam (docs/from_ddp.md): with 8 workers twice the step did well. At the rate that is best without,
+# twice the step ruined training with 2 workers and 1.67 times with 4; 1.25 times cost 0.09 NLL with 2, 0.01 with 4.
 FULL_MOMENTUM = 8  # workers
 SAFE_STEP = 1.5
 
