@@ -253,3 +253,39 @@ def look_before_prepare(steps):
 def test_a_look_before_prepare_does_not_start_training_in_one_process():
     ((plain, ours),) = run_workers(look_before_prepare, 1, 5)
     assert torch.equal(plain, ours)
+
+
+def registered(folder):
+    """Neither model nor optimizer is prepared: each process trains its own; saved inside a round, and gone on with."""
+
+    def make():
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = SlowMoOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), settings(sync_every=4))
+        slowmo_hf.register_for_checkpointing(accelerator, optimizer)
+        accelerator.register_for_checkpointing(model)
+        return accelerator, model, optimizer
+
+    def train(accelerator, model, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(100 * step + accelerator.process_index)
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weights(model)
+
+    first = make()
+    train(*first, range(6))
+    first[0].save_state(folder)
+    in_one_go = train(*first, range(6, 11))
+    again = make()
+    again[0].load_state(folder)
+    return in_one_go, train(*again, range(6, 11))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_accelerate_did_not_prepare_is_gone_on_with(tmp_path, processes):
+    """From the first pass on: its gradient is that of the worker's own weights, not of the average."""
+    for in_one_go, resumed in run_workers(registered, processes, str(tmp_path)):
+        assert torch.equal(in_one_go, resumed)

@@ -71,12 +71,14 @@ def unfrozen(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def is_before_prepare(optimizer: Any, module: torch.nn.Module) -> bool:
     """
     Whether this is a pass before `accelerator.prepare` (a summary, a check of shapes, perhaps on one rank alone),
-    which is none of training.
+    which is none of training. Behind `accelerator.load_state` it is: its gradients are of the weights that were saved.
 
     Args:
         optimizer (`SlowMoOptimizer`): Not started.
     """
-    if is_in_process() or optimizer.is_prepared or not upstream.accelerate_is_in_use():
+    if is_in_process() or optimizer.is_prepared or optimizer.awaits_a_checkpoint:
+        return False
+    if not upstream.accelerate_is_in_use():
         return False
     return not (sharded_modules([module]) or any(isinstance(one, DistributedDataParallel) for one in module.modules()))
 
