@@ -147,6 +147,39 @@ def test_a_run_that_failed_leaves_the_trainer_as_it_was(tmp_path):
     assert equal(ranks[0][3], ranks[1][3])
 
 
+class GivesItAway(TrainerCallback):
+    """In a step it gives the outer Trainer's callback to another Trainer, and goes on where that is refused."""
+
+    def __init__(self, folder):
+        self.folder, self.ours, self.between = folder, None, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            other = trainer_of(self.folder, max_steps=1)
+            other.pop_callback(SlowMoCallback)
+            other.add_callback(self.ours)
+            with pytest.raises(ValueError, match="two Trainers that train at once"):
+                other.train()
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.between.append(values(model))
+
+
+def trains_on_behind_a_refusal(folder):
+    gives = GivesItAway(f"{folder}/other")
+    trainer = trainer_of(folder, [gives], max_steps=6)
+    gives.ours = next(one for one in trainer.callback_handler.callbacks if isinstance(one, SlowMoCallback))
+    trainer.train()
+    return gives.between[2], values(trainer.model)
+
+
+def test_a_refusal_inside_leaves_the_outer_training_alone(tmp_path):
+    """Its workers still train alone between rounds, and end equal."""
+    (ours, end), (theirs, other_end) = run_workers(trains_on_behind_a_refusal, 2, str(tmp_path))
+    assert not equal(ours, theirs)
+    assert equal(end, other_end)
+
+
 # ---- what a run leaves in memory ----
 
 

@@ -96,7 +96,8 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
             return save_state(self, *args, **kwargs)
         seal_last: list[Callable[[], None]] = []
         chosen = kwargs.get("output_dir", args[0] if args else None)
-        before = stamps(chosen) if chosen else {}  # Accelerate names a folder of its own otherwise
+        # Otherwise Accelerate names a folder of its own.
+        before = stamps(Path(chosen).expanduser()) if chosen else {}
         for outer_loop in begun.values():
             outer_loop.consensus.meet()
         project = self.project_configuration

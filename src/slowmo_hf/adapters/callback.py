@@ -65,7 +65,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._saves: TrainerSaves | None = None
         self._training = False
         self.looks = Looks()
-        self.given_back = ExitStack()  # gives back what is another while we train; also where training fails
+        self._given_back = ExitStack()  # gives back what is another while we train; also where training fails
         self._round_logs = RoundLogs()
         self._counted_step = -1  # Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
@@ -117,28 +117,28 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         outer_loop.clock.max_steps = state.max_steps
         outer_loop.start(attempted_steps=state.global_step, broadcast_frozen=not wrappers, refused=refused)
         compare_programs(outer_loop.workers.world, program_of(args))
-        self.given_back.callback(JoinRefusal(wrappers, self.config).release)
+        self._given_back.callback(JoinRefusal(wrappers, self.config).release)
         average_tokens = args.average_tokens_across_devices
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
-            self.given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
-            switch_off_token_average(args, self.given_back)
+            self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
+            switch_off_token_average(args, self._given_back)
             advise(args, self.config)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
         self._training, self._counted_step = True, -1
         self._ending = Ending(outer_loop, state.max_steps)
-        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self.given_back)
+        TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
         if self.config.has_rounds:
-            self.given_back.callback(StopSignals(self._ending.on_signal).release)
-            self._round_logs.begin(self._find_trainer(), outer_loop, self.given_back)
+            self._given_back.callback(StopSignals(self._ending.on_signal).release)
+            self._round_logs.begin(self._find_trainer(), outer_loop, self._given_back)
             self.looks.begin(
                 self._find_trainer(),
                 outer_loop,
                 catch_up=self._catch_up,
                 average_tokens=average_tokens,
-                given_back=self.given_back,
+                given_back=self._given_back,
             )
 
     def _take_up_checkpoints(
@@ -146,7 +146,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = TrainerSaves(args, outer_loop)
-        self._saves.begin(self._find_trainer(), self.looks, self.given_back)
+        self._saves.begin(self._find_trainer(), self.looks, self._given_back)
         if state.global_step:
             try:
                 self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)
@@ -167,7 +167,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self._saves:
             self._saves.end()
         self._training, self._saves = False, None
-        self.given_back.close()
+        self._given_back.close()
+
+    def let_go(self, trainer: Trainer) -> None:
+        """Training of this Trainer has failed; it is none of ours where the callback was refused to it."""
+        if self._trainer is not None and self._trainer() is trainer:
+            self._given_back.close()
 
     def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """

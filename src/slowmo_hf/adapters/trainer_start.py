@@ -119,7 +119,7 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return train(self, *args, **kwargs)
         except BaseException:
-            callback.given_back.close()
+            callback.let_go(self)
             raise
 
     return begun_and_ended
