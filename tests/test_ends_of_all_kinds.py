@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import signal
 import weakref
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_checkpoints_of_another_run_are_left_alone(tmp_path):
     assert left["stock"][0] == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
     assert left["ours"][0] == left["stock"][0]
     assert left["ours"][1] == left["stock"][1]
+
+
+def test_where_the_best_is_gone_the_last_checkpoint_stays(tmp_path):
+    """The folder of the run before was purged meanwhile: or nothing would be left."""
+
+    class Purge(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            shutil.rmtree(tmp_path / "first")
+
+    kept = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4, "eval_steps": 4}
+    kept |= {"metric_for_best_model": "eval_loss"}
+    trainer_of(tmp_path / "first", [Worse()], max_steps=8, **kept).train()
+    second = trainer_of(tmp_path / "second", [Worse(), Purge()], max_steps=16, save_total_limit=1, **kept)
+    second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-8"))
+    assert not Path(second.state.best_model_checkpoint).exists()
+    left = sorted(path.name for path in (tmp_path / "second").glob("checkpoint-*"))
+    assert left == ["checkpoint-12", "checkpoint-16"], "with the best one that Trainer knows of, two are kept"
 
 
 # ---- training that fails ----

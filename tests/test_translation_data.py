@@ -285,6 +285,8 @@ def test_a_copy_of_wmt_on_disk_is_tested_as_the_preset_says(tmp_path, monkeypatc
         0
     ]
     assert (own.validation_set, own.test_set) == ("validation", "test")
+    czech = recipe.parse(["--preset", "wmt16", "--target_lang", "cs"])[0]
+    assert (czech.validation_set, czech.test_set) == (None, None), "that pair's own splits"
 
 
 def test_hub_out_of_reach():

@@ -247,6 +247,12 @@ def test_what_a_signal_saved_is_in_no_mean(tmp_path, flags):
     chosen = RunModels(trainer, 3, {}).chosen
     assert chosen["mean_of_5"] == [every, 2 * every, 3 * every, 4 * every, 5 * every]
     assert chosen["saved"] == chosen["mean_of_5"][-3:]
+    # The end is saved too, where `save_strategy` is steps, at whatever step it is; the best is put back behind it.
+    save_filled(trainer, f"{tmp_path}/checkpoint-{5 * every + 1}", 1.0)
+    trainer.state.global_step = 5 * every + 1
+    trainer.state.best_model_checkpoint = f"{tmp_path}/checkpoint-{2 * every}"
+    trainer.args.load_best_model_at_end = True
+    assert RunModels(trainer, 1, {}).chosen["last"] == [5 * every + 1]
 
 
 def test_what_is_chosen_by_hand():

@@ -19,7 +19,8 @@ from translation.tokens import POSITIONS
 # the SlowMo paper's.
 _OTT: dict[str, Any] = {
     "dataset_name": "wmt/wmt16",
-    "validation_set": "newstest2013",  # also where --dataset_name is a copy on disk, whose own test set is another
+    # Also where --dataset_name is a copy on disk, whose own test set is another; of English-German alone.
+    "validation_set": "newstest2013",
     "test_set": "newstest2014",
     "model_size": "big",
     "vocab_size": 32_000,
@@ -112,6 +113,10 @@ class ScriptArguments:
     plot: bool = field(default=False, metadata={"help": "Write a PNG of loss, BLEU, drift, utilisation, bytes."})
 
     def __post_init__(self) -> None:
+        if self.preset and {self.source_lang, self.target_lang} != {"en", "de"}:
+            for name in ("validation_set", "test_set"):  # the preset's are of English and German
+                if getattr(self, name) == PRESETS[self.preset][name]:
+                    setattr(self, name, None)
         for name, least, unit in (
             ("vocab_size", 258, "tokens: 256 bytes, padding and end"),
             ("max_length", 2, "tokens"),

@@ -133,8 +133,8 @@ class RunModels:
     ranks do the same at the same time.
 
     Args:
-        trainer (`TranslationTrainer`): After `train()`. What it saved out of turn, as a signal makes it, is left out:
-            then the last five are five epochs' ends in every run.
+        trainer (`TranslationTrainer`): After `train()`. What it saved out of turn before its end, as a signal makes
+            it, is left out: then the last five are five epochs' ends in every run.
         average (`int`): The model that is saved is the mean of this many last ones; 1: what the Trainer holds.
         others (`Mapping[Path, int]`): See `checkpoints_of_others`.
 
@@ -148,8 +148,8 @@ class RunModels:
         # Into a model that is divided over processes no file is loaded: there is its end alone.
         found = _checkpoints(Path(trainer.args.output_dir)) if whole else []
         ours = {_step(path): path for path in found if others.get(path) != _written(path)}
-        self.folders = {step: path for step, path in ours.items() if step % trainer.saves_every() == 0}
-        state = trainer.state
+        state, every = trainer.state, trainer.saves_every()
+        self.folders = {step: path for step, path in ours.items() if step % every == 0 or step == state.global_step}
         best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         held = _step(Path(best)) if best else state.global_step
         nll = {entry["step"]: entry["eval_nll"] for entry in state.log_history if "eval_nll" in entry}

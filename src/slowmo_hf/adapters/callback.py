@@ -186,7 +186,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             return
         best = best_model(args, state)
         if self.outer_loop.view.is_shown or not best:
-            self._ending.end(self._find_trainer(), args, state, pass_end_is_ahead=False)
+            trainer = self._find_trainer()
+            self._ending.end(trainer, args, state, pass_end_is_ahead=False, loaded=trainer.model if best else None)
             self.outer_loop.consensus.keep(loaded=bool(best))
         log_end(self.outer_loop.parts, best)
         if self._saves and not self._ending.stopped:  # a requeue goes on from the last one

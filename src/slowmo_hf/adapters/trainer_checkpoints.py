@@ -186,7 +186,8 @@ class TrainerCheckpoints:
             folder (`Path`): Of this run. A run that was resumed from another's may have found no better one than that
                 run's best, whose folder is left alone.
         """
-        if best and self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals:
+        is_ours_to_do = self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals
+        if is_ours_to_do and best and Path(best).is_dir():  # or nothing would be left
             self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
 
     def _rotate(self, newest: Path, best: str | None) -> None:

@@ -74,16 +74,26 @@ class Ending:
         state: TrainerState,
         *,
         pass_end_is_ahead: bool = True,
+        loaded: torch.nn.Module | None = None,
     ) -> None:
-        """Once: all ranks end together, on the average."""
+        """
+        Once: all ranks end together, on the average.
+
+        Args:
+            loaded (`torch.nn.Module`, *optional*): A model whose weights of now stay: the best, which Trainer has just
+                loaded. A rank that ends with gossip takes part in the others' exchanges, and in its own weights.
+        """
         if self.ended:
             return
         self.ended = True
         steps_per_pass = _steps_per_pass(args, trainer.callback_handler.train_dataloader)
         meetings = _Meetings(args, state, self._planned_end, steps_per_pass)
         all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
-        all_meet_here = all_stop or not pass_end_is_ahead or meetings.at_pass_end(state.global_step)
+        all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
+        gossips = self.outer_loop.config.base in GOSSIP_BASES
+        kept = _copies_of(loaded) if loaded is not None and gossips else []
         self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
+        _write_back(kept)
         if self.outer_loop.status.somebody_ended_early:
             logger.warning(
                 "a rank has ended its training (out of data, or asked to stop): all stop with it at step %d, and "
@@ -173,20 +183,27 @@ class StepTooMany:
     @classmethod
     def of(cls, model: torch.nn.Module, state: TrainerState) -> StepTooMany:
         """Keep them."""
-        return cls(
-            [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())], state.global_step, state.epoch
-        )
+        return cls(_copies_of(model), state.global_step, state.epoch)
 
-    @torch.no_grad()
     def undo(self, state: TrainerState, control: TrainerControl) -> None:
         """
         As if it had not been taken; training ends, and what its last step asked for has been done by the run that took
         it.
         """
-        for tensor, value in self.kept:
-            tensor.copy_(value)
+        _write_back(self.kept)
         state.global_step, state.epoch = self.step, self.epoch
         _stop_at_once(control)
+
+
+def _copies_of(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Parameters and buffers with copies of their values."""
+    return [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+
+
+@torch.no_grad()
+def _write_back(kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, value in kept:
+        tensor.copy_(value)
 
 
 def best_model(args: TrainingArguments, state: TrainerState) -> str:
