@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 import slowmo_hf
-from accelerate_loops import on_all_ranks, settings, weights
+from accelerate_loops import linear, on_all_ranks, settings, weights
 from harness import run_workers
 from slowmo_hf import SlowMoOptimizer
 from tiny import Heard
@@ -385,12 +385,7 @@ def on_streams(kind):
     """By a stream or an endless sampler: weights of a stock run, and with SlowMoOptimizer inside its first round."""
     trained = []
     for ours in (False, True):
-        accelerator = Accelerator(cpu=True)
-        torch.manual_seed(0)
-        model = nn.Linear(4, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        if ours:
-            optimizer = SlowMoOptimizer(optimizer, settings(sync_every=50))
+        accelerator, model, optimizer = linear(ours=ours, sync_every=50)
         rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(2))
         loader = DataLoader(Stream(), batch_size=8) if kind == "stream" else DataLoader(rows, 8, sampler=Forever())
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import slowmo_hf
-from accelerate_loops import on_all_ranks, settings, weights
+from accelerate_loops import linear, on_all_ranks, settings, train_on, weights
 from harness import run_workers
 from slowmo_hf import SlowMoOptimizer
 
@@ -232,21 +232,10 @@ def look_before_prepare(steps):
     """One process, such as a program is tried in: a look at the output's shape, then another dtype, then training."""
     trained = []
     for ours in (False, True):
-        accelerator = Accelerator(cpu=True)
-        torch.manual_seed(0)
-        model = nn.Linear(4, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        if ours:
-            optimizer = SlowMoOptimizer(optimizer, settings(sync_every=50))
+        accelerator, model, optimizer = linear(ours=ours, sync_every=50)
         model(torch.zeros(2, 4))
         model.double()  # as a move to another device is: the parameters are others than those that were looked at
-        model, optimizer = accelerator.prepare(model, optimizer)
-        for step in range(steps):
-            torch.manual_seed(step)
-            accelerator.backward(model(torch.randn(8, 4).double()).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append(weights(model))
+        trained.append(train_on(accelerator, *accelerator.prepare(model, optimizer), range(steps)))
     return trained
 
 
@@ -259,29 +248,18 @@ def registered(folder):
     """Neither model nor optimizer is prepared: each process trains its own; saved inside a round, and gone on with."""
 
     def make():
-        accelerator = Accelerator(cpu=True)
-        torch.manual_seed(0)
-        model = nn.Linear(4, 1)
-        optimizer = SlowMoOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), settings(sync_every=4))
+        made = accelerator, model, optimizer = linear(torch.optim.Adam)
         slowmo_hf.register_for_checkpointing(accelerator, optimizer)
         accelerator.register_for_checkpointing(model)
-        return accelerator, model, optimizer
-
-    def train(accelerator, model, optimizer, steps):
-        for step in steps:
-            torch.manual_seed(100 * step + accelerator.process_index)
-            model(torch.randn(8, 4)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return weights(model)
+        return made
 
     first = make()
-    train(*first, range(6))
+    train_on(*first, range(6))
     first[0].save_state(folder)
-    in_one_go = train(*first, range(6, 11))
+    in_one_go = train_on(*first, range(6, 11))
     again = make()
     again[0].load_state(folder)
-    return in_one_go, train(*again, range(6, 11))
+    return in_one_go, train_on(*again, range(6, 11))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

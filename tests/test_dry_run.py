@@ -107,9 +107,7 @@ def test_the_program_at_a_tiny_size(tiny, monkeypatch):
     found = record["preprocessing"]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "another")
     corpus = load_corpus(str(folder / "pairs"))
-    (tokenizer,) = (
-        path for path in (folder / "tokenizers").glob(f"*pairs-en-de-2000-{corpus.train_sha256()[:12]}-400")
-    )
+    (tokenizer,) = (path for path in (folder / "tokenizers").glob(f"*pairs-en-de-2000-{corpus.train_sha256[:12]}-400"))
     sets = encode_corpus(corpus, PreTrainedTokenizerFast.from_pretrained(tokenizer), 128)
     lengths = token_counts(sets.train)
     batches = make_batches(lengths, 256)

@@ -281,9 +281,8 @@ def test_a_copy_of_wmt_on_disk_is_tested_as_the_preset_says(tmp_path, monkeypatc
     parquet(tmp_path, {"newstest2013": HAND[:2], "newstest2014": HAND[1:]})
     corpus = load_corpus(**sets)
     assert (corpus.validation.to_list(), corpus.test.to_list()) == (HAND[:2], HAND[1:])
-    own = recipe.parse(f"--preset wmt16 --dataset_name {folder} --validation_set validation --test_set test".split())[
-        0
-    ]
+    flags = f"--preset wmt16 --dataset_name {folder} --validation_set validation --test_set test"
+    own = recipe.parse(flags.split())[0]
     assert (own.validation_set, own.test_set) == ("validation", "test")
     czech = recipe.parse(["--preset", "wmt16", "--target_lang", "cs"])[0]
     assert (czech.validation_set, czech.test_set) == (None, None), "that pair's own splits"

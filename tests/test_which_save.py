@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
-from accelerate_loops import settings, weights
+from accelerate_loops import linear, settings, train_on, weights
 from harness import patience, run_workers
 from saved_runs import MIDDLE, checkpoints, rank0, train, whole
 from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
@@ -154,20 +154,8 @@ def test_files_of_an_older_save_are_not_sealed_with_the_new_one(tmp_path):
 
 
 def prepared():
-    accelerator = Accelerator(cpu=True)
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 1)
-    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), settings(sync_every=4))
+    accelerator, model, optimizer = linear()
     return accelerator, *accelerator.prepare(model, optimizer)
-
-
-def train_on(accelerator, model, optimizer, steps):
-    for step in steps:
-        torch.manual_seed(100 * step + accelerator.process_index)
-        accelerator.backward(model(torch.randn(8, 4)).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights(model)
 
 
 def saved_among_other_files(folder):

@@ -81,7 +81,7 @@ def tokenizer_name(corpus: Corpus, vocab_size: int) -> str:
     A folder's name that says what the tokenizer was trained on, to digits of its SHA-256: text that was mended in
     place has other tokens. Reads all training sentences.
     """
-    text = f"{len(corpus.train)} {corpus.train_sha256()[:12]}"
+    text = f"{len(corpus.train)} {corpus.train_sha256[:12]}"
     name = f"{corpus.name} {corpus.source_lang} {corpus.target_lang} {text} {vocab_size}"
     return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")[-120:]
 

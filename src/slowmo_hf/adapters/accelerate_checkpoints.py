@@ -135,7 +135,7 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, 
     """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
     first = next(iter(begun.values()))
     keeping = keeps_files(first, folder, accelerator.local_process_index)
-    if sum(first.workers.world.gather_objects(keeping.seals)) > 1:  # machines that do not share the folder
+    if not keeping.all_see:
         accelerator.project_configuration.save_on_each_node = True
     words = f"checkpoint {folder} cannot be written"
     objects = _own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet

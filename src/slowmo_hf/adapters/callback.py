@@ -184,14 +184,13 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         """
         if self.outer_loop is None or self._ending is None:
             return
-        best = best_model(args, state)
+        trainer, best = self._find_trainer(), best_model(args, state)
         if self.outer_loop.view.is_shown or not best:
-            trainer = self._find_trainer()
             self._ending.end(trainer, args, state, pass_end_is_ahead=False, loaded=trainer.model if best else None)
             self.outer_loop.consensus.keep(loaded=bool(best))
         log_end(self.outer_loop.parts, best)
         if self._saves and not self._ending.stopped:  # a requeue goes on from the last one
-            self._saves.keep_the_best_alone(self._find_trainer(), state)
+            self._saves.keep_the_best_alone(trainer, state)
         self._restore()
         self.outer_loop.workers.roll_call.leave("its training ended")
         self._ending.exit_if_stopped(state.global_step)

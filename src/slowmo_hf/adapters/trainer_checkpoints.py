@@ -74,8 +74,7 @@ class TrainerCheckpoints:
         if self._keeping is None:
             local_rank = self.args.local_process_index
             self._keeping = keeps_files(self.outer_loop, Path(str(self.args.output_dir)), local_rank)
-            keepers = sum(self.world.gather_objects(self._keeping.seals))
-            if keepers > 1 and not self.args.save_on_each_node:
+            if not self._keeping.all_see and not self.args.save_on_each_node:
                 logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
                 self.args.save_on_each_node = True
         return self._keeping

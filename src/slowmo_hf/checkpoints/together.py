@@ -25,10 +25,12 @@ class Keeping:
     Args:
         place (`int`): Among the processes that see the same files.
         sees_rank_0s (`bool`): Files of rank 0, and so those of all that see them too.
+        all_see (`bool`): Whether every process does: on one file system.
     """
 
     place: int
     sees_rank_0s: bool
+    all_see: bool
 
     @property
     def seals(self) -> bool:
@@ -61,7 +63,7 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
 
     together(outer_loop, f"{folder} cannot be written", leave_token)
     sees_it = token.exists()
-    world.gather_objects(None)  # all have looked
+    all_see = all(world.gather_objects(sees_it))
     if world.rank == 0:
         token.unlink()
     first = world.rank if sees_it else local_rank
@@ -76,7 +78,7 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
             )
 
     together(outer_loop, f"{folder} cannot be written", refuse_over_machines)
-    return Keeping(place=first, sees_rank_0s=sees_it)
+    return Keeping(place=first, sees_rank_0s=sees_it, all_see=all_see)
 
 
 def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
