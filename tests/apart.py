@@ -38,6 +38,7 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
     )
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == store_lives_with, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    Path(folder, f"{rank}.here").write_text(str(time.time()))
     try:
         check(rank, *args)
     except StopIteration:
@@ -54,8 +55,8 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
 
 def run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None):
     """
-    What every survivor said, and the seconds until the last of them had ended. The store is here, as in a launcher, or
-    a rank's.
+    What every survivor said, and the seconds from when all ranks were there until the last survivor had ended. The
+    store is here, as in a launcher, or a rank's.
     """
     store = launcher_store(world_size)
     port = store.port
@@ -72,14 +73,14 @@ def run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None)
         ]
         for process in processes:
             process.start()
-        start = time.monotonic()
         for rank in survivors:
             processes[rank].join(timeout=patience(60))
-        seconds = time.monotonic() - start
+        end = time.time()
         alive = [rank for rank in survivors if processes[rank].is_alive()]
         for process in processes:
             process.kill()
             process.join()
         assert not alive, f"ranks {alive} hang"
+        began = max(float(Path(folder, f"{rank}.here").read_text()) for rank in range(world_size))
         told = [Path(folder, f"{rank}.told") for rank in survivors]
-        return [path.read_text() if path.exists() else "" for path in told], seconds
+        return [path.read_text() if path.exists() else "" for path in told], end - began

@@ -14,6 +14,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from xdist.scheduler import LoadScopeScheduling
 
 from harness import patience, run_workers, warnings_are_errors
@@ -48,6 +49,12 @@ def _warnings():
     with warnings.catch_warnings():
         warnings_are_errors()
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator():
+    """As in a new program: where an Accelerator was made, a pass before `accelerator.prepare` is none of training."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

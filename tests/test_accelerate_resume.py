@@ -244,6 +244,22 @@ def test_a_look_before_prepare_does_not_start_training_in_one_process():
     assert torch.equal(plain, ours)
 
 
+def never_prepared():
+    """One process: an Accelerator that prepares nothing. Two rounds of 2 steps, and Lookahead by its formula."""
+    _, *ours, steps = *linear(sync_every=2, outer_lr=0.5, outer_momentum=0.0), range(4)
+    accelerator, model, plain = linear(ours=False)
+    for first in (0, 2):
+        anchor = weights(model)
+        nearer = anchor + 0.5 * (train_on(accelerator, model, plain, steps[first : first + 2]) - anchor)
+        nn.utils.vector_to_parameters(nearer, model.parameters())
+    return weights(model), train_on(accelerator, *ours, steps)
+
+
+def test_an_optimizer_that_is_never_prepared_has_its_rounds_in_one_process():
+    ((formula, ours),) = run_workers(never_prepared, 1)
+    assert torch.allclose(ours, formula, rtol=0, atol=1e-7)
+
+
 def registered(folder):
     """Neither model nor optimizer is prepared: each process trains its own; saved inside a round, and gone on with."""
 
