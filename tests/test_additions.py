@@ -8,6 +8,7 @@ import torch
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, names, run_in_process
 from slowmo_hf.algorithm.codec import BLOCK
+from slowmo_hf.wire.gossip import make_topology
 
 CODE = '''
 import torch
@@ -118,6 +119,35 @@ def test_a_topology(add):
     assert found == [[-(worker + (worker - 2) % 5) / 2] for worker in range(5)]
     with pytest.raises(ValueError, match="topology='second' needs base='sgp' or base='osgp' or base='dpsgd'"):
         SlowMoConfig(topology="second")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "other", "words"),
+    [
+        (
+            "to_one",
+            "return [(worker + 2) % self.workers]",
+            "return [0] if worker else [1]",
+            r"exchange 0: worker 0 has targets \[1\] and sources \[3\], and those who send to it are \[1, 2, 3, 4\]",
+        ),
+        ("light", "return 0.5", "return 0.25", r"worker 0 has 1 targets and weight 0\.25, which loses .* = 0\.5\."),
+    ],
+    ids=["messages", "mass"],
+)
+def test_a_topology_that_loses_messages_or_mass_is_refused(add, name, line, other, words):
+    add("TOPOLOGIES", name, TOPOLOGY.replace(line, other), "Second")
+    with pytest.raises(ValueError, match=words):
+        make_topology(SlowMoConfig(base="sgp", topology=name), 5)
+
+
+def test_a_topology_of_unequal_degrees_needs_weights_that_travel(add):
+    """Everybody but 0 sends to 0, which sends to 1: weights are 1/2 + 2/2 and 1/2 + 1/2 and 1/2 after one exchange."""
+    star = TOPOLOGY.replace("return [(worker + 2) % self.workers]", "return [0] if worker else [1]")
+    star = star.replace("return [(worker - 2) % self.workers]", "return [[1, 2], [0], []][worker]")
+    add("TOPOLOGIES", "star", star, "Second")
+    with pytest.raises(ValueError, match=r"worker 0 has 2 sources, and 1\.5 of the mass of one .* use base='osgp'"):
+        make_topology(SlowMoConfig(base="sgp", topology="star"), 3)
+    assert make_topology(SlowMoConfig(base="osgp", topology="star"), 3).workers == 3
 
 
 @pytest.mark.parametrize("shard", [False, True])

@@ -84,6 +84,34 @@ def test_rounds_of_two_optimizers_travel_apart():
         assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 
+def halves(seconds):
+    """One model, a layer for each of two optimizers with these time-outs; the ends of this rank."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    configs = [SlowMoConfig(sync_every=2 + i, timeout_seconds=patience(limit)) for i, limit in enumerate(seconds)]
+    optimizers = [
+        SlowMoOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), config)
+        for layer, config in zip(model, configs, strict=True)
+    ]
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(5):
+        model(torch.randn(4, 3, generator=draw)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+
+def both_halves():
+    return halves((20, 20)), halves((20, 21))
+
+
+def test_optimizers_with_other_time_outs_know_each_other():
+    """What one trains is no changed frozen parameter of the other's, whose round would average it."""
+    for alike, unlike in run_workers(both_halves, 2):
+        assert torch.equal(alike, unlike)
+
+
 def test_wires_of_optimizers_that_are_gone_are_used_again():
     """Each lives until the next one has started: two wires serve however many there are."""
 

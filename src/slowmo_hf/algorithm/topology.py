@@ -33,6 +33,44 @@ class Schedule(Protocol):
         """The share of its mass that it keeps, and that each of its messages carries."""
 
 
+def check_schedule(schedule: Schedule, name: str, *, is_synchronous: bool) -> None:
+    """
+    Refuse exchanges that would lose a message or mass: for a topology that was added.
+
+    Args:
+        schedule (`Schedule`): Of `schedule.workers` workers.
+        name (`str`): The setting `topology`.
+        is_synchronous (`bool`): Messages are applied at once, and no push-sum weight travels with them.
+
+    Raises:
+        ValueError: The first rule that does not hold, with exchange and worker.
+    """
+    for exchange in range(schedule.cycle_length):
+        targets = [schedule.targets(worker, exchange) for worker in range(schedule.workers)]
+        shares = [schedule.weight(worker, exchange) for worker in range(schedule.workers)]
+        for worker, share in enumerate(shares):
+            where = f"topology={name!r}, exchange {exchange}: worker {worker}"
+            sources = schedule.sources(worker, exchange)
+            senders = [j for j, its in enumerate(targets) if worker in its]
+            if worker in targets[worker] or sorted(sources) != senders:
+                raise ValueError(
+                    f"{where} has targets {targets[worker]} and sources {sources}, and those who send to it are "
+                    f"{senders}. `sources` must list them, each once and not the worker itself."
+                )
+            if not math.isclose(share * (1 + len(targets[worker])), 1):
+                raise ValueError(
+                    f"{where} has {len(targets[worker])} targets and weight {share:g}, which loses mass. `weight` "
+                    f"must be 1 / (1 + targets) = {1 / (1 + len(targets[worker])):g}."
+                )
+            total = share + sum(shares[j] for j in senders)
+            if is_synchronous and not math.isclose(total, 1):
+                raise ValueError(
+                    f"{where} has {len(senders)} sources, and {total:g} of the mass of one worker after it: without "
+                    "staleness push-sum weights must stay 1. Give every worker as many sources as targets, or use "
+                    "base='osgp', whose messages carry their weight."
+                )
+
+
 @dataclass(frozen=True)
 class Topology:
     r"""

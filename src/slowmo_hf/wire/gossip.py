@@ -28,7 +28,7 @@ import torch
 from ..algorithm.layout import Bucket, FlatAnchor, Piece, rounded
 from ..algorithm.norms import finiteness
 from ..algorithm.starts import Base
-from ..algorithm.topology import Schedule
+from ..algorithm.topology import Schedule, Topology, check_schedule
 from ..config import SlowMoConfig
 from ..contents import CheckpointError, Contents, Restored, Saved
 from ..names import TOPOLOGIES, find
@@ -42,6 +42,8 @@ def make_topology(config: SlowMoConfig, workers: int) -> Schedule:
     symmetric = config.base == "dpsgd"
     name = config.topology if config.topology != "auto" else "bipartite_exponential" if symmetric else "exponential"
     made: Schedule = find(TOPOLOGIES[name])(name, workers, config.peers, symmetric)
+    if not isinstance(made, Topology):
+        check_schedule(made, name, is_synchronous=config.base != "osgp" or config.staleness == 0)
     return made
 
 

@@ -16,6 +16,10 @@ from . import in_process
 from .failures import SLICE_SECONDS, Witness, first_line
 from .job import backends, processes_in_job, rank_in_job, wire
 
+# A default group, ranks in it and a purpose. A job may follow another in one process: on some ranks its default group
+# may get the id of the other's.
+_Ranks = tuple[weakref.ref[Any], tuple[int, ...], str]
+
 
 @dataclass
 class _Known:
@@ -30,13 +34,13 @@ class _Known:
             the two. The next run in the group finishes them first.
         owed (`dict`): Likewise collectives that this rank has yet to start, and others of the group may have started,
             by group.
-        notes (`dict`): What the runs in a group leave for each other, by group and name.
+        notes (`dict`): What the runs among the same ranks leave for each other, by name; time-outs may differ.
     """
 
-    groups: dict[tuple[weakref.ref[Any], tuple[int, ...], str, float], Any] = field(default_factory=dict)
+    groups: dict[tuple[_Ranks, float], Any] = field(default_factory=dict)
     under_way: dict[int, list[Transfer]] = field(default_factory=dict)
     owed: dict[int, Callable[[], None]] = field(default_factory=dict)
-    notes: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    notes: dict[_Ranks | None, dict[str, list[Any]]] = field(default_factory=dict)
 
 
 _of_process = _Known()
@@ -50,14 +54,12 @@ def _known() -> _Known:
     return worker.known  # type: ignore[no-any-return]
 
 
-def _own_group(ranks: Sequence[int], purpose: str, timeout_seconds: float) -> Any:
+def _own_group(ranks: _Ranks, timeout_seconds: float) -> Any:
     groups = _known().groups
-    # A job may follow another in one process: on some ranks its default group may get the id of the other's.
-    key = (weakref.ref(wire().group.WORLD), tuple(ranks), purpose, timeout_seconds)
-    if key not in groups:
+    if (ranks, timeout_seconds) not in groups:
         # `ddp_timeout` is ignored on CPU; a group of our own fails in our time.
-        groups[key] = wire().new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
-    return groups[key]
+        groups[ranks, timeout_seconds] = wire().new_group(list(ranks[1]), timeout=timedelta(seconds=timeout_seconds))
+    return groups[ranks, timeout_seconds]
 
 
 @dataclass(eq=False)
@@ -93,6 +95,7 @@ class Processes:
         self.bytes_sent = 0
         self.timeout_seconds = timeout_seconds
         self.group: Any = None
+        self._among: _Ranks | None = None
         self.ranks = list(range(processes_in_job())) if ranks is None else list(ranks)
         self.world_size = len(self.ranks)
         self.member = rank_in_job() in self.ranks
@@ -101,7 +104,8 @@ class Processes:
         self._by_device: dict[str, str] = {}
         self._small_device = self.wire_device = torch.device("cpu")
         if self.world_size > 1:
-            self.group = _own_group(self.ranks, purpose, timeout_seconds)
+            self._among = (weakref.ref(wire().group.WORLD), tuple(self.ranks), purpose)
+            self.group = _own_group(self._among, timeout_seconds)
             self._by_device = backends()
             self.backend = self._by_device.get(device.type, wire().get_backend())
             if self._by_device.get("cpu") != "gloo":
@@ -125,8 +129,8 @@ class Processes:
             _known().owed[id(self.group)] = start
 
     def notes(self, name: str) -> list[Any]:
-        """What the runs of this process in this group have left for each other under a name, to be added to."""
-        return _known().notes.setdefault(id(self.group), {}).setdefault(name, [])
+        """What this process's runs among these ranks have left for each other under a name, to be added to."""
+        return _known().notes.setdefault(self._among, {}).setdefault(name, [])
 
     @property
     def fails_cleanly(self) -> bool:
