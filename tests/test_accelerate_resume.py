@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import accelerate
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 import slowmo_hf
 from accelerate_loops import linear, on_all_ranks, settings, train_on, weights
@@ -24,16 +26,31 @@ def everything(model):
 # ---- resume in the middle of an epoch, as Accelerate teaches it ----
 
 
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows[index] for index in range(len(self.rows)))
+
+
 class Program:
     """A regression with BatchNorm and dropout over 14 batches a rank, two epochs."""
 
-    def __init__(self, config):
+    def __init__(self, config, batches="sampled"):
         accelerate.utils.set_seed(3)
-        loaders = DataLoaderConfiguration(use_seedable_sampler=True)  # else stock resumes with another order, too
+        # Without the sampler stock resumes with another order, too; a stream is cut into ranks' shares.
+        loaders = DataLoaderConfiguration(use_seedable_sampler=batches == "sampled", dispatch_batches=False)
         self.accelerator = Accelerator(cpu=True, dataloader_config=loaders)
         torch.manual_seed(7)
         rows = torch.randn(112, 5)
-        data = DataLoader(TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=4, shuffle=True)
+        data = TensorDataset(rows, rows.sum(1, keepdim=True))
+        if batches == "stream":
+            data = DataLoader(Stream(data), batch_size=4)
+        elif batches == "without a size":
+            data = DataLoader(data, sampler=BatchSampler(SequentialSampler(data), 4, False), batch_size=None)
+        else:
+            data = DataLoader(data, batch_size=4, shuffle=True)
         model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         optimizer = SlowMoOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), config)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, 60)
@@ -78,14 +95,14 @@ class Program:
         self.model.train()
 
 
-def resume_the_taught_way(folder, point, evaluate_before, fields):
+def resume_the_taught_way(folder, point, evaluate_before, fields, batches="sampled"):
     config = settings(sync_every=5, **fields)
     where = f"{folder}/saved"
-    through = Program(config).run()
-    saved = Program(config).run(save_at=point, evaluate_before=evaluate_before, folder=where)
+    through = Program(config, batches).run()
+    saved = Program(config, batches).run(save_at=point, evaluate_before=evaluate_before, folder=where)
     assert torch.equal(saved, through), "a save and an evaluation leave a trace"
     dist.barrier()
-    resumed = Program(config).run(folder=where, resume_at=point)
+    resumed = Program(config, batches).run(folder=where, resume_at=point)
     return torch.equal(resumed, through), through
 
 
@@ -100,17 +117,53 @@ def test_resume_in_the_middle_of_an_epoch_with_dropout(tmp_path, point, evaluate
     assert not torch.equal(a, b)
 
 
+@pytest.mark.parametrize("batches", ["stream", "without a size"])
+def test_so_does_one_whose_loader_skips_in_another_way(tmp_path, batches):
+    (first, a), (second, b) = run_workers(resume_the_taught_way, 2, str(tmp_path), (0, 6), False, {}, batches)
+    assert first
+    assert second
+    assert not torch.equal(a, b)
+
+
+def set_the_rate_behind_a_load(folder):
+    """With momentum of each worker's own; the rate is cut where a run that goes through cuts it."""
+    make = functools.partial(torch.optim.SGD, momentum=0.9)
+    accelerator, model, optimizer = linear(make, sync_every=4)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    train_on(accelerator, model, optimizer, range(6))
+    accelerator.save_state(folder)
+    ends = []
+    for resumes in (False, True):
+        if resumes:
+            accelerator, model, optimizer = linear(make, sync_every=4)
+            model, optimizer = accelerator.prepare(model, optimizer)
+            accelerator.load_state(folder)
+        optimizer.param_groups[0]["lr"] = 0.01
+        ends.append(train_on(accelerator, model, optimizer, range(6, 11)).clone())
+    return ends, optimizer.param_groups[0]["lr"], on_all_ranks(ends[0])
+
+
+def test_a_learning_rate_that_is_set_behind_a_load_stays(tmp_path):
+    for (through, resumed), lr, (first, second) in run_workers(set_the_rate_behind_a_load, 2, str(tmp_path)):
+        assert torch.equal(through, resumed)
+        assert lr == 0.01
+        assert not torch.equal(first, second)
+
+
 # ---- a scheduler that each worker drives by its own loss ----
 
 
-def plateaus(folder, config, resume):
+def plateaus(folder, config, resume, registered):
     """Rank 1's loss stops to fall: its learning rate is cut, rank 0's is not. Of the last six steps of 12."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(7)
     model = nn.Linear(3, 1, dtype=torch.float64)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(inner, factor=0.5, patience=1)
-    model, optimizer, scheduler = accelerator.prepare(model, SlowMoOptimizer(inner, config), plateau)
+    model, optimizer = accelerator.prepare(model, SlowMoOptimizer(inner, config))
+    scheduler = plateau if registered else accelerator.prepare(plateau)
+    if registered:
+        accelerator.register_for_checkpointing(plateau)
     if resume:
         accelerator.load_state(folder)
     found = []
@@ -126,16 +179,23 @@ def plateaus(folder, config, resume):
     return found[-6:]
 
 
-def plateau_and_resume(folder, sync_every):
+def plateau_and_resume(folder, sync_every, registered):
     config = settings(sync_every=sync_every)
-    through = plateaus(folder, config, resume=False)
+    through = plateaus(folder, config, False, registered)
     dist.barrier()
-    return through, plateaus(folder, config, resume=True)
+    return through, plateaus(folder, config, True, registered)
 
 
 @pytest.mark.parametrize("sync_every", [4, 6], ids=["inside a round", "at a round"])
 def test_a_scheduler_of_each_workers_own_goes_on(tmp_path, sync_every):
-    ranks = run_workers(plateau_and_resume, 2, str(tmp_path), sync_every)
+    goes_on(run_workers(plateau_and_resume, 2, str(tmp_path), sync_every, False))
+
+
+def test_what_is_registered_goes_on_as_each_workers_own(tmp_path):
+    goes_on(run_workers(plateau_and_resume, 2, str(tmp_path), 4, True))
+
+
+def goes_on(ranks):
     for through, resumed in ranks:
         for (weights_, *rest), (its, *its_rest) in zip(through, resumed, strict=True):
             assert torch.equal(weights_, its)

@@ -29,7 +29,7 @@ WINGS = {
         ["optimizer", "trainer_logs", "trainer_saves", "trainer_views"],
         ["model_calls", "trainer_end", "trainer_gathers"],
         [
-            *("exit_notice", "first_pass", "given", "isolation", "optimizer_wrapper"),
+            *("accelerate_objects", "exit_notice", "first_pass", "given", "isolation", "optimizer_wrapper"),
             *("other_optimizers", "stop_signals", "trainer_start"),
         ],
         ["trainer_checkpoints"],

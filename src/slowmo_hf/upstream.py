@@ -261,6 +261,14 @@ def prepared_schedulers(accelerator: Any) -> list[Any]:
     return list(accelerator._schedulers)
 
 
+def registered_objects(accelerator: Any) -> list[Any]:
+    """
+    `Accelerator._custom_objects`, accelerate >= 1.3: what `register_for_checkpointing` took
+    (tests/test_accelerate_resume.py::test_what_is_registered_goes_on_as_each_workers_own).
+    """
+    return list(accelerator._custom_objects)
+
+
 def output_folder(trainer: Any) -> str:
     """
     `Trainer._get_output_dir` and `Trainer._trial`, transformers >= 4.57: where checkpoints of this run go. A

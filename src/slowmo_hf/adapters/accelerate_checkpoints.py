@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
-from accelerate.data_loader import SkipBatchSampler
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBatchSampler, SkipDataLoader
 from torch.utils.data import DataLoader
 
 from .. import upstream
@@ -31,6 +31,7 @@ from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process, rank_in_job
+from .accelerate_objects import LoadedSettings, own_objects
 from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
@@ -138,7 +139,7 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, 
     if not keeping.all_see:
         accelerator.project_configuration.save_on_each_node = True
     words = f"checkpoint {folder} cannot be written"
-    objects = _own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet
+    objects = own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet
     begin_together(first, words, folder, keeping, lambda: None)
     if is_in_process():
         generators = Contents(objects=RandomState.take().to_dict())
@@ -169,34 +170,6 @@ def _generators() -> str:
     return f"generators_{rank_in_job()}"
 
 
-def _own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, Any]:
-    """
-    What Accelerate writes of rank 0 alone: a scaler that skipped a step on one rank, the schedulers that it held back,
-    and those that a worker drives by its own loss (`ReduceLROnPlateau`). Where all agree, Accelerate's do. Collective.
-    """
-    states: dict[str, Any] = {}
-    together(outer_loop, "schedulers cannot be saved", lambda: states.update(_scheduler_states(accelerator)))
-    if accelerator.scaler is not None:
-        return {"scaler": accelerator.scaler.state_dict(), **states}
-    own = {name: state for name, state in states.items() if _is_plain(state)}  # functions are not ours to keep
-    everywhere = outer_loop.workers.world.gather_objects(repr(own))
-    return own if len(set(everywhere)) > 1 else {}
-
-
-def _scheduler_states(accelerator: Accelerator) -> dict[str, Any]:
-    schedulers = enumerate(upstream.prepared_schedulers(accelerator))
-    return {f"scheduler.{index}": scheduler.state_dict() for index, scheduler in schedulers}
-
-
-def _is_plain(state: Any) -> bool:
-    """Whether it holds numbers and words alone."""
-    if isinstance(state, dict):
-        return all(_is_plain(value) for value in state.values())
-    if isinstance(state, (list, tuple)):
-        return all(_is_plain(value) for value in state)
-    return state is None or type(state) in (bool, int, float, str)
-
-
 # ---- loading ----
 
 
@@ -209,13 +182,14 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load_state)
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         found: list[Path] = []
+        settings: dict[str, LoadedSettings] = {}
 
         def wait(models: list[Any], folder: str) -> None:
             found.append(Path(folder))
             verify = functools.cache(verify_in_turns)  # reads every byte: once for all optimizers
             for within, bare in _ours(self).items():
                 if _is_kept(self, bare):
-                    bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify))
+                    bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify, settings))
 
         with ExitStack() as given_back:
             for bare in _ours(self).values():  # of FSDP Accelerate loads model and optimizer before it calls a hook
@@ -226,7 +200,10 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             result = load_state(self, *args, **kwargs)
         for folder in found if is_in_process() else ():
             _give_back_generators(folder)
-        if any(bare.awaits_a_checkpoint for bare in _ours(self).values()):
+        for within, bare in _ours(self).items():
+            if bare.awaits_a_checkpoint:
+                settings[within] = LoadedSettings(self, bare.inner_optimizer)
+        if settings:
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
         return result
@@ -250,6 +227,7 @@ def _give_back_generators(folder: Path) -> None:
 
 
 _loaded_generators: list[RandomState] = []  # from a load to the first pass: one
+_skipped_over: weakref.WeakSet[Any] = weakref.WeakSet()  # streams' loaders, whose first batches are skipped
 
 
 @functools.cache
@@ -263,16 +241,38 @@ def _wrap_iterators() -> None:
     @functools.wraps(iterate)
     def iterate_and_give_back(self: DataLoader[Any]) -> Any:
         iterator = iterate(self)
-        sampler = self.batch_sampler
-        if _loaded_generators and isinstance(sampler, SkipBatchSampler) and sampler.skip_batches:
+        # A loader without a batch size has its batches' sampler as its sampler.
+        skips = self in _skipped_over or any(
+            isinstance(one, SkipBatchSampler) and one.skip_batches for one in (self.batch_sampler, self.sampler)
+        )
+        if _loaded_generators and skips:
             _loaded_generators.pop().give_back()
         return iterator
 
     DataLoader.__iter__ = iterate_and_give_back  # type: ignore[method-assign]
+    for kind in (DataLoaderShard, DataLoaderDispatcher, SkipDataLoader):
+        kind.__iter__ = _noting_streams(kind.__iter__)  # type: ignore[method-assign]
+
+
+def _noting_streams(iterate: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a stream Accelerate's loader skips batches that the one inside it has made."""
+
+    @functools.wraps(iterate)
+    def note(self: Any) -> Any:
+        if self.skip_batches:
+            _skipped_over.add(self.base_dataloader)
+        return iterate(self)
+
+    return note
 
 
 def _take_up(
-    accelerator: Accelerator, folder: Path, within: str, verify: Callable[..., None], outer_loop: OuterLoop
+    accelerator: Accelerator,
+    folder: Path,
+    within: str,
+    verify: Callable[..., None],
+    settings: dict[str, LoadedSettings],
+    outer_loop: OuterLoop,
 ) -> None:
     _loaded_generators.clear()
     words = f"checkpoint {folder} cannot be resumed"
@@ -294,13 +294,10 @@ def _take_up(
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
         outer_loop.in_flight.start_what_others_wait_for()
 
+    give_back = settings[within].changes() if within in settings else lambda objects: None
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
     saves.add(folder)
-    if accelerator.scaler is not None and "scaler" in objects:
-        accelerator.scaler.load_state_dict(objects["scaler"])
-    for index, scheduler in enumerate(upstream.prepared_schedulers(accelerator)):
-        if f"scheduler.{index}" in objects:
-            scheduler.load_state_dict(objects[f"scheduler.{index}"])
+    give_back(objects)
 
 
 Accelerator.save_state = _complete(Accelerator.save_state)  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -142,7 +142,7 @@ class WholeUpdate:
         for item in anchors:
             for span, anchor in zip(item.spans, item.anchors(), strict=True):
                 of_group[span.group].append(anchor)
-        self.optimizer = _made(config, of_group)
+        self.optimizer, self._given = _made(config, of_group), _arguments(config)
         self.velocities: list[torch.Tensor] = []
         self._anchors, self._pieces = anchors, pieces
 
@@ -181,10 +181,19 @@ class WholeUpdate:
         return Contents(objects={"outer_optimizer": self.optimizer.state_dict()})
 
     def restore(self, contents: Contents) -> Restored:
-        """As `OuterUpdate.restore`."""
+        """As `OuterUpdate.restore`; what `config` gives the optimizer is as it is now, and not as it was saved."""
         state = contents.optimizer("outer_optimizer", self.optimizer)
-        # torch keeps the tensors that it is given.
-        return lambda: self.optimizer.load_state_dict(copy.deepcopy(state))
+
+        def take_up() -> None:
+            self.optimizer.load_state_dict(copy.deepcopy(state))  # torch keeps the tensors that it is given
+            for param_group in self.optimizer.param_groups:
+                param_group.update({name: given for name, given in self._given.items() if name in param_group})
+
+        return take_up
+
+
+def _arguments(config: SlowMoConfig) -> dict[str, Any]:
+    return {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
 
 
 def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.optim.Optimizer:
@@ -192,7 +201,7 @@ def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.opt
     The optimizer that `config` names, over these tensors, when one of its kind has taken a step on made-up ones: what
     it cannot do is told at the start, and not at the first round.
     """
-    kwargs = {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
+    kwargs = _arguments(config)
     make: Callable[..., torch.optim.Optimizer] = config.outer_optimizer_class()
     before = RandomState.take()
     try:
