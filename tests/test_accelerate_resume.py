@@ -150,6 +150,26 @@ def test_a_learning_rate_that_is_set_behind_a_load_stays(tmp_path):
         assert not torch.equal(first, second)
 
 
+def go_on_by_all_reduce(folder):
+    """Two steps of each worker's own, then stock training on all of them."""
+    accelerator, model, optimizer = linear()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    train_on(accelerator, model, optimizer, range(2))
+    average = sum(on_all_ranks(weights(model))) / 2
+    accelerator.save_state(folder)
+    accelerator, model, optimizer = linear(base="all_reduce", outer_momentum=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.load_state(folder)
+    loaded = weights(model).clone()
+    return average, loaded, on_all_ranks(train_on(accelerator, model, optimizer, range(2, 4)))
+
+
+def test_plain_all_reduce_goes_on_from_the_average(tmp_path):
+    for average, loaded, (first, second) in run_workers(go_on_by_all_reduce, 2, str(tmp_path)):
+        torch.testing.assert_close(loaded, average, rtol=0, atol=1e-7)
+        assert torch.equal(first, second)
+
+
 # ---- a scheduler that each worker drives by its own loss ----
 
 

@@ -155,6 +155,25 @@ def test_crosswise_is_told_on_every_rank(settings, other):
         ), words
 
 
+def two_joins():
+    """Four steps of both here, one there."""
+    rank = dist.get_rank()
+    made = [make(rank, (3,)), make(rank, (5,))]
+    try:
+        with slowmo_hf.join(made[0][0]), slowmo_hf.join(made[1][0]):
+            for _ in range(4 if rank else 1):
+                for _, each in made:
+                    each()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_uneven_data_of_two_optimizers_is_told_as_such():
+    for words in run_workers(two_joins, 2):
+        assert "A rank that has left `join`, or come to `finish`, takes part in the rounds of that one" in words
+
+
 def test_crosswise_in_one_process():
     def work(rank):
         words = crosswise(rank, (5, 5), {})

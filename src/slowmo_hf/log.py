@@ -62,7 +62,7 @@ of_this_rank = Prefixed(_rank_and_host, of_one_rank=True)
 
 
 def make_heard() -> None:
-    """Show INFO lines even where nobody configured logging; a user's own handlers and levels are left alone."""
+    """Show INFO lines even where nobody configured logging; a user's handlers, and its level of this logger, stay."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():

@@ -35,7 +35,8 @@ def tell_at_exit(optimizer: Any) -> None:
         atexit.unregister(_tell)
         atexit.register(_tell)
     _told.add(optimizer)
-    if upstream.accelerate_is_in_use() and not is_in_process():  # else nobody knows what a loop saves
+    # Else nobody knows what a loop saves; and plain all-reduce's saves are stock ones.
+    if upstream.accelerate_is_in_use() and not is_in_process() and optimizer.config.has_rounds:
         saves.begin()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,16 +41,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's defaults."""
-        return self.inner_optimizer.defaults
+        """The inner optimizer's defaults; some that are made by hand have none."""
+        return getattr(self.inner_optimizer, "defaults", {})
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.inner_optimizer.defaults = defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients."""
-        self.inner_optimizer.zero_grad(set_to_none=set_to_none)
+        """Reset the gradients. Passed on without the flag to one whose `zero_grad` takes none, as Accelerate does."""
+        takes_flag = "set_to_none" in inspect.signature(self.inner_optimizer.zero_grad).parameters
+        self.inner_optimizer.zero_grad(**({"set_to_none": set_to_none} if takes_flag else {}))
 
     def _tell_inner(self, mode: str) -> None:
         """Call its `train()` or `eval()`, if it has them: what it keeps beside the parameters is its own affair."""
@@ -87,7 +89,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if found_inf is None:
             return self.inner_optimizer.step(closure) if closure is not None else self.inner_optimizer.step()
-        if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False):
+        # An older contract hands the scaler to `step(grad_scaler=...)`, which then reads no attributes.
+        hands_scaler = "grad_scaler" in inspect.signature(self.inner_optimizer.step).parameters
+        if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False) and not hands_scaler:
             return self._fused_inner_step(found_inf, grad_scale)
         if found_inf.item():
             return None
@@ -95,6 +99,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
             for group in self.param_groups:
                 for param in group["params"]:
                     if param.grad is not None:
+                        if param.grad.dtype is torch.float16:  # as GradScaler: they would be flushed to zero
+                            raise ValueError("Attempting to unscale FP16 gradients.")
                         param.grad.div_(grad_scale.to(param.grad.device))
         return self.inner_optimizer.step()
 

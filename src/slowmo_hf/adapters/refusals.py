@@ -24,12 +24,14 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
         optimizer (`torch.optim.Optimizer`): What trains it.
 
     Raises:
-        ValueError: It is schedule-free, shares its state with other processes, or steps in backward hooks.
+        ValueError: It is schedule-free, shares its state with other processes, writes a copy of its own over the
+            parameters, or steps in backward hooks.
     """
     for one in _all_inside(optimizer):
         name = type(one).__name__
         refuse_schedule_free(one)
         refuse_shared_state(one)
+        _refuse_own_copies(one)
         if hasattr(one, "optimizer_dict"):
             raise ValueError(
                 f"the inner optimizer {name} steps layer by layer in backward hooks, and its own step() does nothing: "
@@ -77,6 +79,18 @@ def refuse_shared_state(optimizer: Any) -> None:
             f"the inner optimizer {type(optimizer).__name__} shares its state with the other processes, and sends "
             "them parameters at every step: workers would not train alone. Use the optimizer inside it; to save "
             "memory, SlowMoConfig(shard_slow_state=True), or shard the model by FSDP2."
+        )
+
+
+def _refuse_own_copies(optimizer: Any) -> None:
+    """As apex, Transformer Engine and torchao mark them: fp32 master weights, parameters in main memory."""
+    marks = ("param_groups_master", "param_d2h_map", "master_weights")
+    mark = next((name for name in marks if getattr(optimizer, name, False) not in (False, None)), "")
+    if mark:
+        raise ValueError(
+            f"the inner optimizer {type(optimizer).__name__} has a copy of the parameters ({mark}) and writes it over "
+            "them at every step: what a round hands back would be lost. Use it without (master_weights=False), or "
+            "keep the parameters in fp32 and train in bf16 by autocast (mixed_precision='bf16')."
         )
 
 

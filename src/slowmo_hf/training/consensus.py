@@ -62,7 +62,8 @@ class Consensus:
                 self.restore()
                 raise
         if keep_writes and view.is_shown:
-            view.keep_writes(self.parts.tensors.trainable if self.parts.clock.workers_agree else ())
+            tensors = self.parts.tensors
+            view.keep_writes(tensors.written_by_passes(), tensors.trainable if self.parts.clock.workers_agree else ())
 
     @contextmanager
     def shown(self, *, keep_writes: bool = False) -> Iterator[None]:
@@ -164,7 +165,8 @@ class Consensus:
         # `model.eval()` has no end that a program sets, and draws are the program's own until then.
         view.show([*params, *(now[name] for name in averaged)], write_, keeps_random_state=False)
         view.is_of_last_round = True
-        view.keep_writes()  # an EMA that was swapped in is swapped out; or other weights are loaded
+        # An EMA that was swapped in is swapped out; or other weights are loaded.
+        view.keep_writes(parts.tensors.written_by_passes())
 
     @property
     def _without_anchors(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -37,6 +37,7 @@ class ConsensusView:
         self._paused = ExitStack()
         self._watched: list[torch.Tensor] = []
         self._digests: list[list[int]] | None = None  # of these, where the program may write into them
+        self._written_by_passes: set[int] = set()  # by identity: no write of the program's
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
     @property
@@ -95,14 +96,16 @@ class ConsensusView:
         self.give_back_random_state()
         self._paused.close()
 
-    def keep_writes(self, others: Sequence[torch.Tensor] = ()) -> None:
+    def keep_writes(self, by_passes: Iterable[torch.Tensor], others: Sequence[torch.Tensor] = ()) -> None:
         """
         From here on a tensor of the view that the program writes into stays as written when the view ends.
 
         Args:
+            by_passes (`Iterable[torch.Tensor]`): What forward passes write too: local values return there.
             others (`Sequence[torch.Tensor]`): No part of the view, but looked at for `is_written`.
         """
         if self._digests is None:
+            self._written_by_passes = {id(tensor) for tensor in by_passes}
             self._watched = [*self._shown, *others]
             self._digests = self._digests_now()
 
@@ -114,10 +117,21 @@ class ConsensusView:
     @property
     def is_written(self) -> bool:
         """Whether the program has written into what is shown, or the others, and not put it back."""
-        return self._digests not in (None, self._digests_now())
+        return any(self._writes())
 
     def _digests_now(self) -> list[list[int]]:
         return digests([parts_of(t) for t in self._watched])
+
+    def _writes(self) -> list[bool]:
+        """Whether the program has written into each of the watched."""
+        if self._digests is None:
+            return []
+        watched = zip(self._watched, self._digests, self._digests_now(), strict=True)
+        return [was != now and id(tensor) not in self._written_by_passes for tensor, was, now in watched]
+
+    def tell_loaded(self) -> None:
+        """The program has loaded a state: what passes write too is its own now, if it is another."""
+        self._written_by_passes = set()
 
     def give_back_random_state(self) -> None:
         """Set every random generator as it was before the view: an evaluation draws from them."""
@@ -133,8 +147,7 @@ class ConsensusView:
         """What is shown, and its local values, but for what the program has written and keeps."""
         if self._digests is None:
             return self._put_by()
-        changes = zip(self._digests, self._digests_now(), strict=True)
-        return [pair for pair, (was, now) in zip(self._put_by(), changes, strict=False) if was == now]
+        return [pair for pair, written in zip(self._put_by(), self._writes(), strict=False) if not written]
 
     def _put_by(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self._shown, self._stash or [], strict=False))

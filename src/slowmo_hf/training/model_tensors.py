@@ -57,6 +57,12 @@ class ModelTensors:
         """Have memory for `last_round`."""
         self.last_round = self.last_round or [torch.empty_like(p) for p in self.trainable]
 
+    def written_by_passes(self) -> list[torch.Tensor]:
+        """Parameters that a forward pass writes, an evaluation's too: `max_norm` of embeddings renormalises rows."""
+        tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        modules = self.model.modules() if self.model is not None else ()
+        return [m.weight for m in modules if isinstance(m, tables) and m.max_norm is not None]
+
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""

@@ -33,8 +33,8 @@ from .slow_state import SlowState
 from .status import Agreement, Speaker, StatusExchange
 
 _NOT_FINITE = (
-    "its parameters are not finite (NaN or infinity). Lower the learning rate or clip gradients (max_grad_norm), and "
-    "go on from the last checkpoint."
+    "its parameters are not finite (NaN or infinity). Clip gradients (max_grad_norm) and go on from the last "
+    "checkpoint, or begin a new run from its model with a lower learning rate."
 )
 
 

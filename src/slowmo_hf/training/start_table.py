@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import SlowMoConfig
 from ..rules import SLOW_MOMENTUM
-from ..wire.job import host_and_address, is_in_process, machines_in_job
+from ..wire.job import host_and_address, is_in_process, launcher_tells_machines, machines_in_job
 from .parts import Parts
 from .plan import Plan, enough_rounds
 
@@ -93,6 +93,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
     _warn_of_far_steps(parts)
+    _warn_of_machines(parts, parts.costs.hosts)
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
         least = enough_rounds(config.outer_momentum)
         if 0 < plan.rounds < least:
@@ -105,6 +106,22 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
                 config.sync_every,
                 plan.steps,
             )
+
+
+def _warn_of_machines(parts: Parts, hosts: list[str]) -> None:
+    """Of a launcher that starts several processes on each of several machines, and does not say how many."""
+    config, workers = parts.config, parts.workers
+    several = len(set(hosts)) > 1 and len(set(hosts)) < len(hosts)
+    if several and not launcher_tells_machines() and config.processes_per_worker in ("auto", "node"):
+        workers.logger.warning(
+            "LOCAL_WORLD_SIZE is not set, so these %d hosts count as one machine, and processes_per_worker=%r makes "
+            "%d worker(s) of %d process(es). Export it (srun: LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE), or set "
+            "processes_per_worker to a number.",
+            len(set(hosts)),
+            config.processes_per_worker,
+            workers.count,
+            workers.size,
+        )
 
 
 def _warn_of_far_steps(parts: Parts) -> None:

@@ -24,6 +24,11 @@ from .other_tensors import Changed
 
 _NUMBERS = 10  # of a header before its learning rates
 
+_ONE_JOIN = (
+    " A rank that has left `join`, or come to `finish`, takes part in the rounds of that one optimizer: with several, "
+    "give all ranks equally many batches."
+)
+
 
 class Purpose(IntEnum):
     """What a rank comes to a status exchange for."""
@@ -176,7 +181,7 @@ class Header:
         steps = [int(step) for step in rows[:, 1]]
         flags = [int(flag) for flag in rows[:, 4]]
         if len({flag // 8 for flag in flags}) > 1:
-            self._tell_speakers(world, steps)
+            self._tell_speakers(world, steps, purposes)
         if any(flag & 1 for flag in flags):
             self._tell_problems(world, steps)
         rounds = [rank for rank, purpose in enumerate(purposes) if purpose is Purpose.ROUND]
@@ -201,12 +206,12 @@ class Header:
             losses=rows[:, 9].tolist(),
         )
 
-    def _tell_speakers(self, world: Communicator, steps: list[int]) -> None:
+    def _tell_speakers(self, world: Communicator, steps: list[int], purposes: list[Purpose]) -> None:
         told = world.gather_objects((host_name(), self.speaker.words))
         at = [f"rank {r} on {host} at step {steps[r]} of {words}" for r, (host, words) in enumerate(told)]
         raise RuntimeError(
             f"ranks wait for each other with different optimizers: {'; '.join(at)}. Step, evaluate and save the "
-            "optimizers of a program in the same order on every rank."
+            "optimizers of a program in the same order on every rank." + (_ONE_JOIN if Purpose.END in purposes else "")
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:

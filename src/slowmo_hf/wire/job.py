@@ -76,6 +76,11 @@ def processes_on_machine(world_size: int) -> int:
     return world_size if is_in_process() else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
+def launcher_tells_machines() -> bool:
+    """Whether LOCAL_WORLD_SIZE is set; without it all processes count as one machine's."""
+    return is_in_process() or "LOCAL_WORLD_SIZE" in os.environ
+
+
 def place_on_machine() -> tuple[int, int]:
     """
     This process's place among those of its machine, and how many they are: LOCAL_RANK and LOCAL_WORLD_SIZE, as the
