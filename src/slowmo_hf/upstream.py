@@ -47,6 +47,15 @@ def collectives_of_job() -> int:
         return 0
 
 
+def put_hook_back(handle: Any, hook: Any) -> None:
+    """
+    `RemovableHandle.hooks_dict_ref` and `.id`, torch >= 2.0: a hook that was removed, as the same entry of its table.
+    Registered once more it would be another one, and torch.compile would compile again
+    (tests/test_evaluation_passes.py::test_evaluations_of_a_compiled_model_are_compiled_once).
+    """
+    handle.hooks_dict_ref()[handle.id] = hook
+
+
 def set_process_group(ddp: Any, group: dist.ProcessGroup) -> None:
     """
     `DistributedDataParallel._update_process_group`, torch >= 2.6. Nothing public keeps gradients, unused-parameter

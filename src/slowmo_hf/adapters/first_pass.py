@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from accelerate.state import GradientState
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .. import upstream
 from ..config import SlowMoConfig
@@ -24,18 +26,40 @@ from .fully_sharded import all_parameters
 def listen(listener: Any) -> Callable[[], Any]:
     """
     Have every module's forward pass shown to `listener.on_forward(module)`; call the result to end that. torch's table
-    of global hooks lives as long as the process, so it holds the listener weakly, and its entry goes with it: an
+    of global hooks lives as long as the process, so the listener is held weakly, and its entry goes with it: an
     optimizer that never trains (a sweep that failed, the original of a copy) keeps neither its parameters nor a hook
     on every module.
+
+    One hook serves all, and comes back as the same entry of that table: torch.compile looks at the table, and compiled
+    again at every `model.eval()`, until it gave up, when each time had a hook of its own.
     """
     alive = weakref.ref(listener)
+    with _changing:
+        _listening.append(alive)
+        if _entry:
+            upstream.put_hook_back(_entry[0], _show)
+        else:
+            _entry.append(register_module_forward_pre_hook(_show))
+    return weakref.finalize(listener, _end, alive)
 
-    def on_forward(module: torch.nn.Module, args: Any) -> None:
+
+def _end(listener: weakref.ref[Any]) -> None:
+    with _changing:
+        _listening.remove(listener)
+        if not _listening:
+            _entry[0].remove()
+
+
+def _show(module: torch.nn.Module, args: Any) -> None:
+    for alive in tuple(_listening):
         present = alive()
         if present is not None:
             present.on_forward(module)
 
-    return weakref.finalize(listener, register_module_forward_pre_hook(on_forward).remove)
+
+_listening: list[weakref.ref[Any]] = []
+_changing = threading.RLock()  # workers of one process are threads, and the garbage collector ends entries anywhere
+_entry: list[RemovableHandle] = []  # of `_show`, once there was one
 
 
 def trains(optimizer: Any, module: torch.nn.Module) -> bool:

@@ -1,11 +1,15 @@
-"""What forward passes write in an evaluation is no write of the program's."""
+"""Forward passes of an evaluation: what they write is no write of the program's, and they are compiled once."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 
 
@@ -38,3 +42,36 @@ def test_an_embedding_that_passes_renormalise_comes_back(loads):
         assert moved
         assert torch.equal(back, torch.full_like(own, 0.25) if loads else own)
     assert not torch.equal(ranks[0][0], ranks[1][0])
+
+
+def compilations():
+    """After each of ten evaluations, each inside a round."""
+    warnings.filterwarnings("ignore", message=".*global hooks on modules.*")  # torch's, of the start's own hook
+    count, seen = [], []
+
+    def backend(graph, inputs):
+        count.append(graph)
+        return graph.forward
+
+    bare = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 1))
+    model = torch.compile(bare, backend=backend)
+    config = SlowMoConfig(sync_every=3, timeout_seconds=patience(20))
+    optimizer = SlowMoOptimizer(torch.optim.SGD(bare.parameters(), lr=0.1), config)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(10):
+        for _ in range(4):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(8, 4))
+        model.train()
+        seen.append(len(count))
+    return seen
+
+
+def test_evaluations_of_a_compiled_model_are_compiled_once():
+    """As in a stock loop: one for training, one for evaluations. torch gives up after eight."""
+    for seen in run_workers(compilations, 2):
+        assert seen == [2] * 10
