@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
@@ -104,3 +105,35 @@ def test_one_that_writes_its_own_copy_over_the_parameters_is_refused(name):
     with pytest.raises(ValueError, match=rf"the inner optimizer Plain has a copy of the parameters \({name}\)"):
         optimizer.step()
     assert weight.tolist() == [0, 0]
+
+
+def test_hooks_of_all_optimizers_fire_once_for_a_step():
+    """For the inner optimizer, as without us; not for the outer one. Those of one optimizer for that one."""
+    fired = []
+
+    def note(kind):
+        return lambda optimizer, args, kwargs: fired.append((kind, type(optimizer).__name__))
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([weight], lr=0.1)
+    config = SlowMoConfig(sync_every=2, outer_optimizer="torch.optim.AdamW", outer_lr=0.1)
+    optimizer = SlowMoOptimizer(inner, config)
+    optimizer.register_step_pre_hook(note("its own, before"))
+    optimizer.register_step_post_hook(note("its own, after"))
+    inner.register_step_post_hook(note("the inner one's"))
+    handles = [register_optimizer_step_pre_hook(note("before")), register_optimizer_step_post_hook(note("after"))]
+    try:
+        for _ in range(2):
+            weight.grad = torch.ones(2)
+            optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = [
+        ("its own, before", "SlowMoOptimizer"),
+        ("before", "SGD"),
+        ("the inner one's", "SGD"),
+        ("after", "SGD"),
+        ("its own, after", "SlowMoOptimizer"),
+    ]
+    assert fired == 2 * once

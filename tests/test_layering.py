@@ -288,7 +288,7 @@ def _defined(source: str) -> set[str]:
 
 # Of torch.optim.Optimizer, on `self`: upstream.py says why they are no functions there.
 INHERITED = {
-    f"_optimizer_{name}_{when}_hooks" for name in ("state_dict", "load_state_dict") for when in ("pre", "post")
+    f"_optimizer_{name}_{when}_hooks" for name in ("state_dict", "load_state_dict", "step") for when in ("pre", "post")
 }
 
 

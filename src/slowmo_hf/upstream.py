@@ -19,8 +19,10 @@ from accelerate.state import AcceleratorState
 
 # What `SlowMoOptimizer` has to be called as torch calls it, on itself (torch >= 2.0): `_step_supports_amp_scaling`,
 # which GradScaler asks for (tests/test_optimizer_accelerate.py::test_fp16_step_skipped_on_one_rank), and the tables of
-# state hooks, `_optimizer_state_dict_pre_hooks` and its like
-# (tests/test_optimizer.py::test_state_dict_hooks_fire_as_torchs_do). They are its own attributes: no functions here.
+# hooks, `_optimizer_state_dict_pre_hooks`, `_optimizer_step_pre_hooks` and their like
+# (tests/test_optimizer.py::test_state_dict_hooks_fire_as_torchs_do), with the mark `hooked` of its `step`
+# (tests/test_inner_contracts.py::test_hooks_of_all_optimizers_fire_once_for_a_step). They are its own attributes: no
+# functions here.
 
 
 def copy_each_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

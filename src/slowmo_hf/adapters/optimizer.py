@@ -30,7 +30,7 @@ from .fully_sharded import sharded_roots
 from .given import Settings, config_of, what_is
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
-from .optimizer_wrapper import OptimizerWrapper
+from .optimizer_wrapper import OptimizerWrapper, with_own_hooks
 from .other_optimizers import double_momentum, note_start
 from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
@@ -266,7 +266,8 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     # ---- the step ----
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @with_own_hooks
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """
         One attempted inner step, and a round if `sync_every` of them are done. Collective only then.
 

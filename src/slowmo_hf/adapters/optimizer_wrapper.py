@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    `step` with the wrapper's own step hooks, as torch calls them. Those of all optimizers
+    (`register_optimizer_step_post_hook`) fire in the inner optimizer's step: once for a step, as without a wrapper.
+    """
+
+    @functools.wraps(step)
+    def hooked(self: Any, *given: Any, **kwargs: Any) -> Any:
+        args: tuple[Any, ...] = (self, *given)
+        for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
+            args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
+        result = step(*args, **kwargs)
+        for post_hook in tuple(self._optimizer_step_post_hooks.values()):
+            post_hook(self, args, kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]  # else torch hooks it once more, all optimizers' included
+    return hooked
 
 
 class OptimizerWrapper(torch.optim.Optimizer):

@@ -161,7 +161,7 @@ class WholeUpdate:
             for piece, run in bucket.runs(total):
                 norms.add(torch.div(run, summands, out=piece.of(pseudo_grads[piece.item])), None)  # line 6
         self._set_gradients(pseudo_grads)
-        self.optimizer.step()
+        _step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         for piece in self._pieces:
             hand_back_(piece)
@@ -210,7 +210,7 @@ def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.opt
         for tensor in trial:
             tensor.grad = torch.ones_like(tensor)
         if trial:
-            make([{"params": trial}], **kwargs).step()
+            _step(make([{"params": trial}], **kwargs))
     except Exception as error:  # whatever it is: the other ranks wait for this one's word
         raise ValueError(
             f"outer_optimizer={config.outer_optimizer!r} cannot do the outer update with outer_lr={config.outer_lr} "
@@ -220,6 +220,12 @@ def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.opt
         ) from error
     before.give_back()
     return made
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """Without the hooks that a program has registered for all optimizers: they are of its own training's."""
+    step: Any = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def _one_of_a_kind(of_group: list[list[torch.Tensor]]) -> list[torch.Tensor]:
