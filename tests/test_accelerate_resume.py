@@ -173,6 +173,16 @@ def test_plain_all_reduce_goes_on_from_the_average(tmp_path):
 # ---- a scheduler that each worker drives by its own loss ----
 
 
+class Count:
+    """Its state is no dictionary, which Accelerate takes."""
+
+    def state_dict(self):
+        return 3
+
+    def load_state_dict(self, state):
+        assert state == 3
+
+
 def plateaus(folder, config, resume, registered):
     """Rank 1's loss stops to fall: its learning rate is cut, rank 0's is not. Of the last six steps of 12."""
     accelerator = Accelerator(cpu=True)
@@ -183,7 +193,7 @@ def plateaus(folder, config, resume, registered):
     model, optimizer = accelerator.prepare(model, SlowMoOptimizer(inner, config))
     scheduler = plateau if registered else accelerator.prepare(plateau)
     if registered:
-        accelerator.register_for_checkpointing(plateau)
+        accelerator.register_for_checkpointing(plateau, Count())
     if resume:
         accelerator.load_state(folder)
     found = []

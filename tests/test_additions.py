@@ -130,9 +130,15 @@ def test_a_topology(add):
             "return [0] if worker else [1]",
             r"exchange 0: worker 0 has targets \[1\] and sources \[3\], and those who send to it are \[1, 2, 3, 4\]",
         ),
+        (
+            "beyond",
+            "return [(worker + 2) % self.workers]",
+            "return [worker + 2]",
+            r"exchange 0: worker 0 has targets \[2\] and sources \[3\], and those who send to it are \[\]",
+        ),
         ("light", "return 0.5", "return 0.25", r"worker 0 has 1 targets and weight 0\.25, which loses .* = 0\.5\."),
     ],
-    ids=["messages", "mass"],
+    ids=["messages", "none there", "mass"],
 )
 def test_a_topology_that_loses_messages_or_mass_is_refused(add, name, line, other, words):
     add("TOPOLOGIES", name, TOPOLOGY.replace(line, other), "Second")

@@ -211,7 +211,7 @@ def _train(rank, fault, base):
 def test_a_fault_on_one_rank_is_an_error_on_the_other(apart, words):
     (told,), seconds = apart
     assert re.match(f"RuntimeError: (optimizer step \\d+: )?{words}", told), told
-    assert seconds < TIMEOUT_SECONDS + patience(13), f"{seconds:.1f} s"  # 3: processes start
+    assert seconds < TIMEOUT_SECONDS + patience(13), f"{seconds:.1f} s"
 
 
 def _freezes_with_the_store(rank, base):
@@ -322,7 +322,7 @@ def test_a_process_that_freezes_in_the_round_is_named_by_mate_and_counterpart_an
     told, seconds = apart
     for words in told:
         assert f"rank 0 on {HOST}" in words.splitlines()[0], words
-    assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"  # 10: four processes start
+    assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"
 
 
 @pytest.mark.slow

@@ -137,3 +137,35 @@ def test_hooks_of_all_optimizers_fire_once_for_a_step():
         ("its own, after", "SlowMoOptimizer"),
     ]
     assert fired == 2 * once
+
+
+class Counting(torch.optim.SGD):
+    """Has a hook of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = 0
+        self.register_step_post_hook(lambda optimizer, args, kwargs: setattr(optimizer, "steps", optimizer.steps + 1))
+
+
+def test_an_outer_optimizer_keeps_hooks_of_its_own():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    config = SlowMoConfig(sync_every=1, outer_optimizer=Counting)
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+    for _ in range(3):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert optimizer.outer_loop.parts.slow.update.optimizer.steps == 3
+
+
+@pytest.mark.parametrize("make", [Plain, WithoutTheFlag])
+def test_set_to_none_is_passed_on_or_refused(make):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = SlowMoOptimizer(make([weight]), SlowMoConfig())
+    weight.grad = torch.ones(2)
+    if make is Plain:
+        optimizer.zero_grad(set_to_none=False)
+        assert weight.grad.tolist() == [0, 0]
+    else:
+        with pytest.raises(ValueError, match="set_to_none=False cannot be used with WithoutTheFlag"):
+            optimizer.zero_grad(set_to_none=False)

@@ -28,7 +28,12 @@ def start_on_hosts(hosts, local_world_size):
 
 @pytest.mark.parametrize(
     ("hosts", "local_world_size", "warned"),
-    [("aabb", None, True), ("aabb", "4", False), ("abcd", None, False), ("aaaa", None, False)],
+    [
+        ("aabb", None, True),
+        ("aabb", "4", False),
+        ("abcd", None, False),
+        ("aaaa", None, False),
+    ],
 )
 def test_a_launcher_that_does_not_tell_machines_is_said(hosts, local_world_size, warned):
     """As srun with the variables of torch.distributed alone: each process is a worker of its own then."""

@@ -148,12 +148,14 @@ def test_the_trial_is_like_the_update():
 def test_a_state_goes_on_with_the_settings_of_now():
     """
     Displacement 1 in each round, from 0. DiLoCo's first, with rate 0.5 and momentum 0.5: v = 1, a = -0.5 (1 + 0.5).
-    Its second with 0.25 and 0.75: v = 0.75 + 1, a = -0.75 - 0.25 (1 + 0.75 * 1.75).
+    Its second with 0.25 and 0.75: v = 0.75 + 1, a = -0.75 - 0.25 (1 + 0.75 * 1.75). Then without momentum: -0.25.
     """
     ends, saved = [], None
-    for lr, momentum in ((0.5, 0.5), (0.25, 0.75)):
+    for lr, momentum in ((0.5, 0.5), (0.25, 0.75), (0.25, None)):
         weight = nn.Parameter(ends[-1].clone() if ends else torch.zeros(1))
-        config = SlowMoConfig.diloco(sync_every=1, outer_lr=lr, nesterov_momentum=momentum)
+        config = SlowMoConfig.diloco(sync_every=1, outer_lr=lr, nesterov_momentum=momentum or 0.9)
+        if momentum is None:
+            config = SlowMoConfig(sync_every=1, outer_lr=lr, outer_optimizer="torch.optim.SGD")
         optimizer = SlowMoOptimizer(SGD([weight], lr=1.0), config)
         if saved is not None:
             optimizer.load_state_dict(saved)
@@ -161,4 +163,5 @@ def test_a_state_goes_on_with_the_settings_of_now():
         optimizer.step()
         ends.append(weight.detach().clone())
         saved = optimizer.state_dict()
-    assert ends == [torch.tensor([-0.75]), torch.tensor([-0.75 - 0.25 * (1 + 0.75 * 1.75)])]
+    second = -0.75 - 0.25 * (1 + 0.75 * 1.75)
+    assert ends == [torch.tensor([-0.75]), torch.tensor([second]), torch.tensor([second - 0.25])]

@@ -122,7 +122,7 @@ def all_name_it(told, seconds, words):
         assert re.match(f"RuntimeError: {words}", first), (rank, told)
         for healthy in SURVIVORS:
             assert not re.match(f"RuntimeError: .*rank {healthy} {WHERE} (left|did not)", first), (rank, told)
-    assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"  # 10: four processes start
+    assert seconds < TIMEOUT_SECONDS + patience(20), f"{seconds:.1f} s"
 
 
 @pytest.mark.slow

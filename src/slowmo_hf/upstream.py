@@ -58,6 +58,14 @@ def put_hook_back(handle: Any, hook: Any) -> None:
     handle.hooks_dict_ref()[handle.id] = hook
 
 
+def has_step_hooks(optimizer: Any) -> bool:
+    """
+    `Optimizer._optimizer_step_pre_hooks` and `_optimizer_step_post_hooks`, torch >= 2.0: whether it has some of its
+    own, as nothing public tells (tests/test_inner_contracts.py::test_an_outer_optimizer_keeps_hooks_of_its_own).
+    """
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def set_process_group(ddp: Any, group: dist.ProcessGroup) -> None:
     """
     `DistributedDataParallel._update_process_group`, torch >= 2.6. Nothing public keeps gradients, unused-parameter

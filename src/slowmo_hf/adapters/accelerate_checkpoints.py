@@ -182,7 +182,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load_state)
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         found: list[Path] = []
-        settings: dict[str, LoadedSettings] = {}
+        settings: list[LoadedSettings] = []  # one, as soon as Accelerate has loaded
 
         def wait(models: list[Any], folder: str) -> None:
             found.append(Path(folder))
@@ -200,10 +200,9 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             result = load_state(self, *args, **kwargs)
         for folder in found if is_in_process() else ():
             _give_back_generators(folder)
-        for within, bare in _ours(self).items():
-            if bare.awaits_a_checkpoint:
-                settings[within] = LoadedSettings(self, bare.inner_optimizer)
-        if settings:
+        waiting = [bare.inner_optimizer for bare in _ours(self).values() if bare.awaits_a_checkpoint]
+        if waiting:
+            settings.append(LoadedSettings(self, waiting))
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
         return result
@@ -266,12 +265,16 @@ def _noting_streams(iterate: Callable[..., Any]) -> Callable[..., Any]:
     return note
 
 
+def _nothing(objects: dict[str, Any]) -> None:
+    """Where Accelerate's own load has failed."""
+
+
 def _take_up(
     accelerator: Accelerator,
     folder: Path,
     within: str,
     verify: Callable[..., None],
-    settings: dict[str, LoadedSettings],
+    settings: list[LoadedSettings],
     outer_loop: OuterLoop,
 ) -> None:
     _loaded_generators.clear()
@@ -294,7 +297,7 @@ def _take_up(
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
         outer_loop.in_flight.start_what_others_wait_for()
 
-    give_back = settings[within].changes() if within in settings else lambda objects: None
+    give_back = settings[0].changes(outer_loop.inner_state.optimizer) if settings else _nothing
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
     saves.add(folder)
     give_back(objects)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
+from torch.nn import Module
 
 from .. import upstream
 from ..checkpoints.together import together
@@ -29,7 +31,7 @@ def own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, An
     together(outer_loop, "schedulers and registered objects cannot be saved", take)
     # Functions are not ours to keep, and tensors may be a whole model's.
     own = {name: state for name, state in states.items() if _is_plain(state)}
-    everywhere = outer_loop.workers.world.gather_objects(repr(own))
+    everywhere = outer_loop.workers.world.gather_objects(hashlib.sha256(repr(own).encode()).digest())
     kept = own if len(set(everywhere)) > 1 else {}
     if accelerator.scaler is not None:
         kept |= {name: state for name, state in states.items() if name.startswith(("scaler", "scheduler."))}
@@ -45,46 +47,60 @@ def _held_beside(accelerator: Accelerator) -> dict[str, Any]:
 
 class LoadedSettings:
     """
-    Options of an optimizer's parameter groups, and the states beside it, as `accelerator.load_state` has loaded them.
-    Every worker's own come at the first pass: what the program sets meanwhile (a learning rate) stays.
+    Options of parameter groups, and what is numbers and words beside them, as one `accelerator.load_state` has loaded
+    them. Every worker's own come at the first pass: what the program sets meanwhile (a learning rate) stays.
 
     Args:
         accelerator (`accelerate.Accelerator`): The one that has loaded.
-        optimizer (`torch.optim.Optimizer`): The inner one.
+        optimizers (`Iterable`): The inner ones, that wait for their workers' own.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-        self._accelerator, self._optimizer = accelerator, optimizer
-        self._loaded = copy.deepcopy(self._now())
+    def __init__(self, accelerator: Accelerator, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._accelerator = accelerator
+        self._groups = {id(one): [_comparable(group) for group in one.param_groups] for one in optimizers}
+        self._beside: dict[str, dict[str, Any]] | None = copy.deepcopy(self._beside_now())
 
-    def _now(self) -> dict[str, dict[str, Any]]:
-        found = {
-            f"group.{index}": {name: value for name, value in group.items() if name != "params"}
-            for index, group in enumerate(self._optimizer.param_groups)
-        }
-        return found | {name: one.state_dict() for name, one in _held_beside(self._accelerator).items()}
+    def _beside_now(self) -> dict[str, dict[str, Any]]:
+        held = {name: one for name, one in _held_beside(self._accelerator).items() if not isinstance(one, Module)}
+        states = {name: one.state_dict() for name, one in held.items()}
+        return {name: state for name, state in states.items() if isinstance(state, dict) and _is_plain(state)}
 
-    def changes(self) -> Callable[[dict[str, Any]], None]:
-        """Call before every worker's own are loaded, and the result behind it, with what was saved beside them."""
-        changed = {name: _changed(self._loaded.get(name, {}), now) for name, now in self._now().items()}
+    def changes(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
+        """
+        Call before a worker's own are loaded, and the result behind it, with what was saved beside them. All have
+        that, and the first optimizer gives it back.
+        """
+        pairs = zip(self._groups.get(id(optimizer), []), optimizer.param_groups, strict=False)
+        # A flag of a group is a mode, which goes with the weights that are loaded.
+        options = [
+            {k: v for k, v in _changed(*pair).items() if k != "params" and type(v) is not bool} for pair in pairs
+        ]
+        beside, then, self._beside = self._beside_now(), self._beside, None
 
         def give_back(objects: dict[str, Any]) -> None:
-            for index, group in enumerate(self._optimizer.param_groups):
-                group.update(changed.get(f"group.{index}", {}))
+            for group, changed in zip(optimizer.param_groups, options, strict=False):
+                group.update(changed)
+            if then is None:
+                return
             for name, one in _held_beside(self._accelerator).items():
                 if name in objects:
-                    one.load_state_dict({**objects[name], **changed.get(name, {})})
+                    changed = _changed(then[name], beside[name]) if name in then and name in beside else {}
+                    one.load_state_dict({**objects[name], **changed} if changed else objects[name])
 
         return give_back
 
 
-def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and words that are others now; a flag is a mode, which goes with the weights that are loaded."""
+def _comparable(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the options that can be compared; the names alone of others."""
     return {
-        name: value
-        for name, value in now.items()
-        if type(value) is not bool and name in then and _differ(then[name], value)
+        name: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) if _is_plain(value) else None
+        for name, value in group.items()
     }
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What is new, and numbers, words and tensors that are others now; `params` are in both."""
+    return {name: value for name, value in now.items() if name not in then or _differ(then[name], value)}
 
 
 def _differ(one: Any, other: Any) -> bool:

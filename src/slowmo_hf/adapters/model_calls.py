@@ -125,7 +125,6 @@ class ModelCalls:
         if optimizer is None or optimizer.awaits_a_checkpoint:
             return  # `accelerator.load_state`: every worker's own follow
         view = self._outer_loop.view
-        view.tell_loaded()
         is_back = view.is_of_last_round and not view.is_written
         self._loaded_at = None if is_back else self._outer_loop.in_flight.moves
 

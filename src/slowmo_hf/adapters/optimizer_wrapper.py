@@ -70,9 +70,20 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.inner_optimizer.defaults = defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients. Passed on without the flag to one whose `zero_grad` takes none, as Accelerate does."""
-        takes_flag = "set_to_none" in inspect.signature(self.inner_optimizer.zero_grad).parameters
-        self.inner_optimizer.zero_grad(**({"set_to_none": set_to_none} if takes_flag else {}))
+        """
+        Reset the gradients. Passed on without the flag to one whose `zero_grad` takes none, as Accelerate does.
+
+        Raises:
+            ValueError: It takes none, and `set_to_none` is False.
+        """
+        parameters = inspect.signature(self.inner_optimizer.zero_grad).parameters
+        if "set_to_none" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            self.inner_optimizer.zero_grad(set_to_none=set_to_none)
+        elif set_to_none:
+            self.inner_optimizer.zero_grad()
+        else:
+            name = type(self.inner_optimizer).__name__
+            raise ValueError(f"set_to_none=False cannot be used with {name}, whose zero_grad takes no such argument.")
 
     def _tell_inner(self, mode: str) -> None:
         """Call its `train()` or `eval()`, if it has them: what it keeps beside the parameters is its own affair."""

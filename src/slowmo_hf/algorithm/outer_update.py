@@ -6,11 +6,13 @@ when all are here.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 
+from .. import upstream
 from ..config import SlowMoConfig
 from ..contents import Contents, Restored
 from ..names import ELEMENTWISE, OUTER_UPDATES, find
@@ -142,7 +144,9 @@ class WholeUpdate:
         for item in anchors:
             for span, anchor in zip(item.spans, item.anchors(), strict=True):
                 of_group[span.group].append(anchor)
-        self.optimizer, self._given = _made(config, of_group), _arguments(config)
+        self.optimizer = _made(config, of_group)
+        arguments = inspect.signature(type(self.optimizer)).parameters.keys() - {"params"}
+        self._given = [{k: v for k, v in group.items() if k in arguments} for group in self.optimizer.param_groups]
         self.velocities: list[torch.Tensor] = []
         self._anchors, self._pieces = anchors, pieces
 
@@ -186,14 +190,10 @@ class WholeUpdate:
 
         def take_up() -> None:
             self.optimizer.load_state_dict(copy.deepcopy(state))  # torch keeps the tensors that it is given
-            for param_group in self.optimizer.param_groups:
-                param_group.update({name: given for name, given in self._given.items() if name in param_group})
+            for param_group, given in zip(self.optimizer.param_groups, self._given, strict=True):
+                param_group.update(given)
 
         return take_up
-
-
-def _arguments(config: SlowMoConfig) -> dict[str, Any]:
-    return {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
 
 
 def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.optim.Optimizer:
@@ -201,7 +201,7 @@ def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.opt
     The optimizer that `config` names, over these tensors, when one of its kind has taken a step on made-up ones: what
     it cannot do is told at the start, and not at the first round.
     """
-    kwargs = _arguments(config)
+    kwargs = {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
     make: Callable[..., torch.optim.Optimizer] = config.outer_optimizer_class()
     before = RandomState.take()
     try:
@@ -223,9 +223,16 @@ def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.opt
 
 
 def _step(optimizer: torch.optim.Optimizer) -> None:
-    """Without the hooks that a program has registered for all optimizers: they are of its own training's."""
+    """
+    Without the hooks that a program has registered for all optimizers: they are of its own training's. One that has
+    hooks or a step of its own, or a step that calls another class's, is called as it is.
+    """
     step: Any = type(optimizer).step
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+    its_own = "step" in vars(optimizer) or upstream.has_step_hooks(optimizer)
+    if its_own or not getattr(step, "hooked", False):
+        optimizer.step()
+    else:
+        step.__wrapped__(optimizer)
 
 
 def _one_of_a_kind(of_group: list[list[torch.Tensor]]) -> list[torch.Tensor]:

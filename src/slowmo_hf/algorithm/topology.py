@@ -51,11 +51,13 @@ def check_schedule(schedule: Schedule, name: str, *, is_synchronous: bool) -> No
         for worker, share in enumerate(shares):
             where = f"topology={name!r}, exchange {exchange}: worker {worker}"
             sources = schedule.sources(worker, exchange)
-            senders = [j for j, its in enumerate(targets) if worker in its]
-            if worker in targets[worker] or sorted(sources) != senders:
+            senders = [j for j, reached in enumerate(targets) if worker in reached]
+            its = targets[worker]
+            others = set(range(schedule.workers)) - {worker}
+            if len(set(its)) < len(its) or not set(its) <= others or sorted(sources) != senders:
                 raise ValueError(
-                    f"{where} has targets {targets[worker]} and sources {sources}, and those who send to it are "
-                    f"{senders}. `sources` must list them, each once and not the worker itself."
+                    f"{where} has targets {its} and sources {sources}, and those who send to it are {senders}. "
+                    "Targets are other workers, each once; `sources` must list those who send."
                 )
             if not math.isclose(share * (1 + len(targets[worker])), 1):
                 raise ValueError(

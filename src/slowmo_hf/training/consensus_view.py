@@ -101,7 +101,8 @@ class ConsensusView:
         From here on a tensor of the view that the program writes into stays as written when the view ends.
 
         Args:
-            by_passes (`Iterable[torch.Tensor]`): What forward passes write too: local values return there.
+            by_passes (`Iterable[torch.Tensor]`): What forward passes write too: where nothing else is written, local
+                values return there.
             others (`Sequence[torch.Tensor]`): No part of the view, but looked at for `is_written`.
         """
         if self._digests is None:
@@ -123,15 +124,16 @@ class ConsensusView:
         return digests([parts_of(t) for t in self._watched])
 
     def _writes(self) -> list[bool]:
-        """Whether the program has written into each of the watched."""
+        """
+        Whether the program has written into each of the watched. What passes write too counts where it has written
+        into something else as well.
+        """
         if self._digests is None:
             return []
-        watched = zip(self._watched, self._digests, self._digests_now(), strict=True)
-        return [was != now and id(tensor) not in self._written_by_passes for tensor, was, now in watched]
-
-    def tell_loaded(self) -> None:
-        """The program has loaded a state: what passes write too is its own now, if it is another."""
-        self._written_by_passes = set()
+        changed = [was != now for was, now in zip(self._digests, self._digests_now(), strict=True)]
+        by_passes = [id(tensor) in self._written_by_passes for tensor in self._watched]
+        is_written = any(is_so and not excused for is_so, excused in zip(changed, by_passes, strict=True))
+        return [is_so and is_written for is_so in changed]
 
     def give_back_random_state(self) -> None:
         """Set every random generator as it was before the view: an evaluation draws from them."""

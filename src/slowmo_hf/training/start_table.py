@@ -112,7 +112,10 @@ def _warn_of_machines(parts: Parts, hosts: list[str]) -> None:
     """Of a launcher that starts several processes on each of several machines, and does not say how many."""
     config, workers = parts.config, parts.workers
     several = len(set(hosts)) > 1 and len(set(hosts)) < len(hosts)
-    if several and not launcher_tells_machines() and config.processes_per_worker in ("auto", "node"):
+    matters = config.processes_per_worker == "node" or (
+        config.processes_per_worker == "auto" and config.base != "all_reduce"
+    )
+    if several and matters and not workers.holds_shards and not launcher_tells_machines():
         workers.logger.warning(
             "LOCAL_WORLD_SIZE is not set, so these %d hosts count as one machine, and processes_per_worker=%r makes "
             "%d worker(s) of %d process(es). Export it (srun: LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE), or set "

@@ -42,7 +42,7 @@ def make_topology(config: SlowMoConfig, workers: int) -> Schedule:
     symmetric = config.base == "dpsgd"
     name = config.topology if config.topology != "auto" else "bipartite_exponential" if symmetric else "exponential"
     made: Schedule = find(TOPOLOGIES[name])(name, workers, config.peers, symmetric)
-    if not isinstance(made, Topology):
+    if type(made) is not Topology:
         check_schedule(made, name, is_synchronous=config.base != "osgp" or config.staleness == 0)
     return made
 
