@@ -155,7 +155,7 @@ def test_a_state_goes_on_with_the_settings_of_now():
         weight = nn.Parameter(ends[-1].clone() if ends else torch.zeros(1))
         config = SlowMoConfig.diloco(sync_every=1, outer_lr=lr, nesterov_momentum=momentum or 0.9)
         if momentum is None:
-            config = SlowMoConfig(sync_every=1, outer_lr=lr, outer_optimizer="torch.optim.SGD")
+            config = SlowMoConfig(sync_every=1, outer_lr=lr, outer_optimizer=SGD)
         optimizer = SlowMoOptimizer(SGD([weight], lr=1.0), config)
         if saved is not None:
             optimizer.load_state_dict(saved)

@@ -145,7 +145,7 @@ class WholeUpdate:
             for span, anchor in zip(item.spans, item.anchors(), strict=True):
                 of_group[span.group].append(anchor)
         self.optimizer = _made(config, of_group)
-        arguments = inspect.signature(type(self.optimizer)).parameters.keys() - {"params"}
+        arguments = {*inspect.signature(type(self.optimizer)).parameters, *_arguments(config)} - {"params"}
         self._given = [{k: v for k, v in group.items() if k in arguments} for group in self.optimizer.param_groups]
         self.velocities: list[torch.Tensor] = []
         self._anchors, self._pieces = anchors, pieces
@@ -196,12 +196,16 @@ class WholeUpdate:
         return take_up
 
 
+def _arguments(config: SlowMoConfig) -> dict[str, Any]:
+    return {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
+
+
 def _made(config: SlowMoConfig, of_group: list[list[torch.Tensor]]) -> torch.optim.Optimizer:
     """
     The optimizer that `config` names, over these tensors, when one of its kind has taken a step on made-up ones: what
     it cannot do is told at the start, and not at the first round.
     """
-    kwargs = {"lr": config.outer_lr, **config.outer_optimizer_arguments()}
+    kwargs = _arguments(config)
     make: Callable[..., torch.optim.Optimizer] = config.outer_optimizer_class()
     before = RandomState.take()
     try:
