@@ -21,6 +21,15 @@ HOST = socket.gethostname()
 SIDE_BY_SIDE = 6  # tests, of two to four processes each
 
 
+_here: Path | None = None
+
+
+def now():
+    """The time of a failure counts from here: of a rank that fails, call it where it does."""
+    if _here is not None:
+        _here.write_text(str(time.time()))
+
+
 def _live(rank, world_size, port, store_lives_with, folder, check, args):
     """
     As a script would: an uncaught error goes through the interpreter's hook; its words and the time are left in a
@@ -38,7 +47,9 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
     )
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == store_lives_with, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    Path(folder, f"{rank}.here").write_text(str(time.time()))
+    global _here
+    _here = Path(folder, f"{rank}.here")
+    now()
     try:
         check(rank, *args)
     except StopIteration:
@@ -55,8 +66,8 @@ def _live(rank, world_size, port, store_lives_with, folder, check, args):
 
 def run_apart(check, *args, world_size=2, survivors=(0,), store_lives_with=None):
     """
-    What every survivor said, and the seconds from when all ranks were there until the last survivor had ended. The
-    store is here, as in a launcher, or a rank's.
+    What every survivor said, and the seconds until the last of them had ended: from when all ranks were there, or from
+    the last `now()`. The store is here, as in a launcher, or a rank's.
     """
     store = launcher_store(world_size)
     port = store.port

@@ -182,8 +182,9 @@ def all_programs():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_accelerate_goes_on_bit_for_bit_from_every_step():
-    for rank, result in enumerate(run_workers(all_programs, 4)):
+    for rank, result in enumerate(run_workers(all_programs, 4, time_limit_seconds=240)):
         for case, found in enumerate(result):
             for at in ("saving", *range(1, STEPS)):
                 assert all(found[at]), (rank, case, at, found[at])

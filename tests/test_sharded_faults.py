@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import fsdp
-from apart import HOST, TIMEOUT_SECONDS
+from apart import HOST, TIMEOUT_SECONDS, now
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.wire.communicator import Communicator
@@ -35,14 +35,17 @@ IN_TIME = f"within timeout_seconds={TIMEOUT_SECONDS:g}"
 
 
 def dies():
+    now()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def freezes():
+    now()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def raises():
+    now()
     raise ValueError("bad batch\nwith a second line")
 
 
