@@ -72,9 +72,7 @@ class LoadedSettings:
         """
         pairs = zip(self._groups.get(id(optimizer), []), optimizer.param_groups, strict=False)
         # A flag of a group is a mode, which goes with the weights that are loaded.
-        options = [
-            {k: v for k, v in _changed(*pair).items() if k != "params" and type(v) is not bool} for pair in pairs
-        ]
+        options = [{k: v for k, v in _changed(*pair).items() if type(v) is not bool} for pair in pairs]
         beside, then, self._beside = self._beside_now(), self._beside, None
 
         def give_back(objects: dict[str, Any]) -> None:

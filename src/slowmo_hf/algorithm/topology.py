@@ -50,19 +50,18 @@ def check_schedule(schedule: Schedule, name: str, *, is_synchronous: bool) -> No
         shares = [schedule.weight(worker, exchange) for worker in range(schedule.workers)]
         for worker, share in enumerate(shares):
             where = f"topology={name!r}, exchange {exchange}: worker {worker}"
-            sources = schedule.sources(worker, exchange)
+            its, sources = targets[worker], schedule.sources(worker, exchange)
             senders = [j for j, reached in enumerate(targets) if worker in reached]
-            its = targets[worker]
             others = set(range(schedule.workers)) - {worker}
             if len(set(its)) < len(its) or not set(its) <= others or sorted(sources) != senders:
                 raise ValueError(
                     f"{where} has targets {its} and sources {sources}, and those who send to it are {senders}. "
                     "Targets are other workers, each once; `sources` must list those who send."
                 )
-            if not math.isclose(share * (1 + len(targets[worker])), 1):
+            if not math.isclose(share * (1 + len(its)), 1):
                 raise ValueError(
-                    f"{where} has {len(targets[worker])} targets and weight {share:g}, which loses mass. `weight` "
-                    f"must be 1 / (1 + targets) = {1 / (1 + len(targets[worker])):g}."
+                    f"{where} has {len(its)} targets and weight {share:g}, which loses mass. `weight` must be "
+                    f"1 / (1 + targets) = {1 / (1 + len(its)):g}."
                 )
             total = share + sum(shares[j] for j in senders)
             if is_synchronous and not math.isclose(total, 1):

@@ -93,7 +93,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
     _warn_of_far_steps(parts)
-    _warn_of_machines(parts, parts.costs.hosts)
+    _warn_of_machines(parts)
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
         least = enough_rounds(config.outer_momentum)
         if 0 < plan.rounds < least:
@@ -108,19 +108,18 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
             )
 
 
-def _warn_of_machines(parts: Parts, hosts: list[str]) -> None:
+def _warn_of_machines(parts: Parts) -> None:
     """Of a launcher that starts several processes on each of several machines, and does not say how many."""
     config, workers = parts.config, parts.workers
-    several = len(set(hosts)) > 1 and len(set(hosts)) < len(hosts)
-    matters = config.processes_per_worker == "node" or (
-        config.processes_per_worker == "auto" and config.base != "all_reduce"
-    )
+    hosts = set(parts.costs.hosts)
+    several = 1 < len(hosts) < len(parts.costs.hosts)
+    matters = config.base != "all_reduce" and config.processes_per_worker in ("auto", "node")
     if several and matters and not workers.holds_shards and not launcher_tells_machines():
         workers.logger.warning(
             "LOCAL_WORLD_SIZE is not set, so these %d hosts count as one machine, and processes_per_worker=%r makes "
             "%d worker(s) of %d process(es). Export it (srun: LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE), or set "
             "processes_per_worker to a number.",
-            len(set(hosts)),
+            len(hosts),
             config.processes_per_worker,
             workers.count,
             workers.size,
