@@ -19,14 +19,15 @@ import accelerate
 import torch
 import transformers
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import pictures
 import slowmo_hf
-from slowmo_hf import SlowMoCallback, SlowMoConfig
+from slowmo_hf import SlowMoConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from one_run import OneRun
 
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {
@@ -58,17 +59,6 @@ def end_program(script: str, error: object) -> NoReturn:
     sys.exit(f"{Path(script).name}: {' '.join(str(error).split())}")
 
 
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """
-    `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none,
-    so that a job that is requeued runs the same command again. Anything else is a path.
-    """
-    asked = args.resume_from_checkpoint
-    if asked is None or asked.lower() not in ("true", "false"):
-        return asked
-    return get_last_checkpoint(args.output_dir) if asked.lower() == "true" and os.path.isdir(args.output_dir) else None
-
-
 def divide_warm_up(args: Any) -> None:
     """
     Before the arguments' own checks: transformers 4 takes whole steps in `warmup_steps`, a fraction of all steps in
@@ -80,27 +70,23 @@ def divide_warm_up(args: Any) -> None:
         args.warmup_steps = math.floor(args.warmup_steps)
 
 
-def describe_run(
-    config: SlowMoConfig, trainer: Trainer, seconds: float, libraries: list[ModuleType]
-) -> dict[str, Any]:
+def describe_run(config: SlowMoConfig, trainer: Trainer, run: OneRun, libraries: list[ModuleType]) -> dict[str, Any]:
     """
     The part of a record that is the same for every task: settings, rounds, bytes, time, and what is needed to run it
     again.
 
     Args:
-        seconds (`float`): Of `trainer.train()`.
+        run (`OneRun`): Behind `trainer.train()`.
         libraries (`list[ModuleType]`): Whose versions matter beside Python's, torch's, transformers', accelerate's and
             ours.
     """
-    rounds = [entry for entry in trainer.state.log_history if "slowmo/round" in entry]
     counted = config.base != "all_reduce"  # what DDP sends is its own
-    workers = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback)).workers
     return {
         "model": f"{type(trainer.model).__name__}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters",
         "base": config.base,
         "slowmo": config.outer_optimizer == "slow_momentum" and config.outer_momentum > 0,
         "exact_average": config.exact_average,
-        "workers": workers,
+        "workers": run.workers,
         "processes": trainer.args.world_size,
         "sync_every": config.sync_every,
         "outer_lr": config.outer_lr,
@@ -109,11 +95,12 @@ def describe_run(
         "inner_lr": trainer.args.learning_rate,
         "inner_state": config.inner_state,
         "seed": trainer.args.seed,
+        "changed_on_resume": run.changed_on_resume,
         "steps": trainer.state.global_step,
-        "rounds": rounds[-1]["slowmo/round"] if rounds else 0,
-        "bytes_sent_per_worker": sum(entry["slowmo/bytes_sent"] for entry in rounds) if counted else None,
-        "seconds": seconds,
-        "seconds_communicating": sum(entry["slowmo/seconds"] for entry in rounds) if counted else None,
+        "rounds": run.rounds,
+        "bytes_sent_per_worker": run.bytes_sent if counted else None,
+        "seconds": run.seconds,
+        "seconds_communicating": run.seconds_communicating if counted else None,
         "command": shlex.join(sys.argv),
         **environment(libraries),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {_device_name(trainer.args.device)}",

@@ -33,7 +33,7 @@ SHORT = (
 RECORD_KEYS = """
     study task dataset train_rows test_rows test_split model base slowmo exact_average workers processes
     sync_every outer_lr outer_momentum inner_optimizer inner_lr inner_state seed steps metrics curve rounds
-    seconds bytes_sent_per_worker seconds_communicating command versions commit hardware
+    seconds bytes_sent_per_worker seconds_communicating command versions commit hardware changed_on_resume
 """
 
 

@@ -26,7 +26,7 @@ RECORD_KEYS = """
     vocab_size max_tokens tokens_per_update num_beams length_penalty averaged_checkpoints metrics bleu_signature
     curve curve_num_beams model base slowmo exact_average workers processes sync_every outer_lr outer_momentum
     inner_optimizer inner_lr inner_state seed steps rounds bytes_sent_per_worker seconds seconds_communicating
-    command versions commit hardware corpus_sha256 tokenizer_sha256 steps_of_models seconds_scoring
+    command versions commit hardware corpus_sha256 tokenizer_sha256 steps_of_models seconds_scoring changed_on_resume
 """
 
 
@@ -90,6 +90,11 @@ def test_record_is_complete_and_right(learned):
     logged = re.search(r"'loss': '?([\d.]+)'?.*'loss_bits': '?([\d.]+)", said)
     nats, bits = (float(figure) for figure in logged.groups())
     assert bits == pytest.approx(nats / math.log(2), rel=1e-3)
+    entries = json.loads((folder / "checkpoint-100/trainer_state.json").read_text())["log_history"]
+    last = [entry["loss"] for entry in entries if "loss" in entry][-1]  # a pass is one step here
+    assert record["metrics"]["training_loss"] == last
+    assert record["metrics"]["training_loss_bits"] == pytest.approx(last / math.log(2))
+    assert record["changed_on_resume"] == []
     assert f"target tokens per update{held['target']:,.0f}, {held['target_padded']:,.0f} with padding" in said
     assert record["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert [point["step"] for point in record["curve"]] == [50, 100]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,11 +36,11 @@ from image.data import ImageSets, load_images
 from image.pixels import Batch, LargeImages, SmallImages, crop_padding, make_dataset, mean_and_std
 from image.presets import PRESETS, step_decay, zero_last_norms
 from image.small_resnet import ARCHITECTURES, make_model
+from one_run import OneRun, checkpoint_to_resume, settings_of
 from paper_rows import set_preset
 from records import (
     DataError,
     SettingError,
-    checkpoint_to_resume,
     describe_run,
     divide_warm_up,
     end_program,
@@ -123,6 +122,13 @@ class ScriptArguments:
             )
 
 
+# Of these, what a model was trained by; a run that goes on has them as they were (`one_run.py`).
+TRAINED_BY = (
+    *("dataset_name", "train_split", "max_train_samples", "architecture", "width", "zero_init_residual"),
+    *("warmup_epochs", "decay_epochs", "inner_momentum"),
+)
+
+
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
     """TrainingArguments with this recipe's defaults."""
@@ -176,6 +182,8 @@ def main() -> None:
     """Parse, train, test, and write down what came out."""
     script, config, args = parse(sys.argv[1:])
     try:
+        settings = settings_of(config, args, {name: getattr(script, name) for name in TRAINED_BY})
+        resumed = checkpoint_to_resume(args, settings)
         sets = load_images(
             script.dataset_name,
             script.image_column,
@@ -189,15 +197,14 @@ def main() -> None:
         trainer = make_trainer(script, config, args, sets)
     except (DataError, SettingError) as error:
         end(error)
+    run = OneRun(trainer, settings)
     if trainer.is_world_process_zero():
         print_choices(script, args, sets)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    seconds = time.perf_counter() - start
+    trainer.train(resume_from_checkpoint=resumed)
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        record = make_record(config, trainer, sets, metrics, seconds)
+        record = make_record(config, trainer, sets, metrics, run)
         write_record(record, Path(args.output_dir) / "record.json")
         print_table(record, {"accuracy of the average": f"{record['metrics']['test_accuracy']:.4f}"})
         if script.plot:
@@ -324,7 +331,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def make_record(
-    config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], seconds: float
+    config: SlowMoConfig, trainer: Trainer, sets: ImageSets, metrics: dict[str, float], run: OneRun
 ) -> dict[str, Any]:
     """Everything that a reader needs to judge the run, and to run it again."""
     tests = {entry["step"]: entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
@@ -337,7 +344,7 @@ def make_record(
         "test_split": sets.test_split,
         "metrics": {"test_accuracy": metrics["eval_accuracy"], "test_loss": metrics["eval_loss"]},
         "curve": [{"step": step, "test_accuracy": value} for step, value in tests.items()],
-        **describe_run(config, trainer, seconds, [datasets]),
+        **describe_run(config, trainer, run, [datasets]),
     }
 
 

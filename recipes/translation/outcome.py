@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import datasets
 import numpy as np
 import sacrebleu
 import tokenizers
+from transformers import TrainerState
 
+from one_run import OneRun
 from records import describe_run
 from slowmo_hf import SlowMoConfig
 from translation.bleu import bleu_signature
@@ -45,12 +49,13 @@ def make_record(
     trainer: TranslationTrainer,
     sets: TokenSets,
     results: dict[str, Any],
-    seconds: float,
+    run: OneRun,
 ) -> dict[str, Any]:
     """
     Everything that a reader needs to judge the run, and to run it again. Metrics with a plain name are of the saved
     model; those of the best by validation NLL, the last and the mean of the last five have `_best`, `_last` and
-    `_mean_of_5` behind. `steps_of_models` says of which checkpoints each is.
+    `_mean_of_5` behind. `steps_of_models` says of which checkpoints each is. `training_loss` is what the log has of
+    the last pass: the workers' own, label-smoothed and with dropout, as fairseq logs it (in bits: `_bits`).
     """
     curve = [entry for entry in trainer.state.log_history if "eval_bleu" in entry]
     return {
@@ -74,14 +79,22 @@ def make_record(
         "length_penalty": script.length_penalty,
         "averaged_checkpoints": len(results["steps_of_models"]["saved"]),
         **results,
+        "metrics": {**_training_loss(trainer.state), **results["metrics"]},
         "bleu_signature": bleu_signature(),
         "curve": [
             {"step": entry["step"], **{f"validation_{name}": entry[f"eval_{name}"] for name in CURVE}}
             for entry in curve
         ],
         "curve_num_beams": trainer.args.generation_num_beams,
-        **describe_run(config, trainer, seconds, [datasets, tokenizers, sacrebleu]),
+        **describe_run(config, trainer, run, [datasets, tokenizers, sacrebleu]),
     }
+
+
+def _training_loss(state: TrainerState) -> dict[str, float]:
+    """Mean of the last pass's entries, in nats and bits; nothing where there are none."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["epoch"] > state.epoch - 1]
+    loss = statistics.mean(losses) if losses else None
+    return {} if loss is None else {"training_loss": loss, "training_loss_bits": loss / math.log(2)}
 
 
 def table_of(record: dict[str, Any], sets: TokenSets) -> dict[str, str]:

@@ -134,6 +134,13 @@ class ScriptArguments:
             raise SettingError(f"dropout must be in [0, 1), got {self.dropout}. Set --dropout.")
 
 
+# Of these, what a model was trained by; a run that goes on has them as they were (`one_run.py`).
+TRAINED_BY = (
+    *("dataset_name", "dataset_config", "source_lang", "target_lang", "train_split", "max_train_samples"),
+    *("vocab_size", "max_length", "max_tokens", "model_size", "dropout"),
+)
+
+
 @dataclass
 class RecipeTrainingArguments(Seq2SeqTrainingArguments):
     """Seq2SeqTrainingArguments with this recipe's defaults."""

@@ -26,14 +26,15 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
+from one_run import OneRun, checkpoint_to_resume, settings_of
 from paper_rows import set_preset
-from records import SettingError, checkpoint_to_resume, end_program, plot, print_table, write_record
+from records import SettingError, end_program, plot, print_table, write_record
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from translation.data import load_corpus
 from translation.judged import judge, named
 from translation.model import MODEL_SIZES, beam_settings, decode, make_transformer
 from translation.outcome import in_words, make_record, table_of, write_translations
-from translation.settings import PRESETS, RecipeTrainingArguments, ScriptArguments, check_flags
+from translation.settings import PRESETS, TRAINED_BY, RecipeTrainingArguments, ScriptArguments, check_flags
 from translation.sources import DataError
 from translation.tokens import (
     POSITIONS,
@@ -56,7 +57,8 @@ def main() -> None:
     """Parse, train, test, and write down what came out."""
     script, config, args = parse(sys.argv[1:])
     try:
-        resumed = checkpoint_to_resume(args)
+        settings = settings_of(config, args, {name: getattr(script, name) for name in TRAINED_BY})
+        resumed = checkpoint_to_resume(args, settings)
         check_resumed_size(script.model_size, resumed)
         sets = make_sets(script, args)
         check_resumed_tokenizer(sets.tokenizer, Path(sets.tokenizer.name_or_path), resumed)
@@ -64,20 +66,20 @@ def main() -> None:
         trainer = make_trainer(script, config, args, sets)
     except (DataError, SettingError) as error:
         end(error)
+    run = OneRun(trainer, settings)
     if trainer.is_world_process_zero():
         print_choices(script, sets, trainer.token_batches, args.gradient_accumulation_steps)
     others = checkpoints_of_others(args.output_dir, resumed)
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resumed)
-    seconds = time.perf_counter() - start
+    start = time.perf_counter()
     models = RunModels(trainer, script.average_checkpoints, others)
     metrics, translations = score(trainer, models, sets, script.num_beams)
-    seconds_scoring = time.perf_counter() - start - seconds
+    seconds_scoring = time.perf_counter() - start
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_translations(sets, translations, Path(args.output_dir))
         results = {"metrics": metrics, "steps_of_models": models.chosen, "seconds_scoring": seconds_scoring}
-        record = make_record(script, config, trainer, sets, results, seconds)
+        record = make_record(script, config, trainer, sets, results, run)
         write_record(record, Path(args.output_dir) / "record.json")
         print_table(record, table_of(record, sets))
         if script.plot:

@@ -1,0 +1,134 @@
+"""What a recipe's run is and has cost, in each of its checkpoints: a run that goes on stays that run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from records import SettingError
+from slowmo_hf import RoundReport, SlowMoCallback, SlowMoConfig
+
+# Of a run's settings, those that may change when it goes on: they leave what was trained as it is.
+_FREE = {"stash_device", "slow_state_device", "shard_slow_state", "bucket_bytes", "timeout_seconds"}
+_TRAINING = ("learning_rate", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed")
+
+
+def settings_of(config: SlowMoConfig, args: TrainingArguments, task: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of how its model was trained; `task` has the recipe's own. Of JSON's types."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    settings |= {name: getattr(args, name) for name in _TRAINING}
+    return dict(json.loads(json.dumps(settings | task)))
+
+
+def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
+    """
+    `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none,
+    so that a job that is requeued runs the same command again. Anything else is a path. All ranks decide alike.
+
+    Raises:
+        SettingError: With true, the checkpoint is of a run with another value of a setting.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() not in ("true", "false"):
+        return asked
+    if asked.lower() == "false" or not Path(args.output_dir).is_dir():
+        return None
+    # As at a Trainer's start: what a killed run left unfinished is set aside.
+    SlowMoCallback().on_init_end(args, TrainerState(), TrainerControl())
+    found = get_last_checkpoint(args.output_dir)
+    for name, was, now in _differences(_noted(found), settings):
+        raise SettingError(
+            f"{name} must be {was!r} to go on with the run in output_dir={args.output_dir!r}, got {now!r}. Set "
+            f"--{name}, or --output_dir for a run of its own; to change it on the way set --resume_from_checkpoint to "
+            f"a checkpoint's folder."
+        )
+    return found
+
+
+def _noted(checkpoint: str | None) -> dict[str, Any]:
+    """What `OneRun` has left there; nothing where it was not."""
+    file = Path(checkpoint or "") / "trainer_state.json"
+    callbacks = json.loads(file.read_text()).get("stateful_callbacks", {}) if checkpoint and file.is_file() else {}
+    return dict(callbacks.get(OneRun.__name__, {}).get("attributes", {}))
+
+
+def _differences(noted: dict[str, Any], settings: dict[str, Any]) -> list[list[Any]]:
+    there = noted.get("settings", {})
+    return [[name, there[name], now] for name, now in settings.items() if name in there and there[name] != now]
+
+
+class OneRun(TrainerCallback, ExportableState):
+    """
+    Counts over all parts of a run, and notes it in every checkpoint.
+
+    Args:
+        trainer (`Trainer`): That will train, with a `SlowMoCallback`.
+        settings (`dict[str, Any]`): Of this part (`settings_of`).
+
+    Attributes:
+        workers (`int`): While it trains and behind it.
+        seconds (`float`): Of training; what was lost behind a checkpoint is not among them.
+        rounds (`int`), bytes_sent (`int`), seconds_communicating (`float`): Of this rank.
+        changed_on_resume (`list`): [step, setting, before, after] of every setting that another part has otherwise.
+    """
+
+    def __init__(self, trainer: Trainer, settings: dict[str, Any]) -> None:
+        self._slowmo = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SlowMoCallback))
+        self.settings = settings
+        self._last: RoundReport | None = None
+        self._take_up({}, 0)
+        trainer.add_callback(self)
+
+    def _take_up(self, noted: dict[str, Any], step: int) -> None:
+        self._seconds_before = noted.get("seconds", 0.0)
+        self._begun, self._ended = time.perf_counter(), 0.0
+        self.rounds, self.bytes_sent = noted.get("rounds", 0), noted.get("bytes_sent", 0)
+        self.seconds_communicating = noted.get("seconds_communicating", 0.0)
+        changed = [[step, *change] for change in _differences(noted, self.settings)]
+        self.changed_on_resume = [*noted.get("changed_on_resume", []), *changed]
+
+    @property
+    def workers(self) -> int:
+        """0 before training starts."""
+        return self._slowmo.workers
+
+    @property
+    def seconds(self) -> float:
+        """Until now, or until training ended."""
+        return self._seconds_before + (self._ended or time.perf_counter()) - self._begun
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the checkpoint's counts."""
+        callbacks: Any = state.stateful_callbacks
+        noted = callbacks.setdefault(type(self).__name__, {})  # Trainer's save looks it up
+        self._take_up(noted.get("attributes", {}) if state.global_step else {}, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the round that this step has ended, if it has."""
+        report = self._slowmo.last_round
+        if report is not None and report is not self._last:
+            self._last = report
+            self.rounds = report.round
+            self.bytes_sent += report.bytes_sent
+            self.seconds_communicating += report.seconds
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What comes behind is no training."""
+        self._ended = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` holds of it (`ExportableState`): rank 0's."""
+        names = ("settings", "seconds", "rounds", "bytes_sent", "seconds_communicating", "changed_on_resume")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
