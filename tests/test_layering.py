@@ -33,7 +33,7 @@ WINGS = {
             *("other_optimizers", "stop_signals", "trainer_start"),
         ],
         ["trainer_checkpoints"],
-        ["refusals", "trainer_methods"],
+        ["held_apart", "refusals", "trainer_methods"],
         ["fully_sharded"],
     ],
     "checkpoints": [["claim", "last_lines", "state"], ["together"], ["places"], ["files"]],

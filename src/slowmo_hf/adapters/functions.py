@@ -16,7 +16,8 @@ from .. import upstream
 from ..log import of_this_rank
 from ..training.outer_loop import OuterLoop
 from ..training.report import RoundReport
-from .isolation import ddp_wrappers, is_apart
+from .held_apart import is_apart
+from .isolation import ddp_wrappers
 from .optimizer import SlowMoOptimizer
 from .refusals import allow_join
 from .trainer_methods import callback_of
@@ -124,6 +125,8 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
     if not outer_loop.in_flight.is_over:
         outer_loop.finish()
         allow_join(ddp_wrappers(p for group in bare.param_groups for p in group["params"]))
+    if bare.isolation is not None:
+        bare.isolation.end()
 
 
 def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Accelerator], None]:

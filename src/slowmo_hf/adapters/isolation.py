@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from logging import Logger, LoggerAdapter
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import upstream
 from ..dtensors import sharded_modules
 from ..log import logger
+from . import held_apart
 from .fully_sharded import ShardedIsolation, alive, reshard
 from .refusals import JoinRefusal, refuse_optimizer
 
@@ -195,7 +196,7 @@ def ddp_wrappers(
 
 class Isolation:
     """
-    Holds DDP wrappers apart from other workers, until `release`.
+    Holds DDP wrappers apart from other workers, until `release`, or until they are another's behind `end`.
 
     In a worker of several processes the wrappers get the worker's process group: gradients, unused-parameter bitmaps
     and buffers stay inside. In a worker of one, the two `require_*_sync` flags cost nothing and are enough. They are
@@ -211,6 +212,7 @@ class Isolation:
         timeout_seconds (`float`, *optional*): How long their collectives wait.
         joins (`JoinRefusal`, *optional*): To be set again, where training goes on behind `finish`.
         log (`LoggerAdapter`, *optional*): Says which of a program's optimizers it is.
+        optimizer (`Callable`, *optional*): Gives the one whose training this is, if it is still there.
 
     Raises:
         ValueError: A wrapper that needs another process group has a communication hook.
@@ -225,12 +227,12 @@ class Isolation:
         timeout_seconds: float | None = None,
         joins: JoinRefusal | None = None,
         log: LoggerAdapter[Logger] | Logger = logger,
+        optimizer: Callable[[], Any] = lambda: None,
     ) -> None:
         self._joins, self._group, self._log = joins, group, log
-        self._by_flags: list[DistributedDataParallel] = []
-        self._by_group: list[tuple[DistributedDataParallel, Any]] = []
-        self._norms: list[tuple[torch.nn.SyncBatchNorm, Any]] = []
-        self._hooks: list[Any] = []
+        self._wrappers: list[DistributedDataParallel] = []
+        self._given_back: list[DistributedDataParallel] = []
+        self.optimizer, self.is_over = optimizer, False
         _refuse_communication_hooks([ddp for ddp in wrappers if group is not None or ddp.static_graph])
         self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds, log=log)
         self.take(wrappers)
@@ -239,17 +241,10 @@ class Isolation:
         """Hold these apart too."""
         group = self._group
         for ddp in wrappers:
-            if group is None and not ddp.static_graph:
-                self._by_flags.append(ddp)
-                self._hooks.append(ddp.register_forward_pre_hook(_switch_off))
-                _switch_off(ddp)
-            else:
-                self._by_group.append((ddp, ddp.process_group))
-                upstream.set_process_group(ddp, group or _lonely_group())
-        norms = [m for ddp in wrappers for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
-        self._norms += [(norm, norm.process_group) for norm in norms]
-        for norm in norms:
-            norm.process_group = group or _lonely_group()
+            has_norms = any(isinstance(m, torch.nn.SyncBatchNorm) for m in ddp.modules())
+            inside = group or (_lonely_group() if ddp.static_graph or has_norms else None)
+            held_apart.take(ddp, self, (inside if group is not None or ddp.static_graph else None, inside))
+        self._wrappers += wrappers
         if wrappers and group is None:
             self._log.info(
                 "DDP's gradient, bitmap and buffer exchange is switched off: workers train alone between rounds"
@@ -257,33 +252,31 @@ class Isolation:
         elif wrappers:
             self._log.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
+    def end(self) -> None:
+        """Training has ended: the wrappers are stock again at the first pass for which another optimizer trains."""
+        self.is_over = True
+
     def go_on(self) -> None:
-        """Call at an optimizer step: training may go on behind `finish`."""
+        """Call at an optimizer step: training may go on behind `end`."""
+        self.is_over = False
         if self._joins is not None:
             self._joins.set()
+        if self._given_back:
+            self._log.warning("this step's gradients were averaged over all workers: another optimizer had the model")
+            wrappers, self._given_back = self._given_back, []
+            self.take(wrappers)
 
     def let_go(self) -> None:
-        """
-        Give the wrappers back that flags hold apart; another optimizer that has them sets these at its next pass. A
-        process group of its own may be another's too, and stays.
-        """
-        for hook in self._hooks:
-            hook.remove()
-        for ddp in self._by_flags:
-            ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
-            _apart.discard(ddp)
-        self._hooks, self._by_flags = [], []
+        """Give the wrappers back as they were, but those that another optimizer of ours holds too."""
+        for ddp in self._wrappers:
+            held_apart.let_go(ddp, self)
+        self._given_back, self._wrappers = self._wrappers, []
         if self._joins is not None:
             self._joins.release()
 
     def release(self) -> None:
-        """Give the wrappers back as they were."""
+        """Give the wrappers back as they were, and what is sharded."""
         self.let_go()
-        for ddp, group in self._by_group:
-            upstream.set_process_group(ddp, group)
-        for norm, norm_group in self._norms:
-            norm.process_group = norm_group
-        self._by_group, self._norms = [], []
         self._sharded.release()
 
 
@@ -300,20 +293,6 @@ def _refuse_communication_hooks(wrappers: list[Any]) -> None:
                 "kept inside a worker. Register none, or use processes_per_worker=1 without static_graph, where DDP "
                 "exchanges nothing."
             )
-
-
-# Wrappers that exchange nothing, as their flags say.
-_apart: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-
-
-def is_apart(model: torch.nn.Module) -> bool:
-    """Whether it is a wrapper that exchanges nothing."""
-    return model in _apart
-
-
-def _switch_off(ddp: Any, inputs: Any = None) -> None:
-    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
-    _apart.add(ddp)
 
 
 def gather_inside(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ from .first_pass import (
 )
 from .fully_sharded import sharded_roots
 from .given import Settings, config_of, what_is
+from .held_apart import tell_of_others_beside, without_average
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper, with_own_hooks
@@ -68,6 +69,7 @@ class SlowMoOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
         self.isolation: Isolation | None = None
+        self._averaging: list[Any] = []  # base all_reduce: DDP wrappers that average its gradients
         self.is_prepared = False  # by Accelerate, with its model
         self.state_is_beside = False  # while `accelerator.save_state` or `load_state` is under way
         self._model_calls: ModelCalls | None = None
@@ -189,6 +191,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
             refused = double_momentum(self) or refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
+            self._averaging = wrappers if self.config.base == "all_reduce" else []
+            refused = refused or without_average(self._averaging)
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
@@ -284,6 +288,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         outer_loop.refuse_while_shown()
         if self.isolation is not None:
             self.isolation.go_on()
+        if without_average(self._averaging):
+            raise RuntimeError(without_average(self._averaging))
         if self.config.base == "all_reduce" and is_in_process():
             closure = outer_loop.averaging(closure)
         loss = self._inner_step(closure)
@@ -299,7 +305,9 @@ def _isolation(
         return None
     group, timeout = outer_loop.workers.gradients.group, optimizer.config.timeout_seconds
     sharded, log = sharded_modules(models), outer_loop.workers.logger
-    made = Isolation(wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log)
+    alive = weakref.ref(optimizer)
+    made = Isolation(wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log, optimizer=alive)
+    tell_of_others_beside(wrappers, optimizer, log)
     # `finish` lets training go on; a program that drops the optimizer has stock DDP again.
     weakref.finalize(optimizer, made.let_go).atexit = False
     return made
