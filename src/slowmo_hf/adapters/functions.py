@@ -125,8 +125,7 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
     if not outer_loop.in_flight.is_over:
         outer_loop.finish()
         allow_join(ddp_wrappers(p for group in bare.param_groups for p in group["params"]))
-    if bare.isolation is not None:
-        bare.isolation.end()
+    bare.isolation.end()
 
 
 def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Accelerator], None]:

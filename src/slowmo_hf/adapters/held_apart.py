@@ -85,15 +85,42 @@ def is_apart(model: torch.nn.Module) -> bool:
     return isinstance(model, DistributedDataParallel) and model in _held and _held[model].exchanges_nothing
 
 
-def without_average(wrappers: Iterable[DistributedDataParallel]) -> str | None:
-    """Why base all_reduce cannot train these: they are held for a training that is not over."""
-    if all(holder.is_over for ddp in wrappers if ddp in _held for holder in _held[ddp].holders()):
-        return None
-    return (
-        "base='all_reduce' needs DDP's average of gradients, and another SlowMoOptimizer, whose training has not "
-        "ended, has switched it off for this model. Call slowmo_hf.finish on the earlier one if it is done; else give "
-        "both the same base, or each a model of its own."
-    )
+NOT_AVERAGED = (
+    "base='all_reduce' needs DDP's average of gradients, and another SlowMoOptimizer, whose training has not ended, "
+    "has switched it off for this model. Call slowmo_hf.finish on the earlier one if it is done; else give both the "
+    "same base, or each a model of its own."
+)
+
+
+def not_averaged(wrappers: Iterable[DistributedDataParallel]) -> bool:
+    """Whether one of these is held for a training that is not over."""
+    return any(not holder.is_over for ddp in wrappers if ddp in _held for holder in _held[ddp].holders())
+
+
+class Averaging:
+    """
+    In the place of an `Isolation`, for base all_reduce: DDP averages.
+
+    Args:
+        wrappers (`list`): The model's.
+    """
+
+    is_apart = False
+
+    def __init__(self, wrappers: list[DistributedDataParallel]) -> None:
+        self._wrappers = wrappers
+
+    def go_on(self) -> None:
+        """Call at an optimizer step.
+
+        Raises:
+            RuntimeError: Another optimizer has begun, and has switched the average off.
+        """
+        if not_averaged(self._wrappers):
+            raise RuntimeError(NOT_AVERAGED)
+
+    def end(self) -> None:
+        """Nothing to give back."""
 
 
 def switch_off(ddp: Any) -> None:

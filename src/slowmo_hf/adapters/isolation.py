@@ -218,6 +218,8 @@ class Isolation:
         ValueError: A wrapper that needs another process group has a communication hook.
     """
 
+    is_apart = True
+
     def __init__(
         self,
         wrappers: list[DistributedDataParallel],

@@ -28,11 +28,11 @@ from .first_pass import (
 )
 from .fully_sharded import sharded_roots
 from .given import Settings, config_of, what_is
-from .held_apart import tell_of_others_beside, without_average
+from .held_apart import Averaging, tell_of_others_beside
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper, with_own_hooks
-from .other_optimizers import double_momentum, note_start
+from .other_optimizers import beside_another, note_start
 from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
@@ -68,8 +68,7 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.outer_loop: OuterLoop | None = None
-        self.isolation: Isolation | None = None
-        self._averaging: list[Any] = []  # base all_reduce: DDP wrappers that average its gradients
+        self.isolation: Isolation | Averaging = Averaging([])
         self.is_prepared = False  # by Accelerate, with its model
         self.state_is_beside = False  # while `accelerator.save_state` or `load_state` is under way
         self._model_calls: ModelCalls | None = None
@@ -190,9 +189,8 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._stop_listening()  # the start's own work must not start it again
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
-            refused = double_momentum(self) or refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
-            self._averaging = wrappers if self.config.base == "all_reduce" else []
-            refused = refused or without_average(self._averaging)
+            refused = refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
+            refused = beside_another(self, wrappers) or refused
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
@@ -286,10 +284,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             return self._inner_step(closure)
         outer_loop = self._started()
         outer_loop.refuse_while_shown()
-        if self.isolation is not None:
-            self.isolation.go_on()
-        if without_average(self._averaging):
-            raise RuntimeError(without_average(self._averaging))
+        self.isolation.go_on()
         if self.config.base == "all_reduce" and is_in_process():
             closure = outer_loop.averaging(closure)
         loss = self._inner_step(closure)
@@ -299,10 +294,10 @@ class SlowMoOptimizer(OptimizerWrapper):
 
 def _isolation(
     optimizer: SlowMoOptimizer, outer_loop: OuterLoop, models: list[Any], wrappers: list[Any], joins: JoinRefusal
-) -> Isolation | None:
+) -> Isolation | Averaging:
     """From here until the optimizer is let go its wrappers are apart, where the base wants it."""
     if optimizer.config.base == "all_reduce":
-        return None
+        return Averaging(wrappers)
     group, timeout = outer_loop.workers.gradients.group, optimizer.config.timeout_seconds
     sharded, log = sharded_modules(models), outer_loop.workers.logger
     alive = weakref.ref(optimizer)

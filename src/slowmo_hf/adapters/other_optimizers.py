@@ -12,6 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import SLOW_MOMENTUM, SlowMoConfig
+from .held_apart import NOT_AVERAGED, not_averaged
 
 _started: list[weakref.ref[Any]] = []  # all that train, or have trained
 
@@ -21,11 +22,14 @@ def note_start(optimizer: Any) -> None:
     _started.append(weakref.ref(optimizer, _started.remove))
 
 
-def double_momentum(optimizer: Any) -> str | None:
+def beside_another(optimizer: Any, wrappers: list[DistributedDataParallel]) -> str | None:
     """
-    Why this one cannot start beside another that trains: each one's round would take the other's slow momentum for
-    progress of its own, and a shared parameter moves further from round to round, without bound.
+    Why this one cannot start beside another that trains. Base all_reduce would have no average of gradients. With slow
+    momentum in both, each one's round would take the other's for progress of its own, and a shared parameter moves
+    further from round to round, without bound.
     """
+    if optimizer.config.base == "all_reduce" and not_averaged(wrappers):
+        return NOT_AVERAGED
     if not _outer_momentum(optimizer.config):
         return None
     own = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
@@ -77,7 +81,7 @@ def _and_keep_apart(wrap: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(wrap)
     def wrap_and_keep_apart(self: DistributedDataParallel, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        training = [one for one in _training({id(p) for p in module.parameters()}) if one.isolation is not None]
+        training = [one for one in _training({id(p) for p in module.parameters()}) if one.isolation.is_apart]
         step = max((one.outer_loop.attempted_steps for one in training), default=0)
         if step:
             raise RuntimeError(
