@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher import run_really
 from slowmo_hf import SlowMoConfig
-from studies.dry_run_tables import tables
+from studies import dry_run
+from studies.dry_run_tables import _step, tables
 from studies.made_up_pairs import write_pairs
 from studies.paper_arithmetic import Checkpoints, all_rows, ring_bytes, row
 from translation import train as recipe
@@ -33,8 +34,8 @@ SIZE = "--pairs 2000 --vocab_size 400 --model_size mini --max_tokens 256 --max_l
 
 # ---- arithmetic ----
 
-# By hand, with 1,000 parameters and 120 updates an epoch, so 3,000 in 25 epochs, 8 nodes, and 2 checkpoints kept. A
-# ring sends 2 x 7/8 x 4,000 = 7,000 bytes, gossip 4,000 at every update that is no round.
+# By hand, with 1,000 parameters and 120 updates an epoch, so 3,000 in 25 epochs, 8 nodes, and 2 checkpoints kept: 3
+# while one is saved. A ring sends 2 x 7/8 x 4,000 = 7,000 bytes, gossip 4,000 at every update that is no round.
 BY_HAND = [
     # base, momentum, rounds, bytes of a node, hours x 3,600, shared, per worker
     ("local_sgd", 0.0, 250, 250 * 7000, 3000 * 0.503, 16_000, 12_000),
@@ -52,8 +53,8 @@ def test_a_row_by_hand(base, momentum, rounds, sent, seconds, shared, worker):
     assert found["rounds"] == rounds
     assert found["bytes_per_node"] == sent
     assert 3600 * found["hours"] == pytest.approx(seconds)
-    assert found["disk_bytes_shared_by_all"] == 2 * (shared + 8 * worker)
-    assert found["disk_bytes_of_each_machine"] == 2 * (shared + worker)
+    assert found["disk_bytes_shared_by_all"] == 3 * (shared + 8 * worker)
+    assert found["disk_bytes_of_each_machine"] == 3 * (shared + worker)
 
 
 def test_the_rows_are_the_papers():
@@ -163,6 +164,16 @@ def test_a_tiny_resume_is_exact(tiny):
     check_resume(tiny[1]["preprocessing"]["resume"])
 
 
+def test_a_step_may_be_of_more_micro_batches(tmp_path, monkeypatch):
+    """Flags behind the command reach the recipe; the preset's own accumulation is 1."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for flags, expected in (([], 1), (["--gradient_accumulation_steps", "16"], 16)):
+        assert dry_run.settings(tmp_path, flags)[2].gradient_accumulation_steps == expected
+    rank = RECORD["steps"]["2 processes"]["ranks"][0]
+    (told,) = (line for line in _step([{**rank, "micro_batches": 16}]).items() if "forward" in line[0])
+    assert told[1].startswith("16 micro-batches of 256 positions, ")
+
+
 # ---- the record and the page ----
 
 
@@ -211,6 +222,10 @@ def test_page_has_the_figures():
     assert found["text_pairs"] == found["pairs"] - found["empty_pairs"]  # all of them
     assert f"encoding took {found['stages']['encode']['seconds'] / 60:.0f} minutes" in section
     assert f"with {positions:,} positions in place of {found['max_tokens']:,}" in section
+    accumulated = {name: recipe.parse(["--preset", name])[2].gradient_accumulation_steps for name in ("wmt16", "ott")}
+    assert RECORD["steps"]["2 processes"]["ranks"][0]["micro_batches"] == accumulated["wmt16"] == 1
+    assert f"Preset `ott`, for 8 processes, accumulates {accumulated['ott']}: that has not been run" in section
+    assert worked_out["checkpoints_kept"] == 6, "and room for seven"
     assert f"{worked_out['updates_per_epoch']:,} an epoch" in section
     assert f"{worked_out['parameters']:,} fp32 parameters" in section
     per_gpu = worked_out["target_tokens_per_update"] / worked_out["processes"] / 0.505

@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import re
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from studies import oracle
+from studies import oracle, oracle_model
 from translation import model as transformer
 from translation import train as recipe
 from translation.tokens import EOS, NO_LABEL, PAD
@@ -153,6 +154,23 @@ def test_record_has_the_deviations_of_big():
         ("second of the feed-forward layer", math.sqrt(2 / (d + f))),
     ):
         assert PIECES[f"big: initial sd of {words}"]["ours"] == pytest.approx(expected, rel=0.02)
+
+
+def test_record_says_which_biases_start_at_0(monkeypatch):
+    """
+    As the program prints it: fairseq 0.9.0 leaves queries, keys and values with torch's biases (modules/
+    multihead_attention.py, reset_parameters), 0.8.0 had one `in_proj_bias` of 0.
+    """
+    tiny = {**transformer.MODEL_SIZES["big"], "d_model": 64, "ffn": 128}
+    monkeypatch.setitem(transformer.MODEL_SIZES, "big", tiny)
+    fairseq = SimpleNamespace(numbers={"initial": defaultdict(lambda: [1.0])})
+    rows = {row["piece"]: row for row in oracle_model.initial(fairseq) if "biases" in row["piece"]}
+    assert rows == {piece: row for piece, row in PIECES.items() if "biases" in piece}
+    told = {piece.removeprefix("big: initial biases of "): row["verdict"] for piece, row in rows.items()}
+    assert told == {
+        "queries, keys and values": "different: 0, as in fairseq 0.8.0; in 0.9.0 and there torch's own",
+        "the feed-forward layer": "different: 0, as in fairseq 0.9.0; there torch's own",
+    }
 
 
 def test_scores_of_beams_by_hand():

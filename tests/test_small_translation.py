@@ -262,32 +262,54 @@ def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
     rows.select([0]).map(lambda row: {"translation": {"en": "", "de": ""}}, keep_in_memory=True).to_parquet(
         str(tmp_path / "test.parquet")
     )
-    with pytest.raises(DataError, match=r"1 empty lines, the first in row 0. Set --dataset_name") as error:
+    with pytest.raises(DataError, match=r"1 empty lines, the first in row 0. Mend it, or set --dataset_name") as error:
         small_translation.load(str(tmp_path))
     assert "--test_set" not in str(error.value)
 
 
+ADVICE = {
+    small_translation: "--dataset_name to other English-German pairs, or leave it out for the shipped help text.",
+    multi30k: "--dataset_name to another folder with all of Multi30k.",
+}
+
+
+@pytest.mark.parametrize("task", ADVICE, ids=["translation", "multi30k"])
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"test.de": None}, r"a file for each language, got '.*test\.en' without 'test\.de'\."),
-        ({"test.de": ""}, r"must hold sentence pairs, got '.*test\.de', which is empty\."),
-        ({"test.de": "eins\n"}, r"as many lines in each language, got 60 in '.*test\.en' and 1 in '.*test\.de'\."),
+        ({"test.de": None}, r"a file for each language, got '.*test\.en' without 'test\.de'\. Add it, or set"),
+        ({"test.de": ""}, r"must hold sentence pairs, got '.*test\.de', which is empty\. Fill it, or set"),
+        (
+            {"test.de": "eins\n"},
+            r"as many lines in each language, got 60 in '.*test\.en' and 1 in '.*test\.de'\. Mend it, or set",
+        ),
         (
             {"test.de": "the cat is here\n" * 60, "test.en": "die Katze ist nicht hier\n" * 60},
-            r"got the other way round: .* 240 are in the other's sentences, 0 in their own, in the first 60 rows\.",
+            r"got the other way round: .* 240 are in the other's sentences, 0 in their own, in the first 60 rows\. "
+            "Exchange the names of its files or columns, or set",
         ),
+        ({"test.de": None, "test.en": None}, r"must be one of the splits .*, got 'test'\. Set"),
+        ({"train.de": "\n" * 60}, r"got 'train', whose 60 rows are all empty\. Set"),
     ],
 )
-def test_wrong_text_names_no_flag_that_the_study_lacks(tmp_path, changed, said):
+def test_wrong_text_ends_in_the_advice_of_the_task(tmp_path, changed, said, task):
+    """What mends the data stays; of the recipe's flags --dataset_name alone, for help text or Multi30k."""
     for split in ("train", "validation", "test"):
         for name, line in ((f"{split}.en", "the cat is here\n"), (f"{split}.de", "die Katze ist nicht hier\n")):
             content = changed.get(name, line * 60)
             if content is not None:
                 (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=rf"{said} Set --dataset_name to other") as error:
-        small_translation.load(str(tmp_path))
+    with pytest.raises(DataError, match=rf"{said} {re.escape(ADVICE[task])}$") as error:
+        task.load(str(tmp_path))
     assert set(re.findall(r"--\w+", str(error.value))) == {"--dataset_name"}
+
+
+def test_shards_of_two_sets_end_in_the_advice_of_the_task(folder, tmp_path):
+    for name in ("train", "train-small", "validation", "test"):
+        source = folder / f"{name.partition('-')[0]}.parquet"
+        (tmp_path / f"{name}.parquet").write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match=r"Move the others away or rename them, or set --dataset_name to another"):
+        multi30k.load(str(tmp_path))
 
 
 def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):

@@ -1,7 +1,8 @@
 """
 WMT'16 at its size without its data and without its GPUs: what the translation recipe's preprocessing takes of 4.5
 million made-up pairs, whether batches after a resume are those that would have come, one optimizer step of the big
-Transformer on two processes, and what the paper's run comes to in hours, bytes and disk.
+Transformer on two processes, with the preset's accumulation, and what the paper's run comes to in hours, bytes and
+disk.
 
     nice python recipes/studies/dry_run.py --record recipes/records/translation/dry_run.json
 
@@ -269,7 +270,10 @@ class Times(TrainerCallback):
 
 
 def step(folder: Path, flags: list[str], processes: int) -> dict[str, Any]:
-    """One optimizer step and one round on gloo processes of this machine, with a checkpoint behind it."""
+    """
+    One optimizer step, of as many micro-batches as the preset has, and one round on gloo processes of this machine,
+    with a checkpoint behind it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -54,8 +54,10 @@ def _step(ranks: list[dict[str, Any]]) -> dict[str, str]:
         max(rank[key]["cpu_seconds"] for rank in ranks) for key in ("forward_and_backward", "inner_update")
     )
     peak = max(rank["stages"]["train"]["peak_bytes"] for rank in ranks)
+    count = first["micro_batches"]
+    work = f"{count} micro-batch{'es' if count > 1 else ''} of {first['max_tokens']:,} positions"
     rows = {
-        f"{who}: forward and backward": f"{first['max_tokens']:,} positions, {passes:,.1f} CPU s",
+        f"{who}: forward and backward": f"{work}, {passes:,.1f} CPU s",
         f"{who}: Adam": f"{update:,.1f} CPU s",
         f"{who}: peak of memory": f"{_gb(peak)} a process",
         f"{who}: the checkpoint": _gb(sum(first["checkpoint_bytes"].values())),

@@ -16,6 +16,7 @@ from translation.data import TEST2016_ROWS
 
 LIBRARIES = small_translation.LIBRARIES
 SIZE = Size("small", 8000, 128)  # no pair is longer
+ADVICE = "--dataset_name to another folder with all of Multi30k."
 ROWS = {"train": 29_000, "validation": 1_014, "test": TEST2016_ROWS}
 
 train = small_translation.train
@@ -28,7 +29,7 @@ def load(dataset_name: str | None) -> Translations:
             "dataset_name must be a folder with Multi30k's train, validation and test pairs (Parquet, or text files "
             "such as train.en and train.de), got None: it is not shipped. Set --dataset_name."
         )
-    data = small_translation.load(dataset_name, SIZE)
+    data = small_translation.load(dataset_name, SIZE, ADVICE)
     for name, rows in ROWS.items():
         found = len(getattr(data, name).rows)
         if found != rows:

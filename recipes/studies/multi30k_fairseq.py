@@ -4,7 +4,7 @@ that the other half wrote, and translates. `oracle_fairseq.py` says how to make 
 
     ORACLE/bin/python recipes/studies/multi30k_fairseq.py FOLDER
 
-A run that is cut off goes on from its last epoch's end.
+A run that is cut off goes on from its last epoch's end. What another run has left in FOLDER is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from oracle_fairseq import (  # makes fairseq run on this Python
     sample_of,
     versions,
 )
+from same_run import OtherRunError, check_same_run, identity
 
 MEAN_OF = 5
 
@@ -35,9 +36,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     given = torch.load(folder / "given.pt", weights_only=True)
     run = Run(given, folder)
-    run.train()
-    told = {"translations": run.translate(), "curve": run.curve, "seconds": run.seconds, "versions": versions()}
-    torch.save({**told, "epochs": run.epochs_of_models()}, folder / "translations.pt")
+    try:
+        run.train()
+        translations = run.translate()
+    except OtherRunError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
+    told = {"translations": translations, "curve": run.curve, "seconds": run.seconds, "versions": versions()}
+    torch.save({**told, "epochs": run.epochs_of_models(), "identity": run.identity}, folder / "translations.pt")
     print(f"written to {folder / 'translations.pt'}")
 
 
@@ -72,7 +77,7 @@ class Run:
     """
 
     def __init__(self, given: dict[str, Any], folder: Path) -> None:
-        self.given, self.folder = given, folder
+        self.given, self.folder, self.identity = given, folder, identity(given)
         self.words = Dictionary()
         for symbol in range(given["vocabulary"] - 2):  # ours has <pad> and </s>
             self.words.add_symbol(f"w{symbol}")
@@ -95,7 +100,7 @@ class Run:
         """All epochs that are left."""
         states = sorted(self.folder.glob("state*.pt"), key=_epoch)
         if states:
-            self._take_up(torch.load(states[-1], weights_only=False))
+            self._take_up(self._state(states[-1]))
         for epoch in range(len(self.curve), len(self.given["epochs"])):
             start = time.perf_counter()
             self.trainer.begin_epoch(epoch + 1)
@@ -108,6 +113,11 @@ class Run:
             print(f"epoch {epoch + 1}: validation NLL {nll:.4f} nats, {self.seconds:.0f} s", flush=True)
             self._keep(epoch + 1)
 
+    def _state(self, path: Path) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(path, weights_only=False)
+        check_same_run(state.get("identity"), self.identity, path)
+        return state
+
     def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.trainer.optimizer.optimizer.load_state_dict(state["optimizer"])
@@ -117,7 +127,7 @@ class Run:
     def _keep(self, epoch: int) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.trainer.optimizer.optimizer.state_dict()}
         beside = self.folder / "beside.part"
-        torch.save({**state, "curve": self.curve, "seconds": self.seconds}, beside)
+        torch.save({**state, "curve": self.curve, "seconds": self.seconds, "identity": self.identity}, beside)
         beside.replace(self.folder / f"state{epoch}.pt")
         wanted = {epoch for epochs in self.epochs_of_models().values() for epoch in epochs}
         for path in self.folder.glob("state*.pt"):
@@ -154,7 +164,7 @@ class Run:
         search = Namespace(beam=given["num_beams"], lenpen=given["length_penalty"], max_len_a=1, max_len_b=48)
         told: dict[str, dict[str, Any]] = {}
         for kind, epochs in self.epochs_of_models().items():
-            states = [torch.load(self.folder / f"state{epoch}.pt", weights_only=False)["model"] for epoch in epochs]
+            states = [self._state(self.folder / f"state{epoch}.pt")["model"] for epoch in epochs]
             mean = {
                 name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
                 for name, value in states[-1].items()

@@ -8,6 +8,8 @@ learning rates and search, its own model, Trainer and dropout. Four commands, th
     python recipes/studies/multi30k_oracle.py score FOLDER --dataset_name MULTI30K --records recipes/records
     python recipes/studies/multi30k_oracle.py table recipes/records   # beside our runs of the same rates and seeds
 
+A folder is of one run: another rate or seed in it is refused.
+
 What differs, and is each system's own: fairseq divides the gradient of all workers' tokens by their number, ours is
 the mean of the workers' means; its smoothing leaves the right token out, its decoder starts with </s>, its positions
 count from behind the padding's id, its learning rate is one update behind (`oracle.py` has the sizes of most).
@@ -30,6 +32,7 @@ from records import DataError, end_program, environment, mean_sd, write_record
 from studies import multi30k
 from studies.plan import Run, make_run, run_of
 from studies.run_records import find_record
+from studies.same_run import OtherRunError, check_same_run, identity
 from studies.showing import paired_gain
 from studies.small_translation import (
     LABEL_SMOOTHING,
@@ -62,19 +65,33 @@ def main() -> None:
         return
     try:
         data = multi30k.load(asked.dataset_name)
-    except DataError as error:
+        if asked.command == "write":
+            write(make_run("table1", "multi30k", "all_reduce", 0.0, asked.inner_lr, asked.seed), data, asked.folder)
+            return
+        record = score_folder(asked.folder, data)
+    except (DataError, OtherRunError) as error:
         end_program(__file__, error)
-    if asked.command == "write":
-        asked.folder.mkdir(parents=True, exist_ok=True)
-        run = make_run("table1", "multi30k", "all_reduce", 0.0, asked.inner_lr, asked.seed)
-        torch.save(given(run, data), asked.folder / "given.pt")
-        return
-    told = torch.load(asked.folder / "given.pt", weights_only=True)
-    record = score(run_of(told["run"]), torch.load(asked.folder / "translations.pt", weights_only=True), data)
     print({name: round(value, 4) for name, value in record["metrics"].items()})
     if asked.records:
         run = record["run"]
         write_record(record, asked.records / f"multi30k/fairseq_lr{run['inner_lr']}_seed{run['seed']}.json")
+
+
+def write(run: Run, data: Translations, folder: Path) -> None:
+    """`given.pt`; raises `OtherRunError` where the folder holds another run."""
+    file, new = folder / "given.pt", given(run, data)
+    if file.exists():
+        check_same_run(identity(torch.load(file, weights_only=True)), identity(new), file)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(new, file)
+
+
+def score_folder(folder: Path, data: Translations) -> dict[str, Any]:
+    """The record of a folder; raises `OtherRunError` where its translations are not of its run."""
+    asked, file = torch.load(folder / "given.pt", weights_only=True), folder / "translations.pt"
+    told = torch.load(file, weights_only=True)
+    check_same_run(told.get("identity"), identity(asked), file)
+    return score(run_of(asked["run"]), told, data)
 
 
 def given(run: Run, data: Translations) -> dict[str, Any]:

@@ -137,10 +137,9 @@ def initial(fairseq: Fairseq) -> list[dict[str, Any]]:
         made.append(row(f"big: initial sd of {words}", different=why, note=note, ours=ours, theirs=theirs))
     biases = [values for kind, values in kinds.items() if kind.endswith("bias")]
     assert all(not value.any() for values in biases for value in values)
-    made.append(
-        row(
-            "big: initial biases",
-            different="0, as in fairseq 0.9.0; there torch's own, but for attention's output",
-        )
-    )
+    for words, why in (
+        ("queries, keys and values", "0, as in fairseq 0.8.0; in 0.9.0 and there torch's own"),
+        ("the feed-forward layer", "0, as in fairseq 0.9.0; there torch's own"),
+    ):
+        made.append(row(f"big: initial biases of {words}", different=why))
     return made

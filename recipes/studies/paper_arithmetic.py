@@ -48,9 +48,9 @@ class Checkpoints:
         slow = 2 * fp32 if config.outer_momentum else fp32
         return cls(parameters * (stock + slow), parameters * (ADAM_BYTES + weights))
 
-    def total(self, workers: int, kept: int) -> int:
-        """Of `kept` saves on a disk that so many workers share."""
-        return kept * (self.shared + workers * self.per_worker)
+    def most(self, workers: int, kept: int) -> int:
+        """On a disk that so many workers share: `kept` saves, and the next until it is whole and the oldest goes."""
+        return (kept + 1) * (self.shared + workers * self.per_worker)
 
 
 def averages(config: SlowMoConfig) -> bool:
@@ -95,8 +95,8 @@ def row(
         "bytes_per_node": sent,
         "checkpoint_bytes_shared": checkpoints.shared,
         "checkpoint_bytes_per_worker": checkpoints.per_worker,
-        "disk_bytes_shared_by_all": checkpoints.total(workers, kept),
-        "disk_bytes_of_each_machine": checkpoints.total(1, kept),  # without a disk that all share
+        "disk_bytes_shared_by_all": checkpoints.most(workers, kept),
+        "disk_bytes_of_each_machine": checkpoints.most(1, kept),  # without a disk that all share
     }
 
 

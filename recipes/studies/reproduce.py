@@ -312,9 +312,9 @@ PAPER_ROWS = {
 
 def paper_commands(task: str) -> list[str]:
     """
-    One `accelerate launch` command per row, with and without slow momentum, for the machines of the paper
-    (docs/launch.md). RANK, MAIN and PORT are the shell's: this machine's number from 0, and an address and a port of
-    machine 0.
+    One `accelerate launch` command per row, for the machines of the paper (docs/launch.md): every inner method
+    without slow momentum and with it, but all-reduce without alone. RANK, MAIN and PORT are the shell's: this
+    machine's number from 0, and an address and a port of machine 0.
     """
     commands = []
     for preset, (machines, bases) in PAPER_ROWS[task].items():
@@ -323,7 +323,10 @@ def paper_commands(task: str) -> list[str]:
             f"--num_processes {machines * PAPER_GPUS} --machine_rank $RANK --main_process_ip $MAIN "
             f"--main_process_port $PORT recipes/{SCRIPTS[task]} --preset {preset}"
         )
-        commands += [f"{launch} --base {base}{end}" for base in bases for end in (" --outer_momentum 0", "")]
+        for base in bases:
+            commands.append(f"{launch} --base {base} --outer_momentum 0")
+            if base != "all_reduce":
+                commands.append(f"{launch} --base {base}")
     return commands
 
 

@@ -57,6 +57,11 @@ class Size:
 
 
 HELP_TEXT = Size("mini", 1000, 32)
+HELP_TEXT_ADVICE = "--dataset_name to other English-German pairs, or leave it out for the shipped help text."
+# How the recipe's errors end. What needs none of its flags stays; of these a study has --dataset_name alone.
+ADVICE = re.compile(
+    r"(?P<said>.*)\. (?:(?P<mend>(?:Mend|Add|Fill|Exchange|Move|Accept) .*?)[,;] or set|Set|Leave) .*", re.DOTALL
+)
 
 
 @dataclass
@@ -83,8 +88,11 @@ class Translations:
     test: Part
 
 
-def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
-    """English-German pairs, the shipped help text by default; raises `DataError` where they cannot be used."""
+def load(dataset_name: str | None, size: Size = HELP_TEXT, advice: str = HELP_TEXT_ADVICE) -> Translations:
+    """
+    English-German pairs, the shipped help text by default; raises `DataError` where they cannot be used. `advice` is
+    the task's own: to what its `--dataset_name` is to be set.
+    """
     try:
         corpus = load_corpus(dataset_name)
         tokenizer = train_tokenizer(sentences_of(corpus.train), size.vocab_size)
@@ -95,10 +103,7 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
                 f"validation and test must hold pairs of at most {size.max_length} tokens a side, got none."
             )
     except DataError as error:
-        said = re.split(r" (?:Set|Mend|Leave|Add|Fill|Exchange) ", str(error))[0]  # flags of translation.py
-        raise DataError(
-            f"{said} Set --dataset_name to other English-German pairs, or leave it out for the shipped help text."
-        ) from error
+        raise DataError(_with_advice(str(error), advice)) from error
     told = slice(0, None, -(-len(train.rows) // TOLD_ROWS))
     return Translations(
         name=corpus.name if dataset_name is None or not Path(dataset_name).is_dir() else Path(dataset_name).name,
@@ -111,6 +116,14 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT) -> Translations:
         validation=validation,
         test=test,
     )
+
+
+def _with_advice(error: str, advice: str) -> str:
+    """An error of the recipe's, with the study's flag in the place of the recipe's flags."""
+    found = ADVICE.fullmatch(error)
+    if found is None:
+        return f"{error} Set {advice}"
+    return f"{found['said']}. {found['mend']}, or set {advice}" if found["mend"] else f"{found['said']}. Set {advice}"
 
 
 def _part(rows: datasets.Dataset, max_length: int) -> Part:

@@ -69,10 +69,11 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
 @torch.no_grad()
 def draw_weights(model: MarianMTModel, year: int) -> None:
     """
-    Draw the layers of a new model as fairseq did in that year: all matrices by Glorot's uniform, with queries, keys
-    and values as one, and biases 0; since 2020 (0.10) feed-forward layers, and the biases of queries, keys and values,
-    as torch draws them. With Marian's own draw the feed-forward matrices of `big` start 1.6 times as large as in 2019,
-    and queries and keys 1.4 times; the second matrix of `small` starts twice as large by Glorot as by torch.
+    Draw the layers of a new model as fairseq did in that year: until August 2019 (0.8.0) all matrices by Glorot's
+    uniform, with queries, keys and values as one, and biases 0. As torch draws them are the biases of queries, keys
+    and values since December 2019 (0.9.0), feed-forward layers since 2020 (0.10): both where `year` is 2020 or later.
+    With Marian's own draw the feed-forward matrices of `big` start 1.6 times as large as in 2019, and queries and keys
+    1.4 times; the second matrix of `small` starts twice as large by Glorot as by torch.
     """
     for name, module in model.model.named_modules():
         if not isinstance(module, torch.nn.Linear):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from accelerate.utils.operations import recursively_apply
 from transformers import Trainer
 
@@ -135,3 +137,32 @@ def _loss_of_trl(trainer: Trainer) -> str:
     names = [name for name in ("compute_loss", "_compute_loss") if hasattr(cls, name)]
     owners = [next(one for one in cls.__mro__ if name in vars(one)) for name in names]
     return owners[0].__name__ if all(one.__module__.split(".")[0] == "trl" for one in owners) else ""
+
+
+def average_tokens_inside(trainer: Trainer, group: Any, given_back: ExitStack) -> None:
+    """
+    Trainer would gather the token count of all ranks at every step, and scale the loss for gradients averaged over
+    them. Gradients are averaged inside the worker alone: so are the counts of its processes, and a loss that is a sum
+    over tokens divided by the mean count is averaged to the sum over the worker's tokens by their number.
+
+    Args:
+        group (`dist.ProcessGroup`, *optional*): The worker's processes; None where it has one.
+        given_back (`ExitStack`): What gives the argument back.
+    """
+    args = trainer.args
+    if args.average_tokens_across_devices and group is not None:
+        replace_method(trainer, "get_batch_samples", functools.partial(_counting_inside, group), given_back)
+        logger.info("average_tokens_across_devices averages inside each worker in training steps")
+    elif args.average_tokens_across_devices and args.world_size > 1:
+        logger.info("average_tokens_across_devices is switched off in training steps, where it gathers at each")
+    given_back.callback(setattr, args, "average_tokens_across_devices", args.average_tokens_across_devices)
+    args.average_tokens_across_devices = False
+
+
+def _counting_inside(group: Any, get_batch_samples: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_batch_samples)
+    def counting_inside(*args: Any, **kwargs: Any) -> Any:
+        samples, count = get_batch_samples(*args, **kwargs)
+        return samples, None if count is None else gather_inside(torch.as_tensor(count), group).float().mean()
+
+    return counting_inside

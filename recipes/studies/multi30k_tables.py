@@ -1,0 +1,122 @@
+"""
+The records of `reproduce.py --task multi30k` in two tables: beside the paper's rows of WMT'16 En-De, and what settings
+differ by, seed by seed.
+
+    python recipes/studies/multi30k_tables.py recipes/records
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
+
+from records import half_interval
+from studies.plan import TASKS, Run, Tuned, make_run, sweeps
+from studies.run_records import find_record
+from studies.showing import paired_differences
+
+RATE = 0.005
+SEEDS = range(1, 1 + TASKS["multi30k"].pair_seeds)
+METRICS = {"validation_nll": 3, "test_bleu_mean_of_5": 2}  # and the digits that are shown
+
+
+def _four(base: str, beta: float = 0.0, rate: float = RATE) -> Callable[[int], Run]:
+    """The run of four workers at each seed."""
+    return partial(make_run, "table1", "multi30k", base, beta, rate)
+
+
+def _two(beta: float) -> Callable[[int], Run]:
+    """The run of Local Adam by two workers at each seed."""
+    runs = sweeps("multi30k", {"local_sgd": Tuned(RATE)})
+    return lambda seed: next(run for run in runs if (run.outer_momentum, run.seed) == (beta, seed))
+
+
+# The paper's Table 1: BLEU and training loss, presumably in bits.
+PAPER = {
+    "Local Adam": (26.62, 2.520, _four("local_sgd")),
+    "Local Adam, slow momentum": (27.14, 2.480, _four("local_sgd", 0.1)),
+    "SGP": (26.92, 2.500, _four("sgp")),
+    "SGP, slow momentum": (27.84, 2.447, _four("sgp", 0.1)),
+    "AR-Adam": (27.17, 2.468, _four("all_reduce")),
+    "AR-Adam at half the rate": (None, None, _four("all_reduce", rate=RATE / 2)),
+}
+# In words, the first and what it is compared with; two workers have twice the tokens each.
+PAIRS = {
+    "AR-Adam at half the rate, minus AR-Adam": (_four("all_reduce", rate=RATE / 2), _four("all_reduce")),
+    "Local Adam minus AR-Adam": (_four("local_sgd"), _four("all_reduce")),
+    "Local Adam, β = 0.1 minus 0": (_four("local_sgd", 0.1), _four("local_sgd")),
+    "SGP minus AR-Adam": (_four("sgp"), _four("all_reduce")),
+    "SGP minus Local Adam": (_four("sgp"), _four("local_sgd")),
+    "SGP, β = 0.1 minus 0": (_four("sgp", 0.1), _four("sgp")),
+    "Local Adam of 2 workers minus AR-Adam": (_two(0.0), _four("all_reduce")),
+    "of 2 workers, β = 0.2 minus 0": (_two(0.2), _two(0.0)),
+    "of 2 workers, β = 0.5 minus 0": (_two(0.5), _two(0.0)),
+    "of 2 workers, β = 0.5 minus 0.2": (_two(0.5), _two(0.2)),
+}
+
+
+def differences(name: str, metric: str, folder: Path) -> list[float]:
+    """Of one of `PAIRS`, over the seeds that have a record of both, ascending."""
+    first, other = PAIRS[name]
+    return paired_differences(_found(first, folder), _found(other, folder), metric)
+
+
+def _found(run: Callable[[int], Run], folder: Path) -> list[dict[str, Any]]:
+    return [record for seed in SEEDS if (record := find_record(run(seed), folder))]
+
+
+def beside_the_paper(folder: Path) -> str:
+    """A row per row of the paper: its figures, then ours, the mean over seeds with its 95 % interval."""
+    lines = [
+        "| row | paper: BLEU | training loss, bits | here: BLEU, mean of 5 | training loss, bits | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (bleu, loss, run) in PAPER.items():
+        records = _found(run, folder)
+        theirs = ["" if bleu is None else f"{bleu:.2f}", "" if loss is None else f"{loss:.3f}"]
+        metrics = [record["metrics"] for record in records]
+        ours = [
+            _cell([own["test_bleu_mean_of_5"] for own in metrics], "", 2),
+            _cell([own["training_loss"] / math.log(2) for own in metrics], "", 3),
+        ]
+        lines.append(f"| {' | '.join([name, *theirs, *ours, str(len(records))])} |")
+    return "\n".join(lines)
+
+
+def differences_table(folder: Path) -> str:
+    """A row per pair with a record: NLL and BLEU, the mean with its 95 % interval, then every seed's difference."""
+    lines = ["| seeds 1, 2, 3 | validation NLL | of each | BLEU, mean of 5 | of each |", "|---|---|---|---|---|"]
+    for name in PAIRS:
+        found = {metric: differences(name, metric, folder) for metric in METRICS}
+        cells = [words for metric, digits in METRICS.items() for words in _cells(found[metric], digits)]
+        if any(found.values()):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(values: list[float], digits: int) -> tuple[str, str]:
+    return _cell(values, "+", digits), ", ".join(f"{value:+.{digits}f}" for value in values)
+
+
+def _cell(values: list[float], sign: str, digits: int) -> str:
+    """The mean and, of more than one, its 95 % interval."""
+    if not values:
+        return "not run"
+    mean, half = statistics.mean(values), half_interval(values)
+    interval = "" if half is None else f" [{mean - half:{sign}.{digits}f}, {mean + half:{sign}.{digits}f}]"
+    return f"{mean:{sign}.{digits}f}{interval}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0].strip())
+    parser.add_argument("folder", type=Path, help="of the records")
+    records = parser.parse_args().folder
+    print(beside_the_paper(records), differences_table(records), sep="\n\n")
