@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from harness import patience, run_workers
-from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, rank0, same_end, train, whole
+from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, heard, rank0, same_end, train, whole
 from slowmo_hf import SlowMoConfig
 from slowmo_hf.checkpoints.claim import Claim, is_claimed
 from slowmo_hf.checkpoints.files import verify_checkpoint
@@ -25,11 +25,12 @@ def _check_unfinished(here, folder, first):
     first = first[dist.get_rank()]
     copy(here / "run" / "checkpoint-5", folder, lambda t: (t / "slowmo" / "worker_0.pt.tmp").write_text("half"))
     copy(here / "run" / "checkpoint-7", folder, lambda t: (t / "slowmo" / "manifest.json").unlink())
-    rank0(lambda: (folder / "incomplete-checkpoint-7").mkdir())  # of an earlier kill
-    resumed = train(folder, resume=True, save_strategy="no")
+    rank0(lambda: (folder / "_incomplete-checkpoint-7").mkdir())  # of an earlier kill
+    with heard() as said:
+        resumed = train(folder, resume=True, save_strategy="no")
     same_end(first, resumed, STEPS - MIDDLE)
-    assert checkpoints(folder) == {"checkpoint-5", "incomplete-checkpoint-7"}
-    assert (folder / "incomplete-checkpoint-7" / "slowmo" / "shared.json").exists()
+    assert checkpoints(folder) == {"checkpoint-5", "_incomplete-checkpoint-7"}
+    assert (folder / "_incomplete-checkpoint-7" / "slowmo" / "shared.json").exists()
     again = train(folder, resume=True)  # over the stale file
     same_end(first, again, STEPS - MIDDLE)
     dist.barrier()
@@ -38,12 +39,13 @@ def _check_unfinished(here, folder, first):
     copy(here / "run" / "checkpoint-5", added)
     copy(here / "run" / "checkpoint-7", added, lambda t: (t / "slowmo" / "manifest.json").unlink())
     same_end(first, train(added, resume=True, added=True), STEPS - MIDDLE)
-    return resumed["said"]
+    return [line for line in said if "was never finished" in line]
 
 
 def test_an_unfinished_checkpoint_is_set_aside(saved, tmp_path):
-    first, _ = run_workers(_check_unfinished, 2, *(saved[0], tmp_path, saved[1]))
-    assert any("checkpoint-7 was never finished: it is set aside as incomplete-checkpoint-7" in line for line in first)
+    first, second = run_workers(_check_unfinished, 2, *(saved[0], tmp_path, saved[1]))
+    (said,) = first + second  # by the rank that does it
+    assert "checkpoint-7 was never finished: it is set aside as _incomplete-checkpoint-7" in said
 
 
 class Guard(TrainerCallback):

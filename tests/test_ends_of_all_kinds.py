@@ -70,6 +70,75 @@ def test_the_best_model_stays_where_an_evaluation_stops_training(tmp_path, base,
         assert equal(model, best)
 
 
+# ---- a step too many ----
+
+
+class Lowers(TrainerCallback):
+    """Takes `max_steps` back to a step that has been taken, as some stop training; records what Trainer does."""
+
+    def __init__(self, at):
+        self.at, self.done = at, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.done.append(("step", state.global_step))
+        if state.global_step == self.at:
+            state.max_steps = self.at
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.done.append(("evaluation", state.global_step))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.done.append(("save", state.global_step))
+
+
+def done_by(folder, callbacks, at, resumed=None, **settings):
+    """What a Trainer does with these callbacks, and its checkpoints; twelve steps are planned."""
+    lowers = Lowers(at)
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 5, "max_steps": 12}
+    trainer = trainer_of(folder, [lowers], **{**steps, **settings})
+    trainer.pop_callback(SlowMoCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resumed)
+    return lowers.done, sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+
+
+def lowered(folder, at):
+    config = SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
+    stock = done_by(f"{folder}/stock", [], at)
+    return stock, done_by(f"{folder}/ours", [SlowMoCallback(config)], at)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("at", [1, 7])
+def test_where_max_steps_is_lowered_training_ends_as_stock_trainers(tmp_path, at, processes):
+    """One step behind it, with the end's evaluation and save; so too at the first step."""
+    for stock, ours in run_workers(lowered, processes, str(tmp_path), at):
+        assert ours == stock
+        assert stock[0][-3:] == [("step", at + 1), ("evaluation", at + 1), ("save", at + 1)]
+        assert stock[1] == sorted({f"checkpoint-{at + 1}", *(["checkpoint-5"] if at > 5 else [])})
+
+
+def test_a_step_too_many_that_failed_takes_nothing_back_from_the_next_run(tmp_path):
+    """A run resumed at its last step fails in the step too many; the same callback then trains anew, from step 0."""
+
+    class Fails(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    # One process has eight steps in a pass: the sixth is inside it.
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6}
+    trainer_of(tmp_path, **settings).train()
+    trainer = trainer_of(tmp_path, [Fails()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    trainer.remove_callback(Fails)
+    trainer.args.max_steps = 9
+    trainer.train()
+    assert trainer.state.global_step == 9
+
+
 # ---- checkpoints of another run ----
 
 
@@ -163,6 +232,82 @@ def test_a_run_that_failed_leaves_the_trainer_as_it_was(tmp_path):
     for _, kept, given_back, _ in ranks:
         assert (kept, given_back) == (True, (True, True))
     assert equal(ranks[0][3], ranks[1][3])
+
+
+class FailsIn(TrainerCallback):
+    """At a step, once: by an error, or out of memory."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+def what_is_given_back(trainer):
+    """Arguments, replaced methods, and the handlers of signals."""
+    names = ("save_total_limit", "hub_strategy", "save_on_each_node", "average_tokens_across_devices")
+    methods = [
+        name for owner in (trainer, trainer.callback_handler) for name, own in vars(owner).items() if callable(own)
+    ]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    return {name: getattr(trainer.args, name) for name in names}, sorted(methods), handlers
+
+
+KEPT = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    """The checkpoint of the sixth step of twelve, in the middle of a pass; and how the twelve end."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = trainer_of(folder, **(KEPT | {"save_total_limit": 9}))
+    trainer.train()
+    return folder / "checkpoint-6", values(trainer.model)
+
+
+def resumed_from(checkpoint, folder, callbacks=(), **settings):
+    """A Trainer whose folder has a copy of this checkpoint."""
+    shutil.copytree(checkpoint, Path(folder) / checkpoint.name)
+    return trainer_of(folder, callbacks, **{**KEPT, **settings})
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_that_failed_gives_the_trainer_back(six_steps, tmp_path, restore):
+    """With `restore_callback_states_from_checkpoint` Trainer trains with a new callback, which nobody has given it."""
+    checkpoint, end = six_steps
+    fails = FailsIn(10, KeyboardInterrupt())
+    settings = {"restore_callback_states_from_checkpoint": restore}
+    trainer = resumed_from(checkpoint, tmp_path, [fails], **settings)
+    before = what_is_given_back(trainer)
+    assert before[0]["save_total_limit"] == 2
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    assert what_is_given_back(trainer) == before
+    trainer.train(resume_from_checkpoint=True)
+    assert what_is_given_back(trainer) == before
+    assert equal(values(trainer.model), end)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_ends_bit_for_bit_with_restored_callbacks_too(six_steps, tmp_path, restore):
+    """Also where the first try is out of memory, and Trainer puts one more callback in its place."""
+    checkpoint, end = six_steps
+    settings = {"restore_callback_states_from_checkpoint": restore}
+    trainer = resumed_from(checkpoint, tmp_path / "once", **settings)
+    before = what_is_given_back(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    assert equal(values(trainer.model), end)
+    assert what_is_given_back(trainer) == before
+
+    fails = FailsIn(8, RuntimeError("CUDA out of memory."))
+    twice = resumed_from(checkpoint, tmp_path / "twice", [fails], auto_find_batch_size=True, **settings)
+    twice.train(resume_from_checkpoint=True)
+    assert fails.error is None
+    assert what_is_given_back(twice) == before
+    assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == ["checkpoint-12", "checkpoint-9"]
 
 
 class GivesItAway(TrainerCallback):

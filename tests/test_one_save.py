@@ -255,7 +255,7 @@ def test_what_a_kill_leaves_stops_no_restart(copied, left):
     assert len(heard.about("was never finished", "WARNING")) == 2
     names = {path.name for path in folder.iterdir()}
     wholes = {f"checkpoint-{step}" for step in (4, 8, 10)}
-    assert names == {"checkpoint-2", *wholes, "incomplete-checkpoint-9", "incomplete-checkpoint-12"}
+    assert names == {"checkpoint-2", *wholes, "_incomplete-checkpoint-9", "_incomplete-checkpoint-12"}
 
 
 def test_a_process_that_is_killed_before_its_first_file(tmp_path):
@@ -275,7 +275,7 @@ def test_a_process_that_is_killed_before_its_first_file(tmp_path):
     assert done.returncode == -9, done.stderr.decode()[-2000:]
     assert not any((tmp_path / "checkpoint-8").glob("slowmo"))
     assert same(train(tmp_path, resume=True), train(tmp_path / "never killed"))
-    assert (tmp_path / "incomplete-checkpoint-8").is_dir()
+    assert (tmp_path / "_incomplete-checkpoint-8").is_dir()
     verify_checkpoint(tmp_path / "checkpoint-8")
 
 
@@ -338,7 +338,7 @@ def test_without_locks_a_save_may_be_lost_and_training_goes_on(run, tmp_path, mo
         end = train(tmp_path, save_steps=8)
     assert same(end, run[1])
     assert heard.about("checkpoint-8 was taken away by another program while it was being written", "WARNING")
-    assert {path.name for path in tmp_path.iterdir()} == {"incomplete-checkpoint-8", "checkpoint-10"}
+    assert {path.name for path in tmp_path.iterdir()} == {"_incomplete-checkpoint-8", "checkpoint-10"}
     verify_checkpoint(tmp_path / "checkpoint-10")
 
 
@@ -355,7 +355,7 @@ def test_a_save_that_failed_is_no_longer_claimed_when_its_trainer_trains_again(t
     trainer.remove_callback(Meanwhile)
     with pytest.raises(ValueError, match="No valid checkpoint"):  # the half one is set aside; stock Trainer's words
         trainer.train(resume_from_checkpoint=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"incomplete-checkpoint-4"}
+    assert {path.name for path in tmp_path.iterdir()} == {"_incomplete-checkpoint-4"}
     trainer.train()
     verify_checkpoint(tmp_path / "checkpoint-4")
 

@@ -23,8 +23,9 @@ from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany, best_model, refuse_uncounted
+from .trainer_gathers import average_tokens_inside
 from .trainer_logs import RoundLogs
-from .trainer_methods import Looks
+from .trainer_methods import Looks, given_back_of
 from .trainer_saves import TrainerSaves
 from .trainer_start import (
     advise,
@@ -33,7 +34,6 @@ from .trainer_start import (
     refuse_resumable_saves,
     refuse_shared,
     refuse_wrong_launch,
-    switch_off_token_average,
 )
 from .trainer_views import TrainerViews
 
@@ -65,10 +65,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._saves: TrainerSaves | None = None
         self._training = False
         self.looks = Looks()
-        self._given_back = ExitStack()  # gives back what is another while we train; also where training fails
+        self._given_back = ExitStack()  # its Trainer's, from the start of training
         self._round_logs = RoundLogs()
         self._counted_step = -1  # Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
+        self._objects: dict[str, Any] = {}  # of `on_train_begin`: model, optimizer and so on
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
@@ -100,12 +101,19 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Training begins behind all callbacks' (`trainer_start.py`): they may load weights, and freeze some."""
+        self._objects = kwargs
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """Compare and equalise the ranks, switch off what couples them, take the anchors."""
+        kwargs, self._objects = self._objects, {}
         make_heard()
         self._follow()
         callbacks: Any = state.stateful_callbacks
         callbacks.setdefault(type(self).__name__, {})  # a stock checkpoint has none, and Trainer's save looks it up
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
+        self._given_back = given_back_of(self._find_trainer())
+        self._given_back.close()  # nor did that of a callback in whose place Trainer has put this one
         sharded = sharded_modules([kwargs["model"]])
         refused = refusal([kwargs["model"]], kwargs["optimizer"], has_rounds=self.config.has_rounds)
         refuse_resumable_saves(args, kwargs["model"])
@@ -122,12 +130,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.config.base != "all_reduce":
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
-            switch_off_token_average(args, self._given_back)
+            average_tokens_inside(self._find_trainer(), group, self._given_back)
             advise(args, self.config)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, kwargs)
         self.outer_loop = outer_loop
-        self._training, self._counted_step = True, -1
+        self._training, self._counted_step, self._step_too_many = True, -1, None
         self._ending = Ending(outer_loop, state.max_steps)
         TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
         if self.config.has_rounds:
@@ -168,11 +176,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._saves.end()
         self._training, self._saves = False, None
         self._given_back.close()
-
-    def let_go(self, trainer: Trainer) -> None:
-        """Training of this Trainer has failed; it is none of ours where the callback was refused to it."""
-        if self._trainer is not None and self._trainer() is trainer:
-            self._given_back.close()
+        self._given_back = ExitStack()
 
     def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """
@@ -228,8 +232,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step too many leaves no trace."""
-        if self._training and state.global_step >= state.max_steps and self._step_too_many is None:
+        """A step too many leaves no trace: the first behind a resume. A later one was asked for, by `max_steps`."""
+        is_first = self._training and self._counted_step < 0 < state.global_step
+        if is_first and state.global_step >= state.max_steps and self._step_too_many is None:
             self._step_too_many = StepTooMany.of(kwargs["model"], state)
 
     def on_step_end(

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import PartialState
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
@@ -42,7 +42,8 @@ from ..contents import CheckpointError
 from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 
-_ASIDE = "incomplete-"
+_ASIDE = "_incomplete-"  # what begins with "_" Trainer does not push to the Hub
+_OLDER_ASIDE = "incomplete-"  # of older versions
 
 
 class TrainerCheckpoints:
@@ -259,41 +260,49 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
     """
     Rename checkpoints that a killed run left unfinished, so that `resume_from_checkpoint=True` takes the newest whole
     one: those of ours, and above the newest whole one all. What a living run is writing is left alone.
+
+    Each rank does it and waits for nobody, for a Trainer may be made on one rank alone. Behind it this rank sees no
+    unfinished one, whichever rank was the first to rename it.
     """
-    if args.local_process_index == 0:
-        folder = Path(str(args.output_dir))
-        found = [(path, is_whole(path)) for path in _checkpoints(folder)]
-        newest = max((number for number, (_, whole) in enumerate(found) if whole), default=-1)
-        for number, (path, whole) in enumerate(found):
-            if not whole and (number > newest or (path / FOLDER).exists()):
-                _set_aside_as_unfinished(path)
-    PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+    folder = Path(str(args.output_dir))
+    for path in _checkpoints(folder, _OLDER_ASIDE):
+        with suppress(OSError):
+            _set_aside(path)
+    found = [(path, is_whole(path)) for path in _checkpoints(folder)]
+    newest = max((number for number, (_, whole) in enumerate(found) if whole), default=-1)
+    for number, (path, whole) in enumerate(found):
+        if not whole and (number > newest or (path / FOLDER).exists()):
+            _set_aside_as_unfinished(path, told_by_others=args.local_process_index > 0)
 
 
-def _set_aside_as_unfinished(path: Path) -> None:
+def _set_aside_as_unfinished(path: Path, *, told_by_others: bool) -> None:
     if is_claimed(path):
-        of_this_rank.warning("%s is left alone: another program is writing it", path)
+        if not told_by_others:
+            of_this_rank.warning("%s is left alone: another program is writing it", path)
     elif not is_whole(path):  # a save that has ended since then
         try:
             of_this_rank.warning("%s was never finished: it is set aside as %s", path, _set_aside(path).name)
-        except FileNotFoundError:
-            pass  # another machine's first process on the same file system was faster
         except OSError as error:
-            of_this_rank.warning("%s was never finished, and cannot be set aside (%s)", path, error)
+            if path.exists() and not told_by_others:  # else another rank was faster
+                of_this_rank.warning("%s was never finished, and cannot be set aside (%s)", path, error)
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename, in one step, to what no resume takes."""
-    aside = path.with_name(_ASIDE + path.name)
+    """
+    Rename to what no resume takes. Of several ranks the first one does: its first rename is to a name of its own, and
+    the others fail there, before they delete what was set aside under the last name.
+    """
+    aside = path.with_name(_ASIDE + path.name.removeprefix(_OLDER_ASIDE))
+    taken = path.rename(aside.with_name(f"{aside.name}-{uuid.uuid4().hex}"))
     shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+    return taken.rename(aside)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path, prefix: str = "") -> list[Path]:
     """Trainer's checkpoints in a folder, the oldest first."""
     found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+    for path in folder.glob(f"{prefix}{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{prefix}{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         if match and path.is_dir():
             found.append((int(match.group(1)), path))
     return [path for _, path in sorted(found)]

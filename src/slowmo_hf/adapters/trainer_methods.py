@@ -89,6 +89,15 @@ def callback_of(subject: Any) -> Any:
     return next((found for found in callbacks if isinstance(getattr(found, "looks", None), Looks)), None)
 
 
+def given_back_of(trainer: Any) -> ExitStack:
+    """
+    What gives back all that is another while this Trainer trains. The Trainer has it, not the callback: with
+    `restore_callback_states_from_checkpoint` Trainer puts a new one in its place, at each try to train.
+    """
+    given_back: ExitStack = vars(trainer).setdefault("slowmo_given_back", ExitStack())
+    return given_back
+
+
 def replace_method(owner: Any, name: str, wrap: Callable[[Method], Method], given_back: ExitStack) -> None:
     """Put a wrapper of its own method on one Trainer or Accelerator, until the stack gives it back."""
     own = vars(owner).get(name)  # the user's own replacement

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from ..config import SlowMoConfig
 from ..log import logger
@@ -16,7 +18,7 @@ from ..training.program import Program
 from ..wire.job import processes_in_job
 from .refusals import refuse_schedule_free
 from .trainer_checkpoints import set_aside_unfinished
-from .trainer_methods import callback_of
+from .trainer_methods import callback_of, given_back_of
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -112,14 +114,14 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(train)
     def begun_and_ended(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        callback = callback_of(self)
-        if callback is None:
+        if callback_of(self) is None:
             return train(self, *args, **kwargs)
         set_aside_unfinished(self.args)
+        PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
         try:
             return train(self, *args, **kwargs)
         except BaseException:
-            callback.let_go(self)
+            given_back_of(self).close()
             raise
 
     return begun_and_ended
@@ -128,17 +130,24 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
 Trainer.train = _begun_and_ended(Trainer.train)  # type: ignore[method-assign]
 
 
-def switch_off_token_average(args: TrainingArguments, given_back: ExitStack) -> None:
+def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Trainer would gather the token count at every step and scale the loss for gradients averaged over the world.
+    `CallbackHandler.on_train_begin`, behind which training of ours begins: from what all callbacks, in any order, have
+    made of the model.
+    """
 
-    Args:
-        given_back (`ExitStack`): What gives the argument back.
-    """
-    if args.average_tokens_across_devices and args.world_size > 1:
-        logger.info("average_tokens_across_devices is switched off in training steps, where it gathers at each")
-    given_back.callback(setattr, args, "average_tokens_across_devices", args.average_tokens_across_devices)
-    args.average_tokens_across_devices = False
+    @functools.wraps(tell)
+    def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control = tell(self, args, state, control, **kwargs)
+        ours = callback_of(SimpleNamespace(callback_handler=self))
+        if ours is not None:
+            ours.begin(args, state)
+        return control
+
+    return tell_and_begin
+
+
+CallbackHandler.on_train_begin = _and_begin(CallbackHandler.on_train_begin)  # type: ignore[method-assign]
 
 
 def advise(args: TrainingArguments, config: SlowMoConfig) -> None:
