@@ -134,7 +134,7 @@ class ModelTensors:
         return (
             "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
             "moved, cast, or given other strides, as by memory_format=torch.channels_last). Local training needs one "
-            "fixed set: change it before training starts (in a Trainer's callback: on_train_begin), or start a new run."
+            "fixed set: change it before training (a Trainer's callback: in on_train_begin), or start a new run."
         )
 
     @property
