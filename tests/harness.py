@@ -102,8 +102,9 @@ def launcher_store(world_size: int) -> torch.distributed.TCPStore:
 
 
 def rank_environment(rank: int, world_size: int) -> dict[str, str]:
-    """What a launcher tells each process of a machine."""
+    """What torchrun tells each process of a machine."""
     return {
+        "TORCHELASTIC_RUN_ID": "none",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

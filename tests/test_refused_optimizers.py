@@ -80,11 +80,19 @@ def layerwise(params):
     return LayerWiseDummyOptimizer(optimizer_dict={p: SGD([p], lr=0.1) for p in params}, lr=0.1)
 
 
+def lomo(params, name="Lomo"):
+    """A class of that package's name, which is made of a model and steps in its hooks: `step()` does nothing."""
+    made = type(name, (SGD,), {"__module__": f"lomo_optim.{name.lower()}", "step": lambda self, closure=None: None})
+    return made(params, lr=0.1)
+
+
 REFUSED = {
     **{name: (make, f"{name} is schedule-free: .* Use AdamW with") for name, make in SCHEDULE_FREE.items()},
     "by what it does": (OfAnotherPackage, "OfAnotherPackage is schedule-free"),
     "inside another": (lambda p: Around(OfAnotherPackage(p)), "inner optimizer OfAnotherPackage is schedule-free"),
     "inside two": (lambda p: Around(Around(OfAnotherPackage(p))), "inner optimizer OfAnotherPackage is sched"),
+    "LOMO": (lomo, r"Lomo \(of lomo_optim\) steps in the backward pass .* Use one that steps after .*'adafactor'"),
+    "AdaLomo, inside another": (lambda p: Around(lomo(p, "AdaLomo")), r"inner optimizer AdaLomo \(of lomo_optim\)"),
     "layerwise": (layerwise, "LayerWiseDummyOptimizer steps layer by layer in backward hooks.*optim='galore_adamw'"),
 }
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from harness import patience
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
@@ -219,3 +220,34 @@ def test_the_mean_goes_on_where_a_state_was_saved(base):
         return True
 
     assert run_in_process(work, 2) == [True, True]
+
+
+def test_rates_that_differ_for_good_are_told_once(caplog):
+    """transformers' own recipe takes a worker's rate from its own weights; each round uses the largest, as ever."""
+
+    def work(rank):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        inner = Adafactor(model.parameters(), lr=None, relative_step=True, scale_parameter=True, warmup_init=True)
+        schedule = AdafactorSchedule(inner)
+        optimizer = SlowMoOptimizer(inner, SlowMoConfig(sync_every=2))
+        used, own = [], []
+        for step in range(8):
+            torch.manual_seed(100 * step + rank)
+            model(torch.randn(8, 4)).square().mean().backward()
+            own.append(float(inner.param_groups[0]["lr"]))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 2:
+                used += optimizer.state_dict()["slowmo"]["outer_optimizer"]["previous_inner_lr"]
+        return used, own
+
+    (used, own), (theirs, others) = run_in_process(work, 2)
+    assert used == theirs
+    means = [[sum(rates[i : i + 2]) / 2 for i in (0, 2, 4, 6)] for rates in (own, others)]
+    assert used == pytest.approx([max(pair) for pair in zip(*means, strict=True)], rel=1e-12)
+    assert sum(a != b for a, b in zip(*means, strict=True)) >= 2
+    told = [line for line in caplog.messages if "inner learning rates differ between workers" in line]
+    assert len(told) == 1
+    assert "A step skipped on one rank does this, or a rate that comes from a worker's own weights" in told[0]

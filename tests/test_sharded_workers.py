@@ -163,6 +163,7 @@ def looked_at(case, size):
             with consensus(watched.optimizer):
                 average = watched.parameters()
                 shown = float(watched.model.eval()(**data)["loss"])
+            behind = watched.parameters()
             watched.model.train()
             watched.model(**data)
             assert equal(watched.parameters(), local), "local weights return bit for bit"
@@ -170,6 +171,7 @@ def looked_at(case, size):
             if not case.get("shard_slow_state"):
                 watched.model.eval()
                 at_eval = watched.parameters(), float(watched.model(**data)["loss"])
+                assert equal(behind, at_eval[0]), "an eval() inside the block holds on behind it"
                 watched.model.train()
                 assert equal(watched.parameters(), local)
         found.append((local, average, shown, at_eval))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from transformers import Trainer, TrainerCallback
 
 import slowmo_hf
@@ -319,3 +321,42 @@ def test_gossip_ranks_that_end_between_rounds_pass_messages_on_until_all_stop(ca
     for step, weight in run_workers(_gossip_that_ends, len(ends), ends, GOSSIP[base], flags):
         assert step == last
         assert weight == pytest.approx([sum(end or last for end in ends) / len(ends)] * 3, rel=1e-6)
+
+
+def _epochs_of_a_shuffled_loader():
+    """Five batches an epoch on rank 0, four on rank 1; accelerate's plain sampler and its seedable one."""
+    ends = []
+    for around_all in (False, True):
+        accelerator = Accelerator(
+            cpu=True,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=around_all, even_batches=False),
+        )
+        torch.manual_seed(0)
+        rows = torch.utils.data.TensorDataset(torch.randn(18, 4))
+        model = torch.nn.Linear(4, 1)
+        config = SlowMoConfig(sync_every=2, timeout_seconds=patience(20))
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+        loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        seen = []
+        with slowmo_hf.join(optimizer) if around_all else contextlib.nullcontext():
+            for _ in range(3):
+                with contextlib.nullcontext() if around_all else slowmo_hf.join(optimizer):
+                    for (batch,) in loader:
+                        accelerator.backward(model(batch).square().mean())
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        seen += batch[:, 0].tolist()
+        slowmo_hf.finish(optimizer)
+        ends.append((seen, optimizer.optimizer.outer_loop.attempted_steps, model.module.weight.detach().clone()))
+    return ends
+
+
+def test_a_join_for_each_epoch_or_a_seedable_sampler():
+    """As docs/quickstart_accelerate.md says; a plain sampler sends at each epoch's start. Each epoch has each row."""
+    for mine, theirs in zip(*run_workers(_epochs_of_a_shuffled_loader, 2), strict=True):
+        assert (len(mine[0]), len(theirs[0])) == (30, 24)
+        assert mine[1] == theirs[1] == 15
+        assert torch.equal(mine[2], theirs[2])
+        for epoch in range(3):
+            assert len({*mine[0][10 * epoch : 10 * epoch + 10], *theirs[0][8 * epoch : 8 * epoch + 8]}) == 18

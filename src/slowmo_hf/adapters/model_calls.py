@@ -46,6 +46,7 @@ class ModelCalls:
         self._loaded_at: int | None = None  # the move at which the program loaded weights of its own choice
         self._stop_listening: Callable[[], object] = _nothing
         self._was_training = False  # before the last `model.eval()`
+        self._without_last_round = ""  # why it is not shown behind a view that had a `model.eval()` inside
         self._said: set[str] = set()
         _wrap_once()
 
@@ -56,13 +57,34 @@ class ModelCalls:
     # ---- evaluation ----
 
     def on_eval(self, *, was_training: bool) -> None:
-        """Show the last round's model, where workers may differ. Trainer shows the average, by `optimizer.eval()`."""
-        loop, clock = self._outer_loop, self._outer_loop.clock
-        if not self._holds_local_weights or upstream.is_called_by("evaluation_loop", "transformers.trainer"):
+        """
+        Show the last round's model, where workers may differ; inside a `consensus` block, behind it. Trainer shows the
+        average, by `optimizer.eval()`.
+        """
+        consensus = self._outer_loop.consensus
+        if upstream.is_called_by("evaluation_loop", "transformers.trainer"):
             return
+        if consensus.then is not None:
+            consensus.then = self._show_behind_view
+            self._was_training |= was_training
+        elif self._holds_local_weights:
+            self._show_last_round()
+            self._was_training = was_training
+
+    def _show_behind_view(self) -> None:
+        """Where that is an error, `model.eval()` was right inside the view: the next evaluation is told."""
+        if not self._holds_local_weights:
+            return
+        try:
+            self._show_last_round()
+        except RuntimeError as error:
+            self._without_last_round = str(error)
+            self._listen()
+
+    def _show_last_round(self) -> None:
+        loop, clock = self._outer_loop, self._outer_loop.clock
         loop.consensus.show_last_round()
-        self._stop_listening()
-        self._was_training, self._stop_listening = was_training, listen(self)
+        self._listen()
         step = loop.consensus.last_round_step
         if not step and not clock.workers_agree:
             self._say(
@@ -85,21 +107,41 @@ class ModelCalls:
     def on_train(self) -> None:
         """Local weights are back."""
         self._stop_listening()
-        self._stop_listening = _nothing
-        self._outer_loop.consensus.end_last_round()
+        self._stop_listening, self._was_training, self._without_last_round = _nothing, False, ""
+        consensus = self._outer_loop.consensus
+        consensus.end_last_round()
+        if consensus.then is not None:
+            consensus.then = _nothing
 
     def on_forward(self, module: Module) -> None:
         """A pass behind `model.eval()`: with gradients it is one of training, and of the local weights."""
-        if torch.is_grad_enabled() and self._trains(module):
+        # torch.compile compiles again when a value that is read here changes: evaluations read as few as can be.
+        if not torch.is_grad_enabled():
+            if self._without_last_round and self._counts(module):
+                self._say(
+                    logging.WARNING,
+                    "model.eval() was called inside a consensus block, and this pass comes behind it: every rank "
+                    "evaluates its own weights. %s",
+                    self._without_last_round,
+                )
+        elif self._counts(module):
+            was_training = self._was_training
             self.on_train()
-            if self._was_training:
+            if was_training:
                 self._say(
                     logging.WARNING,
                     "a pass with gradients after model.eval(): it is made with this worker's own weights, as "
                     "training is. An evaluation belongs under torch.no_grad().",
                 )
 
-    def _trains(self, module: Module) -> bool:
+    def _listen(self) -> None:
+        self._stop_listening()
+        self._stop_listening = listen(self)
+
+    def _counts(self, module: Module) -> bool:
+        """Whether a pass through it is one of what is trained, and not of the average that is shown."""
+        if self._outer_loop.consensus.shows_average:
+            return False
         own = {id(param) for param in self._outer_loop.tensors.trainable}
         return any(id(param) in own for param in module.parameters())
 
@@ -125,6 +167,8 @@ class ModelCalls:
         if optimizer is None or optimizer.awaits_a_checkpoint:
             return  # `accelerator.load_state`: every worker's own follow
         view = self._outer_loop.view
+        if self._outer_loop.consensus.shows_average and not view.keeps_writes:
+            return  # it goes with the view
         is_back = view.is_of_last_round and not view.is_written
         self._loaded_at = None if is_back else self._outer_loop.in_flight.moves
 

@@ -38,6 +38,13 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
                 "no round would know of these steps. Use the same optimizer without layerwise (Trainer: "
                 "optim='galore_adamw' in place of 'galore_adamw_layerwise')."
             )
+        if any(of.__module__.partition(".")[0] == "lomo_optim" for of in type(one).__mro__):
+            raise ValueError(
+                f"the inner optimizer {name} (of lomo_optim) steps in the backward pass and not by its own step(): no "
+                "round would know of these steps, and accelerate does not know it inside another optimizer. Use one "
+                "that steps after the backward pass; of these Adafactor needs little memory (Trainer: "
+                "optim='adafactor')."
+            )
     for param in (p for of in (_parameters(models), _held_by(optimizer)) for p in of):
         inside = upstream.in_backward_optimizers(param)
         if inside:

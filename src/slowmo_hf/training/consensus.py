@@ -31,6 +31,10 @@ def _as_in_training(act: Callable[_Given, _Result]) -> Callable[_Given, _Result]
     return as_in_training
 
 
+def _nothing() -> None:
+    """Local weights stay."""
+
+
 class Consensus:
     """
     Shows it: there is no outer update in it.
@@ -42,6 +46,8 @@ class Consensus:
 
     def __init__(self, parts: Parts, in_flight: InFlight) -> None:
         self.parts, self.in_flight = parts, in_flight
+        # Inside `shown`: what follows it, for a `model.eval()` holds until `model.train()`. None outside.
+        self.then: Callable[[], None] | None = None
 
     @_as_in_training
     def show(self, *, keep_writes: bool = False) -> None:
@@ -67,19 +73,22 @@ class Consensus:
 
     @contextmanager
     def shown(self, *, keep_writes: bool = False) -> Iterator[None]:
-        """Inside, the average is shown; afterwards the model is as it was, be it a view or local weights."""
-        view = self.parts.view
-        was_of_last_round = view.is_of_last_round
-        if view.is_shown and not was_of_last_round:
+        """
+        Inside, the average is shown; afterwards the model is as it was, be it a view or local weights, or as the
+        program has asked for it inside (`then`).
+        """
+        if self.shows_average:
             yield
             return
+        was_of_last_round = self.parts.view.is_of_last_round
         self.show(keep_writes=keep_writes)
+        around, self.then = self.then, self.show_last_round if was_of_last_round else _nothing
         try:
             yield
         finally:
+            then, self.then = self.then, around
             self.restore()
-            if was_of_last_round:
-                self.show_last_round()
+            then()
 
     def meet(self) -> None:
         """
@@ -183,6 +192,11 @@ class Consensus:
                     "Evaluate inside `with slowmo_hf.consensus(optimizer):` on all ranks, model.eval() included."
                 )
         return ""
+
+    @property
+    def shows_average(self) -> bool:
+        """Whether the average is in the model, or what all have, and not the last round's model."""
+        return self.parts.view.is_shown and not self.parts.view.is_of_last_round
 
     def end_last_round(self) -> None:
         """As `restore`, if the last round's model is shown."""

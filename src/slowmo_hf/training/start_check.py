@@ -12,7 +12,7 @@ import accelerate
 import torch
 
 from ..config import SlowMoConfig
-from ..wire.job import host_name
+from ..wire.job import host_name, launcher_tells_machines, most_on_a_host
 from ..wire.workers import Workers
 from .model_tensors import ModelTensors
 
@@ -28,7 +28,7 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
         refusal (`str`, *optional*): Why this rank cannot start.
 
     Raises:
-        ValueError: They differ, or a rank cannot start; the same words on every rank.
+        ValueError: They differ, a rank cannot start, or nobody says what a "node" is; the same words on every rank.
     """
     communicator = workers.world
     lines = [
@@ -40,10 +40,22 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
         *tensors.fingerprint(),
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    everywhere = communicator.gather_objects((digest, refusal, host_name()))
-    _raise_told([(host, words) for _, words, host in everywhere])
-    if len({digest for digest, _, _ in everywhere}) > 1:
-        raise ValueError(_difference(communicator.gather_objects(lines), [host for _, _, host in everywhere]))
+    everywhere = communicator.gather_objects((digest, refusal, host_name(), launcher_tells_machines()))
+    hosts = [host for _, _, host, _ in everywhere]
+    _raise_told([(host, words) for _, words, host, _ in everywhere])
+    if len({digest for digest, *_ in everywhere}) > 1:
+        raise ValueError(_difference(communicator.gather_objects(lines), hosts))
+    if config.processes_per_worker == "node" and config.base != "all_reduce" and not workers.holds_shards:
+        _refuse_small_nodes(workers.size, *most_on_a_host((host, told) for *_, host, told in everywhere))
+
+
+def _refuse_small_nodes(size: int, host: str, processes: int) -> None:
+    if processes > size:
+        raise ValueError(
+            f"processes_per_worker='node' needs LOCAL_WORLD_SIZE from the launcher. It is {size}, as accelerate sets "
+            f"it where no launcher does, and {host} has {processes} processes. Export it (srun: "
+            f"LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE), or set processes_per_worker to a number."
+        )
 
 
 def made_everywhere(workers: Workers, make: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import SlowMoConfig
 from ..rules import SLOW_MOMENTUM
-from ..wire.job import host_and_address, is_in_process, launcher_tells_machines, machines_in_job
+from ..wire.job import host_and_address, is_in_process, launcher_tells_machines, machines_in_job, most_on_a_host
 from .parts import Parts
 from .plan import Plan, enough_rounds
 
@@ -12,6 +12,8 @@ from .plan import Plan, enough_rounds
 # twice the step ruined training with 2 workers and 1.67 times with 4; 1.25 times cost 0.09 NLL with 2, 0.01 with 4.
 FULL_MOMENTUM = 8  # workers
 SAFE_STEP = 1.5
+
+_Row = tuple[str, str, str, int, bool]  # host, address, backend, worker, whether its launcher tells machines
 
 
 def log_start(parts: Parts) -> None:
@@ -21,18 +23,20 @@ def log_start(parts: Parts) -> None:
     """
     config, workers = parts.config, parts.workers
     communicator = workers.world
-    machines = machines_in_job(communicator.world_size)
     plan = Plan.of(parts)
     # Which gloo or NCCL: what the parameters travel with.
     host, address = host_and_address(communicator.backend)
-    rows = communicator.gather_objects((host, address, communicator.backend, workers.index))
+    own: _Row = (host, address, communicator.backend, workers.index, launcher_tells_machines())
+    rows = communicator.gather_objects(own)
     parts.costs.hosts = [host for host, *_ in rows]
+    all_tell = all(tells for *_, tells in rows)
+    machines = machines_in_job(communicator.world_size) if all_tell else len(set(parts.costs.hosts))
     each = "one process each" if workers.size == 1 else f"{workers.size} processes each"
     where = "in this process" if is_in_process() else f"{each}, on {machines} machine(s)"
     lines = [f"{workers.count} worker{'s' if workers.count > 1 else ''}, {where}:"]
     lines += [f"{'rank':>6}  {'worker':>6}  {'backend':<12} {'address':<16} host"]
     lines += [
-        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w) in enumerate(rows)
+        f"{r:>6}  {w:>6}  {backend:<12} {address:<16} {host}" for r, (host, address, backend, w, _) in enumerate(rows)
     ]
     elements = sum(p.numel() for p in parts.tensors.trainable)
     lines += [f"  trains: {parts.tensors.words}, {elements:,} parameters"]
@@ -62,14 +66,12 @@ def _settings(config: SlowMoConfig) -> str:
     return ", ".join(changed) or "all defaults"
 
 
-def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, str, int]]) -> None:
+def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
     """What the table shows and a reader may overlook."""
     config, workers = parts.config, parts.workers
     logger = workers.logger
     loopback = [
-        f"rank {r} on {name} to {address}"
-        for r, (name, address, _, _) in enumerate(rows)
-        if address.startswith("127.")
+        f"rank {r} on {name} to {address}" for r, (name, address, *_) in enumerate(rows) if address.startswith("127.")
     ]
     if machines > 1 and loopback and "gloo" in workers.world.backend:
         logger.warning(
@@ -93,7 +95,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
     _warn_of_far_steps(parts)
-    _warn_of_machines(parts)
+    _warn_of_machines(parts, rows)
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
         least = enough_rounds(config.outer_momentum)
         if 0 < plan.rounds < least:
@@ -108,18 +110,20 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[tuple[str, str, st
             )
 
 
-def _warn_of_machines(parts: Parts) -> None:
+def _warn_of_machines(parts: Parts, rows: list[_Row]) -> None:
     """Of a launcher that starts several processes on each of several machines, and does not say how many."""
     config, workers = parts.config, parts.workers
-    hosts = set(parts.costs.hosts)
-    several = 1 < len(hosts) < len(parts.costs.hosts)
+    hosts, machines = len(set(parts.costs.hosts)), machines_in_job(workers.world.world_size)
+    _, most = most_on_a_host((host, tells) for host, *_, tells in rows)
     matters = config.base != "all_reduce" and config.processes_per_worker in ("auto", "node")
-    if several and matters and not workers.holds_shards and not launcher_tells_machines():
+    if hosts > 1 and most > 1 and matters and not workers.holds_shards:
         workers.logger.warning(
-            "LOCAL_WORLD_SIZE is not set, so these %d hosts count as one machine, and processes_per_worker=%r makes "
-            "%d worker(s) of %d process(es). Export it (srun: LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE), or set "
-            "processes_per_worker to a number.",
-            len(hosts),
+            "LOCAL_WORLD_SIZE is %s, so these %d hosts count as %s, and processes_per_worker=%r makes %d worker(s) of "
+            "%d process(es). Export it (srun: LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE), or set processes_per_worker "
+            "to a number.",
+            "not set" if machines == 1 else "1, as accelerate sets it where no launcher does",
+            hosts,
+            "one machine" if machines == 1 else f"{machines} machines",
             config.processes_per_worker,
             workers.count,
             workers.size,

@@ -102,6 +102,7 @@ class Speaker:
         self.number = len(self._groups_of_all)
         self._groups_of_all.append(len(tensors.groups))
         self._tensors = tensors
+        self.has_told_rates = False  # that they differ
         workers.speaks_for = self.words
         self.logger = workers.logger
 
@@ -249,10 +250,12 @@ class Header:
         )
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
-        if any(row != lrs[0] for row in lrs):
+        if any(row != lrs[0] for row in lrs) and not self.speaker.has_told_rates:
+            self.speaker.has_told_rates = True
             self.speaker.logger.warning(
                 "step %d: inner learning rates differ between workers (means of their rounds: %s); the largest is "
-                "used. A step skipped on one rank does this.",
+                "used, and in later rounds too. A step skipped on one rank does this, or a rate that comes from a "
+                "worker's own weights (AdafactorSchedule). This is said once.",
                 self.attempted_steps,
                 lrs,
             )

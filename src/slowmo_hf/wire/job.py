@@ -6,6 +6,8 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from ..log import spoken_by
 from . import in_process
 
 _LET_GO_SECONDS = 0.1  # at a process's end
+_LOCAL_SIZES_OF_MPI = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 _SIOCGIFADDR = 0x8915  # Linux's number for "the address of this interface"
 
 
@@ -77,8 +80,27 @@ def processes_on_machine(world_size: int) -> int:
 
 
 def launcher_tells_machines() -> bool:
-    """Whether LOCAL_WORLD_SIZE is set; without it all processes count as one machine's."""
-    return is_in_process() or "LOCAL_WORLD_SIZE" in os.environ
+    """
+    Whether LOCAL_WORLD_SIZE is the launcher's; without it all processes count as one machine's. A 1 may be
+    accelerate's own: on CPUs `Accelerator()` writes it where no launcher has said anything, before we can look.
+    """
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    if is_in_process() or told not in (None, "1"):
+        return True
+    by_mpi = any(name in os.environ for name in _LOCAL_SIZES_OF_MPI)
+    return told == "1" and (by_mpi or (dist.is_available() and dist.is_torchelastic_launched()))
+
+
+def most_on_a_host(told: Iterable[tuple[str, bool]]) -> tuple[str, int]:
+    """
+    The host with the most ranks among those whose launcher does not tell machines, and how many it has; ("", 0)
+    without any.
+
+    Args:
+        told (`Iterable[tuple[str, bool]]`): Of each rank `host_name()` and `launcher_tells_machines()`.
+    """
+    untold = Counter(host for host, is_told in told if not is_told)
+    return max(untold.items(), key=lambda item: item[1], default=("", 0))
 
 
 def place_on_machine() -> tuple[int, int]:
