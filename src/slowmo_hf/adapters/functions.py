@@ -47,8 +47,8 @@ def prepared_by(accelerator: Accelerator) -> dict[int, SlowMoOptimizer]:
 def consensus(optimizer: Any) -> Iterator[None]:
     """
     Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit,
-    and so are the random generators. Behind a `model.eval()` inside, the last round's model is shown. Collective: every rank enters it at the same step. Plain `base="all_reduce"` has
-    nothing to show: it is stock.
+    and so are the random generators. Behind a `model.eval()` inside, the last round's model is shown. Collective:
+    every rank enters it at the same step. Plain `base="all_reduce"` has nothing to show: it is stock.
 
         with slowmo_hf.consensus(optimizer):
             evaluate(model)
