@@ -32,9 +32,15 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
     so that a job that is requeued runs the same command again. Anything else is a path. All ranks decide alike.
 
     Raises:
-        SettingError: With true, the checkpoint is of a run with another value of a setting.
+        SettingError: With true, the checkpoint is of a run with another value of a setting. Trainer is to make the
+            callbacks anew.
     """
     asked = args.resume_from_checkpoint
+    if args.restore_callback_states_from_checkpoint:
+        raise SettingError(
+            "restore_callback_states_from_checkpoint must be false, got True: the recipe's callbacks go on from a "
+            "checkpoint by themselves. Leave --restore_callback_states_from_checkpoint out."
+        )
     if asked is None or asked.lower() not in ("true", "false"):
         return asked
     if asked.lower() == "false" or not Path(args.output_dir).is_dir():

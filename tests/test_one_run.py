@@ -107,3 +107,7 @@ def test_the_recipe_ends_with_one_line(tmp_path, monkeypatch, capfd):
     shown = f"--output_dir {tmp_path} --use_cpu 1 --max_train_samples 64 --resume_from_checkpoint true --sync_every 3"
     said = r"learning_rate must be 0.05 to go on with the run in output_dir=.*, got 0.1. Set --learning_rate, or"
     ends_with_one_line(recipe, shown, "", said, monkeypatch, capfd)
+    flag = "--restore_callback_states_from_checkpoint true"
+    ends_with_one_line(
+        recipe, shown, flag, r"restore_callback_states_from_checkpoint must be false", monkeypatch, capfd
+    )

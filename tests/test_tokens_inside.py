@@ -68,3 +68,31 @@ def test_a_worker_averages_over_its_tokens(tmp_path):
         assert ours[1] == pytest.approx(stock[1], abs=1e-4), name
     averaged, apart = (pairs[name][1][0] for name in pairs)
     assert max(float((averaged[key] - apart[key]).abs().max()) for key in averaged) > 1e-3
+
+
+def given(folder):
+    """Of every micro-batch what the loss is divided by, and this process's own labels; workers of two among four."""
+    torch.manual_seed(0)
+    model, seen = tiny_llama(), []
+
+    def note(module, args, kwargs):
+        seen.append((float(kwargs["num_items_in_batch"]), int(kwargs["labels"][:, 1:].ne(-100).sum())))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    args = arguments(folder, max_steps=STEPS, gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    callback = SlowMoCallback(processes_per_worker=2, sync_every=50, outer_momentum=0.0)
+    Trainer(model, args, train_dataset=rows(LENGTH - 1), callbacks=[callback]).train()
+    return seen
+
+
+def test_the_tokens_are_the_workers_own(tmp_path):
+    """The mean over its two processes, of both micro-batches, and not over all four."""
+    ranks = run_workers(given, 4, str(tmp_path))
+    means = set()
+    for mates in (ranks[:2], ranks[2:]):
+        for update in range(STEPS):
+            micro = [one for rank in mates for one in rank[2 * update : 2 * update + 2]]
+            expected = sum(own for _, own in micro) / 2
+            assert [by for by, _ in micro] == [expected] * 4
+            means.add((update, expected))
+    assert len(means) > STEPS, "workers with equally many would hide a mean over all"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -67,6 +68,45 @@ def test_behind_finish_gradients_are_averaged_for_who_wants_it():
             assert torch.equal(trained, expected), name
 
 
+def accumulated(base, evaluates):
+    """
+    Two steps of two micro-batches each behind `finish`: by stock DDP in a wrapper of its own, and in ours, whose first
+    pass is inside `no_sync()`.
+    """
+    accelerator, model, _kept = finished()
+    if evaluates:
+        with torch.no_grad():
+            model(torch.ones(1, 4))
+    accelerator.gradient_accumulation_steps = 2
+    twin = accelerator.prepare_model(copy.deepcopy(accelerator.unwrap_model(model)))
+    inner = sgd(model)
+    ours = SlowMoOptimizer(inner, settings(base=base, outer_momentum=0.0)) if base else inner
+    ends = []
+    for trained, optimizer in ((twin, accelerator.prepare(sgd(twin))), (model, accelerator.prepare(ours))):
+        accelerator.step = 0
+        for micro in range(4):
+            torch.manual_seed(10 * micro + accelerator.process_index)
+            with accelerator.accumulate(trained):
+                accelerator.backward(trained(torch.randn(8, 4)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(weights(trained))
+    return ends
+
+
+def all_accumulated():
+    return {
+        (base, evaluates): accumulated(base, evaluates) for base in ("", "all_reduce") for evaluates in (False, True)
+    }
+
+
+def test_behind_finish_micro_batches_are_averaged_too():
+    first, second = run_workers(all_accumulated, 2)
+    for name, (stock, ours) in first.items():
+        torch.testing.assert_close(ours, stock, rtol=0, atol=1e-7, msg=str(name))
+        assert torch.equal(ours, second[name][1]), name
+
+
 def in_turn():
     """Ours, stock, ours: what is said at the step whose gradients were averaged, and the steps behind it."""
     accelerator, model, optimizer = finished()
@@ -84,8 +124,8 @@ def test_training_that_comes_back_is_apart_again():
         assert torch.equal(trained, expected)
 
 
-def workers_of_two():
-    """Four processes in workers of two; then stock, over all four."""
+def workers_of_two(ends):
+    """Four processes in workers of two; then stock, over all four, where ours has finished, or is gone."""
     accelerator, bare = Accelerator(cpu=True), torch.nn.Linear(4, 1)
     model, optimizer = accelerator.prepare(
         bare, SlowMoOptimizer(sgd(bare), settings(outer_momentum=0.0, processes_per_worker=2))
@@ -93,14 +133,35 @@ def workers_of_two():
     group = model.process_group
     train_on(accelerator, model, optimizer, range(3))
     inside = model.process_group is not group
-    slowmo_hf.finish(optimizer)
+    if ends == "finish":
+        slowmo_hf.finish(optimizer)
+    else:
+        with slowmo_hf.consensus(optimizer):
+            averaged = copy.deepcopy(accelerator.unwrap_model(model).state_dict())
+        accelerator.unwrap_model(model).load_state_dict(averaged)
+        accelerator.free_memory()
+        del optimizer
     expected = by_stock(accelerator, model, range(3, 6))
     trained = train_on(accelerator, model, accelerator.prepare(sgd(model)), range(3, 6))
     return inside, model.process_group is group, torch.equal(trained, expected)
 
 
-def test_workers_of_several_processes_give_the_model_back():
-    assert run_workers(workers_of_two, 4) == [(True, True, True)] * 4
+@pytest.mark.parametrize("ends", ["finish", "is gone"])
+def test_workers_of_several_processes_give_the_model_back(ends):
+    assert run_workers(workers_of_two, 4, ends) == [(True, True, True)] * 4
+
+
+def one_behind_the_other():
+    """A worker per process, finished; then workers of two in the same wrapper: mates have one model between rounds."""
+    accelerator, model, _kept = finished()
+    pairs = settings(outer_momentum=0.0, sync_every=50, processes_per_worker=2)
+    trained = train_on(accelerator, model, accelerator.prepare(SlowMoOptimizer(sgd(model), pairs)), range(5, 8))
+    first, mate, other, others_mate = on_all_ranks(trained)
+    return torch.equal(first, mate), torch.equal(other, others_mate), torch.equal(first, other)
+
+
+def test_a_finished_one_leaves_nothing_to_the_next():
+    assert run_workers(one_behind_the_other, 4) == [(True, True, False)] * 4
 
 
 def at_once():

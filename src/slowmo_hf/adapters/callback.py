@@ -69,7 +69,6 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._round_logs = RoundLogs()
         self._counted_step = -1  # Trainer's, of the last step that was counted
         self._step_too_many: StepTooMany | None = None
-        self._objects: dict[str, Any] = {}  # of `on_train_begin`: model, optimizer and so on
         self._trainer: weakref.ref[Trainer] | None = None
 
     def attach(self, trainer: Trainer) -> SlowMoCallback:
@@ -98,15 +97,13 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         make_heard()
         set_aside_unfinished(args)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def begin(
+        self, args: TrainingArguments, state: TrainerState, *, model: Any, optimizer: Any, lr_scheduler: Any
     ) -> None:
-        """Training begins behind all callbacks' (`trainer_start.py`): they may load weights, and freeze some."""
-        self._objects = kwargs
-
-    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Compare and equalise the ranks, switch off what couples them, take the anchors."""
-        kwargs, self._objects = self._objects, {}
+        """
+        Compare and equalise the ranks, switch off what couples them, take the anchors. It is called behind all
+        callbacks' `on_train_begin` (`trainer_start.py`): they may load weights, and freeze some.
+        """
         make_heard()
         self._follow()
         callbacks: Any = state.stateful_callbacks
@@ -114,11 +111,11 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
         self._given_back = given_back_of(self._find_trainer())
         self._given_back.close()  # nor did that of a callback in whose place Trainer has put this one
-        sharded = sharded_modules([kwargs["model"]])
-        refused = refusal([kwargs["model"]], kwargs["optimizer"], has_rounds=self.config.has_rounds)
-        refuse_resumable_saves(args, kwargs["model"])
-        outer_loop = OuterLoop(raw_optimizer(kwargs["optimizer"]), self.config, kwargs["model"])
-        wrappers = ddp_wrappers(kwargs["model"].parameters(), within=self._find_trainer().model_wrapped)
+        sharded = sharded_modules([model])
+        refused = refusal([model], optimizer, has_rounds=self.config.has_rounds)
+        refuse_resumable_saves(args, model)
+        outer_loop = OuterLoop(raw_optimizer(optimizer), self.config, model)
+        wrappers = ddp_wrappers(model.parameters(), within=self._find_trainer().model_wrapped)
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None  # the slow state of a run before goes first
         self._round_logs = RoundLogs()
@@ -133,7 +130,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             average_tokens_inside(self._find_trainer(), group, self._given_back)
             advise(args, self.config)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
-            self._take_up_checkpoints(outer_loop, args, state, kwargs)
+            self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
         self.outer_loop = outer_loop
         self._training, self._counted_step, self._step_too_many = True, -1, None
         self._ending = Ending(outer_loop, state.max_steps)
@@ -150,14 +147,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             )
 
     def _take_up_checkpoints(
-        self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, events: dict[str, Any]
+        self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, lr_scheduler: Any
     ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = TrainerSaves(args, outer_loop)
         self._saves.begin(self._find_trainer(), self.looks, self._given_back)
         if state.global_step:
             try:
-                self._saves.resume(self._find_trainer(), events["lr_scheduler"], state)
+                self._saves.resume(self._find_trainer(), lr_scheduler, state)
             except Exception:
                 self._restore()
                 raise

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable
-from logging import Logger, LoggerAdapter
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
 from .fully_sharded import alive
+from .refusals import all_inside, parameters_of
 
 
 class Held:
     """
-    One wrapper, from its first holder to its last, which gives it back as it was.
+    One wrapper, from its first holder to its last.
 
     Args:
         ddp (`DistributedDataParallel`): Not held yet.
@@ -29,6 +30,11 @@ class Held:
         self._holders: list[weakref.ref[Any]] = []
         self._has_other_group = self.exchanges_nothing = False
 
+    @property
+    def holders(self) -> list[Any]:
+        """Those that are alive."""
+        return [holder for one in self._holders if (holder := one()) is not None]
+
     def take(self, ddp: DistributedDataParallel, holder: Any, groups: tuple[Any, Any]) -> None:
         """
         Hold it, for `holder` too.
@@ -39,45 +45,61 @@ class Held:
         self._holders.append(weakref.ref(holder))
         self.exchanges_nothing = groups[0] is None
         if groups[0] is None:
-            switch_off(ddp)
+            _switch(ddp, on=False)
         else:
             upstream.set_process_group(ddp, groups[0])
             self._has_other_group = True
         for norm, _ in self._norms:
             norm.process_group = groups[1]
 
-    def let_go(self, ddp: DistributedDataParallel, holder: Any) -> None:
-        """This one holds it no more."""
+    def drop(self, holder: Any) -> bool:
+        """This one holds it no more; whether another one does."""
         self._holders = [one for one in self._holders if one() not in (None, holder)]
-        if self._holders:
-            return
+        return bool(self._holders)
+
+    def give_back(self, ddp: DistributedDataParallel) -> None:
+        """
+        As it was, but for its flags: this may be inside `no_sync()`, which sets them back when it closes.
+        """
         self._hook.remove()
         del _held[ddp]
+        for holder in self.holders:
+            holder.has_lost(ddp)
         if self._has_other_group:
             upstream.set_process_group(ddp, self._group)
         for norm, group in self._norms:
             norm.process_group = group
-        ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
-
-    def holders(self) -> list[Any]:
-        """Those that are alive."""
-        return [holder for one in self._holders if (holder := one()) is not None]
 
 
 _held: weakref.WeakKeyDictionary[DistributedDataParallel, Held] = weakref.WeakKeyDictionary()
 
 
 def take(ddp: DistributedDataParallel, holder: Any, groups: tuple[Any, Any]) -> None:
-    """Hold a wrapper apart until `let_go` (`Held.take`)."""
+    """Hold a wrapper apart until `let_go` (`Held.take`); those whose training is over hold it no more."""
+    held = _held.get(ddp)
+    if held is not None and all(other.is_over for other in held.holders):
+        held.give_back(ddp)
     if ddp not in _held:
         _held[ddp] = Held(ddp)
     _held[ddp].take(ddp, holder, groups)
 
 
 def let_go(ddp: DistributedDataParallel, holder: Any) -> None:
-    """End that; the wrapper is as it was where nobody else holds it."""
-    if ddp in _held:
-        _held[ddp].let_go(ddp, holder)
+    """End that, outside `no_sync()`; the wrapper is as it was where nobody else holds it."""
+    held = _held.get(ddp)
+    if held is not None and not held.drop(holder):
+        held.give_back(ddp)
+        _switch(ddp, on=True)
+
+
+def may_exchange(ddp: DistributedDataParallel) -> None:
+    """
+    A holder's training is over: from the next pass on the wrapper may be another's (`_before_pass`). Its flag is set
+    now, outside `no_sync()`, which keeps what it finds. A pass for nobody's training exchanges nothing anyway.
+    """
+    held = _held.get(ddp)
+    if held is not None and held.exchanges_nothing and all(holder.is_over for holder in held.holders):
+        ddp.require_backward_grad_sync = True
 
 
 def is_apart(model: torch.nn.Module) -> bool:
@@ -93,8 +115,15 @@ NOT_AVERAGED = (
 
 
 def not_averaged(wrappers: Iterable[DistributedDataParallel]) -> bool:
-    """Whether one of these is held for a training that is not over."""
-    return any(not holder.is_over for ddp in wrappers if ddp in _held for holder in _held[ddp].holders())
+    """Whether one of these is held for a training that is not over, by an optimizer that is still there."""
+    if not any(_is_in_use(ddp) for ddp in wrappers):
+        return False
+    gc.collect()  # one that nobody has any more may wait for its collection
+    return any(_is_in_use(ddp) for ddp in wrappers)
+
+
+def _is_in_use(ddp: DistributedDataParallel) -> bool:
+    return ddp in _held and not all(holder.is_over for holder in _held[ddp].holders)
 
 
 class Averaging:
@@ -104,8 +133,6 @@ class Averaging:
     Args:
         wrappers (`list`): The model's.
     """
-
-    is_apart = False
 
     def __init__(self, wrappers: list[DistributedDataParallel]) -> None:
         self._wrappers = wrappers
@@ -123,9 +150,9 @@ class Averaging:
         """Nothing to give back."""
 
 
-def switch_off(ddp: Any) -> None:
+def _switch(ddp: Any, *, on: bool) -> None:
     """These cost nothing; `no_sync()`, and loops that accumulate by hand, set them too."""
-    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = on
 
 
 def _before_pass(ddp: Any, inputs: Any = None) -> None:
@@ -133,60 +160,26 @@ def _before_pass(ddp: Any, inputs: Any = None) -> None:
     held = _held.get(ddp)
     if held is None:
         return
-    holders = held.holders()
-    is_over = torch.is_grad_enabled() and all(holder.is_over for holder in holders)
-    if is_over and _is_anothers(ddp, {id(one) for holder in holders for one in inside(holder.optimizer())}):
-        for holder in holders:
-            holder.let_go()
-        return
-    if held.exchanges_nothing:
-        switch_off(ddp)
+    if not torch.is_grad_enabled():
+        ddp.require_forward_param_sync &= not held.exchanges_nothing  # buffers stay each worker's own
+    elif not _is_in_use(ddp) and _is_anothers(ddp, held):
+        held.give_back(ddp)
+    elif held.exchanges_nothing:
+        _switch(ddp, on=False)
 
 
-def tell_of_others_beside(
-    wrappers: Iterable[DistributedDataParallel], optimizer: Any, log: LoggerAdapter[Logger] | Logger
-) -> None:
-    """Warn of each optimizer that is in none of ours, and trains parameters of these that `optimizer` does not."""
-    left = {id(p) for ddp in wrappers for p in ddp.parameters() if p.requires_grad} - held_by(optimizer)
-    if not left:
-        return
-    every = alive(torch.optim.Optimizer)
-    ours = {id(one) for each in every if isinstance(each, type(optimizer)) for one in inside(each)}
-    for one in every:
-        count = len(left & held_by(one))
-        if count and inside(one) == [one] and id(one) not in ours:  # what wraps it (Accelerate's) is not told too
-            log.warning(
-                "%s trains %d parameters of a model that exchanges no gradients now: nobody averages theirs, rounds "
-                "average their values, and a checkpoint has rank 0's state of it alone. Wrap it too: "
-                "SlowMoOptimizer(optimizer).",
-                type(one).__name__,
-                count,
-            )
-
-
-def _is_anothers(ddp: Any, own: set[int]) -> bool:
-    """Whether an optimizer has parameters of the wrapper that is none of `own`, by identity, and wraps none."""
+def _is_anothers(ddp: Any, held: Held) -> bool:
+    """Whether an optimizer trains parameters of the wrapper that has nothing to do with those of the holders."""
     params = {id(p) for p in ddp.parameters() if p.requires_grad}
-    return any(
-        params & held_by(one) and not any(id(within) in own for within in inside(one))
-        for one in alive(torch.optim.Optimizer)
-    )
 
+    def found() -> bool:
+        own = {id(one) for holder in held.holders for one in all_inside(holder.optimizer())}
+        return any(
+            any(id(p) in params for p in parameters_of(one)) and not any(id(part) in own for part in all_inside(one))
+            for one in alive(torch.optim.Optimizer)
+        )
 
-def held_by(optimizer: Any) -> set[int]:
-    """Its parameters, by identity; of one that is not made yet none."""
-    return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-
-
-def inside(optimizer: Any) -> list[Any]:
-    """An optimizer, and those that it wraps."""
-    found: list[Any] = []
-    ahead = [optimizer]
-    while ahead:
-        one = ahead.pop()
-        if isinstance(one, (list, tuple)):
-            ahead += one
-        elif isinstance(one, torch.optim.Optimizer) and not any(one is other for other in found):
-            found.append(one)
-            ahead += vars(one).values()
-    return found
+    if not found():
+        return False
+    gc.collect()  # on every rank the same are counted: those that somebody has
+    return found()

@@ -218,8 +218,6 @@ class Isolation:
         ValueError: A wrapper that needs another process group has a communication hook.
     """
 
-    is_apart = True
-
     def __init__(
         self,
         wrappers: list[DistributedDataParallel],
@@ -229,12 +227,12 @@ class Isolation:
         timeout_seconds: float | None = None,
         joins: JoinRefusal | None = None,
         log: LoggerAdapter[Logger] | Logger = logger,
-        optimizer: Callable[[], Any] = lambda: None,
+        optimizer: Callable[[], Any] | None = None,
     ) -> None:
         self._joins, self._group, self._log = joins, group, log
         self._wrappers: list[DistributedDataParallel] = []
-        self._given_back: list[DistributedDataParallel] = []
-        self.optimizer, self.is_over = optimizer, False
+        self._given_away: list[DistributedDataParallel] = []
+        self._optimizer = optimizer
         _refuse_communication_hooks([ddp for ddp in wrappers if group is not None or ddp.static_graph])
         self._sharded = ShardedIsolation(sharded, group, timeout_seconds=timeout_seconds, log=log)
         self.take(wrappers)
@@ -254,31 +252,53 @@ class Isolation:
         elif wrappers:
             self._log.info("DDP's gradient, bitmap and buffer exchange stays inside each worker's processes")
 
+    def optimizer(self) -> Any:
+        """Whose training this is, if it is still there."""
+        return self._optimizer() if self._optimizer is not None else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the training has ended, or its optimizer is gone; a Trainer's ends with `release`."""
+        if self._optimizer is None:
+            return False
+        loop = getattr(self._optimizer(), "outer_loop", None)
+        return loop is None or bool(loop.in_flight.is_over)
+
     def end(self) -> None:
-        """Training has ended: the wrappers are stock again at the first pass for which another optimizer trains."""
-        self.is_over = True
-
-    def go_on(self) -> None:
-        """Call at an optimizer step: training may go on behind `end`."""
-        self.is_over = False
-        if self._joins is not None:
-            self._joins.set()
-        if self._given_back:
-            self._log.warning("this step's gradients were averaged over all workers: another optimizer had the model")
-            wrappers, self._given_back = self._given_back, []
-            self.take(wrappers)
-
-    def let_go(self) -> None:
-        """Give the wrappers back as they were, but those that another optimizer of ours holds too."""
+        """Training is over: the wrappers are stock again at the first pass for which another optimizer trains."""
         for ddp in self._wrappers:
-            held_apart.let_go(ddp, self)
-        self._given_back, self._wrappers = self._wrappers, []
+            held_apart.may_exchange(ddp)
+
+    def optimizer_is_gone(self) -> None:
+        """Nobody has it any more, whether its training was over or not."""
+        self.end()
         if self._joins is not None:
             self._joins.release()
 
+    def has_lost(self, ddp: DistributedDataParallel) -> None:
+        """It went to another optimizer."""
+        self._wrappers.remove(ddp)
+        self._given_away.append(ddp)
+
+    def go_on(self) -> None:
+        """Call at an optimizer step: training may go on behind `end`."""
+        if self._joins is not None:
+            self._joins.set()
+        if self._given_away:
+            self._log.warning(
+                "this step's gradients were averaged over all workers: behind finish() another optimizer that holds "
+                "the model's parameters had it. From here on workers train alone again"
+            )
+            wrappers, self._given_away = self._given_away, []
+            self.take(wrappers)
+
     def release(self) -> None:
-        """Give the wrappers back as they were, and what is sharded."""
-        self.let_go()
+        """Give the wrappers back as they were, but those that another optimizer of ours holds too."""
+        wrappers, self._wrappers = self._wrappers, []
+        for ddp in wrappers:
+            held_apart.let_go(ddp, self)
+        if self._joins is not None:
+            self._joins.release()
         self._sharded.release()
 
 

@@ -28,11 +28,11 @@ from .first_pass import (
 )
 from .fully_sharded import sharded_roots
 from .given import Settings, config_of, what_is
-from .held_apart import Averaging, tell_of_others_beside
+from .held_apart import Averaging
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper, with_own_hooks
-from .other_optimizers import beside_another, note_start
+from .other_optimizers import beside_another, note_start, tell_of_others
 from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
@@ -300,11 +300,12 @@ def _isolation(
         return Averaging(wrappers)
     group, timeout = outer_loop.workers.gradients.group, optimizer.config.timeout_seconds
     sharded, log = sharded_modules(models), outer_loop.workers.logger
-    alive = weakref.ref(optimizer)
-    made = Isolation(wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log, optimizer=alive)
-    tell_of_others_beside(wrappers, optimizer, log)
+    made = Isolation(
+        wrappers, group, sharded, timeout_seconds=timeout, joins=joins, log=log, optimizer=weakref.ref(optimizer)
+    )
     # `finish` lets training go on; a program that drops the optimizer has stock DDP again.
-    weakref.finalize(optimizer, made.let_go).atexit = False
+    weakref.finalize(optimizer, made.optimizer_is_gone).atexit = False
+    tell_of_others(wrappers, optimizer, log)
     return made
 
 

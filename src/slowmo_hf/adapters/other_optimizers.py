@@ -6,13 +6,17 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Container
+from logging import Logger, LoggerAdapter
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import SLOW_MOMENTUM, SlowMoConfig
-from .held_apart import NOT_AVERAGED, not_averaged
+from ..log import logger
+from .fully_sharded import alive
+from .held_apart import NOT_AVERAGED, Averaging, not_averaged
+from .refusals import all_inside, parameters_of
 
 _started: list[weakref.ref[Any]] = []  # all that train, or have trained
 
@@ -44,6 +48,31 @@ def beside_another(optimizer: Any, wrappers: list[DistributedDataParallel]) -> s
         "slowmo_hf.finish on the earlier one if it is done; else use outer_momentum=0 in one of them (of an "
         "outer_optimizer: a momentum of 0), or one optimizer."
     )
+
+
+def tell_of_others(
+    wrappers: list[DistributedDataParallel], optimizer: Any, log: LoggerAdapter[Logger] | Logger = logger
+) -> None:
+    """
+    Warn of each optimizer that is in none of ours, and trains parameters of these wrappers that `optimizer` does not;
+    of those that are made before it starts.
+    """
+    own = {id(p) for p in parameters_of(optimizer)}
+    left = {id(p) for ddp in wrappers for p in ddp.parameters() if p.requires_grad} - own
+    if not left:
+        return
+    every = alive(torch.optim.Optimizer)
+    ours = {id(part) for one in every if isinstance(one, type(optimizer)) for part in all_inside(one)}
+    for one in every:
+        count = sum(id(p) in left for p in parameters_of(one))
+        if count and len(all_inside(one)) == 1 and id(one) not in ours:  # what wraps it (Accelerate's) is not told too
+            log.warning(
+                "%s trains %d parameters of a model that exchanges no gradients now: nobody averages theirs, rounds "
+                "average their values, and a checkpoint has rank 0's state of it alone. Wrap it too: "
+                "SlowMoOptimizer(optimizer).",
+                type(one).__name__,
+                count,
+            )
 
 
 def _outer_momentum(config: SlowMoConfig) -> float:
@@ -81,7 +110,9 @@ def _and_keep_apart(wrap: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(wrap)
     def wrap_and_keep_apart(self: DistributedDataParallel, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        training = [one for one in _training({id(p) for p in module.parameters()}) if one.isolation.is_apart]
+        training = [
+            one for one in _training({id(p) for p in module.parameters()}) if not isinstance(one.isolation, Averaging)
+        ]
         step = max((one.outer_loop.attempted_steps for one in training), default=0)
         if step:
             raise RuntimeError(

@@ -27,7 +27,7 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
         ValueError: It is schedule-free, shares its state with other processes, writes a copy of its own over the
             parameters, or steps in backward hooks.
     """
-    for one in _all_inside(optimizer):
+    for one in all_inside(optimizer):
         name = type(one).__name__
         refuse_schedule_free(one)
         refuse_shared_state(one)
@@ -45,7 +45,7 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
                 "that steps after the backward pass; of these Adafactor needs little memory (Trainer: "
                 "optim='adafactor')."
             )
-    for param in (p for of in (_parameters(models), _held_by(optimizer)) for p in of):
+    for param in (p for of in (_parameters(models), parameters_of(optimizer)) for p in of):
         inside = upstream.in_backward_optimizers(param)
         if inside:
             raise ValueError(
@@ -101,7 +101,7 @@ def _refuse_own_copies(optimizer: Any) -> None:
         )
 
 
-def _all_inside(optimizer: Any) -> list[Any]:
+def all_inside(optimizer: Any) -> list[Any]:
     """All optimizers that this one is made of, the innermost first, so that an error names what the user chose."""
     found: dict[int, Any] = {}
     ahead = [optimizer]
@@ -121,8 +121,9 @@ def _parameters(models: Iterable[torch.nn.Module]) -> Iterable[torch.Tensor]:
     return (p for model in models for p in model.parameters())
 
 
-def _held_by(optimizer: Any) -> Iterable[torch.Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
+def parameters_of(optimizer: Any) -> Iterable[torch.Tensor]:
+    """All that an optimizer holds; of one that is not made yet none."""
+    return (p for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
 
 
 class JoinRefusal:

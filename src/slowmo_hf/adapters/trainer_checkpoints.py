@@ -262,7 +262,8 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
     one: those of ours, and above the newest whole one all. What a living run is writing is left alone.
 
     Each rank does it and waits for nobody, for a Trainer may be made on one rank alone. Behind it this rank sees no
-    unfinished one, whichever rank was the first to rename it.
+    unfinished one of ours, whichever rank was the first to rename it. A stock one has no lock, and its writer is the
+    machine's first rank: that one alone takes it, behind its own saves.
     """
     folder = Path(str(args.output_dir))
     for path in _checkpoints(folder, _OLDER_ASIDE):
@@ -270,9 +271,10 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
             _set_aside(path)
     found = [(path, is_whole(path)) for path in _checkpoints(folder)]
     newest = max((number for number, (_, whole) in enumerate(found) if whole), default=-1)
+    is_first = args.local_process_index == 0
     for number, (path, whole) in enumerate(found):
-        if not whole and (number > newest or (path / FOLDER).exists()):
-            _set_aside_as_unfinished(path, told_by_others=args.local_process_index > 0)
+        if not whole and ((path / FOLDER).exists() or (number > newest and is_first)):
+            _set_aside_as_unfinished(path, told_by_others=not is_first)
 
 
 def _set_aside_as_unfinished(path: Path, *, told_by_others: bool) -> None:

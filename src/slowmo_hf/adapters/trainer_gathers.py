@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -151,7 +150,9 @@ def average_tokens_inside(trainer: Trainer, group: Any, given_back: ExitStack) -
     """
     args = trainer.args
     if args.average_tokens_across_devices and group is not None:
-        replace_method(trainer, "get_batch_samples", functools.partial(_counting_inside, group), given_back)
+        replace_method(
+            trainer, "get_batch_samples", functools.partial(_counting_inside, group, args.device), given_back
+        )
         logger.info("average_tokens_across_devices averages inside each worker in training steps")
     elif args.average_tokens_across_devices and args.world_size > 1:
         logger.info("average_tokens_across_devices is switched off in training steps, where it gathers at each")
@@ -159,10 +160,12 @@ def average_tokens_inside(trainer: Trainer, group: Any, given_back: ExitStack) -
     args.average_tokens_across_devices = False
 
 
-def _counting_inside(group: Any, get_batch_samples: Callable[..., Any]) -> Callable[..., Any]:
+def _counting_inside(group: Any, device: torch.device, get_batch_samples: Method) -> Method:
     @functools.wraps(get_batch_samples)
     def counting_inside(*args: Any, **kwargs: Any) -> Any:
         samples, count = get_batch_samples(*args, **kwargs)
-        return samples, None if count is None else gather_inside(torch.as_tensor(count), group).float().mean()
+        if count is not None:
+            count = gather_inside(torch.as_tensor(count, device=device), group).float().mean()
+        return samples, count
 
     return counting_inside

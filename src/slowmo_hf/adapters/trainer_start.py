@@ -116,8 +116,10 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
     def begun_and_ended(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         if callback_of(self) is None:
             return train(self, *args, **kwargs)
+        job: Any = PartialState()
+        job.wait_for_everyone()  # for what others still save
         set_aside_unfinished(self.args)
-        PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+        job.wait_for_everyone()
         try:
             return train(self, *args, **kwargs)
         except BaseException:
@@ -141,7 +143,7 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
         control = tell(self, args, state, control, **kwargs)
         ours = callback_of(SimpleNamespace(callback_handler=self))
         if ours is not None:
-            ours.begin(args, state)
+            ours.begin(args, state, model=self.model, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler)
         return control
 
     return tell_and_begin
