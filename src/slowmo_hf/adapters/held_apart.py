@@ -26,7 +26,8 @@ class Held:
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self._group = ddp.process_group
         self._norms = [(m, m.process_group) for m in ddp.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
-        self._hook = ddp.register_forward_pre_hook(_before_pass)  # no method: a copy of the wrapper has it too
+        # No methods: a copy of the wrapper has them too.
+        self._hooks = [ddp.register_forward_pre_hook(_before_pass), ddp.register_forward_hook(_behind_pass)]
         self._holders: list[weakref.ref[Any]] = []
         self._has_other_group = self.exchanges_nothing = False
 
@@ -61,7 +62,8 @@ class Held:
         """
         As it was, but for its flags: this may be inside `no_sync()`, which sets them back when it closes.
         """
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         del _held[ddp]
         for holder in self.holders:
             holder.has_lost(ddp)
@@ -160,12 +162,16 @@ def _before_pass(ddp: Any, inputs: Any = None) -> None:
     held = _held.get(ddp)
     if held is None:
         return
-    if not torch.is_grad_enabled():
-        ddp.require_forward_param_sync &= not held.exchanges_nothing  # buffers stay each worker's own
-    elif not _is_in_use(ddp) and _is_anothers(ddp, held):
+    if torch.is_grad_enabled() and not _is_in_use(ddp) and _is_anothers(ddp, held):
         held.give_back(ddp)
     elif held.exchanges_nothing:
         _switch(ddp, on=False)
+
+
+def _behind_pass(ddp: Any, inputs: Any, outputs: Any) -> None:
+    """An evaluation behind `finish` has exchanged nothing; the flag is set for who trains next."""
+    if not torch.is_grad_enabled():
+        may_exchange(ddp)
 
 
 def _is_anothers(ddp: Any, held: Held) -> bool:
