@@ -232,10 +232,13 @@ def half_interval(values: list[float]) -> float | None:
     return T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def mean_and_interval(values: list[float], digits: int = 4, sign: str = "+") -> str:
+    """The mean and, of more than one, Student's 95 % interval, with so many digits behind the point."""
+    mean, half = statistics.mean(values), half_interval(values)
+    interval = "" if half is None else f" [{mean - half:{sign}.{digits}f}, {mean + half:{sign}.{digits}f}]"
+    return f"{mean:{sign}.{digits}f}{interval}"
+
+
 def mean_with_interval(differences: list[float]) -> str:
-    """Of paired differences, with Student's 95 % interval and their number; empty where there are none."""
-    half = half_interval(differences)
-    if half is None:
-        return f"{differences[0]:+.4f} (1)" if differences else ""
-    mean = statistics.mean(differences)
-    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] ({len(differences)})"
+    """Of paired differences, with their number; empty where there are none."""
+    return f"{mean_and_interval(differences)} ({len(differences)})" if differences else ""

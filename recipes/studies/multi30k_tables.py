@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import half_interval
+from records import mean_and_interval
 from studies.plan import TASKS, Run, Tuned, make_run, sweeps
 from studies.run_records import find_record
 from studies.showing import paired_differences
@@ -107,12 +106,7 @@ def _cells(values: list[float], digits: int) -> tuple[str, str]:
 
 
 def _cell(values: list[float], sign: str, digits: int) -> str:
-    """The mean and, of more than one, its 95 % interval."""
-    if not values:
-        return "not run"
-    mean, half = statistics.mean(values), half_interval(values)
-    interval = "" if half is None else f" [{mean - half:{sign}.{digits}f}, {mean + half:{sign}.{digits}f}]"
-    return f"{mean:{sign}.{digits}f}{interval}"
+    return mean_and_interval(values, digits, sign) if values else "not run"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..training.report import RoundReport
 from .held_apart import is_apart
 from .isolation import ddp_wrappers
 from .optimizer import SlowMoOptimizer
-from .refusals import allow_join
+from .refusals import allow_join, parameters_of
 from .trainer_methods import callback_of
 
 
@@ -124,7 +124,7 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
     outer_loop = bare.begun()
     if not outer_loop.in_flight.is_over:
         outer_loop.finish()
-        allow_join(ddp_wrappers(p for group in bare.param_groups for p in group["params"]))
+        allow_join(ddp_wrappers(parameters_of(bare)))
     bare.isolation.end()
 
 

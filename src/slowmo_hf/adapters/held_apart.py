@@ -79,7 +79,7 @@ _held: weakref.WeakKeyDictionary[DistributedDataParallel, Held] = weakref.WeakKe
 def take(ddp: DistributedDataParallel, holder: Any, groups: tuple[Any, Any]) -> None:
     """Hold a wrapper apart until `let_go` (`Held.take`); those whose training is over hold it no more."""
     held = _held.get(ddp)
-    if held is not None and all(other.is_over for other in held.holders):
+    if held is not None and not _is_in_use(ddp):
         held.give_back(ddp)
     if ddp not in _held:
         _held[ddp] = Held(ddp)
@@ -100,7 +100,7 @@ def may_exchange(ddp: DistributedDataParallel) -> None:
     now, outside `no_sync()`, which keeps what it finds. A pass for nobody's training exchanges nothing anyway.
     """
     held = _held.get(ddp)
-    if held is not None and held.exchanges_nothing and all(holder.is_over for holder in held.holders):
+    if held is not None and held.exchanges_nothing and not _is_in_use(ddp):
         ddp.require_backward_grad_sync = True
 
 
@@ -125,6 +125,7 @@ def not_averaged(wrappers: Iterable[DistributedDataParallel]) -> bool:
 
 
 def _is_in_use(ddp: DistributedDataParallel) -> bool:
+    """Whether it is held for a training that is not over."""
     return ddp in _held and not all(holder.is_over for holder in _held[ddp].holders)
 
 

@@ -18,7 +18,7 @@ from ..dtensors import sharded_modules
 from ..log import logger
 from . import held_apart
 from .fully_sharded import ShardedIsolation, alive, reshard
-from .refusals import JoinRefusal, refuse_optimizer
+from .refusals import JoinRefusal, parameters_of, refuse_optimizer
 
 _ENGINES = "distributed_type must be NO, MULTI_CPU, MULTI_GPU or FSDP (version 2) for local training, got "
 _UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
@@ -124,8 +124,8 @@ def _refuse_wrapped_or_planned(model: torch.nn.Module) -> None:
 
 def _refuse_parameters(models: list[torch.nn.Module], sharded: list[Any], optimizer: torch.optim.Optimizer) -> None:
     names = {id(p): name for model in models for name, p in model.named_parameters()}
-    every = {id(p): p for model in models for p in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    every: dict[int, torch.Tensor] = {id(p): p for model in models for p in model.parameters()}
+    held = list(parameters_of(optimizer))
     every |= {id(p): p for p in held}
     managed = {id(p) for module in sharded for p in upstream.fsdp_parameters(module)}
     cut = {place: dimensions for place, p in every.items() if (dimensions := _cut_dimensions(p))}

@@ -33,7 +33,7 @@ from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper, with_own_hooks
 from .other_optimizers import beside_another, note_start, tell_of_others
-from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
+from .refusals import JoinRefusal, parameters_of, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"
@@ -182,7 +182,7 @@ class SlowMoOptimizer(OptimizerWrapper):
                 self._start(models, wrappers)
 
     def _wrappers(self, within: torch.nn.Module | None = None) -> list[Any]:
-        return ddp_wrappers((p for group in self.param_groups for p in group["params"]), within)
+        return ddp_wrappers(parameters_of(self), within)
 
     def _start(self, models: list[torch.nn.Module], wrappers: list[Any]) -> None:
         joins = JoinRefusal(wrappers, self.config)

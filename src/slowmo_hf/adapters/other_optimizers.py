@@ -13,7 +13,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import SLOW_MOMENTUM, SlowMoConfig
-from ..log import logger
 from .fully_sharded import alive
 from .held_apart import NOT_AVERAGED, Averaging, not_averaged
 from .refusals import all_inside, parameters_of
@@ -51,7 +50,7 @@ def beside_another(optimizer: Any, wrappers: list[DistributedDataParallel]) -> s
 
 
 def tell_of_others(
-    wrappers: list[DistributedDataParallel], optimizer: Any, log: LoggerAdapter[Logger] | Logger = logger
+    wrappers: list[DistributedDataParallel], optimizer: Any, log: LoggerAdapter[Logger] | Logger
 ) -> None:
     """
     Warn of each optimizer that is in none of ours, and trains parameters of these wrappers that `optimizer` does not;
