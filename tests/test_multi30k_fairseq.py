@@ -140,6 +140,12 @@ def test_the_page_has_the_tables_and_the_verdicts():
     assert min(nll("of 2 workers, β = 0.2 minus 0")) > 0, "claim 3, first half: lost in all three pairs"
     assert min(nll("of 2 workers, β = 0.5 minus 0.2")) > 0, "second half: it holds"
     assert min(nll("SGP minus AR-Adam")) > 0 > max(nll("SGP minus Local Adam")), "SGP is between them"
+    assert max(nll("AR-Adam at half the rate, minus AR-Adam")) < 0, "further ahead"
+    bleu = {name: multi30k_tables.differences(name, "test_bleu_mean_of_5", RECORDS) for name in multi30k_tables.PAIRS}
+    ends = {name: half_interval(gaps) for name, gaps in bleu.items() if len(gaps) == 3}
+    without_0 = [name for name, half in ends.items() if abs(statistics.mean(bleu[name])) > half]
+    assert without_0 == ["SGP minus AR-Adam"]
+    assert (round(2 * min(ends.values())), int(2 * max(ends.values()))) == (1, 5), "1 to 5 BLEU wide"
     slow = "Local Adam, β = 0.1 minus 0"
     assert f"changes Local Adam's NLL by {statistics.mean(nll(slow)):+.3f}." in page
     kept, tested = (
