@@ -16,11 +16,9 @@ import torch.distributed as dist
 
 import slowmo_hf
 from harness import patience, run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.training.outer_loop import OuterLoop
-from slowmo_hf.training.start_table import _effective_step
 from slowmo_hf.wire import job
-from tiny import Heard
 
 
 class Net(torch.nn.Module):
@@ -364,52 +362,6 @@ def test_the_table_has_what_is_no_default_on_rank_0():
     assert all("gloo" in row[2] for row in rows)
     assert lines.count("slow momentum is off: this is Local SGD") == 1
     assert warnings == ""
-
-
-@pytest.mark.parametrize(
-    ("settings", "policy", "said"),
-    [
-        ({}, "maintain", 2),
-        ({}, "average", 2),
-        ({}, "reset", 1),
-        ({"outer_momentum": 0.0}, "maintain", 1),
-        ({"outer_momentum": 0.7, "outer_lr": 0.3}, "maintain", 1),
-        ({"outer_momentum": 0.3, "outer_lr": 0.3}, "maintain", 3 / 7),
-        ({"outer_optimizer": "torch.optim.SGD", "outer_lr": 0.7}, "maintain", 1),
-    ],
-)
-def test_the_effective_step(settings, policy, said):
-    assert _effective_step(SlowMoConfig(**settings), policy) == pytest.approx(said, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("workers", "settings", "warned"),
-    [
-        (1, {}, ""),
-        (2, {}, "with 2 workers: the inner optimizer's state is kept, so rounds step 2 times as far"),
-        (7, {"base": "sgp"}, "with 7 workers"),
-        (8, {}, ""),
-        (2, {"outer_momentum": 0.3}, ""),
-        (4, {"outer_momentum": 0.4}, "or divide the learning rate by 1.67 (docs/from_ddp.md)"),
-        (2, {"inner_state": "reset"}, ""),
-        (2, {"outer_momentum": 0.7, "outer_lr": 0.3}, ""),  # 0.3 / 0.3, but for rounding
-    ],
-)
-def test_few_workers_whose_rounds_step_far_are_warned(workers, settings, warned):
-    """The table says the factor, with 8 workers too."""
-
-    def work(rank):
-        weight = torch.nn.Parameter(torch.ones(1))
-        weight.grad = torch.ones(1)
-        SlowMoOptimizer(torch.optim.AdamW([weight], lr=0.1), SlowMoConfig(**settings)).step()
-
-    with Heard() as heard:
-        run_in_process(work, workers)
-    found = heard.about("outer_momentum=", "WARNING")
-    assert len(found) == bool(warned)
-    assert all(warned in line for line in found)
-    far = settings.get("inner_state") != "reset" and settings.get("outer_lr") is None
-    assert bool(heard.about("  effective step: ", "INFO")) == far
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ class InnerState:
         self._was_empty = False  # while a view is shown
         self.policy = config.inner_state
         if self.policy == "auto":
-            is_sgd = isinstance(self.optimizer, torch.optim.SGD)
-            has_momentum = is_sgd and any(group["momentum"] for group in self.optimizer.param_groups)
-            self.policy = "reset" if has_momentum and config.has_outer_update else "maintain"
+            self.policy = "reset" if self.is_momentum_of_sgd and config.has_outer_update else "maintain"
         if self.policy == "reset" and isinstance(self.optimizer, torch.optim.Adagrad):
             raise ValueError(
                 "inner_state='reset' cannot be used with Adagrad, whose state is made at construction and cannot be "
@@ -58,6 +56,12 @@ class InnerState:
                 "paged memory, and every round would take it once more. Use inner_state='maintain', or the same "
                 "optimizer without paging."
             )
+
+    @property
+    def is_momentum_of_sgd(self) -> bool:
+        """Whether it is that of torch's SGD with momentum, or of a subclass."""
+        is_sgd = isinstance(self.optimizer, torch.optim.SGD)
+        return is_sgd and any(group["momentum"] for group in self.optimizer.param_groups)
 
     def reset(self) -> None:
         """Forget it, if that is the policy. Every process does."""

@@ -8,10 +8,10 @@ from ..wire.job import host_and_address, is_in_process, launcher_tells_machines,
 from .parts import Parts
 from .plan import Plan, enough_rounds
 
-# Measured with Adam (docs/from_ddp.md): with 8 workers twice the step did well. At the rate that is best without,
-# twice the step ruined training with 2 workers and 1.67 times with 4; 1.25 times cost 0.09 NLL with 2, 0.01 with 4.
-FULL_MOMENTUM = 8  # workers
-SAFE_STEP = 1.5
+# Fewest workers, and the largest outer momentum that fairscale advises for them, tuned on WMT'16 with Adam. Our own
+# runs with Adam at the rate that is best without agree (docs/from_ddp.md): 0.5 ruined 2 workers and 0.4 ruined 4, 0.2
+# was worse with 2; with 8 workers 0.5 did well, and 0.7 did not.
+ADVISED = ((16, 0.6), (8, 0.5), (4, 0.2), (2, 0.0))
 
 _Row = tuple[str, str, str, int, bool]  # host, address, backend, worker, whether its launcher tells machines
 
@@ -131,17 +131,21 @@ def _warn_of_machines(parts: Parts, rows: list[_Row]) -> None:
 
 
 def _warn_of_far_steps(parts: Parts) -> None:
-    """Of few workers whose inner state is kept."""
+    """
+    Of an inner state that is kept where it has no momentum of SGD: 4 workers that kept that did better with 0.5 than
+    with 0 (docs/benchmarks.md).
+    """
     config, workers = parts.config, parts.workers
     factor = _effective_step(config, parts.inner_state.policy)
-    if 1 < workers.count < FULL_MOMENTUM and factor > SAFE_STEP:
-        workers.logger.warning(
-            "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far "
-            "as the learning rate says. Below %d workers that ruined runs whose rate was right without it. Start with "
-            "outer_momentum=0, or divide the learning rate by %.3g (docs/from_ddp.md).",
-            config.outer_momentum,
-            workers.count,
-            factor,
-            FULL_MOMENTUM,
-            factor,
-        )
+    momentum = next((momentum for fewest, momentum in ADVISED if workers.count >= fewest), None)
+    if momentum is None or parts.inner_state.is_momentum_of_sgd or factor < (1 + 1e-6) / (1 - momentum):
+        return
+    workers.logger.warning(
+        "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far as "
+        "the learning rate says. With Adam and as many workers outer_momentum=%g at most is advised "
+        "(docs/from_ddp.md): runs whose rounds stepped further were worse, or ruined.",
+        config.outer_momentum,
+        workers.count,
+        factor,
+        momentum,
+    )
