@@ -1,11 +1,15 @@
 """Folders of checkpoints: unfinished ones, rotation, the Hub, machines that do not share files."""
 
+import errno
+import json
 import os
 import shutil
-from contextlib import contextmanager
+import stat
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
@@ -14,8 +18,8 @@ from harness import patience, run_workers
 from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, heard, rank0, same_end, train, whole
 from slowmo_hf import SlowMoConfig
 from slowmo_hf.checkpoints.claim import Claim, is_claimed
-from slowmo_hf.checkpoints.files import verify_checkpoint
-from slowmo_hf.contents import CheckpointError
+from slowmo_hf.checkpoints.files import read_part, verify_checkpoint, write_part
+from slowmo_hf.contents import CheckpointError, Contents
 from tiny import equal, stand_in_for_the_hub
 
 # ---- unfinished checkpoints and rotation ----
@@ -205,6 +209,70 @@ class OwnTrain(Trainer):
 
 def test_a_checkpoint_is_found_where_it_is(saved, tmp_path):
     run_workers(_check_places, 2, *(saved[0], tmp_path, saved[1]))
+
+
+# ---- callbacks that are told of a save ----
+
+
+class Tidy(TrainerCallback):
+    """Writes one of Trainer's files anew and deletes another; where told to, one of ours too."""
+
+    def __init__(self, spoils=False):
+        self.spoils = spoils
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            told = json.loads((folder / "trainer_state.json").read_text())
+            (folder / "trainer_state.json").write_text(json.dumps(told))
+            (folder / "training_args.bin").unlink()
+            if self.spoils:
+                (folder / "slowmo" / "shared.json").write_text("{}")
+
+
+def _check_tidied(folder):
+    first = train(folder / "run", watchers=[Tidy()])
+    dist.barrier()
+    assert whole(folder / "run") == {f"checkpoint-{step}" for step in range(1, STEPS + 1)}
+    inside = folder / "run" / f"checkpoint-{MIDDLE}"
+    verify_checkpoint(inside)
+    assert "training_args.bin" not in (inside / "slowmo" / "manifest.json").read_text()
+    same_end(first, train(folder / "again", resume=str(inside)), STEPS - MIDDLE)
+
+    def damage():
+        state = inside / "trainer_state.json"
+        state.write_text(state.read_text().replace("global_step", "global_stop", 1))
+
+    rank0(damage)
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is not what was written"):
+        verify_checkpoint(inside)
+    train(folder / "spoilt", watchers=[Tidy(spoils=True)], max_steps=1)
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=r"shared.json has 2 bytes, the manifest says"):
+        verify_checkpoint(folder / "spoilt/checkpoint-1")
+
+
+def test_what_a_callback_makes_of_trainers_files_is_sealed_too(tmp_path):
+    """`on_save` comes behind the save: a stock run resumes from such a folder. What is ours nobody else may write."""
+    run_workers(_check_tidied, 2, tmp_path)
+
+
+@pytest.mark.parametrize(("error", "refused"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch, error, refused):
+    sync, synced = os.fsync, []
+
+    def sync_files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        sync(descriptor)
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    part = Contents({"step": 3}, {"weight": torch.ones(2)})
+    with pytest.raises(OSError, match="Input/output") if refused else nullcontext():
+        write_part(tmp_path, "shared", part)
+        assert torch.equal(read_part(tmp_path, "shared").tensors["weight"], torch.ones(2))
+        assert len(synced) == 2
 
 
 # ---- the Hub ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import fsdp
 from harness import patience, run_workers
-from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, verify_checkpoint
 from slowmo_hf.checkpoints.files import FOLDER, seal
 from slowmo_hf.contents import CheckpointError
 from tiny import Regression, Rows, equal, two_groups, values
@@ -236,6 +237,49 @@ def test_another_number_of_workers_with_as_many_shards(tmp_path, kind):
             assert all(torch.equal(start[name], average[name]) for name in average)
             assert all(torch.equal(*pair) for pair in zip(slow, before[rank % 2][1], strict=True))
             assert (step, rounds) == (5, 2)
+
+
+def on_own_disks(folder):
+    """Two machines of two processes that share no disk: the errors, then values behind a save and behind a resume."""
+    mine = folder / f"machine-{dist.get_rank() // 2}"
+    launched = {"LOCAL_RANK": str(dist.get_rank() % 2), "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(launched, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    errors = []
+    for kind in KINDS:
+        with pytest.raises(CheckpointError) as error:
+            trained(mine / "trainer", config(), kind, save_strategy="steps", save_steps=1)
+        errors.append(str(error.value))
+    for kind in reversed(KINDS):
+        run = program(config(), state_dict_type=kind)
+        for step in range(5):
+            step_of(run, step)
+        if kind == "SHARDED_STATE_DICT":
+            with pytest.raises(CheckpointError) as error:
+                run.accelerator.save_state(str(mine / kind))
+            errors.append(str(error.value))
+    run.accelerator.save_state(str(mine / "whole"))
+    verify_checkpoint(mine / "whole")
+    again = program(config(), state_dict_type=KINDS[0])
+    again.accelerator.load_state(str(mine / "whole"))
+    for one in (run, again):
+        for step in range(5, 7):
+            step_of(one, step)
+    return errors, equal(fsdp.full_values(run.model), fsdp.full_values(again.model))
+
+
+@pytest.mark.slow
+def test_shards_on_machines_with_disks_of_their_own(tmp_path):
+    """
+    Trainer saves the whole on rank 0's machine at most, Accelerate's sharded files lie in parts: both were sealed, and
+    nobody could resume from them. Accelerate's whole state dictionaries go on bit for bit.
+    """
+    for errors, same in run_workers(on_own_disks, 4, tmp_path):
+        assert len(errors) == 3
+        for error in errors:
+            assert "machines do not share" in error
+            assert "the model is sharded: its parts would lie on several disks" in error
+            assert "Put the folder on a shared file system, or save nothing while it trains" in error
+        assert same
 
 
 @pytest.mark.slow

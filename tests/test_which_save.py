@@ -14,8 +14,9 @@ from accelerate import Accelerator
 import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
 from accelerate_loops import linear, settings, train_on, weights
 from harness import patience, run_workers
-from saved_runs import MIDDLE, checkpoints, rank0, train, whole
+from saved_runs import MIDDLE, STEPS, checkpoints, contents, rank0, same_end, train, whole
 from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
+from slowmo_hf.checkpoints.files import LOCK
 
 # ---- machines with disks of their own ----
 
@@ -26,35 +27,81 @@ def own_disk(folder):
     return folder / f"machine-{dist.get_rank()}", SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
 
 
-def resumed_from_different_saves(folder, kind):
+def resumed_from_another_run(folder):
     mine, config = own_disk(folder)
-    constant = {"lr_scheduler_type": "constant"}  # or the start would find different learning rates
-    train(mine / "run", config, **constant)
-    if kind == "another run" and dist.get_rank() == 1:
+    train(mine / "run", config)
+    if dist.get_rank() == 1:
         shutil.copytree(mine / "run", mine / "kept")
-    if kind == "another run":
-        train(mine / "run", config, **constant)  # once more from the beginning: the same steps
-        if dist.get_rank() == 1:
-            shutil.rmtree(mine / "run")
-            shutil.move(mine / "kept", mine / "run")
-    step = MIDDLE + (kind == "a later step" and dist.get_rank() == 0)
-    shutil.copytree(mine / "run" / f"checkpoint-{step}", mine / "again" / f"checkpoint-{step}")
+    train(mine / "run", config)  # once more from the beginning: the same steps
+    if dist.get_rank() == 1:
+        shutil.rmtree(mine / "run")
+        shutil.move(mine / "kept", mine / "run")
+    shutil.copytree(mine / "run" / f"checkpoint-{MIDDLE}", mine / "again" / f"checkpoint-{MIDDLE}")
     with pytest.raises(CheckpointError) as error:
-        train(mine / "again", config, resume=True, **constant)
+        train(mine / "again", config, resume=True)
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["a later step", "another run"])
-def test_a_resume_from_different_saves_is_refused(tmp_path, kind):
-    """
-    Machine 0 has sealed step 6 and machine 1 was killed before it did; or one has an old disk. Each folder is whole,
-    and the ranks would train from different anchors, or meet at different steps.
-    """
-    words, others = run_workers(resumed_from_different_saves, 2, tmp_path, kind)
+def test_a_resume_from_different_saves_is_refused(tmp_path):
+    """One machine has an old disk. Each folder is whole, and the ranks would train from different anchors."""
+    words, others = run_workers(resumed_from_another_run, 2, tmp_path)
     assert words == others
     assert "All ranks must have the same save, got rank 0 on " in words
-    assert "copy one checkpoint to all machines" in words
-    assert (f"'attempted_steps': {MIDDLE + 1}" in words) == (kind == "a later step")
+    assert "Delete the later ones, and resume from the newest that all machines have (docs/checkpoints.md)." in words
+
+
+def resumed_at_different_steps(folder):
+    """One step further on machine 0; then not at all on machine 1."""
+    mine, config = own_disk(folder)
+    train(mine / "run", config)
+    said = []
+    for case, step in (("later", MIDDLE + (dist.get_rank() == 0)), ("gone", 0 if dist.get_rank() else MIDDLE)):
+        if step:
+            shutil.copytree(mine / "run" / f"checkpoint-{step}", mine / case / f"checkpoint-{step}")
+        with pytest.raises(ValueError, match="ranks differ at the start") as error:
+            train(mine / case, config, resume=bool(step))
+        said.append(str(error.value))
+    return said
+
+
+def test_a_resume_at_different_steps_is_told_before_learning_rates(tmp_path):
+    """Machine 1 was killed before it sealed step 6, or its disk was replaced; the learning rate falls linearly."""
+    said, others = run_workers(resumed_at_different_steps, 2, tmp_path)
+    assert said == others
+    later, gone = said
+    assert f" begins from a checkpoint of step {MIDDLE + 1}, rank 1 on " in later
+    assert f" from a checkpoint of step {MIDDLE}. Load the same checkpoint on every rank" in later
+    assert f" begins from a checkpoint of step {MIDDLE}, rank 1 on " in gone
+    assert " fresh. Load the same checkpoint on every rank: each one takes up a part of its own." in gone
+
+
+def cards_of_a_machine(folder):
+    """Rank 0 on a machine of its own, two more on another, each told LOCAL_RANK=0."""
+    _, config = own_disk(folder)
+    mine = folder / f"machine-{min(dist.get_rank(), 1)}"
+    known, seal = {}, trainer_checkpoints.seal_snapshot
+
+    def record(folder, outer_loop, digests):
+        seal(folder, outer_loop, digests)
+        known[folder.name] = digests.keys() == contents(folder).keys() - {"slowmo/manifest.json", LOCK}
+
+    trainer_checkpoints.seal_snapshot = record
+    first = train(mine / "run", config)
+    dist.barrier()
+    verify_checkpoint(mine / "run" / f"checkpoint-{MIDDLE}")
+    resumed = train(mine / "run", config, resume=str(mine / "run" / f"checkpoint-{MIDDLE}"))
+    same_end(first, resumed, STEPS - MIDDLE)
+    return known
+
+
+def test_who_writes_is_by_what_each_process_sees(tmp_path):
+    """
+    Two processes wrote each other's temporary files. Each machine has read all of its files before any is sealed:
+    then manifests come at nearly one time, and a kill leaves machines with the same newest save.
+    """
+    alone, first, second = run_workers(cards_of_a_machine, 3, tmp_path)
+    assert alone == first == {f"checkpoint-{step}": True for step in range(1, STEPS + 1)}
+    assert second == {}, "it seals nothing"
 
 
 def one_cannot_seal(folder):
@@ -97,6 +144,29 @@ def test_accelerate_saves_a_whole_state_on_every_machine(tmp_path):
     for in_one_go, resumed, names in run_workers(accelerate_on_own_disks, 2, tmp_path):
         assert torch.equal(in_one_go, resumed)
         assert {"model.safetensors", "optimizer.bin", "slowmo"} <= names
+
+
+def goes_on_alone(folder, resume):
+    mine, config = (folder, SlowMoConfig(sync_every=4, timeout_seconds=patience(20)))
+    found = train(mine, config, resume=str(resume), save_steps=3)
+    return found["said"], len(found["after"])
+
+
+def trained_on_own_disks(folder):
+    mine, config = own_disk(folder)
+    train(mine, config)
+
+
+def test_a_lost_disk_is_replaced_by_a_save_of_machine_0_alone(tmp_path):
+    """The way out of docs/checkpoints.md: another number of workers starts from the average."""
+    run_workers(trained_on_own_disks, 2, tmp_path)
+    kept = tmp_path / f"machine-0/checkpoint-{MIDDLE}"
+    ((said, steps),) = run_workers(goes_on_alone, 1, tmp_path / "alone", kept)
+    assert any("resumed with 1 workers in place of 2" in line for line in said)
+    assert steps == STEPS - MIDDLE
+    for said, steps in run_workers(goes_on_alone, 2, tmp_path / "again", tmp_path / "alone/checkpoint-6"):
+        assert any("resumed with 2 workers in place of 1" in line for line in said)
+        assert steps == STEPS - 6
 
 
 # ---- a full disk ----
@@ -159,7 +229,7 @@ def prepared():
 
 
 def saved_among_other_files(folder):
-    """Into a folder with logs and earlier states, twice; then the logs grow, and an earlier state is deleted."""
+    """Into a folder with logs and earlier states, twice; logs grow in it and later, an earlier state is deleted."""
     first = prepared()
     log = Path(folder) / "logs" / "events.out"
 
@@ -173,7 +243,9 @@ def saved_among_other_files(folder):
     train_on(*first, range(2, 4))
     first[0].save_state(str(folder))
     train_on(*first, range(4, 6))
+    hook = first[0].register_save_state_pre_hook(lambda *of_save: leave("saving") if dist.get_rank() == 0 else None)
     first[0].save_state(str(folder))
+    hook.remove()
     in_one_go = train_on(*first, range(6, 11))
     rank0(lambda: leave("ended"))
     rank0(lambda: shutil.rmtree(f"{folder}/epoch_0"))

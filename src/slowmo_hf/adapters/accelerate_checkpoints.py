@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBatchSampler, SkipDataLoader
+from torch.distributed.fsdp import StateDictType
 from torch.utils.data import DataLoader
 
 from .. import upstream
@@ -135,7 +136,7 @@ def _beside(bare: SlowMoOptimizer) -> Iterator[None]:
 def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, before: Stamps) -> Callable[[], None]:
     """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
     first = next(iter(begun.values()))
-    keeping = keeps_files(first, folder, accelerator.local_process_index)
+    keeping = keeps_files(first, folder, whole_on_each=_is_whole_on_each(accelerator, begun))
     if not keeping.all_see:
         accelerator.project_configuration.save_on_each_node = True
     words = f"checkpoint {folder} cannot be written"
@@ -160,6 +161,13 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, 
             seal_snapshot(folder, first, digests, before)
 
     return lambda: finish_together(first, folder, keeping, finish, before)
+
+
+def _is_whole_on_each(accelerator: Accelerator, begun: dict[str, OuterLoop]) -> bool:
+    """Accelerate's own part of a checkpoint, on each machine. FSDP's sharded state dictionaries are in parts."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    is_sharded = any(outer_loop.workers.holds_shards for outer_loop in begun.values())
+    return not is_sharded or plugin is None or plugin.state_dict_type is StateDictType.FULL_STATE_DICT
 
 
 def _generators() -> str:

@@ -120,10 +120,10 @@ def whole_model(
     return []
 
 
-def program_in_use(*, has_loaded: bool) -> Program:
+def program_in_use() -> Program:
     """What all ranks compare of Accelerate's settings; the batch size is that of the data loader which is iterated."""
     if is_in_process() or not upstream.accelerate_is_in_use():
-        return Program(has_loaded=has_loaded)
+        return Program()
     state: Any = GradientState()
     loader = state.active_dataloader
     sampler = getattr(loader, "batch_sampler", None)  # of a stream it has no length: it is neither true nor false
@@ -132,7 +132,6 @@ def program_in_use(*, has_loaded: bool) -> Program:
     return Program(
         accumulation=state.num_steps,
         batch_size=size if isinstance(size, int) else None,
-        has_loaded=has_loaded,
         accumulation_name="accelerator.gradient_accumulation_steps",
         batch_size_name="the DataLoader's batch size",
     )

@@ -193,9 +193,9 @@ class SlowMoOptimizer(OptimizerWrapper):
             refused = beside_another(self, wrappers) or refused
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
-            outer_loop.start(broadcast_frozen=not wrappers, refused=refused)
             has_loaded = self.awaits_a_checkpoint or self._pending is not None
-            compare_programs(outer_loop.workers.world, program_in_use(has_loaded=has_loaded))
+            outer_loop.start(has_loaded=has_loaded, broadcast_frozen=not wrappers, refused=refused)
+            compare_programs(outer_loop.workers.world, program_in_use())
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)
             if self._pending is not None:

@@ -22,9 +22,12 @@ from ..checkpoints.files import (
     FOLDER,
     TRAINER_STATE,
     Digests,
+    Stamps,
     is_whole,
     recorded_saves,
     refuse_another_save,
+    seal_again,
+    stamps,
     verify_in_turns,
 )
 from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
@@ -66,6 +69,7 @@ class TrainerCheckpoints:
         self._written: Path | None = None
         self._claim: Claim | None = None  # while a save is under way
         self._keeping: Keeping | None = None
+        self._sealed: tuple[Path, Stamps] | None = None  # behind a seal, until all have been told of the save
         if args.save_strategy != SaveStrategy.NO:
             self._decide_who_keeps()
         args.save_total_limit, args.hub_strategy = None, HubStrategy.END
@@ -73,8 +77,9 @@ class TrainerCheckpoints:
     def _decide_who_keeps(self) -> Keeping:
         """Collective, and once: a run that saves nothing needs no folder that can be written."""
         if self._keeping is None:
-            local_rank = self.args.local_process_index
-            self._keeping = keeps_files(self.outer_loop, Path(str(self.args.output_dir)), local_rank)
+            whole_on_each = not self.outer_loop.workers.holds_shards
+            folder = Path(str(self.args.output_dir))
+            self._keeping = keeps_files(self.outer_loop, folder, whole_on_each=whole_on_each)
             if not self._keeping.all_see and not self.args.save_on_each_node:
                 logger.info("output_dir is not shared by all machines: save_on_each_node is set until training ends")
                 self.args.save_on_each_node = True
@@ -142,9 +147,22 @@ class TrainerCheckpoints:
                 f"checkpoints older than {folder} cannot be deleted",
                 lambda: self._rotate(folder, state.best_model_checkpoint) if is_sealed else None,
             )
+            self._sealed = (folder, stamps(folder) if is_sealed else Stamps())
         finally:
             self._release()
             self._written = None
+
+    def seal_again(self) -> None:
+        """
+        Callbacks have been told of the save, and may have written over Trainer's files in it, or deleted some: the
+        manifest says what is there now. Collective.
+        """
+        if self._sealed is None:
+            return
+        (folder, stamped), self._sealed = self._sealed, None
+        self.world.gather_objects(None)  # other ranks' callbacks write too
+        words = f"checkpoint {folder} cannot be finished"
+        together(self.outer_loop, words, lambda: seal_again(folder, stamped) if stamped else None)
 
     def _release(self) -> None:
         if self._claim is not None:

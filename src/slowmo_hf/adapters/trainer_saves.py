@@ -42,6 +42,7 @@ class TrainerSaves:
         given_back.callback(self.give_up)
         wrap = functools.partial(self._around_own_files, trainer, looks)
         replace_method(trainer, upstream.SAVE_CHECKPOINT, wrap, given_back)
+        replace_method(trainer.callback_handler, "on_save", self._and_seal_again, given_back)
 
     def give_up(self) -> None:
         """Training has ended, also by an error: arguments are as they were, and no save is under way."""
@@ -86,6 +87,15 @@ class TrainerSaves:
             return result
 
         return save_all
+
+    def _and_seal_again(self, tell: Method) -> Method:
+        @functools.wraps(tell)
+        def tell_and_seal(*args: Any, **kwargs: Any) -> Any:
+            control = tell(*args, **kwargs)
+            self._checkpoints.seal_again()
+            return control
+
+        return tell_and_seal
 
 
 def _own_objects(trainer: Trainer, scheduler: Any) -> dict[str, Any]:

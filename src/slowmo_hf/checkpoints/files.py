@@ -14,9 +14,11 @@ Every file is written beside, synced and renamed. Optimizers' states are in torc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ VERSION = 1
 
 Digests = dict[str, dict[str, Any]]  # of files, by name: size and SHA-256
 Stamps = dict[str, tuple[int, ...]]  # of files, by name: what changes with their content
+_TAIL = 4096  # bytes
 
 
 def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents) -> None:
@@ -63,6 +66,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise  # folders alone: a file system that has no sync of them writes them through
     finally:
         os.close(descriptor)
 
@@ -130,7 +136,23 @@ def stamps(folder: str | os.PathLike[str]) -> Stamps:
 
 def _stamp(path: Path) -> tuple[int, ...]:
     told = path.stat()
-    return (told.st_ino, told.st_size, told.st_mtime_ns)
+    return (told.st_ino, told.st_size, told.st_mtime_ns, _tail(path, told.st_size))
+
+
+def _tail(path: Path, end: int) -> int:
+    """Of the last bytes before `end`; 0 of a file that this process may not read."""
+    with suppress(PermissionError), path.open("rb") as file:
+        file.seek(max(0, end - _TAIL))
+        return zlib.crc32(file.read(min(end, _TAIL)))
+    return 0
+
+
+def _is_as_before(path: Path, before: tuple[int, ...] | None) -> bool:
+    """Unchanged, or only longer: a log that goes on."""
+    if before is None:
+        return False
+    now, (node, size, _, tail) = _stamp(path), before
+    return now == before or (now[0] == node and now[1] > size and _tail(path, size) == tail)
 
 
 def file_digests(
@@ -142,7 +164,7 @@ def file_digests(
 
     Args:
         before (`dict`, *optional*): What lay there before the save began, and is no part of it as long as it is as it
-            was: logs, or other checkpoints, in the folder that the user has chosen.
+            was, or has only grown: logs, or other checkpoints, in the folder that the user has chosen.
     """
     root, found = Path(checkpoint), Digests()
     if not (root / FOLDER).is_dir():
@@ -163,6 +185,24 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
+def seal_again(checkpoint: str | os.PathLike[str], stamped: Stamps) -> None:
+    """
+    Write the manifest once more, with what the program has made of files beside ours since they were stamped behind
+    the seal: changed ones as they are now, without those that it has deleted.
+    """
+    root = Path(checkpoint)
+    now = stamps(root)
+    ours = f"{FOLDER}/"
+    changed = [name for name in stamped if now.get(name) != stamped[name] and not name.startswith(ours)]
+    if not changed or not (root / FOLDER / MANIFEST).is_file():
+        return
+    manifest = _read_manifest(root)
+    for name in changed:
+        if manifest["files"].pop(name, None) and name in now:
+            manifest["files"][name] = _entry(root / name)
+    _write_manifest(root, manifest)
+
+
 def seal(
     checkpoint: str | os.PathLike[str],
     settings: dict[str, Any],
@@ -178,9 +218,12 @@ def seal(
     """
     root, found = Path(checkpoint), known or {}
     files = {name: found.get(name) or _entry(path) for name, path in _written(root, before).items()}
-    manifest = {"version": VERSION, **settings, "files": files}
-    manifest["sha256"] = _own_digest(manifest)
-    _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+    _write_manifest(root, {"version": VERSION, **settings, "files": files})
+
+
+def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    signed = {**manifest, "sha256": _own_digest(manifest)}
+    _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(signed, indent=1)))
 
 
 def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
@@ -328,7 +371,7 @@ def _files(root: Path) -> list[Path]:
 def _written(root: Path, before: Stamps | None) -> dict[str, Path]:
     """By name, what is new or another than it was before."""
     paths = {str(path.relative_to(root)): path for path in _files(root)}
-    return {name: path for name, path in paths.items() if not before or before.get(name) != _stamp(path)}
+    return {name: path for name, path in paths.items() if not before or not _is_as_before(path, before.get(name))}
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ fails on one rank is the same error on all.
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,17 @@ class Keeping:
 
     Args:
         place (`int`): Among the processes that see the same files.
-        sees_rank_0s (`bool`): Files of rank 0, and so those of all that see them too.
+        mates (`tuple[int, ...]`): Their ranks, ascending.
         all_see (`bool`): Whether every process does: on one file system.
     """
 
     place: int
-    sees_rank_0s: bool
+    mates: tuple[int, ...]
     all_see: bool
 
     @property
     def seals(self) -> bool:
-        """The manifest, once on every file system: rank 0, and the first of a machine that does not see its files."""
+        """The manifest, once on every file system."""
         return self.place == 0
 
     def shared_of(self, outer_loop: OuterLoop) -> bool:
@@ -42,34 +43,42 @@ class Keeping:
         return self.place < outer_loop.workers.size
 
 
-def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping:
+def keeps_files(outer_loop: OuterLoop, folder: Path, *, whole_on_each: bool) -> Keeping:
     """
-    Who writes what into this folder. Collective.
+    Who writes what into this folder: whose files each process sees is tried out. Collective.
+
+    Args:
+        whole_on_each (`bool`): Whether Trainer's or Accelerate's own files are whole on each file system; those of a
+            model in shards lie in parts.
 
     Raises:
-        CheckpointError: It cannot be written, or a worker spans machines that do not share it.
+        CheckpointError: It cannot be written, or machines do not share it that must.
     """
     workers = outer_loop.workers
     world = workers.world
-    token = folder / f".{outer_loop.run_id}"
+    tokens: list[Path] = [folder / name for name in world.gather_objects(f".{uuid.uuid4().hex}")]
 
     def leave_token() -> None:
         problem = outer_loop.tensors.problem()
         if problem:  # the slow state lies as the parameters did at the start
             raise CheckpointError(problem)
         folder.mkdir(parents=True, exist_ok=True)
-        if world.rank == 0:
-            token.touch()
+        tokens[world.rank].touch()
 
-    together(outer_loop, f"{folder} cannot be written", leave_token)
-    sees_it = token.exists()
-    all_see = all(world.gather_objects(sees_it))
-    if world.rank == 0:
-        token.unlink()
-    first = world.rank if sees_it else local_rank
+    words = f"{folder} cannot be written"
+    together(outer_loop, words, leave_token)
+    mates = tuple(rank for rank, token in enumerate(tokens) if rank == world.rank or token.exists())
+    all_see = all(len(seen) == world.world_size for seen in world.gather_objects(mates))
+    tokens[world.rank].unlink(missing_ok=True)
 
     def refuse_over_machines() -> None:
-        if first == 0 and workers.place:
+        if not whole_on_each and not all_see:
+            raise CheckpointError(
+                f"machines do not share {folder}, and the model is sharded: its parts would lie on several disks, and "
+                "nobody could resume from them. Put the folder on a shared file system, or save nothing while it "
+                "trains (Trainer: save_strategy='no')."
+            )
+        if world.rank - workers.place not in mates:
             raise CheckpointError(
                 f"processes_per_worker must be at most a machine's processes where machines do not share {folder}, "
                 f"got {workers.size}: worker {workers.index} spans machines, and its state would be on another one's "
@@ -77,8 +86,8 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, local_rank: int) -> Keeping
                 "processes_per_worker='node'."
             )
 
-    together(outer_loop, f"{folder} cannot be written", refuse_over_machines)
-    return Keeping(place=first, sees_rank_0s=sees_it, all_see=all_see)
+    together(outer_loop, words, refuse_over_machines)
+    return Keeping(place=mates.index(world.rank), mates=mates, all_see=all_see)
 
 
 def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None:
@@ -132,8 +141,8 @@ def read_together(outer_loop: OuterLoop, words: str, check: Callable[[], Checked
     if any(save != told[0][0] for save, _ in told):
         saves = "; ".join(f"rank {rank} on {host}: {save}" for rank, (save, host) in enumerate(told))
         raise CheckpointError(
-            f"{words}. All ranks must have the same save, got {saves}. Delete the later ones, or copy one checkpoint "
-            "to all machines, and resume from it."
+            f"{words}. All ranks must have the same save, got {saves}. Delete the later ones, and resume from the "
+            "newest that all machines have (docs/checkpoints.md)."
         )
     together(outer_loop, words, lambda: objects.update(checked[0]()))
     return objects
@@ -176,13 +185,9 @@ def finish_together(
     world.gather_objects(None)
     words, own, found = f"checkpoint {folder} cannot be finished", Digests(), Digests()
 
-    def read() -> None:
-        if keeping.sees_rank_0s:
-            own.update(file_digests(folder, world.rank, world.world_size, before))
-
-    together(outer_loop, words, read)
-    for digests in world.gather_objects(own):
-        found |= digests if keeping.sees_rank_0s else {}
+    together(outer_loop, words, lambda: own.update(file_digests(folder, keeping.place, len(keeping.mates), before)))
+    for rank, digests in enumerate(world.gather_objects(own)):
+        found |= digests if rank in keeping.mates else {}
     together(outer_loop, words, lambda: act(found))
 
 

@@ -63,12 +63,20 @@ class OuterLoop:
         self.inner_state = InnerState(config, self.tensors)
         self.clock = Clock(config)
 
-    def start(self, *, attempted_steps: int = 0, broadcast_frozen: bool = True, refused: str | None = None) -> None:
+    def start(
+        self,
+        *,
+        attempted_steps: int = 0,
+        has_loaded: bool = False,
+        broadcast_frozen: bool = True,
+        refused: str | None = None,
+    ) -> None:
         """
         Compare all ranks, give all rank 0's values, take the anchors. Collective, before the first step.
 
         Args:
             attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts.
+            has_loaded (`bool`, *optional*, defaults to `False`): Whether a checkpoint waits, which sets the clock.
             broadcast_frozen (`bool`, *optional*, defaults to `True`): False where DDP's constructor has done it.
             refused (`str`, *optional*): Why this rank cannot start, as its adapter has found; all are told.
 
@@ -77,7 +85,10 @@ class OuterLoop:
         """
         make_heard()
         self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
-        check_same_everywhere(workers, self.config, self.tensors, refusal(workers, self.inner_state, refused))
+        refused = refusal(workers, self.inner_state, refused)
+        begins = f"from a checkpoint of step {attempted_steps}" if attempted_steps else "fresh"
+        begins = "from a checkpoint" if has_loaded else begins
+        check_same_everywhere(workers, self.config, self.tensors, refused, begins)
         workers.form()
         make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]

@@ -5,7 +5,6 @@ Settings of the training program that are none of ours, compared at the start.
     gradient_accumulation_steps    must agree, as a step is then other work on every rank; but not where batch size
                                    times accumulation is the same on all: a worker with less memory cuts the same rows
                                    into smaller batches
-    a loaded checkpoint            must agree: of all ranks, or of none
     batch size                     may differ, for machines that are not alike, and is said: a stock run takes it too
 """
 
@@ -28,14 +27,12 @@ class Program:
         accumulation (`int`, *optional*): Micro-batches to an optimizer step.
         batch_size (`int`, *optional*): Rows to a micro-batch.
         must_agree (`tuple`): Other settings, each with its name.
-        has_loaded (`bool`): A checkpoint, from which this run goes on.
         accumulation_name (`str`), batch_size_name (`str`): What they are called there.
     """
 
     accumulation: int | None = None
     batch_size: int | None = None
     must_agree: tuple[tuple[str, Any], ...] = ()
-    has_loaded: bool = False
     accumulation_name: str = "gradient_accumulation_steps"
     batch_size_name: str = "per_device_train_batch_size"
 
@@ -52,8 +49,6 @@ def compare_programs(world: Communicator, mine: Program) -> None:
     for place, (name, _) in enumerate(mine.must_agree):
         values = [program.must_agree[place][1] if program.must_agree else None for program in programs]
         _refuse_difference(name, values, hosts, "All ranks must clip alike.")
-    way_out = "Load it on every rank: each one takes up a part of its own."
-    _refuse_difference("a loaded checkpoint", [program.has_loaded for program in programs], hosts, way_out)
     sizes = [program.batch_size for program in programs]
     steps = [program.accumulation for program in programs]
     rows = {size * count if size and count else None for size, count in zip(sizes, steps, strict=True)}

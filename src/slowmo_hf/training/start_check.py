@@ -19,13 +19,16 @@ from .model_tensors import ModelTensors
 T = TypeVar("T")
 
 
-def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None) -> None:
+def check_same_everywhere(
+    workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None, begins: str = "fresh"
+) -> None:
     """
     Compare settings, parameters, the inner optimizer, learning rates and versions of all ranks, before any value is
     exchanged.
 
     Args:
         refusal (`str`, *optional*): Why this rank cannot start.
+        begins (`str`, *optional*): From which checkpoint, if any, in words; the same on all ranks.
 
     Raises:
         ValueError: They differ, a rank cannot start, or nobody says what a "node" is; the same words on every rank.
@@ -40,13 +43,26 @@ def check_same_everywhere(workers: Workers, config: SlowMoConfig, tensors: Model
         *tensors.fingerprint(),
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    everywhere = communicator.gather_objects((digest, refusal, host_name(), launcher_tells_machines()))
-    hosts = [host for _, _, host, _ in everywhere]
-    _raise_told([(host, words) for _, words, host, _ in everywhere])
+    everywhere = communicator.gather_objects((digest, refusal, begins, host_name(), launcher_tells_machines()))
+    hosts = [host for *_, host, _ in everywhere]
+    _raise_told([(host, words) for _, words, _, host, _ in everywhere])
+    _refuse_different_checkpoints([(host, begun) for *_, begun, host, _ in everywhere])
     if len({digest for digest, *_ in everywhere}) > 1:
         raise ValueError(_difference(communicator.gather_objects(lines), hosts))
     if config.processes_per_worker == "node" and config.base != "all_reduce" and not workers.holds_shards:
         _refuse_small_nodes(workers.size, *most_on_a_host((host, told) for *_, host, told in everywhere))
+
+
+def _refuse_different_checkpoints(told: list[tuple[str, str]]) -> None:
+    """Before learning rates, which differ with them."""
+    (first_host, first), *others = told
+    for rank, (host, begun) in enumerate(others, start=1):
+        if begun != first:
+            raise ValueError(
+                f"ranks differ at the start: rank 0 on {first_host} begins {first}, rank {rank} on {host} {begun}. "
+                "Load the same checkpoint on every rank: each one takes up a part of its own. Where machines have "
+                "disks of their own it is the newest that all have (docs/checkpoints.md)."
+            )
 
 
 def _refuse_small_nodes(size: int, host: str, processes: int) -> None:
