@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBatchSampler, SkipDataLoader
-from torch.distributed.fsdp import StateDictType
 from torch.utils.data import DataLoader
 
 from .. import upstream
@@ -167,7 +166,7 @@ def _is_whole_on_each(accelerator: Accelerator, begun: dict[str, OuterLoop]) -> 
     """Accelerate's own part of a checkpoint, on each machine. FSDP's sharded state dictionaries are in parts."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     is_sharded = any(outer_loop.workers.holds_shards for outer_loop in begun.values())
-    return not is_sharded or plugin is None or plugin.state_dict_type is StateDictType.FULL_STATE_DICT
+    return not is_sharded or plugin is None or plugin.state_dict_type.name == "FULL_STATE_DICT"
 
 
 def _generators() -> str:

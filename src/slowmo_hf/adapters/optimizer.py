@@ -194,7 +194,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             has_loaded = self.awaits_a_checkpoint or self._pending is not None
-            outer_loop.start(has_loaded=has_loaded, broadcast_frozen=not wrappers, refused=refused)
+            outer_loop.start(attempted_steps=None if has_loaded else 0, broadcast_frozen=not wrappers, refused=refused)
             compare_programs(outer_loop.workers.world, program_in_use())
             if not wrappers:
                 refuse_separate_gradients(self.config, outer_loop.workers.size, models)

@@ -39,7 +39,7 @@ from .model_tensors import ModelTensors
 from .parts import Parts, refusal
 from .report import RoundReport
 from .slow_state_dict import load_state_dict, state_dict
-from .start_check import check_same_everywhere, made_everywhere
+from .start_check import check_start, made_everywhere
 from .start_table import log_start
 from .start_values import make_equal
 from .status import Purpose
@@ -64,19 +64,13 @@ class OuterLoop:
         self.clock = Clock(config)
 
     def start(
-        self,
-        *,
-        attempted_steps: int = 0,
-        has_loaded: bool = False,
-        broadcast_frozen: bool = True,
-        refused: str | None = None,
+        self, *, attempted_steps: int | None = 0, broadcast_frozen: bool = True, refused: str | None = None
     ) -> None:
         """
         Compare all ranks, give all rank 0's values, take the anchors. Collective, before the first step.
 
         Args:
-            attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts.
-            has_loaded (`bool`, *optional*, defaults to `False`): Whether a checkpoint waits, which sets the clock.
+            attempted_steps (`int`, *optional*, defaults to `0`): Where the clock starts; None: a checkpoint will say.
             broadcast_frozen (`bool`, *optional*, defaults to `True`): False where DDP's constructor has done it.
             refused (`str`, *optional*): Why this rank cannot start, as its adapter has found; all are told.
 
@@ -85,15 +79,12 @@ class OuterLoop:
         """
         make_heard()
         self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
-        refused = refusal(workers, self.inner_state, refused)
-        begins = f"from a checkpoint of step {attempted_steps}" if attempted_steps else "fresh"
-        begins = "from a checkpoint" if has_loaded else begins
-        check_same_everywhere(workers, self.config, self.tensors, refused, begins)
+        check_start(workers, self.config, self.tensors, refusal(workers, self.inner_state, refused), attempted_steps)
         workers.form()
         make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
         self._branch = self.run_id  # which a resumed run keeps; this one is the loop's alone
-        self.clock.attempted_steps = self.clock.begun_at = attempted_steps
+        self.clock.attempted_steps = self.clock.begun_at = attempted_steps or 0
         make = partial(Parts.make, self.config, workers, self.tensors, self.inner_state, self.clock)
         self.parts = parts = made_everywhere(workers, make)  # no part refers to this loop: it goes when it is let go
         self.account, self.status, self.view, self.base = parts.account, parts.status, parts.view, parts.base
@@ -106,8 +97,7 @@ class OuterLoop:
     @torch.no_grad()
     def step(self, inner_lrs: list[float]) -> RoundReport | None:
         """
-        Count one attempted inner step, mix and do a round if they are due: after the inner optimizer and before the
-        scheduler.
+        Count one attempted inner step, mix and do a round if due: behind the inner optimizer, before the scheduler.
 
         Args:
             inner_lrs (`list[float]`): The learning rate in force, per parameter group.
@@ -119,16 +109,15 @@ class OuterLoop:
         self.in_flight.goes_on()
         if self.parts.trains_alone:
             self.parts.own_collectives.at_step()
-        clock = self.clock
-        clock.step(inner_lrs)
-        self.workers.roll_call.at(clock.attempted_steps, "training")
-        if clock.exchange_is_due:
+        self.clock.step(inner_lrs)
+        self.workers.roll_call.at(self.clock.attempted_steps, "training")
+        if self.clock.exchange_is_due:
             self.parts.exchange()
-        if not self.in_flight.rounds and not clock.round_is_due:
+        if not self.in_flight.rounds and not self.clock.round_is_due:
             return None
         with self.account.communicating():
             report = self.in_flight.advance()
-            return self.in_flight.launch(clock.rates.mean) if clock.round_is_due else report
+            return self.in_flight.launch(self.clock.rates.mean) if self.clock.round_is_due else report
 
     @property
     def attempted_steps(self) -> int:

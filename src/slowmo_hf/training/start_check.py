@@ -19,8 +19,8 @@ from .model_tensors import ModelTensors
 T = TypeVar("T")
 
 
-def check_same_everywhere(
-    workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None, begins: str = "fresh"
+def check_start(
+    workers: Workers, config: SlowMoConfig, tensors: ModelTensors, refusal: str | None, begins_at: int | None = 0
 ) -> None:
     """
     Compare settings, parameters, the inner optimizer, learning rates and versions of all ranks, before any value is
@@ -28,7 +28,7 @@ def check_same_everywhere(
 
     Args:
         refusal (`str`, *optional*): Why this rank cannot start.
-        begins (`str`, *optional*): From which checkpoint, if any, in words; the same on all ranks.
+        begins_at (`int`, *optional*): The steps behind this run; None where a checkpoint that waits will say them.
 
     Raises:
         ValueError: They differ, a rank cannot start, or nobody says what a "node" is; the same words on every rank.
@@ -43,6 +43,8 @@ def check_same_everywhere(
         *tensors.fingerprint(),
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    begins = "from a checkpoint" if begins_at is None else f"from a checkpoint of step {begins_at}"
+    begins = "fresh" if begins_at == 0 else begins
     everywhere = communicator.gather_objects((digest, refusal, begins, host_name(), launcher_tells_machines()))
     hosts = [host for *_, host, _ in everywhere]
     _raise_told([(host, words) for _, words, _, host, _ in everywhere])
