@@ -115,6 +115,29 @@ def check_gathers(folder, kind, processes_per_worker):
     return out
 
 
+class LogsAlone(TrainerCallback):
+    """A line of rank 0's own in the middle of training, with a name like those of Trainer's speed."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step == 2:
+            self.trainer.log({"samples_runtime": 1.5})
+
+
+def log_of_one(folder):
+    callback = LogsAlone()
+    callback.trainer = trainer = make("SFTTrainer", folder, [callback, SlowMoCallback(SlowMoConfig(sync_every=TAU))])
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "samples_runtime" in entry], trainer.state.global_step
+
+
+def test_a_line_of_one_rank_is_no_summary_of_all(tmp_path):
+    """Its metrics are brought together where Trainer tells its speed: here one rank alone would have gone there."""
+    (said, steps), (others, theirs) = run_workers(log_of_one, 2, str(tmp_path))
+    assert [entry["samples_runtime"] for entry in said] == [1.5]
+    assert others == []
+    assert steps == theirs == STEPS
+
+
 def assert_same_entries(quiet, gathering):
     """The workers have equally many tokens, so a mean of their ratios is the ratio of all."""
     assert len(quiet) == len(gathering)

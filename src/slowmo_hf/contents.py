@@ -197,18 +197,22 @@ def _odd_state(state: dict[str, Any], numbers: list[Any], optimizer: torch.optim
         saved, own = state["state"].get(number, {}), optimizer.state.get(param, {})
         if not isinstance(saved, dict):
             return f"does not fit: the state of parameter {number} is {type(saved).__name__}, no dictionary"
-        odd = sorted(str(key) for key in own if key in saved and not _is_like(saved[key], own[key]))
+        odd = sorted(str(key) for key in own if key in saved and not _is_like(saved[key], own[key], lists_grow=True))
         if odd:
             return f"does not fit: {odd} of parameter {number} has another shape, or is another kind of value"
     return ""
 
 
-def _is_like(saved: Any, own: Any) -> bool:
-    """Whether one value may take the other's place: a tensor one of its shape, a number one as finite as it."""
+def _is_like(saved: Any, own: Any, *, lists_grow: bool = False) -> bool:
+    """
+    Whether one value may take the other's place: a tensor one of its shape, a number one as finite as it. With
+    `lists_grow` a list may have another length: LBFGS's histories, which are each worker's own.
+    """
     if isinstance(own, torch.Tensor) and own.dim() > 0:
         return isinstance(saved, torch.Tensor) and saved.shape == local(own).shape
     if isinstance(own, tuple | list):
-        return isinstance(saved, tuple | list) and len(saved) == len(own) and all(map(_is_like, saved, own))
+        is_long = isinstance(saved, tuple | list) and (lists_grow or len(saved) == len(own))
+        return is_long and all(map(_is_like, saved, own))
     if isinstance(own, torch.Tensor | int | float) and not isinstance(own, bool):
         if isinstance(saved, torch.Tensor):
             saved = saved.item() if saved.dim() == 0 and not saved.is_complex() else None

@@ -11,8 +11,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
+from ..training.optimizers_inside import all_inside
 from .fully_sharded import alive
-from .refusals import all_inside, parameters_of
+from .refusals import parameters_of
 
 
 class Held:

@@ -14,11 +14,14 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """
     `step` with the wrapper's own step hooks, as torch calls them. Those of all optimizers
     (`register_optimizer_step_post_hook`) fire in the inner optimizer's step: once for a step, as without a wrapper.
+    Under a GradScaler they see unscaled gradients, and no step that the scaler skips.
     """
 
     @functools.wraps(step)
     def hooked(self: Any, *given: Any, **kwargs: Any) -> Any:
         args: tuple[Any, ...] = (self, *given)
+        if not self._unscale():
+            return step(*args, **kwargs)
         for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
             args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
         result = step(*args, **kwargs)
@@ -41,6 +44,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     inner_optimizer: torch.optim.Optimizer
+    _takes_step = True  # this one, by the GradScaler's finding
 
     @property
     def state(self) -> Any:
@@ -118,23 +122,37 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
         found_inf = getattr(self, "found_inf", None)
-        grad_scale = getattr(self, "grad_scale", None)
         if found_inf is None:
             return self.inner_optimizer.step(closure) if closure is not None else self.inner_optimizer.step()
+        if self._inner_unscales:
+            return self._fused_inner_step(found_inf, getattr(self, "grad_scale", None))
+        return self.inner_optimizer.step() if self._takes_step else None
+
+    @property
+    def _inner_unscales(self) -> bool:
+        """Whether a GradScaler would leave unscaling to it."""
         # An older contract hands the scaler to `step(grad_scaler=...)`, which then reads no attributes.
         hands_scaler = "grad_scaler" in inspect.signature(self.inner_optimizer.step).parameters
-        if getattr(self.inner_optimizer, "_step_supports_amp_scaling", False) and not hands_scaler:
-            return self._fused_inner_step(found_inf, grad_scale)
-        if found_inf.item():
-            return None
-        if grad_scale is not None:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        if param.grad.dtype is torch.float16:  # as GradScaler: they would be flushed to zero
-                            raise ValueError("Attempting to unscale FP16 gradients.")
-                        param.grad.div_(grad_scale.to(param.grad.device))
-        return self.inner_optimizer.step()
+        return getattr(self.inner_optimizer, "_step_supports_amp_scaling", False) and not hands_scaler
+
+    def _unscale(self) -> bool:
+        """What a GradScaler does before a step that cannot do it. Whether the step is to be taken."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        self._takes_step = True
+        if found_inf is None or self._inner_unscales:
+            return True
+        if not isinstance(found_inf, torch.Tensor):  # no gradient was seen: the scaler's own words
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        self._takes_step = not found_inf.item()
+        if not self._takes_step or grad_scale is None:
+            return self._takes_step
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    if param.grad.dtype is torch.float16:  # as GradScaler: they would be flushed to zero
+                        raise ValueError("Attempting to unscale FP16 gradients.")
+                    param.grad.div_(grad_scale.to(param.grad.device))
+        return True
 
     def _fused_inner_step(self, found_inf: torch.Tensor, grad_scale: torch.Tensor | None) -> float | None:
         inner: Any = self.inner_optimizer

@@ -13,9 +13,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import SLOW_MOMENTUM, SlowMoConfig
+from ..training.optimizers_inside import all_inside
 from .fully_sharded import alive
 from .held_apart import NOT_AVERAGED, Averaging, not_averaged
-from .refusals import all_inside, parameters_of
+from .refusals import parameters_of
 
 _started: list[weakref.ref[Any]] = []  # all that train, or have trained
 

@@ -11,6 +11,7 @@ from torch.distributed.algorithms.join import Join, JoinHook
 
 from .. import upstream
 from ..config import SlowMoConfig
+from ..training.optimizers_inside import all_inside
 from .fully_sharded import alive
 
 
@@ -25,14 +26,14 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
 
     Raises:
         ValueError: It is schedule-free, shares its state with other processes, writes a copy of its own over the
-            parameters, or steps in backward hooks.
+            parameters, goes back to weights of its own, or steps in backward hooks.
     """
     for one in all_inside(optimizer):
         name = type(one).__name__
         refuse_schedule_free(one)
         refuse_shared_state(one)
         _refuse_own_copies(one)
-        if hasattr(one, "optimizer_dict"):
+        if any(isinstance(key, torch.Tensor) for key in getattr(one, "optimizer_dict", None) or ()):
             raise ValueError(
                 f"the inner optimizer {name} steps layer by layer in backward hooks, and its own step() does nothing: "
                 "no round would know of these steps. Use the same optimizer without layerwise (Trainer: "
@@ -44,6 +45,11 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
                 "round would know of these steps, and accelerate does not know it inside another optimizer. Use one "
                 "that steps after the backward pass; of these Adafactor needs little memory (Trainer: "
                 "optim='adafactor')."
+            )
+        if any(of.__name__ == "Lookahead" or of.__name__.startswith("Ranger") for of in type(one).__mro__):
+            raise ValueError(
+                f"the inner optimizer {name} keeps slow weights of its own, and goes back to them: that would undo a "
+                "part of each round. Use the optimizer inside it; SlowMoConfig.lookahead() looks ahead with rounds."
             )
     for param in (p for of in (_parameters(models), parameters_of(optimizer)) for p in of):
         inside = upstream.in_backward_optimizers(param)
@@ -99,22 +105,6 @@ def _refuse_own_copies(optimizer: Any) -> None:
             "them at every step: what a round hands back would be lost. Use it without (master_weights=False), or "
             "keep the parameters in fp32 and train in bf16 by autocast (mixed_precision='bf16')."
         )
-
-
-def all_inside(optimizer: Any) -> list[Any]:
-    """All optimizers that this one is made of, the innermost first, so that an error names what the user chose."""
-    found: dict[int, Any] = {}
-    ahead = [optimizer]
-    while ahead:
-        one = ahead.pop()
-        if id(one) in found:
-            continue
-        found[id(one)] = one
-        for value in list(getattr(one, "__dict__", {}).values()):
-            values = list(value.values()) if isinstance(value, dict) else value
-            values = values if isinstance(values, (list, tuple)) else [value]
-            ahead += [each for each in values if hasattr(each, "param_groups") and hasattr(each, "step")]
-    return list(reversed(found.values()))
 
 
 def _parameters(models: Iterable[torch.nn.Module]) -> Iterable[torch.Tensor]:

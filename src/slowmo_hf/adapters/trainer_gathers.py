@@ -105,8 +105,8 @@ class TrainerGathers:
     def _in_summaries(self, log: Method) -> Method:
         @functools.wraps(log)
         def tell(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            # Trainer's own, of an evaluation or the run, on all ranks.
-            if any(name.endswith("_runtime") for name in logs):
+            # Trainer's own speed, of an evaluation or the run, on all ranks.
+            if any(name.endswith("_runtime") and f"{name[:-8]}_steps_per_second" in logs for name in logs):
                 self.bring_together()
             log(logs, *args, **kwargs)
 

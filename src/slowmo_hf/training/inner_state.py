@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..algorithm.starts import IN_FLIGHT
@@ -13,6 +14,7 @@ from ..contents import CheckpointError, Contents, Restored, Saved
 from ..dtensors import as_described, described, is_sharded, local
 from ..wire.averages import Averages
 from .model_tensors import ModelTensors, hash48
+from .optimizers_inside import all_inside
 
 OBJECT = "inner_optimizer"  # in a checkpoint
 SHARDS = "inner_optimizer_shards"  # there, what its DTensors were
@@ -64,8 +66,19 @@ class InnerState:
         return is_sgd and any(group["momentum"] for group in self.optimizer.param_groups)
 
     def reset(self) -> None:
-        """Forget it, if that is the policy. Every process does."""
+        """
+        Forget it, if that is the policy. Every process does.
+
+        Raises:
+            ValueError: It lies elsewhere than under the parameters.
+        """
         if self.policy == "reset":
+            where = self._elsewhere()
+            if where:
+                raise ValueError(
+                    f"inner_state='reset' cannot be used with {type(self.optimizer).__name__}, which has state {where}, "
+                    "where a reset does not reach. Use inner_state='maintain'."
+                )
             for param in self.tensors.trainable:
                 self.optimizer.state.pop(param, None)
 
@@ -76,13 +89,27 @@ class InnerState:
         """
         if self.policy != "average":
             return ""
-        what = self._codes_to_come() or next(filter(None, map(_not_a_direction, self._entries())), "")
+        elsewhere = self._elsewhere()
+        what = f"it has state {elsewhere}" if elsewhere else self._codes_to_come()
+        what = what or next(filter(None, map(_not_a_direction, self._entries())), "")
         if not what:
             return ""
         return (
             f"inner_state='average' cannot average the state of {type(self.optimizer).__name__}: {what}. Use "
             "inner_state='maintain' or 'reset', or an optimizer whose state is plain floating-point tensors."
         )
+
+    def _elsewhere(self) -> str:
+        """Where state lies that is not under the parameters; empty where all is."""
+        state = self.optimizer.state
+        for key, entry in state.items():
+            if not isinstance(key, torch.Tensor) and isinstance(entry, dict) and _has_tensors(entry):
+                return f"under {key!r}"
+        for one in all_inside(self.optimizer):
+            for param, entry in getattr(one, "state", {}).items():
+                if isinstance(entry, dict) and not entry.keys() <= state.get(param, {}).keys():
+                    return f"in the {type(one).__name__} inside it"
+        return ""
 
     def _codes_to_come(self) -> str:
         """Before the first step: bitsandbytes' classes say what they will keep."""
@@ -144,7 +171,7 @@ class InnerState:
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`, in torch's own form; of a sharded state this process's shards, and what they were."""
-        state, params = self.optimizer.state_dict(), self._params
+        state, params = _without_numpy(self.optimizer.state_dict()), self._params
         if not self.tensors.mates:
             return Saved(own=Contents(objects={OBJECT: state}))
         shards = {
@@ -192,6 +219,19 @@ class InnerState:
                     "Resume from another checkpoint."
                 ) from error
         return found
+
+
+def _without_numpy(value: Any) -> Any:
+    """NumPy's numbers, which schedules written by hand put into groups, as Python's: `torch.load` refuses theirs."""
+    if isinstance(value, dict):
+        return {key: _without_numpy(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _has_tensors(entry: dict[Any, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in entry.values())
 
 
 def _is_a_count(name: str, value: torch.Tensor) -> bool:

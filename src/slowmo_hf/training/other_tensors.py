@@ -94,6 +94,7 @@ class OtherTensors:
         self._optimizers: list[Any] = []  # of the program: (workers, other tensors) of each, weakly
         self._told: list[str] = []  # by the last look
         self._averaged: dict[str, torch.Tensor] = {}
+        self._frozen_are_said = False
         self.is_over = False  # its optimizer has finished: what that held is anybody's now
         self.keeps_last_round = False  # for `Consensus.show_last_round`: what rounds have averaged
 
@@ -286,6 +287,22 @@ class OtherTensors:
         now = self.now()
         chosen = [now[name] for name in names if name in now]
         return [t for t in chosen if not _is_integer(t)], [t for t in chosen if _is_integer(t)]
+
+    def news_of_frozen(self, names: list[str]) -> str:
+        """A line, once, where a round averages frozen parameters; they travel with it from there on."""
+        if self._frozen_are_said or not names or self._policy == "local":
+            return ""
+        frozen = self.frozen()
+        moved = [name for name in names if name in frozen]
+        if not moved:
+            return ""
+        self._frozen_are_said = True
+        count = sum(local(frozen[name]).numel() for name in moved)
+        return (
+            f"frozen parameters have changed in training, {moved[0]} and {len(moved) - 1} more, {count:,} elements: "
+            "rounds average and send them too (a moving teacher). Where that is not meant, put them back bit for bit, "
+            "or set model_buffers='local'"
+        )
 
     # ---- what the last round has made of them ----
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ..upstream import collectives_of_job
 from ..wire.workers import Workers
 from .account import Account
 from .clock import Clock
@@ -27,6 +33,35 @@ class OwnCollectives:
         self._workers, self._clock, self._account = workers, clock, account
         self._before, self._on_end, self.is_said = 0, 0, False
         self.begin()
+
+    def refuse_sending_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """
+        Watch an inner optimizer's first step: one that sends over the job (a Muon or Shampoo whose ranks share the
+        work) hands every worker what others have computed from their own weights. Not where a closure is given, which
+        may send too.
+
+        Raises:
+            ValueError: In that step, on all ranks.
+        """
+        before: list[int] = []  # none where training has begun inside this step
+
+        def note(*called: Any) -> None:
+            before.append(collectives_of_job())
+
+        def judge(optimizer: Any, args: Any, kwargs: Any) -> None:
+            for handle in handles:
+                handle.remove()
+            has_closure = any(map(callable, (*args[1:], *kwargs.values())))
+            if before and collectives_of_job() > before[0] and not has_closure:
+                raise ValueError(
+                    f"the inner optimizer {type(optimizer).__name__} sends over all ranks in its own step: a "
+                    "worker would get what others have computed from their own weights and data. Use one whose step "
+                    "is local (torch.optim.Muon), or base='all_reduce'."
+                )
+
+        handles: list[Any] = []
+        with suppress(AttributeError):  # a class of its own kind has no hooks
+            handles += [optimizer.register_step_pre_hook(note), optimizer.register_step_post_hook(judge)]
 
     def begin(self) -> None:
         """A step begins: what came before was not of one."""

@@ -71,7 +71,7 @@ class Parts:
         account = Account(lambda: workers.bytes_sent, collectives_of_job)
         slow = SlowState(config, workers, layouts, len(tensors.groups), account)
         weigh = partial(_weigh, config, workers, slow.averages)
-        return cls(
+        parts = cls(
             config=config,
             workers=workers,
             tensors=tensors,
@@ -86,6 +86,9 @@ class Parts:
             base=_make_base(config, workers, slow, tensors),
             inside=inside,
         )
+        if parts.trains_alone and workers.size == 1:
+            parts.own_collectives.refuse_sending_step(tensors.optimizer)
+        return parts
 
     @property
     def meets_others(self) -> bool:
@@ -184,6 +187,9 @@ class Parts:
         to be averaged. Collective.
         """
         floating, integer = self.tensors.others.to_average(changed)
+        news = self.tensors.others.news_of_frozen(changed)
+        if news:
+            self.workers.logger.info("%s", news)
         self.slow.reduction.start_second_stages(wait=True)  # first: all workers' collectives have one order
         if self.config.model_buffers == "local":
             floating = []
