@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import Trainer, TrainerCallback
 
 from accelerate_loops import linear, train_on, weights
-from harness import run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from tiny import Heard, error_of
+from harness import patience, run_workers
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
+from tiny import Heard, Regression, Rows, arguments, error_of
 
 SGD = torch.optim.SGD
 
@@ -144,8 +145,53 @@ def test_a_policy_that_does_not_reach_the_state_is_refused(make, where, policy):
             assert second == ""
         else:
             assert f"inner_state='{policy}' cannot" in second
-            assert f"state {where}" in second
+            assert f"it has state {where}" in second
             assert "Use inner_state='maintain'" in second
+
+
+# ---- a second model in the Trainer's optimizer ----
+
+
+class WithHead(Trainer):
+    """A layer of the program's own, prepared beside the model (an ArcFace head, weights of losses)."""
+
+    def create_optimizer(self, model=None):
+        torch.manual_seed(0)
+        self.head = self.accelerator.prepare(torch.nn.Linear(1, 1, dtype=torch.float32))
+        self.optimizer = SGD([*self.model.parameters(), *self.head.parameters()], lr=0.1)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        found = self.head(model(**inputs)["loss"].reshape(1, 1)).square().mean()
+        return (found, {"loss": found}) if return_outputs else found
+
+
+class Heads(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append([weights(self.trainer.head), weights(self.trainer.model)])
+
+
+def trained_with_head(folder):
+    heads = Heads()
+    slowmo = SlowMoCallback(SlowMoConfig(sync_every=2, timeout_seconds=patience(30)))
+    heads.trainer = WithHead(
+        Regression(torch.float32),
+        arguments(folder, max_steps=4),
+        train_dataset=Rows(64, torch.float32),
+        callbacks=[heads, slowmo],
+    )
+    heads.trainer.train()
+    return heads.seen
+
+
+def test_a_prepared_head_beside_the_model_trains_alone_between_rounds(tmp_path):
+    """Its own DDP averaged its gradients at every step, and coupled the workers."""
+    first, second = run_workers(trained_with_head, 2, str(tmp_path))
+    equal = [[torch.equal(*pair) for pair in zip(*both, strict=True)] for both in zip(first, second, strict=True)]
+    assert equal == [[False, False], [True, True]] * 2
 
 
 # ---- refused, and taken, by name ----

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -27,9 +27,8 @@ from accelerate.state import AcceleratorState
 
 def copy_each_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """
-    `torch._foreach_copy_`, torch >= 2.1: many small copies, of any dtypes, in one call and few launches, as torch's
-    optimizers do. Nothing public copies into tensors that exist
-    (tests/test_core.py::test_buckets_hold_every_element_once).
+    `torch._foreach_copy_`, torch >= 2.1: many small copies, of any dtypes, in few launches. Nothing public copies into
+    tensors that exist (tests/test_core.py::test_buckets_hold_every_element_once).
     """
     torch._foreach_copy_(targets, sources)
 
@@ -159,8 +158,7 @@ def fsdp_reshard(modules: list[Any]) -> None:
     idle = TrainingState.IDLE
     states = [(module._get_fsdp_state(), fsdp_parameter_groups(module)) for module in modules]
     if any(one._training_state is not idle for state, groups in states for one in (state, *groups)):
-        roots = [module for module in modules if hasattr(module, "reset_iter_state")]
-        roots = [module for module in roots if module._get_fsdp_state()._is_root]
+        roots = [m for m in modules if hasattr(m, "reset_iter_state") and m._get_fsdp_state()._is_root]
         for root in roots:
             root.reset_iter_state()
         for state, groups in [] if roots else states:
@@ -175,9 +173,8 @@ def fsdp_reshard(modules: list[Any]) -> None:
 def fsdp_over_shards_alone(mesh_info: Any) -> Any:
     """
     `FSDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: the same mesh as HSDP's,
-    without a dimension of replicas; None where the mesh has no dimension of shards. What is public,
-    `set_requires_all_reduce(False)`, leaves every gradient None
-    (tests/test_fully_sharded.py::test_gradients_are_the_workers_own_mean).
+    without replicas; None where it has no shards. The public `set_requires_all_reduce(False)` leaves every gradient
+    None (tests/test_fully_sharded.py::test_gradients_are_the_workers_own_mean).
     """
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
@@ -192,9 +189,8 @@ def fsdp_over_shards_alone(mesh_info: Any) -> Any:
 
 def fsdp_replicas(group: Any) -> list[str]:
     """
-    `DDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: the attributes of a parameter
-    group that know of replicas, over which gradients are then averaged. `post_forward_mesh_info` is none of them: it
-    names those who gather again in a backward pass
+    `DDPMeshInfo` of `torch.distributed.fsdp._fully_shard._fsdp_common`, torch >= 2.6: what a parameter group knows
+    of replicas, over which it averages. `post_forward_mesh_info` is of those who gather again in a backward pass
     (tests/test_fully_sharded.py::test_a_torch_that_would_couple_workers_is_refused).
     """
     from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
@@ -305,9 +301,8 @@ SAVE_CHECKPOINT = "_save_checkpoint"
 
 def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
     """
-    `_metrics` of TRL's trainers, trl >= 1.0: by name, what was added since the last entry of the log and goes into the
-    next, of training or evaluation; None elsewhere. It is handed to nobody before
-    (tests/test_trl.py::test_training_steps_gather_nothing).
+    `_metrics` of TRL's trainers, trl >= 1.0: by name, what goes into the log's next entry, of training or evaluation,
+    and nobody is handed before; None elsewhere (tests/test_trl.py::test_training_steps_gather_nothing).
     """
     metrics = getattr(trainer, "_metrics", None)
     mode = "train" if trainer.model.training else "eval"
@@ -333,13 +328,20 @@ def _callers(depth: int) -> Iterator[FrameType]:
         frame, depth = frame.f_back, depth - 1
 
 
+def run_as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    `torch._disable_dynamo`, torch >= 2.1: also where torch.compile traces the caller. `torch.compiler.disable` would
+    import the compiler with the package (tests/test_compiled_loops.py::test_the_package_imports_no_compiler).
+    """
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
+
+
 def is_called_by(function: str, module: str) -> bool:
     """
     Whether a function of that name, in a module whose name holds `module`, is a few calls above: torch's hooks and
     AcceleratedOptimizer lie between. `_init_optim_state` of torch.distributed.checkpoint (torch >= 2.3) makes a fresh
     optimizer's state by a step that must not count, and `_get_optim_state_dict` there asks for it in a save;
-    `evaluation_loop` of transformers'
-    Trainer (>= 4.57) calls `model.eval()` first
+    `evaluation_loop` of transformers' Trainer (>= 4.57) calls `model.eval()` first
     (tests/test_optimizer_state.py::test_distributed_checkpoints_dummy_step_does_not_count,
     tests/test_optimizer_state.py::test_save_state_says_what_is_wrong,
     tests/test_evaluation.py::test_trainer_evaluates_the_average_of_a_wrapped_optimizer).

@@ -19,7 +19,7 @@ from ..training.program import compare_programs
 from ..training.report import RoundReport
 from .given import Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
-from .refusals import JoinRefusal
+from .refusals import JoinRefusal, parameters_of
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany, best_model, refuse_uncounted
@@ -115,7 +115,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         refused = refusal([model], optimizer, has_rounds=self.config.has_rounds)
         refuse_resumable_saves(args, model)
         outer_loop = OuterLoop(raw_optimizer(optimizer), self.config, model)
-        wrappers = ddp_wrappers(model.parameters(), within=self._find_trainer().model_wrapped)
+        trained = [*model.parameters(), *parameters_of(raw_optimizer(optimizer))]  # a head beside the model, too
+        wrappers = ddp_wrappers(trained, within=self._find_trainer().model_wrapped)
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None  # the slow state of a run before goes first
         self._round_logs = RoundLogs()
@@ -217,6 +218,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._ending.round_ended = report is not None
         if report is not None:
             self._round_logs.rounds.append(report)
+            self.outer_loop.in_flight.watch()
 
     def _catch_up(self) -> None:
         """A callback before this one shows the average where the step has been taken: it is counted first."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.state import GradientState
@@ -20,7 +22,25 @@ from ..dtensors import sharded_modules
 from ..log import logger
 from ..training.program import Program
 from ..wire.job import is_in_process, processes_in_job
-from .fully_sharded import all_parameters
+from .fully_sharded import alive, all_parameters
+from .held_apart import is_apart
+from .refusals import parameters_of
+
+T = TypeVar("T")
+
+
+def never_compiled(*methods: str) -> Callable[[type[T]], type[T]]:
+    """
+    These methods of a class run as written where a compiled function calls them: what they begin or show is for now,
+    no part of a graph, and torch.compile cannot trace messages between ranks.
+    """
+
+    def mark(kind: type[T]) -> type[T]:
+        for name in methods:
+            setattr(kind, name, upstream.run_as_written(getattr(kind, name)))
+        return kind
+
+    return mark
 
 
 def listen(listener: Any) -> Callable[[], Any]:
@@ -33,14 +53,14 @@ def listen(listener: Any) -> Callable[[], Any]:
     One hook serves all, and comes back as the same entry of that table: torch.compile looks at the table, and compiled
     again at every `model.eval()`, until it gave up, when each time had a hook of its own.
     """
-    alive = weakref.ref(listener)
+    reference = weakref.ref(listener)
     with _changing:
-        _listening.append(alive)
+        _listening.append(reference)
         if _entry:
             upstream.put_hook_back(_entry[0], _show)
         else:
             _entry.append(register_module_forward_pre_hook(_show))
-    return weakref.finalize(listener, _end, alive)
+    return weakref.finalize(listener, _end, reference)
 
 
 def _end(listener: weakref.ref[Any]) -> None:
@@ -51,8 +71,8 @@ def _end(listener: weakref.ref[Any]) -> None:
 
 
 def _show(module: torch.nn.Module, args: Any) -> None:
-    for alive in tuple(_listening):
-        present = alive()
+    for listener in tuple(_listening):
+        present = listener()
         if present is not None:
             present.on_forward(module)
 
@@ -76,6 +96,11 @@ def trains(optimizer: Any, module: torch.nn.Module) -> bool:
     own = _parameters(optimizer)
     holds_some = any(id(p) in own for p in all_parameters(module))
     return holds_some and (optimizer.awaits_a_checkpoint or any(p.requires_grad for p in own.values()))
+
+
+def is_recorded() -> bool:
+    """Whether this pass is made to record the model (`torch.jit.trace`, TensorBoard's `add_graph`): it has no step."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 @contextmanager
@@ -152,3 +177,54 @@ def refuse_separate_gradients(config: SlowMoConfig, worker_size: int, models: It
         "averages gradients, or FSDP2, and none of the model was found. Train the model that accelerator.prepare "
         "returned, or use processes_per_worker=1 and another base."
     )
+
+
+def trains_a_copy(optimizer: Any) -> str | None:
+    """
+    Why an optimizer without a model cannot start: a model exchanges gradients that no optimizer holds, and has
+    parameters of the same shapes. With one of these signs alone it is a warning: who trains that model is not known.
+
+    Args:
+        optimizer (`SlowMoOptimizer`): Not started. No module that was called and no DDP wrapper has its parameters.
+    """
+    if is_in_process() or optimizer.config.base == "all_reduce" or processes_in_job() == 1:
+        return None
+    own, left = list(parameters_of(optimizer)), _left_to_nobody()
+    if not left or not own:
+        return None
+    words = (
+        f"the inner optimizer {type(optimizer.inner_optimizer).__name__} holds {len(own)} parameters that are no "
+        "parameters of a model that was called, and no optimizer holds those of a model in DistributedDataParallel: "
+        "DDP would average its gradients at every step, so workers would not train alone. If they are copies (fp32 "
+        "master weights), give the optimizer the model's own parameters: keep these in fp32 and train in bf16 by "
+        "autocast (mixed_precision='bf16')."
+    )
+    signs = [(_are_copies(own, params), any(p.grad is not None for p in params)) for params in left]
+    if any(all(both) for both in signs):
+        return words
+    if any(any(either) for either in signs):
+        logger.warning(words)
+    return None
+
+
+def _left_to_nobody() -> list[list[torch.Tensor]]:
+    """Of each DDP wrapper that exchanges gradients over the job, and that no optimizer trains: what has gradients."""
+
+    def found() -> list[list[torch.Tensor]]:
+        held = {id(p) for one in alive(torch.optim.Optimizer) for p in parameters_of(one)}
+        wrappers = [ddp for ddp in alive(DistributedDataParallel) if not is_apart(ddp)]
+        whole = [ddp for ddp in wrappers if ddp.process_group.size() == processes_in_job()]
+        trained = [[p for p in ddp.parameters() if p.requires_grad] for ddp in whole]
+        return [params for params in trained if params and not any(id(p) in held for p in params)]
+
+    if not found():
+        return []
+    gc.collect()  # one that nobody has any more may wait for its collection
+    return found()
+
+
+def _are_copies(own: list[torch.Tensor], params: list[torch.Tensor]) -> bool:
+    """Whether some of `params` have these shapes, or all have this length together: flat. One number tells nothing."""
+    length, of_all = (sum(p.numel() for p in of) for of in (own, params))
+    have_shapes = Counter(p.shape for p in own) <= Counter(p.shape for p in params)
+    return length > 1 and (have_shapes or length == of_all)

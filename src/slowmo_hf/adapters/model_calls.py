@@ -20,9 +20,10 @@ from torch.nn import Module
 
 from .. import upstream
 from ..training.outer_loop import OuterLoop
-from .first_pass import listen
+from .first_pass import is_recorded, listen, never_compiled
 
 
+@never_compiled("_on_training_pass", "on_train", "on_eval", "on_state_dict", "on_load_state_dict", "_say")
 class ModelCalls:
     """
     Listens to the models of one optimizer, from its start on.
@@ -125,6 +126,10 @@ class ModelCalls:
                     self._without_last_round,
                 )
         elif self._counts(module):
+            self._on_training_pass()
+
+    def _on_training_pass(self) -> None:
+        if not is_recorded():
             was_training = self._was_training
             self.on_train()
             if was_training:

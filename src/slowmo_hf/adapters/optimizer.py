@@ -19,10 +19,13 @@ from ..wire.job import is_in_process
 from .exit_notice import tell_at_exit
 from .first_pass import (
     is_before_prepare,
+    is_recorded,
     listen,
+    never_compiled,
     program_in_use,
     refuse_separate_gradients,
     trains,
+    trains_a_copy,
     unfrozen,
     whole_model,
 )
@@ -40,6 +43,7 @@ _SLOW_STATE = "slowmo"
 _BESIDE = "beside"
 
 
+@never_compiled("_on_pass", "_start", "_go_on", "step", "train", "eval", "state_dict", "load_state_dict")
 class SlowMoOptimizer(OptimizerWrapper):
     """
     Wraps an optimizer so that every worker trains alone for `sync_every` steps and then takes part in a round (SlowMo,
@@ -166,7 +170,11 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def on_forward(self, module: torch.nn.Module) -> None:
         """A pass that `first_pass.listen` has heard: training begins with the first one of its own, and goes on."""
-        if not trains(self, module):
+        if trains(self, module):  # outside what is never compiled: other networks' passes stay in one piece
+            self._on_pass(module)
+
+    def _on_pass(self, module: torch.nn.Module) -> None:
+        if is_recorded():
             return
         if self.outer_loop is not None:
             self._go_on(self.outer_loop)
@@ -190,7 +198,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         model = models[0] if len(models) == 1 else torch.nn.ModuleList(models) if models else None
         try:
             refused = refusal(models, self.inner_optimizer, has_rounds=self.config.has_rounds)
-            refused = beside_another(self, wrappers) or refused
+            refused = beside_another(self, wrappers) or (None if models else trains_a_copy(self)) or refused
             outer_loop = OuterLoop(self.inner_optimizer, self.config, model)
             outer_loop.tensors.others.keeps_last_round = True  # for model.eval()
             has_loaded = self.awaits_a_checkpoint or self._pending is not None
@@ -258,11 +266,7 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def _started(self) -> OuterLoop:
         if self.outer_loop is None:
-            if self._wrappers() or sharded_roots(self):
-                raise RuntimeError(
-                    "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP or FSDP2 "
-                    "still averages gradients over all workers. Call the model that accelerator.prepare returned."
-                )
+            _refuse_unseen(self._wrappers() or sharded_roots(self))
             self._start(whole_model(self, self._passed(), tell=True), [])
         return self.begun()
 
@@ -307,6 +311,15 @@ def _isolation(
     weakref.finalize(optimizer, made.optimizer_is_gone).atexit = False
     tell_of_others(wrappers, optimizer, log)
     return made
+
+
+def _refuse_unseen(models: list[Any]) -> None:
+    """At a step of an optimizer that has not started, and these hold its parameters."""
+    if models:
+        raise RuntimeError(
+            "optimizer.step() was called before a forward pass of the wrapped model was seen, so DDP or FSDP2 "
+            "still averages gradients over all workers. Call the model that accelerator.prepare returned."
+        )
 
 
 def _checked(inner_optimizer: Any, config: Any, settings: dict[str, Any]) -> SlowMoConfig:

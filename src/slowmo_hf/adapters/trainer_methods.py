@@ -57,6 +57,9 @@ class Looks:
 
         for name, inside in (("evaluate", evaluating), ("predict", evaluating), ("save_model", own)):
             replace_method(trainer, name, functools.partial(_inside, inside), given_back)
+        for name in ("evaluation_loop", "prediction_loop"):  # the second: use_legacy_prediction_loop of transformers 4
+            if hasattr(trainer, name):
+                replace_method(trainer, name, functools.partial(_inside, outer_loop.consensus.passes), given_back)
 
     def _end(self) -> None:
         self._outer_loop, self._catch_up = None, lambda: None
@@ -75,6 +78,7 @@ class Looks:
             yield
             return
         self._catch_up()
+        outer_loop.consensus.hear_of_earlier_writes()
         random_state = RandomState.take()
         try:
             with outer_loop.consensus.shown(keep_writes=keep_writes):

@@ -62,7 +62,8 @@ class Clock:
         rounds (`int`): Begun so far.
         rates (`Rates`): Of this worker's own steps since the last round.
         begun_at (`int`): The attempted steps where this process began, or took up a checkpoint.
-        parted_at (`int`): The last step at which a rank is known to have written into its parameters behind the round.
+        parted_at (`int`): The last step at which a rank's program is known to have written into its parameters behind
+            the round, or in a view; the same on all ranks.
         max_steps (`int`, *optional*): Where training ends, if that is known; for what is said alone.
     """
 

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.profiler import record_function
 
+from ..dtensors import local
 from ..wire.reduction import show_mean_
 from .in_flight import InFlight
 from .model_tensors import copy_tensors_
@@ -107,6 +108,35 @@ class Consensus:
         """Whether all workers have it already."""
         clock, config = self.parts.clock, self.parts.config
         return clock.workers_agree and (config.model_buffers == "average" or clock.attempted_steps == 0)
+
+    def hear_of_earlier_writes(self) -> None:
+        """
+        Before a view at a step that has no status exchange behind its round: whether a rank's program has written into
+        its parameters since. Collective there.
+        """
+        parts = self.parts
+        if parts.tensors.is_watched and parts.clock.workers_agree and not self.shows_average:
+            with parts.account.paused():
+                self.in_flight.meet(Purpose.LOOK)
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Inside, evaluation passes: what they write into their own weights goes with the view, if there is one."""
+        end = self._begin_passes()
+        try:
+            yield
+        finally:
+            end()
+
+    @_as_in_training
+    def _begin_passes(self) -> Callable[[], None]:
+        end, as_the_round_left = self.parts.view.passes(), _as_the_round_left(self.parts)
+
+        @_as_in_training
+        def end_passes() -> None:
+            as_the_round_left({id(tensor) for tensor in end()})
+
+        return end_passes
 
     def show_buffers_of(self, changed_buffers: list[str]) -> None:
         """The same where all have met: with the average of these buffers."""
@@ -220,7 +250,7 @@ class Consensus:
     def keep(self, *, loaded: bool = False) -> None:
         """
         End training on the average: it stays. Collective. What the program has written over it (`keep_writes`) is each
-        worker's own: that is averaged.
+        worker's own: that is averaged. What passes have written over it goes.
 
         Args:
             loaded (`bool`): All have loaded one model over it, which stays.
@@ -234,14 +264,39 @@ class Consensus:
 
     def hear_of_writes(self) -> bool:
         """
-        Whether a rank's program has written into its model while it was shown; workers then differ, also behind a
-        round. Collective, where the view keeps that.
+        Whether a rank's model is another than was shown. Where the program has written into it, workers then differ,
+        also behind a round. Collective, where the view keeps that.
         """
         parts = self.parts
         if not parts.view.keeps_writes:
             return False
         with parts.account.apart():
-            anybody = any(parts.workers.world.gather_objects(parts.view.is_written))
-        if anybody and parts.meets_others:
+            of_each = parts.workers.world.gather_objects(parts.view.changes)
+        if parts.meets_others and any(is_written for is_written, _ in of_each):
             parts.clock.parted_at = parts.clock.attempted_steps
-        return anybody
+        return any(is_changed for _, is_changed in of_each)
+
+
+def _as_the_round_left(parts: Parts) -> Callable[[set[int]], None]:
+    """
+    What gives parameters, by identity, the values back that a round of this step has left: a view behind it has
+    none put by. They are in the anchors; where this process has not all of these, copies are made.
+    """
+    if not (parts.view.keeps_writes and parts.tensors.is_watched and parts.clock.workers_agree):
+        return lambda chosen: None
+    params, copies = parts.tensors.trainable, list[torch.Tensor]()
+    if not parts.inside.has_all or parts.config.shard_slow_state:
+        device = "cpu" if parts.config.stash_device == "cpu" else None
+        copies = [local(param).detach().to(device, copy=True) for param in params]
+
+    def put_back(chosen: set[int]) -> None:
+        for param, copied in zip(params, copies, strict=False):
+            if id(param) in chosen:
+                local(param).copy_(copied)
+        for piece in parts.slow.pieces if not copies else ():
+            if id(piece.param) in chosen:
+                piece.values().copy_(piece.anchor)
+        if chosen:
+            parts.tensors.rewritten()
+
+    return put_back

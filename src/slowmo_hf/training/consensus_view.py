@@ -36,7 +36,8 @@ class ConsensusView:
         self._noted: weakref.ref[ConsensusView] | None = None
         self._paused = ExitStack()
         self._watched: list[torch.Tensor] = []
-        self._digests: list[list[int]] | None = None  # of these, where the program may write into them
+        # Of these, where the program may write into them: each one's that it has not written.
+        self._digests: list[list[list[int]]] | None = None
         self._written_by_passes: set[int] = set()  # by identity: no write of the program's
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
 
@@ -108,7 +109,32 @@ class ConsensusView:
         if self._digests is None:
             self._written_by_passes = {id(tensor) for tensor in by_passes}
             self._watched = [*self._shown, *others]
-            self._digests = self._digests_now()
+            self._digests = [[digest] for digest in self._digests_now()]
+
+    def passes(self) -> Callable[[], list[torch.Tensor]]:
+        """
+        Evaluation passes begin. What they write (a layer that bounds its own weights) is no write of the program's,
+        but for tensors that it has written already.
+
+        Returns:
+            `Callable`: Called where they end: the tensors that they have written.
+        """
+        watched, known = self._watched, self._digests
+        if known is None:
+            return list
+        before = self._digests_now()
+
+        def end() -> list[torch.Tensor]:
+            if self._digests is not known:  # the view has ended in them
+                return []
+            written = []
+            for tensor, unwritten, was, now in zip(watched, known, before, self._digests_now(), strict=True):
+                if was != now and was in unwritten:
+                    unwritten.append(now)
+                    written.append(tensor)
+            return written
+
+        return end
 
     @property
     def keeps_writes(self) -> bool:
@@ -118,19 +144,25 @@ class ConsensusView:
     @property
     def is_written(self) -> bool:
         """Whether the program has written into what is shown, or the others, and not put it back."""
-        return any(self._writes())
+        return self.changes[0]
+
+    @property
+    def changes(self) -> tuple[bool, bool]:
+        """`is_written`; and whether anything is another than when `keep_writes` was called, also by passes."""
+        if self._digests is None:
+            return False, False
+        now = self._digests_now()
+        return any(self._writes(now)), any(was[0] != digest for was, digest in zip(self._digests, now, strict=True))
 
     def _digests_now(self) -> list[list[int]]:
         return digests([parts_of(t) for t in self._watched])
 
-    def _writes(self) -> list[bool]:
+    def _writes(self, now: list[list[int]]) -> list[bool]:
         """
-        Whether the program has written into each of the watched. What passes write too counts where it has written
-        into something else as well.
+        Whether the program has written into each of the watched, by their digests. What passes write too counts where
+        it has written into something else as well.
         """
-        if self._digests is None:
-            return []
-        changed = [was != now for was, now in zip(self._digests, self._digests_now(), strict=True)]
+        changed = [digest not in known for known, digest in zip(self._digests or [], now, strict=True)]
         by_passes = [id(tensor) in self._written_by_passes for tensor in self._watched]
         is_written = any(is_so and not excused for is_so, excused in zip(changed, by_passes, strict=True))
         return [is_so and is_written for is_so in changed]
@@ -149,7 +181,8 @@ class ConsensusView:
         """What is shown, and its local values, but for what the program has written and keeps."""
         if self._digests is None:
             return self._put_by()
-        return [pair for pair, written in zip(self._put_by(), self._writes(), strict=False) if not written]
+        writes = self._writes(self._digests_now())
+        return [pair for pair, written in zip(self._put_by(), writes, strict=False) if not written]
 
     def _put_by(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self._shown, self._stash or [], strict=False))

@@ -38,6 +38,7 @@ class InFlight:
         """A step or another state has come."""
         self.moves += 1
         self.parts.tensors.others.is_over = False
+        self.parts.tensors.stop_watching()
 
     # ---- what is due ----
 
@@ -105,10 +106,21 @@ class InFlight:
     def apply(self) -> RoundReport:
         """The first one in flight."""
         self.hear()
+        self.parts.tensors.stop_watching()
         self.last = self.rounds[0].apply()
         del self.rounds[0]
         self.parts.account.close()
         return self.last
+
+    def watch(self) -> None:
+        """
+        A round has been applied, and code of others comes before the next step: what it writes into the parameters
+        before they are looked at is heard of at the next status exchange. Where workers train on apart that is no
+        news.
+        """
+        if self.parts.trains_alone and self.parts.clock.workers_agree:
+            with self.parts.account.paused():
+                self.parts.tensors.watch()
 
     # ---- what all have said ----
 

@@ -75,9 +75,10 @@ class InnerState:
         if self.policy == "reset":
             where = self._elsewhere()
             if where:
+                name = type(self.optimizer).__name__
                 raise ValueError(
-                    f"inner_state='reset' cannot be used with {type(self.optimizer).__name__}, which has state {where}, "
-                    "where a reset does not reach. Use inner_state='maintain'."
+                    f"inner_state='reset' cannot be used with {name}: it has state {where}, where a reset does not "
+                    "reach. Use inner_state='maintain'."
                 )
             for param in self.tensors.trainable:
                 self.optimizer.state.pop(param, None)

@@ -10,6 +10,7 @@ import torch
 from ..algorithm.layout import has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
+from .digests import digests, parts_of
 from .other_tensors import OtherTensors
 
 
@@ -40,6 +41,7 @@ class ModelTensors:
         self._signature = self._now()
         self._strides = [p.stride() for p in self.trainable]
         self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
+        self._left: list[list[int]] | None = None  # digests of `trainable` as the round of this step left it
 
     @property
     def words(self) -> str:
@@ -62,6 +64,36 @@ class ModelTensors:
         tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
         modules = self.model.modules() if self.model is not None else ()
         return [m.weight for m in modules if isinstance(m, tables) and m.max_norm is not None]
+
+    # ---- what is written behind a round ----
+
+    def watch(self) -> None:
+        """A round has just made workers equal: from here on `is_written` knows."""
+        self._left = self._digests()
+
+    def stop_watching(self) -> None:
+        """A step has come, another round, or another state."""
+        self._left = None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it is known how the round of this step left the parameters."""
+        return self._left is not None
+
+    @property
+    def is_written(self) -> bool:
+        """
+        Whether the program has written into the parameters behind the round of this step. As in a view, what passes
+        write too does not count alone.
+        """
+        if self._left is None:
+            return False
+        by_passes = {id(tensor) for tensor in self.written_by_passes()}
+        of_each = zip(self.trainable, self._left, self._digests(), strict=True)
+        return any(was != now and id(param) not in by_passes for param, was, now in of_each)
+
+    def _digests(self) -> list[list[int]]:
+        return digests([parts_of(param) for param in self.trainable])
 
     @property
     def device(self) -> torch.device:

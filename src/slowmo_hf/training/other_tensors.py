@@ -94,7 +94,7 @@ class OtherTensors:
         self._optimizers: list[Any] = []  # of the program: (workers, other tensors) of each, weakly
         self._told: list[str] = []  # by the last look
         self._averaged: dict[str, torch.Tensor] = {}
-        self._frozen_are_said = False
+        self.frozen_are_said = False  # that rounds average some
         self.is_over = False  # its optimizer has finished: what that held is anybody's now
         self.keeps_last_round = False  # for `Consensus.show_last_round`: what rounds have averaged
 
@@ -288,22 +288,6 @@ class OtherTensors:
         chosen = [now[name] for name in names if name in now]
         return [t for t in chosen if not _is_integer(t)], [t for t in chosen if _is_integer(t)]
 
-    def news_of_frozen(self, names: list[str]) -> str:
-        """A line, once, where a round averages frozen parameters; they travel with it from there on."""
-        if self._frozen_are_said or not names or self._policy == "local":
-            return ""
-        frozen = self.frozen()
-        moved = [name for name in names if name in frozen]
-        if not moved:
-            return ""
-        self._frozen_are_said = True
-        count = sum(local(frozen[name]).numel() for name in moved)
-        return (
-            f"frozen parameters have changed in training, {moved[0]} and {len(moved) - 1} more, {count:,} elements: "
-            "rounds average and send them too (a moving teacher). Where that is not meant, put them back bit for bit, "
-            "or set model_buffers='local'"
-        )
-
     # ---- what the last round has made of them ----
 
     def keep_averaged(self, names: list[str]) -> None:
@@ -323,6 +307,23 @@ class OtherTensors:
         """What the last round has made of those that are still there in that shape."""
         now = self.now()
         return {name: b for name, b in self._averaged.items() if name in now and local(now[name]).shape == b.shape}
+
+
+def news_of_frozen(others: OtherTensors, names: list[str]) -> str:
+    """A line, once, where a round averages frozen parameters among these; they travel with it from there on."""
+    if others.frozen_are_said or not names:
+        return ""
+    frozen = others.frozen()
+    moved = [name for name in names if name in frozen]
+    if not moved:
+        return ""
+    others.frozen_are_said = True
+    count = sum(local(frozen[name]).numel() for name in moved)
+    return (
+        f"frozen parameters have changed in training, {moved[0]} and {len(moved) - 1} more, {count:,} elements: "
+        "rounds average and send them too (a moving teacher). Where that is not meant, put them back bit for bit, "
+        "or set model_buffers='local'"
+    )
 
 
 def _form(tensor: torch.Tensor) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from .consensus_view import ConsensusView
 from .costs import Costs
 from .inner_state import InnerState
 from .model_tensors import ModelTensors, copy_tensors_
+from .other_tensors import news_of_frozen
 from .own_collectives import OwnCollectives
 from .report import RoundReport
 from .slow_state import SlowState
@@ -187,8 +188,7 @@ class Parts:
         to be averaged. Collective.
         """
         floating, integer = self.tensors.others.to_average(changed)
-        news = self.tensors.others.news_of_frozen(changed)
-        if news:
+        if self.config.model_buffers == "average" and (news := news_of_frozen(self.tensors.others, changed)):
             self.workers.logger.info("%s", news)
         self.slow.reduction.start_second_stages(wait=True)  # first: all workers' collectives have one order
         if self.config.model_buffers == "local":

@@ -68,6 +68,7 @@ class Agreement:
         somebody_ended (`bool`): Whether a rank came for the end.
         stop (`bool`): Whether a rank was asked to save and stop.
         ahead (`bool`): Whether the round's messages were sent before this was heard.
+        parted (`bool`): Whether a rank's program has written into the parameters behind the round of its step.
         spent (`list[Spent]`): Every rank's seconds of its last report.
         losses (`list[float]`): Every rank's mean loss since its last log; NaN where nobody knows it.
     """
@@ -82,6 +83,7 @@ class Agreement:
     somebody_ended: bool
     stop: bool
     ahead: bool
+    parted: bool
     spent: list[Spent]
     losses: list[float]
 
@@ -125,8 +127,8 @@ class Speaker:
 class Header:
     """
     What a rank says, in fp64: [purpose, step, trained steps, local steps, flags, changed buffers, *spent, loss,
-    *inner_lrs]. The flags are 1 for a problem, 2 for a stop, 4 for messages that are ahead, and 8 times the
-    optimizer's number.
+    *inner_lrs]. The flags are 1 for a problem, 2 for a stop, 4 for messages that are ahead, 8 for a write
+    behind the round, and 16 times the optimizer's number.
 
     Args:
         speaker (`Speaker`): The optimizer that it speaks for.
@@ -139,6 +141,7 @@ class Header:
         problem (`str`): Why it cannot take part; empty where it can, but for what `changed` says.
         stop (`bool`): Whether this process was asked to save and stop.
         ahead (`bool`): Whether the round's messages are sent with it.
+        parted (`bool`): Whether this process's program has written behind the round of this step.
         spent (`Spent`): Its seconds of its last report.
         loss (`float`): Its mean loss since the last log.
     """
@@ -153,6 +156,7 @@ class Header:
     problem: str
     stop: bool
     ahead: bool
+    parted: bool
     spent: Spent
     loss: float
 
@@ -166,7 +170,8 @@ class Header:
         """
         (roll_call.come if world.fails_cleanly else roll_call.enter)(self.attempted_steps, self.purpose.words)
         mine: list[float] = [self.purpose, self.attempted_steps, self.trained_steps, self.local_steps]
-        flags = bool(self.problem or self.changed.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.speaker.number
+        flags = bool(self.problem or self.changed.problem) + 2 * self.stop + 4 * self.ahead + 8 * self.parted
+        flags += 16 * self.speaker.number
         spent = self.spent
         mine += [flags, hash48(self.changed.lines), spent.computed, spent.communicated, spent.exchanged, self.loss]
         arrive = world.start_gather_header([*mine, *self.speaker.padded(self.inner_lrs)])
@@ -181,7 +186,7 @@ class Header:
         purposes = [Purpose(int(purpose)) for purpose in rows[:, 0]]
         steps = [int(step) for step in rows[:, 1]]
         flags = [int(flag) for flag in rows[:, 4]]
-        if len({flag // 8 for flag in flags}) > 1:
+        if len({flag // 16 for flag in flags}) > 1:
             self._tell_speakers(world, steps, purposes)
         if any(flag & 1 for flag in flags):
             self._tell_problems(world, steps)
@@ -203,6 +208,7 @@ class Header:
             somebody_ended=Purpose.END in purposes,
             stop=any(flag & 2 for flag in flags),
             ahead=any(flag & 4 for flag in flags),
+            parted=any(flag & 8 for flag in flags),
             spent=[Spent(*seconds) for seconds in rows[:, 6:9].tolist()],
             losses=rows[:, 9].tolist(),
         )
@@ -325,6 +331,7 @@ class StatusExchange:
             self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
             self.stop_asked,
             ahead,
+            purpose is not Purpose.ROUND and self._clock.workers_agree and self._tensors.is_written,
             self._account.spent,
             self.own_loss() if purpose in _BEFORE_LOGS else math.nan,  # which waits for the device
         )
@@ -342,6 +349,8 @@ class StatusExchange:
         self.somebody_ended = agreement.somebody_ended
         self.somebody_ended_early |= agreement.somebody_ended and agreement.purpose is not Purpose.END
         self.parameters_alone = not agreement.changed_buffers
+        if agreement.parted and agreement.purpose is not Purpose.ROUND:  # which makes workers equal again
+            self._clock.parted_at = agreement.attempted_steps
         if purpose in _BEFORE_LOGS:
             self.losses = (agreement.attempted_steps if agreement.same_step else -1), agreement.losses
         if purpose in (Purpose.LOOK, Purpose.GATHER):
