@@ -169,6 +169,22 @@ def test_a_lost_disk_is_replaced_by_a_save_of_machine_0_alone(tmp_path):
         assert steps == STEPS - 6
 
 
+def folder_that_one_cannot_make(folder):
+    mine, config = own_disk(folder)
+    if dist.get_rank():
+        folder.mkdir(exist_ok=True)
+        mine.write_text("a file")
+    with pytest.raises(CheckpointError, match=r"rank 1 on .*FileExistsError") as error:
+        train(mine, config)
+    return str(error.value).partition(" ")[2], sorted(path.name for path in mine.glob(".*"))
+
+
+def test_a_folder_that_one_rank_cannot_make_is_told_and_left_clean(tmp_path):
+    (words, left), (others, _) = run_workers(folder_that_one_cannot_make, 2, tmp_path)
+    assert words == others
+    assert left == []
+
+
 # ---- a full disk ----
 
 

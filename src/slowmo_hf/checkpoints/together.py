@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,13 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, *, whole_on_each: bool) -> 
         tokens[world.rank].touch()
 
     words = f"{folder} cannot be written"
-    together(outer_loop, words, leave_token)
-    mates = tuple(rank for rank, token in enumerate(tokens) if rank == world.rank or token.exists())
-    all_see = all(len(seen) == world.world_size for seen in world.gather_objects(mates))
-    tokens[world.rank].unlink(missing_ok=True)
+    try:
+        together(outer_loop, words, leave_token)
+        mates = tuple(rank for rank, token in enumerate(tokens) if rank == world.rank or token.exists())
+        all_see = all(len(seen) == world.world_size for seen in world.gather_objects(mates))
+    finally:
+        with suppress(OSError):
+            tokens[world.rank].unlink()
 
     def refuse_over_machines() -> None:
         if not whole_on_each and not all_see:
