@@ -58,6 +58,14 @@ def test_a_scaler_that_has_seen_no_gradient_says_so_in_its_own_words():
 # ---- steps that send ----
 
 
+class Measured(SGD):
+    """With a hook of the program's own that reduces a norm for a log."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.register_step_post_hook(lambda *_: dist.barrier())
+
+
 class Shares(SGD):
     """Each rank steps for others too, as Muon's and Shampoo's distributed kinds do."""
 
@@ -89,9 +97,33 @@ def test_an_optimizer_that_sends_in_its_own_step_is_refused_in_the_first_one():
         assert "Use one whose step is local (torch.optim.Muon), or base='all_reduce'." in error
 
 
+def failed_steps():
+    """A first step that fails behind its pre-hooks, and others' collectives before the second one."""
+    accelerator, model, optimizer = linear()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    inner, told = optimizer.optimizer.inner_optimizer, []
+    model(torch.ones(2, 4)).sum().backward()  # training begins
+    hook = inner.register_step_pre_hook(lambda *_: 1 / 0)
+    told.append(error_of(optimizer.step))
+    hook.remove()
+    dist.barrier()
+    told.append(error_of(optimizer.step))
+    return told
+
+
+def test_a_step_that_failed_says_nothing_of_the_next():
+    assert run_workers(failed_steps, 2) == [["ZeroDivisionError: division by zero", ""]] * 2
+
+
 @pytest.mark.parametrize(
     ("fields", "gives_closure", "make"),
-    [({}, False, SGD), ({}, True, SGD), ({"base": "all_reduce"}, False, Shares), ({"base": "osgp"}, False, SGD)],
+    [
+        ({}, False, SGD),
+        ({}, True, SGD),
+        ({}, False, Measured),
+        ({"base": "all_reduce"}, False, Shares),
+        ({"base": "osgp"}, False, SGD),
+    ],
 )
 def test_other_steps_are_taken(fields, gives_closure, make):
     """A closure may send: it is the program's own."""

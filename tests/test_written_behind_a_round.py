@@ -38,6 +38,32 @@ def trained(folder, *callbacks, kind=Trainer, model=None, resume=None, slowmo=No
     return trainer
 
 
+# ---- nobody writes ----
+
+
+class SavesAlone(TrainerCallback):
+    """Rank 0 alone, where a round has just made all equal."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == TAU:
+            self.seen = values(model)
+            if dist.get_rank() == 0:
+                self.trainer.save_model(f"{args.output_dir}/alone")
+
+
+def saves_alone(folder):
+    callback = SavesAlone()
+    trained(folder, callback)
+    saved = load_file(folder / "alone/model.safetensors")
+    return [torch.equal(saved[name], callback.seen[name]) for name in saved]
+
+
+def test_one_rank_may_look_behind_a_round_where_nobody_has_written(tmp_path):
+    for same in run_workers(saves_alone, 2, tmp_path):
+        assert same
+        assert all(same)
+
+
 # ---- the program's writes ----
 
 

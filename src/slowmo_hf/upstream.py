@@ -347,7 +347,7 @@ def is_called_by(function: str, module: str) -> bool:
     tests/test_evaluation.py::test_trainer_evaluates_the_average_of_a_wrapped_optimizer).
     """
     return any(
-        frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in _callers(9)
+        frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in _callers(11)
     )
 
 

@@ -77,7 +77,7 @@ class TrainerCheckpoints:
     def _decide_who_keeps(self) -> Keeping:
         """Collective, and once: a run that saves nothing needs no folder that can be written."""
         if self._keeping is None:
-            whole_on_each = not self.outer_loop.workers.holds_shards
+            whole_on_each = self.args.save_only_model or not self.outer_loop.workers.holds_shards
             folder = Path(str(self.args.output_dir))
             self._keeping = keeps_files(self.outer_loop, folder, whole_on_each=whole_on_each)
             if not self._keeping.all_see and not self.args.save_on_each_node:
@@ -139,15 +139,17 @@ class TrainerCheckpoints:
                 seal_snapshot(folder, self.outer_loop, digests)
             is_sealed.append(True)
 
+        def rotate() -> None:
+            if is_sealed:
+                self._rotate(folder, state.best_model_checkpoint)
+                stamped.update(stamps(folder))
+
         is_sealed: list[bool] = []
+        stamped = Stamps()
         try:
             finish_together(self.outer_loop, folder, keeping, keep)
-            together(
-                self.outer_loop,
-                f"checkpoints older than {folder} cannot be deleted",
-                lambda: self._rotate(folder, state.best_model_checkpoint) if is_sealed else None,
-            )
-            self._sealed = (folder, stamps(folder) if is_sealed else Stamps())
+            together(self.outer_loop, f"checkpoints older than {folder} cannot be deleted", rotate)
+            self._sealed = (folder, stamped)
         finally:
             self._release()
             self._written = None

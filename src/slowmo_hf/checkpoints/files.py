@@ -152,7 +152,7 @@ def _is_as_before(path: Path, before: tuple[int, ...] | None) -> bool:
     if before is None:
         return False
     now, (node, size, _, tail) = _stamp(path), before
-    return now == before or (now[0] == node and now[1] > size and _tail(path, size) == tail)
+    return now == before or (now[0] == node and now[1] > size > 0 and _tail(path, size) == tail)
 
 
 def file_digests(

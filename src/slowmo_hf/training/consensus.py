@@ -111,11 +111,11 @@ class Consensus:
 
     def hear_of_earlier_writes(self) -> None:
         """
-        Before a view at a step that has no status exchange behind its round: whether a rank's program has written into
-        its parameters since. Collective there.
+        Before a view at a step that has no status exchange behind its round: this rank's program has written into its
+        parameters since, and all ranks' are to be averaged. Collective then; where nobody has, one rank may look alone.
         """
         parts = self.parts
-        if parts.tensors.is_watched and parts.clock.workers_agree and not self.shows_average:
+        if parts.clock.workers_agree and not self.shows_average and parts.tensors.is_written:
             with parts.account.paused():
                 self.in_flight.meet(Purpose.LOOK)
 

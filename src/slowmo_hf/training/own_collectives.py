@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-from ..upstream import collectives_of_job
+from ..upstream import collectives_of_job, has_step_hooks, run_as_written
 from ..wire.workers import Workers
 from .account import Account
 from .clock import Clock
@@ -37,22 +38,25 @@ class OwnCollectives:
     def refuse_sending_step(self, optimizer: torch.optim.Optimizer) -> None:
         """
         Watch an inner optimizer's first step: one that sends over the job (a Muon or Shampoo whose ranks share the
-        work) hands every worker what others have computed from their own weights. Not where a closure is given, which
-        may send too.
+        work) hands every worker what others have computed from their own weights. Not where a closure is given, or
+        the program has a hook of its own there, which may send too.
 
         Raises:
             ValueError: In that step, on all ranks.
         """
         before: list[int] = []  # none where training has begun inside this step
+        training = weakref.ref(self)  # a step that failed leaves the hooks to a later training
 
+        @run_as_written
         def note(*called: Any) -> None:
-            before.append(collectives_of_job())
+            before[:] = [collectives_of_job()]
 
+        @run_as_written
         def judge(optimizer: Any, args: Any, kwargs: Any) -> None:
             for handle in handles:
                 handle.remove()
             has_closure = any(map(callable, (*args[1:], *kwargs.values())))
-            if before and collectives_of_job() > before[0] and not has_closure:
+            if training() is not None and before and collectives_of_job() > before[0] and not has_closure:
                 raise ValueError(
                     f"the inner optimizer {type(optimizer).__name__} sends over all ranks in its own step: a "
                     "worker would get what others have computed from their own weights and data. Use one whose step "
@@ -60,8 +64,9 @@ class OwnCollectives:
                 )
 
         handles: list[Any] = []
-        with suppress(AttributeError):  # a class of its own kind has no hooks
-            handles += [optimizer.register_step_pre_hook(note), optimizer.register_step_post_hook(judge)]
+        with suppress(AttributeError):  # a class by hand has no hooks
+            if not has_step_hooks(optimizer):
+                handles += [optimizer.register_step_pre_hook(note), optimizer.register_step_post_hook(judge)]
 
     def begin(self) -> None:
         """A step begins: what came before was not of one."""
