@@ -112,7 +112,7 @@ class Consensus:
     def hear_of_earlier_writes(self) -> None:
         """
         Before a view at a step that has no status exchange behind its round: this rank's program has written into its
-        parameters since, and all ranks' are to be averaged. Collective then; where nobody has, one rank may look alone.
+        parameters since, and all ranks' are to be averaged. Collective then; where nobody has, one may look alone.
         """
         parts = self.parts
         if parts.clock.workers_agree and not self.shows_average and parts.tensors.is_written:
