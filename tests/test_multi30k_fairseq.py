@@ -210,6 +210,13 @@ def test_the_pages_tell_what_two_workers_have_shown():
     assert f"With β = 0.2 {told}." in links
 
 
+def test_the_page_tells_how_long_a_pass_takes():
+    records = [json.loads(path.read_text()) for path in (RECORDS / "multi30k").glob("*/*.json")]
+    passes = [record["seconds"] / record["run"]["epochs"] for record in records]
+    told = f"takes {min(passes):.0f} to {max(passes):.0f} s (median {statistics.median(passes):.0f})"
+    assert told in page_of("results")
+
+
 def page_of(name):
     """Its words, however its lines are broken."""
     return " ".join((DOCS / f"{name}.md").read_text().split())
