@@ -150,7 +150,7 @@ def test_where_workers_agree_a_save_and_a_load_are_errors(tmp_path):
         loop.convert()
         outer_loop = loop.optimizer.outer_loop
         return [
-            error_of(lambda: keeps_files(outer_loop, tmp_path / "new", rank)),
+            error_of(lambda: keeps_files(outer_loop, tmp_path / "new", whole_on_each=True)),
             error_of(loop.optimizer.state_dict),
             error_of(lambda: loop.optimizer.load_state_dict(state)),
         ]
