@@ -156,12 +156,12 @@ def test_a_write_at_a_passes_end_is_averaged(tmp_path):
 class Writes(TrainerCallback):
     """Each rank writes a value of its own behind the round of one step, by way of `.data`."""
 
-    def __init__(self, step, then=None):
-        self.step, self.then, self.wrote, self.seen = step, then, {}, {}
+    def __init__(self, step, then=None, least=1):
+        self.step, self.then, self.least, self.wrote, self.seen = step, then, least, {}, {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
-            model.head.weight.data = model.head.weight.data + dist.get_rank()
+            model.head.weight.data = model.head.weight.data + self.least + dist.get_rank()
             self.wrote = values(model)
             if self.then:
                 self.then(self.trainer)
@@ -195,18 +195,22 @@ def test_the_end_is_the_average_also_behind_a_write(tmp_path):
 def asked_for(folder):
     writes = Writes(TAU, lambda trainer: trainer.evaluate())
     trained(folder, writes)
+    one = Writes(TAU, lambda trainer: trainer.evaluate(), least=0)  # rank 0 writes what was there
+    trained(folder, one)
     saves = Writes(TAU, lambda trainer: trainer.save_model(f"{folder}/asked"))
     trained(folder, saves)
-    return writes.seen, writes.wrote
+    return writes.seen, writes.wrote, one.seen
 
 
 def test_what_a_callback_asks_for_behind_a_write_sees_the_average(tmp_path):
-    (seen, wrote), (others, their) = run_workers(asked_for, 2, str(tmp_path))
+    (seen, wrote, less), (others, their, others_less) = run_workers(asked_for, 2, str(tmp_path))
     assert equal(seen, others)
     saved = load_file(tmp_path / "asked" / "model.safetensors")
     for key, value in seen.items():
         torch.testing.assert_close(value, mean([wrote, their], key).float())
         assert torch.equal(saved[key], value), key
+        assert torch.equal(less[key], others_less[key]), key
+        torch.testing.assert_close(less[key] + (key == "head.weight"), value)
 
 
 def saved_behind_a_write(folder):

@@ -55,7 +55,8 @@ class Looks:
             finally:
                 trainer.args.average_tokens_across_devices = before
 
-        for name, inside in (("evaluate", evaluating), ("predict", evaluating), ("save_model", own)):
+        saving = functools.partial(own, all_come=False)  # one rank may save what all have
+        for name, inside in (("evaluate", evaluating), ("predict", evaluating), ("save_model", saving)):
             replace_method(trainer, name, functools.partial(_inside, inside), given_back)
         for name in ("evaluation_loop", "prediction_loop"):  # the second: use_legacy_prediction_loop of transformers 4
             if hasattr(trainer, name):
@@ -65,20 +66,21 @@ class Looks:
         self._outer_loop, self._catch_up = None, lambda: None
 
     @contextmanager
-    def look(self, *, keep_writes: bool = False) -> Iterator[None]:
+    def look(self, *, keep_writes: bool = False, all_come: bool = True) -> Iterator[None]:
         """
         Inside, the average is in the model; afterwards weights and random generators are what they were. Collective,
         unless the average is shown anyway.
 
         Args:
             keep_writes (`bool`): As `ConsensusView.keep_writes`.
+            all_come (`bool`): As `Consensus.hear_of_earlier_writes`.
         """
         outer_loop = self._outer_loop
         if outer_loop is None:
             yield
             return
         self._catch_up()
-        outer_loop.consensus.hear_of_earlier_writes()
+        outer_loop.consensus.hear_of_earlier_writes(all_come=all_come)
         random_state = RandomState.take()
         try:
             with outer_loop.consensus.shown(keep_writes=keep_writes):

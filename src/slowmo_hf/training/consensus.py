@@ -109,13 +109,17 @@ class Consensus:
         clock, config = self.parts.clock, self.parts.config
         return clock.workers_agree and (config.model_buffers == "average" or clock.attempted_steps == 0)
 
-    def hear_of_earlier_writes(self) -> None:
+    def hear_of_earlier_writes(self, *, all_come: bool) -> None:
         """
-        Before a view at a step that has no status exchange behind its round: this rank's program has written into its
-        parameters since, and all ranks' are to be averaged. Collective then; where nobody has, one may look alone.
+        Before a view at a step that has no status exchange behind its round: whether a rank's program has written into
+        its parameters since. Collective there.
+
+        Args:
+            all_come (`bool`): Whether all ranks must come anyway. Else one may come alone, where nobody has written.
         """
         parts = self.parts
-        if parts.clock.workers_agree and not self.shows_average and parts.tensors.is_written:
+        watches = parts.tensors.is_watched and parts.clock.workers_agree and not self.shows_average
+        if watches and (all_come or parts.tensors.is_written):
             with parts.account.paused():
                 self.in_flight.meet(Purpose.LOOK)
 
