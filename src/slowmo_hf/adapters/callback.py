@@ -114,8 +114,9 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         sharded = sharded_modules([model])
         refused = refusal([model], optimizer, has_rounds=self.config.has_rounds)
         refuse_resumable_saves(args, model)
-        outer_loop = OuterLoop(raw_optimizer(optimizer), self.config, model)
-        trained = [*model.parameters(), *parameters_of(raw_optimizer(optimizer))]  # a head beside the model, too
+        inner = raw_optimizer(optimizer)
+        outer_loop = OuterLoop(inner, self.config, model)
+        trained = [*model.parameters(), *parameters_of(inner)]  # a head beside the model, too
         wrappers = ddp_wrappers(trained, within=self._find_trainer().model_wrapped)
         refuse_wrong_launch(args, wrappers or sharded)
         self.outer_loop = self._ending = None  # the slow state of a run before goes first

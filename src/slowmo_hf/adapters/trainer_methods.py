@@ -121,6 +121,18 @@ def replace_method(owner: Any, name: str, wrap: Callable[[Method], Method], give
     given_back.callback(release)
 
 
+def and_then(behind: Callable[..., object], tell: Method) -> Method:
+    """An event of a Trainer's callback handler, with something behind all callbacks; it is given their control."""
+
+    @functools.wraps(tell)
+    def tell_first(args: Any, state: Any, control: Any) -> Any:
+        control = tell(args, state, control)
+        behind(args, state, control)
+        return control
+
+    return tell_first
+
+
 def _inside(context: Callable[[], AbstractContextManager[None]], method: Method) -> Method:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from ..checkpoints.last_lines import Saves
 from ..checkpoints.state import save_names
 from ..training.outer_loop import OuterLoop
 from .trainer_checkpoints import TrainerCheckpoints
-from .trainer_methods import Looks, Method, replace_method
+from .trainer_methods import Looks, Method, and_then, replace_method
 
 
 class TrainerSaves:
@@ -42,7 +42,8 @@ class TrainerSaves:
         given_back.callback(self.give_up)
         wrap = functools.partial(self._around_own_files, trainer, looks)
         replace_method(trainer, upstream.SAVE_CHECKPOINT, wrap, given_back)
-        replace_method(trainer.callback_handler, "on_save", self._and_seal_again, given_back)
+        seal_again = functools.partial(and_then, lambda *event: self._checkpoints.seal_again())
+        replace_method(trainer.callback_handler, "on_save", seal_again, given_back)
 
     def give_up(self) -> None:
         """Training has ended, also by an error: arguments are as they were, and no save is under way."""
@@ -87,15 +88,6 @@ class TrainerSaves:
             return result
 
         return save_all
-
-    def _and_seal_again(self, tell: Method) -> Method:
-        @functools.wraps(tell)
-        def tell_and_seal(*args: Any, **kwargs: Any) -> Any:
-            control = tell(*args, **kwargs)
-            self._checkpoints.seal_again()
-            return control
-
-        return tell_and_seal
 
 
 def _own_objects(trainer: Trainer, scheduler: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from ..training.outer_loop import OuterLoop
 from .trainer_end import Ending
 from .trainer_gathers import TrainerGathers
-from .trainer_methods import Method, replace_method
+from .trainer_methods import Method, and_then, replace_method
 
 
 class TrainerViews:
@@ -45,7 +45,7 @@ class TrainerViews:
             replace_method(handler, event, self._local_before, given_back)
         behind = {"on_step_end": self._behind_step, "on_epoch_end": self._behind_pass, "on_train_end": end}
         for event, act in behind.items():
-            replace_method(handler, event, functools.partial(self._then, act), given_back)
+            replace_method(handler, event, functools.partial(and_then, act), given_back)
 
     def _local_before(self, tell: Method) -> Method:
         @functools.wraps(tell)
@@ -56,15 +56,6 @@ class TrainerViews:
             return tell(*args, **kwargs)
 
         return restore_and_tell
-
-    def _then(self, behind: Method, tell: Method) -> Method:
-        @functools.wraps(tell)
-        def tell_first(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
-            control = tell(args, state, control)
-            behind(args, state, control)
-            return control
-
-        return tell_first
 
     def _behind_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         self._ending.stop_with_others(state, control)

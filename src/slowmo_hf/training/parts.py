@@ -188,11 +188,11 @@ class Parts:
         to be averaged. Collective.
         """
         floating, integer = self.tensors.others.to_average(changed)
-        if self.config.model_buffers == "average" and (news := news_of_frozen(self.tensors.others, changed)):
-            self.workers.logger.info("%s", news)
         self.slow.reduction.start_second_stages(wait=True)  # first: all workers' collectives have one order
         if self.config.model_buffers == "local":
             floating = []
+        elif news := news_of_frozen(self.tensors.others, changed):
+            self.workers.logger.info("%s", news)
         self.inside.average_others_(self.slow.averages, floating, integer)
         if self.inner_state.policy == "average":
             self.inside.mean_(self.slow.averages, self.inner_state.tensors_to_average(self.slow.averages))

@@ -43,8 +43,7 @@ def check_start(
         *tensors.fingerprint(),
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    begins = "from a checkpoint" if begins_at is None else f"from a checkpoint of step {begins_at}"
-    begins = "fresh" if begins_at == 0 else begins
+    begins = {None: "from a checkpoint", 0: "fresh"}.get(begins_at, f"from a checkpoint of step {begins_at}")
     everywhere = communicator.gather_objects((digest, refusal, begins, host_name(), launcher_tells_machines()))
     hosts = [host for *_, host, _ in everywhere]
     _raise_told([(host, words) for _, words, _, host, _ in everywhere])

@@ -94,12 +94,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum == 0 and config.outer_lr == 1:
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
-    model = parts.tensors.others.model
-    if parts.trains_alone and model is not None and any(hasattr(one, "rankallocator") for one in model.modules()):
-        logger.warning(
-            "AdaLoRA's update_and_allocate prunes by a worker's own gradients: workers prune different ranks, and the "
-            "saved adapter has those alone that rank 0 keeps. Use LoRA, or base='all_reduce' (docs/lora_and_trl.md)."
-        )
+    _warn_of_adalora(parts)
     _warn_of_far_steps(parts)
     _warn_of_machines(parts, rows)
     if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
@@ -133,6 +128,16 @@ def _warn_of_machines(parts: Parts, rows: list[_Row]) -> None:
             config.processes_per_worker,
             workers.count,
             workers.size,
+        )
+
+
+def _warn_of_adalora(parts: Parts) -> None:
+    """By what PEFT puts on its model."""
+    model = parts.tensors.others.model
+    if parts.trains_alone and model is not None and any(hasattr(one, "rankallocator") for one in model.modules()):
+        parts.workers.logger.warning(
+            "AdaLoRA's update_and_allocate prunes by a worker's own gradients: workers prune different ranks, and the "
+            "saved adapter has those alone that rank 0 keeps. Use LoRA, or base='all_reduce' (docs/lora_and_trl.md)."
         )
 
 
