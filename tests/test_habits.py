@@ -6,15 +6,18 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import slowmo_hf
+from harness import run_workers
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -244,3 +247,38 @@ def test_no_file_names_a_registry_host():
     ]
     assert {"pyproject.toml", "Makefile", "ci.yml", "run", "constraints.txt"} <= {path.name for path in read}
     assert [path for path in read if hosts.search(path.read_text(errors="ignore"))] == []
+
+
+def wrapped(folder):
+    """By class: methods of torch, accelerate and transformers that are code of ours, once all that wraps has run."""
+    from accelerate import Accelerator
+
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 1)
+    optimizer = slowmo_hf.SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), slowmo_hf.SlowMoConfig())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.save_state(folder)
+    accelerator.load_state(folder)
+    accelerator.backward(model(torch.ones(2)))
+    optimizer.step()
+    found = {}
+    own = str(Path(slowmo_hf.__file__).parent)
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in ("torch", "accelerate", "transformers"):
+            continue
+        for kind in [one for one in list(vars(module).values()) if issubclass(type(one), type)]:
+            for method, given in vars(kind).items():
+                code = getattr(getattr(given, "__func__", given), "__code__", None)
+                if isinstance(code, types.CodeType) and code.co_filename.startswith(own):
+                    found.setdefault(kind.__name__, set()).add(method)
+    return found
+
+
+def test_what_is_wrapped_of_others_is_told(tmp_path):
+    (found,) = run_workers(wrapped, 1, tmp_path)
+    page = (ROOT / "docs/internals.md").read_text()
+    table = page.partition("## What of others is wrapped")[2].partition("## How to add")[0]
+    told = {}
+    for kinds, methods in re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \|", table, re.MULTILINE):
+        for kind in re.findall(r"\w+", kinds):
+            told.setdefault(kind, set()).update(re.findall(r"\w+", methods))
+    assert told == found

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from torch.optim import SGD, lr_scheduler
+from torch.optim import SGD, AdamW, lr_scheduler
 
 import slowmo_hf
 from harness import run_workers
@@ -164,6 +164,28 @@ def test_slow_state_goes_with_its_optimizer(settings):
     try:
         del optimizer
         assert loop() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_model_and_its_optimizer_go_when_they_are_let_go(finished):
+    """As with a stock optimizer: a sweep has memory for one model and Adam's state, and not for a second one."""
+    accelerator, tracker = new_accelerator(), Tracker()
+    model, optimizer = accelerator.prepare(tracker, SlowMoOptimizer(AdamW(tracker.parameters()), tau(2)))
+    for _ in range(5):
+        accelerator.backward(model(target(0, 0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    if finished:
+        slowmo_hf.finish(optimizer)
+    inner = optimizer.optimizer.inner_optimizer
+    left = [weakref.ref(x) for x in (tracker, inner, *next(iter(inner.state.values())).values())]
+    gc.disable()
+    try:
+        accelerator.free_memory()
+        del tracker, model, optimizer, inner
+        assert [x() for x in left] == [None] * len(left)
     finally:
         gc.enable()
 

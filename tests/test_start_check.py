@@ -297,6 +297,16 @@ def check_a_rank_of_its_own_is_no_difference():
     assert optimizer.outer_loop is not None
 
 
+def test_who_says_the_same_says_it_once():
+    told = [("a", "no room"), ("a", ""), ("b", "no room"), ("b", "no rights")]
+    assert job.said_by_ranks(told) == "rank 0 on a, rank 2 on b: no room; rank 3 on b: no rights"
+    assert job.said_by_ranks([(f"node-{rank // 8}", "no room") for rank in range(64)]) == (
+        "rank 0 on node-0 and all others: no room"
+    )
+    assert job.said_by_ranks([("a", "no room")]) == "rank 0 on a: no room"
+    assert job.said_by_ranks([("a", ""), ("b", "")]) == ""
+
+
 def test_a_rank_of_its_own_is_no_difference():
     run_workers(check_a_rank_of_its_own_is_no_difference, 2)
 

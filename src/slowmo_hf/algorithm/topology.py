@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -175,7 +176,7 @@ class Topology:
         """Exchanges until the schedule repeats."""
         if self.workers == 1:
             return 1
-        length = len(self._distances())
+        length = len(self._distances)
         turns = length // math.gcd(length, self._degree)
         if self._paired and self.workers % 2:
             return math.lcm(turns, self.workers)
@@ -191,6 +192,7 @@ class Topology:
         """Whether even seats look forwards and odd ones back, so that they meet; else everybody looks forwards."""
         return self.name == "bipartite_exponential" or (self.name == "ring" and self.symmetric and self.peers == 1)
 
+    @functools.cached_property
     def _distances(self) -> list[int]:
         """The cyclic list, in seats; distinct modulo the number of seats."""
         n = self.workers
@@ -219,7 +221,7 @@ class Topology:
         only.
         """
         assert 0 <= worker < self.workers, worker
-        seats, distances = self._seats(exchange), self._distances()
+        seats, distances = self._seats(exchange), self._distances
         if worker not in seats:
             return []
         seat = seats.index(worker)

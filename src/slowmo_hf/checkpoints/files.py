@@ -3,6 +3,7 @@ Checkpoint files: the folder `slowmo/` inside a checkpoint of Trainer or Acceler
 
     shared.json, shared.safetensors    clock, anchors, velocity: equal on all workers, written once
     worker_3.json, .safetensors, .pt   what worker 3 alone has: weights and buffers, push-sum state, inner optimizer
+    generators_3.*                     a worker's random generators, where all are in one process
     manifest.json                      SHA-256 of every file, written last: a folder that has one is whole
 
 The manifest, `shared.json` and Trainer's `trainer_state.json` name the save that they are of. Nothing outside the

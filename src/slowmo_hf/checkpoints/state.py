@@ -14,7 +14,7 @@ alone. Every part writes its own fields and checks them again; here stand those 
             local_steps, rates                                             Clock
             changed_buffers, remade_buffers, buffer.NAME;                  LocalTensors
             parameter.NAME, where workers differ
-            the object inner_optimizer                                     InnerState
+            the objects inner_optimizer, inner_optimizer_shards            InnerState
             bucket_elements, residual.i, shard_residual.i                  ErrorFeedback, with compression
             departed, departed.i                                           InFlight, TrainingOn, of a round in flight
             weight, in_flight, numerator.i, message.k.source.i             GossipBase, where workers differ

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..contents import CheckpointError
 from ..training.outer_loop import OuterLoop
-from ..wire.job import host_name, place_on_machine
+from ..wire.job import host_name, place_on_machine, said_by_ranks
 from .files import FOLDER, Digests, Stamps, file_digests
 
 
@@ -99,17 +99,16 @@ def together(outer_loop: OuterLoop, words: str, act: Callable[[], None]) -> None
     Do it on every rank. Collective.
 
     Raises:
-        CheckpointError: It failed on some; the same words on all, with rank, host and reason.
+        CheckpointError: It failed on some; the same words on all, with ranks, hosts and reasons.
     """
     failure = ""
     try:
         act()
     except Exception as error:  # safetensors and torch.save raise their own; one rank alone must never leave
         failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    failures = outer_loop.workers.world.gather_objects((host_name(), failure))
-    told = [f"rank {rank} on {host}: {failure}" for rank, (host, failure) in enumerate(failures) if failure]
+    told = said_by_ranks(outer_loop.workers.world.gather_objects((host_name(), failure)))
     if told:
-        raise CheckpointError(f"{words}. {'; '.join(told)}")
+        raise CheckpointError(f"{words}. {told}")
 
 
 @dataclass(frozen=True)

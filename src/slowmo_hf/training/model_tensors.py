@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -26,7 +27,9 @@ class ModelTensors:
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self.optimizer = optimizer
         self.model = model
-        self._gathering = sharded_modules([model] if model is not None else [])
+        # To call behind writes of parameters: what FSDP has gathered of them before is let go. Behind a pass without a
+        # backward its root and a tied embedding would be shown as they were. No method: who holds it holds no cycle.
+        self.rewritten = partial(fsdp_reshard, sharded_modules([model] if model is not None else []))
         self.rewritten()  # a gathered parameter has another identity
         named = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
         self.groups = _trainable_groups(optimizer)
@@ -47,13 +50,6 @@ class ModelTensors:
     def words(self) -> str:
         """Which these are."""
         return f"{self.names[0]}{f' and {len(self.names) - 1} more' if self.names[1:] else ''}"
-
-    def rewritten(self) -> None:
-        """
-        Parameters have been written: what FSDP has gathered of them before is let go. Behind a pass without a backward
-        its root and a tied embedding would be shown as they were.
-        """
-        fsdp_reshard(self._gathering)
 
     def make_copy(self) -> None:
         """Have memory for `last_round`."""

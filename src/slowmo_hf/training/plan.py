@@ -14,6 +14,8 @@ _FRACTION_LOST = 10
 @dataclass(frozen=True)
 class Plan:
     """
+    What is known before the first step of what a run will send.
+
     Args:
         bytes_per_round (`float`): A worker's payload in a round and the exchanges before it, its status exchange
             included; buffers that change and averaged inner states come on top. A mean, where exchanges differ.

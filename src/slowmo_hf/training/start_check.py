@@ -12,7 +12,7 @@ import accelerate
 import torch
 
 from ..config import SlowMoConfig
-from ..wire.job import host_name, launcher_tells_machines, most_on_a_host
+from ..wire.job import host_name, launcher_tells_machines, most_on_a_host, said_by_ranks
 from ..wire.workers import Workers
 from .model_tensors import ModelTensors
 
@@ -46,7 +46,7 @@ def check_start(
     begins = {None: "from a checkpoint", 0: "fresh"}.get(begins_at, f"from a checkpoint of step {begins_at}")
     everywhere = communicator.gather_objects((digest, refusal, begins, host_name(), launcher_tells_machines()))
     hosts = [host for *_, host, _ in everywhere]
-    _raise_told([(host, words) for _, words, _, host, _ in everywhere])
+    _raise_told([(host, words or "") for _, words, _, host, _ in everywhere])
     _refuse_different_checkpoints([(host, begun) for *_, begun, host, _ in everywhere])
     if len({digest for digest, *_ in everywhere}) > 1:
         raise ValueError(_difference(communicator.gather_objects(lines), hosts))
@@ -95,14 +95,11 @@ def made_everywhere(workers: Workers, make: Callable[[], T]) -> T:
     return made[0]
 
 
-def _raise_told(told: list[tuple[str, str | None]]) -> None:
-    """Raise `ValueError` for what ranks have told, host and words; what all say is said once, and without ranks."""
-    words = {said for _, said in told if said}
-    if not words:
-        return
-    if len(words) == 1 and all(said for _, said in told):
-        raise ValueError(words.pop())
-    raise ValueError("; ".join(f"rank {rank} on {host}: {said}" for rank, (host, said) in enumerate(told) if said))
+def _raise_told(told: list[tuple[str, str]]) -> None:
+    """Raise `ValueError` for what ranks have told, host and words; what all say is said without ranks."""
+    words = {said for _, said in told}
+    if words != {""}:
+        raise ValueError(said_by_ranks(told) if len(words) > 1 else words.pop())
 
 
 def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -126,6 +126,22 @@ def host_name() -> str:
     return socket.gethostname()
 
 
+def said_by_ranks(told: list[tuple[str, str]]) -> str:
+    """
+    What ranks say, in one line: host and words of each, without words where it says nothing. Who says the same as
+    another is named beside it, so that a large job's error is no longer than a small one's.
+    """
+    at: dict[str, list[str]] = {}
+    for rank, (host, words) in enumerate(told):
+        if words:
+            at.setdefault(words, []).append(f"rank {rank} on {host}")
+    everyone = len(told)
+    return "; ".join(
+        f"{places[0]} and all others: {words}" if 1 < len(places) == everyone else f"{', '.join(places)}: {words}"
+        for words, places in at.items()
+    )
+
+
 def host_and_address(backend: str) -> tuple[str, str]:
     """
     This machine's name, and the address that the backend binds here: of the interface that `GLOO_SOCKET_IFNAME` or
