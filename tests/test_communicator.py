@@ -252,6 +252,22 @@ def test_a_process_that_leaves_right_after_a_gather_ends():
     assert run_workers(leave_right_after_a_gather, 2) == [14, 14]
 
 
+def leave(backend):
+    store, rank = upstream.default_store(), dist.get_rank()
+    dist.destroy_process_group()
+    dist.init_process_group(backend, store=dist.PrefixStore("again", store), rank=rank, world_size=2)
+    dist.barrier()
+    leave_job()
+    ended = not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.PrefixStore("end", store), rank=rank, world_size=2)
+    return ended
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo", None])
+def test_a_job_of_gloo_alone_is_left_however_it_is_named(backend):
+    assert run_workers(leave, 2, backend) == [True, True]
+
+
 def wait_among_many():
     """What rank 0 asks the store for while rank 1 is late, and when it has left; it takes itself for one of 256."""
     roll_call, asked = RollCall(30), []

@@ -87,8 +87,8 @@ def test_trainer_shows_the_average_teacher_and_resumes_bit_for_bit(tmp_path, pol
 class Accelerated:
     """Under Accelerate."""
 
-    def __init__(self, folder=None, **settings):
-        self.accelerator, self.bare = Accelerator(cpu=True), Taught()
+    def __init__(self, folder=None, bare=None, **settings):
+        self.accelerator, self.bare = Accelerator(cpu=True), bare or Taught()
         config = SlowMoConfig(**{"sync_every": SYNC_EVERY, "timeout_seconds": patience(30)} | settings)
         inner = torch.optim.SGD([p for p in self.bare.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, SlowMoOptimizer(inner, config))
@@ -148,6 +148,42 @@ def test_accelerate_resumes_bit_for_bit(tmp_path, settings, processes):
         assert all(torch.equal(saved[name], taken_up[name]) for name in saved)
         assert equal(end, resumed)
         assert torch.equal(finished["teacher.weight"], mean([its[3]["teacher.weight"] for its in workers]))
+
+
+class Cast(nn.Module):
+    """As bitsandbytes' 4-bit layers do: a frozen bias is cast in the first pass, without loss or with it."""
+
+    def __init__(self, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out = nn.Linear(4, 3, dtype=torch.float64)
+        self.bias = nn.Parameter(torch.full((3,), bias), requires_grad=False)
+
+    def forward(self, x):
+        self.bias.data = self.bias.data.to(torch.bfloat16)
+        return {"loss": (self.out(x) + self.bias).square().mean()}
+
+
+def cast_and_resumed(folder, bias):
+    whole = Accelerated(bare=Cast(bias))
+    whole.train(range(SYNC_EVERY + 1))
+    whole.accelerator.save_state(folder)
+    whole.train(range(SYNC_EVERY + 1, 9))
+    again = Accelerated(folder, bare=Cast(bias))
+    again.train(range(SYNC_EVERY + 1, 9))
+    moved = again.optimizer.optimizer.outer_loop.tensors.others.changed()
+    return state_of(whole.bare), state_of(again.bare), moved, slowmo_hf.last_round(again.optimizer).bytes_sent
+
+
+@pytest.mark.parametrize(("bias", "moved"), [(0.5, []), (0.1, ["bias"])])
+def test_a_frozen_bias_that_is_cast_is_no_other_model(tmp_path, bias, moved):
+    """What keeps its values is not sent. 0.1 is rounded: that travels with rounds, and is saved and taken up."""
+    for whole, again, found, sent in run_workers(cast_and_resumed, 2, str(tmp_path / "saved"), bias):
+        assert equal(whole, again)
+        assert again["bias"].dtype == torch.bfloat16
+        assert found == moved
+        # Parameters and their squared norm, a status with one learning rate, and the bias in fp32.
+        assert sent == 8 * (15 + 1) + 8 * (10 + 1) + bool(moved) * 4 * 3
 
 
 class TaughtShards(fsdp.Awkward):

@@ -246,8 +246,8 @@ def test_the_table_pairs_seeds(tmp_path):
     """Ours 38 and 36 of seeds 1 and 2, theirs 37, 36.5 and 40 of 1 to 3: the pairs differ by +1 and -0.5."""
     (tmp_path / "multi30k" / "table1").mkdir(parents=True)
 
-    def write(name, seed, value):
-        run = make_run("table1", "multi30k", "all_reduce", 0.0, 0.005, seed)
+    def write(name, seed, value, rate=0.005):
+        run = make_run("table1", "multi30k", "all_reduce", 0.0, rate, seed)
         metrics = dict.fromkeys(multi30k_oracle.COMPARED.values(), value)
         (tmp_path / f"{name or run.name}.json").write_text(json.dumps({"run": asdict(run), "metrics": metrics}))
 
@@ -259,3 +259,8 @@ def test_the_table_pairs_seeds(tmp_path):
     half = 12.706 * 1.5 / 2  # Student's t of one degree of freedom, times the standard error
     gap = f"+0.2500 [{0.25 - half:+.4f}, {0.25 + half:+.4f}] (2)"
     assert last == f"| last | 37.8333 ± 1.8930 (3) | 37.0000 ± 1.4142 (2) | {gap} |"
+    write("multi30k/fairseq_lr0.0025_seed1", 1, 30.0, 0.0025)
+    first, _, second = multi30k_oracle.table(tmp_path).partition("\n\nLearning rate 0.005:\n\n")
+    assert first.splitlines()[0] == "Learning rate 0.0025:"
+    assert "| last | 30.0000 (1) | not run |" in first, "ours at another rate is no partner"
+    assert second.splitlines()[3] == last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,4 +152,28 @@ def test_a_second_seed_is_refused_by_write_and_by_score(data, given, tmp_path, m
             call("score")
     torch.save({**told, "identity": identity(given[1])}, tmp_path / "out/translations.pt")
     call("score", "--records", str(tmp_path))
-    assert (tmp_path / "multi30k/fairseq_lr0.02_seed1.json").is_file()
+    record = json.loads((tmp_path / "multi30k/fairseq_lr0.02_seed1.json").read_text())
+    search = (record["num_beams"], record["length_penalty"], record["train_rows"])
+    assert search == (4, 0.6, len(data.train.rows))
+    assert record["tokens_per_update"]["at_most"] == RUN.batch_size * RUN.workers
+
+
+def test_translations_are_not_scored_against_other_data(data, given, tmp_path, monkeypatch):
+    """Another training text has another BPE: the same tokens would be other words, and BLEU near 0."""
+    tmp_path.joinpath("out").mkdir()
+    told = {"translations": {}, "epochs": {}, "curve": [], "seconds": 1.0, "versions": {}}
+    torch.save(given[1], tmp_path / "out/given.pt")
+    torch.save({**told, "identity": identity(given[1])}, tmp_path / "out/translations.pt")
+    multi30k_oracle.score_folder(tmp_path / "out", data)
+    rows = [{**data.train.rows[0], "labels": data.train.rows[0]["labels"][1:]}, *data.train.rows[1:]]
+    other = replace(data, train=replace(data.train, rows=rows), sha256="c0ffee")
+    with pytest.raises(OtherRunError, match=r"got given\.pt of the same settings with other data or batches"):
+        multi30k_oracle.score_folder(tmp_path / "out", other)
+    beside = tmp_path / "multi30k/table1/run.json"
+    beside.parent.mkdir(parents=True)
+    beside.write_text(json.dumps({"dataset": "x", "dataset_sha256": "another"}))
+    monkeypatch.setattr(multi30k, "load", lambda name: data)
+    words = ["multi30k_oracle.py", "score", str(tmp_path / "out"), "--dataset_name", "x", "--records", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"multi30k_oracle\.py: dataset_name must be what the records in .* are of"):
+        multi30k_oracle.main()

@@ -80,10 +80,11 @@ def test_steps_and_rounds_ahead():
     optimizer.outer_loop.clock.max_steps = 17
     plan = Plan.of(optimizer.outer_loop.parts)
     assert (plan.steps, plan.rounds) == (11, 3), "8, 12 and 16 of the steps 7 to 17"
-    assert Plan(250.0, 100.0, 11, 3).words(4) == (
+    assert Plan(250.0, 0.0, 100.0, 11, 3).words(4) == (
         "11 steps and 3 rounds ahead, 250 bytes per worker and round of 4 steps, 750 bytes in all (DDP: 1.1 kB)"
     )
-    assert Plan(2.5e6, 1e6, None, None).words(12) == (
+    assert "; 950 bytes in all" in Plan(250.0, 50.0, 100.0, 16, 3).words(4).replace(", ", "; "), "4 steps behind them"
+    assert Plan(2.5e6, 0.0, 1e6, None, None).words(12) == (
         "2.5 MB per worker and round of 12 steps (DDP: 12 MB); the number of steps is not known here"
     )
 

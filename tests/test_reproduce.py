@@ -348,6 +348,11 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
             "--study table1 --scale gpu --outer_momentum 0.5",
             "outer_momentum is of --study table1 and sweep at --scale small, got 0.5 with --study table1 --scale gpu",
         ),
+        ("--seeds 2", "seeds is of --study table1, got 2 with --study tuning. Leave it out."),
+        (
+            "--task multi30k --study sweep --outer_momentum 0.3",
+            "outer_momentum must be left out with --study sweep of task multi30k, which runs 0.0, 0.2, 0.5, got 0.3.",
+        ),
         ("--task speech", "argument --task: invalid choice: 'speech'"),
         ("--task translation --dataset_name /nowhere", r"dataset_name must be .*'/nowhere'.* Set --dataset_name"),
     ],
@@ -362,6 +367,17 @@ def test_bad_input_ends_with_one_line_that_names_the_flag(monkeypatch, tmp_path,
     with pytest.raises(SystemExit, match=f"^reproduce.py: {said}") as end:
         reproduce.main()
     assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("study", ["table1", "sweep"])
+def test_a_study_that_waits_for_tuning_says_so(monkeypatch, tmp_path, capsys, study):
+    monkeypatch.setattr(
+        sys, "argv", ["reproduce.py", "--task", "multi30k", "--study", study, "--records", str(tmp_path)]
+    )
+    reproduce.main()
+    told = capsys.readouterr().out
+    assert f"{study} waits for what tuning chooses" in told
+    assert "Run --study tuning first; or set --inner_lr" in told
 
 
 def test_settings_that_are_given_need_no_tuning(tmp_path):

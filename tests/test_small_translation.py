@@ -70,6 +70,27 @@ def test_the_published_size():
     assert runs[0].warmup_epochs * 62 == pytest.approx(2000, abs=1)
     assert runs[0].name == "multi30k/published/all_reduce_beta0.0_lr0.005_epochs129_batch2048_seed1"
     assert published("translation") == []
+    judging = small_translation.judging_of(runs[0])
+    assert (judging.num_beams, judging.length_penalty, judging.means) == (5, 1.0, (5, 10))
+    ours = small_translation.judging_of(make_run("table1", "multi30k", "sgp", 0.0, 0.005, 1))
+    assert (ours.num_beams, ours.length_penalty, ours.means) == (4, 0.6, (5,))
+
+
+def test_a_published_run_is_judged_as_it_was_published(data, tmp_path, monkeypatch):
+    """Its mean is of ten last averages, by its own beam; ours of five is beside it."""
+    searches = []
+    monkeypatch.setattr(small_translation, "translate", lambda *_, **search: searches.append(search) or ["x"] * 99)
+    monkeypatch.setattr(small_translation, "all_scores", lambda *_: {"bleu": float(len(searches))})
+    models = KeptModels(tmp_path, small_translation.PUBLISHED.means)
+    model = make_transformer("mini", len(data.tokenizer))
+    for epoch in range(1, 13):
+        models.keep(epoch, 1 / epoch, model)
+    looks = [{"validation_nll": 1.0}]
+    told = small_translation._judge(looks, models, data, small_translation.PUBLISHED, "cpu")
+    assert told["epochs_of_models"]["mean_of_10"] == list(range(3, 13))
+    assert told["epochs_of_models"]["mean_of_5"] == list(range(8, 13))
+    assert {(search["num_beams"], search["length_penalty"]) for search in searches} == {(5, 1.0)}
+    assert told["metrics"]["test_bleu_mean_of_10"] != told["metrics"]["test_bleu_mean_of_5"]
 
 
 def test_the_warm_up_of_a_short_tuning_run(data, monkeypatch, tmp_path):
@@ -234,7 +255,7 @@ def test_bleu_is_sacrebleus_on_the_beams_translations(data):
         small_translation._losses(model, collate(data.test.rows), 0.0)[0].backward()
         adam.step()
         adam.zero_grad()
-    scores = small_translation._scores(model, data)
+    scores = small_translation._scores(model, data, small_translation.Judging())
     for name, part in (("test", data.test), ("validation", data.validation)):
         hypotheses = translate(model, data.tokenizer, part.sources, num_beams=4, length_penalty=0.6)
         assert scores[f"{name}_bleu"] == _sacrebleu(hypotheses, part.targets)[0]
@@ -269,7 +290,7 @@ def test_data_without_a_short_test_pair_is_refused(folder, tmp_path):
 
 ADVICE = {
     small_translation: "--dataset_name to other English-German pairs, or leave it out for the shipped help text.",
-    multi30k: "--dataset_name to another folder with all of Multi30k.",
+    multi30k: "--dataset_name to another folder with all of Multi30k, its splits named train, validation and test.",
 }
 
 
@@ -338,9 +359,11 @@ def test_kept_models_are_the_best_the_last_and_the_mean_of_five(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "run", [RUN, replace(RUN, base="all_reduce", outer_momentum=0.0)], ids=["Local Adam", "AR-Adam"]
+    "run",
+    [RUN, replace(RUN, base="all_reduce", outer_momentum=0.0), replace(RUN, base="sgp")],
+    ids=["Local Adam", "AR-Adam", "SGP"],
 )
-def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, data, run):
+def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, data, run, caplog):
     """
     Its curve, all scores and the mean of its models are those of a run that was never cut off, with each worker's own
     dropout.
@@ -375,12 +398,20 @@ def test_a_run_that_is_cut_off_goes_on_and_ends_alike(tmp_path, monkeypatch, dat
         }
     )
     assert not (tmp_path / "cut" / f"{run.name}.state").exists()
+    assert "not the average" not in caplog.text, "what is saved is what the others start from"
 
 
-def test_what_is_not_all_of_multi30k_is_refused(folder):
+def test_what_is_not_all_of_multi30k_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match=r"must be a folder with Multi30k's .* got None.* Set --dataset_name"):
         multi30k.load(None)
     with pytest.raises(DataError, match=r"must have 29,000 pairs in train.*got 60.*Set --dataset_name"):
+        multi30k.load(str(folder))
+    folder = tmp_path / "as it is handed out"
+    folder.mkdir()
+    for split in ("train", "val", "test_2016_flickr"):
+        for language, words in (("en", "A dog runs.\n"), ("de", "Ein Hund läuft.\n")):
+            (folder / f"{split}.{language}").write_text(words)
+    with pytest.raises(DataError, match=r"'val'.* Set --dataset_name .* its splits named train, validation and test"):
         multi30k.load(str(folder))
 
 

@@ -272,6 +272,32 @@ def test_the_end_is_of_this_process_and_says_so(resumed, tmp_path):
     assert said[2] == "the model is the average of 2 workers at step 12"
 
 
+def ended_behind_a_round(folder):
+    """Of SGP: what its last line says of so many steps, with rounds of 12."""
+    found = {}
+    for steps in (11, 23):
+        with Heard() as heard:
+            Trainer(
+                model=Regression(torch.float32),
+                args=arguments(folder, max_steps=steps),
+                train_dataset=Rows(256, torch.float32),
+                callbacks=[SlowMoCallback(SlowMoConfig(base="sgp", sync_every=12))],
+            ).train()
+        found[steps] = [words for _, words in heard.lines if "steps and" in words or "sent per worker" in words]
+    return found
+
+
+def test_what_is_sent_behind_the_last_round_counts(tmp_path):
+    """An exchange is 31 parameters, as a step of DDP; the one round has a norm and a header beside them."""
+    found, _ = run_workers(ended_behind_a_round, 2, str(tmp_path))
+    for steps, rounds in ((11, 0), (23, 1)):
+        exchanges = steps - rounds
+        sent, ddp = exchanges * 124 + rounds * (4 * 32 + 8 * 12), steps * 124
+        planned, _, said = found[steps]
+        assert f", {sent / 1000:.3g} kB in all (DDP: {ddp / 1000:.3g} kB)" in planned
+        assert said.startswith(f"{sent / 1000:.3g} kB sent per worker in rounds and exchanges (DDP: {ddp / 1000:.3g} ")
+
+
 def warned(folder, steps, beta):
     with Heard() as heard:
         Trainer(

@@ -146,6 +146,42 @@ def test_accelerate_saves_a_whole_state_on_every_machine(tmp_path):
         assert {"model.safetensors", "optimizer.bin", "slowmo"} <= names
 
 
+def accelerate_with_a_limit(folder, own_disks, limit):
+    """The checkpoints that are left, and those that are whole: after each save, and after one that has failed."""
+    mine = own_disk(folder)[0] if own_disks else folder
+    run = prepared()
+    project = run[0].project_configuration
+    project.set_directories(str(mine))
+    project.automatic_checkpoint_naming, project.total_limit = True, limit
+    left = []
+    for save in range(4):
+        train_on(*run, range(3 * save, 3 * save + 3))
+        if save == 3:
+            run[0].register_save_state_pre_hook(fill_the_disk)
+        try:
+            run[0].save_state()
+        except OSError:
+            assert save == 3
+        dist.barrier()
+        paths = sorted((mine / "checkpoints").iterdir())
+        left.append([path.name[-1] for path in paths if (path / "slowmo/manifest.json").exists()])
+        assert project.total_limit == limit
+        dist.barrier()
+    return left
+
+
+def fill_the_disk(*given):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("own_disks", [False, True])
+@pytest.mark.parametrize(("limit", "left"), [(1, ["0", "1", "2", "2"]), (2, ["0", "01", "12", "12"])])
+def test_accelerates_limit_holds_on_every_machine_and_keeps_the_last_whole_one(tmp_path, own_disks, limit, left):
+    """It deleted on machine 0 alone, and before the new one was begun: with a limit of 1 a full disk lost all."""
+    for found in run_workers(accelerate_with_a_limit, 2, tmp_path, own_disks, limit):
+        assert ["".join(names) for names in found] == left
+
+
 def goes_on_alone(folder, resume):
     mine, config = (folder, SlowMoConfig(sync_every=4, timeout_seconds=patience(20)))
     found = train(mine, config, resume=str(resume), save_steps=3)

@@ -132,7 +132,7 @@ class KeptWorker:
         optimizer: slowmo_hf.SlowMoOptimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
-        self.keeper, self.rank, self.model = keeper, rank, model
+        self.keeper, self.rank, self.model, self.optimizer = keeper, rank, model, optimizer
         self.accelerator = Accelerator(cpu=keeper.cpu)
         self.accelerator.register_for_checkpointing(scheduler)
         slowmo_hf.register_for_checkpointing(self.accelerator, optimizer)
@@ -152,8 +152,10 @@ class KeptWorker:
         save, leave = slowmo_hf.together(lambda workers: self.keeper.decide(workers, last_epoch), progress)
         if save:
             into = self.keeper.of(progress)
-            if self.rank == 0:  # copies: a row of stacked tensors would be saved with all the others
-                torch.save({name: value.clone() for name, value in self.model.state_dict().items()}, into / WEIGHTS)
+            with slowmo_hf.consensus(self.optimizer):
+                if self.rank == 0:  # copies: a row of stacked tensors would be saved with all the others
+                    values = {name: value.clone() for name, value in self.model.state_dict().items()}
+                    torch.save(values, into / WEIGHTS)
             self.accelerator.save_state(str(into))  # then it is sealed
             if self.rank == 0:
                 self.keeper.saved(progress)

@@ -1,13 +1,14 @@
-"""The averages at the ends of a run's epochs: the best, the last, and the mean of the last five."""
+"""The averages at the ends of a run's epochs: the best, the last, and the mean of the last ones."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from translation.judged import choose
+from translation.judged import MEAN_OF, choose
 from translation.model import mean_of_states
 
 
@@ -17,10 +18,11 @@ class KeptModels:
 
     Args:
         folder (`Path`): Made if need be.
+        means (`Sequence[int]`, *optional*, defaults to `(5,)`): Of how many last averages there is a mean.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, means: Sequence[int] = (MEAN_OF,)) -> None:
+        self.folder, self.means = folder, means
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, epoch: int, nll: float, model: torch.nn.Module) -> None:
@@ -43,7 +45,7 @@ class KeptModels:
 
     def epochs(self) -> dict[str, list[int]]:
         """By kind of model, whose averages it is made of."""
-        return choose({_epoch(path): _nll(path) for path in self._paths})
+        return choose({_epoch(path): _nll(path) for path in self._paths}, self.means)
 
     @property
     def _paths(self) -> list[Path]:

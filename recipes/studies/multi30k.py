@@ -16,7 +16,7 @@ from translation.data import TEST2016_ROWS
 
 LIBRARIES = small_translation.LIBRARIES
 SIZE = Size("small", 8000, 128)  # no pair is longer
-ADVICE = "--dataset_name to another folder with all of Multi30k."
+ADVICE = "--dataset_name to another folder with all of Multi30k, its splits named train, validation and test."
 ROWS = {"train": 29_000, "validation": 1_014, "test": TEST2016_ROWS}
 
 train = small_translation.train

@@ -3,7 +3,7 @@ Multi30k by fairseq 0.12.2, beside AR-Adam of `reproduce.py --task multi30k`: th
 learning rates and search, its own model, Trainer and dropout. Four commands, the second in fairseq's environment
 (`oracle_fairseq.py` says how to make it):
 
-    python recipes/studies/multi30k_oracle.py write FOLDER --dataset_name MULTI30K --inner_lr 0.0025 --seed 1
+    python recipes/studies/multi30k_oracle.py write FOLDER --dataset_name MULTI30K --inner_lr 0.005 --seed 1
     ORACLE/bin/python recipes/studies/multi30k_fairseq.py FOLDER
     python recipes/studies/multi30k_oracle.py score FOLDER --dataset_name MULTI30K --records recipes/records
     python recipes/studies/multi30k_oracle.py table recipes/records   # beside our runs of the same rates and seeds
@@ -28,17 +28,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import DataError, end_program, environment, mean_sd, write_record
+from records import DataError, SettingError, end_program, environment, mean_sd, write_record
 from studies import multi30k
 from studies.plan import Run, make_run, run_of
-from studies.run_records import find_record
+from studies.run_records import check_same_data, find_record
 from studies.same_run import OtherRunError, check_same_run, identity
 from studies.showing import paired_gain
 from studies.small_translation import (
     LABEL_SMOOTHING,
-    LENGTH_PENALTY,
-    NUM_BEAMS,
     Translations,
+    facts_of,
+    judging_of,
 )
 from translation.bleu import bleu_signature
 from translation.judged import all_scores, named
@@ -68,8 +68,10 @@ def main() -> None:
         if asked.command == "write":
             write(make_run("table1", "multi30k", "all_reduce", 0.0, asked.inner_lr, asked.seed), data, asked.folder)
             return
+        if asked.records:
+            check_same_data(data, "multi30k", asked.dataset_name, asked.records)
         record = score_folder(asked.folder, data)
-    except (DataError, OtherRunError) as error:
+    except (DataError, OtherRunError, SettingError) as error:
         end_program(__file__, error)
     print({name: round(value, 4) for name, value in record["metrics"].items()})
     if asked.records:
@@ -87,11 +89,13 @@ def write(run: Run, data: Translations, folder: Path) -> None:
 
 
 def score_folder(folder: Path, data: Translations) -> dict[str, Any]:
-    """The record of a folder; raises `OtherRunError` where its translations are not of its run."""
-    asked, file = torch.load(folder / "given.pt", weights_only=True), folder / "translations.pt"
-    told = torch.load(file, weights_only=True)
+    """The record of a folder; raises `OtherRunError` where its translations are not of its run, or of these data."""
+    handed, file = folder / "given.pt", folder / "translations.pt"
+    asked, told = (torch.load(path, weights_only=True) for path in (handed, file))
+    run = run_of(asked["run"])
     check_same_run(told.get("identity"), identity(asked), file)
-    return score(run_of(asked["run"]), told, data)
+    check_same_run(identity(asked), identity(given(run, data)), handed)
+    return score(run, told, data)
 
 
 def given(run: Run, data: Translations) -> dict[str, Any]:
@@ -116,8 +120,8 @@ def given(run: Run, data: Translations) -> dict[str, Any]:
         "shape": MODEL_SIZES[data.size.model],
         "warmup_updates": round(run.warmup_epochs * len(samplers[0])),
         "label_smoothing": LABEL_SMOOTHING,
-        "num_beams": NUM_BEAMS,
-        "length_penalty": LENGTH_PENALTY,
+        "num_beams": judging_of(run).num_beams,
+        "length_penalty": judging_of(run).length_penalty,
     }
 
 
@@ -138,7 +142,7 @@ def score(run: Run, told: dict[str, Any], data: Translations) -> dict[str, Any]:
         "epochs_of_models": told["epochs"],
         "curve": told["curve"],
         "seconds": told["seconds"],
-        "dataset_sha256": data.sha256,
+        **facts_of(run, data),
         "theirs": told["versions"],
         **environment(multi30k.LIBRARIES),
     }
@@ -155,10 +159,18 @@ COMPARED = {
 
 def table(records: Path) -> str:
     """
-    Every run of fairseq, all at one learning rate, and AR-Adam at the same: mean ± standard deviation (runs), and the
-    mean of ours minus theirs over the seeds that both have, with its 95 % interval.
+    Every run of fairseq and AR-Adam at the same learning rate: mean ± standard deviation (runs), and the mean of ours
+    minus theirs over the seeds that both have, with its 95 % interval. A table for each rate, where there are several.
     """
-    theirs = [json.loads(path.read_text()) for path in sorted((records / "multi30k").glob("fairseq_*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted((records / "multi30k").glob("fairseq_*.json"))]
+    rates = sorted({record["run"]["inner_lr"] for record in runs})
+    if len(rates) < 2:
+        return _table_of(runs, records)
+    own = {rate: [record for record in runs if record["run"]["inner_lr"] == rate] for rate in rates}
+    return "\n\n".join(f"Learning rate {rate}:\n\n{_table_of(own[rate], records)}" for rate in rates)
+
+
+def _table_of(theirs: list[dict[str, Any]], records: Path) -> str:
     ours = [found for record in theirs if (found := find_record(run_of(record["run"]), records))]
     lines = ["| test2016 | fairseq | AR-Adam here | ours minus theirs |", "|---|---|---|---|"]
     for words, metric in COMPARED.items():

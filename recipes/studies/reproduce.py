@@ -91,8 +91,8 @@ class Arguments:
     seeds: int | None = field(
         default=None,
         metadata={
-            "help": "Seeds per row of table1; 5 by default, 3 of translation and of --scale gpu. On images the Local "
-            "SGD pair has 8 at least."
+            "help": "Seeds per row of table1; 5 by default, 3 of translation and of --scale gpu. The Local SGD pair "
+            "has 8 at least on images, and 3 on other tasks."
         },
     )
     bases: list[str] | None = field(default=None, metadata={"help": "Only these."})
@@ -100,7 +100,10 @@ class Arguments:
         default=None, metadata={"help": "Of table1 and sweep: peak learning rate, instead of what tuning chooses."}
     )
     outer_momentum: float | None = field(
-        default=None, metadata={"help": "Of table1 and sweep: slow momentum, instead of what tuning chooses."}
+        default=None,
+        metadata={
+            "help": "Of table1 and images' and help text's sweep: slow momentum, instead of what tuning chooses."
+        },
     )
     epochs: int | None = field(default=None, metadata={"help": "Instead of the study's, for a dry run."})
     jobs: int = field(
@@ -130,6 +133,15 @@ class Arguments:
                     f"{name} is of --study table1 and sweep at --scale small, got {value} with --study {self.study} "
                     f"--scale {self.scale}. Leave it out."
                 )
+        if self.seeds is not None and self.study != "table1":
+            raise SettingError(
+                f"seeds is of --study table1, got {self.seeds} with --study {self.study}. Leave it out."
+            )
+        if self.outer_momentum is not None and self.study == "sweep" and TASKS[self.task].two_workers:
+            raise SettingError(
+                f"outer_momentum must be left out with --study sweep of task {self.task}, which runs "
+                f"{', '.join(map(str, TASKS[self.task].two_workers))}, got {self.outer_momentum}."
+            )
         if self.study == "published" and not TASKS[self.task].published:
             having = ", ".join(name for name, task in TASKS.items() if task.published)
             raise SettingError(f"study published is of task {having}, got task {self.task!r}. Set --task or --study.")
@@ -189,7 +201,13 @@ def run_study(arguments: Arguments, folder: Path, device: str) -> None:
         print(f"{len(missing)} runs to do", flush=True)
         run_all(missing, arguments, folder, device)
         left = None if left is None else left - len(missing)
-    show(study_runs(arguments, folder), arguments, folder)
+    runs = study_runs(arguments, folder)
+    if not runs:
+        print(
+            f"{arguments.study} waits for what tuning chooses, and {str(folder)!r} does not have all of that. Run "
+            "--study tuning first; or set --inner_lr, and --outer_momentum for table1."
+        )
+    show(runs, arguments, folder)
 
 
 def show(runs: Sequence[Run], arguments: Arguments, folder: Path) -> None:
@@ -270,7 +288,7 @@ def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu"
         command += " --dataset_name FOLDER"
         if run.study in ("table1", "sweep"):
             command += f" --inner_lr {run.inner_lr}"
-            command += f" --outer_momentum {run.outer_momentum}" if run.slowmo else ""
+            command += f" --outer_momentum {run.outer_momentum}" if run.slowmo and run.study == "table1" else ""
         command += f" --device {device}" if device != "cpu" else ""
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process"
     if device != "cpu":

@@ -27,7 +27,7 @@ from studies.plan import Run
 from studies.small_runs import Job, train_workers
 from translation.bleu import bleu_signature
 from translation.data import load_corpus, sha256_of
-from translation.judged import all_scores, judge, named, with_bits
+from translation.judged import MEAN_OF, all_scores, judge, named, with_bits
 from translation.model import make_transformer, smoothed_loss, translate
 from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
 
@@ -35,9 +35,32 @@ LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here
 TOLD_ROWS = 800  # of the training rows, for the training loss of the average
 LABEL_SMOOTHING = 0.1
 BETAS = (0.9, 0.98)  # of the inner Adam
-NUM_BEAMS, LENGTH_PENALTY = 4, 0.6
 SENTENCES_AT_ONCE = 250  # in a beam search
 GRAPHED = ("cuda",)  # devices on which launching a pass takes longer than the pass
+
+
+@dataclass(frozen=True)
+class Judging:
+    """
+    How the models of a run are judged, beside the best and the last.
+
+    Args:
+        num_beams (`int`), length_penalty (`float`): Of the beam search.
+        means (`tuple[int, ...]`): Of how many last epochs' averages there is a mean.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 0.6
+    means: tuple[int, ...] = (MEAN_OF,)
+
+
+# Wu et al. (2021): beam 5, fairseq's own penalty, the mean of the last ten checkpoints.
+PUBLISHED = Judging(num_beams=5, length_penalty=1.0, means=(MEAN_OF, 10))
+
+
+def judging_of(run: Run) -> Judging:
+    """As where its figure was published; else as ours are."""
+    return PUBLISHED if run.study == "published" else Judging()
 
 
 @dataclass(frozen=True)
@@ -141,16 +164,21 @@ def learning_rate_factor(step: int, warm_up: float) -> float:
 
 def train(run: Run, data: Translations, keeper: Keeper | None = None, device: str = "cpu") -> dict[str, Any] | None:
     """All workers of one run; the part of its record that they know. None where its state was left for later."""
+    judging = judging_of(run)
     with tempfile.TemporaryDirectory() as beside:
-        models = KeptModels(keeper.folder / "averages" if keeper else Path(beside))
+        models = KeptModels(keeper.folder / "averages" if keeper else Path(beside), judging.means)
         told = train_workers(run, lambda rank: _make_job(run, data, rank, models, device), keeper)
-        judged = {} if told is None else _judge(told["curve"], models, data, device)
+        judged = {} if told is None else _judge(told["curve"], models, data, judging, device)
     if told is None:
         return None
+    return {**told, **judged, **facts_of(run, data)}
+
+
+def facts_of(run: Run, data: Translations) -> dict[str, Any]:
+    """What a record says of data, batches and search, whoever trains on them."""
+    judging = judging_of(run)
     sampler = TokenBatches(data.lengths, run.batch_size, world_size=run.workers)
     return {
-        **told,
-        **judged,
         "tokens_per_update": {
             **{name: round(count, 1) for name, count in sampler.tokens_per_update().items()},
             "at_most": run.batch_size * run.workers,  # a side's, padding included
@@ -163,8 +191,8 @@ def train(run: Run, data: Translations, keeper: Keeper | None = None, device: st
         "model_size": data.size.model,
         "vocab_size": len(data.tokenizer),
         "max_length": data.size.max_length,
-        "num_beams": NUM_BEAMS,
-        "length_penalty": LENGTH_PENALTY,
+        "num_beams": judging.num_beams,
+        "length_penalty": judging.length_penalty,
     }
 
 
@@ -231,9 +259,11 @@ def _look(model: MarianMTModel, data: Translations, models: KeptModels, epoch: i
     return with_bits({"validation_nll": validation_nll, "training_loss": smoothed, "training_nll": nll})
 
 
-def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations, device: str) -> dict[str, Any]:
+def _judge(
+    curve: list[dict[str, float]], models: KeptModels, data: Translations, judging: Judging, device: str
+) -> dict[str, Any]:
     """
-    Every score of the best, the last and the mean model, and which epochs' averages these are; `metrics` are the last
+    Every score of the best, the last and the mean models, and which epochs' averages these are; `metrics` are the last
     look's, with the scores of the last model under their own names, and of the others with theirs behind.
     """
     model = make_transformer(data.size.model, len(data.tokenizer)).to(device)
@@ -241,7 +271,7 @@ def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations
 
     def score(epochs: list[int]) -> dict[str, float]:
         model.load_state_dict(models.mean(epochs))
-        return _scores(model, data)
+        return _scores(model, data, judging)
 
     chosen = models.epochs()
     return {
@@ -251,7 +281,7 @@ def _judge(curve: list[dict[str, float]], models: KeptModels, data: Translations
     }
 
 
-def _scores(model: MarianMTModel, data: Translations) -> dict[str, float]:
+def _scores(model: MarianMTModel, data: Translations, judging: Judging) -> dict[str, float]:
     """`all_scores` of the translations by beam search, of validation and test."""
     scores = {}
     for name, part in (("validation", data.validation), ("test", data.test)):
@@ -259,8 +289,8 @@ def _scores(model: MarianMTModel, data: Translations) -> dict[str, float]:
             model,
             data.tokenizer,
             part.sources,
-            num_beams=NUM_BEAMS,
-            length_penalty=LENGTH_PENALTY,
+            num_beams=judging.num_beams,
+            length_penalty=judging.length_penalty,
             batch_size=SENTENCES_AT_ONCE,
         )
         own = all_scores(hypotheses, part.targets, _evaluate(model, part)[1])

@@ -11,19 +11,21 @@ MEAN_OF = 5
 KINDS = ("best", "last", f"mean_of_{MEAN_OF}")
 
 
-def choose(nll: Mapping[int, float | None]) -> dict[str, list[int]]:
+def choose(nll: Mapping[int, float | None], means: Sequence[int] = (MEAN_OF,)) -> dict[str, list[int]]:
     """
     By `KINDS`, what each model is made of; early in a run the mean is of fewer.
 
     Args:
         nll (`Mapping[int, float | None]`): Of each model that is there, by step or epoch, on the validation set. None:
             not known. Without any that is known the last counts as the best.
+        means (`Sequence[int]`, *optional*, defaults to `(5,)`): Of how many last models there is a mean.
     """
-    late = sorted(nll)[-MEAN_OF:]
+    late = sorted(nll)
     # A NaN is smaller than nothing: as it stands `min` would keep it.
     worth = {at: math.inf if value is None or math.isnan(value) else value for at, value in sorted(nll.items())}
     best = min(worth, key=worth.__getitem__)
-    return dict(zip(KINDS, ([best if math.isfinite(worth[best]) else late[-1]], late[-1:], late), strict=True))
+    chosen = {"best": [best if math.isfinite(worth[best]) else late[-1]], "last": late[-1:]}
+    return {**chosen, **{f"mean_of_{count}": late[-count:] for count in means}}
 
 
 def judge(

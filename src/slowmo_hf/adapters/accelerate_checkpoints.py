@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +17,7 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBa
 from torch.utils.data import DataLoader
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, Digests, Stamps, read_part, stamps, verify_in_turns, write_part
+from ..checkpoints.files import FOLDER, MANIFEST, Digests, Stamps, read_part, stamps, verify_in_turns, write_part
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
 from ..checkpoints.together import (
@@ -36,6 +38,7 @@ from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
 
+_NUMBERED = re.compile(r"checkpoint_(\d+)")  # as `automatic_checkpoint_naming` names them
 _registered: weakref.WeakKeyDictionary[Accelerator, list[weakref.ref[SlowMoOptimizer]]] = weakref.WeakKeyDictionary()
 
 
@@ -102,14 +105,17 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         for outer_loop in begun.values():
             outer_loop.consensus.meet()
         project = self.project_configuration
+        limit = project.total_limit if project.automatic_checkpoint_naming else None
         with ExitStack() as given_back:
-            given_back.callback(setattr, project, "save_on_each_node", project.save_on_each_node)
+            for name in ("save_on_each_node", "total_limit"):
+                given_back.callback(setattr, project, name, getattr(project, name))
+            project.total_limit = None  # it would delete the last whole one before the new one is begun
             for folder, bare in ours.items():
                 given_back.enter_context(consensus(bare))
                 if folder in begun:
                     given_back.enter_context(_beside(bare))
             hook = self.register_save_state_pre_hook(
-                lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder), before))
+                lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder), before, limit))
             )
             given_back.callback(hook.remove)
             saved_to = save_state(self, *args, **kwargs)
@@ -132,8 +138,13 @@ def _beside(bare: SlowMoOptimizer) -> Iterator[None]:
         bare.state_is_beside = False
 
 
-def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, before: Stamps) -> Callable[[], None]:
-    """Our part, before Accelerate's own; the result seals the folder once that is written too. Collective."""
+def _write(
+    accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, before: Stamps, limit: int | None
+) -> Callable[[], None]:
+    """
+    Our part, before Accelerate's own; the result seals the folder once that is written too, and deletes those over
+    `total_limit`. Collective.
+    """
     first = next(iter(begun.values()))
     keeping = keeps_files(first, folder, whole_on_each=_is_whole_on_each(accelerator, begun))
     if not keeping.all_see:
@@ -159,7 +170,23 @@ def _write(accelerator: Accelerator, begun: dict[str, OuterLoop], folder: Path, 
         if keeping.seals:
             seal_snapshot(folder, first, digests, before)
 
-    return lambda: finish_together(first, folder, keeping, finish, before)
+    def seal_and_rotate() -> None:
+        finish_together(first, folder, keeping, finish, before)
+        if limit is not None:
+            words = f"checkpoints older than {folder} cannot be deleted"
+            together(first, words, lambda: _rotate(folder, limit) if keeping.seals else None)
+
+    return seal_and_rotate
+
+
+def _rotate(newest: Path, limit: int) -> None:
+    """Delete the oldest beside it, on each file system, so that `total_limit` are left."""
+    found = [(int(match[1]), path) for path in newest.parent.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    older = [path for _, path in sorted(found) if path != newest]
+    for path in older[: max(0, len(found) - limit)]:
+        logger.info("deleting %s: total_limit=%d", path, limit)
+        (path / FOLDER / MANIFEST).unlink(missing_ok=True)  # half deleted it is no checkpoint
+        shutil.rmtree(path)
 
 
 def _is_whole_on_each(accelerator: Accelerator, begun: dict[str, OuterLoop]) -> bool:

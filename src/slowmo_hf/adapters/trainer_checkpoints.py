@@ -250,7 +250,7 @@ class TrainerCheckpoints:
         asked = self.args.resume_from_checkpoint
         folder = Path(str(loaded or (asked if isinstance(asked, str) else "an unknown folder")))
         callbacks: Any = state.stateful_callbacks
-        is_ours = bool(recorded_saves(callbacks)) or (folder / FOLDER).exists()
+        is_ours = bool(recorded_saves(callbacks, state.global_step)) or (folder / FOLDER).exists()
         if not any(self.world.gather_objects(is_ours)):
             logger.warning(
                 "resumed at step %d from a checkpoint without local training's state: its weights and optimizer are "

@@ -241,12 +241,14 @@ def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
         return False
 
 
-def recorded_saves(callbacks: Any) -> list[dict[str, Any]]:
+def recorded_saves(callbacks: Any, step: int | None = None) -> list[dict[str, Any]]:
     """
     What `trainer_state.json` says of our saves.
 
     Args:
         callbacks: Its `stateful_callbacks`: by name of the class, which may have been another one.
+        step (`int`, *optional*): Those of this step alone: a stock run that went on from our checkpoint writes its
+            record into later ones of its own.
     """
     found = []
     for states in callbacks.values() if isinstance(callbacks, dict) else ():
@@ -256,7 +258,7 @@ def recorded_saves(callbacks: Any) -> list[dict[str, Any]]:
                     found.append(record)
                 case {"attributes": {"checkpoint": {"run": str(), "folder": str()} as record}}:  # before saves had one
                     found.append(record)
-    return found
+    return [one for one in found if step is None or one.get("save", f"-{step}").endswith(f"-{step}")]
 
 
 def refuse_another_save(checkpoint: str | os.PathLike[str], callbacks: Any) -> None:

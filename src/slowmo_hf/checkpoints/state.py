@@ -26,6 +26,7 @@ lack some, or have rounded them.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,14 @@ def _say_another_number(folder: str, then: int, outer_loop: OuterLoop) -> None:
 
 
 def _comparable(fingerprint: list[str], outer_loop: OuterLoop) -> list[str]:
-    """Parameters; and of buffers that all have alike the names, for shapes may have changed in training."""
+    """
+    Parameters; of frozen ones all but the dtype, which a first pass may cast (4-bit layers' biases); of buffers that
+    all have alike the names, for shapes may have changed in training.
+    """
     own = {f"buffer {name}" for name in outer_loop.tensors.others.own()}
     lines = [line.split(": ")[0] if line.startswith("buffer ") else line for line in fingerprint]
-    return [line for line in lines if line not in own]
+    frozen = re.compile(r"(frozen \d+: .*\]) \S+ frozen")
+    return [frozen.sub(r"\1", line) for line in lines if line not in own]
 
 
 def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:

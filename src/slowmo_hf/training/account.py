@@ -89,6 +89,11 @@ class Account:
         self._mark()
         return self._collectives_of_training
 
+    @property
+    def unreported_bytes(self) -> int:
+        """What this process has sent since the last report: exchanges behind the last round, a round in flight."""
+        return self._bytes_sent() - self._bytes
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """The bytes that are sent in here do not count: for a look, a save, the status before one."""
@@ -140,7 +145,7 @@ class Account:
             summed (`Callable`): Sums over the worker's processes, each of which counts what it has sent.
             utilisation (`float`, *optional*): As of `RoundReport`.
         """
-        [bytes_sent] = summed([self._bytes_sent() - self._bytes])
+        [bytes_sent] = summed([self.unreported_bytes])
         self._mark()
         self.spent = Spent(self.computed_seconds, self._communicated, self.communicated_before)
         self.rounds, self.bytes_sent = self.rounds + 1, self.bytes_sent + round(bytes_sent)

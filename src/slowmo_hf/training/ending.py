@@ -85,14 +85,16 @@ def log_end(parts: Parts, model: str = "") -> None:
     steps = clock.attempted_steps - clock.begun_at
     since = f" since step {clock.begun_at}" if clock.begun_at else ""
     ddp = Plan.of(parts).ddp_bytes_per_step
+    [behind] = parts.summed([account.unreported_bytes])
+    bytes_sent = in_bytes(account.bytes_sent + behind)
     log = workers.logger
     log.info(
         "training ended at step %d: %d steps and %d rounds%s", clock.attempted_steps, steps, account.rounds, since
     )
     if parts.config.base == "all_reduce":
-        sent = f"{in_bytes(account.bytes_sent)} sent per worker beside DDP's gradients"
+        sent = f"{bytes_sent} sent per worker beside DDP's gradients"
     else:
-        sent = f"{in_bytes(account.bytes_sent)} sent per worker in rounds and exchanges{since}"
+        sent = f"{bytes_sent} sent per worker in rounds and exchanges{since}"
         sent += f" (DDP: {in_bytes(steps * ddp)})"
     totals = parts.costs.totals
     computed = sum(one.computed for one in totals) / len(totals)

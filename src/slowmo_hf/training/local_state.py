@@ -56,10 +56,12 @@ class LocalTensors:
         has_any = any(name.startswith("averaged_buffer") for name in (*shared.settings, *shared.tensors))
         names = shared.names("averaged_buffers") if has_any else []
         shared.refuse_unknown("averaged_buffers", names, now)
-        averaged = {name: _taken(shared, f"averaged_buffer.{name}", local(now[name])) for name in names}
+        remade = self._remade(own)
+        forms = {name: remade[name][0] if name in remade else local(now[name]) for name in names}
+        averaged = {name: _taken(shared, f"averaged_buffer.{name}", form) for name, form in forms.items()}
         if not same_number:
             return lambda: tensors.others.take_averaged(averaged)
-        changed, remade = own.names("changed_buffers"), self._remade(own)
+        changed = own.names("changed_buffers")
         own.refuse_unknown("changed_buffers", changed, {**now, **remade})
         own.refuse_unknown("remade_buffers", list(remade), changed)
         here = [name for name in changed if name not in remade]
@@ -82,7 +84,7 @@ class LocalTensors:
         return take_up
 
     def _remade(self, own: Contents) -> dict[str, tuple[torch.Tensor, bool]]:
-        """Buffers that were made anew in training: what each was like, and whether it is persistent."""
+        """What was made anew in training, or cast: what each was like, and whether it is a persistent buffer."""
         if "remade_buffers" not in own.settings:
             return {}
         found = {}

@@ -160,10 +160,10 @@ class OtherTensors:
             first = self._first.get(name)
             if name in self._changed or not _is_watched(tensor):
                 continue
-            if first is None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype):
+            if first is None or first.shape != tensor.shape or not _is_cast(first.dtype, tensor.dtype):
                 self._changed.add(name)
-            else:
-                asked[name] = parts_of(tensor, first.stride)
+            else:  # a bias that 4-bit layers cast in their first pass has the values that it had
+                asked[name] = parts_of(tensor.to(first.dtype), first.stride)
         for name, found in zip(asked, digests(list(asked.values())), strict=True):
             if found != self._first[name].digests:
                 self._changed.add(name)
@@ -180,19 +180,22 @@ class OtherTensors:
         return first is None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype)
 
     def may_hold(self, name: str) -> bool:
-        """Whether a module of the model has this buffer, or could have it."""
+        """Whether the model has this buffer or frozen parameter, or could have such a buffer."""
         path, _, leaf = name.rpartition(".")
         try:
             module = self.model.get_submodule(path) if self.model is not None else None
         except AttributeError:
             return False
-        is_free = module is not None and (name in self.buffers() or getattr(module, leaf, None) is None)
+        is_free = module is not None and (name in self.now() or getattr(module, leaf, None) is None)
         return is_free and bool(leaf)
 
     def put(self, name: str, value: torch.Tensor, *, persistent: bool) -> None:
-        """Make a buffer of the value's shape and dtype."""
+        """Make a buffer of the value's shape and dtype, or give a frozen parameter that form."""
         assert self.model is not None
         path, _, leaf = name.rpartition(".")
+        if (frozen := self.frozen().get(name)) is not None:
+            frozen.data = value.to(frozen.device, copy=True)
+            return
         now = self.buffers().get(name)
         device = now.device if now is not None else next(iter(self.model.parameters())).device
         module = self.model.get_submodule(path)
@@ -338,6 +341,11 @@ def _kind(tensor: torch.Tensor) -> str:
 def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
     """Of this process's own elements; none of sparse ones."""
     return local(tensor).stride() if tensor.layout == torch.strided else ()
+
+
+def _is_cast(before: torch.dtype, now: torch.dtype) -> bool:
+    """Whether values may still be what they were: they are, or floating-point ones of another width."""
+    return before == now or (before.is_floating_point and now.is_floating_point)
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:

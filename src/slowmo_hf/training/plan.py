@@ -19,11 +19,13 @@ class Plan:
     Args:
         bytes_per_round (`float`): A worker's payload in a round and the exchanges before it, its status exchange
             included; buffers that change and averaged inner states come on top. A mean, where exchanges differ.
+        bytes_per_exchange (`float`): Of gossip, its mean; 0 without.
         ddp_bytes_per_step (`float`): What a ring all-reduce of its gradients sends: 2 (m-1)/m of their bytes.
         steps (`int`, *optional*), rounds (`int`, *optional*): Ahead; None where nobody knows.
     """
 
     bytes_per_round: float
+    bytes_per_exchange: float
     ddp_bytes_per_step: float
     steps: int | None
     rounds: int | None
@@ -34,18 +36,17 @@ class Plan:
         config, workers, clock = parts.config, parts.workers, parts.clock
         header = (workers.world.world_size - 1) * parts.status.speaker.header_bytes if config.has_rounds else 0
         sent = parts.slow.reduction.payload_bytes if config.averages_at_rounds else 0.0
-        if isinstance(parts.base, GossipBase):
-            exchanges = config.sync_every - 1 if config.exact_average else config.sync_every
-            sent += exchanges * _of_an_exchange(parts.base)
+        exchange = _of_an_exchange(parts.base) if isinstance(parts.base, GossipBase) else 0.0
+        sent += (config.sync_every - 1 if config.exact_average else config.sync_every) * exchange
         gradients: float = sum(
             span.elements * span.param.element_size() for layout in parts.slow.layouts for span in layout.spans
         )
-        sent, gradients = parts.summed([header + sent, gradients])
+        sent, exchange, gradients = parts.summed([header + sent, exchange, gradients])
         steps = rounds = None
         if clock.max_steps is not None:
             steps = max(0, clock.max_steps - clock.attempted_steps)
             rounds = max(0, clock.max_steps // config.sync_every - clock.attempted_steps // config.sync_every)
-        return cls(sent, 2 * (workers.count - 1) / workers.count * gradients, steps, rounds)
+        return cls(sent, exchange, 2 * (workers.count - 1) / workers.count * gradients, steps, rounds)
 
     def words(self, sync_every: int) -> str:
         """One line."""
@@ -53,7 +54,8 @@ class Plan:
         if self.steps is None or self.rounds is None:
             of_ddp = in_bytes(sync_every * self.ddp_bytes_per_step)
             return f"{of_round} (DDP: {of_ddp}); the number of steps is not known here"
-        total, ddp = self.rounds * self.bytes_per_round, self.steps * self.ddp_bytes_per_step
+        behind = (self.steps - self.rounds * sync_every) * self.bytes_per_exchange  # the last round
+        total, ddp = self.rounds * self.bytes_per_round + behind, self.steps * self.ddp_bytes_per_step
         return (
             f"{self.steps} steps and {self.rounds} rounds ahead, {of_round}, {in_bytes(total)} in all "
             f"(DDP: {in_bytes(ddp)})"
