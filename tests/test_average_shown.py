@@ -222,3 +222,44 @@ def test_a_state_is_copied_once():
         return [name for name in large if name in names]
 
     assert run_in_process(work, 1) == [["aten::copy_"] * 3]
+
+
+def in_open_autocast(rank):
+    """What a view and `model.eval()` give inside one autocast region, which keeps casts of weights; and outside."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.5), tau(4))
+    rows = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(rank))
+    for row in rows:
+        model(row).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, found = torch.ones(2, 4), []
+
+    def look():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(x)[0].item()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            model(x).sum()
+            with slowmo_hf.consensus(optimizer):
+                found.append(look())
+            model.eval()
+            found.append(look())
+            model.train()
+            found.append(model(x)[0].item())
+    with slowmo_hf.consensus(optimizer):
+        outside = [look()]
+    model.eval()
+    outside.append(look())
+    model.train()
+    return found, [*outside, look()]
+
+
+def test_an_open_autocast_region_has_no_casts_of_other_weights():
+    first, second = run_in_process(in_open_autocast, 2)
+    for found, outside in (first, second):
+        assert found == 2 * outside
+        assert len(set(outside)) == 3
+    assert first[1][:2] == second[1][:2]

@@ -48,7 +48,7 @@ WINGS = {
         ["consensus_view", "costs", "inner_state", "own_collectives"],
         ["account", "model_tensors"],
         ["other_tensors"],
-        ["clock", "digests", "optimizers_inside", "program", "report"],
+        ["clock", "digests", "modes", "optimizers_inside", "program", "report"],
     ],
     "wire": [
         ["error_feedback", "gossip", "inside", "sharding"],

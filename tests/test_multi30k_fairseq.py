@@ -130,6 +130,17 @@ def test_the_page_has_fairseq_beside_ar_adam():
     assert f"fairseq's own last ones differ by {max(last) - min(last):.1f} between {len(theirs)} seeds" in words
 
 
+def test_fairseqs_records_are_of_the_runs_of_ours():
+    """The same data, tokens per update and search as AR-Adam's of the same seed, and every score of theirs."""
+    for path in sorted((RECORDS / "multi30k").glob("fairseq_*.json")):
+        theirs = json.loads(path.read_text())
+        ours = reproduce.find_record(run_of(theirs["run"]), RECORDS)
+        for name in ("dataset_sha256", "tokens_per_update", "train_rows", "num_beams", "length_penalty", "vocab_size"):
+            assert theirs[name] == ours[name], name
+        assert len(theirs["curve"]) == theirs["run"]["epochs"]
+        assert {name for name in ours["metrics"] if "bleu" in name} <= theirs["metrics"].keys()
+
+
 def test_the_page_has_the_tables_and_the_verdicts():
     """Of claims 2 and 3 every pair's difference is behind the verdict; claim 1 is tested beside fairseq."""
     page = page_of("results")

@@ -109,7 +109,7 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
         with ExitStack() as given_back:
             for name in ("save_on_each_node", "total_limit"):
                 given_back.callback(setattr, project, name, getattr(project, name))
-            project.total_limit = None  # it would delete the last whole one before the new one is begun
+            project.total_limit = None  # type: ignore[assignment]  # it deletes before the new one is begun
             for folder, bare in ours.items():
                 given_back.enter_context(consensus(bare))
                 if folder in begun:

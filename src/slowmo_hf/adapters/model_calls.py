@@ -19,6 +19,7 @@ import torch
 from torch.nn import Module
 
 from .. import upstream
+from ..training.modes import is_swapping
 from ..training.outer_loop import OuterLoop
 from .first_pass import is_recorded, listen, never_compiled
 
@@ -211,7 +212,7 @@ _listening: dict[int, list[weakref.ref[ModelCalls]]] = {}
 
 
 def _listeners(module: Module) -> list[ModelCalls]:
-    present = [listener() for listener in _listening.get(id(module), ())]
+    present = [listener() for listener in _listening.get(id(module), ()) if not is_swapping()]
     return [one for one in present if one is not None and one.holds(module)]
 
 

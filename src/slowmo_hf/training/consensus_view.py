@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
@@ -24,11 +24,13 @@ class ConsensusView:
     Args:
         account (`Account`): Of the rounds.
         stash_device (`str`): Where local values wait: `"same"` as they are on, or `"cpu"`.
-        rewritten (`Callable`): Called when other values are in the parameters.
+        swapping (`Callable`): `ModelTensors.swapping`: around writes of other values into the parameters.
     """
 
-    def __init__(self, account: Account, stash_device: str, rewritten: Callable[[], None]) -> None:
-        self._account, self._rewritten = account, rewritten
+    def __init__(
+        self, account: Account, stash_device: str, swapping: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._account, self._swapping = account, swapping
         self._device = torch.device("cpu") if stash_device == "cpu" else None
         self._shown: list[torch.Tensor] = []
         self._stash: list[torch.Tensor] | None = None
@@ -64,6 +66,10 @@ class ConsensusView:
             keeps_random_state (`bool`): Whether the random generators are put by too.
         """
         self._random_state = RandomState.take() if keeps_random_state else None
+        with self._swapping() if tensors else nullcontext():
+            self._put_others(tensors, write_)
+
+    def _put_others(self, tensors: list[torch.Tensor], write_: Callable[[], None]) -> None:
         put_by = {id(t): stashed for view in _open_views() for t, stashed in view._put_by()}
         own = [put_by[id(t)] if id(t) in put_by else local(t).detach() for t in tensors]
         self._stash = [t.to(self._device, copy=True) if self._device else t.clone() for t in own]
@@ -73,7 +79,6 @@ class ConsensusView:
         if tensors:
             let_reads_end(tensors)
             write_()
-            self._rewritten()
 
     def restore(self, *, give_back_random_state: bool = True) -> None:
         """
@@ -82,10 +87,9 @@ class ConsensusView:
         """
         if self._stash is not None:
             let_reads_end(self._shown)
-            unwritten = self._unwritten()
-            copy_tensors_([shown for shown, _ in unwritten], [stashed for _, stashed in unwritten])
-            if self._shown:
-                self._rewritten()
+            with self._swapping() if self._shown else nullcontext():
+                unwritten = self._unwritten()
+                copy_tensors_([shown for shown, _ in unwritten], [stashed for _, stashed in unwritten])
             self._end()
             if give_back_random_state:
                 self.give_back_random_state()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..algorithm.layout import has_dense_memory
 from ..algorithm.starts import IN_FLIGHT
 from ..config import SlowMoConfig
 from ..contents import CheckpointError, Contents, Restored, Saved
@@ -80,14 +81,22 @@ class InnerState:
                     f"inner_state='reset' cannot be used with {name}: it has state {where}, where a reset does not "
                     "reach. Use inner_state='maintain'."
                 )
-            for param in self.tensors.trainable:
+            for param in self.tensors.held:
                 self.optimizer.state.pop(param, None)
 
     def problem(self) -> str:
         """
-        Why this state cannot be averaged; empty where it can, or need not be. An average of codes is not the code of
-        the average, and their scales alone would be averaged beside them.
+        Why this state cannot be kept, or averaged; empty where it can. An average of codes is not the code of the
+        average, and their scales alone would be averaged beside them.
         """
+        name = type(self.optimizer).__name__
+        keeps = self.config.has_rounds and self.policy != "reset"
+        if keeps and any(map(_starts_anew, all_inside(self.optimizer))):
+            return (
+                f"the inner optimizer {name} computes the weights from its own start and sums (x0, s) at every step: "
+                "what a round hands back would be lost. Set inner_state='reset' (MADGRAD also works with momentum=0), "
+                "or use another optimizer."
+            )
         if self.policy != "average":
             return ""
         elsewhere = self._elsewhere()
@@ -96,7 +105,7 @@ class InnerState:
         if not what:
             return ""
         return (
-            f"inner_state='average' cannot average the state of {type(self.optimizer).__name__}: {what}. Use "
+            f"inner_state='average' cannot average the state of {name}: {what}. Use "
             "inner_state='maintain' or 'reset', or an optimizer whose state is plain floating-point tensors."
         )
 
@@ -149,6 +158,9 @@ class InnerState:
         Raises:
             ValueError: Workers have state for different parameters; the same on every worker.
         """
+        problem = self.problem()  # once there is a state: a sparse gradient makes a sparse momentum
+        if problem:
+            raise ValueError(problem)
         names = [name for name, _ in self.named_tensors()]
         hashes = averages.communicator.gather_header([hash48(names)])
         if (hashes != hashes[0]).any():
@@ -239,6 +251,14 @@ def _is_a_count(name: str, value: torch.Tensor) -> bool:
     return value.dim() == 0 or name.endswith(".step")
 
 
+def _starts_anew(optimizer: Any) -> bool:
+    """Whether it writes `x0 - sums` over the parameters, whatever they are by then: MADGRAD, two of D-Adaptation's."""
+    names = {of.__name__ for of in type(optimizer).__mro__}
+    if "MADGRAD" in names:
+        return any(group.get("momentum") for group in optimizer.param_groups)
+    return not names.isdisjoint({"MirrorMADGRAD", "DAdaptSGD", "DAdaptAdaGrad"})
+
+
 def _not_a_direction(entry: tuple[str, Any]) -> str:
     """Which state this is, if an average of its elements would not be its average; empty elsewhere."""
     name, value = entry
@@ -251,5 +271,7 @@ def _not_a_direction(entry: tuple[str, Any]) -> str:
     own = local(value)
     if type(own) not in (torch.Tensor, torch.nn.Parameter):
         return f"its state {name!r} is a {type(own).__name__}, which may hold codes"
+    if own.layout != torch.strided or not has_dense_memory(own):
+        return f"its state {name!r} is sparse, or has strides with holes or overlaps"
     is_number = value.is_floating_point() and value.element_size() > 1
     return "" if is_number else f"its state {name!r} has dtype {value.dtype}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from ..algorithm.layout import has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
 from .digests import digests, parts_of
+from .modes import as_in_training
 from .other_tensors import OtherTensors
 
 
@@ -27,20 +30,21 @@ class ModelTensors:
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self.optimizer = optimizer
         self.model = model
-        # To call behind writes of parameters: what FSDP has gathered of them before is let go. Behind a pass without a
-        # backward its root and a tied embedding would be shown as they were. No method: who holds it holds no cycle.
-        self.rewritten = partial(fsdp_reshard, sharded_modules([model] if model is not None else []))
+        # No method: who holds it holds no cycle.
+        self.rewritten = partial(_rewritten, sharded_modules([model] if model is not None else []))
         self.rewritten()  # a gathered parameter has another identity
         named = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+        # All that the optimizer trains; `trainable` has those of one memory (`a.data = b.data`) once.
+        self.held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.groups = _trainable_groups(optimizer)
         self.trainable = [p for group in self.groups for p in group]
         # The ranks that hold the shards of these parameters together; empty where every process has them whole.
         self.mates = _mates(self.trainable[0]) if self.trainable else ()
         self.names = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.trainable)]
-        own = {id(p) for p in self.trainable}
+        own = {id(p) for p in self.held}
         self.frozen = [p for p in model.parameters() if id(p) not in own] if model is not None else []
         self.initial_lrs = inner_lrs(optimizer)
-        self.others = OtherTensors(model, self.trainable, self.rewritten)
+        self.others = OtherTensors(model, self.held, self.rewritten)
         self._signature = self._now()
         self._strides = [p.stride() for p in self.trainable]
         self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
@@ -50,6 +54,13 @@ class ModelTensors:
     def words(self) -> str:
         """Which these are."""
         return f"{self.names[0]}{f' and {len(self.names) - 1} more' if self.names[1:] else ''}"
+
+    @contextmanager
+    def swapping(self) -> Iterator[None]:
+        """Around an exchange of local weights and others, that of a view."""
+        with as_in_training(self.model):
+            yield
+            self.rewritten()
 
     def make_copy(self) -> None:
         """Have memory for `last_round`."""
@@ -174,6 +185,15 @@ class ModelTensors:
         return _forms(p for group in _trainable_groups(self.optimizer) for p in group)
 
 
+def _rewritten(gathering: list[Any]) -> None:
+    """
+    Parameters have been written. What FSDP has gathered of them before is let go: behind a pass without a backward its
+    root and a tied embedding would be shown as they were. So are casts that an open autocast region keeps.
+    """
+    fsdp_reshard(gathering)
+    torch.clear_autocast_cache()
+
+
 def inner_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
     """
     The learning rate of every parameter group, read now (groups may be replaced, so nothing is cached). A group that
@@ -203,11 +223,20 @@ def _forms(params: Iterable[torch.Tensor]) -> list[tuple[object, ...]]:
 
 
 def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
-    seen: set[int] = set()
+    seen: set[object] = set()
     groups: list[list[torch.Tensor]] = []
     for group in optimizer.param_groups:
-        groups.append([p for p in group["params"] if p.requires_grad and not (id(p) in seen or seen.add(id(p)))])  # type: ignore[func-returns-value]
+        trained = [(p, _memory(p)) for p in group["params"] if p.requires_grad]
+        groups.append([p for p, memory in trained if not (memory in seen or seen.add(memory))])  # type: ignore[func-returns-value]
     return groups
+
+
+def _memory(param: torch.Tensor) -> object:
+    """The same for two parameters that are one memory in one form."""
+    own = local(param)
+    if not is_plain(own) or own.layout != torch.strided or not own.data_ptr():
+        return id(param)
+    return own.device, own.dtype, own.data_ptr(), own.shape, own.stride()
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -78,15 +78,13 @@ class OtherTensors:
 
     Args:
         model (`torch.nn.Module`, *optional*): Whose. None: there are none.
-        trainable (`list[torch.Tensor]`): The parameters that the optimizer holds.
+        held (`list[torch.Tensor]`): The parameters that the optimizer holds.
         rewritten (`Callable`): As `ModelTensors.rewritten`: a parameter that FSDP has gathered is another tensor.
     """
 
-    def __init__(
-        self, model: torch.nn.Module | None, trainable: list[torch.Tensor], rewritten: Callable[[], None]
-    ) -> None:
+    def __init__(self, model: torch.nn.Module | None, held: list[torch.Tensor], rewritten: Callable[[], None]) -> None:
         self.model, self._rewritten = model, rewritten
-        self.held = {id(p) for p in trainable}
+        self.held = {id(p) for p in held}
         self._policy = "average"
         self._first: dict[str, First] = {}
         self._changed: set[str] = set()

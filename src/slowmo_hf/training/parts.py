@@ -82,7 +82,7 @@ class Parts:
             own_collectives=OwnCollectives(workers, clock, account),
             costs=Costs(config, workers),
             status=StatusExchange(workers, inner_state, clock, account, weigh, speaker),
-            view=ConsensusView(account, config.stash_device, tensors.rewritten),
+            view=ConsensusView(account, config.stash_device, tensors.swapping),
             slow=slow,
             base=_make_base(config, workers, slow, tensors),
             inside=inside,
@@ -256,7 +256,7 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
         or tensors.refusal()
         or inner_state.problem()
         or workers.refusal()
-        or _refuse_backend(workers, tensors)
+        or _refuse_device(workers, tensors)
         or _refuse_outer_optimizer(config, tensors)
     )
     if words is None and config.base in GOSSIP_BASES:
@@ -267,12 +267,17 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
     return words
 
 
-def _refuse_backend(workers: Workers, tensors: ModelTensors) -> str | None:
+def _refuse_device(workers: Workers, tensors: ModelTensors) -> str | None:
     """Alone nothing is sent."""
+    named = list(zip(tensors.names, tensors.trainable, strict=True))
+    if name := next((name for name, p in named if p.device.type == "mps"), ""):
+        return (
+            f"parameter {name!r} lies on device 'mps', which has no double precision: norms are summed in it. Train "
+            "on the CPU (TrainingArguments(use_cpu=True), Accelerator(cpu=True))."
+        )
     if workers.world.world_size == 1 or is_in_process():
         return None
     carriers = backends()
-    named = zip(tensors.names, tensors.trainable, strict=True)
     name, device = next(((name, p.device.type) for name, p in named if p.device.type not in carriers), ("", ""))
     if not name:
         return None
