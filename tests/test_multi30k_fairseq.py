@@ -80,7 +80,7 @@ def test_what_fairseq_translated_is_scored_as_ours(data):
 
 def test_the_page_has_the_starts_of_the_record():
     record = json.loads((RECIPES / "records/multi30k/starts.json").read_text())
-    page = (RECIPES.parent / "docs/results.md").read_text()
+    page = (DOCS / "multi30k.md").read_text()
     for run in record["runs"]:
         first, second = run["validation_nll"]
         assert f"| {run['start']} | {run['seed']} | {first:.2f} | {second:.2f} |" in page
@@ -104,7 +104,7 @@ def test_the_page_has_the_starts_of_the_record():
 
 def test_the_page_has_fairseq_beside_ar_adam():
     folder = RECIPES / "records"
-    page = (RECIPES.parent / "docs/results.md").read_text()
+    page = (DOCS / "multi30k.md").read_text()
     assert multi30k_oracle.table(folder) in page
     theirs = [json.loads(path.read_text()) for path in sorted((folder / "multi30k").glob("fairseq_*.json"))]
     assert {record["run"]["inner_lr"] for record in theirs} == {0.005}
@@ -115,13 +115,18 @@ def test_the_page_has_fairseq_beside_ar_adam():
     gaps = showing.paired_differences(ours, theirs, "test_bleu_mean_of_5")
     *first, last_gap = (f"{gap:+.2f}" for gap in gaps)
     assert max(map(abs, gaps)) < 1, "the first half of claim 1"
-    words = " ".join(page.split())
+    words, results = " ".join(page.split()), page_of("results")
     assert seeds == [1, 2, 3]
     average, half = statistics.mean(gaps), half_interval(gaps)
     assert f"is {', '.join(first)} and {last_gap} BLEU (sacreBLEU, seeds 1, 2 and 3): {average:+.2f} on avera" in words
     reached = [statistics.mean(r["metrics"]["test_bleu_mean_of_5"] for r in side) for side in (ours, theirs)]
     low, high = average - half, average + half
-    assert "{:.2f} against {:.2f}, 3 seeds; [from {:+.1f} to {:+.1f}]".format(*reached, low, high) in words
+    assert "{:.2f} against {:.2f}, 3 seeds; [from {:+.1f} to {:+.1f}]".format(*reached, low, high) in results
+    lowercase = [
+        statistics.mean(r["metrics"]["test_bleu_tokenised_lowercase_mean_of_5"] for r in side)
+        for side in (ours, theirs)
+    ]
+    assert "nor does fairseq at this length: {:.2f} and {:.2f} |".format(*lowercase) in results
     ends = [f"{gap:+.2f}" for gap in showing.paired_differences(ours, theirs, "test_bleu")]
     assert f"Of the last checkpoint the pairs are {ends[0]}, {ends[1]} and {ends[2]}: the first is over 1." in words
     assert [abs(float(gap)) > 1 for gap in ends] == [True, False, False]
@@ -156,6 +161,29 @@ def test_the_page_has_the_tables_and_the_verdicts():
     ends = {name: half_interval(gaps) for name, gaps in bleu.items() if len(gaps) == 3}
     without_0 = [name for name, half in ends.items() if abs(statistics.mean(bleu[name])) > half]
     assert without_0 == ["SGP minus AR-Adam"]
+    assert len(ends) == 11, "of eleven intervals"
+    last = {name: multi30k_tables.differences(name, "test_bleu", RECORDS) for name in ends}
+    assert [name for name, gaps in last.items() if abs(statistics.mean(gaps)) > half_interval(gaps)] == [
+        *("Local Adam of 2 workers minus AR-Adam", "Local Adam of 2 workers minus AR-Adam at half the rate"),
+        "of 2 workers, β = 0.2 minus 0",
+    ], "those of two workers have none"
+    orders = zip(
+        *(nll(f"{name} minus AR-Adam") for name in ("Local Adam of 2 workers", "SGP", "Local Adam")), strict=True
+    )
+    assert all(0 < two < sgp < four for two, sgp, four in orders), "the order is the same in every pair"
+    far = [
+        statistics.mean(nll(f"{of} minus AR-Adam at half the rate"))
+        for of in ("Local Adam", "SGP", "Local Adam of 2 workers")
+    ]
+    assert f"{far[0]:.3f} nats per token at AR-Adam's own best rate" in page
+    assert f"{far[1]:.3f} nats; BLEU" in page
+    cost = statistics.mean(nll("of 2 workers, β = 0.2 minus 0"))
+    assert f"{far[2]:.3f} nats behind; β = 0.2 costs {cost:.3f} more" in page
+    better = nll("AR-Adam at half the rate, minus AR-Adam")
+    assert f"better by {-statistics.mean(better):.2f} NLL over three seeds; its BLEU is the same" in page_of(
+        "multi30k"
+    )
+    assert abs(statistics.mean(bleu["AR-Adam at half the rate, minus AR-Adam"])) < 0.05, "the same"
     assert (round(2 * min(ends.values())), int(2 * max(ends.values()))) == (1, 5), "1 to 5 BLEU wide"
     slow = "Local Adam, β = 0.1 minus 0"
     assert f"changes Local Adam's NLL by {statistics.mean(nll(slow)):+.3f}." in page
@@ -171,7 +199,7 @@ def test_the_page_has_the_tables_and_the_verdicts():
 
 
 def test_the_page_tells_what_tuning_has_chosen():
-    page, rule = page_of("results"), page_of("from_ddp")
+    page, rule = page_of("multi30k"), page_of("from_ddp")
     tuned = [json.loads(path.read_text()) for path in (RECORDS / "multi30k/tuning").glob("*.json")]
     best = {base: (one.inner_lr, one.outer_momentum) for base, one in choose(tuned, "multi30k").items()}
     assert best == {"all_reduce": (0.0025, None), "local_sgd": (0.005, 0.1), "sgp": (0.005, 0.1)}
@@ -225,7 +253,12 @@ def test_the_page_tells_how_long_a_pass_takes():
     records = [json.loads(path.read_text()) for path in (RECORDS / "multi30k").glob("*/*.json")]
     passes = [record["seconds"] / record["run"]["epochs"] for record in records]
     told = f"takes {min(passes):.0f} to {max(passes):.0f} s (median {statistics.median(passes):.0f})"
-    assert told in page_of("results")
+    assert told in page_of("multi30k")
+    hours = [
+        round(sum(json.loads(path.read_text())["seconds"] for path in (RECORDS / "multi30k").glob(which)) / 3600)
+        for which in ("*/*.json", "fairseq_*.json")
+    ]
+    assert "{} hours of one core so far, and {} of fairseq".format(*hours) in page_of("multi30k")
 
 
 def page_of(name):

@@ -6,10 +6,12 @@ import json
 import statistics
 from pathlib import Path
 
+import datasets
 import pytest
 
 from records import half_interval
 from studies import showing
+from translation.sources import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "recipes/records"
@@ -75,6 +77,49 @@ def test_the_summary_s_gains_on_help_text(base, words):
     _, _, low, high = gains("translation/table1", base, "test_bleu")
     assert low < 0 < high, "within noise"
     assert f"| {words}, 8 workers? | NLL falls by {-mean:.2f} in every pair; BLEU is within noise" in PAGE
+
+
+def test_the_claims_on_help_text():
+    nll, bleu, loss = (
+        [gains("translation/table1", base, metric) for base in ("local_sgd", "sgp")]
+        for metric in ("validation_nll", "test_bleu", "training_loss")
+    )
+    local, mean, low, high = bleu[0]
+    assert sorted(gap > 0 for gap in local) == [False, True, True]
+    assert f"by {-nll[0][1]:.2f} (interval {-nll[0][3]:.3f} to {-nll[0][2]:.3f})" in PAGE
+    assert f"in two pairs of three and {-min(local):.2f} lower in the third ({mean:+.1f} on average" in PAGE
+    assert f"interval {minus(low, 1)} to {high:+.1f})" in PAGE
+    _, mean, low, high = bleu[1]
+    assert min(bleu[1][0]) > 0
+    assert (
+        f"higher in every pair, {mean:+.1f} on average. The interval, {minus(low, 1)} to {high:+.1f}, holds 0" in PAGE
+    )
+    assert f"Its NLL is lower by {-nll[1][1]:.2f} ({-nll[1][3]:.3f} to {-nll[1][2]:.3f})" in PAGE
+    assert max(*loss[0][0], *loss[1][0]) < 0, "claim 3: lower in every pair"
+    words = [f"{-mean:.2f} ({-high:.3f} to {-low:.3f}) for" for _, mean, low, high in loss]
+    assert f"lower in every pair, by {words[0]} Local Adam and {words[1]} SGP" in PAGE
+    ahead = statistics.mean(r["metrics"]["validation_nll"] for r in runs("translation/table1", "all_reduce")[0])
+    behind = [
+        statistics.mean(record["metrics"]["validation_nll"] for record in side) - ahead
+        for side in runs("translation/table1", "local_sgd")
+    ]
+    assert "is {:.2f} behind AR-Adam's without slow momentum and {:.2f} with it".format(*behind) in PAGE
+
+
+def test_how_much_of_the_help_text_is_in_train():
+    """Of lines of 12 words a side at most: which of the German sequences of four words are in any of train's lines."""
+    found = {}
+    for split in ("train", "validation", "test"):
+        rows = datasets.Dataset.from_parquet(str(SHIPPED / f"{split}.parquet"), keep_in_memory=True)["translation"]
+        pairs = [(row["de"].split(), row["en"].split()) for row in rows]
+        kept = [de for de, en in pairs if split == "train" or max(len(de), len(en)) <= 12]
+        found[split] = [tuple(line[i : i + 4]) for line in kept for i in range(len(line) - 3)]
+    known = set(found["train"])
+    test, validation = (round(100 * statistics.mean(g in known for g in found[s])) for s in ("test", "validation"))
+    said = (
+        f"{test} % of the German sequences of four words in test are also in train, {validation} % of those in valid"
+    )
+    assert said in PAGE
 
 
 def test_the_summary_s_gains_of_gossip():

@@ -96,7 +96,7 @@ def beside_the_paper(folder: Path) -> str:
 
 def differences_table(folder: Path) -> str:
     """A row per pair with a record: NLL and BLEU, the mean with its 95 % interval, then every seed's difference."""
-    lines = ["| seeds 1, 2, 3 | validation NLL | of each | BLEU, mean of 5 | of each |", "|---|---|---|---|---|"]
+    lines = ["| seeds 1, 2, 3 | validation NLL, nats | of each | BLEU, mean of 5 | of each |", "|---|---|---|---|---|"]
     for name in PAIRS:
         found = {metric: differences(name, metric, folder) for metric in METRICS}
         cells = [words for metric, digits in METRICS.items() for words in _cells(found[metric], digits)]

@@ -16,6 +16,10 @@ def is_swapping() -> bool:
     return getattr(_here, "is_swapping", False)
 
 
+def _has_weights(module: Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
 @contextmanager
 def as_in_training(model: Module | None) -> Iterator[None]:
     """
@@ -23,7 +27,7 @@ def as_in_training(model: Module | None) -> Iterator[None]:
     training mode. loralib's would else subtract other adapters from a weight than they have added.
     """
     modules = model.modules() if model is not None and not is_swapping() else ()
-    own = [m for m in modules if not m.training and m._parameters and type(m).train is not Module.train]
+    own = [m for m in modules if not m.training and type(m).train is not Module.train and _has_weights(m)]
     modes = [(part, part.training) for module in own for part in module.modules()]
     if not own:
         yield
