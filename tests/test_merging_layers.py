@@ -22,12 +22,12 @@ STEPS = 11  # the last two follow the last round
 class Merging(nn.Module):
     """A frozen weight with a product of two small ones, which `eval()` adds to it and `train()` takes away."""
 
-    def __init__(self):
+    def __init__(self, dtype):
         super().__init__()
         torch.manual_seed(3)
-        self.weight = nn.Parameter(torch.randn(5, 4, dtype=torch.float64), requires_grad=False)
-        self.down = nn.Parameter(torch.randn(2, 4, dtype=torch.float64))
-        self.up = nn.Parameter(torch.zeros(5, 2, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(5, 4, dtype=dtype), requires_grad=False)
+        self.down = nn.Parameter(torch.randn(2, 4, dtype=dtype))
+        self.up = nn.Parameter(torch.zeros(5, 2, dtype=dtype))
         self.is_merged = False
 
     def train(self, mode=True):
@@ -43,9 +43,9 @@ class Merging(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, dtype=torch.float64):
         super().__init__()
-        self.body, self.head = Merging(), nn.Linear(5, 1, dtype=torch.float64).requires_grad_(False)
+        self.body, self.head = Merging(dtype), nn.Linear(5, 1, dtype=dtype).requires_grad_(False)
         self.free = nn.Dropout(0.0)  # stays in the mode that a program gives it
 
     def forward(self, x, labels=None):
@@ -156,3 +156,88 @@ def test_trainers_evaluations_leave_the_base_as_it_was(tmp_path):
         assert len(shown) == len(expected) == 4
         assert shown == pytest.approx(expected, abs=1e-6)
         assert moved < 1e-12
+
+
+def with_a_trained_base(folder, way):
+    """A merged weight that is trained too, in single precision: how far an evaluation moves it on this rank."""
+    model, moved = Model(torch.float32), []
+    model.body.weight.requires_grad_(True)
+    rows = Rows(128, torch.float32)
+    if way == "Trainer":
+
+        class Compare(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                self.before = model.body.weight.detach().clone()
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 3:
+                    model.train()
+                    moved.append(float((model.body.weight.detach() - self.before).abs().max()))
+
+        args = arguments(folder, max_steps=4, learning_rate=0.1, optim="sgd", eval_strategy="steps")
+        args.eval_steps, args.label_names, args.prediction_loss_only = 3, ["labels"], True
+        config = SlowMoConfig(sync_every=2, outer_momentum=0)
+        Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=Rows(16, torch.float32, seed=1),
+            callbacks=[SlowMoCallback(config), Compare()],
+        ).train()
+        return moved
+    optimizer = SlowMoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=TAU, outer_momentum=0)
+    )
+    for step in range(TAU + 2):
+        at = 8 * step + 4 * dist.get_rank()
+        model(rows.x[at : at + 4], rows.y[at : at + 4])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = model.body.weight.detach().clone()
+    model.eval()
+    model.train()
+    return [float((model.body.weight.detach() - before).abs().max())]
+
+
+@pytest.mark.parametrize("way", ["eval", "Trainer"])
+def test_a_merged_weight_that_is_trained_keeps_the_workers_own_steps(tmp_path, way):
+    """What the merge writes into it is no write of the program's."""
+    for moved in run_workers(with_a_trained_base, 2, str(tmp_path), way):
+        assert len(moved) == 1
+        assert moved[0] < 1e-5
+
+
+class Outer(nn.Module):
+    """Weights and a `train` of its own around a layer that merges."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(1, dtype=torch.float64)), Merging(torch.float64)
+
+    def train(self, mode=True):
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+
+def test_a_layer_in_another_mode_than_its_parent_is_as_it_was():
+    """`model.eval(); model.inner.train()`: the adapters of the inner one are trained."""
+
+    def work(rank):
+        model = Outer()
+        nn.init.ones_(model.inner.up)
+        weight = model.inner.weight.detach().clone()
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), SlowMoConfig(sync_every=4))
+        for _ in range(2):
+            model(torch.ones(1, 4, dtype=torch.float64) + rank).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        model.inner.train()
+        with slowmo_hf.consensus(optimizer):
+            pass
+        torch.testing.assert_close(model.inner.weight.detach(), weight, rtol=0, atol=1e-12)
+        return model.training, model.inner.training, model.inner.is_merged
+
+    assert slowmo_hf.run_in_process(work, 2) == [(False, True, False)] * 2

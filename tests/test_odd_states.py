@@ -39,6 +39,10 @@ class MirrorMADGRAD(MADGRAD):
     pass
 
 
+class DAdaptSGD(MADGRAD):
+    """Its groups keep what belongs to the sums: a reset would leave that."""
+
+
 def gaps(make, **settings):
     """Between two workers: at the first round, and 11 steps later, whose gradients are 0."""
 
@@ -66,6 +70,12 @@ def test_one_that_starts_from_weights_of_its_own_is_refused_but_with_a_reset(mak
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     SlowMoOptimizer(make([weight]), SlowMoConfig(base="all_reduce", outer_momentum=0)).step()
+
+
+@pytest.mark.parametrize("inner_state", ["auto", "reset"])
+def test_one_with_sums_in_its_groups_is_refused_with_a_reset_too(inner_state):
+    with pytest.raises(ValueError, match=r"DAdaptSGD computes the weights .* be lost. Use another optimizer"):
+        gaps(DAdaptSGD, inner_state=inner_state)
 
 
 def two_of_one_memory(rank, settings, tied):
@@ -104,6 +114,25 @@ def test_two_parameters_of_one_memory_are_averaged_once(settings):
         assert weights_[0].data_ptr() != weights_[2].data_ptr()
 
 
+def momenta_of_one_memory(rank):
+    first, second = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    second.data = first.data
+    optimizer = SlowMoOptimizer(
+        SGD([first, second], lr=0.1, momentum=0.9), SlowMoConfig(sync_every=2, inner_state="average")
+    )
+    for _ in range(2):
+        first.grad, second.grad = torch.full((3,), 1.0 + rank), torch.full((3,), 4.0 - rank)
+        optimizer.step()
+    return [optimizer.state[param]["momentum_buffer"].tolist() for param in (first, second)]
+
+
+def test_the_states_of_both_are_averaged():
+    """1.9 times the gradients' means, 1.5 and 3.5."""
+    for first, second in slowmo_hf.run_in_process(momenta_of_one_memory, 2):
+        assert first == pytest.approx([1.9 * 1.5] * 3)
+        assert second == pytest.approx([1.9 * 3.5] * 3)
+
+
 def sparse_momentum(rank):
     table = torch.nn.Embedding(7, 3, sparse=True)
     optimizer = SlowMoOptimizer(
@@ -126,6 +155,6 @@ def test_a_sparse_momentum_has_no_average_and_is_named():
 def test_an_apple_gpu_is_refused_at_the_start():
     """It has no double precision, and a round would fail there, of one worker too."""
     tensors = SimpleNamespace(names=["w"], trainable=[SimpleNamespace(device=torch.device("mps"))])
-    words = parts._refuse_device(SimpleNamespace(), tensors)
+    words = parts._refuse_device(SlowMoConfig(), SimpleNamespace(), tensors)
     assert words.startswith("parameter 'w' lies on device 'mps', which has no double precision")
     assert "use_cpu=True" in words

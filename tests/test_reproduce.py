@@ -380,6 +380,13 @@ def test_a_study_that_waits_for_tuning_says_so(monkeypatch, tmp_path, capsys, st
     assert "Run --study tuning first; or set --inner_lr" in told
 
 
+def test_a_study_without_runs_of_a_base_says_so(monkeypatch, tmp_path, capsys):
+    words = ["--task", "multi30k", "--study", "published", "--bases", "sgp", "--records", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
+    reproduce.main()
+    assert capsys.readouterr().out.startswith("published of multi30k has no runs of sgp.")
+
+
 def test_settings_that_are_given_need_no_tuning(tmp_path):
     """A rate alone gives the rows without slow momentum that are whole with it; both give all."""
     asked = reproduce.Arguments(study="table1", task="multi30k", inner_lr=0.005)

@@ -94,7 +94,8 @@ def score_folder(folder: Path, data: Translations) -> dict[str, Any]:
     asked, told = (torch.load(path, weights_only=True) for path in (handed, file))
     run = run_of(asked["run"])
     check_same_run(told.get("identity"), identity(asked), file)
-    check_same_run(identity(asked), identity(given(run, data)), handed)
+    data_of_write = "Set --dataset_name to the data that `write` was given."
+    check_same_run(identity(asked), identity(given(run, data)), handed, data_of_write)
     return score(run, told, data)
 
 

@@ -202,7 +202,9 @@ def run_study(arguments: Arguments, folder: Path, device: str) -> None:
         run_all(missing, arguments, folder, device)
         left = None if left is None else left - len(missing)
     runs = study_runs(arguments, folder)
-    if not runs:
+    if not runs and study_runs(replace(arguments, bases=None), folder):
+        print(f"{arguments.study} of {arguments.task} has no runs of {', '.join(arguments.bases or ())}.")
+    elif not runs:
         print(
             f"{arguments.study} waits for what tuning chooses, and {str(folder)!r} does not have all of that. Run "
             "--study tuning first; or set --inner_lr, and --outer_momentum for table1."

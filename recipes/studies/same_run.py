@@ -20,7 +20,12 @@ def identity(given: dict[str, Any]) -> dict[str, Any]:
     return {"run": given["run"], "sha256": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()}
 
 
-def check_same_run(held: dict[str, Any] | None, asked: dict[str, Any], file: Path) -> None:
+OTHER_FOLDER = "Take another folder as OUT, or ask for the run that this one holds."
+
+
+def check_same_run(
+    held: dict[str, Any] | None, asked: dict[str, Any], file: Path, way_out: str = OTHER_FOLDER
+) -> None:
     """
     Raise `OtherRunError` where a file is of another run.
 
@@ -28,6 +33,7 @@ def check_same_run(held: dict[str, Any] | None, asked: dict[str, Any], file: Pat
         held (`dict`, *optional*): Identity that the file has; None of one that was written before files had any.
         asked (`dict`): Identity of the run that is asked for.
         file (`Path`): Where it lies.
+        way_out (`str`, *optional*): How the error ends.
     """
     if held == asked:
         return
@@ -36,8 +42,7 @@ def check_same_run(held: dict[str, Any] | None, asked: dict[str, Any], file: Pat
     words = _words(run, differing) or ("the same settings with other data or batches" if held else "an unknown run")
     told = _words(wanted, differing or ["base", "inner_lr", "seed"])
     raise OtherRunError(
-        f"{str(file.parent)!r} must hold one run, got {file.name} of {words}, where {told} is asked for. "
-        "Take another folder as OUT, or ask for the run that this one holds."
+        f"{str(file.parent)!r} must hold one run, got {file.name} of {words}, where {told} is asked for. {way_out}"
     )
 
 

@@ -90,12 +90,14 @@ class InnerState:
         average, and their scales alone would be averaged beside them.
         """
         name = type(self.optimizer).__name__
-        keeps = self.config.has_rounds and self.policy != "reset"
-        if keeps and any(map(_starts_anew, all_inside(self.optimizer))):
+        starts = [_start_of_its_own(one) for one in all_inside(self.optimizer)] if self.config.has_rounds else []
+        if any(starts) and (self.policy != "reset" or "for good" in starts):
+            way_out = "Use another optimizer."
+            if "for good" not in starts:
+                way_out = "Set inner_state='reset', or use another optimizer; MADGRAD also works with momentum=0."
             return (
-                f"the inner optimizer {name} computes the weights from its own start and sums (x0, s) at every step: "
-                "what a round hands back would be lost. Set inner_state='reset' (MADGRAD also works with momentum=0), "
-                "or use another optimizer."
+                f"the inner optimizer {name} computes the weights from its own start and sums at every step: what a "
+                f"round hands back would be lost. {way_out}"
             )
         if self.policy != "average":
             return ""
@@ -130,7 +132,7 @@ class InnerState:
         return f"it keeps torch.uint8 codes (optim_bits=8) of parameters with {least} elements or more"
 
     def _entries(self) -> Iterator[tuple[str, Any]]:
-        for name, param in zip(self.tensors.names, self.tensors.trainable, strict=True):
+        for name, param in zip(self.tensors.names_of_held, self.tensors.held, strict=True):
             for key, value in sorted(self.optimizer.state.get(param, {}).items()):
                 yield f"{name}.{key}", value
 
@@ -158,9 +160,6 @@ class InnerState:
         Raises:
             ValueError: Workers have state for different parameters; the same on every worker.
         """
-        problem = self.problem()  # once there is a state: a sparse gradient makes a sparse momentum
-        if problem:
-            raise ValueError(problem)
         names = [name for name, _ in self.named_tensors()]
         hashes = averages.communicator.gather_header([hash48(names)])
         if (hashes != hashes[0]).any():
@@ -251,12 +250,16 @@ def _is_a_count(name: str, value: torch.Tensor) -> bool:
     return value.dim() == 0 or name.endswith(".step")
 
 
-def _starts_anew(optimizer: Any) -> bool:
-    """Whether it writes `x0 - sums` over the parameters, whatever they are by then: MADGRAD, two of D-Adaptation's."""
+def _start_of_its_own(optimizer: Any) -> str:
+    """
+    Whether it writes `x0 - sums` over the parameters, whatever they are by then: "until a reset"; or "for good", where
+    D-Adaptation keeps a part of them in its groups, which no reset reaches. Else empty.
+    """
     names = {of.__name__ for of in type(optimizer).__mro__}
-    if "MADGRAD" in names:
-        return any(group.get("momentum") for group in optimizer.param_groups)
-    return not names.isdisjoint({"MirrorMADGRAD", "DAdaptSGD", "DAdaptAdaGrad"})
+    if not names.isdisjoint({"DAdaptSGD", "DAdaptAdaGrad"}):
+        return "for good"
+    madgrad = "MADGRAD" in names and any(group.get("momentum") for group in optimizer.param_groups)
+    return "until a reset" if madgrad or "MirrorMADGRAD" in names else ""
 
 
 def _not_a_direction(entry: tuple[str, Any]) -> str:

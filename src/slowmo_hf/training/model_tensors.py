@@ -14,7 +14,7 @@ from ..algorithm.layout import has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
 from .digests import digests, parts_of
-from .modes import as_in_training
+from .modes import as_in_training, writing_modules
 from .other_tensors import OtherTensors
 
 
@@ -41,6 +41,7 @@ class ModelTensors:
         # The ranks that hold the shards of these parameters together; empty where every process has them whole.
         self.mates = _mates(self.trainable[0]) if self.trainable else ()
         self.names = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.trainable)]
+        self.names_of_held = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.held)]
         own = {id(p) for p in self.held}
         self.frozen = [p for p in model.parameters() if id(p) not in own] if model is not None else []
         self.initial_lrs = inner_lrs(optimizer)
@@ -67,10 +68,14 @@ class ModelTensors:
         self.last_round = self.last_round or [torch.empty_like(p) for p in self.trainable]
 
     def written_by_passes(self) -> list[torch.Tensor]:
-        """Parameters that a forward pass writes, an evaluation's too: `max_norm` of embeddings renormalises rows."""
+        """
+        Parameters that a forward pass writes, an evaluation's too (`max_norm` of embeddings renormalises rows), or a
+        change of the mode (merged adapters).
+        """
         tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
         modules = self.model.modules() if self.model is not None else ()
-        return [m.weight for m in modules if isinstance(m, tables) and m.max_norm is not None]
+        bounded = [m.weight for m in modules if isinstance(m, tables) and m.max_norm is not None]
+        return bounded + [p for module in writing_modules(self.model) for p in module.parameters(recurse=False)]
 
     # ---- what is written behind a round ----
 

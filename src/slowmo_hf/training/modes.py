@@ -16,8 +16,14 @@ def is_swapping() -> bool:
     return getattr(_here, "is_swapping", False)
 
 
-def _has_weights(module: Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def writing_modules(model: Module | None) -> list[Module]:
+    """Those that hold weights and do something of their own in `train()`: it may write them. Outermost first."""
+    modules = model.modules() if model is not None else ()
+    return [m for m in modules if _has_own_train(m) and next(m.parameters(recurse=False), None) is not None]
+
+
+def _has_own_train(module: Module) -> bool:
+    return type(module).train is not Module.train
 
 
 @contextmanager
@@ -26,8 +32,7 @@ def as_in_training(model: Module | None) -> Iterator[None]:
     Around an exchange of weights: inside, layers in evaluation mode that do something of their own in `train()` are in
     training mode. loralib's would else subtract other adapters from a weight than they have added.
     """
-    modules = model.modules() if model is not None and not is_swapping() else ()
-    own = [m for m in modules if not m.training and type(m).train is not Module.train and _has_weights(m)]
+    own = [] if is_swapping() else [module for module in writing_modules(model) if not module.training]
     modes = [(part, part.training) for module in own for part in module.modules()]
     if not own:
         yield
@@ -40,6 +45,8 @@ def as_in_training(model: Module | None) -> Iterator[None]:
     finally:
         for module in own:
             module.eval()
-        for part, mode in modes:
+        for part, mode in modes:  # what a program has put into another mode than its parent
+            if part.training != mode and _has_own_train(part):
+                part.train(mode)
             part.training = mode
         _here.is_swapping = False

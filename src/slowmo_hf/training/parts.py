@@ -256,7 +256,7 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
         or tensors.refusal()
         or inner_state.problem()
         or workers.refusal()
-        or _refuse_device(workers, tensors)
+        or _refuse_device(config, workers, tensors)
         or _refuse_outer_optimizer(config, tensors)
     )
     if words is None and config.base in GOSSIP_BASES:
@@ -267,12 +267,13 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
     return words
 
 
-def _refuse_device(workers: Workers, tensors: ModelTensors) -> str | None:
+def _refuse_device(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> str | None:
     """Alone nothing is sent."""
     named = list(zip(tensors.names, tensors.trainable, strict=True))
-    if name := next((name for name, p in named if p.device.type == "mps"), ""):
+    on_mps = next((name for name, p in named if p.device.type == "mps"), "") if config.has_rounds else ""
+    if on_mps:
         return (
-            f"parameter {name!r} lies on device 'mps', which has no double precision: norms are summed in it. Train "
+            f"parameter {on_mps!r} lies on device 'mps', which has no double precision: norms are summed in it. Train "
             "on the CPU (TrainingArguments(use_cpu=True), Accelerator(cpu=True))."
         )
     if workers.world.world_size == 1 or is_in_process():

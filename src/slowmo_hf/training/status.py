@@ -321,19 +321,19 @@ class StatusExchange:
         in_view = purpose in (Purpose.LOOK, Purpose.END)
         changed = others.known() if purpose is Purpose.GATHER else others.look(in_view=in_view)
         header = Header(
-            self.speaker,
-            purpose,
-            self._clock.attempted_steps,
-            self._clock.trained_steps,
-            self._clock.local_steps,
-            ((inner_lrs or []) + [0.0] * count)[:count],
-            changed,
-            self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
-            self.stop_asked,
-            ahead,
-            purpose is not Purpose.ROUND and self._clock.workers_agree and self._tensors.is_written,
-            self._account.spent,
-            self.own_loss() if purpose in _BEFORE_LOGS else math.nan,  # which waits for the device
+            speaker=self.speaker,
+            purpose=purpose,
+            attempted_steps=self._clock.attempted_steps,
+            trained_steps=self._clock.trained_steps,
+            local_steps=self._clock.local_steps,
+            inner_lrs=((inner_lrs or []) + [0.0] * count)[:count],
+            changed=changed,
+            problem=self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
+            stop=self.stop_asked,
+            ahead=ahead,
+            parted=purpose is not Purpose.ROUND and self._clock.workers_agree and self._tensors.is_written,
+            spent=self._account.spent,
+            loss=self.own_loss() if purpose in _BEFORE_LOGS else math.nan,  # which waits for the device
         )
         with nullcontext() if purpose is Purpose.ROUND else self._account.apart():
             hear = header.say(self._workers.world, self._workers.roll_call)

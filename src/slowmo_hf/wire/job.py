@@ -128,8 +128,8 @@ def host_name() -> str:
 
 def said_by_ranks(told: list[tuple[str, str]]) -> str:
     """
-    What ranks say, in one line: host and words of each, without words where it says nothing. Who says the same as
-    another is named beside it, so that a large job's error is no longer than a small one's.
+    What ranks say, in one line, of host and words of each; no words where one says nothing. What several say is said
+    once, behind their names.
     """
     at: dict[str, list[str]] = {}
     for rank, (host, words) in enumerate(told):
