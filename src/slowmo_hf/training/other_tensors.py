@@ -15,7 +15,7 @@ import torch
 
 from ..algorithm.layout import has_dense_memory, strides
 from ..algorithm.norms import all_finite
-from ..dtensors import local
+from ..dtensors import is_sharded, local
 from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
 from ..wire.job import host_name
@@ -178,13 +178,15 @@ class OtherTensors:
         return first is None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype)
 
     def may_hold(self, name: str) -> bool:
-        """Whether the model has this buffer or frozen parameter, or could have such a buffer."""
+        """Whether the model has this buffer or whole frozen parameter, or could have such a buffer."""
         path, _, leaf = name.rpartition(".")
         try:
             module = self.model.get_submodule(path) if self.model is not None else None
         except AttributeError:
             return False
-        is_free = module is not None and (name in self.now() or getattr(module, leaf, None) is None)
+        frozen = self.frozen().get(name)
+        is_there = name in self.buffers() or (frozen is not None and not is_sharded(frozen))
+        is_free = module is not None and (is_there or getattr(module, leaf, None) is None)
         return is_free and bool(leaf)
 
     def put(self, name: str, value: torch.Tensor, *, persistent: bool) -> None:
