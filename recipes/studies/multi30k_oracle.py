@@ -92,10 +92,10 @@ def score_folder(folder: Path, data: Translations) -> dict[str, Any]:
     """The record of a folder; raises `OtherRunError` where its translations are not of its run, or of these data."""
     handed, file = folder / "given.pt", folder / "translations.pt"
     asked, told = (torch.load(path, weights_only=True) for path in (handed, file))
-    run = run_of(asked["run"])
-    check_same_run(told.get("identity"), identity(asked), file)
+    run, written = run_of(asked["run"]), identity(asked)
+    check_same_run(told.get("identity"), written, file)
     data_of_write = "Set --dataset_name to the data that `write` was given."
-    check_same_run(identity(asked), identity(given(run, data)), handed, data_of_write)
+    check_same_run(written, identity(given(run, data)), handed, data_of_write)
     return score(run, told, data)
 
 

@@ -19,6 +19,9 @@ from .optimizers_inside import all_inside
 
 OBJECT = "inner_optimizer"  # in a checkpoint
 SHARDS = "inner_optimizer_shards"  # there, what its DTensors were
+# Optimizers that write `x0 - sums` over the parameters, whatever these are by then; and whether a reset reaches all of
+# it: D-Adaptation keeps a part in its groups.
+_OWN_STARTS = {"MirrorMADGRAD": True, "MADGRAD": True, "DAdaptSGD": False, "DAdaptAdaGrad": False}
 
 
 class InnerState:
@@ -84,21 +87,24 @@ class InnerState:
             for param in self.tensors.held:
                 self.optimizer.state.pop(param, None)
 
+    def refusal(self) -> str:
+        """Why this optimizer cannot start; empty where it can."""
+        own = next(filter(None, map(_own_start, all_inside(self.optimizer))), "")
+        may_be_reset = _OWN_STARTS.get(own, True)
+        if not (own and self.config.has_rounds) or (may_be_reset and self.policy == "reset"):
+            return ""
+        reset = "Set inner_state='reset', or use another optimizer; MADGRAD also works with momentum=0."
+        return (
+            f"the inner optimizer {type(self.optimizer).__name__} computes the weights from its own start and sums at "
+            "every step: what a round hands back would be lost. "
+            f"{reset if may_be_reset else 'Use another optimizer.'}"
+        )
+
     def problem(self) -> str:
         """
-        Why this state cannot be kept, or averaged; empty where it can. An average of codes is not the code of the
-        average, and their scales alone would be averaged beside them.
+        Why this state cannot be averaged; empty where it can, or need not be. An average of codes is not the code of
+        the average, and their scales alone would be averaged beside them.
         """
-        name = type(self.optimizer).__name__
-        starts = [_start_of_its_own(one) for one in all_inside(self.optimizer)] if self.config.has_rounds else []
-        if any(starts) and (self.policy != "reset" or "for good" in starts):
-            way_out = "Use another optimizer."
-            if "for good" not in starts:
-                way_out = "Set inner_state='reset', or use another optimizer; MADGRAD also works with momentum=0."
-            return (
-                f"the inner optimizer {name} computes the weights from its own start and sums at every step: what a "
-                f"round hands back would be lost. {way_out}"
-            )
         if self.policy != "average":
             return ""
         elsewhere = self._elsewhere()
@@ -107,7 +113,7 @@ class InnerState:
         if not what:
             return ""
         return (
-            f"inner_state='average' cannot average the state of {name}: {what}. Use "
+            f"inner_state='average' cannot average the state of {type(self.optimizer).__name__}: {what}. Use "
             "inner_state='maintain' or 'reset', or an optimizer whose state is plain floating-point tensors."
         )
 
@@ -250,16 +256,11 @@ def _is_a_count(name: str, value: torch.Tensor) -> bool:
     return value.dim() == 0 or name.endswith(".step")
 
 
-def _start_of_its_own(optimizer: Any) -> str:
-    """
-    Whether it writes `x0 - sums` over the parameters, whatever they are by then: "until a reset"; or "for good", where
-    D-Adaptation keeps a part of them in its groups, which no reset reaches. Else empty.
-    """
-    names = {of.__name__ for of in type(optimizer).__mro__}
-    if not names.isdisjoint({"DAdaptSGD", "DAdaptAdaGrad"}):
-        return "for good"
-    madgrad = "MADGRAD" in names and any(group.get("momentum") for group in optimizer.param_groups)
-    return "until a reset" if madgrad or "MirrorMADGRAD" in names else ""
+def _own_start(optimizer: Any) -> str:
+    """Which of `_OWN_STARTS` it is; empty where it is none. MADGRAD without momentum starts from the parameters."""
+    name = next((of.__name__ for of in type(optimizer).__mro__ if of.__name__ in _OWN_STARTS), "")
+    starts_there = name == "MADGRAD" and not any(group.get("momentum") for group in optimizer.param_groups)
+    return "" if starts_there else name
 
 
 def _not_a_direction(entry: tuple[str, Any]) -> str:

@@ -40,8 +40,10 @@ class ModelTensors:
         self.trainable = [p for group in self.groups for p in group]
         # The ranks that hold the shards of these parameters together; empty where every process has them whole.
         self.mates = _mates(self.trainable[0]) if self.trainable else ()
-        self.names = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.trainable)]
-        self.names_of_held = [named.get(id(p), f"parameter {index}") for index, p in enumerate(self.held)]
+        self.names, self.names_of_held = (
+            [named.get(id(p), f"parameter {index}") for index, p in enumerate(params)]
+            for params in (self.trainable, self.held)
+        )
         own = {id(p) for p in self.held}
         self.frozen = [p for p in model.parameters() if id(p) not in own] if model is not None else []
         self.initial_lrs = inner_lrs(optimizer)

@@ -254,6 +254,7 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
     words = (
         refused
         or tensors.refusal()
+        or inner_state.refusal()
         or inner_state.problem()
         or workers.refusal()
         or _refuse_device(config, workers, tensors)
@@ -268,7 +269,7 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
 
 
 def _refuse_device(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) -> str | None:
-    """Alone nothing is sent."""
+    """On Apple's GPUs a round fails; and, of several processes, where the job's backend carries nothing from."""
     named = list(zip(tensors.names, tensors.trainable, strict=True))
     on_mps = next((name for name, p in named if p.device.type == "mps"), "") if config.has_rounds else ""
     if on_mps:
