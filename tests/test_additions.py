@@ -137,8 +137,20 @@ def test_a_topology(add):
             r"exchange 0: worker 0 has targets \[2\] and sources \[3\], and those who send to it are \[\]",
         ),
         ("light", "return 0.5", "return 0.25", r"worker 0 has 1 targets and weight 0\.25, which loses .* = 0\.5\."),
+        (
+            "twice",
+            "return [(worker + 2) % self.workers]",
+            "return 2 * [(worker + 2) % self.workers]",
+            r"exchange 0: worker 0 has targets \[2, 2\] and sources \[3\], and those who send to it are \[3\]",
+        ),
+        (
+            "itself",
+            "2) % self.workers",
+            "0) % self.workers",
+            r"exchange 0: worker 0 has targets \[0\] and sources \[0\], and those who send to it are \[0\]",
+        ),
     ],
-    ids=["messages", "none there", "mass"],
+    ids=["messages", "none there", "mass", "twice", "itself"],
 )
 def test_a_topology_that_loses_messages_or_mass_is_refused(add, name, line, other, words):
     add("TOPOLOGIES", name, TOPOLOGY.replace(line, other), "Second")

@@ -263,3 +263,38 @@ def test_an_open_autocast_region_has_no_casts_of_other_weights():
         assert found == 2 * outside
         assert len(set(outside)) == 3
     assert first[1][:2] == second[1][:2]
+
+
+# ---- what a program samples for its training ----
+
+
+@pytest.mark.parametrize("how", ["whole", "children"])
+def test_rollouts_of_every_step_are_told_and_children_make_them_right(how, caplog):
+    """What is sampled behind `model.eval()` is of the last round; with the children in `eval()` of the weights now."""
+
+    def work(worker):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        optimizer = SlowMoOptimizer(SGD(model.parameters(), lr=0.1), tau(4))
+        is_fresh = []
+        for _ in range(7):
+            model(torch.full((3,), 1.0 + worker)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own = model[2].weight.detach().clone()
+            switched = [model] if how == "whole" else list(model.children())
+            for module in switched:
+                module.eval()
+            is_fresh.append(torch.equal(model[2].weight, own))
+            for module in switched:
+                module.train()
+        return is_fresh
+
+    with caplog.at_level("INFO", logger="slowmo_hf"):
+        told = run_in_process(work, 2)
+    # Before the first round there is no other model, and at a round it is the same.
+    assert told == [[True] * 4 + [False] * 3 if how == "whole" else [True] * 7] * 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("model.eval() at every step shows the last round's model." in line for line in lines) == (
+        how == "whole"
+    )

@@ -140,7 +140,7 @@ def test_no_process_reads_a_whole_checkpoint(tmp_path):
 
 
 def _check_places_that_do_not_fit(folder):
-    """A card per task: every process is told LOCAL_RANK=0. All read all."""
+    """A card per task: every process is told LOCAL_RANK=0."""
     reads = Reads()
     train(folder, watchers=[reads], max_steps=MIDDLE, save_steps=MIDDLE)
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
@@ -149,10 +149,12 @@ def _check_places_that_do_not_fit(folder):
     return reads.bytes
 
 
-def test_where_launchers_tell_wrong_places_every_process_reads_all(tmp_path):
+def test_what_launchers_tell_of_machines_is_not_asked(tmp_path):
     ranks = run_workers(_check_places_that_do_not_fit, 2, tmp_path)
     manifest = json.loads((tmp_path / f"checkpoint-{MIDDLE}" / "slowmo" / "manifest.json").read_text())
-    assert ranks == [sum(entry["bytes"] for entry in manifest["files"].values())] * 2
+    whole_ = sum(entry["bytes"] for entry in manifest["files"].values())
+    assert sum(ranks) == whole_
+    assert max(ranks) < 0.8 * whole_
 
 
 def test_damage_of_the_manifest_is_refused(saved, tmp_path):

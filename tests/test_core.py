@@ -18,7 +18,7 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round, rules
 from slowmo_hf.algorithm import layout
 from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
-from slowmo_hf.algorithm.norms import squared_norm
+from slowmo_hf.algorithm.norms import Norms, squared_norm
 from slowmo_hf.algorithm.slow_momentum import SlowMomentum, slow_momentum_update_
 from slowmo_hf.training.outer_loop import OuterLoop
 from slowmo_hf.wire.reduction import bytes_per_message
@@ -34,6 +34,20 @@ def test_two_rounds_by_hand():
     for average, right in ((4.0, 4.0), (2.0, 0.0)):
         slow_momentum_update_(anchor, anchor - average, velocity, outer_lr=1.0, outer_momentum=0.5)
         assert anchor.item() == right
+
+
+def test_a_round_at_rate_0_goes_by_the_outer_rate():
+    """Anchor 10, pseudo-gradient 4, α = ½: 8, and not 6."""
+    anchor = torch.tensor([10.0])
+    optimizer = SlowMomentum([anchor], outer_lr=0.5, outer_momentum=0.5)
+    optimizer.param_groups[0]["inner_lr"] = 0.0
+    optimizer.update_(anchor, torch.tensor([4.0]), 0)
+    assert anchor.item() == 8.0
+
+
+def test_a_distance_is_not_below_0():
+    assert Norms.of([1.0, 2.0, 0.0]).consensus_distance == 0.0
+    assert Norms.of([3.0, 2.0, 0.0]).consensus_distance == 1.0
 
 
 def test_zero_learning_rate_keeps_the_average_and_the_ratio():
@@ -301,6 +315,7 @@ def test_every_shape_and_dtype_is_averaged_exactly():
         ({"sync_every": 0}, "sync_every must be >= 1 optimizer step, got 0"),
         ({"sync_every": 1.5}, "sync_every must be an integer"),
         ({"outer_momentum": 1.5}, r"outer_momentum must be in \[0, 1\), got 1.5"),
+        ({"outer_momentum": 1}, r"outer_momentum must be in \[0, 1\), got 1\."),
         ({"outer_momentum": float("nan")}, "outer_momentum must be a finite number"),
         ({"outer_lr": 0}, "outer_lr must be > 0"),
         ({"base": "sgd"}, "base must be one of"),

@@ -278,12 +278,12 @@ REFUSED = [  # (settings, LOCAL_WORLD_SIZE of every rank, words)
     (
         {"processes_per_worker": "node"},
         "2244",
-        "ranks differ at the start: rank 0 has ['processes per worker = 2'], rank 2 has ['processes per worker = 4'].",
+        "makes workers of several sizes: rank 0 has processes per worker = 2, rank 2 has processes per worker = 4.",
     ),
     (
         {"processes_per_worker": "auto"},
         "2224",
-        "ranks differ at the start: rank 0 has ['processes per worker = 2'], rank 3 has ['processes per worker = 1'].",
+        "makes workers of several sizes: rank 0 has processes per worker = 2, rank 3 has processes per worker = 1.",
     ),
     (
         {"processes_per_worker": 2, "base": "sgp", "peers": 2},

@@ -66,6 +66,46 @@ def test_state_dict_round_trip_continues_bitwise():
     run_workers(check_all_round_trips, 2)
 
 
+def check_goes_on_behind_finish(make, config):
+    """Ten steps and `finish`, at no round's end; six more, against six from a saved model and state: equal bits."""
+    model = Tracker()
+    optimizer = SlowMoOptimizer(make(model.parameters()), config)
+    train(model, optimizer, 10)
+    inside = error_of(optimizer.state_dict)
+    assert inside.startswith("RuntimeError: training cannot be saved ")
+    assert "slowmo_hf.finish(optimizer)" in inside
+    slowmo_hf.finish(optimizer)
+    average = weights(model)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, 6, first=10)
+
+    resumed_model = Tracker(start=(7.0, 7.0, 7.0))
+    resumed = SlowMoOptimizer(make(resumed_model.parameters()), config)
+    resumed_model.load_state_dict(saved[0])
+    resumed.load_state_dict(copy.deepcopy(saved[1]))
+    train(resumed_model, resumed, 6, first=10)
+    bitwise(weights(resumed_model), weights(model))
+    assert (resumed.outer_loop.rounds, resumed.outer_loop.attempted_steps) == (optimizer.outer_loop.rounds, 16)
+
+    model.load_state_dict(saved[0])  # back in time, in a run that has started
+    optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    bitwise(weights(model), average)
+    train(model, optimizer, 6, first=10)
+    bitwise(weights(resumed_model), weights(model))
+
+
+def check_all_behind_finish():
+    check_goes_on_behind_finish(lambda p: SGD(p, lr=0.1), tau(4))
+    check_goes_on_behind_finish(lambda p: SGD(p, lr=0.1, momentum=0.9), tau(4, inner_state="maintain"))
+    check_goes_on_behind_finish(lambda p: Adam(p, lr=0.1), tau(8))
+    check_goes_on_behind_finish(lambda p: Adam(p, lr=0.1), tau(4, overlap_steps=2))
+    check_goes_on_behind_finish(lambda p: SGD(p, lr=0.1), tau(4, base="sgp"))
+
+
+def test_a_state_behind_finish_goes_on_bitwise():
+    run_workers(check_all_behind_finish, 2)
+
+
 MOMENTUM = [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: Adam(p, lr=0.1)]
 SAVED = [
     tau(4),

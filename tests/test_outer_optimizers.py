@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness import patience, run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round, run_in_process
 from tiny import Regression, Rows, WholeAdam, equal, error_of, values
 
 SGD = torch.optim.SGD
@@ -165,3 +165,19 @@ def test_a_state_goes_on_with_the_settings_of_now():
         saved = optimizer.state_dict()
     second = -0.75 - 0.25 * (1 + 0.75 * 1.75)
     assert ends == [torch.tensor([-0.75]), torch.tensor([second]), torch.tensor([second - 0.25])]
+
+
+def test_the_distance_is_told_and_no_gradient_is_kept():
+    """Displacements 0 and 1 of three elements: a variance of 1/4 each."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.full((3,), 2.0))
+        config = SlowMoConfig(sync_every=1, outer_optimizer="torch.optim.SGD")
+        optimizer = SlowMoOptimizer(SGD([weight], lr=1.0), config)
+        weight.grad = torch.full((3,), float(rank))
+        optimizer.step()
+        outer = optimizer.outer_loop.parts.slow.update.optimizer
+        kept = [param for group in outer.param_groups for param in group["params"] if param.grad is not None]
+        return last_round(optimizer).consensus_distance, len(kept)
+
+    assert run_in_process(work, 2) == [(0.75, 0)] * 2

@@ -264,3 +264,20 @@ def test_a_worker_that_left_before_takes_in_what_the_others_have(how):
     results = run_workers(_leaves_before_the_due_step, 2, config)
     assert [taken for _, taken in results] == [True, True]
     assert [weight for weight, _ in results] == pytest.approx(x, abs=1e-12)
+
+
+def test_bf16_with_progress_takes_in_the_rounded_anchor():
+    """The anchor 1 + 2^-8, which bf16 rounds to 1, and progress 2^-7 on both: 1 + 2^-7 is shown and taken in."""
+
+    def work(rank):
+        weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), SlowMoConfig.local_sgd(3, overlap_steps=2))
+        seen = []
+        for moves in (2.0**-7 * (rank == 0), 0.0, 0.0, 2.0**-7, 0.0):
+            weight.grad = torch.full_like(weight, -moves)
+            optimizer.step()
+            with slowmo_hf.consensus(optimizer):
+                seen.append(weight.item())
+        return optimizer.outer_loop.parts.slow.anchors[0].flat.item(), seen[3], weight.item()
+
+    assert run_in_process(work, 2) == [(1 + 2**-8, 1 + 2**-7, 1 + 2**-7)] * 2

@@ -283,3 +283,27 @@ def test_a_view_in_flight_keeps_no_memory():
 
     # To and from all, for 300 elements in two messages, each filled up to a multiple of two.
     assert run_in_process(work, 2) == [2 * 4 * 300] * 2
+
+
+def test_a_round_that_was_refused_holds_nothing_back():
+    """What its codes have not said belongs to a message that was never applied."""
+
+    def work(rank):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(300))
+        config = SlowMoConfig(sync_every=6, overlap_steps=3, compression="int8")
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), config)
+        draw = torch.Generator().manual_seed(rank)
+        for step in range(1, 16):
+            if (rank, step) == (1, 11):
+                adds_a_parameter(None, optimizer)
+            weight.grad = torch.randn(300, generator=draw)
+            if step < 15:
+                optimizer.step()
+                continue
+            with pytest.raises(ValueError, match=r"rank 1 .*, step 12: the parameter set changed after the start"):
+                optimizer.step()
+        held = optimizer.outer_loop.parts.slow.reduction.ends.residuals
+        return [bool(one.any()) for of in held for one in (of.own, of.owned)]
+
+    assert run_in_process(work, 2) == [[False, False]] * 2

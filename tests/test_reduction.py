@@ -79,3 +79,24 @@ def test_two_launches_travel_at_once(make, first):
                 assert torch.equal(one[number][0], right)
                 assert one[number][1] == squares
     assert all(finite for _, finite in workers)
+
+
+@pytest.mark.parametrize("make", [all_reduce, in_bf16, at_owners])
+def test_a_worker_counts_by_its_weight(make):
+    """Weights 3 and 1, x = 1 and 2 from an anchor of 0: sums of -(3 + 2), squares of 3 + 4."""
+
+    def work(rank):
+        param = torch.nn.Parameter(torch.zeros(4))
+        averages = Averages(Communicator(20.0, torch.device("cpu")), BUCKET_BYTES)
+        averages.weigh([3, 1])
+        launch = Launch(make(averages, flat_layouts([[param]])))
+        param.data = torch.full((4,), rank + 1.0)
+        launch.send(Base())
+        return [(total[0].item(), square) for _, total, square in launch.sums()]
+
+    found = run_in_process(work, 2)
+    if make is at_owners:  # each has its shard's alone
+        assert [total for one in found for total, _ in one] == [-5.0, -5.0]
+        assert sum(square for one in found for _, square in one) == 4 * 7.0
+    else:
+        assert found == [[(-5.0, 4 * 7.0)]] * 2

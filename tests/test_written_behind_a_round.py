@@ -326,3 +326,37 @@ def test_a_swap_around_an_evaluation_is_the_programs_own(tmp_path):
             torch.testing.assert_close(twice, 2 * once)
         assert equal(left.after[1], alone.after[1])
         assert not equal(left.stepped[2], alone.stepped[2]), "the next step goes on from what was left"
+
+
+# ---- and a resume ----
+
+
+class Looks(TrainerCallback):
+    """Evaluates before the first step."""
+
+    seen = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.seen is None:
+            self.own = values(model)
+            self.trainer.evaluate()
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs):
+        self.seen = values(model)
+
+
+def looked(folder):
+    trained(folder, Writes(TAU), save_strategy="steps", save_steps=TAU)
+    looks = Looks()
+    trained(folder, looks, first=False, resume=f"{folder}/checkpoint-{TAU}")
+    return looks.seen, looks.own
+
+
+def test_a_look_behind_a_resume_of_a_write_shows_the_average(tmp_path):
+    """Saved behind the write, at a round's end where workers are unlike."""
+    ranks = run_workers(looked, 2, str(tmp_path))
+    saved = load_file(tmp_path / f"checkpoint-{TAU}" / "model.safetensors")
+    assert not torch.equal(ranks[0][1]["head.weight"], ranks[1][1]["head.weight"])
+    for seen, _ in ranks:
+        for name, average in saved.items():
+            torch.testing.assert_close(seen[name], average)

@@ -67,7 +67,7 @@ class Contents:
                 f"does not fit: it has shape {tuple(found.shape)} and {found.dtype}, this run {tuple(like.shape)} and "
                 f"{like.dtype}",
             )
-        if finite and found.is_floating_point() and not bool(torch.isfinite(found).all()):
+        if finite and found.is_floating_point() and not _is_finite(found):
             self._refuse("safetensors", name, "is not finite (NaN or infinity)")
         return found
 
@@ -179,6 +179,11 @@ class Contents:
     def _refuse(self, ending: str, name: str, words: str) -> NoReturn:
         file = f"{self.source}.{ending}" if "/" in self.source else self.source
         raise CheckpointError(f"{file}: {self.within}{name} {words}. Resume from another checkpoint.")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Reads it once, and makes no second one."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _odd_state(state: dict[str, Any], numbers: list[Any], optimizer: torch.optim.Optimizer) -> str:

@@ -26,7 +26,7 @@ from ..checkpoints.together import (
     keeps_files,
     read_together,
     together,
-    turn_on_machine,
+    turn_at_reading,
 )
 from ..contents import CheckpointError, Contents
 from ..log import logger
@@ -316,7 +316,7 @@ def _take_up(
 
     if any(outer_loop.workers.world.gather_objects((folder / FOLDER).is_dir())):
         # Nobody reads what another has found damaged.
-        turn = turn_on_machine(outer_loop)
+        turn = turn_at_reading(outer_loop, folder)
         together(outer_loop, words, lambda: verify(folder, *turn))
     if not any(outer_loop.workers.world.gather_objects(any((folder / FOLDER).glob(f"{within}{SHARED}*.json")))):
         if outer_loop.attempted_steps:

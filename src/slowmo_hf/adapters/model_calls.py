@@ -48,6 +48,7 @@ class ModelCalls:
         self._loaded_at: int | None = None  # the move at which the program loaded weights of its own choice
         self._stop_listening: Callable[[], object] = _nothing
         self._was_training = False  # before the last `model.eval()`
+        self._evaluated = (0, 0)  # at which step, and how many steps in a row
         self._without_last_round = ""  # why it is not shown behind a view that had a `model.eval()` inside
         self._said: set[str] = set()
         _wrap_once()
@@ -87,6 +88,7 @@ class ModelCalls:
         loop, clock = self._outer_loop, self._outer_loop.clock
         loop.consensus.show_last_round()
         self._listen()
+        self._tell_rollouts(clock.attempted_steps)
         step = loop.consensus.last_round_step
         if not step and not clock.workers_agree:
             self._say(
@@ -105,6 +107,19 @@ class ModelCalls:
             step,
             clock.attempted_steps - step,
         )
+
+    def _tell_rollouts(self, now: int) -> None:
+        """An evaluation at every step may be none: what it makes is trained on."""
+        at, in_a_row = self._evaluated
+        if now != at:
+            self._evaluated = now, in_a_row + 1 if now == at + 1 else 1
+        if self._evaluated[1] == 3:
+            self._say(
+                logging.WARNING,
+                "model.eval() at every step shows the last round's model. What training uses of its passes (rollouts, "
+                "pseudo-labels, features) is that old: make it in training mode, or with the submodules alone in "
+                "evaluation mode (for child in model.children(): child.eval(), of the model without wrappers).",
+            )
 
     def on_train(self) -> None:
         """Local weights are back."""

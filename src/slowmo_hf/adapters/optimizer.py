@@ -91,14 +91,11 @@ class SlowMoOptimizer(OptimizerWrapper):
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, before training starts.
-
-        Raises:
-            ValueError: Training has started: the anchors are taken.
-        """
+        """Add parameters, before training starts. Raises `ValueError` behind that: the anchors are taken."""
         if self.outer_loop is not None:
             raise ValueError(
-                "the parameter set cannot change after the start: add parameter groups before the first forward pass."
+                "the parameter set cannot change after the start: add parameter groups before the first forward pass, "
+                "or end this stage with slowmo_hf.finish(optimizer) and train on with a new SlowMoOptimizer."
             )
         self.inner_optimizer.add_param_group(param_group)
 

@@ -39,7 +39,7 @@ from ..checkpoints.together import (
     keeps_files,
     read_together,
     together,
-    turn_on_machine,
+    turn_at_reading,
 )
 from ..contents import CheckpointError
 from ..log import logger, of_this_rank
@@ -271,7 +271,7 @@ class TrainerCheckpoints:
         def check() -> Checked:
             return check_snapshot(str(folder), self.outer_loop, state.global_step)
 
-        words, turn = "the checkpoint cannot be resumed", turn_on_machine(self.outer_loop)
+        words, turn = "the checkpoint cannot be resumed", turn_at_reading(self.outer_loop, folder)
         together(self.outer_loop, words, verify)  # nobody reads what has been found damaged
         return read_together(self.outer_loop, words, check)
 

@@ -74,9 +74,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
+def read_part(checkpoint: str | os.PathLike[str], name: str, *, settings_alone: bool = False) -> Contents:
     """
-    Read `slowmo/{name}.*` of a checkpoint, to the CPU.
+    Read `slowmo/{name}.*` of a checkpoint. Tensors are the files' own, mapped: processes of a machine share them, and
+    who keeps one copies it.
+
+    Args:
+        settings_alone (`bool`, *optional*, defaults to `False`): The JSON file alone is read.
 
     Raises:
         CheckpointError: A file is missing or cannot be read, or was written by another version.
@@ -88,10 +92,12 @@ def read_part(checkpoint: str | os.PathLike[str], name: str) -> Contents:
         settings = json.loads(_inside(root, path).read_text())
         if settings.get("version") != VERSION:
             raise CheckpointError(f"{path} has version {settings.get('version')!r}; this package reads {VERSION}.")
+        if settings_alone:
+            return Contents(settings, source=str(base))
         path = base.with_suffix(".safetensors")
         tensors = load_file(_inside(root, path))
         path = base.with_suffix(".pt")
-        objects = torch.load(_inside(root, path), map_location="cpu", weights_only=True) if path.exists() else {}
+        objects = torch.load(_inside(root, path), "cpu", weights_only=True, mmap=True) if path.exists() else {}
         if not isinstance(objects, dict):
             raise ValueError(f"it holds {type(objects).__name__}, not a dictionary")
     except FileNotFoundError as error:

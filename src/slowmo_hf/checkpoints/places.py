@@ -38,7 +38,7 @@ def read_for(workers: Workers, folder: str, name: str) -> Contents:
     """
     if not (Path(folder) / FOLDER / f"{name}_shard_0.json").exists():
         return _of_this_kind(workers, read_part(folder, name), places=1)
-    first = _at(folder, name, 0)
+    first = _at(folder, name, 0, settings_alone=workers.holds_shards and workers.place > 0)
     places = first.count("processes_per_worker", least=1)
     _of_this_kind(workers, first, places=places)
     if workers.place and places == workers.size:
@@ -49,8 +49,8 @@ def read_for(workers: Workers, folder: str, name: str) -> Contents:
     return _joined(first, [_of_its_save(first, _at(folder, name, place)) for place in range(1, places)])
 
 
-def _at(folder: str, name: str, place: int) -> Contents:
-    contents = read_part(folder, f"{name}_shard_{place}")
+def _at(folder: str, name: str, place: int, *, settings_alone: bool = False) -> Contents:
+    contents = read_part(folder, f"{name}_shard_{place}", settings_alone=settings_alone)
     if contents.count("place") != place:
         raise CheckpointError(
             f"{contents.source}.json is of place {contents.settings['place']}, not of {place}. Resume from another "

@@ -5,6 +5,7 @@ fails on one rank is the same error on all.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from typing import Any
 
 from ..contents import CheckpointError
 from ..training.outer_loop import OuterLoop
-from ..wire.job import host_name, place_on_machine, said_by_ranks
-from .files import FOLDER, Digests, Stamps, file_digests
+from ..wire.job import host_name, said_by_ranks
+from .files import FOLDER, MANIFEST, Digests, Stamps, file_digests
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def read_together(outer_loop: OuterLoop, words: str, check: Callable[[], Checked
     together(outer_loop, words, lambda: checked.append(check()))
     told = outer_loop.workers.world.gather_objects((checked[0].save, host_name()))
     if any(save != told[0][0] for save, _ in told):
-        saves = "; ".join(f"rank {rank} on {host}: {save}" for rank, (save, host) in enumerate(told))
+        saves = said_by_ranks([(host, str(save)) for save, host in told])
         raise CheckpointError(
             f"{words}. All ranks must have the same save, got {saves}. Delete the later ones, and resume from the "
             "newest that all machines have (docs/checkpoints.md)."
@@ -194,13 +195,17 @@ def finish_together(
     together(outer_loop, words, lambda: act(found))
 
 
-def turn_on_machine(outer_loop: OuterLoop) -> tuple[int, int]:
+def turn_at_reading(outer_loop: OuterLoop, folder: Path) -> tuple[int, int]:
     """
-    Which of a checkpoint's files this process verifies: turn and turns, for `verify_in_turns`. Collective. Where the
-    launchers' words do not fit each other (a card per task, each with LOCAL_RANK=0) every process reads all.
+    Which of a checkpoint's files this process verifies: turn and turns, for `verify_in_turns`. Collective. Processes
+    whose manifest is one file, by its number and times, deal all files out between them, on however many machines;
+    machines with disks of their own read their own.
     """
     world = outer_loop.workers.world
-    told = world.gather_objects(place_on_machine())
-    size = told[0][1]
-    fits = size > 0 and told == [(rank % size, size) for rank in range(len(told))] and len(told) % size == 0
-    return told[world.rank] if fits else (0, 1)
+    try:
+        told = os.stat(folder / FOLDER / MANIFEST)
+        seen = (told.st_ino, told.st_ctime_ns, told.st_size)
+    except OSError:
+        seen = None  # `verify_in_turns` says so
+    mates = [rank for rank, other in enumerate(world.gather_objects(seen)) if other == seen]
+    return mates.index(world.rank), len(mates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,7 +212,11 @@ class InnerState:
         round_ends = IN_FLIGHT in saved.own.settings and not same_number
 
         def take_up() -> None:
-            self.optimizer.load_state_dict(state)
+            if type(self.optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+                self.optimizer.state.clear()  # else the device holds what is left beside what comes
+            # torch keeps tensors that lie where their parameter does, and these are a file's.
+            is_kept = any(param.device.type == "cpu" for param in self._params)
+            self.optimizer.load_state_dict(copy.deepcopy(state) if is_kept else state)
             if round_ends:
                 self.reset()
 

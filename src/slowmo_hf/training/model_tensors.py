@@ -180,7 +180,8 @@ class ModelTensors:
         return (
             "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
             "moved, cast, or given other strides, as by memory_format=torch.channels_last). Local training needs one "
-            "fixed set: change it before training (a Trainer's callback: in on_train_begin), or start a new run."
+            "fixed set: change it before training (a Trainer's callback: in on_train_begin); or end this stage with "
+            "slowmo_hf.finish(optimizer), change it, and train on with a new SlowMoOptimizer."
         )
 
     @property

@@ -15,12 +15,13 @@ from .parts import Parts
 
 VERSION = 1
 _OLD_NAMES = {"previous_inner_lrs": "previous_inner_lr"}  # of the outer update's settings, in a checkpoint and here
+_CLOCK = ("attempted_steps", "rounds", "rates", "ended")  # of an older state the rates are not known
 _LISTS = {"anchors": "anchor", "velocities": "velocity"}  # here and in a checkpoint
 
 
 def state_dict(parts: Parts) -> dict[str, Any]:
     """
-    All that is equal on every worker at a round's end.
+    All that is equal on every worker at a round's end, and behind `finish` at any step.
 
     Raises:
         RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker has
@@ -29,7 +30,10 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     """
     config = parts.config
     _refuse_another_set(parts)
-    _refuse_inside_round(parts, parts.clock.attempted_steps, "saved")
+    inside = _inside_round(parts, parts.clock.attempted_steps, "saved")
+    ended = bool(inside) and config.exact_average and parts.tensors.others.is_over  # on the average, without messages
+    if inside and not ended:
+        raise RuntimeError(inside)
     _refuse_part(parts)
     saved = parts.slow.saved(agree=True, keep=True)
     slow = saved.shared if config.exact_average else saved.own  # each worker's own, but at the start
@@ -41,7 +45,8 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     outer = slow.objects.get("outer_optimizer", settings)
     clock = parts.clock.saved(agree=True, keep=True)
     steps = {**clock.shared.settings, "rates": clock.own.settings["rates"]}
-    return {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
+    told = {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
+    return {**told, "ended": True} if ended else told
 
 
 @torch.no_grad()
@@ -55,8 +60,10 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     """
     _refuse_another_set(parts)
     shared = _contents(state)
-    step = shared.count("attempted_steps")
-    _refuse_inside_round(parts, step, "resumed")
+    step, ended = shared.count("attempted_steps"), shared.flag("ended", default=False)
+    inside = _inside_round(parts, step, "resumed")
+    if inside and not (ended and parts.config.exact_average):
+        raise RuntimeError(inside)
     if len(state["velocities"]) != len(parts.slow.update.velocities):
         raise ValueError(
             f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
@@ -65,7 +72,8 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     take_up = check_all(saved_parts, Saved(shared, shared), same_number=False)
     consensus.restore()  # the state replaces what a view would give back
     take_up()
-    if step % parts.config.sync_every == 0:  # inside a round there is all_reduce alone, whose parameters stay
+    # Inside a round parameters stay: all_reduce's, and the average behind `finish`, which the program has loaded.
+    if step % parts.config.sync_every == 0 and not ended:
         if parts.config.shard_slow_state:  # others have the anchors of most of them
             parts.slow.give_parameters_(shared)
         parts.back_to_anchors()
@@ -80,7 +88,9 @@ def _contents(state: dict[str, Any]) -> Contents:
         )
     tensors = {f"{kind}.{index}": flat for name, kind in _LISTS.items() for index, flat in enumerate(state[name])}
     # Of an older state the rates are not known.
-    settings = {name: value for name, value in state.items() if name in ("attempted_steps", "rounds", "rates")}
+    settings: dict[str, Any] = {
+        name: state[name] for name in ("attempted_steps", "rounds", "rates", "ended") if name in state
+    }
     outer = state["outer_optimizer"]
     if "param_groups" in outer:
         return Contents(settings, tensors, {"outer_optimizer": outer}, "slow state")
@@ -110,22 +120,24 @@ def _refuse_part(parts: Parts) -> None:
             )
 
 
-def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str) -> None:
+def _inside_round(parts: Parts, attempted_steps: int, verb: str) -> str:
+    """Why a state of this step cannot speak for all workers, where training goes on; empty where it can."""
     config = parts.config
     if attempted_steps and not config.exact_average:
-        raise RuntimeError(
+        return (
             f"training cannot be {verb} with exact_average=False: the workers stay different, and their own "
             "weights are not in this state. Use exact_average=True."
         )
     if attempted_steps and config.overlap_steps:
-        raise RuntimeError(
+        return (
             f"training cannot be {verb} with overlap_steps={config.overlap_steps}: workers are never all the "
-            "same, and their own weights are not in this state. Use accelerator.save_state, "
-            "or overlap_steps=0."
+            "same, and their own weights are not in this state. Save behind slowmo_hf.finish(optimizer), use "
+            "accelerator.save_state, or overlap_steps=0."
         )
     if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
-        raise RuntimeError(
+        return (
             f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
             f"{config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
-            "of sync_every."
+            "of sync_every, behind slowmo_hf.finish(optimizer), or with accelerator.save_state at any step."
         )
+    return ""

@@ -49,7 +49,7 @@ def check_start(
     _raise_told([(host, words or "") for _, words, _, host, _ in everywhere])
     _refuse_different_checkpoints([(host, begun) for *_, begun, host, _ in everywhere])
     if len({digest for digest, *_ in everywhere}) > 1:
-        raise ValueError(_difference(communicator.gather_objects(lines), hosts))
+        raise ValueError(_difference(communicator.gather_objects(lines), hosts, config))
     if config.processes_per_worker == "node" and config.base != "all_reduce" and not workers.holds_shards:
         _refuse_small_nodes(workers.size, *most_on_a_host((host, told) for *_, host, told in everywhere))
 
@@ -139,10 +139,17 @@ def _versions() -> list[str]:
     ]
 
 
-def _difference(everywhere: list[list[str]], hosts: list[str]) -> str:
+def _difference(everywhere: list[list[str]], hosts: list[str], config: SlowMoConfig) -> str:
     for rank, lines in enumerate(everywhere):
         only_there = [line for line in lines if line not in set(everywhere[0])]
         only_here = [line for line in everywhere[0] if line not in set(lines)]
+        if only_here == everywhere[0][:1]:  # processes per worker, of equal settings
+            return (
+                f"processes_per_worker={config.processes_per_worker!r} makes workers of several sizes: rank 0 on "
+                f"{hosts[0]} has {only_here[0]}, rank {rank} on {hosts[rank]} has {only_there[0]}. All must have "
+                "equally many: a machine's processes, as LOCAL_WORLD_SIZE says. Start as many on every machine, or "
+                "set processes_per_worker=1."
+            )
         if only_there or only_here or lines != everywhere[0]:
             return (
                 f"ranks differ at the start: rank 0 on {hosts[0]} has {only_here[:3] or 'another order'}, rank {rank} "

@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from ..contents import Contents, Restored, Saved
 from ..wire.communicator import Communicator
-from ..wire.job import host_name
+from ..wire.job import host_name, said_by_ranks
 from ..wire.roll_call import RollCall
 from ..wire.workers import Workers
 from .account import Account, Spent
@@ -215,10 +215,11 @@ class Header:
 
     def _tell_speakers(self, world: Communicator, steps: list[int], purposes: list[Purpose]) -> None:
         told = world.gather_objects((host_name(), self.speaker.words))
-        at = [f"rank {r} on {host} at step {steps[r]} of {words}" for r, (host, words) in enumerate(told)]
+        at = [(host, f"at step {step} of {words}") for step, (host, words) in zip(steps, told, strict=True)]
         raise RuntimeError(
-            f"ranks wait for each other with different optimizers: {'; '.join(at)}. Step, evaluate and save the "
-            "optimizers of a program in the same order on every rank." + (_ONE_JOIN if Purpose.END in purposes else "")
+            f"ranks wait for each other with different optimizers: {said_by_ranks(at, ' ')}. Step, evaluate and save "
+            "the optimizers of a program in the same order on every rank."
+            + (_ONE_JOIN if Purpose.END in purposes else "")
         )
 
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
@@ -241,18 +242,18 @@ class Header:
             return
         hosts = world.gather_objects(host_name())
         at = [
-            f"rank {rank} on {host} at step {step}, {purpose.words}"
-            for rank, (host, purpose, step) in enumerate(zip(hosts, purposes, steps, strict=True))
+            (host, f"at step {step}, {purpose.words}")
+            for host, purpose, step in zip(hosts, purposes, steps, strict=True)
         ]
         views = (
-            "What shows the average (evaluate, predict and save_model of a Trainer that trains, and "
-            "slowmo_hf.consensus) is called by all ranks at the same step, not by one alone: one rank writes the "
-            "file anyway. "
+            "What shows the average (accelerator.save_state, slowmo_hf.consensus; evaluate, predict and save_model "
+            "of a Trainer that trains) is called by all ranks at the same step, not inside `if is_main_process`: each "
+            "file has one writer anyway. "
         )
         raise RuntimeError(
-            f"ranks met at different places: {'; '.join(at)}. {views if Purpose.LOOK in purposes else ''}Every rank "
-            "must take the same number of steps and show the average at the same ones: give all ranks equally many "
-            "batches (even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
+            f"ranks met at different places: {said_by_ranks(at, ' ')}. {views if Purpose.LOOK in purposes else ''}"
+            "Every rank must take the same number of steps and show the average at the same ones: give all ranks "
+            "equally many batches (even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
         )
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
@@ -263,7 +264,7 @@ class Header:
                 "used, and in later rounds too. A step skipped on one rank does this, or a rate that comes from a "
                 "worker's own weights (AdafactorSchedule). This is said once.",
                 self.attempted_steps,
-                lrs,
+                sorted(map(list, {tuple(row) for row in lrs})),
             )
         return [max(column) for column in zip(*lrs, strict=True)]
 

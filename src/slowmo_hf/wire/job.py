@@ -17,6 +17,7 @@ from ..log import spoken_by
 from . import in_process
 
 _LET_GO_SECONDS = 0.1  # at a process's end
+_NAMED = 8  # ranks that say the same
 _LOCAL_SIZES_OF_MPI = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 _SIOCGIFADDR = 0x8915  # Linux's number for "the address of this interface"
 
@@ -103,19 +104,6 @@ def most_on_a_host(told: Iterable[tuple[str, bool]]) -> tuple[str, int]:
     return max(untold.items(), key=lambda item: item[1], default=("", 0))
 
 
-def place_on_machine() -> tuple[int, int]:
-    """
-    This process's place among those of its machine, and how many they are: LOCAL_RANK and LOCAL_WORLD_SIZE, as the
-    launcher says; (0, 1) where it does not.
-    """
-    if is_in_process():
-        return rank_in_job(), processes_in_job()
-    try:
-        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    except (KeyError, ValueError):
-        return 0, 1
-
-
 def machines_in_job(world_size: int) -> int:
     """Number of machines; 1 where the launcher does not say."""
     return max(1, world_size // processes_on_machine(world_size))
@@ -126,10 +114,10 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def said_by_ranks(told: list[tuple[str, str]]) -> str:
+def said_by_ranks(told: list[tuple[str, str]], joint: str = ": ") -> str:
     """
     What ranks say, in one line, of host and words of each; no words where one says nothing. What several say is said
-    once, behind their names.
+    once, behind their names; of many the first are named, behind the words of few.
     """
     at: dict[str, list[str]] = {}
     for rank, (host, words) in enumerate(told):
@@ -137,9 +125,14 @@ def said_by_ranks(told: list[tuple[str, str]]) -> str:
             at.setdefault(words, []).append(f"rank {rank} on {host}")
     everyone = len(told)
     return "; ".join(
-        f"{places[0]} and all others: {words}" if 1 < len(places) == everyone else f"{', '.join(places)}: {words}"
-        for words, places in at.items()
+        f"{f'{places[0]} and all others' if 1 < len(places) == everyone else _named(places)}{joint}{words}"
+        for words, places in sorted(at.items(), key=lambda item: len(item[1]) > _NAMED)
     )
+
+
+def _named(ranks: list[str]) -> str:
+    more = len(ranks) - _NAMED
+    return ", ".join(ranks[:_NAMED]) + (f" and {more:,} others" if more > 0 else "")
 
 
 def host_and_address(backend: str) -> tuple[str, str]:

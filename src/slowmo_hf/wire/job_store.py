@@ -41,6 +41,10 @@ class JobStore:
         """Write; the value is a string."""
         self._ask(self._store.set, key, value)
 
+    def set_soon(self, key: str, value: str) -> None:
+        """Write behind the calls before, and do not wait for the answer."""
+        self._start(self._store.set, key, value)
+
     def set_first(self, key: str, value: str) -> bytes:
         """Write a key that is not there; what is there then, of whoever was first."""
         try:
@@ -65,10 +69,14 @@ class JobStore:
         """Whether all of these are there."""
         return bool(self._ask(self._store.check, keys))
 
-    def delete_key(self, key: str) -> None:
-        """Forget a key; some stores keep every one."""
-        with suppress(NotImplementedError):
-            self._ask(self._store.delete_key, key)
+    def count(self, key: str) -> int:
+        """How many have counted there, this time too."""
+        counted: int = self._ask(self._store.add, key, 1)
+        return counted
+
+    def delete_soon(self, key: str) -> None:
+        """Forget a key, without waiting for the answer; some stores keep every one."""
+        self._start(self._store.delete_key, key)
 
     def close(self) -> None:
         """End the thread, which a later call would start again."""
@@ -76,7 +84,7 @@ class JobStore:
             self._calls.put(None)
             self._thread, self._calls = None, queue.SimpleQueue()
 
-    def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _start(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
         if self.silent:
             raise StoreError("it has not answered before")
         if self._thread is None:
@@ -84,8 +92,11 @@ class JobStore:
             self._thread.start()
         answer: Future[Any] = Future()
         self._calls.put((answer, call, args))
+        return answer
+
+    def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
-            return answer.result(self.limit_seconds)
+            return self._start(call, *args).result(self.limit_seconds)
         except NoAnswer:
             self.silent = True
             raise StoreError(f"no answer within {self.limit_seconds:g} s") from None

@@ -14,6 +14,7 @@ from .job import host_name
 from .job_store import JobStore, StoreError
 
 ANY = "any"
+_ASKED_TOGETHER = 64  # ranks in one question: its cost grows with them
 
 
 @dataclass
@@ -68,10 +69,10 @@ class Register:
                 cause = json.loads(self.store.set_first(self.key(what, ANY), self.entry(cause)))["cause"]
         return cause
 
-    def has(self, what: str | int, rank: int | str) -> bool:
-        """Whether there is such an entry, as far as the store says."""
+    def has(self, what: str | int, *ranks: int | str) -> bool:
+        """Whether there is such an entry of each, as far as the store says."""
         try:
-            return self.store is not None and self.store.check([self.key(what, rank)])
+            return self.store is not None and self.store.check([self.key(what, rank) for rank in ranks])
         except StoreError:
             return False
 
@@ -81,6 +82,34 @@ class Register:
             return json.loads(self.store.get(self.key(what, rank))) if self.store and self.has(what, rank) else None
         except StoreError:
             return None
+
+    # ---- behind a failure ----
+
+    def absent(self, ranks: list[int], until: float) -> list[int]:
+        """
+        Those who have not failed, as soon as the others have and they have left, or it is late; or an error that is
+        everybody's has been told. Waits.
+        """
+        absent, waiting = [], [ranks[n : n + _ASKED_TOGETHER] for n in range(0, len(ranks), _ASKED_TOGETHER)]
+        while waiting:
+            if self.has("failed", *waiting[0]):  # of almost all: one question
+                waiting[0] = []
+            waiting[0] = [rank for rank in waiting[0] if not self.has("failed", rank)]
+            have_left = all(self.has("left", rank) for rank in waiting[0])
+            if have_left or time.monotonic() >= until or self.has("told", ANY):
+                absent += waiting.pop(0)
+            else:
+                time.sleep(0.05)
+        return absent
+
+    def found_by_another(self, until: float) -> list[str]:
+        """Whom another rank that has failed has found missing; nothing where none says so in time. Waits."""
+        while time.monotonic() < until:
+            said = self.get("found", ANY)
+            if said:
+                return [said["cause"]]
+            time.sleep(0.05)
+        return []
 
     # ---- between meetings ----
 

@@ -24,6 +24,8 @@ _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and
 _SECOND_SECONDS = 0.5  # longer for who fails behind another, whose words it hears
 _LAST_SECONDS = 1.0  # for a process that lets everything go because it ends to say that
 _NOTE_SECONDS = 5.0  # between two notes of where a rank is
+_COUNT = "count"
+_GIVEN_UP = 8  # that an error names
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _going: list[
     RollCall
@@ -35,9 +37,11 @@ class RollCall:
     The ranks of one training run, on gloo and NCCL alike: in a world of one it does nothing.
 
     A meeting is a place where every rank waits for all others. Its keys are `run/meeting/rank`, their values host,
-    step and place; two meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and
-    has seen a failure; `run/left/any` and `run/failed/any` say that there is one. `run/missed/rank` has the words of
-    one that has waited for this rank in vain, `run/told/any` those of an error that is everybody's. A thread leaves
+    step and place; `run/meeting/count` counts them, and who counts last writes `run/meeting/any`, for which the others
+    wait. Two meetings' are kept. `run/left/rank` holds a last word, `run/failed/rank` that a rank lives and has seen a
+    failure; `run/left/any` and `run/failed/any` say that there is one. `run/missed/rank` has the words of one that has
+    waited for this rank in vain, `run/found/any` the cause of a failure in the words of whoever found one first, and
+    `run/told/any` those of an error that is everybody's. A thread leaves
     `run/note/rank` every `_NOTE_SECONDS`: the step that this rank has reached. It sends to the store alone and holds
     nobody up, also where the store is slow or gone.
 
@@ -76,9 +80,13 @@ class RollCall:
             return
         self._meeting += 1
         try:
-            self.store.set(self.register.key(self._meeting, self.rank), self.register.entry())
-            if self._meeting > 2:  # all have passed the meeting after it
-                self.store.delete_key(self.register.key(self._meeting - 2, self.rank))
+            is_last = self.store.count(self.register.key(self._meeting, _COUNT)) == self.world_size
+            if is_last:
+                self.store.set(self.register.key(self._meeting, ANY), "")
+            self.store.set_soon(self.register.key(self._meeting, self.rank), self.register.entry())
+            for whose in (self.rank, *((ANY, _COUNT) if is_last else ())):
+                if self._meeting > 2:  # all have passed the meeting after it
+                    self.store.delete_soon(self.register.key(self._meeting - 2, whose))
         except StoreError as error:
             raise self._lost(error) from error
 
@@ -110,8 +118,8 @@ class RollCall:
         self.register.at(step, place)
 
     def _all_come(self, store: JobStore, came: float, seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while not store.check(self._keys()):  # its own wait would print two warnings whenever it is in vain
+        until, everybody = time.monotonic() + seconds, self.register.key(self._meeting, ANY)
+        while not store.check([everybody]):  # its own wait would print two warnings whenever it is in vain
             now = time.monotonic()
             if now >= until:
                 return False
@@ -130,7 +138,7 @@ class RollCall:
         if self.register.has("failed", ANY) or self.store.silent:
             return True
         try:
-            if self.store.check(self._keys()):
+            if self.store.check([self.register.key(self._meeting, ANY)]):
                 return False
         except StoreError:
             return True
@@ -194,24 +202,20 @@ class RollCall:
         until = time.monotonic() + _ROLL_SECONDS + _SECOND_SECONDS * self.register.has("failed", ANY)
         for whose in (self.rank, ANY):
             self.register.try_to_say("failed", whose)
-        while time.monotonic() < until and not all(
-            self.register.has("failed", rank) or self.register.has("left", rank) for rank in others
-        ):
-            if self.register.has("told", ANY):
-                break
-            time.sleep(0.05)
+        absent = self.register.absent(others, until)
         told = self.register.get("told", ANY)
         if told:
             return ValueError(told["cause"])
         if self.store.silent:
             return self._lost(error or StoreError("no answer"))
-        causes = [self._words(rank, too_late) for rank in others if not self.register.has("failed", rank)]
+        causes = [self._words(rank, too_late) for rank in absent]
         here = f"It was missed at step {self.register.where}, by rank {self.rank} on {self.register.host}"
         if not causes:  # all who took part live: one of them, or another rank, has missed somebody elsewhere
-            causes = self._told_by_another()
-        self.register.try_to_say("failed", self.rank, "; ".join(causes))
+            causes = self.register.found_by_another(time.monotonic() + _ROLL_SECONDS + 1)
+        if causes:
+            self.register.say_first("found", "; ".join(causes))
         if not causes:
-            also = [(rank, said) for rank in others if (said := self.register.get("failed", rank))]
+            also = [(rank, said) for rank in others[:_GIVEN_UP] if (said := self.register.get("failed", rank))]
             causes = [
                 f"rank {rank} on {said['host']} gave up at step {said['step']}, {said['place']}" for rank, said in also
             ]
@@ -221,17 +225,6 @@ class RollCall:
             f"{'; '.join(causes)}. {here}{detail}. Look at that rank's own log; the last whole checkpoint is "
             "untouched."
         )
-
-    def _told_by_another(self) -> list[str]:
-        """Whom a rank that has failed before has found missing; nothing where none says so in time."""
-        until = time.monotonic() + _ROLL_SECONDS + 1
-        while time.monotonic() < until:
-            for rank in range(self.world_size):
-                said = self.register.get("failed", rank) if rank != self.rank else None
-                if said and said["cause"]:
-                    return [said["cause"]]
-            time.sleep(0.05)
-        return []
 
     def _words(self, rank: int, too_late: bool) -> str:
         """What is known of a rank that is not here."""
@@ -268,10 +261,6 @@ class RollCall:
         """From now on the store must answer soon: there is but a last word to say, or to hear."""
         if self.store is not None:
             self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
-
-    def _keys(self) -> list[str]:
-        """Of this meeting, all ranks'."""
-        return [self.register.key(self._meeting, rank) for rank in range(self.world_size)]
 
     def _lost(self, error: BaseException) -> RuntimeError:
         return RuntimeError(
