@@ -87,10 +87,7 @@ def _contents(state: dict[str, Any]) -> Contents:
             "that saved it."
         )
     tensors = {f"{kind}.{index}": flat for name, kind in _LISTS.items() for index, flat in enumerate(state[name])}
-    # Of an older state the rates are not known.
-    settings: dict[str, Any] = {
-        name: state[name] for name in ("attempted_steps", "rounds", "rates", "ended") if name in state
-    }
+    settings = {name: value for name, value in state.items() if name in _CLOCK}
     outer = state["outer_optimizer"]
     if "param_groups" in outer:
         return Contents(settings, tensors, {"outer_optimizer": outer}, "slow state")
