@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -19,6 +20,7 @@ from devices import on_each_device
 from records import DataError
 from small_text import RUN, TINY, write_pairs
 from studies import graphed, multi30k, reproduce, showing, small_runs, small_translation
+from studies.kept import Clock, Keeper, Progress
 from studies.kept_models import KeptModels
 from studies.plan import TASKS, make_run, published
 from translation.bleu import tokenised_bleu
@@ -423,3 +425,38 @@ def test_tokenised_bleu_by_hand():
     found = tokenised_bleu(["Hunde, die bellen, Sie"], ["Hunde, die bellen, sie"])
     assert found == pytest.approx(100 * (1 / 3) ** 0.25)
     assert tokenised_bleu(["Hunde, die bellen, Sie"], ["Hunde, die bellen, sie"], lowercase=True) == pytest.approx(100)
+
+
+def test_a_published_run_ends_after_ten_passes_without_gain(data, tmp_path):
+    """At a rate of 0 no pass is better than the first: 11 of 20. Left and taken up there, it trains no further."""
+    run = replace(RUN, study="published", base="all_reduce", outer_momentum=0.0, inner_lr=0.0, epochs=20)
+    told = small_translation.train(run, data)
+    assert [look["epoch"] for look in told["curve"]] == list(range(1, 12))
+    assert len({look["validation_nll"] for look in told["curve"]}) == 1
+    assert told["epochs_of_models"]["mean_of_10"] == list(range(2, 12))
+    assert small_translation.train(replace(run, study="table1"), data)["curve"][-1]["epoch"] == 20
+    state = tmp_path / "state"
+    left = small_translation.train(run, data, Keeper(state, {}, 4, Clock(0), cpu=True))
+    assert left is None
+    while left is None:
+        assert len(list(state.glob("epoch*"))) == 1
+        left = small_translation.train(run, data, Keeper(state, {}, 4, Clock(0), cpu=True))
+    for name in ("curve", "steps", "metrics"):
+        assert left[name] == told[name], name
+
+
+@pytest.mark.parametrize(
+    ("nlls", "patience", "over"),
+    [
+        ([3.0, 2.0, 2.5, 2.4], 2, True),
+        ([3.0, 2.0, 2.5], 2, False),
+        ([3.0, 2.0, 2.0, 2.0], 2, True),  # as low is no gain
+        ([3.0, 2.0, 2.5, 1.9], 2, False),
+        ([3.0, 4.0, 5.0, 6.0, 7.0], 0, True),  # its five epochs are done
+        ([3.0, 4.0, 5.0, 6.0], 0, False),
+        ([], 2, False),
+    ],
+)
+def test_when_a_run_is_over(nlls, patience, over):
+    progress = Progress(len(nlls), curve=[{"validation_nll": nll} for nll in nlls])
+    assert small_runs.is_over(SimpleNamespace(patience=patience, epochs=5), progress) == over

@@ -14,6 +14,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from studies import plan as studies
 from studies import reproduce, showing
+from studies.kept import Progress
+from studies.small_runs import is_over
 from translation import data as translation_data
 
 # ---- the cluster's commands ----
@@ -106,7 +108,8 @@ def check_record(record):
     assert set(record) >= set(FIELDS.split())
     assert record["workers"] >= WORKERS.get(run.task, 8)
     steps_of_a_pass = PASSES.get((run.task, run.workers, run.batch_size))
-    assert record["steps"] == (run.epochs * steps_of_a_pass if steps_of_a_pass else STEPS[run.task])
+    epochs = len(record["curve"]) if run.patience else run.epochs
+    assert record["steps"] == (epochs * steps_of_a_pass if steps_of_a_pass else STEPS[run.task])
     assert (record["dataset"], record["dataset_sha256"][:8]) == DATA[record["task"]], (
         "runs on other data are not compared"
     )
@@ -116,7 +119,8 @@ def check_record(record):
     columns = {column.removesuffix("_bits") for column in showing.SHOWN[record["task"]].columns}
     assert {test, f"best_{metric}", *columns} <= set(record["metrics"])
     assert record["metrics"][f"best_{metric}"] == best(look[metric] for look in record["curve"])
-    assert len(record["curve"]) == run.epochs // getattr(run, "look_every", 1)
+    assert len(record["curve"]) == epochs // getattr(run, "look_every", 1)
+    assert not run.patience or is_over(run, Progress(epochs, curve=record["curve"]))
     if record["base"] == "local_sgd" and record["inner_state"] != "average":
         # A round's ring all-reduce of parameters and averaged buffers, fp32, and headers
         theory = 2 * (1 - 1 / run.workers) * 4 * PARAMETERS[record["task"]] * rounds

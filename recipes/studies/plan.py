@@ -199,6 +199,11 @@ class Run:
         return (0.25 if self.study == "published" else 0.1) * max(self.epochs, whole)
 
     @property
+    def patience(self) -> int:
+        """Looks without a lower validation NLL after which a run ends, as in Wu et al. (2021); 0: it does not."""
+        return 10 if self.study == "published" else 0
+
+    @property
     def slowmo(self) -> bool:
         """Whether slow momentum is on."""
         return self.outer_momentum > 0

@@ -49,14 +49,21 @@ def train_workers(run: Run, make_job: Callable[[int], Job], keeper: Keeper | Non
     return slowmo_hf.run_in_process(lambda rank: _work(run, make_job(rank), rank, keeper, start), run.workers)[0]
 
 
+def is_over(run: Run, progress: Progress) -> bool:
+    """Whether all epochs are done; or, where a run has patience, so many looks without a lower validation NLL."""
+    nlls = [look["validation_nll"] for look in progress.curve] if run.patience else []
+    is_stale = bool(nlls) and len(nlls) - 1 - nlls.index(min(nlls)) >= run.patience
+    return is_stale or progress.epochs == run.epochs
+
+
 def _work(run: Run, job: Job, rank: int, keeper: Keeper | None, start: float) -> dict[str, Any] | None:
     optimizer = SlowMoOptimizer(job.inner, run.config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(job.inner, job.learning_rate_factor)
     kept = KeptWorker(keeper, rank, job.model, optimizer, scheduler) if keeper else None
     progress = kept.take_up() if kept else Progress()
     begun = progress.epochs
-    for epoch in range(begun, run.epochs):
-        epoch_start = time.perf_counter()
+    while not is_over(run, progress):
+        epoch, epoch_start = progress.epochs, time.perf_counter()
         for batch in job.batches(epoch):
             job.learn(batch)
             optimizer.step()
@@ -70,6 +77,7 @@ def _work(run: Run, job: Job, rank: int, keeper: Keeper | None, start: float) ->
             with slowmo_hf.consensus(optimizer):
                 if rank == 0:
                     progress.curve.append({"epoch": progress.epochs, **job.look(progress.epochs, is_last)})
+            progress.curve = slowmo_hf.together(lambda curves: [curves[0]] * len(curves), progress.curve)
         now = time.perf_counter()
         # The first epoch of a call starts the job, and on a GPU captures its graph: it counts until there is another.
         progress.longest_epoch = max(progress.longest_epoch if epoch > begun + 1 else 0.0, now - epoch_start)
