@@ -434,7 +434,8 @@ def test_one_rank_alone_is_told(tmp_path):
             assert error.startswith("RuntimeError: ranks met at different places: rank 0 on "), error
             assert "at step 3, a view of the average" in error
             assert place in error
-            assert "save_model of a Trainer that trains, and slowmo_hf.consensus) is called by all ranks" in error
+            assert "(accelerator.save_state, slowmo_hf.consensus; evaluate, predict and save_model of a Tr" in error
+            assert "is called by all ranks at the same step, not inside `if is_main_process`" in error
             assert seconds < 10 * patience(1)
     assert not (tmp_path / "export").exists()
 

@@ -18,7 +18,7 @@ from ..algorithm.norms import all_finite
 from ..dtensors import is_sharded, local
 from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
-from ..wire.job import host_name
+from ..wire.job import host_name, said_by_ranks
 from ..wire.workers import Workers
 from .digests import digests, parts_of
 
@@ -250,10 +250,9 @@ class OtherTensors:
                 if self._policy == "average":
                     raise ValueError(f"step {step}: {self._difference(name, forms)}")
                 continue  # each worker keeps its own
-            problems = [(rank, host, its[name][1]) for rank, (host, its) in enumerate(told)]
-            if any(words for *_, words in problems):
-                at = [f"rank {rank} on {host}, step {step}: {words}" for rank, host, words in problems if words]
-                raise ValueError("; ".join(at))
+            if any(its[name][1] for _, its in told):
+                at = [(host, f"step {step}: {its[name][1]}" if its[name][1] else "") for host, its in told]
+                raise ValueError(said_by_ranks(at, ", "))
             agreed.append(name)
         return agreed
 

@@ -19,7 +19,7 @@ from ..upstream import collectives_of_job
 from ..wire.averages import Averages
 from ..wire.gossip import GossipBase, make_topology
 from ..wire.inside import Inside, ShardedInside, WholeInside
-from ..wire.job import backends, host_name, is_in_process
+from ..wire.job import backends, host_name, is_in_process, said_by_ranks
 from ..wire.workers import Workers
 from .account import Account, mean_utilisation
 from .clock import Clock
@@ -238,13 +238,10 @@ class Parts:
             return
         told = self.workers.world.gather_objects((host_name(), own_is_finite))
         step = self.clock.attempted_steps
-        where = [
-            f"rank {rank} on {host}, step {step}: {_NOT_FINITE}"
-            for rank, (host, is_finite) in enumerate(told)
-            if not is_finite
-        ]
+        where = [(host, "" if is_finite else f"step {step}: {_NOT_FINITE}") for host, is_finite in told]
         raise ValueError(
-            "; ".join(where) or f"step {step}: the workers' average is not finite, though each one's part is."
+            said_by_ranks(where, ", ")
+            or f"step {step}: the workers' average is not finite, though each one's part is."
         )
 
 

@@ -225,11 +225,11 @@ class Header:
     def _tell_problems(self, world: Communicator, steps: list[int]) -> None:
         """Lost parameters make buffers not finite, also those of others: where there are any, they alone are told."""
         told = world.gather_objects((host_name(), self.problem, self.changed.problem))
-        by_kind = [
-            [f"rank {rank} on {its[0]}, step {steps[rank]}: {its[kind]}" for rank, its in enumerate(told) if its[kind]]
-            for kind in (1, 2)
+        kind = 1 if any(problem for _, problem, _ in told) else 2
+        at = [
+            (its[0], f"step {step}: {its[kind]}" if its[kind] else "") for step, its in zip(steps, told, strict=True)
         ]
-        raise ValueError("; ".join(by_kind[0] or by_kind[1]))
+        raise ValueError(said_by_ranks(at, ", "))
 
     def _compare_places(self, world: Communicator, purposes: list[Purpose], steps: list[int]) -> None:
         """

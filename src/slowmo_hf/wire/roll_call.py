@@ -80,10 +80,11 @@ class RollCall:
             return
         self._meeting += 1
         try:
+            self.store.set_soon(self.register.key(self._meeting, self.rank), self.register.entry())
+            # Behind it, in order: whoever is killed from here on was seen here.
             is_last = self.store.count(self.register.key(self._meeting, _COUNT)) == self.world_size
             if is_last:
                 self.store.set(self.register.key(self._meeting, ANY), "")
-            self.store.set_soon(self.register.key(self._meeting, self.rank), self.register.entry())
             for whose in (self.rank, *((ANY, _COUNT) if is_last else ())):
                 if self._meeting > 2:  # all have passed the meeting after it
                     self.store.delete_soon(self.register.key(self._meeting - 2, whose))
