@@ -23,6 +23,7 @@ from slowmo_hf.checkpoints.together import turn_at_reading
 from slowmo_hf.contents import CheckpointError, Contents, Saved
 from slowmo_hf.training.status import Header, Purpose
 from slowmo_hf.wire import job, roll_call
+from slowmo_hf.wire.communicator import Communicator
 from slowmo_hf.wire.roll_call import RollCall
 
 MANY = 1024
@@ -136,22 +137,9 @@ def test_machines_of_several_sizes_are_told_the_way_out():
 
 def take_turns(folder, copy_of):
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")  # whatever the launcher says
-    outer_loop = SimpleNamespace(workers=SimpleNamespace(world=World()))
+    outer_loop = SimpleNamespace(workers=SimpleNamespace(world=Communicator(patience(20), torch.device("cpu"))))
     own = copy_of if dist.get_rank() > 1 else folder
     return turn_at_reading(outer_loop, folder), turn_at_reading(outer_loop, own)
-
-
-class World:
-    """What `turn_at_reading` asks of a communicator."""
-
-    @property
-    def rank(self):
-        return dist.get_rank()
-
-    def gather_objects(self, own):
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-        return gathered
 
 
 def test_machines_that_share_a_checkpoint_read_it_once_between_them(tmp_path):

@@ -5,7 +5,6 @@ fails on one rank is the same error on all.
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -203,7 +202,7 @@ def turn_at_reading(outer_loop: OuterLoop, folder: Path) -> tuple[int, int]:
     """
     world = outer_loop.workers.world
     try:
-        told = os.stat(folder / FOLDER / MANIFEST)
+        told = (folder / FOLDER / MANIFEST).stat()
         seen = (told.st_ino, told.st_ctime_ns, told.st_size)
     except OSError:
         seen = None  # `verify_in_turns` says so

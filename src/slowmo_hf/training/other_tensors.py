@@ -250,9 +250,9 @@ class OtherTensors:
                 if self._policy == "average":
                     raise ValueError(f"step {step}: {self._difference(name, forms)}")
                 continue  # each worker keeps its own
-            if any(its[name][1] for _, its in told):
-                at = [(host, f"step {step}: {its[name][1]}" if its[name][1] else "") for host, its in told]
-                raise ValueError(said_by_ranks(at, ", "))
+            problems = said_by_ranks([(host, its[name][1]) for host, its in told], f", step {step}: ")
+            if problems:
+                raise ValueError(problems)
             agreed.append(name)
         return agreed
 

@@ -238,9 +238,9 @@ class Parts:
             return
         told = self.workers.world.gather_objects((host_name(), own_is_finite))
         step = self.clock.attempted_steps
-        where = [(host, "" if is_finite else f"step {step}: {_NOT_FINITE}") for host, is_finite in told]
+        where = [(host, "" if is_finite else _NOT_FINITE) for host, is_finite in told]
         raise ValueError(
-            said_by_ranks(where, ", ")
+            said_by_ranks(where, f", step {step}: ")
             or f"step {step}: the workers' average is not finite, though each one's part is."
         )
 

@@ -30,10 +30,9 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     """
     config = parts.config
     _refuse_another_set(parts)
-    inside = _inside_round(parts, parts.clock.attempted_steps, "saved")
-    ended = bool(inside) and config.exact_average and parts.tensors.others.is_over  # on the average, without messages
-    if inside and not ended:
-        raise RuntimeError(inside)
+    step = parts.clock.attempted_steps
+    ended = parts.tensors.others.is_over and not parts.clock.agree_at(step)
+    _refuse_inside_round(parts, step, "saved", ended=ended)
     _refuse_part(parts)
     saved = parts.slow.saved(agree=True, keep=True)
     slow = saved.shared if config.exact_average else saved.own  # each worker's own, but at the start
@@ -61,9 +60,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     _refuse_another_set(parts)
     shared = _contents(state)
     step, ended = shared.count("attempted_steps"), shared.flag("ended", default=False)
-    inside = _inside_round(parts, step, "resumed")
-    if inside and not (ended and parts.config.exact_average):
-        raise RuntimeError(inside)
+    _refuse_inside_round(parts, step, "resumed", ended=ended)
     if len(state["velocities"]) != len(parts.slow.update.velocities):
         raise ValueError(
             f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
@@ -117,24 +114,24 @@ def _refuse_part(parts: Parts) -> None:
             )
 
 
-def _inside_round(parts: Parts, attempted_steps: int, verb: str) -> str:
-    """Why a state of this step cannot speak for all workers, where training goes on; empty where it can."""
+def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str, *, ended: bool) -> None:
     config = parts.config
     if attempted_steps and not config.exact_average:
-        return (
+        raise RuntimeError(
             f"training cannot be {verb} with exact_average=False: the workers stay different, and their own "
             "weights are not in this state. Use exact_average=True."
         )
+    if ended:  # on the average, with nothing in flight
+        return
     if attempted_steps and config.overlap_steps:
-        return (
+        raise RuntimeError(
             f"training cannot be {verb} with overlap_steps={config.overlap_steps}: workers are never all the "
             "same, and their own weights are not in this state. Save behind slowmo_hf.finish(optimizer), use "
             "accelerator.save_state, or overlap_steps=0."
         )
     if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
-        return (
+        raise RuntimeError(
             f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
             f"{config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
             "of sync_every, behind slowmo_hf.finish(optimizer), or with accelerator.save_state at any step."
         )
-    return ""

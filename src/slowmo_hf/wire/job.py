@@ -123,14 +123,13 @@ def said_by_ranks(told: list[tuple[str, str]], joint: str = ": ") -> str:
     for rank, (host, words) in enumerate(told):
         if words:
             at.setdefault(words, []).append(f"rank {rank} on {host}")
-    everyone = len(told)
-    return "; ".join(
-        f"{f'{places[0]} and all others' if 1 < len(places) == everyone else _named(places)}{joint}{words}"
-        for words, places in sorted(at.items(), key=lambda item: len(item[1]) > _NAMED)
-    )
+    rare_first = sorted(at.items(), key=lambda item: len(item[1]) > _NAMED)
+    return "; ".join(f"{_named(places, len(told))}{joint}{words}" for words, places in rare_first)
 
 
-def _named(ranks: list[str]) -> str:
+def _named(ranks: list[str], everyone: int) -> str:
+    if 1 < len(ranks) == everyone:
+        return f"{ranks[0]} and all others"
     more = len(ranks) - _NAMED
     return ", ".join(ranks[:_NAMED]) + (f" and {more:,} others" if more > 0 else "")
 

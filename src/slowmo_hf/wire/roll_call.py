@@ -84,9 +84,9 @@ class RollCall:
             # Behind it, in order: whoever is killed from here on was seen here.
             is_last = self.store.count(self.register.key(self._meeting, _COUNT)) == self.world_size
             if is_last:
-                self.store.set(self.register.key(self._meeting, ANY), "")
-            for whose in (self.rank, *((ANY, _COUNT) if is_last else ())):
-                if self._meeting > 2:  # all have passed the meeting after it
+                self.store.set(self._everybody, "")
+            if self._meeting > 2:  # all have passed the meeting after it
+                for whose in (self.rank, *((ANY, _COUNT) if is_last else ())):
                     self.store.delete_soon(self.register.key(self._meeting - 2, whose))
         except StoreError as error:
             raise self._lost(error) from error
@@ -119,8 +119,8 @@ class RollCall:
         self.register.at(step, place)
 
     def _all_come(self, store: JobStore, came: float, seconds: float) -> bool:
-        until, everybody = time.monotonic() + seconds, self.register.key(self._meeting, ANY)
-        while not store.check([everybody]):  # its own wait would print two warnings whenever it is in vain
+        until = time.monotonic() + seconds
+        while not store.check([self._everybody]):  # its own wait would print two warnings whenever it is in vain
             now = time.monotonic()
             if now >= until:
                 return False
@@ -139,7 +139,7 @@ class RollCall:
         if self.register.has("failed", ANY) or self.store.silent:
             return True
         try:
-            if self.store.check([self.register.key(self._meeting, ANY)]):
+            if self.store.check([self._everybody]):
                 return False
         except StoreError:
             return True
@@ -211,10 +211,10 @@ class RollCall:
             return self._lost(error or StoreError("no answer"))
         causes = [self._words(rank, too_late) for rank in absent]
         here = f"It was missed at step {self.register.where}, by rank {self.rank} on {self.register.host}"
-        if not causes:  # all who took part live: one of them, or another rank, has missed somebody elsewhere
-            causes = self.register.found_by_another(time.monotonic() + _ROLL_SECONDS + 1)
         if causes:
             self.register.say_first("found", "; ".join(causes))
+        else:  # all who took part live: one of them, or another rank, has missed somebody elsewhere
+            causes = self.register.found_by_another(time.monotonic() + _ROLL_SECONDS + 1)
         if not causes:
             also = [(rank, said) for rank in others[:_GIVEN_UP] if (said := self.register.get("failed", rank))]
             causes = [
@@ -262,6 +262,11 @@ class RollCall:
         """From now on the store must answer soon: there is but a last word to say, or to hear."""
         if self.store is not None:
             self.store.limit_seconds = min(self.store.limit_seconds, _ROLL_SECONDS)
+
+    @property
+    def _everybody(self) -> str:
+        """The key that says that all have come to this meeting."""
+        return self.register.key(self._meeting, ANY)
 
     def _lost(self, error: BaseException) -> RuntimeError:
         return RuntimeError(
