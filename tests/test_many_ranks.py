@@ -200,6 +200,15 @@ def test_what_is_read_is_checked_without_a_second_tensor(dtype):
     assert Contents(tensors={"anchor": none}).tensor("anchor", torch.empty(0)) is none
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn])
+def test_float8_that_is_read_is_checked_too(dtype):
+    whole = torch.ones(8).to(dtype)
+    assert Contents(tensors={"scales": whole}).tensor("scales", torch.empty_like(whole)) is whole
+    odd = torch.tensor([1.0, float("nan")]).to(dtype)
+    with pytest.raises(CheckpointError, match="scales is not finite"):
+        Contents(tensors={"scales": odd}).tensor("scales", torch.empty_like(odd))
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
 def test_a_resume_lets_the_old_state_go_before_it_makes_the_new(kind, tmp_path, monkeypatch):
     """Both together would not fit a card that training fills; and nothing of the file is kept."""

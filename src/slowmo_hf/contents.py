@@ -182,8 +182,9 @@ class Contents:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Reads it once, and makes no second one."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    """Reads it once, and makes no second one but of float8, which has no order."""
+    ordered = tensor.float() if tensor.element_size() == 1 else tensor
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(ordered)).isfinite().all())
 
 
 def _odd_state(state: dict[str, Any], numbers: list[Any], optimizer: torch.optim.Optimizer) -> str:
