@@ -141,19 +141,25 @@ def test_sizes_of_the_recipe_start_as_marian_s():
     assert all(value == pytest.approx(64**-0.5, rel=0.03) for value in sizes.values())
 
 
-def test_record_has_the_deviations_of_big():
-    """Drawn at the real size: d = 1,024, f = 4,096."""
-    d, f = 1024, 4096
-    for words, expected in (
-        ("embeddings", d**-0.5),
-        ("queries", (2 * d) ** -0.5),
-        ("keys", (2 * d) ** -0.5),
-        ("values", (2 * d) ** -0.5),
-        ("attention's output", d**-0.5),
-        ("first of the feed-forward layer", math.sqrt(2 / (d + f))),
-        ("second of the feed-forward layer", math.sqrt(2 / (d + f))),
+@pytest.mark.parametrize(("size", "d", "f"), [("big", 1024, 4096), ("base", 512, 2048)])
+def test_record_has_the_deviations_of_both_sizes(size, d, f):
+    """
+    Drawn at the real size. fairseq 0.12.2 draws feed-forward layers as torch does, between -1/√n and 1/√n of n inputs.
+    """
+    glorot = math.sqrt(2 / (d + f))
+    for words, ours, theirs in (
+        ("embeddings", d**-0.5, d**-0.5),
+        ("queries", (2 * d) ** -0.5, (2 * d) ** -0.5),
+        ("keys", (2 * d) ** -0.5, (2 * d) ** -0.5),
+        ("values", (2 * d) ** -0.5, (2 * d) ** -0.5),
+        ("attention's output", d**-0.5, d**-0.5),
+        ("first of the feed-forward layer", glorot, (3 * d) ** -0.5),
+        ("second of the feed-forward layer", glorot, (3 * f) ** -0.5),
     ):
-        assert PIECES[f"big: initial sd of {words}"]["ours"] == pytest.approx(expected, rel=0.02)
+        row = PIECES[f"{size}: initial sd of {words}"]
+        assert row["ours"] == pytest.approx(ours, rel=0.02), words
+        assert row["theirs"] == pytest.approx(theirs, rel=0.02), words
+        assert row["different"] == (ours != theirs), words
 
 
 def test_record_says_which_biases_start_at_0(monkeypatch):
@@ -161,16 +167,20 @@ def test_record_says_which_biases_start_at_0(monkeypatch):
     As the program prints it: fairseq 0.9.0 leaves queries, keys and values with torch's biases (modules/
     multihead_attention.py, reset_parameters), 0.8.0 had one `in_proj_bias` of 0.
     """
-    tiny = {**transformer.MODEL_SIZES["big"], "d_model": 64, "ffn": 128}
-    monkeypatch.setitem(transformer.MODEL_SIZES, "big", tiny)
-    fairseq = SimpleNamespace(numbers={"initial": defaultdict(lambda: [1.0])})
+    for size in ("big", "base"):
+        tiny = {**transformer.MODEL_SIZES[size], "d_model": 64, "ffn": 128}
+        monkeypatch.setitem(transformer.MODEL_SIZES, size, tiny)
+    drawn = defaultdict(lambda: [1.0])
+    fairseq = SimpleNamespace(numbers={"initial": {"big": drawn, "base": drawn}})
     rows = {row["piece"]: row for row in oracle_model.initial(fairseq) if "biases" in row["piece"]}
     assert rows == {piece: row for piece, row in PIECES.items() if "biases" in piece}
-    told = {piece.removeprefix("big: initial biases of "): row["verdict"] for piece, row in rows.items()}
-    assert told == {
+    verdicts = {
         "queries, keys and values": "different: 0, as in fairseq 0.8.0; in 0.9.0 and there torch's own",
         "the feed-forward layer": "different: 0, as in fairseq 0.9.0; there torch's own",
     }
+    for piece, row in rows.items():
+        assert row["verdict"] == verdicts[piece.partition(": initial biases of ")[2]], piece
+    assert len(rows) == 4
 
 
 def test_scores_of_beams_by_hand():

@@ -110,7 +110,7 @@ def main() -> None:
         tensors[name] = trajectory(words, pairs, flags.split())
     numbers["schedule"] = schedule(words)
     tensors["adam"] = adam(words)
-    numbers["initial"] = initial_deviations(words)
+    numbers["initial"] = {size: initial_deviations(size, words) for size in SHAPES}
     tensors["lengths"], numbers["batches"] = batches(words)
     torch.save(tensors, folder / "tensors.pt")
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
@@ -304,10 +304,10 @@ def adam(words: Any) -> dict[str, Any]:
     return told
 
 
-def initial_deviations(words: Any) -> dict[str, list[float]]:
-    """Standard deviation of every tensor of a new model of the real size big, by the last parts of its name."""
+def initial_deviations(size: str, words: Any) -> dict[str, list[float]]:
+    """Standard deviation of every tensor of a new model of the real size, by the last parts of its name."""
     torch.manual_seed(2)
-    _, model, _ = parts(settings("big", real=True), words)
+    _, model, _ = parts(settings(size, real=True), words)
     kinds: dict[str, list[float]] = {}
     for name, value in model.named_parameters():
         kind = ".".join(name.split(".")[-2:])

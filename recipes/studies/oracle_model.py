@@ -111,9 +111,15 @@ def positions(fairseq: Fairseq) -> dict[str, Any]:
 
 
 def initial(fairseq: Fairseq) -> list[dict[str, Any]]:
-    """Standard deviations at the real size of big."""
+    """Standard deviations at the real sizes."""
+    return [row for size in TINY for row in initial_of(fairseq, size)]
+
+
+def initial_of(fairseq: Fairseq, size: str) -> list[dict[str, Any]]:
+    """Those of one size."""
     torch.manual_seed(0)
-    model = make_transformer("big", 1000)
+    model = make_transformer(size, 1000)
+    drawn = fairseq.numbers["initial"][size]
     kinds: dict[str, list[torch.Tensor]] = {}
     for name, value in model.named_parameters():
         if value.requires_grad:
@@ -130,16 +136,16 @@ def initial(fairseq: Fairseq) -> list[dict[str, Any]]:
     ):
         values = [value[1:] if kind == "shared.weight" else value for value in kinds[kind]]
         ours = sum(value.std().item() for value in values) / len(values)
-        theirs = sum(fairseq.numbers["initial"][their_kind]) / len(fairseq.numbers["initial"][their_kind])
+        theirs = sum(drawn[their_kind]) / len(drawn[their_kind])
         same = abs(ours / theirs - 1) < 0.02
         why = "" if same else f"{ours:.4f}, Glorot's as in fairseq 0.9.0; there {theirs:.4f}, torch's own"
         note = f" within sampling: {ours:.4f} and {theirs:.4f}" if same else ""
-        made.append(row(f"big: initial sd of {words}", different=why, note=note, ours=ours, theirs=theirs))
+        made.append(row(f"{size}: initial sd of {words}", different=why, note=note, ours=ours, theirs=theirs))
     biases = [values for kind, values in kinds.items() if kind.endswith("bias")]
     assert all(not value.any() for values in biases for value in values)
     for words, why in (
         ("queries, keys and values", "0, as in fairseq 0.8.0; in 0.9.0 and there torch's own"),
         ("the feed-forward layer", "0, as in fairseq 0.9.0; there torch's own"),
     ):
-        made.append(row(f"big: initial biases of {words}", different=why))
+        made.append(row(f"{size}: initial biases of {words}", different=why))
     return made
