@@ -5,6 +5,7 @@ What `tests/test_elastic.py` starts in a program's place: it runs the program, a
 
 A process has a folder of its own in ELASTIC_NOTES: `pid`; `i.pt`, the parameters that step i (from 0) begins with;
 `end.pt`, those that a program which came to its end leaves. Step i waits until the file `gate` there says more than i.
+FOLDER is made late.
 """
 
 from __future__ import annotations
@@ -42,8 +43,22 @@ def main() -> None:
 
     register_optimizer_step_pre_hook(before_step)
     sys.argv = sys.argv[1:]
+    if os.environ["RANK"] == "0":
+        _make_late(sys.argv[1])
     runpy.run_path(sys.argv[0], run_name="__main__")
     _note(notes, "end", parameters)
+
+
+def _make_late(folder: str) -> None:
+    """The folder, which Trainer makes on rank 0: the others must not count on it."""
+    make = os.makedirs
+
+    def late(name: Any, *args: Any, **kwargs: Any) -> None:
+        if name == folder and not os.path.isdir(name):
+            time.sleep(1)
+        make(name, *args, **kwargs)
+
+    os.makedirs = late
 
 
 def _note(notes: Path, name: str, parameters: list[torch.Tensor]) -> None:

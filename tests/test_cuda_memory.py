@@ -17,18 +17,19 @@ from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 WIDTHS = {"cpu": 128, "cuda": 1024}
 BUCKET_BYTES = {"cpu": 2**16, "cuda": 2**20}
 
-# By case: workers, settings, and what lies on the device between rounds, in copies of the fp32 parameters.
+# By case: workers, settings, and what lies on the device between rounds: in copies of the fp32 parameters, and beside
+# them messages and sums of two buckets, in `bucket_bytes`. A bucket is half of that; of overlapped rounds all of it.
 CODES = 2 * (1 + 4 / 256) / 4  # int8 messages to and from all, with a scale for every 256 elements
 CASES = {
-    "plain": (1, {}, 4 / 4 + 4 / 4),
-    "plain, stash on the cpu": (1, {"stash_device": "cpu"}, 4 / 4 + 4 / 4),
-    "overlapped": (1, {"overlap_steps": 1}, 2 + 1 + 1),  # x_i at step k, and all messages at once
-    "sharded alone, on the cpu": (1, {"shard_slow_state": True, "slow_state_device": "cpu"}, 0),
-    "int8": (2, {"compression": "int8"}, 2 + 1 + 1 / 2),  # a worker's residual and a shard owner's
-    "bf16": (2, {"compression": "bf16"}, 2 + 1 + 1 / 2),
-    "overlapped int8": (2, {"compression": "int8", "overlap_steps": 1}, 2 + 1 + 1 + 1 / 2 + CODES),
-    "sharded": (2, {"shard_slow_state": True}, 2 / 2),
-    "sharded, on the cpu": (2, {"shard_slow_state": True, "slow_state_device": "cpu"}, 0),
+    "plain": (1, {}, 4 / 4 + 4 / 4, 1),
+    "plain, stash on the cpu": (1, {"stash_device": "cpu"}, 4 / 4 + 4 / 4, 1),
+    "overlapped": (1, {"overlap_steps": 1}, 2 + 1 + 1, 0),  # x_i at step k, and all messages at once
+    "sharded alone, on the cpu": (1, {"shard_slow_state": True, "slow_state_device": "cpu"}, 0, 4 / 5),
+    "int8": (2, {"compression": "int8"}, 2 + 1 + 1 / 2, 1 + 1 / 2),  # a worker's residual and a shard owner's
+    "bf16": (2, {"compression": "bf16"}, 2 + 1 + 1 / 2, 1 + 1),
+    "overlapped int8": (2, {"compression": "int8", "overlap_steps": 1}, 2 + 1 + 1 + 1 / 2 + CODES, 2),
+    "sharded": (2, {"shard_slow_state": True}, 2 / 2, 4 / 5),
+    "sharded, on the cpu": (2, {"shard_slow_state": True, "slow_state_device": "cpu"}, 0, 4 / 5),
 }
 
 
@@ -58,8 +59,8 @@ def memory_of(device, settings):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_memory_is_as_documented(device, name):
-    """Two messages with all that is small are less than two buckets; with compression there are four, and a copy."""
-    workers, settings, copies = CASES[name]
+    """What is small takes less than 16 kB; on CUDA, where each tensor is rounded up, the bound is a loose one."""
+    workers, settings, copies, messages = CASES[name]
     on_cpu = settings.get("slow_state_device") == "cpu"
     if device == "cpu" and on_cpu:
         copies = 2 / workers  # one place
@@ -67,6 +68,8 @@ def test_memory_is_as_documented(device, name):
     for sizes in run_workers(memory_of, workers, device, settings, backend=BACKENDS[device]):
         payload = sizes["payload"]
         assert copies * payload <= sizes["kept"] <= copies * payload + slack, sizes
+        if device == "cpu":
+            assert abs(sizes["kept"] - copies * payload - messages * BUCKET_BYTES[device]) < 2**14, sizes
         if device == "cuda":
             stash = payload if settings.get("stash_device") != "cpu" else 0
             assert sizes["round"] <= slack, sizes

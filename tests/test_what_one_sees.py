@@ -5,6 +5,7 @@ text compared, with numbers, hosts and times masked. And who speaks: rank 0 for 
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import warnings
@@ -57,6 +58,44 @@ def test_the_page_shows_what_is_printed(heading, tmp_path):
     (tmp_path / "program.py").write_text(program)
     said = run_script([str(tmp_path / "program.py")], 2, tmp_path / "said")
     assert masked(said) == masked(text), said
+
+
+LOGGED = {"info", "warning"}
+
+
+def texts_of_the_package(calls_alone):
+    """Every text in it, or what its log calls say, with X for what is filled in."""
+    for path in (Path(slowmo_hf.__file__).parent).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if calls_alone:
+                is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                if not (is_call and node.func.attr in LOGGED and node.args):
+                    continue
+                node = node.args[0]
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%(\.\d+)?[sdgr]", "X", node.value).replace("%%", "%")
+
+
+def lines_of_the_page():
+    """First cells of the tables that explain lines, as patterns, those of `Other lines` second."""
+    main, other = PAGE.read_text().split("## Other lines\n")
+    main, other = main.split("| line | says |")[1].split("\n\n")[0], other.split("\n## ")[0]
+    cells = [re.findall(r"^\| ([^|-][^|]*) \|", part, re.MULTILINE) for part in (main, other)]
+    return [[re.escape(cell).replace("…", ".*") for cell in part if cell != "line"] for part in cells]
+
+
+def test_the_page_explains_every_line_that_is_logged():
+    main, other = lines_of_the_page()
+    said = {text for text in texts_of_the_package(calls_alone=True) if text.strip("X")}
+    assert len(said) > 40
+    assert len(other) > 35
+    unknown = [text for text in said if not any(re.match(line, text) for line in main + other)]
+    assert not unknown, unknown
+    texts = set(texts_of_the_package(calls_alone=False))
+    stale = [line for line in other if not any(re.match(line, text) for text in texts)]
+    assert not stale, stale
 
 
 def test_the_page_explains_every_metric_with_its_unit():

@@ -41,7 +41,7 @@ class SlowMoConfig(Presets):
             `"all_reduce"`: gradients averaged by DDP over all processes, the baseline; without an outer update
             (momentum 0, `outer_lr` 1) it is stock training.
         sync_every (`int`, *optional*, defaults to `12`):
-            Inner steps per round, the paper's tau, in optimizer steps (not micro-batches).
+            Inner steps per round, the paper's tau, in optimizer steps (not micro-batches), >= 1.
         outer_optimizer (`str`, *optional*, defaults to `"slow_momentum"`): The update of the anchors.
             `"slow_momentum"` is lines 7 and 8 of Algorithm 1; anything else is a `torch.optim.Optimizer`, the class or
             its dotted path, fed with the pseudo-gradient. It is kept as the path.
@@ -71,9 +71,9 @@ class SlowMoConfig(Presets):
             `"ring"` or `"complete"`; gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the
             others.
         peers (`int`, *optional*, defaults to `1`):
-            Workers each sends to per exchange; gossip bases only.
+            Workers each sends to per exchange, >= 1; gossip bases only.
         staleness (`int`, *optional*, defaults to `1`):
-            Optimizer steps that a message is in flight, exactly; `base="osgp"` only. With 0 it is SGP.
+            Optimizer steps that a message is in flight, exactly, >= 0; `base="osgp"` only. With 0 it is SGP.
         overlap_steps (`int`, *optional*, defaults to `0`): Steps that workers train on while the average of a round
             travels: fewer than `sync_every`; `base="local_sgd"` only. It is then applied, and the progress made
             meanwhile is kept (docs/wire.md). A copy of the parameters more, and messages for all of them. With
@@ -93,8 +93,8 @@ class SlowMoConfig(Presets):
         stash_device (`str`, *optional*, defaults to `"same"`):
             Where local weights wait while the average is shown: `"same"` device or `"cpu"`.
         bucket_bytes (`int`, *optional*, defaults to 256 MiB): What the messages of a round take in memory, in bytes,
-            at most. Two take turns, each an eighth of what travels and 16 MiB at least; less memory makes more of
-            them. Messages in flight over several steps (`overlap_steps`, `osgp`) have this size each.
+            at most, >= 1024. Two take turns, each an eighth of what travels and 16 MiB at least; less memory makes
+            more of them. Messages in flight over several steps (`overlap_steps`, `osgp`) have this size each.
         timeout_seconds (`float`, *optional*, defaults to `1800.0`):
             How long a round waits for a worker before it fails, 0.001 to 1e9.
 

@@ -125,7 +125,8 @@ def _is_plain(value: Any) -> bool:
 def _versions() -> list[str]:
     """
     Of the code that runs here, which may be newer than what an editable install remembers; of transformers, which a
-    custom loop need not import, the installed one's.
+    custom loop need not import, the installed one's. What follows a `+` is how a release was built, for which CUDA or
+    ROCm: cards that are not alike may need others.
     """
     try:
         transformers = importlib.metadata.version("transformers")
@@ -133,7 +134,7 @@ def _versions() -> list[str]:
         transformers = "not installed"
     return [
         f"slowmo_hf {sys.modules['slowmo_hf'].__version__}",
-        f"torch {torch.__version__}",
+        f"torch {torch.__version__.partition('+')[0]}",
         f"accelerate {accelerate.__version__}",
         f"transformers {transformers}",
     ]
