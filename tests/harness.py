@@ -29,6 +29,8 @@ ALLOWED_WARNINGS = [
     ("ignore", ".*destroy_process_group.*", UserWarning),
     # torch.jit deprecations on import of optional parts of torch.
     ("ignore", ".*torch.jit.*", DeprecationWarning),
+    # torch 2.14 deprecates tracing, which programs still do, and a test.
+    ("ignore", ".*torch.jit.trace.*", FutureWarning),
     # transformers 5.23 renames gradient checkpointing; peft still asks by the old name, and so do we, for transformers
     # 4.57.
     ("ignore", ".*gradient_checkpointing.*", FutureWarning),

@@ -80,6 +80,35 @@ def check_logs(folder, report_to, before=()):
     }
 
 
+def advice(folder):
+    """What is said of each `logging_steps`, in 10 steps with rounds of 4."""
+    said = {}
+    for logging_steps, overlap_steps in ((3, 0), (0.3, 0), (4, 0), (0.4, 0), (0.3, 2)):
+        trainer = Trainer(
+            model=Regression(torch.float32),
+            args=arguments(folder, max_steps=10, logging_strategy="steps", logging_steps=logging_steps),
+            train_dataset=Rows(80, torch.float32),
+            callbacks=[SlowMoCallback(SlowMoConfig(sync_every=4, overlap_steps=overlap_steps))],
+        )
+        with Heard() as heard:
+            trainer.train()
+        said[logging_steps, overlap_steps] = heard.about("logging_steps=")
+    return said
+
+
+def test_logs_between_rounds_are_told_also_where_they_are_a_part_of_the_run(tmp_path):
+    gathers = "logging_steps=3: each log gathers the loss of all ranks"
+    told = [f"{gathers}; a multiple of sync_every=4 would wait for nobody"]
+    said, _ = run_workers(advice, 2, str(tmp_path))
+    assert said == {
+        (3, 0): told,
+        (0.3, 0): told,
+        (4, 0): [],
+        (0.4, 0): [],
+        (0.3, 2): [f"{gathers}, and waits for the slowest"],
+    }
+
+
 def test_logs_reach_the_history_tensorboard_and_every_reporter(tmp_path):
     ranks = run_workers(check_logs, 2, str(tmp_path / "logs"), "tensorboard")
     _check_history(ranks)

@@ -250,6 +250,24 @@ class Nested(Codes):
         return state["codes"][0] * state["scale"]
 
 
+class Projector:
+    """As GaLore's: an object with a basis of the worker's own, in which the momentum beside it is meant."""
+
+    def __init__(self, gradient):
+        self.basis = torch.linalg.qr(gradient)[0]
+
+
+class Projected(Codes):
+    """SGD with momentum in the first gradient's basis."""
+
+    def kept(self, momentum):
+        projector = Projector(momentum)
+        return {"projector": projector, "inside": projector.basis.T @ momentum}
+
+    def momentum(self, state):
+        return state["projector"].basis @ state["inside"]
+
+
 CODED = {
     "uint8": (Codes, "its state 'body.weight.codes' has dtype torch.uint8"),
     "int16": (lambda p: Codes(p, dtype=torch.int16), "its state 'body.weight.codes' has dtype torch.int16"),
@@ -259,6 +277,10 @@ CODED = {
     ),
     "a subclass": (Subclass, "its state 'body.weight.codes' is a Coded, which may hold codes"),
     "a list": (Nested, "its state 'body.weight.codes' is a list of tensors"),
+    "an object": (
+        Projected,
+        "its state 'body.weight.projector' is a Projector, by which the others may be meant",
+    ),
 }
 
 
@@ -280,7 +302,7 @@ def test_an_average_of_codes_is_refused_before_anything_is_mixed(kind):
 
     (first, mine, alone), (second, others, also_alone) = run_in_process(work, WORKERS)
     assert first == second
-    name = {"a subclass": "Subclass", "a list": "Nested"}.get(kind, "Codes")
+    name = {"a subclass": "Subclass", "a list": "Nested", "an object": "Projected"}.get(kind, "Codes")
     assert first.startswith("ValueError: rank 0 on ")
     assert f"step {TAU}: inner_state='average' cannot average the state of {name}: {words}. Use inner_state=" in first
     assert equal(mine, alone)

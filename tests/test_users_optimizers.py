@@ -333,6 +333,45 @@ def test_numpys_learning_rates_resume(tmp_path):
     assert torch.equal(*found)
 
 
+class Scale:
+    """As GaLore's projector: an object in an optimizer's state."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Scaled(SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                scale = self.state[param].setdefault("scale", Scale(1.0))
+                scale.value *= 0.5
+                param.data.mul_(scale.value)
+
+
+def test_an_objects_class_is_read_when_it_is_named_and_not_before(tmp_path):
+    """The error said that the file was damaged, and to take another checkpoint, which would have said the same."""
+
+    def run(resumes):
+        accelerator, model, optimizer = linear(Scaled)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if resumes:
+            accelerator.load_state(str(tmp_path), load_kwargs={"weights_only": False})
+        else:
+            train_on(accelerator, model, optimizer, range(2))
+            accelerator.save_state(str(tmp_path))
+        return train_on(accelerator, model, optimizer, range(2, 5))
+
+    right = run(resumes=False)
+    said = error_of(run, resumes=True)
+    assert said.startswith("CheckpointError: ")
+    assert f"worker_0.pt holds an object of {__name__}.Scale, which is not read by default" in said
+    assert "torch.serialization.add_safe_globals([...]) with that class" in said
+    with torch.serialization.safe_globals([Scale]):
+        assert torch.equal(run(resumes=True), right)
+
+
 # ---- what is said ----
 
 

@@ -130,7 +130,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
             average_tokens_inside(self._find_trainer(), group, self._given_back)
-            advise(args, self.config)
+            advise(args, state, self.config)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
         self.outer_loop = outer_loop

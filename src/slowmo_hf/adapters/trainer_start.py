@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from ..config import SlowMoConfig
@@ -152,19 +152,19 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 CallbackHandler.on_train_begin = _and_begin(CallbackHandler.on_train_begin)  # type: ignore[method-assign]
 
 
-def advise(args: TrainingArguments, config: SlowMoConfig) -> None:
-    """What couples the ranks because the user asked for it is left alone, and said."""
+def advise(args: TrainingArguments, state: TrainerState, config: SlowMoConfig) -> None:
+    """What couples the ranks because the user asked for it is left alone, and said; of ratios the state has steps."""
     if args.world_size == 1:
         return
     if args.logging_strategy == "steps" and config.overlap_steps:
         logger.info(
-            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", args.logging_steps
+            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", state.logging_steps
         )
-    elif args.logging_strategy == "steps" and int(args.logging_steps) % config.sync_every:
+    elif args.logging_strategy == "steps" and state.logging_steps % config.sync_every:
         logger.info(
             "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for "
             "nobody",
-            args.logging_steps,
+            state.logging_steps,
             config.sync_every,
         )
     if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):

@@ -9,8 +9,7 @@ Checkpoint files: the folder `slowmo/` inside a checkpoint of Trainer or Acceler
 The manifest, `shared.json` and Trainer's `trainer_state.json` name the save that they are of. Nothing outside the
 folder is read, whatever a name or a link in it says.
 
-Every file is written beside, synced and renamed. Optimizers' states are in torch's own format and read with
-`weights_only`.
+Every file is written beside, synced and renamed. Optimizers' states are torch's own, and read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -41,9 +41,7 @@ _TAIL = 4096  # bytes
 
 
 def write_part(checkpoint: str | os.PathLike[str], name: str, contents: Contents) -> None:
-    """
-    Write `slowmo/{name}.*` of a checkpoint, synced to the disk. A manifest that is there already is removed first.
-    """
+    """Write `slowmo/{name}.*` of a checkpoint, synced to the disk; a manifest that is there is removed first."""
     folder = Path(checkpoint) / FOLDER
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -110,6 +108,11 @@ def read_part(checkpoint: str | os.PathLike[str], name: str, *, settings_alone: 
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if unknown := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+        return CheckpointError(
+            f"{path} holds an object of {unknown[1]}, which is not read by default: reading it may run code. If you "
+            "trust the checkpoint, call torch.serialization.add_safe_globals([...]) with that class, and resume again."
+        )
     return CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint.")
 
 

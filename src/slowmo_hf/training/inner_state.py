@@ -275,7 +275,11 @@ def _not_a_direction(entry: tuple[str, Any]) -> str:
         inside = value.values() if isinstance(value, dict) else value
         tensors = [one for one in inside if isinstance(one, torch.Tensor) and not _is_a_count("", one)]
         return f"its state {name!r} is a {type(value).__name__} of tensors" if tensors else ""
-    if not isinstance(value, torch.Tensor) or _is_a_count(name, value):
+    if value is None or isinstance(value, (bool, int, float, complex, str, np.generic)):
+        return ""
+    if not isinstance(value, torch.Tensor):  # GaLore's projector: what is beside it lies in each worker's own basis
+        return f"its state {name!r} is a {type(value).__name__}, by which the others may be meant"
+    if _is_a_count(name, value):
         return ""
     own = local(value)
     if type(own) not in (torch.Tensor, torch.nn.Parameter):
