@@ -38,6 +38,7 @@ from image.pixels import SmallImages, make_dataset
 from measuring import hardware, versions
 from peer_systems import SYSTEMS, Training, package, period
 from peer_tables import same_seconds_table, set_targets, table
+from records import write_record
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
 
@@ -140,11 +141,8 @@ class Record:
         return 0, self.args.steps * ddp["seconds_per_step"]
 
     def write(self) -> None:
-        """Beside, and renamed."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.values, indent=1) + "\n")
-        beside.replace(self.path)
+        """As it is now."""
+        write_record(self.values, self.path)
 
 
 def decode(dataset: str | None, path: Path) -> None:

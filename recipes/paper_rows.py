@@ -26,7 +26,7 @@ def set_preset(
     parser.set_defaults(**presets[preset])
     asked = parser.parse_known_args(flags)[0]
     config = SlowMoConfig.paper(paper_task or preset, asked.base, outer_momentum=asked.outer_momentum)
-    gossip_alone = asked.base in ("sgp", "osgp", "dpsgd") and not asked.outer_momentum
+    gossip_alone = config.gossips and not asked.outer_momentum
     parser.set_defaults(
         output_dir=f"outputs/{preset}_{asked.base}{'_slowmo' if asked.outer_momentum else ''}",
         sync_every=config.sync_every,

@@ -15,11 +15,11 @@ import fsdp
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.adapters.first_pass import is_before_prepare, refuse_separate_gradients, trains, whole_model
-from slowmo_hf.adapters.fully_sharded import ShardedIsolation, reshard, sharded_roots
+from slowmo_hf.adapters.fully_sharded import ShardedIsolation, sharded_roots
 from slowmo_hf.adapters.isolation import Isolation, refusal
 from slowmo_hf.adapters.trainer_start import refuse_wrong_launch
 from slowmo_hf.dtensors import sharded_modules
-from slowmo_hf.upstream import fsdp_parameter_groups
+from slowmo_hf.upstream import fsdp_parameter_groups, fsdp_reshard
 from tiny import error_of
 
 pytestmark = fsdp.NEEDED
@@ -244,7 +244,7 @@ def stale_copies(mesh):
         for p in held:
             p.to_local().zero_()
         without = float(model(**rows)["loss"])
-        reshard(sharded_modules([model]))
+        fsdp_reshard(sharded_modules([model]))
         names = {name for name, p in model.named_parameters() if hasattr(p, "device_mesh")}
         with_it = float(model(**rows)["loss"])
         right = float(zeros(**rows)["loss"])

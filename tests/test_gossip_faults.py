@@ -16,7 +16,7 @@ from apart import HOST, TIMEOUT_SECONDS
 from harness import patience
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.algorithm.layout import flat_anchors, flat_layouts
-from slowmo_hf.algorithm.norms import finiteness
+from slowmo_hf.finite import finiteness
 from slowmo_hf.wire.exchange import Exchange
 from tiny import Regression, Rows
 

@@ -16,7 +16,7 @@ from mixing import mixing_matrix
 from pulls import PULLS, pulled
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.rules import GOSSIP_BASES
 from slowmo_hf.wire.gossip import make_topology
 from slowmo_hf.wire.job import rank_in_job
 from tiny import Regression, Rows, two_groups, values, warmup_and_decay

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,18 +251,11 @@ class Nested(Codes):
         return state["codes"][0] * state["scale"]
 
 
-class Projector:
-    """As GaLore's: an object with a basis of the worker's own, in which the momentum beside it is meant."""
-
-    def __init__(self, gradient):
-        self.basis = torch.linalg.qr(gradient)[0]
-
-
 class Projected(Codes):
-    """SGD with momentum in the first gradient's basis."""
+    """As GaLore's: an object has a basis of the worker's own, in which the momentum beside it is meant."""
 
     def kept(self, momentum):
-        projector = Projector(momentum)
+        projector = SimpleNamespace(basis=torch.linalg.qr(momentum)[0])
         return {"projector": projector, "inside": projector.basis.T @ momentum}
 
     def momentum(self, state):
@@ -279,7 +273,7 @@ CODED = {
     "a list": (Nested, "its state 'body.weight.codes' is a list of tensors"),
     "an object": (
         Projected,
-        "its state 'body.weight.projector' is a Projector, by which the others may be meant",
+        "its state 'body.weight.projector' is a SimpleNamespace, by which the others may be meant",
     ),
 }
 

@@ -35,6 +35,7 @@ WINGS = {
         ["held_apart", "trainer_checkpoints"],
         ["refusals", "trainer_methods"],
         ["fully_sharded"],
+        ["alive"],
     ],
     "checkpoints": [["claim", "last_lines", "state"], ["together"], ["places"], ["files"]],
     "training": [
@@ -70,6 +71,7 @@ WINGS = {
         ["presets"],
         ["rules", "values"],
         ["contents", "hints"],
+        ["finite"],
         ["dtensors", "log", "names", "random_state", "upstream"],
     ],
 }

@@ -19,7 +19,7 @@ from node_worker import ACCUMULATION, BATCH, LOOK, LR, STEPS, Gradients, mean_gr
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.adapters.isolation import ddp_wrappers
-from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.rules import GOSSIP_BASES
 from slowmo_hf.training.outer_loop import OuterLoop
 from slowmo_hf.wire.gossip import make_topology
 from tiny import (

@@ -14,7 +14,7 @@ from harness import run_workers
 from mixing import mixing_matrix
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus
-from slowmo_hf.config import GOSSIP_BASES
+from slowmo_hf.rules import GOSSIP_BASES
 from slowmo_hf.wire.gossip import make_topology
 from tiny import Regression, Rows, accumulated, two_groups, warmup_and_decay
 

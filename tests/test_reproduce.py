@@ -262,12 +262,12 @@ def test_a_sweep_is_drawn_over_what_varies_alone(tmp_path):
         {"run": asdict(run), "slowmo": run.slowmo, "seed": 1, "metrics": {"test_accuracy": 0.8 + run.sync_every / 100}}
         for run in runs
     ]
-    (line,) = showing.swept(records, "sync_every", "test_accuracy").values()
+    (line,) = showing.swept_runs(records, "sync_every").values()
     assert [x for x, _ in line] == [3, 12, 24]
-    assert [y for _, y in line] == pytest.approx([0.83, 0.92, 1.04])
+    assert [own for _, own in line] == [[records[1]], [records[2]], [records[0]]]
     other_seed = {**records[0], "run": {**records[0]["run"], "seed": 2}, "seed": 2, "metrics": {"test_accuracy": 1.10}}
-    (line,) = showing.swept([*records, other_seed], "sync_every", "test_accuracy").values()
-    assert line[2] == (24, pytest.approx(1.07)), "one point, the mean over seeds"
+    (line,) = showing.swept_runs([*records, other_seed], "sync_every").values()
+    assert line[2] == (24, [records[0], other_seed]), "one point of both seeds"
     reproduce.plot_sweep(records, "image_classification", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -20,8 +20,8 @@ from mixing import mixing_matrix
 from reference import gossip_reference, slowmo_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus
 from slowmo_hf.algorithm.codec import BLOCK
-from slowmo_hf.config import GOSSIP_BASES
 from slowmo_hf.dtensors import local
+from slowmo_hf.rules import GOSSIP_BASES
 from slowmo_hf.wire.gossip import make_topology
 from tiny import equal, error_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,13 +140,3 @@ def swept_runs(
         run = own[0]["run"]
         lines.setdefault(setting_of({**run, field_name: 0}), []).append((run[field_name], own))
     return {key: sorted(line, key=lambda point: point[0]) for key, line in lines.items() if len(line) > 2}
-
-
-def swept(
-    records: list[dict[str, Any]], field_name: str, metric: str
-) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
-    """The same with the mean over seeds of a metric in place of the runs."""
-    return {
-        key: [(value, statistics.mean(record["metrics"][metric] for record in own)) for value, own in line]
-        for key, line in swept_runs(records, field_name).items()
-    }

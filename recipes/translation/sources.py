@@ -58,7 +58,7 @@ def _load_folder(folder: Path, languages: Languages) -> Mapping[str, Any]:
     names = sorted({path.name.removesuffix(f".{end}") for end in ends for path in folder.glob(f"*.{end}")})
     if names:
         return {
-            name: lambda flag, name=name: _read_text(folder, [folder / f"{name}.{end}" for end in ends], ends, flag)
+            name: lambda flag, name=name: _read_text([folder / f"{name}.{end}" for end in ends], ends, flag)
             for name in names
         }
     raise DataError(
@@ -92,7 +92,7 @@ def _refuse_empty(paths: list[Path], flag: str) -> None:
             )
 
 
-def _read_text(folder: Path, paths: list[Path], languages: tuple[str, str], flag: str) -> datasets.Dataset:
+def _read_text(paths: list[Path], languages: tuple[str, str], flag: str) -> datasets.Dataset:
     """Two text files, read line by line into columns named after the languages."""
     for path, other in (paths, paths[::-1]):
         if not path.is_file():

@@ -19,9 +19,7 @@ from .names import (
     name_by_the_program,
 )
 from .presets import Presets
-from .rules import GOSSIP_BASES as GOSSIP_BASES
-from .rules import SLOW_MOMENTUM as SLOW_MOMENTUM
-from .rules import check
+from .rules import GOSSIP_BASES, SLOW_MOMENTUM, check
 
 
 def _help(text: str) -> dict[str, str]:
@@ -157,6 +155,11 @@ class SlowMoConfig(Presets):
         name_by_the_program(self.outer_optimizer)
 
     @property
+    def gossips(self) -> bool:
+        """Whether workers exchange messages at every step."""
+        return self.base in GOSSIP_BASES
+
+    @property
     def averages_at_rounds(self) -> bool:
         """
         False where a round sends no parameters: workers are equal anyway, or stay different (`exact_average=False`).
@@ -166,8 +169,12 @@ class SlowMoConfig(Presets):
     @property
     def has_outer_update(self) -> bool:
         """False where a round would leave every worker's parameters as they are."""
-        plain = self.outer_optimizer == SLOW_MOMENTUM and self.outer_momentum == 0 and self.outer_lr == 1
-        return self.averages_at_rounds or not plain
+        return self.averages_at_rounds or not self.keeps_the_average
+
+    @property
+    def keeps_the_average(self) -> bool:
+        """Whether the outer update leaves the average as it is: slow momentum is off."""
+        return self.outer_optimizer == SLOW_MOMENTUM and self.outer_momentum == 0 and self.outer_lr == 1
 
     @property
     def has_rounds(self) -> bool:

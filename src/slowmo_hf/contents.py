@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from .dtensors import local
+from .finite import all_finite
 
 
 class CheckpointError(ValueError):
@@ -67,7 +68,7 @@ class Contents:
                 f"does not fit: it has shape {tuple(found.shape)} and {found.dtype}, this run {tuple(like.shape)} and "
                 f"{like.dtype}",
             )
-        if finite and found.is_floating_point() and not _is_finite(found):
+        if finite and found.is_floating_point() and not all_finite([found]):
             self._refuse("safetensors", name, "is not finite (NaN or infinity)")
         return found
 
@@ -114,9 +115,9 @@ class Contents:
             self._refuse("json", name, f"must be a list of {most} lists at most, got {lists!r}")
         return [[self._number(name, value, least) for value in one] for one in lists]
 
-    def flag(self, name: str, *, default: bool) -> bool:
-        """True or false."""
-        value = self.settings.get(name, default)
+    def flag(self, name: str) -> bool:
+        """True or false; false where it is not there."""
+        value = self.settings.get(name, False)
         if not isinstance(value, bool):
             self._refuse("json", name, f"must be true or false, got {value!r}")
         return value
@@ -179,12 +180,6 @@ class Contents:
     def _refuse(self, ending: str, name: str, words: str) -> NoReturn:
         file = f"{self.source}.{ending}" if "/" in self.source else self.source
         raise CheckpointError(f"{file}: {self.within}{name} {words}. Resume from another checkpoint.")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Reads it once, and makes no second one but of float8, which has no order."""
-    ordered = tensor.float() if tensor.element_size() == 1 else tensor
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(ordered)).isfinite().all())
 
 
 def _odd_state(state: dict[str, Any], numbers: list[Any], optimizer: torch.optim.Optimizer) -> str:

@@ -223,7 +223,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             verify = functools.cache(verify_in_turns)  # reads every byte: once for all optimizers
             for within, bare in _ours(self).items():
                 if _is_kept(self, bare):
-                    bare.before_training(functools.partial(_take_up, self, Path(folder), within, verify, settings))
+                    bare.before_training(functools.partial(_take_up, Path(folder), within, verify, settings))
 
         with ExitStack() as given_back:
             for bare in _ours(self).values():  # of FSDP Accelerate loads model and optimizer before it calls a hook
@@ -304,7 +304,6 @@ def _nothing(objects: dict[str, Any]) -> None:
 
 
 def _take_up(
-    accelerator: Accelerator,
     folder: Path,
     within: str,
     verify: Callable[..., None],

@@ -14,12 +14,13 @@ from ..dtensors import sharded_modules
 from ..log import make_heard
 from ..training.ending import log_end
 from ..training.model_tensors import inner_lrs
+from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
 from ..training.report import RoundReport
 from .given import Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
-from .refusals import JoinRefusal, parameters_of
+from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_end import Ending, StepTooMany, best_model, refuse_uncounted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections import Counter
@@ -20,11 +19,12 @@ from .. import upstream
 from ..config import SlowMoConfig
 from ..dtensors import sharded_modules
 from ..log import logger
+from ..training.optimizers_inside import parameters_of
 from ..training.program import Program
 from ..wire.job import is_in_process, processes_in_job
-from .fully_sharded import alive, all_parameters
+from .alive import after_collection, alive
+from .fully_sharded import all_parameters
 from .held_apart import is_apart
-from .refusals import parameters_of
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ def program_in_use() -> Program:
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
-    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    return {id(p): p for p in parameters_of(optimizer)}
 
 
 def refuse_separate_gradients(config: SlowMoConfig, worker_size: int, models: Iterable[torch.nn.Module] = ()) -> None:
@@ -217,10 +217,7 @@ def _left_to_nobody() -> list[list[torch.Tensor]]:
         trained = [[p for p in ddp.parameters() if p.requires_grad] for ddp in whole]
         return [params for params in trained if params and not any(id(p) in held for p in params)]
 
-    if not found():
-        return []
-    gc.collect()  # one that nobody has any more may wait for its collection
-    return found()
+    return after_collection(found)
 
 
 def _are_copies(own: list[torch.Tensor], params: list[torch.Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from logging import Logger, LoggerAdapter
@@ -14,20 +13,11 @@ import torch.distributed as dist
 from .. import upstream
 from ..dtensors import sharded_modules
 from ..log import logger
+from ..training.optimizers_inside import parameters_of
+from .alive import alive
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-
-
-def alive(kind: type[Any]) -> list[Any]:
-    """All objects of a class, or of one that inherits from it: each refers to its class. Some 0.03 s."""
-    kinds = _kinds(kind)  # a walk in Python over all objects takes 0.1 s
-    return [one for one in gc.get_referrers(*kinds) if type(one) in kinds]
-
-
-def _kinds(kind: type[Any]) -> set[type[Any]]:
-    """The class and all that inherit from it."""
-    return {kind}.union(*(_kinds(child) for child in kind.__subclasses__()))
 
 
 def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -35,7 +25,7 @@ def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
     The outermost modules that hold an optimizer's sharded parameters, of all that are alive: where no pass has shown
     the model; nothing where no parameter is sharded.
     """
-    own = {id(p) for group in optimizer.param_groups for p in group["params"] if hasattr(p, "device_mesh")}
+    own = {id(p) for p in parameters_of(optimizer) if hasattr(p, "device_mesh")}
     if not own:
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -44,15 +34,6 @@ def sharded_roots(optimizer: torch.optim.Optimizer) -> list[Any]:
     inner = {id(m) for one in found for m in one.modules() if m is not one}
     outer = [one for one in found if id(one) not in inner]
     return [one for one in outer if any(id(p) in own for p in all_parameters(one))]
-
-
-def reshard(modules: Iterable[FSDPModule]) -> None:
-    """
-    Drop gathered copies: after a write into shards, and before names of parameters are taken. The root and a tied
-    embedding stay gathered after a pass without a backward, others after one that has raised, and the next pass would
-    compute with the values of before. Nothing is sent. Never call it between a forward pass and its backward.
-    """
-    upstream.fsdp_reshard(list(modules))
 
 
 def all_parameters(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -14,12 +13,12 @@ from accelerate.accelerator import Accelerator
 
 from .. import upstream
 from ..log import of_this_rank
-from ..training.outer_loop import OuterLoop
+from ..training.optimizers_inside import parameters_of
 from ..training.report import RoundReport
 from .held_apart import is_apart
 from .isolation import ddp_wrappers
 from .optimizer import SlowMoOptimizer
-from .refusals import allow_join, parameters_of
+from .refusals import allow_join
 from .trainer_methods import callback_of
 
 
@@ -163,40 +162,17 @@ def _note(prepare_optimizer: Callable[..., Any]) -> Callable[..., Any]:
     return note
 
 
-# When each optimizer's program last gathered in training: rounds and steps; None once that has been told.
-_gathered_at: weakref.WeakKeyDictionary[SlowMoOptimizer, tuple[int, int] | None] = weakref.WeakKeyDictionary()
-
-
-def _notice(optimizer: SlowMoOptimizer, loop: OuterLoop, name: str) -> None:
-    if loop.view.is_shown or not loop.parts.trains_alone:
-        return
-    now, before = (loop.rounds, loop.attempted_steps), _gathered_at.get(optimizer, (-1, -1))
-    if before is None:
-        return
-    comes_step_by_step = now[0] == before[0] and now[1] != before[1]
-    _gathered_at[optimizer] = None if comes_step_by_step else now
-    if comes_step_by_step:
-        loop.parts.own_collectives.is_said = True
-        loop.workers.logger.warning(
-            "accelerator.%s over all ranks at steps %d and %d, between rounds: each waits for the slowest rank, and "
-            "counts as communication. Gather at rounds (step %% %d == 0), or in evaluations.",
-            name,
-            before[1],
-            now[1],
-            loop.config.sync_every,
-        )
-
-
 def _watched(gather: Callable[..., Any]) -> Callable[..., Any]:
     """A collective of `Accelerator` that counts as communication; one that comes between rounds is told."""
 
     @functools.wraps(gather)
     def watched(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as given_back:
-            for bare in prepared_by(self).values():
-                if bare.outer_loop is not None:
-                    given_back.enter_context(bare.outer_loop.account.communicating())
-                    _notice(bare, bare.outer_loop, gather.__name__)
+            for loop in (bare.outer_loop for bare in prepared_by(self).values()):
+                if loop is not None:
+                    given_back.enter_context(loop.account.communicating())
+                    if loop.parts.trains_alone and not loop.view.is_shown:
+                        loop.parts.own_collectives.at_call(gather.__name__)
             return gather(self, *args, **kwargs)
 
     return watched

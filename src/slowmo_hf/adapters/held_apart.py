@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import upstream
-from ..training.optimizers_inside import all_inside
-from .fully_sharded import alive
-from .refusals import parameters_of
+from ..training.optimizers_inside import all_inside, parameters_of
+from .alive import after_collection, alive
 
 
 class Held:
@@ -117,12 +114,9 @@ NOT_AVERAGED = (
 )
 
 
-def not_averaged(wrappers: Iterable[DistributedDataParallel]) -> bool:
+def not_averaged(wrappers: list[DistributedDataParallel]) -> bool:
     """Whether one of these is held for a training that is not over, by an optimizer that is still there."""
-    if not any(_is_in_use(ddp) for ddp in wrappers):
-        return False
-    gc.collect()  # one that nobody has any more may wait for its collection
-    return any(_is_in_use(ddp) for ddp in wrappers)
+    return after_collection(lambda: any(map(_is_in_use, wrappers)))
 
 
 def _is_in_use(ddp: DistributedDataParallel) -> bool:
@@ -159,7 +153,7 @@ def _switch(ddp: Any, *, on: bool) -> None:
     ddp.require_backward_grad_sync = ddp.require_forward_param_sync = on
 
 
-def _before_pass(ddp: Any, inputs: Any = None) -> None:
+def _before_pass(ddp: Any, inputs: Any) -> None:
     """Behind `finish` the model may be another's to train: it is stock again, before the pass."""
     held = _held.get(ddp)
     if held is None:
@@ -187,7 +181,4 @@ def _is_anothers(ddp: Any, held: Held) -> bool:
             for one in alive(torch.optim.Optimizer)
         )
 
-    if not found():
-        return False
-    gc.collect()  # on every rank the same are counted: those that somebody has
-    return found()
+    return after_collection(found)

@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import upstream
 from ..dtensors import sharded_modules
 from ..log import logger
+from ..training.optimizers_inside import parameters_of
 from . import held_apart
-from .fully_sharded import ShardedIsolation, alive, reshard
-from .refusals import JoinRefusal, parameters_of, refuse_optimizer
+from .alive import alive
+from .fully_sharded import ShardedIsolation
+from .refusals import JoinRefusal, refuse_optimizer
 
 _ENGINES = "distributed_type must be NO, MULTI_CPU, MULTI_GPU or FSDP (version 2) for local training, got "
 _UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
@@ -69,7 +71,7 @@ def _refuse_model(models: list[Any], sharded: list[Any], optimizer: torch.optim.
     for model in models:
         _refuse_wrapped_or_planned(model)
     if optimizer is not None:
-        reshard(sharded)
+        upstream.fsdp_reshard(sharded)  # before names of parameters are taken
         _refuse_parameters(models, sharded, optimizer)
 
 

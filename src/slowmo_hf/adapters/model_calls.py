@@ -190,7 +190,7 @@ class ModelCalls:
         view = self._outer_loop.view
         if self._outer_loop.consensus.shows_average and not view.keeps_writes:
             return  # it goes with the view
-        is_back = view.is_of_last_round and not view.is_written
+        is_back = view.is_of_last_round and not view.changes()[0]
         self._loaded_at = None if is_back else self._outer_loop.in_flight.moves
 
     @property

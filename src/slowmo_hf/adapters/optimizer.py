@@ -13,6 +13,7 @@ from ..config import SlowMoConfig
 from ..dtensors import sharded_modules
 from ..log import of_this_rank
 from ..training.model_tensors import inner_lrs
+from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
 from ..wire.job import is_in_process
@@ -36,7 +37,7 @@ from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
 from .optimizer_wrapper import OptimizerWrapper, with_own_hooks
 from .other_optimizers import beside_another, note_start, tell_of_others
-from .refusals import JoinRefusal, parameters_of, refuse_schedule_free, refuse_shared_state
+from .refusals import JoinRefusal, refuse_schedule_free, refuse_shared_state
 from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"

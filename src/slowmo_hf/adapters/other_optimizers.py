@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import weakref
 from collections.abc import Callable, Container
 from logging import Logger, LoggerAdapter
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import SLOW_MOMENTUM, SlowMoConfig
-from ..training.optimizers_inside import all_inside
-from .fully_sharded import alive
+from ..config import SlowMoConfig
+from ..rules import SLOW_MOMENTUM
+from ..training.optimizers_inside import all_inside, parameters_of
+from .alive import after_collection, alive
 from .held_apart import NOT_AVERAGED, Averaging, not_averaged
-from .refusals import parameters_of
 
 _started: list[weakref.ref[Any]] = []  # all that train, or have trained
 
@@ -38,7 +37,7 @@ def beside_another(optimizer: Any, wrappers: list[DistributedDataParallel]) -> s
         return None
     own = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
     others = [one for one in _training(own) if _outer_momentum(one.config) and one.outer_loop.attempted_steps]
-    shared = [own[id(p)] for other in others for group in other.param_groups for p in group["params"] if id(p) in own]
+    shared = [own[id(p)] for other in others for p in parameters_of(other) if id(p) in own]
     if not shared:
         return None
     group, index = min(shared)
@@ -86,20 +85,16 @@ def _training(params: Container[int]) -> list[Any]:
     """Those that have begun, and not ended, with one of these parameters by identity."""
 
     def found() -> list[Any]:
-        alive = [optimizer for reference in tuple(_started) if (optimizer := reference()) is not None]
         return [
             one
-            for one in alive
-            if one.outer_loop is not None
+            for reference in tuple(_started)
+            if (one := reference()) is not None
+            and one.outer_loop is not None
             and not one.outer_loop.in_flight.is_over
-            and any(id(p) in params for group in one.param_groups for p in group["params"])
+            and any(id(p) in params for p in parameters_of(one))
         ]
 
-    holders = found()
-    if holders:
-        gc.collect()  # one that nobody has any more may wait for its collection
-        holders = found()
-    return holders
+    return after_collection(found)
 
 
 def _and_keep_apart(wrap: Callable[..., None]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.distributed.algorithms.join import Join, JoinHook
 
 from .. import upstream
 from ..config import SlowMoConfig
-from ..training.optimizers_inside import all_inside
-from .fully_sharded import alive
+from ..training.optimizers_inside import all_inside, parameters_of
+from .alive import alive
 
 
 def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
@@ -51,7 +52,7 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
                 f"the inner optimizer {name} keeps slow weights of its own, and goes back to them: that would undo a "
                 "part of each round. Use the optimizer inside it; SlowMoConfig.lookahead() looks ahead with rounds."
             )
-    for param in (p for of in (_parameters(models), parameters_of(optimizer)) for p in of):
+    for param in chain(*(model.parameters() for model in models), parameters_of(optimizer)):
         inside = upstream.in_backward_optimizers(param)
         if inside:
             raise ValueError(
@@ -105,15 +106,6 @@ def _refuse_own_copies(optimizer: Any) -> None:
             "them at every step: what a round hands back would be lost. Use it without (master_weights=False), or "
             "keep the parameters in fp32 and train in bf16 by autocast (mixed_precision='bf16')."
         )
-
-
-def _parameters(models: Iterable[torch.nn.Module]) -> Iterable[torch.Tensor]:
-    return (p for model in models for p in model.parameters())
-
-
-def parameters_of(optimizer: Any) -> Iterable[torch.Tensor]:
-    """All that an optimizer holds; of one that is not made yet none."""
-    return (p for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
 
 
 class JoinRefusal:

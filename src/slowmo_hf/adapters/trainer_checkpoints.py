@@ -86,11 +86,8 @@ class TrainerCheckpoints:
         return self._keeping
 
     def end(self) -> None:
-        """A save that was under way is given up."""
+        """Training has ended, also by an error: arguments are as they were, and no save is under way."""
         self._release()
-
-    def give_back_arguments(self) -> None:
-        """As they were."""
         for name, value in self._given.items():
             setattr(self.args, name, value)
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import GOSSIP_BASES
 from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 from .stop_signals import REQUEUE_EXIT_CODE
@@ -30,7 +29,7 @@ class Ending:
         self.ended = self.stopped = self.round_ended = False  # the last: at this step
         self.saved_at: int | None = None  # the step of the last checkpoint
         self._planned_end: int | None = None  # max_steps, where it is the same on all ranks
-        if outer_loop.config.base in GOSSIP_BASES:
+        if outer_loop.config.gossips:
             plans = set(outer_loop.workers.world.gather_objects(max_steps))
             self._planned_end = plans.pop() if len(plans) == 1 else None
 
@@ -90,8 +89,7 @@ class Ending:
         meetings = _Meetings(args, state, self._planned_end, steps_per_pass)
         all_stop = state.global_step == self._planned_end or self.stopped or self.outer_loop.status.somebody_ended
         all_meet_here = all_stop or (pass_end_is_ahead and meetings.at_pass_end(state.global_step))
-        gossips = self.outer_loop.config.base in GOSSIP_BASES
-        kept = _copies_of(loaded) if loaded is not None and gossips else []
+        kept = _copies_of(loaded) if loaded is not None and self.outer_loop.config.gossips else []
         self.outer_loop.end(all_meet_here=all_meet_here, others_meet_at=meetings.at)
         _write_back(kept)
         if self.outer_loop.status.somebody_ended_early:

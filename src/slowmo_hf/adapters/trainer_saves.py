@@ -39,16 +39,11 @@ class TrainerSaves:
     def begin(self, trainer: Trainer, looks: Looks, given_back: ExitStack) -> None:
         """From here to the end the Trainer's checkpoints are complete."""
         self._saves.begin()
-        given_back.callback(self.give_up)
+        given_back.callback(self._checkpoints.end)
         wrap = functools.partial(self._around_own_files, trainer, looks)
         replace_method(trainer, upstream.SAVE_CHECKPOINT, wrap, given_back)
         seal_again = functools.partial(and_then, lambda *event: self._checkpoints.seal_again())
         replace_method(trainer.callback_handler, "on_save", seal_again, given_back)
-
-    def give_up(self) -> None:
-        """Training has ended, also by an error: arguments are as they were, and no save is under way."""
-        self._checkpoints.give_back_arguments()
-        self._checkpoints.end()
 
     def end(self) -> None:
         """Training has ended, and by no error: one from now on is not this run's."""

@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from ..dtensors import local
-
 
 class Norms:
     """
@@ -81,24 +79,3 @@ def squared_norm(flat: torch.Tensor) -> torch.Tensor:
         tail = flat[rows * 4096 :]
         square = square + torch.dot(tail, tail).double()
     return square
-
-
-def finiteness(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """
-    1 where all of this process's values are finite, else NaN: 0-dim, in fp64, on the first one's device. Reads all
-    once and writes nothing; nothing waits for the device here.
-    """
-    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in map(local, tensors):
-        if tensor.numel():
-            alike.setdefault((tensor.device, tensor.dtype), []).extend(torch.aminmax(tensor.detach()))
-    if not alike:
-        return torch.ones((), dtype=torch.float64)
-    first = next(iter(alike))[0]
-    ends = torch.cat([torch.stack(group).to(first, torch.float64) for group in alike.values()])
-    return (ends - ends).sum() + 1
-
-
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """The same, waited for."""
-    return math.isfinite(float(finiteness(tensors)))

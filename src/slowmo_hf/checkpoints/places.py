@@ -52,10 +52,7 @@ def read_for(workers: Workers, folder: str, name: str) -> Contents:
 def _at(folder: str, name: str, place: int, *, settings_alone: bool = False) -> Contents:
     contents = read_part(folder, f"{name}_shard_{place}", settings_alone=settings_alone)
     if contents.count("place") != place:
-        raise CheckpointError(
-            f"{contents.source}.json is of place {contents.settings['place']}, not of {place}. Resume from another "
-            "checkpoint."
-        )
+        contents.refuse("place", f"is {contents.settings['place']}, not {place}")
     return contents
 
 
@@ -66,7 +63,7 @@ def _of_this_kind(workers: Workers, contents: Contents, *, places: int) -> Conte
             f"has {workers.size}: it cannot be cut anew. Set processes_per_worker={places}, or load its model and "
             "begin a new run."
         )
-    was_sharded = contents.flag("sharded", default=False)
+    was_sharded = contents.flag("sharded")
     here = f"{workers.size} {'shards' if workers.holds_shards else 'whole models'}"
     there = f"{places} {'shards' if was_sharded else 'whole models'}"
     if was_sharded != workers.holds_shards or (was_sharded and places != workers.size):
@@ -104,5 +101,5 @@ def _joined(first: Contents, others: list[Contents]) -> Contents:
                 "Resume from another checkpoint."
             )
         tensors[name] = torch.cat(parts)  # type: ignore[arg-type]
-    at_anchors = all(contents.flag("at_anchors", default=False) for contents in (first, *others))
+    at_anchors = all(contents.flag("at_anchors") for contents in (first, *others))
     return Contents({**first.settings, "at_anchors": at_anchors}, tensors, first.objects, first.source)

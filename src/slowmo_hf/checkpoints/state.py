@@ -143,7 +143,7 @@ def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None, 
         _say_another_number(folder, then, outer_loop)
     parts = [*outer_loop.saved_parts, outer_loop.inner_state]
     take_up_parts = check_all(parts, Saved(shared, own), same_number=same_number)
-    at_anchors = shared.flag("at_anchors", default=False)
+    at_anchors = shared.flag("at_anchors")
 
     @torch.no_grad()
     def take_up() -> dict[str, Any]:

@@ -83,7 +83,6 @@ class Account:
             self._collectives_of_training += begun - self._begun
         self._last, self._begun = now, begun
 
-    @property
     def collectives_of_training(self) -> int:
         """Those that the program has begun so far in seconds of computation."""
         self._mark()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..config import GOSSIP_BASES, SlowMoConfig
+from ..config import SlowMoConfig
 from ..contents import Contents, Restored, Saved
 
 
@@ -79,7 +79,7 @@ class Clock:
 
     def __post_init__(self) -> None:
         # Asked at every step.
-        self._has_rounds, self._gossips = self.config.has_rounds, self.config.base in GOSSIP_BASES
+        self._has_rounds, self._gossips = self.config.has_rounds, self.config.gossips
 
     def step(self, inner_lrs: list[float]) -> None:
         """One attempted inner step, with the learning rates that were in force."""
@@ -161,7 +161,7 @@ class Clock:
             above = found.numbers("above", len(first))
             rates = Rates(first, above, found.count("steps", least=bool(first), most=attempted_steps if first else 0))
 
-        parted = saved.shared.flag("parted", default=False) and same_number
+        parted = saved.shared.flag("parted") and same_number
 
         def take_up() -> None:
             self.parted_at = attempted_steps if parted else -1

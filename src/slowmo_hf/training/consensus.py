@@ -119,7 +119,7 @@ class Consensus:
         """
         parts = self.parts
         watches = parts.tensors.is_watched and parts.clock.workers_agree and not self.shows_average
-        if watches and (all_come or parts.tensors.is_written):
+        if watches and (all_come or parts.tensors.is_written()):
             with parts.account.paused():
                 self.in_flight.meet(Purpose.LOOK)
 
@@ -143,7 +143,7 @@ class Consensus:
         return end_passes
 
     def show_buffers_of(self, changed_buffers: list[str]) -> None:
-        """The same where all have met: with the average of these buffers."""
+        """As `show`, where all have met: with the average of these buffers."""
         parts = self.parts
         floating, integer = parts.tensors.others.to_average(changed_buffers)
         params = [] if parts.clock.workers_agree else parts.tensors.trainable
@@ -275,7 +275,7 @@ class Consensus:
         if not parts.view.keeps_writes:
             return False
         with parts.account.apart():
-            of_each = parts.workers.world.gather_objects(parts.view.changes)
+            of_each = parts.workers.world.gather_objects(parts.view.changes())
         if parts.meets_others and any(is_written for is_written, _ in of_each):
             parts.clock.parted_at = parts.clock.attempted_steps
         return any(is_changed for _, is_changed in of_each)

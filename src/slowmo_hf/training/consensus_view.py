@@ -108,7 +108,7 @@ class ConsensusView:
         Args:
             by_passes (`Iterable[torch.Tensor]`): What forward passes write too: where nothing else is written, local
                 values return there.
-            others (`Sequence[torch.Tensor]`): No part of the view, but looked at for `is_written`.
+            others (`Sequence[torch.Tensor]`): No part of the view, but looked at for `changes`.
         """
         if self._digests is None:
             self._written_by_passes = {id(tensor) for tensor in by_passes}
@@ -145,14 +145,11 @@ class ConsensusView:
         """Whether it does."""
         return self._digests is not None
 
-    @property
-    def is_written(self) -> bool:
-        """Whether the program has written into what is shown, or the others, and not put it back."""
-        return self.changes[0]
-
-    @property
     def changes(self) -> tuple[bool, bool]:
-        """`is_written`; and whether anything is another than when `keep_writes` was called, also by passes."""
+        """
+        Whether the program has written into what is shown, or the others, and not put it back; and whether anything is
+        another than when `keep_writes` was called, also by passes. Reads all of it.
+        """
         if self._digests is None:
             return False, False
         now = self._digests_now()

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import replace
 from statistics import median
 
-from ..config import GOSSIP_BASES, SlowMoConfig
+from ..config import SlowMoConfig
 from ..wire.workers import Workers
 from .account import Spent, mean_utilisation
 
@@ -75,7 +75,7 @@ class Costs:
     @property
     def exchanged(self) -> float:
         """Seconds of an exchange, the mean over ranks; 0 where there is none."""
-        if self.config.base not in GOSSIP_BASES:
+        if not self.config.gossips:
             return 0.0
         means = [sum(one.exchanged for one in everywhere) / len(everywhere) for everywhere in self._window]
         return float(median(means)) / self.config.sync_every
@@ -83,9 +83,8 @@ class Costs:
     @property
     def round(self) -> float:
         """Seconds of a round itself: of the rank that waits least, for the others wait for it."""
-        gossips = self.config.base in GOSSIP_BASES
         return median(
-            min(one.communicated - (one.exchanged if gossips else 0.0) for one in everywhere)
+            min(one.communicated - (one.exchanged if self.config.gossips else 0.0) for one in everywhere)
             for everywhere in self._window
         )
 
@@ -115,7 +114,7 @@ class Costs:
         computed = self.computed
         mean, slowest = sum(computed) / len(computed), max(range(len(computed)), key=computed.__getitem__)
         words = [f"costs: {1e3 * mean:.2f} ms computation per step, {1e3 * self.round:.1f} ms per round"]
-        if self.config.base in GOSSIP_BASES:
+        if self.config.gossips:
             words.append(f"{1e3 * self.exchanged:.1f} ms waiting for the exchange per step")
         words += [
             f"utilisation {100 * self.utilisation:.1f} %",
@@ -128,7 +127,7 @@ class Costs:
     def _advice(self, bytes_sent: int) -> str:
         """Of settings that go together with the others; none for gossip, which waits at every step."""
         config, computed, spent = self.config, self.computed, self.round
-        if config.base in GOSSIP_BASES:
+        if config.gossips:
             return ""
         mean, most = sum(computed) / len(computed), max(computed)
         words = f" {enough_steps(mean, most, spent)}."

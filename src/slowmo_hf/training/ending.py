@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from ..config import GOSSIP_BASES
 from .account import mean_utilisation
 from .consensus import Consensus
 from .in_flight import InFlight
@@ -37,7 +36,7 @@ def end_together(
     if not parts.meets_others:
         consensus.show()
         return
-    clock, passes_on = parts.clock, parts.config.base in GOSSIP_BASES and not all_meet_here
+    clock, passes_on = parts.clock, parts.config.gossips and not all_meet_here
     with parts.account.communicating():
         if passes_on:
             consensus.restore(give_back_random_state=False)

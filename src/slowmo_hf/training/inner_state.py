@@ -16,7 +16,7 @@ from ..contents import CheckpointError, Contents, Restored, Saved
 from ..dtensors import as_described, described, is_sharded, local
 from ..wire.averages import Averages
 from .model_tensors import ModelTensors, hash48
-from .optimizers_inside import all_inside
+from .optimizers_inside import all_inside, parameters_of
 
 OBJECT = "inner_optimizer"  # in a checkpoint
 SHARDS = "inner_optimizer_shards"  # there, what its DTensors were
@@ -190,7 +190,7 @@ class InnerState:
 
     def saved(self, *, agree: bool, keep: bool) -> Saved:
         """As `Part.saved`, in torch's own form; of a sharded state this process's shards, and what they were."""
-        state, params = _without_numpy(self.optimizer.state_dict()), self._params
+        state, params = _without_numpy(self.optimizer.state_dict()), list(parameters_of(self.optimizer))
         if not self.tensors.mates:
             return Saved(own=Contents(objects={OBJECT: state}))
         shards = {
@@ -215,22 +215,17 @@ class InnerState:
             if type(self.optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
                 self.optimizer.state.clear()  # else the device holds what is left beside what comes
             # torch keeps tensors that lie where their parameter does, and these are a file's.
-            is_kept = any(param.device.type == "cpu" for param in self._params)
+            is_kept = any(param.device.type == "cpu" for param in parameters_of(self.optimizer))
             self.optimizer.load_state_dict(copy.deepcopy(state) if is_kept else state)
             if round_ends:
                 self.reset()
 
         return take_up
 
-    @property
-    def _params(self) -> list[torch.Tensor]:
-        """As a state dictionary numbers them."""
-        return [param for group in self.optimizer.param_groups for param in group["params"]]
-
     def _sharded_again(self, state: dict[Any, Any], own: Contents) -> dict[Any, Any]:
         """The state of every parameter, whose shards are DTensors as they were."""
         shards = own.objects.get(SHARDS)
-        params, found = self._params, {}
+        params, found = list(parameters_of(self.optimizer)), {}
         for number, of_one in state.items():
             found[number] = dict(of_one)
             try:

@@ -67,7 +67,7 @@ class LocalTensors:
         here = [name for name in changed if name not in remade]
         values = [(now[name], _taken(own, f"buffer.{name}", local(now[name]))) for name in here]
         made = [(name, _taken(own, f"buffer.{name}", like), kept) for name, (like, kept) in remade.items()]
-        parted = shared.flag("parted", default=False)
+        parted = shared.flag("parted")
         if parted or not self._clock.agree_at(shared.count("attempted_steps")):
             for name, param in zip(tensors.names, tensors.trainable, strict=True):
                 values.append((param, own.tensor(f"parameter.{name}", local(param))))

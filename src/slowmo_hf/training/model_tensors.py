@@ -15,6 +15,7 @@ from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
 from .digests import digests, parts_of
 from .modes import as_in_training, writing_modules
+from .optimizers_inside import parameters_of
 from .other_tensors import OtherTensors
 
 
@@ -35,7 +36,7 @@ class ModelTensors:
         self.rewritten()  # a gathered parameter has another identity
         named = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
         # All that the optimizer trains; `trainable` has those of one memory (`a.data = b.data`) once.
-        self.held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.held = [p for p in parameters_of(optimizer) if p.requires_grad]
         self.groups = _trainable_groups(optimizer)
         self.trainable = [p for group in self.groups for p in group]
         # The ranks that hold the shards of these parameters together; empty where every process has them whole.
@@ -94,11 +95,10 @@ class ModelTensors:
         """Whether it is known how the round of this step left the parameters."""
         return self._left is not None
 
-    @property
     def is_written(self) -> bool:
         """
-        Whether the program has written into the parameters behind the round of this step. As in a view, what passes
-        write too does not count alone.
+        Whether the program has written into the parameters behind the round of this step: reads all of them. As in a
+        view, what passes write too does not count alone.
         """
         if self._left is None:
             return False

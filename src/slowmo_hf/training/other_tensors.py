@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..algorithm.layout import has_dense_memory, strides
-from ..algorithm.norms import all_finite
 from ..dtensors import is_sharded, local
+from ..finite import all_finite
 from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
 from ..wire.job import host_name, said_by_ranks
@@ -365,5 +365,4 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     own = local(tensor).detach()
     if _is_integer(own):
         return True
-    own = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
-    return all_finite([own.float() if own.element_size() == 1 else own])  # float8 has no order
+    return all_finite([torch.view_as_real(own.resolve_conj()) if own.is_complex() else own])

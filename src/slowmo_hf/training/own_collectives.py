@@ -33,6 +33,7 @@ class OwnCollectives:
     def __init__(self, workers: Workers, clock: Clock, account: Account) -> None:
         self._workers, self._clock, self._account = workers, clock, account
         self._before, self._on_end, self.is_said = 0, 0, False
+        self._called_at = (-1, -1)  # rounds and steps
         self.begin()
 
     def refuse_sending_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -68,13 +69,28 @@ class OwnCollectives:
             if not has_step_hooks(optimizer):
                 handles += [optimizer.register_step_pre_hook(note), optimizer.register_step_post_hook(judge)]
 
+    def at_call(self, name: str) -> None:
+        """A call of Accelerate's that gathers, in training: a second one in a round, at another step, is told."""
+        before, self._called_at = self._called_at, (self._clock.rounds, self._clock.attempted_steps)
+        if self.is_said or before[0] != self._called_at[0] or before[1] == self._called_at[1]:
+            return
+        self.is_said = True
+        self._workers.logger.warning(
+            "accelerator.%s over all ranks at steps %d and %d, between rounds: each waits for the slowest rank, and "
+            "counts as communication. Gather at rounds (step %% %d == 0), or in evaluations.",
+            name,
+            before[1],
+            self._called_at[1],
+            self._clock.config.sync_every,
+        )
+
     def begin(self) -> None:
         """A step begins: what came before was not of one."""
-        self._before = self._account.collectives_of_training
+        self._before = self._account.collectives_of_training()
 
     def at_step(self) -> None:
         """Behind an inner step that the clock does not count yet."""
-        before, self._before = self._before, self._account.collectives_of_training
+        before, self._before = self._before, self._account.collectives_of_training()
         if self._clock.local_steps == 0:  # a round lies before it
             self._on_end = 0
         self._on_end = self._on_end + 1 if self._before > before else 0

@@ -10,10 +10,11 @@ import torch
 from torch.profiler import record_function
 
 from ..algorithm.layout import flat_layouts
-from ..algorithm.norms import Norms, all_finite
+from ..algorithm.norms import Norms
 from ..algorithm.outer_update import works_elementwise
 from ..algorithm.starts import Base, TrainingOn
-from ..config import GOSSIP_BASES, SlowMoConfig
+from ..config import SlowMoConfig
+from ..finite import all_finite
 from ..names import ELEMENTWISE
 from ..upstream import collectives_of_job
 from ..wire.averages import Averages
@@ -257,7 +258,7 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
         or _refuse_device(config, workers, tensors)
         or _refuse_outer_optimizer(config, tensors)
     )
-    if words is None and config.base in GOSSIP_BASES:
+    if words is None and config.gossips:
         try:
             make_topology(config, workers.count)
         except ValueError as error:
@@ -306,7 +307,7 @@ def _make_inside(config: SlowMoConfig, workers: Workers, tensors: ModelTensors) 
 
 
 def _make_base(config: SlowMoConfig, workers: Workers, slow: SlowState, tensors: ModelTensors) -> Base:
-    if config.base in GOSSIP_BASES:
+    if config.gossips:
 
         def lost(worker: int, step: int) -> Exception:
             return _lost(workers, workers.gossip.ranks[worker], step)
@@ -323,5 +324,5 @@ def _lost(workers: Workers, rank: int, step: int) -> ValueError:
 
 def _weigh(config: SlowMoConfig, workers: Workers, averages: Averages, local_steps: list[int]) -> None:
     """Workers count by their steps since the last round (gossip: alike, by their mass)."""
-    if config.base not in GOSSIP_BASES:
+    if not config.gossips:
         averages.weigh([local_steps[rank] for rank in workers.between.ranks])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..wire.gossip import GossipBase
 from .parts import Parts
 
-_FRACTION_LOST = 10
+_ROUNDS_FOR_A_TENTH = 10  # at beta = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def enough_rounds(outer_momentum: float) -> int:
     over T rounds of equal pseudo-gradients the share beta (1 - beta^T) / (T (1-beta)), below a tenth of beta from
     10/(1-beta) rounds on.
     """
-    return math.ceil(_FRACTION_LOST / (1 - outer_momentum) - 1e-9)
+    return math.ceil(_ROUNDS_FOR_A_TENTH / (1 - outer_momentum) - 1e-9)
 
 
 def in_bytes(number: float) -> str:

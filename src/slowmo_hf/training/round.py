@@ -187,11 +187,6 @@ class Round:
         self.parts.status.parameters_alone &= math.isfinite(report.pseudo_grad_norm)
         return report
 
-    @property
-    def _others(self) -> list[str]:
-        """Buffers that are averaged with the parameters; where those travel, they were beside them."""
-        return [] if self.travels or self.agreement is None else self.agreement.changed_buffers
-
     def _apply(self) -> RoundReport:
         parts, base, slow = self.parts, self.parts.base, self.parts.slow
         self.settle()
@@ -206,7 +201,7 @@ class Round:
                 base.take_in_(anchors)
         elif parts.config.averages_at_rounds:
             base.end_average()
-            parts.average_others(self._others)
+            parts.average_others(self.agreement.changed_buffers if self.agreement else [])
         parts.inner_state.reset()
         parts.hand_out()
         parts.copy_last_round()

@@ -59,7 +59,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     """
     _refuse_another_set(parts)
     shared = _contents(state)
-    step, ended = shared.count("attempted_steps"), shared.flag("ended", default=False)
+    step, ended = shared.count("attempted_steps"), shared.flag("ended")
     _refuse_inside_round(parts, step, "resumed", ended=ended)
     if len(state["velocities"]) != len(parts.slow.update.velocities):
         raise ValueError(

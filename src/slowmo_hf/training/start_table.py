@@ -91,7 +91,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
             "processes_per_worker=1.",
             workers.size,
         )
-    if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum == 0 and config.outer_lr == 1:
+    if config.keeps_the_average:
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
         logger.info("slow momentum is off: this is %s", name)
     _warn_of_adalora(parts)

@@ -332,7 +332,7 @@ class StatusExchange:
             problem=self._tensors.problem() or self._inner_state.problem() or self.lost_finiteness,
             stop=self.stop_asked,
             ahead=ahead,
-            parted=purpose is not Purpose.ROUND and self._clock.workers_agree and self._tensors.is_written,
+            parted=purpose is not Purpose.ROUND and self._clock.workers_agree and self._tensors.is_written(),
             spent=self._account.spent,
             loss=self.own_loss() if purpose in _BEFORE_LOGS else math.nan,  # which waits for the device
         )
@@ -365,7 +365,7 @@ class StatusExchange:
 
     def restore(self, saved: Saved, *, same_number: bool) -> Restored:
         """As `Part.restore`."""
-        parameters_alone = saved.shared.flag("parameters_alone", default=False)
+        parameters_alone = saved.shared.flag("parameters_alone")
 
         def take_up() -> None:
             self.parameters_alone = parameters_alone

@@ -26,11 +26,11 @@ from collections.abc import Callable
 import torch
 
 from ..algorithm.layout import Bucket, FlatAnchor, Piece, rounded
-from ..algorithm.norms import finiteness
 from ..algorithm.starts import Base
 from ..algorithm.topology import Schedule, Topology, check_schedule
 from ..config import SlowMoConfig
-from ..contents import CheckpointError, Contents, Restored, Saved
+from ..contents import Contents, Restored, Saved
+from ..finite import finiteness
 from ..names import TOPOLOGIES, find
 from .communicator import Communicator
 from .exchange import Exchange
@@ -276,10 +276,7 @@ class GossipBase(Base):
             for number, weights in enumerate(in_flight)
         ]
         if any(len(weights) > self._degree for weights in in_flight):
-            raise CheckpointError(
-                f"{own.source}.json: in_flight has more messages than the {self._degree} that a worker gets at a "
-                "step. Resume from another checkpoint."
-            )
+            own.refuse("in_flight", f"has more messages than the {self._degree} that a worker gets at a step")
 
         def take_up() -> None:
             self._drop_messages()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from ..contents import Contents, Restored, Saved
 from .averages import Averages, Buffers
 from .communicator import Arrival, Communicator
 from .reduction import OWN_SLOTS, Launch, Memory, Message, UpdatedByAll
+
+M = TypeVar("M", bound="_InTwoStages")
 
 
 class Ends(Protocol):
@@ -108,7 +110,7 @@ class TwoStage(UpdatedByAll):
         As `Reduction.start`. Second stages set out when first ones have come, at the latest when the sums are read.
         """
         for number in range(len(self.buckets)):
-            message = _SumForAll(**self._send(number, launch, base))
+            message = self._send(_SumForAll, number, launch, base)
             if launch.is_ahead:
                 self._first_stages.append((message, launch))
                 self._communicator.owe(lambda: self.start_second_stages(wait=True))
@@ -117,19 +119,13 @@ class TwoStage(UpdatedByAll):
         if not self._communicator.fails_cleanly:
             self.start_second_stages(wait=True)
 
-    def _send(self, number: int, launch: Launch, base: Base) -> dict[str, Any]:
-        """The first stage of bucket `number`: what its message knows."""
+    def _send(self, kind: type[M], number: int, launch: Launch, base: Base) -> M:
+        """The first stage of bucket `number`."""
         outgoing, incoming = self._rows(number, launch.memory, ahead=launch.is_ahead)
         launch.own_squares.append(self.ends.pack_(number, launch, base, outgoing))
-        return {
-            "communicator": self._communicator,
-            "ends": self.ends,
-            "number": number,
-            "square": launch.weight * launch.own_squares[-1],
-            "outgoing": outgoing,
-            "incoming": incoming,
-            "to_owners": self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1)),
-        }
+        square = launch.weight * launch.own_squares[-1]
+        to_owners = self._communicator.start_all_to_all(outgoing.view(-1), incoming.view(-1))
+        return kind(self._communicator, self.ends, number, square, outgoing, incoming, to_owners)
 
     def start_second_stages(self, *, wait: bool) -> None:
         """In the buckets' order, the same on all workers."""
@@ -167,7 +163,7 @@ class TwoStageAtOwners(TwoStage):
     def start(self, launch: Launch, base: Base) -> Iterator[Message]:
         """As `Reduction.start`. Second stages set out behind the update."""
         for number in range(len(self.buckets)):
-            yield _SumForOwner(**self._send(number, launch, base))
+            yield self._send(_SumForOwner, number, launch, base)
 
     def read(self, launch: Launch) -> None:
         """Ahead, new anchors are under way."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import GOSSIP_BASES, SlowMoConfig
+from ..config import SlowMoConfig
 from ..log import Prefixed
 from .communicator import Communicator
 from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
@@ -133,7 +133,7 @@ class Workers:
             )
 
         self.between = column(purpose)
-        if self.config.base in GOSSIP_BASES:
+        if self.config.gossips:
             self.gossip = column("gossip")
             # NCCL wants every rank in a group's first call; in an exchange some may idle.
             self.gossip.gather_header([0.0])
@@ -173,11 +173,7 @@ class Workers:
         """
         Payload that this process has sent to other workers, since the groups were made; status exchanges included.
         """
-        return (
-            self.world.bytes_sent
-            + self.between.bytes_sent
-            + (self.gossip.bytes_sent if self.config.base in GOSSIP_BASES else 0)
-        )
+        return self.world.bytes_sent + self.between.bytes_sent + (self.gossip.bytes_sent if self.config.gossips else 0)
 
 
 def _mine(communicators: list[Communicator]) -> Communicator:
