@@ -34,9 +34,9 @@ def test_the_effective_step(settings, policy, said):
         (7, {"base": "sgp"}, "with 7 workers"),
         (8, {}, ""),
         (8, {"outer_momentum": 0.7}, "so rounds step 3.33 times as far as the learning rate says. With Adam and as"),
-        (2, {"outer_momentum": 0.2}, "as many workers outer_momentum=0 at most is advised (docs/from_ddp.md)"),
+        (2, {"outer_momentum": 0.2}, "as many workers set outer_momentum to 0 at most (docs/from_ddp.md)"),
         (4, {"outer_momentum": 0.2}, ""),
-        (4, {"outer_momentum": 0.4}, "as many workers outer_momentum=0.2 at most is advised (docs/from_ddp.md)"),
+        (4, {"outer_momentum": 0.4}, "as many workers set outer_momentum to 0.2 at most (docs/from_ddp.md)"),
         (2, {"inner_state": "reset"}, ""),
         (2, {"outer_momentum": 0.7, "outer_lr": 0.3}, ""),  # 0.3 / 0.3, but for rounding
     ],

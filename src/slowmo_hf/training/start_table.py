@@ -153,7 +153,7 @@ def _warn_of_far_steps(parts: Parts) -> None:
         return
     workers.logger.warning(
         "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far as "
-        "the learning rate says. With Adam and as many workers outer_momentum=%g at most is advised "
+        "the learning rate says. With Adam and as many workers set outer_momentum to %g at most "
         "(docs/from_ddp.md): runs whose rounds stepped further were worse, or ruined.",
         config.outer_momentum,
         workers.count,
