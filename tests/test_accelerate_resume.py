@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -17,6 +18,7 @@ import slowmo_hf
 from accelerate_loops import linear, on_all_ranks, settings, train_on, weights
 from harness import run_workers
 from slowmo_hf import SlowMoOptimizer
+from slowmo_hf.adapters.accelerate_objects import LoadedSettings
 
 
 def everything(model):
@@ -373,3 +375,33 @@ def test_what_accelerate_did_not_prepare_is_gone_on_with(tmp_path, processes):
     """From the first pass on: its gradient is that of the worker's own weights, not of the average."""
     for in_one_go, resumed in run_workers(registered, processes, str(tmp_path)):
         assert torch.equal(in_one_go, resumed)
+
+
+class Counts:
+    """Its state is its own dictionary."""
+
+    def __init__(self):
+        self.state = {"n": 0, "own": 0}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
+def test_what_a_program_writes_in_place_after_a_load_stays():
+    counts = Counts()
+    accelerator = SimpleNamespace(scaler=None, _schedulers=[], _custom_objects=[counts])
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), momentum=0.5)
+    (group,) = inner.param_groups
+    loaded = LoadedSettings(accelerator, [inner])
+    group["lr"].fill_(0.01)
+    group["nesterov"] = True
+    counts.state["n"] = 5
+    give_back = loaded.changes(inner)
+    group.update(lr=torch.tensor(0.2), nesterov=False)  # this worker's own, as they were saved
+    give_back({"registered.0": {"n": 1, "own": 7}})
+    assert group["lr"] == 0.01
+    assert group["nesterov"] is False, "a flag is a mode, which goes with the weights"
+    assert counts.state == {"n": 5, "own": 7}

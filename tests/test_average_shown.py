@@ -298,3 +298,18 @@ def test_rollouts_of_every_step_are_told_and_children_make_them_right(how, caplo
     assert sum("model.eval() at every step shows the last round's model." in line for line in lines) == (
         how == "whole"
     )
+
+
+def test_evaluations_at_every_other_step_are_no_rollouts(caplog):
+    def work(rank):
+        model = torch.nn.Linear(3, 1)
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4))
+        for step in range(12):
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+            if step % 2:
+                model.eval()
+                model.train()
+
+    run_in_process(work, 2)
+    assert not [line for line in caplog.messages if "model.eval() at every step" in line]

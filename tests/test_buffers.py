@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -16,7 +17,8 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoints.files import read_part, write_part
 from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
-from slowmo_hf.contents import CheckpointError
+from slowmo_hf.contents import CheckpointError, Contents
+from slowmo_hf.training.local_state import _taken
 from slowmo_hf.upstream import non_persistent_buffers
 from tiny import error_of
 
@@ -228,3 +230,9 @@ def test_an_older_checkpoint_compared_it_too(tmp_path):
 
     [words] = run_in_process(work, 1)
     assert "is of another model or parameter set: ['buffer gone'] differ" in words
+
+
+def test_infinities_of_a_buffer_are_restored():
+    """Of a causal mask that has grown in training."""
+    mask = torch.full((3,), -math.inf)
+    assert torch.equal(_taken(Contents(tensors={"buffer.mask": mask}), "buffer.mask", mask), mask)

@@ -1,10 +1,13 @@
 """Folders of checkpoints: unfinished ones, rotation, the Hub, machines that do not share files."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from harness import patience, run_workers
 from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, heard, rank0, same_end, train, whole
 from slowmo_hf import SlowMoConfig
 from slowmo_hf.checkpoints.claim import Claim, is_claimed
-from slowmo_hf.checkpoints.files import read_part, verify_checkpoint, write_part
+from slowmo_hf.checkpoints.files import LOCK, read_part, verify_checkpoint, write_part
 from slowmo_hf.contents import CheckpointError, Contents
 from tiny import equal, stand_in_for_the_hub
 
@@ -222,7 +225,8 @@ class Tidy(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
+        if dist.get_rank() == dist.get_world_size() - 1:  # rank 0 makes the manifest, and must wait for it
+            time.sleep(0.2)
             told = json.loads((folder / "trainer_state.json").read_text())
             (folder / "trainer_state.json").write_text(json.dumps(told))
             (folder / "training_args.bin").unlink()
@@ -354,3 +358,30 @@ def test_a_worker_over_machines_without_a_shared_file_system_is_refused(tmp_path
     assert words.replace("machine-0", "machine-1", 1) == others  # each rank's own folder, and then the same
     assert "rank 1 on " in words
     assert "processes_per_worker must be at most a machine's processes" in words
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    sync, rename, done = os.fsync, Path.replace, []
+
+    def noted_sync(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def noted_rename(path, to):
+        done.append("name")
+        return rename(path, to)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_rename)
+    write_part(tmp_path, "shared", Contents({"step": 3}))
+    assert done == ["file", "name", "folder"] * 2
+
+
+def test_who_looks_does_not_cost_a_save_its_lock(tmp_path):
+    (tmp_path / LOCK).touch()
+    looks = os.open(tmp_path / LOCK, os.O_RDONLY)
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    threading.Timer(0.3, os.close, (looks,)).start()
+    claim = Claim(tmp_path)
+    assert is_claimed(tmp_path)
+    claim.release()

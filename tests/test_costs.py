@@ -14,6 +14,7 @@ from harness import run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.training.account import Spent, mean_utilisation
 from slowmo_hf.training.costs import Costs, enough_steps
+from slowmo_hf.training.ending import log_end
 from tiny import Heard
 
 TAU = 4
@@ -184,3 +185,42 @@ def test_after_a_state_is_taken_up_it_is_said_anew():
     with Heard() as heard:
         said = run_in_process(work, 2)[0]
     assert (said[3], said[5], said[9], said[11]) == (0, 1, 1, 2)
+
+
+# ---- totals ----
+
+
+def test_totals_are_of_each_rank_and_the_end_says_their_mean():
+    """Computed 3 / (3 + 1) and 1 / (1 + 5): 54.2 % on average."""
+    costs = Costs(SlowMoConfig(sync_every=4), Few)
+    costs.hear(0, [Spent(1.0, 2.0, 0.5), Spent(3.0, 4.0, 0.5)])
+    costs.hear(1, [Spent(10.0, 20.0, 5.0), Spent(30.0, 40.0, 5.0)])
+    assert costs.totals == [Spent(11.0, 22.0, 5.5), Spent(33.0, 44.0, 5.5)]
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.outer_loop.parts.costs.totals = [Spent(1.0, 3.0), Spent(5.0, 1.0)]
+    with Heard() as heard:
+        log_end(optimizer.outer_loop.parts)
+    (line,) = heard.about("sent per worker")
+    assert line.endswith("; 2 s communicated or waited and 3 s computed, the mean over ranks: utilisation 54.2 %")
+
+
+def spent_by_a_worker(rank):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
+    spent = []
+    for step in range(6):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        if step % 2:
+            spent.append(optimizer.outer_loop.account.spent.computed)
+    slowmo_hf.finish(optimizer)
+    return sum(spent), [one.computed for one in optimizer.outer_loop.parts.costs.totals]
+
+
+def test_the_last_rounds_seconds_are_in_the_totals():
+    ranks = run_in_process(spent_by_a_worker, 2)
+    for _, totals in ranks:
+        assert totals == pytest.approx([spent for spent, _ in ranks])

@@ -7,12 +7,14 @@ import tempfile
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
-from slowmo_hf.adapters.isolation import ddp_wrappers
+from slowmo_hf.adapters.isolation import Isolation, ddp_wrappers
 from tiny import Recorder, Regression, Rows, arguments, equal, follow, recorded, values
 
 CONFIG = SlowMoConfig(sync_every=3, outer_momentum=0.5)
@@ -106,3 +108,17 @@ def test_both_networks_of_one_optimizer_are_found_in_a_world_of_one(tmp_path):
     assert len(names) == 6
     assert all(name.endswith(("weight", "bias")) for name in names)
     assert len(buffers) == 3
+
+
+def groups_of_norms():
+    ddp = DistributedDataParallel(torch.nn.Linear(2, 1))
+    ddp.module.norm = torch.nn.SyncBatchNorm(3)  # after the constructor, which refuses it on CPUs
+    given = ddp.module.norm.process_group = dist.new_group([0, 1])
+    isolation = Isolation([ddp])
+    inside = dist.get_process_group_ranks(ddp.module.norm.process_group)
+    isolation.release()
+    return inside, ddp.module.norm.process_group is given
+
+
+def test_synchronised_batch_norm_meets_the_worker_alone():
+    assert run_workers(groups_of_norms, 2) == [([0], True), ([1], True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import threading
@@ -240,3 +241,19 @@ def test_a_resume_lets_the_old_state_go_before_it_makes_the_new(kind, tmp_path, 
     with (tmp_path / "slowmo" / "worker_0.pt").open("r+b") as file:
         file.write(b"\0" * (tmp_path / "slowmo" / "worker_0.pt").stat().st_size)
     torch.testing.assert_close(inner.state_dict()["state"], saved, rtol=0, atol=0)
+
+
+def test_another_ranks_host_is_named(monkeypatch):
+    """On one machine all ranks have one name, so its own in place of another's would look right."""
+    for name in ("processes_in_job", "job_store", "_runs", "rank_in_job"):  # `roll_calls` puts its own there
+        monkeypatch.setattr(roll_call, name, getattr(roll_call, name))
+    (here,), _ = roll_calls(4, store := dist.HashStore(), [0])
+    there = {"step": 7, "place": "the round", "cause": "it was asked to"}
+    for rank in (1, 2, 3):
+        store.set(f"slowmo/0/1/{rank}", json.dumps({**there, "host": f"node-{rank}"}))
+    store.set("slowmo/0/left/2", json.dumps({**there, "host": "node-2"}))
+    here.come(7, "the round")
+    assert [here.host_of(rank) for rank in range(4)] == [here.register.host, "node-1", "node-2", "node-3"]
+    assert here._words(2, True).startswith("rank 2 on node-2 left at step 7: it was asked to")
+    assert here._words(3, False).startswith("rank 3 on node-3 left without a word")
+    assert here._words(1, True).startswith("rank 1 on node-1 did not come")

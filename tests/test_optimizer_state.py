@@ -328,3 +328,17 @@ def test_a_step_that_moves_nothing_counts_on_every_rank():
 
 def test_distributed_checkpoints_dummy_step_does_not_count():
     run_workers(check_all_distributed_checkpoints, 2)
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.5, 0.0), (0.0, 0.5)])
+def test_a_state_needs_the_momentum_that_it_has(then, now):
+    def begun(momentum):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = SlowMoOptimizer(SGD([weight], lr=0.1), SlowMoConfig(sync_every=2, outer_momentum=momentum))
+        for _ in range(2):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+        return optimizer
+
+    with pytest.raises(ValueError, match=r"it has . velocities, this run .* Set outer_momentum as it was"):
+        begun(now).load_state_dict(begun(then).state_dict())

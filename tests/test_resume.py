@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState
 
 from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
+from slowmo_hf.adapters.trainer_end import StepTooMany
 from tiny import Recorder, arguments, bert, equal, recorded, sentences
 
 STEPS = 9
@@ -125,3 +126,14 @@ def _resume_at_the_end(folder, case):
 @pytest.mark.parametrize("case", ["local sgd", "osgp", "overlapped", "sgp, no average"])
 def test_a_run_that_is_resumed_at_its_end_ends(tmp_path, case):
     assert run_workers(_resume_at_the_end, 2, tmp_path, case) == [STEPS, STEPS]
+
+
+def test_a_step_too_many_is_undone_in_buffers_too():
+    model, state = torch.nn.BatchNorm1d(3), TrainerState(global_step=4, epoch=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    too_many = StepTooMany.of(model, state)
+    model(torch.randn(8, 3))
+    state.global_step = 5
+    too_many.undo(state, TrainerControl())
+    assert equal(before, model.state_dict())
+    assert state.global_step == 4

@@ -389,6 +389,7 @@ def test_the_table_has_what_is_no_default_on_rank_0():
 def test_a_loopback_address_in_a_job_of_several_machines_is_said(addresses, local_world_size, interface, warned):
     (warnings, _), (other, _) = run_workers(check_words, 2, addresses, local_world_size, interface)
     assert (".1, a loopback address, in a job of 2 machines: set GLOO_SOCKET_IFNAME" in warnings) == warned
+    assert ("a loopback address" in warnings) == warned
     assert "loopback" not in other
 
 

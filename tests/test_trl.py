@@ -15,10 +15,14 @@ from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="trl's releases want newer libraries than the oldest ones")
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 from followed import follow_float32
 from harness import patience, run_workers
 from llama import letter_tokenizer, tiny_llama
 from slowmo_hf import SlowMoCallback, SlowMoConfig
+from slowmo_hf.adapters import trainer_gathers
 from tiny import QUIET, Heard, Recorder, arguments, equal, recorded, values
 
 TAU, STEPS = 3, 7
@@ -404,3 +408,19 @@ def test_adapters_of_a_quantised_base_alone_are_sent(tmp_path, bits, dtype):
         frozen = {name: value for name, value in out["start"].items() if name not in out["trained"]}
         assert any(value.dtype == dtype for value in frozen.values())
         assert equal(frozen, {name: out["final"][name] for name in frozen})
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(1, 16.0), (2, 8.0)])
+def test_metrics_are_means_over_what_each_rank_has_counted(size, tokens):
+    """Two entropies here and one there; tokens of one worker's processes count once."""
+    metrics, theirs = {"entropy": [1.0, 3.0], "num_tokens": [10.0]}, {"entropy": (8.0, 1), "num_tokens": (6.0, 1)}
+    gathers = object.__new__(trainer_gathers.TrainerGathers)
+    gathers._trainer = SimpleNamespace(_metrics={"train": metrics}, model=SimpleNamespace(training=True))
+    gathers._are_for_logs, gathers._said = True, {trainer_gathers._KEPT}
+    world = SimpleNamespace(gather_objects=lambda own: [own, theirs])
+    gathers._outer_loop = SimpleNamespace(
+        account=SimpleNamespace(paused=nullcontext, apart=nullcontext),
+        workers=SimpleNamespace(world=world, size=size),
+    )
+    gathers.bring_together()
+    assert metrics == {"entropy": [(1.0 + 3.0 + 8.0) / 3], "num_tokens": [tokens]}

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import re
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ import slowmo_hf
 from harness import run_workers
 from launcher import run_script
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf.adapters.trainer_logs import WorkerLosses
 from slowmo_hf.log import logger, of_this_rank
 from tiny import Heard, LossKeeper, Regression, Rows, arguments
 
@@ -423,3 +427,22 @@ def test_the_end_names_the_best_checkpoint(tmp_path):
     best = trainer.state.best_model_checkpoint
     assert best in [str(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3)]
     assert heard.about("the model is") == [f"the model is the best checkpoint's, {best}"]
+
+
+def test_a_loss_after_a_resume_is_the_mean_of_the_steps_since():
+    loop = SimpleNamespace(status=SimpleNamespace(own_loss=None), attempted_steps=10)
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=8), training_step=lambda: None)
+    losses = WorkerLosses(trainer, loop, ExitStack())
+    losses._sum = 6.0
+    assert loop.status.own_loss() == 3.0
+
+
+def test_a_loss_that_is_not_finite_counts_as_the_mean_so_far():
+    """As in Trainer: the sum so far, 4, over this step and those before it, 2."""
+    losses, state = object.__new__(WorkerLosses), SimpleNamespace(global_step=0)
+    losses._trainer = SimpleNamespace(args=SimpleNamespace(logging_nan_inf_filter=True), state=state)
+    losses._outer_loop, losses._sum, losses._logged_at = SimpleNamespace(attempted_steps=3), 0.0, 0
+    for loss in (4.0, math.inf, 8.0):
+        losses._add(torch.tensor(loss))
+        state.global_step += 1
+    assert losses._mean() == (4 + 2 + 8) / 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from accelerate_loops import linear, settings, train_on, weights
 from harness import patience, run_workers
 from saved_runs import MIDDLE, STEPS, checkpoints, contents, rank0, same_end, train, whole
 from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
-from slowmo_hf.checkpoints.files import LOCK
+from slowmo_hf.adapters.accelerate_checkpoints import _rotate
+from slowmo_hf.checkpoints.files import LOCK, file_digests, stamps
+from slowmo_hf.checkpoints.together import Keeping, finish_together
+from slowmo_hf.wire.communicator import Communicator
 
 # ---- machines with disks of their own ----
 
@@ -356,3 +361,40 @@ def test_optimizers_whose_workers_differ_in_size_are_saved_whole(tmp_path, order
     for in_one_go, resumed in run_workers(workers_of_two_sizes, 4, tmp_path, order):
         for mine, other in zip(in_one_go, resumed, strict=True):
             assert torch.equal(mine, other)
+
+
+def test_a_file_that_is_written_anew_is_sealed_and_a_log_that_grows_is_not(tmp_path):
+    """Each is written in place, so it has one inode: another head, another tail, or more at the end."""
+    (tmp_path / "slowmo").mkdir()
+    for name, was in {"log": b"a" * 9000, "longer": b"h" * 5000 + b"old", "head": b"old" + b"t" * 5000}.items():
+        (tmp_path / name).write_bytes(was)
+        os.utime(tmp_path / name, ns=(1, 1))
+    before = stamps(tmp_path)
+    with (tmp_path / "log").open("ab") as log:
+        log.write(b"more")
+    (tmp_path / "longer").write_bytes(b"h" * 5000 + b"new, and longer")
+    (tmp_path / "head").write_bytes(b"new" + b"t" * 5000)
+    assert set(file_digests(tmp_path, before=before)) == {"longer", "head"}
+
+
+def test_the_oldest_goes_by_number(tmp_path):
+    for number in (9, 10, 11):
+        (tmp_path / f"checkpoint_{number}").mkdir()
+    _rotate(tmp_path / "checkpoint_11", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_10", "checkpoint_11"]
+
+
+def digests_of_slow_files(folder):
+    loop = SimpleNamespace(workers=SimpleNamespace(world=Communicator(patience(30), torch.device("cpu"))))
+    rank, found = dist.get_rank(), {}
+    (folder / "slowmo").mkdir(exist_ok=True)
+    if rank:
+        time.sleep(1.0)
+        (folder / "optimizer.bin").write_text("late")
+        (folder / "model.bin").write_text("late too")
+    finish_together(loop, folder, Keeping(rank, (0, 1), True), found.update)
+    return set(found)
+
+
+def test_who_seals_waits_for_who_writes(tmp_path):
+    assert run_workers(digests_of_slow_files, 2, tmp_path) == [{"optimizer.bin", "model.bin"}] * 2
