@@ -9,6 +9,7 @@ import torch
 from .dtensors import local
 
 
+@torch.no_grad()
 def finiteness(tensors: list[torch.Tensor]) -> torch.Tensor:
     """
     1 where all of this process's values are finite, else NaN: 0-dim, in fp64, on the first one's device. Reads all
@@ -17,7 +18,7 @@ def finiteness(tensors: list[torch.Tensor]) -> torch.Tensor:
     alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in map(local, tensors):
         if tensor.numel():
-            alike.setdefault((tensor.device, tensor.dtype), []).extend(torch.aminmax(tensor.detach()))
+            alike.setdefault((tensor.device, tensor.dtype), []).extend(torch.aminmax(tensor))
     if not alike:
         return torch.ones((), dtype=torch.float64)
     first = next(iter(alike))[0]
