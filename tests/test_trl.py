@@ -6,6 +6,8 @@ rewards, which stay everybody's. And what TRL's users bring along: a reference m
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="trl's releases want newer libraries than the oldest ones")
-
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 from followed import follow_float32
 from harness import patience, run_workers
