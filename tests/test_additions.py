@@ -8,6 +8,7 @@ import torch
 import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, names, run_in_process
 from slowmo_hf.algorithm.codec import BLOCK
+from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
 from slowmo_hf.wire.gossip import make_topology
 
 CODE = '''
@@ -46,14 +47,17 @@ class Second:
 '''
 
 OUTER_UPDATE = '''
+import torch
 from slowmo_hf.contents import Contents
 from slowmo_hf.algorithm.norms import Norms
 
 class Signs:
-    """One outer_lr along the signs of the pseudo-gradient; counts its rounds."""
+    """One outer_lr along the signs of the pseudo-gradient; counts its rounds, and has the sum of all."""
 
     def __init__(self, config, anchors, pieces, groups):
-        self.lr, self.rounds, self.velocities = config.outer_lr, 0, []
+        self.lr, self.rounds = config.outer_lr, 0
+        self.sums = {anchor: torch.zeros_like(anchor.flat) for anchor in anchors}
+        self.velocities = list(self.sums.values())
 
     def update_(self, displacements, inner_lrs, summands, hand_back_):
         norms = Norms()
@@ -61,6 +65,7 @@ class Signs:
             norms.drift_square += square / summands
             for piece, run in bucket.runs(total):
                 norms.add(run.div_(summands), None)
+                piece.of(self.sums[piece.item]).add_(run)
                 piece.anchor.sub_(run.sign(), alpha=self.lr)
                 hand_back_(piece)
         self.rounds += 1
@@ -168,28 +173,35 @@ def test_a_topology_of_unequal_degrees_needs_weights_that_travel(add):
     assert make_topology(SlowMoConfig(base="osgp", topology="star"), 3).workers == 3
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_an_outer_update(add, shard, tmp_path):
+@pytest.mark.parametrize(("shard", "outer_momentum"), [(False, 0.5), (False, 0.0), (True, 0.5)])
+def test_an_outer_update(add, shard, outer_momentum, tmp_path):
     """The mean displacements are 2, -1 and 0: the weights go by 0.25 against their signs, then go on after a load."""
     add("OUTER_UPDATES", "signs", OUTER_UPDATE, "Signs")
-    config = SlowMoConfig(sync_every=1, outer_optimizer="signs", outer_lr=0.25, shard_slow_state=shard)
+    slow = {"outer_optimizer": "signs", "outer_lr": 0.25, "outer_momentum": outer_momentum}
+    config = SlowMoConfig(sync_every=1, shard_slow_state=shard, **slow)
 
     def work(rank):
         weight, optimizer = one_round(rank, config, [[3.0, 1.0, -1.0], [1.0, -3.0, 1.0]])
-        rounds = None if shard else loaded(config, optimizer).outer_loop.parts.slow.update.rounds
-        return weight, rounds, slowmo_hf.last_round(optimizer).pseudo_grad_norm
+        if shard:
+            return weight, None, slowmo_hf.last_round(optimizer).pseudo_grad_norm
+        updates = [other.outer_loop.parts.slow.update for other in loaded(config, optimizer, rank, tmp_path)]
+        taken_up = [(update.rounds, [sums.tolist() for sums in update.velocities]) for update in updates]
+        return weight, taken_up, slowmo_hf.last_round(optimizer).pseudo_grad_norm
 
-    for weight, rounds, norm in run_in_process(work, 2):
+    for weight, taken_up, norm in run_in_process(work, 2):
         assert weight == [-0.25, 0.25, 0.0]
-        assert rounds == (None if shard else 1)
+        assert taken_up == (None if shard else 2 * [(1, [[2.0, -1.0, 0.0]])])
         assert norm == pytest.approx(5**0.5)
 
 
-def loaded(config, optimizer):
-    """Another optimizer that has taken up this one's state."""
-    weight = torch.nn.Parameter(torch.zeros(3))
-    other = SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config)
-    other.load_state_dict(optimizer.state_dict())
-    weight.grad = torch.zeros(3)
-    other._started()
-    return other
+def loaded(config, optimizer, rank, folder):
+    """Two others that have taken up this one's state: a `state_dict`, and a checkpoint."""
+    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    by_dict, by_folder = (SlowMoOptimizer(torch.optim.SGD([weight], lr=1.0), config) for weight in weights)
+    by_dict.load_state_dict(optimizer.state_dict())
+    write_snapshot(folder, optimizer.outer_loop, shared=rank == 0, objects={})
+    for weight, other in zip(weights, (by_dict, by_folder), strict=True):
+        weight.grad = torch.zeros(3)
+        other._started()
+    check_snapshot(folder, by_folder.outer_loop).take_up()
+    return by_dict, by_folder

@@ -24,7 +24,7 @@ from studies.kept import Clock, Keeper, Progress
 from studies.kept_models import KeptModels
 from studies.plan import TASKS, make_run, published
 from translation.bleu import tokenised_bleu
-from translation.model import MODEL_SIZES, make_transformer, translate
+from translation.model import MODEL_SIZES, PUBLISHED_SIZES, make_transformer, translate
 from translation.tokens import TokenBatches, collate
 
 
@@ -76,6 +76,16 @@ def test_the_published_size():
     assert (judging.num_beams, judging.length_penalty, judging.means) == (5, 1.0, (5, 10))
     ours = small_translation.judging_of(make_run("table1", "multi30k", "sgp", 0.0, 0.005, 1))
     assert (ours.num_beams, ours.length_penalty, ours.means) == (4, 0.6, (5,))
+
+
+@pytest.mark.parametrize(("study", "by_torch"), [("published", False), ("table1", True)])
+def test_a_published_run_starts_as_it_was_published(data, monkeypatch, study, by_torch):
+    """By fairseq 0.9.0, whose feed-forward layers are Glorot's: their biases are 0."""
+    monkeypatch.setitem(PUBLISHED_SIZES, "mini", 2021)
+    model = small_translation._make_job(replace(RUN, study=study), data, 0, None, "cpu").model
+    layer = model.model.encoder.layers[0]
+    assert bool(layer.fc1.bias.any()) is bool(layer.fc2.bias.any()) is by_torch
+    assert layer.self_attn.q_proj.bias.any()
 
 
 def test_a_published_run_is_judged_as_it_was_published(data, tmp_path, monkeypatch):

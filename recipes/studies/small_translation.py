@@ -54,8 +54,10 @@ class Judging:
     means: tuple[int, ...] = (MEAN_OF,)
 
 
-# Wu et al. (2021): beam 5, fairseq's own penalty, the mean of the last ten checkpoints.
+# Wu et al. (2021): beam 5, fairseq's own penalty, the mean of the last ten checkpoints. Their code, at
+# https://github.com/LividWo/Revisit-MMT, is made from fairseq 0.9.0.
 PUBLISHED = Judging(num_beams=5, length_penalty=1.0, means=(MEAN_OF, 10))
+PUBLISHED_START = 2020  # see `draw_weights`
 
 
 def judging_of(run: Run) -> Judging:
@@ -198,7 +200,8 @@ def facts_of(run: Run, data: Translations) -> dict[str, Any]:
 
 def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, device: str) -> Job:
     torch.manual_seed(run.seed)
-    model = make_transformer(data.size.model, len(data.tokenizer)).to(device)
+    start = PUBLISHED_START if run.study == "published" else None
+    model = make_transformer(data.size.model, len(data.tokenizer), year=start).to(device)
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
     sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
 

@@ -25,12 +25,15 @@ MODEL_SIZES = {
     "base": {"d_model": 512, "ffn": 2048, "heads": 8, "layers": 6, "dropout": 0.1},
     "big": {"d_model": 1024, "ffn": 4096, "heads": 16, "layers": 6, "dropout": 0.3},
 }
-# These start as fairseq's of the year in which their figures were published. The recipe's own keep Marian's draw,
-# variance 1 / d_model everywhere: they learn sooner with it, and the records of the studies have it.
+# These start as fairseq's of that year: `base` and `big` of the paper's, `small` as 0.12.2's, which ran beside it. The
+# recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner with it, and the records of the
+# studies have it.
 PUBLISHED_SIZES = {"small": 2021, "base": 2017, "big": 2019}
 
 
-def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -> MarianMTModel:
+def make_transformer(
+    size: str, vocab_size: int, dropout: float | None = None, year: int | None = None
+) -> MarianMTModel:
     """
     The Transformer of Vaswani et al. (2017) as Marian's: sinusoidal positions, layer norm after each residual sum,
     ReLU, and one matrix for both embeddings and the output. Embeddings are drawn with variance 1 / d_model and scaled
@@ -40,6 +43,7 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
         size (`str`): One of `MODEL_SIZES`.
         vocab_size (`int`): `len(tokenizer)`.
         dropout (`float`, *optional*): Another than the size's own.
+        year (`int`, *optional*): Of another fairseq than the size's own.
     """
     shape = MODEL_SIZES[size]
     names = {"layers": "layers", "ffn_dim": "ffn", "attention_heads": "heads"}
@@ -59,7 +63,7 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
     )
     model = MarianMTModel(config)
     if size in PUBLISHED_SIZES:
-        draw_weights(model, PUBLISHED_SIZES[size])
+        draw_weights(model, year or PUBLISHED_SIZES[size])
     model.generation_config.update(
         max_length=POSITIONS, suppress_tokens=[PAD], forced_eos_token_id=EOS, **beam_settings()
     )
@@ -69,9 +73,9 @@ def make_transformer(size: str, vocab_size: int, dropout: float | None = None) -
 @torch.no_grad()
 def draw_weights(model: MarianMTModel, year: int) -> None:
     """
-    Draw the layers of a new model as fairseq did in that year: until August 2019 (0.8.0) all matrices by Glorot's
-    uniform, with queries, keys and values as one, and biases 0. As torch draws them are the biases of queries, keys
-    and values since December 2019 (0.9.0), feed-forward layers since 2020 (0.10): both where `year` is 2020 or later.
+    Draw the layers of a new model as fairseq did in that year: until 2019 (0.8.0) all matrices by Glorot's uniform,
+    with queries, keys and values as one, and biases 0. As torch draws them are the biases of queries, keys and values
+    from 2020 on (0.9.0), and feed-forward layers from 2021 on (0.10).
     With Marian's own draw the feed-forward matrices of `big` start 1.6 times as large as in 2019, and queries and keys
     1.4 times; the second matrix of `small` starts twice as large by Glorot as by torch.
     """
@@ -79,12 +83,12 @@ def draw_weights(model: MarianMTModel, year: int) -> None:
         if not isinstance(module, torch.nn.Linear):
             continue
         of_three = name.endswith(("q_proj", "k_proj", "v_proj"))
-        of_attention = of_three or name.endswith("out_proj")
+        is_torchs = year >= 2021 and name.endswith(("fc1", "fc2"))
         if year >= 2020:
             module.reset_parameters()
-        if of_attention or year < 2020:
+        if not is_torchs:
             torch.nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if of_three else 1.0)
-        if name.endswith("out_proj") or year < 2020:
+        if not (is_torchs or (year >= 2020 and of_three)):
             torch.nn.init.zeros_(module.bias)
 
 

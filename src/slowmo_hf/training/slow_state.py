@@ -98,8 +98,9 @@ class SlowState:
         """As `Part.restore`: of the whole this worker's part."""
         contents = saved.shared if self._is_shared else saved.own
         anchors = [layout.of_checkpoint(contents, f"anchor.{index}") for index, layout in enumerate(self.layouts)]
-        # A run that had no momentum has no velocity: it starts at 0.
-        starts_at_0 = saved.shared.settings.get("config", {}).get("outer_momentum") == 0
+        # A run that had no momentum may have no velocity: it starts at 0.
+        had_momentum = saved.shared.settings.get("config", {}).get("outer_momentum") != 0
+        starts_at_0 = "velocity.0" not in contents.tensors and not had_momentum
         velocities = [
             torch.zeros((), dtype=layout.flat.dtype).expand(layout.flat.shape)
             if starts_at_0
