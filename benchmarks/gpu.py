@@ -229,8 +229,8 @@ class Records:
             "command": shlex.join(["python", *slice_.command]),
             "date": date,
             "device": self.device,
-            "hardware": hardware(),
             **self.environment,
+            "hardware": hardware(),
             "sources": digest(slice_),
             **entries,
         }

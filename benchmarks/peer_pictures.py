@@ -98,7 +98,7 @@ def loss_over_seconds(
             heights = pictures.line_with_band(axis, seconds, values, series.colour, linestyle=series.dashes)
             ends.append((heights[-1], f"{series.name}  {heights[-1]:.3f}", series.colour))
             last = max(last, *seconds)
-    axis.set(xlabel="seconds of training", ylabel="validation loss")
+    axis.set(xlabel="seconds of training", ylabel="test loss")
     axis.set_xlim(0, 1.005 * last)
     axis.locator_params(axis="y", nbins=6)
     if losses:
@@ -120,7 +120,7 @@ def final_losses(rows: Rows, title: str, note: str) -> Figure:
             axis.plot([mean], [place], "|", color=series.colour, markersize=17, markeredgewidth=2)
             axis.text(max(losses) + 0.006, place, f"{mean:.3f}", color=series.colour, va="center", fontsize=9)
         axis.set_title(f"all-reduce: {rho:g} steps")
-        axis.set_xlabel("final validation loss")
+        axis.set_xlabel("final test loss")
         axis.grid(visible=False, axis="y")
         axis.tick_params(axis="y", length=0)
     axes[0][0].set_yticks(range(len(SERIES)), [series.name for series in SERIES])

@@ -8,7 +8,7 @@ from typing import Any
 from peer_systems import package
 from records import mean_sd, mean_with_interval
 
-TARGET = 1.01  # times DDP's final validation loss: what "seconds to target" is measured to
+TARGET = 1.01  # times DDP's final loss: what "seconds to target" is measured to
 
 
 def is_ours(system: str) -> bool:
@@ -18,7 +18,7 @@ def is_ours(system: str) -> bool:
 
 def set_targets(rows: list[dict[str, Any]]) -> None:
     """
-    Seconds until the validation loss was first at most `TARGET` times DDP's final one, and until it was first at most
+    Seconds until the loss was first at most `TARGET` times DDP's final one, and until it was first at most
     the lowest final one of any system that is not ours, by link and seed; None where it never was.
     """
     for row in rows:
@@ -104,7 +104,8 @@ def spread(rows: list[dict[str, Any]], metric: str = "final_validation_loss", th
         if row[metric] is not None:
             found.setdefault(row["system"], {})[row["seed"]] = row[metric]
     than = than or next(iter(found))
-    lines = [f"| system | {metric.replace('_', ' ')} (seeds) | minus that of {than} |", "|---|---|---|"]
+    words = metric.replace("_validation", "").replace("_", " ")  # it is of the test images
+    lines = [f"| system | {words} (seeds) | minus that of {than} |", "|---|---|---|"]
     for system, own in found.items():
         gaps = [value - found[than][seed] for seed, value in own.items() if seed in found[than]]
         lines.append(

@@ -96,7 +96,7 @@ def describe_run(config: SlowMoConfig, trainer: Trainer, run: OneRun, libraries:
         "seconds_communicating": run.seconds_communicating if counted else None,
         "command": shlex.join(sys.argv),
         **environment(libraries),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {_device_name(trainer.args.device)}",
+        "hardware": f"{hardware()}, {_device_name(trainer.args.device)}",
     }
 
 
@@ -105,10 +105,15 @@ def _device_name(device: torch.device) -> str:
 
 
 def environment(libraries: list[ModuleType]) -> dict[str, Any]:
-    """What a figure depends on beside its settings: versions and the commit."""
+    """What a figure depends on beside its settings: versions, the commit, and the machine in words."""
     modules = (slowmo_hf, torch, transformers, accelerate, *libraries)
     versions = {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
-    return {"versions": versions, "commit": _commit()}
+    return {"versions": versions, "commit": _commit(), "hardware": hardware()}
+
+
+def hardware() -> str:
+    """Of this machine, as far as it is the same for all runs."""
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
 def _commit() -> str | None:

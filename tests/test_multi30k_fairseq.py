@@ -12,7 +12,7 @@ import pytest
 import sacrebleu
 import torch
 
-from records import half_interval
+from records import half_interval, mean_and_interval
 from small_text import RUN, TINY, write_pairs
 from studies import multi30k_oracle, multi30k_tables, reproduce, showing, small_runs, small_translation
 from studies.plan import choose, make_run, run_of
@@ -69,7 +69,7 @@ def test_what_fairseq_translated_is_scored_as_ours(data):
             "test last": {"tokens": wrong, "nll": 1.0},
             "test best": {"tokens": tokens["test"], "nll": 1.0},
         },
-        **{"epochs": {}, "curve": [], "seconds": 1.0, "versions": {}},
+        **{"epochs": {}, "curve": [], "seconds": 1.0, "versions": {}, "hardware": "a machine"},
     }
     metrics = multi30k_oracle.score(RUN, told, data)["metrics"]
     assert metrics["validation_bleu"] == metrics["test_bleu_best"] == pytest.approx(100)
@@ -163,13 +163,21 @@ def test_the_page_has_the_tables_and_the_verdicts():
     without_0 = [name for name, half in ends.items() if abs(statistics.mean(bleu[name])) > half]
     ruined = ["of 2 workers, β = 0.5 minus 0", "of 2 workers, β = 0.5 minus 0.2"]
     assert without_0 == ["SGP minus AR-Adam", *ruined]
-    assert len(ends) == 13, "of thirteen intervals"
+    assert len(ends) == 13, "they are thirteen intervals"
     last = {name: multi30k_tables.differences(name, "test_bleu", RECORDS) for name in ends}
     assert [name for name, gaps in last.items() if abs(statistics.mean(gaps)) > half_interval(gaps)] == [
         *("Local Adam of 2 workers minus AR-Adam", "Local Adam of 2 workers minus AR-Adam at half the rate"),
         *("of 2 workers, β = 0.2 minus 0", *ruined),
-    ], "those of two workers have none"
+    ], "those of two workers do not"
     assert sum("2 workers" in name for name in ends) == 5, "all of them"
+    quoted = [
+        mean_and_interval(last[name], 2, "+")
+        for name in (
+            *("Local Adam of 2 workers minus AR-Adam", "Local Adam of 2 workers minus AR-Adam at half the rate"),
+            "of 2 workers, β = 0.2 minus 0",
+        )
+    ]
+    assert "{} minus AR-Adam, {} minus it at half the rate, and {} for β = 0.2.".format(*quoted) in page
     orders = zip(
         *(nll(f"{name} minus AR-Adam") for name in ("Local Adam of 2 workers", "SGP", "Local Adam")), strict=True
     )
@@ -187,7 +195,6 @@ def test_the_page_has_the_tables_and_the_verdicts():
         "multi30k"
     )
     assert abs(statistics.mean(bleu["AR-Adam at half the rate, minus AR-Adam"])) < 0.05, "the same"
-    assert (round(2 * min(ends.values())), int(2 * max(ends.values()))) == (1, 5), "1 to 5 BLEU wide"
     slow = "Local Adam, β = 0.1 minus 0"
     assert f"changes Local Adam's NLL by {statistics.mean(nll(slow)):+.3f}." in page
     kept, tested = (
@@ -196,8 +203,8 @@ def test_the_page_has_the_tables_and_the_verdicts():
     )
     behind = multi30k_tables.differences("Local Adam minus AR-Adam", "validation_nll_mean_of_5", RECORDS)
     assert max(kept) < 0, "lower in all three"
-    assert f"lower in all three, by {-statistics.mean(kept):.3f}: a twenty-seventh of its distance" in page
-    assert round(-statistics.mean(behind) / statistics.mean(kept)) == 27
+    share = -statistics.mean(kept) / statistics.mean(behind)
+    assert f"lower in all three, by {-statistics.mean(kept):.3f}: {100 * share:.0f} % of its distance" in page
     assert f"On the test set it is {statistics.mean(tested):.3f} higher." in page
 
 
@@ -254,7 +261,7 @@ def test_the_pages_tell_what_two_workers_have_shown():
     assert "NLL {}; {} without: worse in all".format(*numbers) in rule
     cost = nll("of 2 workers, β = 0.2 minus 0")
     mean, half = statistics.mean(cost), half_interval(cost)
-    told = f"the NLL is {mean:.2f} higher ({mean - half:.3f} to {mean + half:.3f}, three seeds)"
+    told = f"the NLL is {mean:.2f} nats per token higher ({mean - half:.3f} to {mean + half:.3f}, three seeds)"
     assert f"With β = 0.2 {told}." in links
 
 
@@ -267,7 +274,7 @@ def test_the_page_tells_how_long_a_pass_takes():
         round(sum(json.loads(path.read_text())["seconds"] for path in (RECORDS / "multi30k").glob(which)) / 3600)
         for which in ("*/*.json", "fairseq_*.json")
     ]
-    assert "{} hours of one core so far, and {} of fairseq".format(*hours) in page_of("multi30k")
+    assert "26 hours of one core; {} so far, and {} of fairseq".format(*hours) in page_of("multi30k")
 
 
 def page_of(name):
@@ -290,7 +297,7 @@ def test_differences_are_of_the_same_seeds(tmp_path):
     half = 12.706 * 1.5 / 2  # Student's t of one degree of freedom, times the standard error
     low, high = 0.25 - half, 0.25 + half
     assert multi30k_tables.differences_table(tmp_path).splitlines()[2:] == [
-        f"| SGP, β = 0.1 minus 0 | +0.250 [{low:+.3f}, {high:+.3f}] | +1.000, -0.500 "
+        f"| SGP, β = 0.1 minus 0 | +0.250 [{low:+.3f}, {high:+.3f}] | +1.000, -0.500 | +0.361 "
         f"| +0.25 [{low:+.2f}, {high:+.2f}] | +1.00, -0.50 |"
     ]
 

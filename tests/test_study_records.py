@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import string
 import sys
@@ -13,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from studies import plan as studies
-from studies import reproduce, showing
+from studies import reproduce, showing, small_translation
 from studies.kept import Progress
 from studies.small_runs import is_over
 from translation import data as translation_data
@@ -115,6 +117,9 @@ def check_record(record):
     )
     rounds = record["steps"] // record["sync_every"]
     assert rounds >= (60 if run.sync_every > 12 else 150) or (run.study == "sweep" and run.sync_every > 12)
+    if run.task == "multi30k":
+        means = small_translation.judging_of(run).means
+        check_scores(record, ["", "_best", *(f"_mean_of_{mean}" for mean in means)])
     metric, best, test = BEST[record["task"]]
     columns = {column.removesuffix("_bits") for column in showing.SHOWN[record["task"]].columns}
     assert {test, f"best_{metric}", *columns} <= set(record["metrics"])
@@ -125,6 +130,26 @@ def check_record(record):
         # A round's ring all-reduce of parameters and averaged buffers, fp32, and headers
         theory = 2 * (1 - 1 / run.workers) * 4 * PARAMETERS[record["task"]] * rounds
         assert theory <= record["bytes_sent_per_worker"] <= 1.05 * theory
+
+
+def check_scores(record, models):
+    """Of the last, the best and the mean model, on both sets: every kind of BLEU, and NLL in nats and bits."""
+    bleus = ("bleu", "bleu_tokenised", "bleu_tokenised_lowercase", "bleu_compound_split")
+    metrics = record["metrics"]
+    for part, model in itertools.product(("validation", "test"), models):
+        assert {f"{part}_{kind}{model}" for kind in bleus} <= set(metrics)
+        assert metrics[f"{part}_nll_bits{model}"] == pytest.approx(metrics[f"{part}_nll{model}"] / math.log(2))
+    assert "version:" in record["bleu_signature"]
+    assert 0 < record["tokens_per_update"]["target"] <= record["tokens_per_update"]["target_padded"]
+    assert len(record["dataset_sha256"]) == 64
+    assert {"versions", "commit"} <= set(record)
+
+
+def test_fairseqs_records_have_every_score():
+    paths = sorted((reproduce.RECORDS / "multi30k").glob("fairseq_*.json"))
+    assert len(paths) >= 3
+    for path in paths:
+        check_scores(json.loads(path.read_text()), ["", "_best", "_mean_of_5"])
 
 
 def test_the_tables_of_the_results_pages_are_those_of_the_records(subtests):

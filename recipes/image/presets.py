@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # Section 5 of the paper and, where it is silent, the large-batch recipe it refers to (0.1 per 256 images, weight decay
-# 1e-4). Slow momentum was tuned per row, "typically 0.4 to 0.8", and not published. Rows differ in --base and
+# 1e-4). Slow momentum was tuned per row, "typically 0.4 to 0.8", and no more is known here. Rows differ in --base and
 # --outer_momentum (0: without) only. Batches are per process: 32 workers of one GPU on CIFAR-10 (4,096 in all), 32
 # machines of 8 GPUs on ImageNet (8,192 in all).
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,6 +9,8 @@ A run that is cut off goes on from its last epoch's end. What another run has le
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import time
 from argparse import Namespace
@@ -42,6 +44,7 @@ def main() -> None:
     except OtherRunError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     told = {"translations": translations, "curve": run.curve, "seconds": run.seconds, "versions": versions()}
+    told["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run"
     torch.save({**told, "epochs": run.epochs_of_models(), "identity": run.identity}, folder / "translations.pt")
     print(f"written to {folder / 'translations.pt'}")
 

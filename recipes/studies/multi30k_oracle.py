@@ -146,6 +146,8 @@ def score(run: Run, told: dict[str, Any], data: Translations) -> dict[str, Any]:
         **facts_of(run, data),
         "theirs": told["versions"],
         **environment(multi30k.LIBRARIES),
+        "command": f"ORACLE/bin/python recipes/studies/multi30k_fairseq.py FOLDER  # seed {run.seed}, from `write`",
+        "hardware": told["hardware"],
     }
 
 
@@ -155,6 +157,7 @@ COMPARED = {
     "mean of the last 5": "test_bleu_mean_of_5",
     "tokenised and lower-cased, mean of 5": "test_bleu_tokenised_lowercase_mean_of_5",
     "NLL per token in nats, mean of 5": "test_nll_mean_of_5",
+    "NLL per token in bits, mean of 5": "test_nll_bits_mean_of_5",
 }
 
 

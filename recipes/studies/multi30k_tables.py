@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
@@ -96,12 +97,16 @@ def beside_the_paper(folder: Path) -> str:
 
 def differences_table(folder: Path) -> str:
     """A row per pair with a record: NLL and BLEU, the mean with its 95 % interval, then every seed's difference."""
-    lines = ["| seeds 1, 2, 3 | validation NLL, nats | of each | BLEU, mean of 5 | of each |", "|---|---|---|---|---|"]
+    lines = [
+        "| seeds 1, 2, 3 | validation NLL, nats | of each | bits | BLEU, mean of 5 | of each |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in PAIRS:
         found = {metric: differences(name, metric, folder) for metric in METRICS}
-        cells = [words for metric, digits in METRICS.items() for words in _cells(found[metric], digits)]
+        nlls, bleus = (_cells(found[metric], digits) for metric, digits in METRICS.items())
         if any(found.values()):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            bits = f"{fmean(found['validation_nll']) / math.log(2):+.3f}"
+            lines.append(f"| {' | '.join([name, *nlls, bits, *bleus])} |")
     return "\n".join(lines)
 
 

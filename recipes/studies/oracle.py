@@ -44,6 +44,7 @@ def main() -> None:
     rows = rows_of(Fairseq(numbers, torch.load(asked.folder / "tensors.pt", weights_only=True)))
     record = {"study": "oracle", "task": "translation", "rows": rows, "theirs": numbers["versions"]}
     record |= environment([datasets])
+    record["command"] = "python recipes/studies/oracle.py FOLDER"
     print(table(record))
     if asked.record:
         write_record(record, asked.record)

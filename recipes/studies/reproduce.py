@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +31,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import DataError, SettingError, end_program, write_record
+from records import DataError, SettingError, end_program, hardware, write_record
 from studies import cifar10, multi30k, small_images, small_translation
 from studies.drawing import plot, plot_sweep
 from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
@@ -292,12 +291,12 @@ def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu"
             command += f" --inner_lr {run.inner_lr}"
             command += f" --outer_momentum {run.outer_momentum}" if run.slowmo and run.study == "table1" else ""
         command += f" --device {device}" if device != "cpu" else ""
-    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, one core per run, all workers in one process"
+    machine = f"{hardware()}, one core per run, all workers in one process"
     if device != "cpu":
-        hardware = f"{torch.cuda.get_device_name()} for several runs at a time, {hardware}"
+        machine = f"{torch.cuda.get_device_name()} for several runs at a time, {machine}"
     keeper = _keeper(run, data, Path(folder), device) if run.task in KEPT else None
     told = module.train(run, data, *([keeper, device] if keeper else []))
-    record = make_record(run, told, module.LIBRARIES, command, hardware)
+    record = make_record(run, told, module.LIBRARIES, command, machine)
     write_record(record, Path(folder) / f"{run.name}.json")
     if keeper:
         keeper.forget()

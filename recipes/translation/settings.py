@@ -40,7 +40,7 @@ _OTT: dict[str, Any] = {
 }
 # The paper: 200,000 tokens per step on 8 machines of 8 GPUs, 25 epochs. fairseq counts target tokens without padding,
 # and its batches are those of Ott et al.: 64 of at most 3,584 positions, 229,376 in all. The paper leaves the rest to
-# Ott et al. and publishes neither learning rate nor beta, which it tuned per row: here those of small batches, and
+# Ott et al.; its learning rate, and beta, which it tuned per row, are not known here: these are of small batches, and
 # 0.5, fairscale's at 8 nodes. Its rows differ in --base and --outer_momentum only.
 _PAPER = {
     "gradient_accumulation_steps": 1,

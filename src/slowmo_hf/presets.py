@@ -47,7 +47,7 @@ class Presets:
         """
         The paper's setting for a task (section 5): tau 12 for Local SGD and 48 for gossip (12 on CIFAR-10), alpha 1,
         inner state reset for the image tasks and maintained for WMT'16. beta is required: it was tuned per row,
-        "typically 0.4 to 0.8", and not published.
+        "typically 0.4 to 0.8", and each row's is not known here.
         """
         if task not in _PAPER_TASKS:
             raise ValueError(f"task must be one of {', '.join(_PAPER_TASKS)}, got {task!r}.")
