@@ -151,6 +151,10 @@ def test_resume_with_other_tokens_by_its_file(tokenizer, tmp_path):
     tokens.check_resumed_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "checkpoint-5"), tmp_path, str(tmp_path))
     with pytest.raises(recipe.SettingError, match=r"got '.*checkpoint-5' with 1,000 \(SHA-256 .* and now 600 \("):
         tokens.check_resumed_tokenizer(other, tmp_path, f"{tmp_path}/checkpoint-5")
+    (tmp_path / "checkpoint-5/tokenizer.json").write_text('{"version"')
+    said = r"tokenizer that can be read, got '.*checkpoint-5' \(tokenizer\.json: .*\)\. Set --resume_from_checkpoint"
+    with pytest.raises(recipe.SettingError, match=said):
+        tokens.check_resumed_tokenizer(tokenizer, tmp_path, f"{tmp_path}/checkpoint-5")
 
 
 def test_text_that_was_mended_has_tokens_of_its_own(tmp_path, capfd):

@@ -7,8 +7,6 @@ licence is unclear.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from records import DataError
 from studies import small_translation
 from studies.small_translation import Size, Translations
@@ -34,7 +32,8 @@ def load(dataset_name: str | None) -> Translations:
         found = len(getattr(data, name).rows)
         if found != rows:
             raise DataError(
-                f"{Path(dataset_name).name} must have {rows:,} pairs in {name}, as Multi30k has (test2016), got "
-                f"{found:,}: BLEU would not be comparable. Set --dataset_name."
+                f"dataset_name must be all of Multi30k (test2016), {rows:,} pairs in {name} of at most "
+                f"{SIZE.max_length} tokens a side, got {found:,} in {dataset_name!r}: BLEU would not be comparable. "
+                "Set --dataset_name."
             )
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -135,17 +136,19 @@ def initial_of(fairseq: Fairseq, size: str) -> list[dict[str, Any]]:
         ("fc2.weight", "fc2.weight", "second of the feed-forward layer"),
     ):
         values = [value[1:] if kind == "shared.weight" else value for value in kinds[kind]]
-        ours = sum(value.std().item() for value in values) / len(values)
-        theirs = sum(drawn[their_kind]) / len(drawn[their_kind])
+        theirs = fmean(drawn[their_kind])
+        ours = max((value.std().item() for value in values), key=lambda own: abs(own / theirs - 1))  # the furthest
         same = abs(ours / theirs - 1) < 0.02
         why = "" if same else f"{ours:.4f}, Glorot's as in fairseq 0.9.0; there {theirs:.4f}, torch's own"
         note = f" within sampling: {ours:.4f} and {theirs:.4f}" if same else ""
         made.append(row(f"{size}: initial sd of {words}", different=why, note=note, ours=ours, theirs=theirs))
     biases = [values for kind, values in kinds.items() if kind.endswith("bias")]
     assert all(not value.any() for values in biases for value in values)
-    for words, why in (
-        ("queries, keys and values", "0, as in fairseq 0.8.0; in 0.9.0 and there torch's own"),
-        ("the feed-forward layer", "0, as in fairseq 0.9.0; there torch's own"),
+    for words, their_kinds, why in (
+        ("queries, keys and values", ("q_proj", "k_proj", "v_proj"), "0, as in fairseq 0.8.0; in 0.9.0 and there"),
+        ("the feed-forward layer", ("fc1", "fc2"), "0, as in fairseq 0.9.0; there"),
     ):
-        made.append(row(f"{size}: initial biases of {words}", different=why))
+        theirs = fmean(value for kind in their_kinds for value in drawn[f"{kind}.bias"])
+        made.append(row(f"{size}: initial biases of {words}", different=f"{why} torch's own, sd {theirs:.4f}"))
+    assert not any(drawn["out_proj.bias"])
     return made

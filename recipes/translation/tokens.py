@@ -126,11 +126,14 @@ def check_resumed_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, ch
     A checkpoint holds the tokenizer that its model learned with. With other tokens, be they as many, the model would
     go on with each embedding for another token. All ranks decide alike, also where one has no checkpoint of its own.
     """
-    file = Path(checkpoint or "") / "tokenizer.json"
-    before = Tokenizer.from_file(str(file)) if checkpoint and file.is_file() else None
     ours = tokens_sha256(tokenizer.backend_tokenizer)
-    told = gather_object([(before.get_vocab_size(), tokens_sha256(before)) if before else None])
+    told = gather_object([_tokens_of(Path(checkpoint)) if checkpoint else None])
     for size, digest in filter(None, told):
+        if size is None:
+            raise SettingError(
+                f"resume_from_checkpoint must hold a tokenizer that can be read, got {checkpoint!r} ({digest}). Set "
+                "--resume_from_checkpoint to another checkpoint, or to false to start anew."
+            )
         if digest != ours:
             raise SettingError(
                 f"resume_from_checkpoint must be of a run with the same tokens, got {checkpoint!r} with {size:,} "
@@ -138,6 +141,18 @@ def check_resumed_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, ch
                 "--tokenizer_dir and --vocab_size to that run's, with its data; or start anew with "
                 "--resume_from_checkpoint false."
             )
+
+
+def _tokens_of(checkpoint: Path) -> tuple[int | None, str] | None:
+    """How many, and their digest; or why its file cannot be read. None where it has none."""
+    file = checkpoint / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        before = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other type
+        return None, f"tokenizer.json: {error}"
+    return before.get_vocab_size(), tokens_sha256(before)
 
 
 def tokens_sha256(tokenizer: Tokenizer) -> str:
