@@ -251,12 +251,20 @@ def test_record_says_that_the_model_is_fairseq_s():
     (translations,) = (row for piece, row in PIECES.items() if "translations, beam 4" in piece)
     assert not translations["different"]
     assert translations["digits"] >= 5
+    assert PIECES["mean of 5 checkpoints"]["digits"] >= 6
+    assert PIECES["clipping: off, at --clip-norm 0.0 and max_grad_norm 0"]["digits"] >= 12
+    assert {f"learning rate of update {update}" for update in ("1", "100", "4,000", "16,000")} <= PIECES.keys()
+    assert any(piece.startswith("tokens per update") for piece in PIECES)
+    kinds = ("embeddings", "queries", "keys", "values", "attention's output")
+    for piece in (f"{size}: initial sd of {kind}" for size in ("big", "base") for kind in kinds):
+        assert PIECES[piece]["ours"] == pytest.approx(PIECES[piece]["theirs"], rel=0.02), piece
 
 
 def test_results_page_has_the_table():
     page = (ROOT / "docs/results.md").read_text()
     assert oracle.table(RECORD) in page
     far = PIECES["Adam: 20 updates, given gradients"]["further"]
-    assert f"{far['at 1e-3']:.2%} where gradients are 1e-3, {far['at 1e-5']:.1%} at 1e-5" in page
+    small = f"{far['at 1e-5']:.1%} at 1e-5 and {far['at 1e-7']:.0%} at 1e-7"
+    assert f"{far['at 1e-3']:.2%} where gradients are 1e-3, {small}" in page
     held = next(row for piece, row in PIECES.items() if piece.startswith("tokens per update"))
     assert f"{held['ours']['target']:,.0f} target tokens" in page
