@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import schedulefree
 import torch
 from accelerate import Accelerator
-from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 from transformers import Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
@@ -86,6 +87,11 @@ def lomo(params, name="Lomo"):
     return made(params, lr=0.1)
 
 
+def averaging(params):
+    """torch's own, whose step averages the parameters of all ranks."""
+    return PostLocalSGDOptimizer(SGD(params, lr=0.1), SimpleNamespace(step=0, average_parameters=print))
+
+
 REFUSED = {
     **{name: (make, f"{name} is schedule-free: .* Use AdamW with") for name, make in SCHEDULE_FREE.items()},
     "by what it does": (OfAnotherPackage, "OfAnotherPackage is schedule-free"),
@@ -93,6 +99,7 @@ REFUSED = {
     "inside two": (lambda p: Around(Around(OfAnotherPackage(p))), "inner optimizer OfAnotherPackage is sched"),
     "LOMO": (lomo, r"Lomo \(of lomo_optim\) steps in the backward pass .* Use one that steps after .*'adafactor'"),
     "AdaLomo, inside another": (lambda p: Around(lomo(p, "AdaLomo")), r"inner optimizer AdaLomo \(of lomo_optim\)"),
+    "averaging": (averaging, "PostLocalSGDOptimizer averages the parameters over all ranks itself.*local_sgd\\(sync"),
     "layerwise": (layerwise, "LayerWiseDummyOptimizer steps layer by layer in backward hooks.*optim='galore_adamw'"),
 }
 

@@ -72,6 +72,10 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._step_too_many: StepTooMany | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, and what a subclass has added: a copy has not begun to train."""
+        return {**vars(self), **vars(SlowMoCallback(self.config))}
+
     def attach(self, trainer: Trainer) -> SlowMoCallback:
         """Tell the callback its Trainer. Optional: without it, it knows the one that calls its events."""
         self._trainer = weakref.ref(trainer)
@@ -131,7 +135,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
             average_tokens_inside(self._find_trainer(), group, self._given_back)
-            advise(args, state, self.config)
+            advise(args, state, self.config, self._find_trainer().callback_handler.train_dataloader)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
         self.outer_loop = outer_loop

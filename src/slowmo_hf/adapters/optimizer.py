@@ -123,6 +123,7 @@ class SlowMoOptimizer(OptimizerWrapper):
             return self._pending
         if self.state_is_beside:
             return {_BESIDE: True}
+        _tell_if_dropped(self.outer_loop)
         return self.outer_loop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,6 +339,17 @@ def _checked(inner_optimizer: Any, config: Any, settings: dict[str, Any]) -> Slo
     if checked.has_rounds:
         refuse_shared_state(inner_optimizer)
     return checked
+
+
+def _tell_if_dropped(outer_loop: OuterLoop) -> None:
+    """torch.distributed.checkpoint takes two entries of a state, and no other, without a word."""
+    is_asking = upstream.is_called_by("_get_optim_state_dict", "distributed.checkpoint")
+    if is_asking and outer_loop.attempted_steps and outer_loop.config.has_rounds:
+        outer_loop.workers.logger.warning(
+            "torch.distributed.checkpoint keeps 'state' and 'param_groups' of an optimizer alone: anchors, slow "
+            "momentum and the clock are not saved, and a run that loads this begins them anew. Use "
+            "accelerator.save_state."
+        )
 
 
 def _is_dummy_step() -> bool:

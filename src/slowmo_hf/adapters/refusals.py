@@ -27,7 +27,7 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
 
     Raises:
         ValueError: It is schedule-free, shares its state with other processes, writes a copy of its own over the
-            parameters, goes back to weights of its own, or steps in backward hooks.
+            parameters, averages or goes back to weights of its own, or steps in backward hooks.
     """
     for one in all_inside(optimizer):
         name = type(one).__name__
@@ -46,6 +46,12 @@ def refuse_optimizer(models: Iterable[torch.nn.Module], optimizer: Any) -> None:
                 "round would know of these steps, and accelerate does not know it inside another optimizer. Use one "
                 "that steps after the backward pass; of these Adafactor needs little memory (Trainer: "
                 "optim='adafactor')."
+            )
+        if callable(getattr(getattr(one, "averager", None), "average_parameters", None)):
+            raise ValueError(
+                f"the inner optimizer {name} averages the parameters over all ranks itself, as torch's "
+                "PostLocalSGDOptimizer does: that would be a round inside a round. Use the optimizer inside it; "
+                "SlowMoConfig.local_sgd(sync_every=...) averages as its averager does."
             )
         if any(of.__name__ == "Lookahead" or of.__name__.startswith("Ranger") for of in type(one).__mro__):
             raise ValueError(

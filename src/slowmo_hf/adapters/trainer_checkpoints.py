@@ -47,6 +47,7 @@ from ..training.outer_loop import OuterLoop
 
 _ASIDE = "_incomplete-"  # what begins with "_" Trainer does not push to the Hub
 _OLDER_ASIDE = "incomplete-"  # of older versions
+_OF_ITS_OWN = ".slowmo_not_resumable"  # in a folder that a subclass of Trainer has filled in a form of its own
 
 
 class TrainerCheckpoints:
@@ -185,6 +186,9 @@ class TrainerCheckpoints:
         self._release()
         with suppress(OSError):
             folder.rmdir()  # where nothing else is in it
+        with suppress(OSError):
+            if folder.is_dir():
+                (folder / _OF_ITS_OWN).touch()  # finished, though no Trainer goes on from it
 
     def push(self, trainer: Trainer, folder: Path) -> None:
         """What Trainer would have pushed to the Hub before the checkpoint was whole."""
@@ -290,7 +294,8 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
     newest = max((number for number, (_, whole) in enumerate(found) if whole), default=-1)
     is_first = args.local_process_index == 0
     for number, (path, whole) in enumerate(found):
-        if not whole and ((path / FOLDER).exists() or (number > newest and is_first)):
+        is_stock = not (path / _OF_ITS_OWN).exists()
+        if not whole and ((path / FOLDER).exists() or (number > newest and is_first and is_stock)):
             _set_aside_as_unfinished(path, told_by_others=not is_first)
 
 

@@ -21,7 +21,7 @@ class Looks:
 
     def __init__(self) -> None:
         self._outer_loop: OuterLoop | None = None
-        self._catch_up: Callable[[], None] = lambda: None
+        self._catch_up: Callable[[], None] = _nothing
 
     def begin(
         self,
@@ -63,7 +63,7 @@ class Looks:
                 replace_method(trainer, name, functools.partial(_inside, outer_loop.consensus.passes), given_back)
 
     def _end(self) -> None:
-        self._outer_loop, self._catch_up = None, lambda: None
+        self._outer_loop, self._catch_up = None, _nothing
 
     @contextmanager
     def look(self, *, keep_writes: bool = False, all_come: bool = True) -> Iterator[None]:
@@ -87,6 +87,10 @@ class Looks:
                 yield
         finally:
             random_state.give_back()
+
+
+def _nothing() -> None:
+    """No step is left to count."""
 
 
 def callback_of(subject: Any) -> Any:

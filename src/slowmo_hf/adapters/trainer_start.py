@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import PartialState
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -152,10 +153,15 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 CallbackHandler.on_train_begin = _and_begin(CallbackHandler.on_train_begin)  # type: ignore[method-assign]
 
 
-def advise(args: TrainingArguments, state: TrainerState, config: SlowMoConfig) -> None:
+def advise(args: TrainingArguments, state: TrainerState, config: SlowMoConfig, loader: Any) -> None:
     """What couples the ranks because the user asked for it is left alone, and said; of ratios the state has steps."""
     if args.world_size == 1:
         return
+    if isinstance(loader, DataLoaderDispatcher):
+        logger.warning(
+            "rank 0 reads the training data and broadcasts each batch: at every step each rank waits for the slowest. "
+            "'costs' counts that as computation. Set accelerator_config={'dispatch_batches': False}."
+        )
     if args.logging_strategy == "steps" and config.overlap_steps:
         logger.info(
             "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", state.logging_steps

@@ -34,6 +34,7 @@ from .report import RoundReport
 from .slow_state import SlowState
 from .status import Agreement, Speaker, StatusExchange
 
+_TOLD_ALIKE = 3  # rounds on end
 _NOT_FINITE = (
     "its parameters are not finite (NaN or infinity). Clip gradients (max_grad_norm) and go on from the last "
     "checkpoint, or begin a new run from its model with a lower learning rate."
@@ -221,6 +222,12 @@ class Parts:
             line = self.costs.news(report.bytes_sent)
             if line:
                 self.workers.logger.info("%s", line)
+        if self.account.alike == _TOLD_ALIKE and self.trains_alone and self.config.compression == "none":
+            self.workers.logger.warning(
+                "all workers have moved alike in %d rounds: they seem to train on the same data. Give each rank its "
+                "own: the loader that accelerator.prepare returns, or a DistributedSampler.",
+                _TOLD_ALIKE,
+            )
         return report
 
     def refuse_non_finite(self, square: float, own_is_finite: bool, *, all_are_here: bool = True) -> None:

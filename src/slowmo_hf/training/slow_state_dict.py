@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..contents import Contents, Part, Saved, check_all
+from ..log import of_this_rank
 from .consensus import Consensus
 from .parts import Parts
 
@@ -17,11 +18,12 @@ VERSION = 1
 _OLD_NAMES = {"previous_inner_lrs": "previous_inner_lr"}  # of the outer update's settings, in a checkpoint and here
 _CLOCK = ("attempted_steps", "rounds", "rates", "ended")  # of an older state the rates are not known
 _LISTS = {"anchors": "anchor", "velocities": "velocity"}  # here and in a checkpoint
+WORKER = "worker"  # whose inner optimizer's state lies beside this; a state of an older version does not say
 
 
 def state_dict(parts: Parts) -> dict[str, Any]:
     """
-    All that is equal on every worker at a round's end, and behind `finish` at any step.
+    All that is equal on every worker at a round's end, and behind `finish` at any step; and which worker this is.
 
     Raises:
         RuntimeError: Inside a round, where workers differ and one state cannot speak for all; or where this worker has
@@ -44,7 +46,8 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     outer = slow.objects.get("outer_optimizer", settings)
     clock = parts.clock.saved(agree=True, keep=True)
     steps = {**clock.shared.settings, "rates": clock.own.settings["rates"]}
-    told = {"version": VERSION, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
+    told = {"version": VERSION, WORKER: parts.workers.index, "sync_every": config.sync_every, **steps, **lists}
+    told["outer_optimizer"] = outer
     return {**told, "ended": True} if ended else told
 
 
@@ -75,6 +78,21 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
             parts.slow.give_parameters_(shared)
         parts.back_to_anchors()
     parts.share_last_round()
+    _tell_whose(parts, state)
+
+
+def _tell_whose(parts: Parts, state: dict[str, Any]) -> None:
+    """Warn where every worker goes on with the inner state of one. Said by the first one that lacks its own."""
+    worker, first_other = state.get(WORKER), 0 if state.get(WORKER) else 1
+    is_kept = parts.trains_alone and parts.inner_state.policy == "maintain" and state["attempted_steps"]
+    if is_kept and worker not in (None, parts.workers.index) and parts.workers.index == first_other:
+        of_this_rank.warning(
+            "the optimizer's state that worker %d loads is worker %d's: its own inner state (such as Adam's moments) "
+            "is lost, and it goes on with that one's. Let every rank save and load a file of its own, or use "
+            "accelerator.save_state.",
+            parts.workers.index,
+            worker,
+        )
 
 
 def _contents(state: dict[str, Any]) -> Contents:

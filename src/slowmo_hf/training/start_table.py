@@ -97,7 +97,14 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
     _warn_of_adalora(parts)
     _warn_of_far_steps(parts)
     _warn_of_machines(parts, rows)
-    if config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
+    if plan.steps and plan.rounds == 0 and parts.trains_alone:
+        logger.warning(
+            "no round is ahead: %d steps, and sync_every is %d. Workers train alone, and are averaged once, at the "
+            "end. Lower sync_every, or train for more steps.",
+            plan.steps,
+            config.sync_every,
+        )
+    elif config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
         least = enough_rounds(config.outer_momentum)
         if 0 < plan.rounds < least:
             logger.warning(
