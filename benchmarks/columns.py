@@ -12,13 +12,10 @@ processes. Without `--before` this checkout is compared with itself, which tells
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import inspect
 import json
 import os
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -32,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
 from hosts import Hosts, why_not
-from measuring import hardware, ratio, versions
+from measuring import commit, origin, ratio
+from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
 
 ROOT = Path(__file__).parents[1]
@@ -285,26 +283,15 @@ def main() -> None:
         return
     settings = {name: value for name, value in asdict(args).items() if name not in ("before", "record", "serve")}
     record = {
-        "command": shlex.join(["python", "benchmarks/columns.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **origin(),
         "seconds": round(time.perf_counter() - start, 1),
         "commits": {side: commit(source) for side, source in sources.items()},
         "link": f"{args.mbit_per_s:g} Mbit/s each way for every process, between workers; inside a worker unthrottled",
-        "hardware": hardware(),
         "load_average_before": round(load[0], 2),
-        "versions": versions(),
         "arguments": settings,
         "figures": figures,
     }
-    path = Path(args.record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def commit(source: Path) -> str:
-    """The checkout's, "-dirty" where its files are others."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, cwd=source, capture_output=True, text=True).stdout.strip()
+    write_record(record, Path(args.record))
 
 
 if __name__ == "__main__":

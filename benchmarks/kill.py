@@ -18,12 +18,10 @@ was stopped.
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import itertools
 import json
 import random
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -47,7 +45,8 @@ from kill_runs import (
     launch,
     met,
 )
-from measuring import hardware, versions
+from measuring import origin
+from records import write_record
 
 # ---- random moments ----
 
@@ -214,13 +213,7 @@ class Record:
                 f"processes_per_worker and shards must be those of {self.path}, whose jobs are others, got "
                 f"{args.processes_per_worker} and {args.shards}. Set them, or another --output."
             )
-        self.values |= {
-            "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "hardware": hardware(),
-            "versions": versions(),
-            "jobs": jobs,
-        }
+        self.values |= {**origin(), "jobs": jobs}
 
     def reference(self, name: str, job: Job) -> Run:
         """The job's run that is never killed, made once."""
@@ -271,10 +264,7 @@ class Record:
             shutil.rmtree(folder)
             if part == "points":
                 self.values["resume_moments"][name] = resume_moments(run)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.values, indent=1) + "\n")
-        beside.replace(self.path)
+        write_record(self.values, self.path)
         where = [met(run, kill) for kill in kills]
         print(
             f"{part} {len(self.values[part])}: {name}, {words or ''} {where}: {told or 'the same'}, "

@@ -6,10 +6,14 @@ machine.
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
 import os
 import platform
 import random
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +25,8 @@ import torch.distributed as dist
 import transformers
 
 import slowmo_hf
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # whose `records` writes those of here too
 
 # ---- clocks and ratios ----
 
@@ -147,6 +153,24 @@ class MemoryGauge:
 
 
 # ---- the machine ----
+
+
+def origin(device: str = "cpu") -> dict[str, Any]:
+    """Of a record: by which command it was made and when, on what, of which commit and versions."""
+    program = Path(sys.argv[0]).resolve()
+    return {
+        "command": shlex.join(["python", f"benchmarks/{program.name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(Path(__file__).parent),
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+
+
+def commit(source: Path) -> str:
+    """The checkout's, "-dirty" where its files are others."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    return subprocess.run(command, cwd=source, capture_output=True, text=True).stdout.strip()
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:

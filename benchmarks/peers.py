@@ -14,10 +14,8 @@ stopped.
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -35,7 +33,7 @@ import pictures
 from hosts import Hosts, why_not
 from image.data import load_images
 from image.pixels import SmallImages, make_dataset
-from measuring import hardware, versions
+from measuring import origin
 from peer_systems import SYSTEMS, Training, package, period
 from peer_tables import same_seconds_table, set_targets, table
 from records import write_record
@@ -108,12 +106,7 @@ class Record:
         self.values: dict[str, Any] = {"rows": []}
         if self.path.exists():
             self.values = json.loads(self.path.read_text())
-        self.values |= {
-            "command": shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "hardware": hardware(),
-            "versions": versions(),
-        }
+        self.values |= origin()
 
     def row(self, system: str, rho: float, seed: int) -> dict[str, Any] | None:
         """A system's, where it was measured."""

@@ -14,10 +14,8 @@ figure means.
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -31,8 +29,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
-from measuring import MemoryGauge, hardware, interleaved, mean_over_ranks, milliseconds, ratio, versions
+from measuring import MemoryGauge, interleaved, mean_over_ranks, milliseconds, origin, ratio
 from on_device import measure_arithmetic, measure_overlap
+from records import write_record
 from round_parts import (
     BenchmarkArguments,
     Parts,
@@ -275,20 +274,15 @@ def main() -> None:
         torch.multiprocessing.spawn(_worker, args=(args, folder), nprocs=args.processes)
         figures = json.loads(Path(folder, "figures.json").read_text())
     record = {
-        "command": shlex.join(["python", "benchmarks/round_cost.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **origin(args.device),
         "seconds": round(time.perf_counter() - start, 1),
         "backend": f"{BACKENDS[args.device]}, {args.link}",
         "threads_per_process": 1,
-        "hardware": hardware(args.device),
         "load_average_before": round(load[0], 2),
-        "versions": versions(),
         "arguments": asdict(args),
         **figures,
     }
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(record, Path(args.output))
     print(json.dumps(figures, indent=2))
 
 

@@ -11,7 +11,6 @@ figures are medians over turns, and a ratio is new / before. The last result is 
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import socket
@@ -29,7 +28,8 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 
 import slowmo_hf
-from measuring import hardware, milliseconds, ratio, versions
+from measuring import commit, milliseconds, origin, ratio
+from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -200,24 +200,16 @@ def main() -> None:
                 f"{figure['before']['median_ms']:8.3f}, ratio {told['ratio']:.3f} ({told['p10']:.3f} to "
                 f"{told['p90']:.3f}){'' if told['met'] else '  over ' + str(AT_MOST)}"
             )
-    commits = {
-        name: subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=source, capture_output=True, text=True
-        ).stdout.strip()
-        for name, source in sources.items()
-    }
     settings = {
         name: value for name, value in asdict(args).items() if name in ("restarts", "turns", "tensors", "side")
     }
     record = {
-        "date": datetime.date.today().isoformat(),
-        "commits": commits,
-        "hardware": hardware(),
-        "versions": versions(),
+        **origin(),
+        "commits": {name: commit(source) for name, source in sources.items()},
         "arguments": settings,
         "figures": figures,
     }
-    Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, Path(args.output))
 
 
 if __name__ == "__main__":

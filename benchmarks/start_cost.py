@@ -11,7 +11,6 @@ programs take turns. Figures are medians. The last result is `benchmarks/records
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import socket
@@ -27,7 +26,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-from measuring import hardware, milliseconds, ratio, versions
+from measuring import milliseconds, origin, ratio
+from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -132,16 +132,14 @@ def main() -> None:
     over = "" if told["met"] else f" over {AT_MOST}"
     print(f"ratio {told['ratio']:.3f} ({told['p10']:.3f} to {told['p90']:.3f}){over}")
     record = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **origin(),
         "arguments": {
             name: value for name, value in asdict(args).items() if name not in ("output", "serve", "before")
         },
         "parameter_bytes": sum(4 * p.numel() for p in model_of(args).parameters()),
         "figures": figures,
     }
-    Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, Path(args.output))
 
 
 if __name__ == "__main__":
