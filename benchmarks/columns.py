@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
 from hosts import Hosts, why_not
-from measuring import commit, origin, ratio
+from measuring import commit_of, origin, ratio
 from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
 
@@ -285,7 +285,7 @@ def main() -> None:
     record = {
         **origin(),
         "seconds": round(time.perf_counter() - start, 1),
-        "commits": {side: commit(source) for side, source in sources.items()},
+        "commits": {side: commit_of(source) for side, source in sources.items()},
         "link": f"{args.mbit_per_s:g} Mbit/s each way for every process, between workers; inside a worker unthrottled",
         "load_average_before": round(load[0], 2),
         "arguments": settings,

@@ -46,7 +46,7 @@ from kill_runs import (
     met,
 )
 from measuring import origin
-from records import write_record
+from records import commit, write_record
 
 # ---- random moments ----
 
@@ -258,6 +258,7 @@ class Record:
                 "first_steps": first_steps(reference, run),
                 "seconds": round(run.seconds, 1),
                 "differences": told,
+                "commit": commit(),
             }
         )
         if not told:

@@ -156,21 +156,23 @@ class MemoryGauge:
 
 
 def origin(device: str = "cpu") -> dict[str, Any]:
-    """Of a record: by which command it was made and when, on what, of which commit and versions."""
+    """Of a record: by which command it was made and when, on what, and of which versions."""
     program = Path(sys.argv[0]).resolve()
     return {
         "command": shlex.join(["python", f"benchmarks/{program.name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(Path(__file__).parent),
         "hardware": hardware(device),
         "versions": versions(),
     }
 
 
-def commit(source: Path) -> str:
-    """The checkout's, "-dirty" where its files are others."""
+def commit_of(source: Path) -> str:
+    """Its commit, "-dirty" where its files are others; empty where git does not know it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, cwd=source, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, cwd=source, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:

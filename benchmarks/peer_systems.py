@@ -32,7 +32,7 @@ class Training:
     sync_every: int = field(default=12, metadata={"help": "Steps per round, of all that have rounds."})
     timed_rounds: int = field(default=8, metadata={"help": "Rounds that are timed; the first is left out."})
     look_every: int = field(
-        default=24, metadata={"help": "Steps between looks at the validation loss, a multiple of sync_every."}
+        default=24, metadata={"help": "Steps between looks at the test loss, a multiple of sync_every."}
     )
     width: int = field(default=256, metadata={"help": "Of the model's hidden layers."})
     batch_size: int = field(default=16, metadata={"help": "Images per step and host."})

@@ -8,8 +8,8 @@ and iproute2.
 rho is a / c: a stand-alone all-reduce of the parameters' bytes over a step's computation alone. First c is measured,
 then the link is set to 2 (m-1)/m 4 P / (rho c) bytes per second. Every system runs the same script
 (`benchmarks/peer_job.py`) under `accelerate launch` as one machine of m: steps are timed, and with `--steps` a model
-is trained to a validation loss. The record is written after every system, and the same command goes on where it was
-stopped.
+is trained to a loss on the test images. The record is written after every system, and the same command goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from image.pixels import SmallImages, make_dataset
 from measuring import origin
 from peer_systems import SYSTEMS, Training, package, period
 from peer_tables import same_seconds_table, set_targets, table
-from records import write_record
+from records import commit, write_record
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
 
@@ -51,9 +51,7 @@ class PeerArguments(Training):
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Names of peer_job.SYSTEMS."})
     hosts: int = field(default=4, metadata={"help": "Machines."})
     mtu: int = field(default=1500, metadata={"help": "Bytes of a packet."})
-    steps: int = field(
-        default=0, metadata={"help": "Training steps for the validation loss over time; 0: step times alone."}
-    )
+    steps: int = field(default=0, metadata={"help": "Training steps for the loss over time; 0: step times alone."})
     same_seconds: bool = field(
         default=False, metadata={"help": "--steps are DDP's; others train for as many seconds, to the same target."}
     )
@@ -257,7 +255,7 @@ def measure(hosts: Hosts, images: Path, record: Record) -> None:
             if reason is None:
                 steps, seconds = record.budget(system, rho, seed)
                 row = row_of(system, rho, link, args, run(hosts, images, system, args, steps, seed, seconds), seed)
-            record.values["rows"].append(row)
+            record.values["rows"].append({**row, "commit": commit()})  # of this row: an older record is gone on with
             record.write()
             print(table(record.values["rows"][-1:]).splitlines()[-1], flush=True)
 

@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 
 from measuring import MemoryGauge, interleaved, mean_over_ranks, milliseconds, origin, ratio
 from on_device import measure_arithmetic, measure_overlap
-from records import write_record
+from records import commit, write_record
 from round_parts import (
     BenchmarkArguments,
     Parts,
@@ -275,6 +275,7 @@ def main() -> None:
         figures = json.loads(Path(folder, "figures.json").read_text())
     record = {
         **origin(args.device),
+        "commit": commit(),
         "seconds": round(time.perf_counter() - start, 1),
         "backend": f"{BACKENDS[args.device]}, {args.link}",
         "threads_per_process": 1,

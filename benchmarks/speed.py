@@ -28,7 +28,7 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 
 import slowmo_hf
-from measuring import commit, milliseconds, origin, ratio
+from measuring import commit_of, milliseconds, origin, ratio
 from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
@@ -205,7 +205,7 @@ def main() -> None:
     }
     record = {
         **origin(),
-        "commits": {name: commit(source) for name, source in sources.items()},
+        "commits": {name: commit_of(source) for name, source in sources.items()},
         "arguments": settings,
         "figures": figures,
     }

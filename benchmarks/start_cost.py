@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from measuring import milliseconds, origin, ratio
-from records import write_record
+from records import commit, write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +133,7 @@ def main() -> None:
     print(f"ratio {told['ratio']:.3f} ({told['p10']:.3f} to {told['p90']:.3f}){over}")
     record = {
         **origin(),
+        "commit": commit(),
         "arguments": {
             name: value for name, value in asdict(args).items() if name not in ("output", "serve", "before")
         },

@@ -108,7 +108,7 @@ def environment(libraries: list[ModuleType]) -> dict[str, Any]:
     """What a figure depends on beside its settings: versions, the commit, and the machine in words."""
     modules = (slowmo_hf, torch, transformers, accelerate, *libraries)
     versions = {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
-    return {"versions": versions, "commit": _commit(), "hardware": hardware()}
+    return {"versions": versions, "commit": commit(), "hardware": hardware()}
 
 
 def hardware() -> str:
@@ -116,8 +116,8 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
-def _commit() -> str | None:
-    """Of the recipe's own repository, or None outside one."""
+def commit() -> str | None:
+    """Of this repository; None outside one, or without git."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True

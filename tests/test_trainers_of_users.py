@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from harness import patience, run_workers
-from slowmo_hf import SlowMoCallback, SlowMoConfig
+from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, join, last_round, run_in_process
 from tiny import Heard, Regression, Rows, arguments, equal, values
 
 CONFIG = SlowMoConfig(sync_every=2, timeout_seconds=patience(60))
@@ -72,6 +72,23 @@ def check_data(folder):
     }
 
 
+def test_a_worker_that_goes_on_alone_does_not_move_like_all(caplog):
+    """The other one has ended: the mean of those that train is its own."""
+
+    def work(worker):
+        torch.manual_seed(worker)
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = SlowMoOptimizer(torch.optim.SGD([weight], lr=0.1), SlowMoConfig(sync_every=2))
+        with join(optimizer):
+            for _ in range(2 if worker else 12):
+                weight.grad = torch.randn(3)
+                optimizer.step()
+        return last_round(optimizer).round
+
+    assert run_in_process(work, 2)[0] >= 4
+    assert not [line for line in caplog.messages if "moved alike" in line]
+
+
 def test_data_that_couple_ranks_or_are_everybodys_are_told(tmp_path):
     said = what_is_told(check_data, tmp_path)
     (line,) = said.pop("stream")
@@ -90,6 +107,7 @@ def check_rounds(folder):
         "none": with_period(9),
         "none, plain": with_period(9, outer_momentum=0),
         "one": with_period(8, outer_momentum=0),
+        "gossip": with_period(9, base="sgp"),
         "DiLoCo": heard_of("no round is ahead", folder, config=SlowMoConfig.diloco()),
         "no rounds at all": heard_of("no round is", folder, config=SlowMoConfig(base="all_reduce", outer_momentum=0)),
     }
@@ -200,7 +218,9 @@ def check_checkpoints(folder):
 
 
 def test_finished_checkpoints_of_ones_own_form_stay(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()  # of a stock run that was killed
+    (tmp_path / "checkpoint-9/config.json").write_text("{}")
     for found, told, names in run_workers(check_checkpoints, 2, str(tmp_path)):
         assert found == {"checkpoint-4": "4", "checkpoint-8": "8"}
-        assert not told
-        assert names == ["checkpoint-4", "checkpoint-8"]
+        assert not [line for line in told if "checkpoint-9" not in line]
+        assert names == ["_incomplete-checkpoint-9", "checkpoint-4", "checkpoint-8"]

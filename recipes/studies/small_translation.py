@@ -28,7 +28,7 @@ from studies.small_runs import Job, train_workers
 from translation.bleu import bleu_signature
 from translation.data import load_corpus, sha256_of
 from translation.judged import MEAN_OF, all_scores, judge, named, with_bits
-from translation.model import make_transformer, smoothed_loss, translate
+from translation.model import PUBLISHED_SIZES, make_transformer, smoothed_loss, translate
 from translation.tokens import TokenBatches, collate, encode_corpus, sentences_of, token_counts, train_tokenizer
 
 LIBRARIES = [datasets, tokenizers, sacrebleu]  # whose versions matter here
@@ -173,7 +173,13 @@ def train(run: Run, data: Translations, keeper: Keeper | None = None, device: st
         judged = {} if told is None else _judge(told["curve"], models, data, judging, device)
     if told is None:
         return None
-    return {**told, **judged, **facts_of(run, data)}
+    return {**told, **judged, **facts_of(run, data), "start": start_of(run, data)}
+
+
+def start_of(run: Run, data: Translations) -> int | None:
+    """The year of fairseq as which the weights start (`draw_weights`); None where they start as the recipe's own."""
+    own = PUBLISHED_SIZES.get(data.size.model)
+    return PUBLISHED_START if own and run.study == "published" else own
 
 
 def facts_of(run: Run, data: Translations) -> dict[str, Any]:
@@ -200,8 +206,7 @@ def facts_of(run: Run, data: Translations) -> dict[str, Any]:
 
 def _make_job(run: Run, data: Translations, rank: int, models: KeptModels, device: str) -> Job:
     torch.manual_seed(run.seed)
-    start = PUBLISHED_START if run.study == "published" else None
-    model = make_transformer(data.size.model, len(data.tokenizer), year=start).to(device)
+    model = make_transformer(data.size.model, len(data.tokenizer), year=start_of(run, data)).to(device)
     torch.manual_seed(1000 * run.seed + rank)  # each worker its own dropout, where the size has any
     sampler = TokenBatches(data.lengths, run.batch_size, seed=run.seed, rank=rank, world_size=run.workers)
 

@@ -25,9 +25,9 @@ MODEL_SIZES = {
     "base": {"d_model": 512, "ffn": 2048, "heads": 8, "layers": 6, "dropout": 0.1},
     "big": {"d_model": 1024, "ffn": 4096, "heads": 16, "layers": 6, "dropout": 0.3},
 }
-# These start as fairseq's of that year: `base` and `big` of the paper's, `small` as 0.12.2's, which ran beside it. The
-# recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner with it, and the records of the
-# studies have it.
+# These start as in fairseq of that year: `base` and `big` as at the paper's time, `small` as in 0.12.2, with which it
+# is compared. The recipe's own keep Marian's draw, variance 1 / d_model everywhere: they learn sooner with it, and the
+# records of the studies have it.
 PUBLISHED_SIZES = {"small": 2021, "base": 2017, "big": 2019}
 
 
@@ -43,7 +43,7 @@ def make_transformer(
         size (`str`): One of `MODEL_SIZES`.
         vocab_size (`int`): `len(tokenizer)`.
         dropout (`float`, *optional*): Another than the size's own.
-        year (`int`, *optional*): Of another fairseq than the size's own.
+        year (`int`, *optional*): Of another fairseq than the size's own, if it has one.
     """
     shape = MODEL_SIZES[size]
     names = {"layers": "layers", "ffn_dim": "ffn", "attention_heads": "heads"}
@@ -62,8 +62,9 @@ def make_transformer(
         **sides,
     )
     model = MarianMTModel(config)
-    if size in PUBLISHED_SIZES:
-        draw_weights(model, year or PUBLISHED_SIZES[size])
+    year = year or PUBLISHED_SIZES.get(size)
+    if year is not None:
+        draw_weights(model, year)
     model.generation_config.update(
         max_length=POSITIONS, suppress_tokens=[PAD], forced_eos_token_id=EOS, **beam_settings()
     )

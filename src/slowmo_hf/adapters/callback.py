@@ -135,7 +135,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             group, timeout = outer_loop.workers.gradients.group, self.config.timeout_seconds
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
             average_tokens_inside(self._find_trainer(), group, self._given_back)
-            advise(args, state, self.config, self._find_trainer().callback_handler.train_dataloader)
+            loader = self._find_trainer().callback_handler.train_dataloader
+            advise(args, state, self.config, loader if outer_loop.parts.trains_alone else None)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
         self.outer_loop = outer_loop

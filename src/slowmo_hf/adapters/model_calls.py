@@ -24,7 +24,7 @@ from ..training.outer_loop import OuterLoop
 from .first_pass import is_recorded, listen, never_compiled
 
 
-@never_compiled("_on_training_pass", "on_train", "on_eval", "on_state_dict", "on_load_state_dict", "_say")
+@never_compiled("_on_training_pass", "on_train", "on_eval", "on_state_dict", "on_load_state_dict", "say_once")
 class ModelCalls:
     """
     Listens to the models of one optimizer, from its start on.
@@ -91,7 +91,7 @@ class ModelCalls:
         self._tell_rollouts(clock.attempted_steps)
         step = loop.consensus.last_round_step
         if not step and not clock.workers_agree:
-            self._say(
+            self.say_once(
                 logging.WARNING,
                 "model.eval() before the first round (sync_every=%d): every rank sees its own weights of step %d. "
                 "`with slowmo_hf.consensus(optimizer):` shows the average of all.",
@@ -99,7 +99,7 @@ class ModelCalls:
                 clock.attempted_steps,
             )
             return
-        self._say(
+        self.say_once(
             logging.INFO,
             "model.eval() shows the model of the round of step %d (%d steps came after it), the same on all ranks; "
             "model.train() gives this worker's own weights back. `with slowmo_hf.consensus(optimizer):` shows the "
@@ -114,7 +114,7 @@ class ModelCalls:
         if now != at:
             self._evaluated = now, in_a_row + 1 if now == at + 1 else 1
         if self._evaluated[1] == 3:
-            self._say(
+            self.say_once(
                 logging.WARNING,
                 "model.eval() at every step shows the last round's model. What training uses of its passes (rollouts, "
                 "pseudo-labels, features) is that old: make it in training mode, or with the submodules alone in "
@@ -135,7 +135,7 @@ class ModelCalls:
         # torch.compile compiles again when a value that is read here changes: evaluations read as few as can be.
         if not torch.is_grad_enabled():
             if self._without_last_round and self._counts(module):
-                self._say(
+                self.say_once(
                     logging.WARNING,
                     "model.eval() was called inside a consensus block, and this pass comes behind it: every rank "
                     "evaluates its own weights. %s",
@@ -149,7 +149,7 @@ class ModelCalls:
             was_training = self._was_training
             self.on_train()
             if was_training:
-                self._say(
+                self.say_once(
                     logging.WARNING,
                     "a pass with gradients after model.eval(): it is made with this worker's own weights, as "
                     "training is. An evaluation belongs under torch.no_grad().",
@@ -172,7 +172,7 @@ class ModelCalls:
         """Say, once, that this is one worker's own model, if it is."""
         loop = self._outer_loop
         if self._holds_local_weights and not loop.clock.workers_agree:
-            self._say(
+            self.say_once(
                 logging.WARNING,
                 "the model's state was taken in training mode at step %d, %d steps after the last round: it is rank "
                 "%d's own, not the average. Save inside `with slowmo_hf.consensus(optimizer):`, or behind "
@@ -204,8 +204,8 @@ class ModelCalls:
             return False
         return not loop.in_flight.is_over and self._loaded_at != loop.in_flight.moves
 
-    def _say(self, level: int, words: str, *values: object) -> None:
-        """Once."""
+    def say_once(self, level: int, words: str, *values: object) -> None:
+        """In the life of this listener."""
         if words not in self._said:
             self._said.add(words)
             self._outer_loop.workers.logger.log(level, words, *values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,11 @@ from .stop_signals import StopSignals
 
 _SLOW_STATE = "slowmo"
 _BESIDE = "beside"
+_DROPPED = (
+    "torch.distributed.checkpoint keeps 'state' and 'param_groups' of an optimizer alone: the slow state (anchors, "
+    "slow momentum) and the clock are not saved, and a run that loads this begins them anew. Use "
+    "accelerator.save_state."
+)
 
 
 @never_compiled("_on_pass", "_start", "_go_on", "step", "train", "eval", "state_dict", "load_state_dict")
@@ -123,8 +129,10 @@ class SlowMoOptimizer(OptimizerWrapper):
             return self._pending
         if self.state_is_beside:
             return {_BESIDE: True}
-        _tell_if_dropped(self.outer_loop)
-        return self.outer_loop.state_dict()
+        slow = self.outer_loop.state_dict()
+        if self._model_calls is not None and self.outer_loop.attempted_steps and _is_dropped():
+            self._model_calls.say_once(logging.WARNING, _DROPPED)
+        return slow
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -341,15 +349,12 @@ def _checked(inner_optimizer: Any, config: Any, settings: dict[str, Any]) -> Slo
     return checked
 
 
-def _tell_if_dropped(outer_loop: OuterLoop) -> None:
-    """torch.distributed.checkpoint takes two entries of a state, and no other, without a word."""
-    is_asking = upstream.is_called_by("_get_optim_state_dict", "distributed.checkpoint")
-    if is_asking and outer_loop.attempted_steps and outer_loop.config.has_rounds:
-        outer_loop.workers.logger.warning(
-            "torch.distributed.checkpoint keeps 'state' and 'param_groups' of an optimizer alone: anchors, slow "
-            "momentum and the clock are not saved, and a run that loads this begins them anew. Use "
-            "accelerator.save_state."
-        )
+def _is_dropped() -> bool:
+    """torch.distributed.checkpoint takes two entries of a state, and no other, for a save. A load asks too."""
+    is_asking, is_loading = (
+        upstream.is_called_by(f"_{verb}_optim_state_dict", "distributed.checkpoint") for verb in ("get", "load")
+    )
+    return is_asking and not is_loading
 
 
 def _is_dummy_step() -> bool:

@@ -20,6 +20,7 @@ from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
 from ..checkpoints.files import (
     FOLDER,
+    LOCK,
     TRAINER_STATE,
     Digests,
     Stamps,
@@ -47,7 +48,11 @@ from ..training.outer_loop import OuterLoop
 
 _ASIDE = "_incomplete-"  # what begins with "_" Trainer does not push to the Hub
 _OLDER_ASIDE = "incomplete-"  # of older versions
-_OF_ITS_OWN = ".slowmo_not_resumable"  # in a folder that a subclass of Trainer has filled in a form of its own
+_FIRST = {LOCK, "config.json", "generation_config.json"}  # what a save begins with
+# What Trainer's saves write behind these, whole or in part.
+_TRAINERS = re.compile(
+    r"(model|pytorch_model|adapter_|optimizer|scheduler|scaler|rng_state|training_args|token|vocab|global_step).*"
+)
 
 
 class TrainerCheckpoints:
@@ -186,9 +191,6 @@ class TrainerCheckpoints:
         self._release()
         with suppress(OSError):
             folder.rmdir()  # where nothing else is in it
-        with suppress(OSError):
-            if folder.is_dir():
-                (folder / _OF_ITS_OWN).touch()  # finished, though no Trainer goes on from it
 
     def push(self, trainer: Trainer, folder: Path) -> None:
         """What Trainer would have pushed to the Hub before the checkpoint was whole."""
@@ -294,9 +296,17 @@ def set_aside_unfinished(args: TrainingArguments) -> None:
     newest = max((number for number, (_, whole) in enumerate(found) if whole), default=-1)
     is_first = args.local_process_index == 0
     for number, (path, whole) in enumerate(found):
-        is_stock = not (path / _OF_ITS_OWN).exists()
-        if not whole and ((path / FOLDER).exists() or (number > newest and is_first and is_stock)):
+        if not whole and ((path / FOLDER).exists() or (number > newest and is_first and _is_trainers(path))):
             _set_aside_as_unfinished(path, told_by_others=not is_first)
+
+
+def _is_trainers(folder: Path) -> bool:
+    """Whether a Trainer has begun to save here; a subclass of it may have files of its own alone, and be done."""
+    try:
+        names = {path.name for path in folder.iterdir()} - _FIRST
+    except OSError:  # another rank has renamed it
+        return True
+    return not names or any(map(_TRAINERS.fullmatch, names))
 
 
 def _set_aside_as_unfinished(path: Path, *, told_by_others: bool) -> None:

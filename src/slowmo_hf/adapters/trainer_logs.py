@@ -35,8 +35,8 @@ class RoundLogs:
     def _telling(self, log: Method) -> Method:
         @functools.wraps(log)
         def call(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            is_trainers = "loss" in logs and "learning_rate" in logs  # what else a program logs is its own
-            ours = self._take() if is_trainers or "train_runtime" in logs else {}
+            ours = self._take() if "loss" in logs or "train_runtime" in logs else {}
+            is_trainers = "loss" in logs and "learning_rate" in logs  # a program may log losses of its own
             if is_trainers and self._losses is not None:
                 ours |= self._losses.take()
             logs.update(ours)

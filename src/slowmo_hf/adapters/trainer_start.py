@@ -154,7 +154,12 @@ CallbackHandler.on_train_begin = _and_begin(CallbackHandler.on_train_begin)  # t
 
 
 def advise(args: TrainingArguments, state: TrainerState, config: SlowMoConfig, loader: Any) -> None:
-    """What couples the ranks because the user asked for it is left alone, and said; of ratios the state has steps."""
+    """
+    What couples the ranks because the user asked for it is left alone, and said; of ratios the state has steps.
+
+    Args:
+        loader (`DataLoader`, *optional*): The training's, where workers train alone.
+    """
     if args.world_size == 1:
         return
     if isinstance(loader, DataLoaderDispatcher):

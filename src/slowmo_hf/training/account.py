@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from ..algorithm.norms import Norms
 from .report import RoundReport
 
-_ALIKE = 1e-6  # of workers' displacements: what fp32 may leave between equal ones
-
 
 @dataclass(frozen=True)
 class Spent:
@@ -55,7 +53,6 @@ class Account:
     Attributes:
         spent (`Spent`): Of the last report; zeros before the first one.
         rounds (`int`), bytes_sent (`int`): Of all reports since this process began, or took up a checkpoint.
-        alike (`int`): Last reports on end in which no worker has moved otherwise than their mean.
     """
 
     def __init__(self, bytes_sent: Callable[[], int], collectives: Callable[[], int] = lambda: 0) -> None:
@@ -67,7 +64,7 @@ class Account:
 
     def begin(self) -> None:
         """Nothing was reported yet."""
-        self.spent, self.rounds, self.bytes_sent, self.alike = Spent(), 0, 0, 0
+        self.spent, self.rounds, self.bytes_sent = Spent(), 0, 0
 
     def close(self) -> None:
         """A report was made, or training begins: count anew."""
@@ -148,8 +145,6 @@ class Account:
             utilisation (`float`, *optional*): As of `RoundReport`.
         """
         [bytes_sent] = summed([self.unreported_bytes])
-        is_alike = norms.drift_square > 0 and norms.consensus_distance <= _ALIKE * norms.drift_square
-        self.alike = self.alike + 1 if is_alike and consensus_is_known else 0
         self._mark()
         self.spent = Spent(self.computed_seconds, self._communicated, self.communicated_before)
         self.rounds, self.bytes_sent = self.rounds + 1, self.bytes_sent + round(bytes_sent)

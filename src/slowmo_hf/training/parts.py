@@ -30,11 +30,10 @@ from .inner_state import InnerState
 from .model_tensors import ModelTensors, copy_tensors_
 from .other_tensors import news_of_frozen
 from .own_collectives import OwnCollectives
-from .report import RoundReport
+from .report import MovedAlike, RoundReport
 from .slow_state import SlowState
 from .status import Agreement, Speaker, StatusExchange
 
-_TOLD_ALIKE = 3  # rounds on end
 _NOT_FINITE = (
     "its parameters are not finite (NaN or infinity). Clip gradients (max_grad_norm) and go on from the last "
     "checkpoint, or begin a new run from its model with a lower learning rate."
@@ -57,6 +56,7 @@ class Parts:
     account: Account
     own_collectives: OwnCollectives
     costs: Costs
+    alike: MovedAlike
     status: StatusExchange
     view: ConsensusView
     slow: SlowState
@@ -83,6 +83,7 @@ class Parts:
             account=account,
             own_collectives=OwnCollectives(workers, clock, account),
             costs=Costs(config, workers),
+            alike=MovedAlike(is_measured=_measures_distances(config, workers)),
             status=StatusExchange(workers, inner_state, clock, account, weigh, speaker),
             view=ConsensusView(account, config.stash_device, tensors.swapping),
             slow=slow,
@@ -222,12 +223,9 @@ class Parts:
             line = self.costs.news(report.bytes_sent)
             if line:
                 self.workers.logger.info("%s", line)
-        if self.account.alike == _TOLD_ALIKE and self.trains_alone and self.config.compression == "none":
-            self.workers.logger.warning(
-                "all workers have moved alike in %d rounds: they seem to train on the same data. Give each rank its "
-                "own: the loader that accelerator.prepare returns, or a DistributedSampler.",
-                _TOLD_ALIKE,
-            )
+        alike = self.alike.hear(norms, agreement.local_steps if agreement is not None else [])
+        if alike:
+            self.workers.logger.warning("%s", alike)
         return report
 
     def refuse_non_finite(self, square: float, own_is_finite: bool, *, all_are_here: bool = True) -> None:
@@ -295,6 +293,12 @@ def _refuse_device(config: SlowMoConfig, workers: Workers, tensors: ModelTensors
         "Under accelerate: fsdp_offload_params: true in its configuration, or "
         'InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl").'
     )
+
+
+def _measures_distances(config: SlowMoConfig, workers: Workers) -> bool:
+    """With `compression` the distance is off by what quantisation changes; with all-reduce there is none."""
+    is_exact = config.exact_average and config.compression == "none"
+    return is_exact and config.base != "all_reduce" and workers.count > 1
 
 
 def _refuse_outer_optimizer(config: SlowMoConfig, tensors: ModelTensors) -> str | None:

@@ -1,8 +1,13 @@
-"""What a round did, for logs and for people."""
+"""What a round did, for logs and for people, and whether workers have moved alike in some of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from ..algorithm.norms import Norms
+
+_ALIKE = 1e-6  # of workers' displacements, squared: more than fp32 leaves between equal ones
+_TOLD = 3  # rounds on end
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,28 @@ class RoundReport:
         The report under the keys `slowmo/...`, for `accelerator.log` and trackers; what was not measured is left out.
         """
         return {f"slowmo/{name}": value for name, value in vars(self).items() if value is not None}
+
+
+class MovedAlike:
+    """
+    Counts rounds on end in which no worker has moved otherwise than their mean, though every one has trained.
+
+    Args:
+        is_measured (`bool`): Whether rounds know how far workers were apart, to the last digits.
+    """
+
+    def __init__(self, *, is_measured: bool) -> None:
+        self._is_measured, self._rounds = is_measured, 0
+
+    def hear(self, norms: Norms, local_steps: list[int]) -> str:
+        """Words, where this round makes it worth a warning; "" else."""
+        square = norms.drift_square
+        is_alike = self._is_measured and bool(local_steps) and all(local_steps)
+        is_alike = is_alike and square > 0 and norms.consensus_distance <= _ALIKE * square
+        self._rounds = self._rounds + 1 if is_alike else 0
+        if self._rounds != _TOLD:
+            return ""
+        return (
+            f"all workers have moved alike in {_TOLD} rounds: they seem to train on the same data. Give each rank its "
+            "own: the loader that accelerator.prepare returns, or a DistributedSampler."
+        )

@@ -18,7 +18,7 @@ VERSION = 1
 _OLD_NAMES = {"previous_inner_lrs": "previous_inner_lr"}  # of the outer update's settings, in a checkpoint and here
 _CLOCK = ("attempted_steps", "rounds", "rates", "ended")  # of an older state the rates are not known
 _LISTS = {"anchors": "anchor", "velocities": "velocity"}  # here and in a checkpoint
-WORKER = "worker"  # whose inner optimizer's state lies beside this; a state of an older version does not say
+_WORKER, _WORKERS = "worker", "workers"  # whose inner state lies beside this, and of how many; new in version 0.1
 
 
 def state_dict(parts: Parts) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     outer = slow.objects.get("outer_optimizer", settings)
     clock = parts.clock.saved(agree=True, keep=True)
     steps = {**clock.shared.settings, "rates": clock.own.settings["rates"]}
-    told = {"version": VERSION, WORKER: parts.workers.index, "sync_every": config.sync_every, **steps, **lists}
-    told["outer_optimizer"] = outer
+    whose = {_WORKER: parts.workers.index, _WORKERS: parts.workers.count}
+    told = {"version": VERSION, **whose, "sync_every": config.sync_every, **steps, **lists, "outer_optimizer": outer}
     return {**told, "ended": True} if ended else told
 
 
@@ -82,15 +82,17 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
 
 
 def _tell_whose(parts: Parts, state: dict[str, Any]) -> None:
-    """Warn where every worker goes on with the inner state of one. Said by the first one that lacks its own."""
-    worker, first_other = state.get(WORKER), 0 if state.get(WORKER) else 1
-    is_kept = parts.trains_alone and parts.inner_state.policy == "maintain" and state["attempted_steps"]
-    if is_kept and worker not in (None, parts.workers.index) and parts.workers.index == first_other:
+    """Warn where this worker had an inner state of its own, and goes on with another's."""
+    worker, own = state.get(_WORKER), parts.workers.index
+    is_anothers = worker not in (None, own) and own < state.get(_WORKERS, 0) and bool(state["attempted_steps"])
+    inner = parts.tensors.optimizer.state.values()
+    has_some = any(isinstance(value, torch.Tensor) for one in inner for value in one.values())
+    if is_anothers and has_some and parts.trains_alone and parts.inner_state.policy == "maintain":
         of_this_rank.warning(
             "the optimizer's state that worker %d loads is worker %d's: its own inner state (such as Adam's moments) "
             "is lost, and it goes on with that one's. Let every rank save and load a file of its own, or use "
             "accelerator.save_state.",
-            parts.workers.index,
+            own,
             worker,
         )
 
@@ -144,12 +146,12 @@ def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str, *, ended
     if attempted_steps and config.overlap_steps:
         raise RuntimeError(
             f"training cannot be {verb} with overlap_steps={config.overlap_steps}: workers are never all the "
-            "same, and their own weights are not in this state. Save behind slowmo_hf.finish(optimizer), use "
+            "same, and their own weights are not in this state. Save after slowmo_hf.finish(optimizer), use "
             "accelerator.save_state, or overlap_steps=0."
         )
     if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
         raise RuntimeError(
             f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
             f"{config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
-            "of sync_every, behind slowmo_hf.finish(optimizer), or with accelerator.save_state at any step."
+            "of sync_every, after slowmo_hf.finish(optimizer), or with accelerator.save_state at any step."
         )

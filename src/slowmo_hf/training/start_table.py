@@ -97,7 +97,8 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
     _warn_of_adalora(parts)
     _warn_of_far_steps(parts)
     _warn_of_machines(parts, rows)
-    if plan.steps and plan.rounds == 0 and parts.trains_alone:
+    begins = parts.trains_alone and not config.gossips and not parts.clock.attempted_steps
+    if begins and plan.steps and plan.rounds == 0:
         logger.warning(
             "no round is ahead: %d steps, and sync_every is %d. Workers train alone, and are averaged once, at the "
             "end. Lower sync_every, or train for more steps.",
