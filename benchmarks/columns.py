@@ -30,7 +30,6 @@ from transformers import HfArgumentParser
 
 from hosts import Hosts, why_not
 from measuring import commit_of, origin, ratio
-from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +281,8 @@ def main() -> None:
     if args.record is None:
         return
     settings = {name: value for name, value in asdict(args).items() if name not in ("before", "record", "serve")}
+    from records import write_record  # not in the processes that are timed: it imports much
+
     record = {
         **origin(),
         "seconds": round(time.perf_counter() - start, 1),

@@ -29,7 +29,6 @@ from transformers import HfArgumentParser
 
 import slowmo_hf
 from measuring import commit_of, milliseconds, origin, ratio
-from records import write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +202,8 @@ def main() -> None:
     settings = {
         name: value for name, value in asdict(args).items() if name in ("restarts", "turns", "tensors", "side")
     }
+    from records import write_record  # not in the processes that are timed: it imports much
+
     record = {
         **origin(),
         "commits": {name: commit_of(source) for name, source in sources.items()},

@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from measuring import milliseconds, origin, ratio
-from records import commit, write_record
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +130,8 @@ def main() -> None:
     told = figures["ours / stock"]
     over = "" if told["met"] else f" over {AT_MOST}"
     print(f"ratio {told['ratio']:.3f} ({told['p10']:.3f} to {told['p90']:.3f}){over}")
+    from records import commit, write_record  # not in the processes that are timed: it imports much
+
     record = {
         **origin(),
         "commit": commit(),

@@ -147,7 +147,7 @@ def score(run: Run, told: dict[str, Any], data: Translations) -> dict[str, Any]:
         "theirs": told["versions"],
         **environment(multi30k.LIBRARIES),
         "command": f"ORACLE/bin/python recipes/studies/multi30k_fairseq.py FOLDER  # seed {run.seed}, from `write`",
-        "hardware": told["hardware"],
+        "hardware": told.get("hardware"),
     }
 
 

@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,12 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
 from records import mean_and_interval
-from studies.plan import TASKS, Run, Tuned, make_run, sweeps
+from studies.plan import Run, Tuned, make_run, sweeps
 from studies.run_records import find_record
 from studies.showing import paired_differences
 
 RATE = 0.005
-SEEDS = range(1, 1 + TASKS["multi30k"].pair_seeds)
+SEEDS = range(1, 6)  # of which most settings have three
 METRICS = {"validation_nll": 3, "test_bleu_mean_of_5": 2}  # and the digits that are shown
 
 
@@ -36,7 +37,8 @@ def _four(base: str, beta: float = 0.0, rate: float = RATE) -> Callable[[int], R
 def _two(beta: float) -> Callable[[int], Run]:
     """The run of Local Adam by two workers at each seed."""
     runs = sweeps("multi30k", {"local_sgd": Tuned(RATE)})
-    return lambda seed: next(run for run in runs if (run.outer_momentum, run.seed) == (beta, seed))
+    first = next(run for run in runs if run.outer_momentum == beta)
+    return lambda seed: replace(first, seed=seed)
 
 
 _AT_ITS_RATE = _four("all_reduce", rate=RATE / 2)  # which tuning chose for AR-Adam, and 0.005 for the others
