@@ -18,7 +18,7 @@ VERSION = 1
 _OLD_NAMES = {"previous_inner_lrs": "previous_inner_lr"}  # of the outer update's settings, in a checkpoint and here
 _CLOCK = ("attempted_steps", "rounds", "rates", "ended")  # of an older state the rates are not known
 _LISTS = {"anchors": "anchor", "velocities": "velocity"}  # here and in a checkpoint
-_WORKER, _WORKERS = "worker", "workers"  # whose inner state lies beside this, and of how many; new in version 0.1
+_WORKER, _WORKERS = "worker", "workers"  # whose inner state lies beside this, of how many; older ones do not say
 
 
 def state_dict(parts: Parts) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _tell_whose(parts: Parts, state: dict[str, Any]) -> None:
     """Warn where this worker had an inner state of its own, and goes on with another's."""
     worker, own = state.get(_WORKER), parts.workers.index
     is_anothers = worker not in (None, own) and own < state.get(_WORKERS, 0) and bool(state["attempted_steps"])
-    inner = parts.tensors.optimizer.state.values()
+    inner = [one for one in parts.tensors.optimizer.state.values() if isinstance(one, dict)]
     has_some = any(isinstance(value, torch.Tensor) for one in inner for value in one.values())
     if is_anothers and has_some and parts.trains_alone and parts.inner_state.policy == "maintain":
         of_this_rank.warning(
