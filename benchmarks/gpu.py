@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
 import torch
 from transformers import HfArgumentParser
 
