@@ -309,6 +309,18 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
 
 
 @pytest.mark.slow
+def test_a_run_has_the_threads_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    """In a process of its own; the record says so. `--epochs` cuts the run."""
+    words = ["--study", "tuning", "--bases", "all_reduce", "--epochs", "1", "--max_runs", "1", "--jobs", "1"]
+    images = ["--threads", "2", "--dataset_name", str(RECIPES / "data" / "fashion_mnist"), "--records", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words, *images])
+    reproduce.main()
+    assert "1 of 1 runs done, none left" in capsys.readouterr().out
+    (path,) = tmp_path.rglob("*.json")
+    assert ", 2 cores per run, " in json.loads(path.read_text())["hardware"]
+
+
+@pytest.mark.slow
 def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, images):
     """Nothing is trained and nothing written; a damaged record says nothing, one of another task neither."""
     others = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}
@@ -340,6 +352,7 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
             r"bases must be some of local_sgd, all_reduce, sgp, got 'osgp'. Set --bases.",
         ),
         ("--study published", "study published is of task multi30k, got task 'image_classification'. Set --task"),
+        ("--threads 0", "threads must be >= 1, got 0. Set --threads."),
         ("--seeds 0", "seeds must be >= 1, got 0. Set --seeds."),
         ("--study table1 --inner_lr 0", "inner_lr must be > 0 and < inf, got 0.0. Set --inner_lr."),
         ("--study table1 --outer_momentum 1", "outer_momentum must be > 0 and < 1, got 1.0. Set --outer_momentum."),

@@ -107,7 +107,11 @@ class Arguments:
     epochs: int | None = field(default=None, metadata={"help": "Instead of the study's, for a dry run."})
     jobs: int = field(
         default=os.cpu_count() or 1,
-        metadata={"help": "Runs at a time, each on one core; --scale gpu does one at a time."},
+        metadata={"help": "Runs at a time, each a process; --scale gpu does one at a time."},
+    )
+    threads: int = field(
+        default=1,
+        metadata={"help": "CPU threads of each run at --scale small; figures of another number differ by rounding."},
     )
     max_runs: int | None = field(default=None, metadata={"help": "Stop after so many; the next call goes on."})
     records: str = field(default=str(RECORDS), metadata={"help": "Folder of the records."})
@@ -119,7 +123,7 @@ class Arguments:
                 if getattr(self, name) != only:
                     raise SettingError(f"{name} must be left out with --scale gpu, got {getattr(self, name)!r}.")
             self.task = "cifar10"
-        for name, least in (("seeds", 1), ("epochs", 1), ("jobs", 1), ("max_runs", 0)):
+        for name, least in (("seeds", 1), ("epochs", 1), ("jobs", 1), ("threads", 1), ("max_runs", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name} must be >= {least}, got {value}. Set --{name}.")
@@ -255,12 +259,13 @@ def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
 
 
 def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) -> None:
-    """Several at a time, each in a process of its own with one thread; each writes its record when it is done."""
+    """Several at a time, each in a process of its own; each writes its record when it is done."""
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(len(runs), arguments.jobs)
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)  # read by a process when it starts
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), initializer=_start_process) as pool:
+    processes = {"mp_context": get_context("spawn"), "initializer": _start_process, "initargs": (arguments.threads,)}
+    with ProcessPoolExecutor(arguments.jobs, **processes) as pool:
         under_way = {pool.submit(run_one, run, arguments.dataset_name, str(folder), device): run.name for run in runs}
         print(progress.line(list(under_way.values())), flush=True)
         try:
@@ -274,8 +279,8 @@ def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) ->
             raise
 
 
-def _start_process() -> None:
-    torch.set_num_threads(1)
+def _start_process(threads: int) -> None:
+    torch.set_num_threads(threads)
     logging.getLogger("slowmo_hf").setLevel(logging.WARNING)  # a table at each start would hide this program's lines
     datasets.disable_progress_bars()
 
@@ -291,7 +296,9 @@ def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu"
             command += f" --inner_lr {run.inner_lr}"
             command += f" --outer_momentum {run.outer_momentum}" if run.slowmo and run.study == "table1" else ""
         command += f" --device {device}" if device != "cpu" else ""
-    machine = f"{hardware()}, one core per run, all workers in one process"
+    threads = torch.get_num_threads()
+    cores = "one core" if threads == 1 else f"{threads} cores"
+    machine = f"{hardware()}, {cores} per run, all workers in one process"
     if device != "cpu":
         machine = f"{torch.cuda.get_device_name()} for several runs at a time, {machine}"
     keeper = _keeper(run, data, Path(folder), device) if run.task in KEPT else None
