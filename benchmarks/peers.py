@@ -36,7 +36,8 @@ from image.pixels import SmallImages, make_dataset
 from measuring import origin
 from peer_systems import SYSTEMS, Training, package, period
 from peer_tables import same_seconds_table, set_targets, table
-from records import commit, write_record
+from records import DataError, commit, end_program, write_record
+from studies.advice import advised
 
 JOB = str(Path(__file__).with_name("peer_job.py"))
 
@@ -141,18 +142,16 @@ def decode(dataset: str | None, path: Path) -> None:
     Write the images once for all jobs: uint8 of shape (rows, 1, 28, 28), labels int64 (safetensors).
 
     Raises:
-        ValueError: Images are others than Fashion-MNIST's kind, which the model is made for.
+        DataError: They cannot be read, or are others than Fashion-MNIST's kind, which the model is made for.
     """
-    sets = load_images(dataset)
     tensors = {}
-    for name, rows in (("train", sets.train), ("test", sets.test)):
-        images = make_dataset(rows, sets)
-        if not isinstance(images, SmallImages) or images.images.shape[1:] != (1, 28, 28):
-            raise ValueError(
-                f"dataset must hold grey images of 28 x 28 pixels, got {dataset!r} with others. Use Fashion-MNIST or "
-                "MNIST."
-            )
-        tensors |= {f"{name}_images": images.images, f"{name}_labels": images.labels}
+    with advised("--dataset to a folder with Fashion-MNIST or MNIST: train*.parquet and test*.parquet."):
+        sets = load_images(dataset)
+        for name, rows in (("train", sets.train), ("test", sets.test)):
+            images = make_dataset(rows, sets)
+            if not isinstance(images, SmallImages) or images.images.shape[1:] != (1, 28, 28):
+                raise DataError(f"dataset must hold grey images of 28 x 28 pixels, got {dataset!r} with others.")
+            tensors |= {f"{name}_images": images.images, f"{name}_labels": images.labels}
     save_file(tensors, path)
 
 
@@ -269,7 +268,10 @@ def main() -> None:
     record = Record(args)
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.safetensors"
-        decode(args.dataset, images)
+        try:
+            decode(args.dataset, images)
+        except DataError as error:
+            end_program(__file__, error)
         with Hosts(args.hosts, mtu=args.mtu, real_time=True) as hosts:
             measure(hosts, images, record)
     rows = record.values["rows"]

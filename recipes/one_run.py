@@ -17,6 +17,9 @@ from slowmo_hf import RoundReport, SlowMoCallback, SlowMoConfig
 # Of a run's settings, those that may change when it goes on: they leave what was trained as it is.
 _FREE = {"stash_device", "slow_state_device", "shard_slow_state", "bucket_bytes", "timeout_seconds"}
 _TRAINING = ("learning_rate", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed")
+# What a checkpoint's optimizer and schedule bring back, whatever is asked; and what does change behind a checkpoint.
+_LOADED = {"learning_rate", "optim", "weight_decay", "inner_momentum"}
+_MAY_CHANGE = {"outer_lr", "outer_momentum", "compression", "lr_scheduler_type", "warmup_steps", "seed"}
 
 
 def settings_of(config: SlowMoConfig, args: TrainingArguments, task: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +32,12 @@ def settings_of(config: SlowMoConfig, args: TrainingArguments, task: dict[str, A
 def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
     """
     `--resume_from_checkpoint true`: the newest whole one in the output folder, and a fresh start where there is none,
-    so that a job that is requeued runs the same command again. Anything else is a path. All ranks decide alike.
+    so that a job that is requeued runs the same command again. Anything else is a path, from which a run may go on
+    with other settings. All ranks decide alike.
 
     Raises:
-        SettingError: With true, the checkpoint is of a run with another value of a setting. Trainer is to make the
-            callbacks anew.
+        SettingError: The checkpoint is of a run with another value of a setting: of any with true, else of one that
+            Trainer takes from the checkpoint. Trainer is to make the callbacks anew.
     """
     asked = args.resume_from_checkpoint
     if args.restore_callback_states_from_checkpoint:
@@ -41,18 +45,24 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
             "restore_callback_states_from_checkpoint must be false, got True: the recipe's callbacks go on from a "
             "checkpoint by themselves. Leave --restore_callback_states_from_checkpoint out."
         )
-    if asked is None or asked.lower() not in ("true", "false"):
-        return asked
-    if asked.lower() == "false" or not Path(args.output_dir).is_dir():
+    if asked is None or asked.lower() == "false":
         return None
-    # As at a Trainer's start: what a killed run left unfinished is set aside.
-    SlowMoCallback().on_init_end(args, TrainerState(), TrainerControl())
-    found = get_last_checkpoint(args.output_dir)
+    is_path = asked.lower() != "true"
+    if not is_path and not Path(args.output_dir).is_dir():
+        return None
+    if not is_path:  # as at a Trainer's start: what a killed run left unfinished is set aside
+        SlowMoCallback().on_init_end(args, TrainerState(), TrainerControl())
+    found = asked if is_path else get_last_checkpoint(args.output_dir)
     for name, was, now in _differences(_noted(found), settings):
+        if is_path and name not in _LOADED:
+            continue
+        where = f"from {asked!r}" if is_path else f"with the run in output_dir={args.output_dir!r}"
+        back = f"Leave --{name} out" if was is None else f"Set --{name}"
+        anew = "leave --resume_from_checkpoint out" if is_path else "set --output_dir"
+        change = "; to change it on the way set --resume_from_checkpoint to a checkpoint's folder"
         raise SettingError(
-            f"{name} must be {was!r} to go on with the run in output_dir={args.output_dir!r}, got {now!r}. Set "
-            f"--{name}, or --output_dir for a run of its own; to change it on the way set --resume_from_checkpoint to "
-            f"a checkpoint's folder."
+            f"{name} must be {was!r} to go on {where}, got {now!r}. {back}, or {anew} for a run of its own"
+            f"{change if name in _MAY_CHANGE else ''}."
         )
     return found
 

@@ -255,7 +255,10 @@ def test_a_misspelt_choice(setting, wrong, right):
         (lambda: SlowMoConfig.diloco(outer_momentum=0.5), "write nesterov_momentum in its place"),
         (lambda: SlowMoConfig.bmuf(block_momentum="0.9"), "block_momentum must be a finite number, got '0.9'"),
         (lambda: SlowMoConfig.diloco(nesterov_momentum=1), r"nesterov_momentum must be in (0, 1), got 1."),
-        (lambda: SlowMoConfig.diloco(nesterov_momentum=0), r"nesterov_momentum must be in (0, 1), got 0."),
+        (
+            lambda: SlowMoConfig.diloco(nesterov_momentum=0),
+            "must be in (0, 1), got 0. For none write SlowMoConfig(outer_optimizer=torch.optim.SGD, ...).",
+        ),
     ],
 )
 def test_a_preset_is_given_its_own_setting(make, words):

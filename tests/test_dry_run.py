@@ -6,6 +6,7 @@ the page that shows it.
 from __future__ import annotations
 
 import json
+import platform
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from launcher import run_really
 from slowmo_hf import SlowMoConfig
 from studies import dry_run
-from studies.dry_run_tables import _step, tables
+from studies.dry_run_tables import _step, step_name, tables
 from studies.made_up_pairs import write_pairs
 from studies.paper_arithmetic import Checkpoints, all_rows, ring_bytes, row
 from translation import train as recipe
@@ -132,6 +133,9 @@ def test_a_tiny_step_sends_and_saves_what_theory_says(tiny):
     """
     _, record = tiny
     check_step(record["steps"]["2 processes"]["ranks"])
+    for part in (record["preprocessing"], *record["steps"].values(), record["arithmetic"]):
+        assert part["command"].startswith("python recipes/studies/dry_run.py --pairs 2000 ")
+        assert part["hardware"].endswith(platform.machine())
 
 
 def check_resume(resume: dict) -> None:
@@ -170,8 +174,11 @@ def test_a_step_may_be_of_more_micro_batches(tmp_path, monkeypatch):
     for flags, expected in (([], 1), (["--gradient_accumulation_steps", "16"], 16)):
         assert dry_run.settings(tmp_path, flags)[2].gradient_accumulation_steps == expected
     rank = RECORD["steps"]["2 processes"]["ranks"][0]
-    (told,) = (line for line in _step([{**rank, "micro_batches": 16}]).items() if "forward" in line[0])
-    assert told[1].startswith("16 micro-batches of 256 positions, ")
+    taken = [{**rank, "micro_batches": 16}] * 2
+    assert step_name(taken) == "2 processes, 16 micro-batches", "beside the preset's, in the record and on the page"
+    (told,) = (line for line in _step(taken).items() if "forward" in line[0])
+    assert told[0] == "`big`, 2 processes, 16 micro-batches: forward and backward"
+    assert told[1].startswith(f"16 micro-batches of {rank['max_tokens']:,} positions, ")
 
 
 # ---- the record and the page ----

@@ -26,7 +26,7 @@ from slowmo_hf.checkpoints import last_lines
 from slowmo_hf.checkpoints.last_lines import Saves
 from tiny import Regression, Rows, arguments, values
 
-NONE_YET = "no checkpoint has been saved yet."
+NONE_YET = "no checkpoint to go on from has been saved yet."
 
 
 def ends(call):

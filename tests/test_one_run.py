@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Trainer
 
 from harness import run_workers
@@ -69,6 +70,37 @@ def test_another_run_does_not_go_on(tmp_path):
             part(tmp_path, 8, resume_from_checkpoint="true", **{"learning_rate": 0.05, name: now})
     longer = part(tmp_path, 6, learning_rate=0.05, resume_from_checkpoint="true", dataloader_num_workers=0)
     assert (longer.rounds, longer.changed_on_resume) == (2, []), "what is no setting of the model may change"
+
+
+def test_an_error_offers_what_leads_on(tmp_path):
+    """What a checkpoint brings back cannot be changed behind it, nor can what a resume refuses."""
+    part(tmp_path, 4, learning_rate=0.05)
+    path, way = str(tmp_path / "checkpoint-4"), "; to change it on the way set --resume_from_checkpoint to a"
+    for name, was, now in (("learning_rate", 0.05, 0.01), ("weight_decay", 0.0, 0.1)):
+        settings = {"learning_rate": 0.05, name: now}
+        with pytest.raises(SettingError, match=rf"{name} must be {was} to go on with .*--output_dir .* own\.$"):
+            part(tmp_path, 8, resume_from_checkpoint="true", **settings)
+        with pytest.raises(SettingError, match=rf"{name} must be {was} to go on from .*leave --resume_from_.* own\.$"):
+            part(tmp_path, 8, resume_from_checkpoint=path, **settings)
+    for config, leads_on in ((SlowMoConfig(sync_every=4), False), (SlowMoConfig(sync_every=3, outer_lr=0.5), True)):
+        with pytest.raises(SettingError, match="to go on with the run in") as error:
+            part(tmp_path, 8, config, learning_rate=0.05, resume_from_checkpoint="true")
+        assert (way in str(error.value)) == leads_on
+    args = arguments(tmp_path, resume_from_checkpoint="true")
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    state["stateful_callbacks"]["OneRun"]["attributes"]["settings"]["dataset_name"] = None
+    (tmp_path / "checkpoint-4/trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(SettingError, match=r"must be None to .* Leave --dataset_name out, or set --output"):
+        checkpoint_to_resume(args, {"dataset_name": "mine"})
+
+
+@pytest.mark.parametrize(("scheduler", "rate"), [("constant", 0.05), ("linear", 0.05 * 2 / 8)])
+def test_a_schedule_may_change_on_the_way(tmp_path, scheduler, rate):
+    """At step 6 of 8, of both parameter groups."""
+    part(tmp_path, 4, learning_rate=0.05, lr_scheduler_type="linear")
+    args = {"lr_scheduler_type": scheduler, "resume_from_checkpoint": str(tmp_path / "checkpoint-4")}
+    part(tmp_path, 8, learning_rate=0.05, **args)
+    assert torch.load(tmp_path / "checkpoint-6/scheduler.pt")["_last_lr"] == pytest.approx([rate, rate])
 
 
 def test_what_is_changed_on_the_way_is_told(tmp_path):

@@ -51,6 +51,11 @@ def check_round_trip(make, config):
     assert "RuntimeError: training cannot be resumed inside a round: step 5" in error_of(
         optimizer.load_state_dict, state
     )
+    state["slowmo"]["sync_every"] = 5
+    assert "are not in this state. Set sync_every=5, with which it was saved." in error_of(
+        optimizer.load_state_dict, state
+    )
+    state["slowmo"]["sync_every"] = config.sync_every
     state["slowmo"]["attempted_steps"], state["slowmo"]["version"] = 4, 99
     assert "ValueError: slow state has version 99" in error_of(optimizer.load_state_dict, state)
 
@@ -340,5 +345,5 @@ def test_a_state_needs_the_momentum_that_it_has(then, now):
             optimizer.step()
         return optimizer
 
-    with pytest.raises(ValueError, match=r"it has . velocities, this run .* Set outer_momentum as it was"):
+    with pytest.raises(ValueError, match=r"it has . velocities, this run .* Set outer_optimizer and outer_"):
         begun(now).load_state_dict(begun(then).state_dict())

@@ -352,6 +352,10 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
             r"bases must be some of local_sgd, all_reduce, sgp, got 'osgp'. Set --bases.",
         ),
         ("--study published", "study published is of task multi30k, got task 'image_classification'. Set --task"),
+        (
+            "--scale paper --task multi30k",
+            "task must be image_classification or translation with --scale paper, got 'multi30k'. Set --task.",
+        ),
         ("--threads 0", "threads must be >= 1, got 0. Set --threads."),
         ("--seeds 0", "seeds must be >= 1, got 0. Set --seeds."),
         ("--study table1 --inner_lr 0", "inner_lr must be > 0 and < inf, got 0.0. Set --inner_lr."),
@@ -390,7 +394,18 @@ def test_a_study_that_waits_for_tuning_says_so(monkeypatch, tmp_path, capsys, st
     reproduce.main()
     told = capsys.readouterr().out
     assert f"{study} waits for what tuning chooses" in told
-    assert "Run --study tuning first; or set --inner_lr" in told
+    also = " and --outer_momentum" if study == "table1" else ""
+    assert told.splitlines()[0].endswith(f"Run --study tuning first; or set --inner_lr{also}.")
+
+
+@pytest.mark.parametrize("words", ["--study sweep --inner_lr 0.4", "--study table1 --bases local_sgd --inner_lr 0.4"])
+def test_what_slow_momentum_needs_is_said(monkeypatch, tmp_path, capsys, words):
+    """A rate alone is enough for all-reduce, whose runs are not asked for here."""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words.split(), "--records", str(tmp_path)])
+    reproduce.main()
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told.startswith(f"{words.split()[1]} waits for what tuning chooses")
+    assert told.endswith("or set --inner_lr and --outer_momentum.")
 
 
 def test_a_study_without_runs_of_a_base_says_so(monkeypatch, tmp_path, capsys):

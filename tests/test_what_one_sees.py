@@ -352,6 +352,24 @@ def warned(folder, steps, beta):
     return heard.about("few rounds", "WARNING")
 
 
+def warned_at_a_resume(folder):
+    config = SlowMoConfig(sync_every=2)
+    with Heard() as heard:
+        for resume, steps in ((False, 40), (True, 44)):
+            Trainer(
+                model=Regression(torch.float32),
+                args=arguments(folder, max_steps=steps, save_strategy="steps", save_steps=40),
+                train_dataset=Rows(256, torch.float32),
+                callbacks=[SlowMoCallback(config)],
+            ).train(resume_from_checkpoint=resume)
+    return heard.about("few rounds", "WARNING")
+
+
+def test_a_resumed_run_has_few_rounds_left_and_no_way_out(tmp_path):
+    """Its sync_every cannot change, and the rounds before it did their work."""
+    assert run_workers(warned_at_a_resume, 2, str(tmp_path)) == [[], []]
+
+
 @pytest.mark.parametrize(("steps", "beta", "lines"), [(19, 0.5, 1), (20, 0.5, 0), (3, 0.0, 0)])
 def test_few_rounds_are_one_warning_with_the_way_out(steps, beta, lines, tmp_path):
     said, nothing = run_workers(warned, 2, str(tmp_path), steps, beta)
@@ -359,7 +377,7 @@ def test_few_rounds_are_one_warning_with_the_way_out(steps, beta, lines, tmp_pat
     assert len(said) == lines
     for line in said:
         assert "few rounds: 19 ahead, and slow momentum with outer_momentum=0.5 needs some 20" in line
-        assert line.endswith("Lower sync_every (1), or train for more steps (19).")
+        assert line.endswith("to do its work. Train for more steps (19)."), "sync_every is 1"
 
 
 def test_losses_of_bf16_add_up_in_fp32(tmp_path):

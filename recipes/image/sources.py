@@ -36,7 +36,7 @@ def load_splits(dataset_name: str | None, train_split: str, test_split: str | No
             f"dataset_name must be a name on the Hub or {LOCAL_FOLDER}, got {dataset_name!r}, which is no folder. "
             "Set --dataset_name."
         )
-    offline = f"Set --dataset_name to {LOCAL_FOLDER}; of the shipped images that is {SHIPPED}."
+    offline = f"Leave --dataset_name out for the shipped images, or set it to {LOCAL_FOLDER}."
     otherwise = f"Set --dataset_name to a set on the Hub, such as uoft-cs/cifar10, or to {LOCAL_FOLDER}."
     sets = loading.from_hub(str(dataset_name), None, "dataset_name", offline=offline, otherwise=otherwise)
     return _pick(sets, train_split, test_split)

@@ -16,6 +16,7 @@ from image.data import load_images
 from image.pixels import SmallImages, crop_padding, generator_of, make_dataset, mean_and_std, normalised
 from image.presets import PRESETS
 from image.small_resnet import make_model
+from studies.advice import advised
 from studies.batched import BatchedGradients
 from studies.kept import Keeper
 from studies.plan import PaperRun
@@ -27,6 +28,7 @@ PRESET = PRESETS["cifar10"]
 SMALL_WIDTH = 8  # channels of the stem, in a dry run's small ResNet
 TOLD_ROWS = 5_000  # of the training rows, for the training loss of the average
 ROWS_AT_ONCE = 1_000  # in evaluations
+ADVICE = "--dataset_name to a folder with CIFAR-10: train*.parquet and test*.parquet with the columns img and label."
 WHOLE = (50_000, 10_000)  # rows of CIFAR-10
 GRADIENTS = ("batched", "in_turn", "alone")
 
@@ -74,8 +76,10 @@ class Images:
 def load(dataset_name: str | None, device: str, max_train_samples: int | None = None) -> Images:
     """CIFAR-10, from the Hub or a folder of Parquet files with the Hub's columns; all of its training split trains."""
     name = dataset_name or PRESET["dataset_name"]
-    sets = load_images(name, "img", "label", max_train_samples=max_train_samples, max_eval_samples=max_train_samples)
-    train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
+    rows = {"max_train_samples": max_train_samples, "max_eval_samples": max_train_samples}
+    with advised(ADVICE):
+        sets = load_images(name, "img", "label", **rows)
+        train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
     assert isinstance(train, SmallImages)
     assert isinstance(test, SmallImages)
     mean, std = mean_and_std(train)

@@ -7,8 +7,9 @@ disk.
     nice python recipes/studies/dry_run.py --record recipes/records/translation/dry_run.json
 
 The functions that run are those of `translation/train.py --preset wmt16`; flags that this program does not know go
-there, and win. Parts that are left out of `--parts` stay as the record has them. Nothing here says how good a model
-is. Seconds are of the machine that it ran on: where others compute on it too, look at CPU seconds.
+there, and win. Parts that are left out of `--parts` stay as the record has them; each names its command, its commit
+and its machine. A step of more micro-batches stands beside the preset's. Nothing here says how good a model is.
+Seconds are of the machine that it ran on: where others compute on it too, look at CPU seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -34,7 +36,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
 from records import environment, write_record
-from studies.dry_run_tables import tables
+from studies.dry_run_tables import step_name, tables
 from studies.made_up_pairs import write_pairs
 from studies.paper_arithmetic import NODES, PROCESSES, all_rows
 from studies.stages import apart, cpu_seconds, measured, together
@@ -73,18 +75,21 @@ def main() -> None:
     folder = asked.folder or Path(tempfile.mkdtemp())
     record = json.loads(asked.record.read_text()) if asked.record and asked.record.exists() else {}
     record |= {"study": "dry_run", "task": "translation"}
+    command = shlex.join(["python", "recipes/studies/dry_run.py", *sys.argv[1:]])
+    origin = {"command": command, **environment([datasets, tokenizers])}
     try:
         if not (folder / "pairs").is_dir():
             apart(write_pairs, folder / "pairs", asked.pairs)
         for part in asked.parts:
             if part == "preprocessing":
-                record[part] = apart(preprocess, folder, flags, asked.text_pairs)
-                record[part]["second_process"] = apart(found_again, folder, flags, asked.text_pairs)
+                found = apart(preprocess, folder, flags, asked.text_pairs)
+                found["second_process"] = apart(found_again, folder, flags, asked.text_pairs)
+                record[part] = found | origin
             elif part == "step":
-                record.setdefault("steps", {})[f"{asked.processes} processes"] = step(folder, flags, asked.processes)
+                taken = step(folder, flags, asked.processes)
+                record.setdefault("steps", {})[step_name(taken["ranks"])] = taken | origin
             else:
-                record[part] = arithmetic(record, flags)
-            record |= environment([datasets, tokenizers])
+                record[part] = arithmetic(record, flags) | origin
             if asked.record:
                 write_record(record, asked.record)
     finally:

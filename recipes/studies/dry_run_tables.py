@@ -47,9 +47,16 @@ def _found(record: dict[str, Any]) -> str:
     return _table(("measured", "figure"), rows)
 
 
+def step_name(ranks: list[dict[str, Any]]) -> str:
+    """Of its processes, and of its micro-batches where they are more than one."""
+    count = ranks[0]["micro_batches"]
+    processes = "one process" if len(ranks) == 1 else f"{len(ranks)} processes"
+    return processes + (f", {count} micro-batches" if count > 1 else "")
+
+
 def _step(ranks: list[dict[str, Any]]) -> dict[str, str]:
     first = ranks[0]
-    who = f"`{first['model_size']}`, {'one process' if len(ranks) == 1 else f'{len(ranks)} processes'}"
+    who = f"`{first['model_size']}`, {step_name(ranks)}"
     passes, update = (
         max(rank[key]["cpu_seconds"] for rank in ranks) for key in ("forward_and_backward", "inner_update")
     )

@@ -64,7 +64,7 @@ class GpuArguments:
                 f"architecture must be small or resnet18, got {self.architecture!r}. Set --architecture."
             )
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise SettingError("device must be cpu where no GPU is found, got 'cuda'. Set --device cpu.")
+            raise SettingError("device must be cpu where no GPU is found, got 'cuda'. Leave --device out.")
 
     @property
     def machine(self) -> cifar10.Machine:

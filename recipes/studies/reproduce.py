@@ -123,6 +123,10 @@ class Arguments:
                 if getattr(self, name) != only:
                     raise SettingError(f"{name} must be left out with --scale gpu, got {getattr(self, name)!r}.")
             self.task = "cifar10"
+        if self.scale == "paper" and self.task not in PAPER_ROWS:
+            raise SettingError(
+                f"task must be {' or '.join(PAPER_ROWS)} with --scale paper, got {self.task!r}. Set --task."
+            )
         for name, least in (("seeds", 1), ("epochs", 1), ("jobs", 1), ("threads", 1), ("max_runs", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -205,13 +209,14 @@ def run_study(arguments: Arguments, folder: Path, device: str) -> None:
         run_all(missing, arguments, folder, device)
         left = None if left is None else left - len(missing)
     runs = study_runs(arguments, folder)
-    if not runs and study_runs(replace(arguments, bases=None), folder):
-        print(f"{arguments.study} of {arguments.task} has no runs of {', '.join(arguments.bases or ())}.")
-    elif not runs:
+    if not runs and _waits_for_tuning(arguments):
+        one_rate = arguments.study == "sweep" and TASKS[arguments.task].two_workers
         print(
             f"{arguments.study} waits for what tuning chooses, and {str(folder)!r} does not have all of that. Run "
-            "--study tuning first; or set --inner_lr, and --outer_momentum for table1."
+            f"--study tuning first; or set --inner_lr{'' if one_rate else ' and --outer_momentum'}."
         )
+    elif not runs:
+        print(f"{arguments.study} of {arguments.task} has no runs of {', '.join(arguments.bases or ())}.")
     show(runs, arguments, folder)
 
 
@@ -245,9 +250,20 @@ def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
         base: Tuned(lr or own.inner_lr, None if base == "all_reduce" else momentum or own.outer_momentum)
         for base, own in choose(tried, arguments.task).items()
     }
+    return _tuned_runs(arguments, chosen)
+
+
+def _tuned_runs(arguments: Arguments, chosen: dict[str, Tuned]) -> list[Run]:
+    """Of the table or the sweeps."""
     if arguments.study == "table1":
         return _asked(arguments, table1(arguments.task, chosen, arguments.seeds))
     return _asked(arguments, sweeps(arguments.task, chosen))
+
+
+def _waits_for_tuning(arguments: Arguments) -> bool:
+    """Whether the study would have runs of these bases if tuning had chosen."""
+    anything = dict.fromkeys(TASKS[arguments.task].bases, Tuned(0.1, 0.1))
+    return arguments.study in ("table1", "sweep") and bool(_tuned_runs(arguments, anything))
 
 
 def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:

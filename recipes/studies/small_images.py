@@ -24,11 +24,16 @@ from image.pixels import (
 )
 from image.presets import decay_factor
 from image.small_resnet import make_model
+from studies.advice import advised
 from studies.plan import Run
 from studies.small_runs import Job, train_workers
 
 LIBRARIES = [datasets]  # whose versions matter here
 HUB_NAME = "zalando-datasets/fashion_mnist"
+ADVICE = (
+    "--dataset_name to a folder with all of Fashion-MNIST: train*.parquet and test*.parquet with the columns image "
+    "and label."
+)
 WIDTH = 8  # channels of the stem
 VALIDATION_ROWS = 10_000  # the last ones of the training split, which comes shuffled
 TOLD_ROWS = 5_000  # of the training rows, for the training loss of the average
@@ -65,8 +70,9 @@ class Images:
 
 def load(dataset_name: str | None) -> Images:
     """Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate."""
-    sets = load_images(dataset_name or HUB_NAME)
-    train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
+    with advised(ADVICE):
+        sets = load_images(dataset_name or HUB_NAME)
+        train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
     assert isinstance(train, SmallImages)
     assert isinstance(test, SmallImages)
     held_out = min(VALIDATION_ROWS, len(train) // 6)

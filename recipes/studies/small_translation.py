@@ -5,7 +5,6 @@ at the end.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
 from records import DataError
+from studies.advice import advised
 from studies.graphed import GraphedGradients
 from studies.kept import Keeper
 from studies.kept_models import KeptModels
@@ -84,9 +84,6 @@ class Size:
 HELP_TEXT = Size("mini", 1000, 32)
 HELP_TEXT_ADVICE = "--dataset_name to other English-German pairs, or leave it out for the shipped help text."
 # How the recipe's errors end. What needs none of its flags stays; of these a study has --dataset_name alone.
-ADVICE = re.compile(
-    r"(?P<said>.*)\. (?:(?P<mend>(?:Mend|Add|Fill|Exchange|Move|Accept) .*?)[,;] or set|Set|Leave) .*", re.DOTALL
-)
 
 
 @dataclass
@@ -118,7 +115,7 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT, advice: str = HELP_TE
     English-German pairs, the shipped help text by default; raises `DataError` where they cannot be used. `advice` is
     the task's own: to what its `--dataset_name` is to be set.
     """
-    try:
+    with advised(advice):
         corpus = load_corpus(dataset_name)
         tokenizer = train_tokenizer(sentences_of(corpus.train), size.vocab_size)
         sets = encode_corpus(corpus, tokenizer, size.max_length)
@@ -127,8 +124,6 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT, advice: str = HELP_TE
             raise DataError(
                 f"validation and test must hold pairs of at most {size.max_length} tokens a side, got none."
             )
-    except DataError as error:
-        raise DataError(_with_advice(str(error), advice)) from error
     told = slice(0, None, -(-len(train.rows) // TOLD_ROWS))
     return Translations(
         name=corpus.name if dataset_name is None or not Path(dataset_name).is_dir() else Path(dataset_name).name,
@@ -141,14 +136,6 @@ def load(dataset_name: str | None, size: Size = HELP_TEXT, advice: str = HELP_TE
         validation=validation,
         test=test,
     )
-
-
-def _with_advice(error: str, advice: str) -> str:
-    """An error of the recipe's, with the study's flag in the place of the recipe's flags."""
-    found = ADVICE.fullmatch(error)
-    if found is None:
-        return f"{error} Set {advice}"
-    return f"{found['said']}. {found['mend']}, or set {advice}" if found["mend"] else f"{found['said']}. Set {advice}"
 
 
 def _part(rows: datasets.Dataset, max_length: int) -> Part:

@@ -152,6 +152,6 @@ def from_hub(name: str, config: str | None, flag: str, **settings: Any) -> Any:
     """A set of the Hub, or `DataError` with a way out."""
     offline = f"Set --{flag} to a split of your own data, such as {flag.removesuffix('_set')}."
     if flag == "dataset_name":
-        offline = f"Set --dataset_name to {LOCAL_FOLDER}; of the shipped help text that is {SHIPPED}."
+        offline = f"Leave --dataset_name and --preset out for the shipped help text, or set it to {LOCAL_FOLDER}."
     otherwise = f"Set --{flag}, or --dataset_config (such as de-en)."
     return loading.from_hub(name, config, flag, offline=offline, otherwise=otherwise, **settings)

@@ -132,14 +132,14 @@ def check_resumed_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, ch
         if size is None:
             raise SettingError(
                 f"resume_from_checkpoint must hold a tokenizer that can be read, got {checkpoint!r} ({digest}). Set "
-                "--resume_from_checkpoint to another checkpoint, or to false to start anew."
+                "--resume_from_checkpoint to another checkpoint, or start anew in another --output_dir, without it."
             )
         if digest != ours:
             raise SettingError(
                 f"resume_from_checkpoint must be of a run with the same tokens, got {checkpoint!r} with {size:,} "
                 f"(SHA-256 {digest[:12]}), and now {len(tokenizer):,} ({ours[:12]}) of {str(folder)!r}. Set "
-                "--tokenizer_dir and --vocab_size to that run's, with its data; or start anew with "
-                "--resume_from_checkpoint false."
+                "--tokenizer_dir and --vocab_size to that run's, with its data; or start anew in "
+                "another --output_dir, without --resume_from_checkpoint."
             )
 
 

@@ -138,8 +138,8 @@ def check_resumed_size(model_size: str, checkpoint: str | None) -> None:
         if any(asked[name] != value for name, value in shape.items()):
             raise SettingError(
                 f"resume_from_checkpoint must be of a model of the same size, got {checkpoint!r} with {shape}, and "
-                f"model_size={model_size} is {asked}. Set --model_size to that run's, or start anew with "
-                "--resume_from_checkpoint false."
+                f"model_size={model_size} is {asked}. Set --model_size to that run's, or start anew in "
+                "another --output_dir, without --resume_from_checkpoint."
             )
 
 

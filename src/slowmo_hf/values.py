@@ -44,7 +44,9 @@ _RANGES = {
     ),
     "outer_momentum": Range("in [0, 1)", lambda x: 0 <= x < 1, "Use 0 to switch slow momentum off."),
     "block_momentum": Range("in [0, 1)", lambda x: 0 <= x < 1),  # of a preset, as the next
-    "nesterov_momentum": Range("in (0, 1)", lambda x: 0 < x < 1, "Use outer_optimizer=torch.optim.SGD for none."),
+    "nesterov_momentum": Range(
+        "in (0, 1)", lambda x: 0 < x < 1, "For none write SlowMoConfig(outer_optimizer=torch.optim.SGD, ...)."
+    ),
     "timeout_seconds": Range(
         "> 0 seconds (0.001 to 1e9)", lambda x: 0.001 <= x <= _LONGEST, "86400 is a day, 1e9 are 31 years."
     ),

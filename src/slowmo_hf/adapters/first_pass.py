@@ -172,10 +172,11 @@ def refuse_separate_gradients(config: SlowMoConfig, worker_size: int, models: It
         return
     if sharded_modules(models):
         return
+    other = "another base" if config.base == "all_reduce" else "processes_per_worker=1"
     raise RuntimeError(
         f"base={config.base!r} with {worker_size} processes per worker needs a DistributedDataParallel wrapper that "
         "averages gradients, or FSDP2, and none of the model was found. Train the model that accelerator.prepare "
-        "returned, or use processes_per_worker=1 and another base."
+        f"returned, or use {other}."
     )
 
 

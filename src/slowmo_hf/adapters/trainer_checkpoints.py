@@ -256,17 +256,20 @@ class TrainerCheckpoints:
         is_ours = bool(recorded_saves(callbacks, state.global_step)) or (folder / FOLDER).exists()
         if not any(self.world.gather_objects(is_ours)):
             logger.warning(
-                "resumed at step %d from a checkpoint without local training's state: its weights and optimizer are "
-                "taken, slow momentum starts fresh, and every worker takes rank 0's inner optimizer state",
+                "resumed at step %d from a checkpoint without local training's state: its weights, and its optimizer "
+                "where it has one, are taken, slow momentum starts fresh, and every worker takes rank 0's inner "
+                "optimizer state",
                 state.global_step,
             )
             return {}
 
         def verify() -> None:
             if not (folder / FOLDER).is_dir():
+                way = "say where it is: TrainingArguments(resume_from_checkpoint=...)"
+                if loaded is not None:
+                    way = f"put its folder {FOLDER} there"
                 raise CheckpointError(
-                    f"the part of local training is not in {folder}. Resume from another checkpoint, or say where it "
-                    "is: TrainingArguments(resume_from_checkpoint=...)."
+                    f"the part of local training is not in {folder}. Resume from another checkpoint, or {way}."
                 )
             refuse_another_save(folder, callbacks)
             verify_in_turns(folder, *turn)

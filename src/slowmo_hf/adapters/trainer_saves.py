@@ -78,7 +78,8 @@ class TrainerSaves:
                 self._checkpoints.write(folder, states)
                 result = save(*args, **kwargs)
                 self._checkpoints.finish(folder, trainer.state)
-                self._saves.add(folder)
+                if not self.args.save_only_model:  # nothing goes on from weights alone
+                    self._saves.add(folder)
                 self._checkpoints.push(trainer, folder)
             return result
 

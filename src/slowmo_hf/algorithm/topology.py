@@ -69,7 +69,7 @@ def check_schedule(schedule: Schedule, name: str, *, is_synchronous: bool) -> No
                 raise ValueError(
                     f"{where} has {len(senders)} sources, and {total:g} of the mass of one worker after it: without "
                     "staleness push-sum weights must stay 1. Give every worker as many sources as targets, or use "
-                    "base='osgp', whose messages carry their weight."
+                    "base='osgp' with staleness >= 1, whose messages carry their weight."
                 )
 
 

@@ -64,7 +64,7 @@ class Saves:
     def words(self) -> str:
         """What is left of them. Reads what makes a checkpoint whole, and none of its tensors."""
         if not self._folders:
-            return "no checkpoint has been saved yet."
+            return "no checkpoint to go on from has been saved yet."
         whole = next((folder for folder in reversed(self._folders) if is_whole(folder)), None)
         if whole is None:
             return "no checkpoint of this run is there any more."

@@ -113,9 +113,11 @@ class InnerState:
         what = what or next(filter(None, map(_not_a_direction, self._entries())), "")
         if not what:
             return ""
+        may_reset = not elsewhere and not getattr(self.optimizer, "is_paged", False)
+        policies = "'maintain' or 'reset'" if may_reset else "'maintain'"
         return (
             f"inner_state='average' cannot average the state of {type(self.optimizer).__name__}: {what}. Use "
-            "inner_state='maintain' or 'reset', or an optimizer whose state is plain floating-point tensors."
+            f"inner_state={policies}, or an optimizer whose state is plain floating-point tensors."
         )
 
     def _elsewhere(self) -> str:
@@ -174,7 +176,7 @@ class InnerState:
             odd = sorted(set().union(*everywhere) - set(everywhere[0]).intersection(*everywhere))
             raise ValueError(
                 f"inner_state='average' needs the same optimizer state on all workers; only some have {odd[:5]}. A "
-                "parameter was unused there: use inner_state='maintain' or 'reset'."
+                "parameter was unused there: use inner_state='maintain' or 'reset' in a new run."
             )
         return [tensor for _, tensor in self.named_tensors()]
 

@@ -28,7 +28,7 @@ _FINITE = (
 )
 _SHAPES = (
     "model_buffers='average' averages it. Register a buffer that follows the data with persistent=False: each worker "
-    "keeps its own; or set model_buffers='local'."
+    "keeps its own; or set model_buffers='local' in a new run."
 )
 
 
@@ -324,7 +324,7 @@ def news_of_frozen(others: OtherTensors, names: list[str]) -> str:
     return (
         f"frozen parameters have changed in training, {moved[0]} and {len(moved) - 1} more, {count:,} elements: "
         "rounds average and send them too (a moving teacher). Where that is not meant, put them back bit for bit, "
-        "or set model_buffers='local'"
+        "or set model_buffers='local' in a new run"
     )
 
 

@@ -63,11 +63,12 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     _refuse_another_set(parts)
     shared = _contents(state)
     step, ended = shared.count("attempted_steps"), shared.flag("ended")
-    _refuse_inside_round(parts, step, "resumed", ended=ended)
+    _refuse_inside_round(parts, step, "resumed", ended=ended, saved_with=state["sync_every"])
     if len(state["velocities"]) != len(parts.slow.update.velocities):
         raise ValueError(
             f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
-            f"{len(parts.slow.update.velocities)}. Set outer_momentum as it was."
+            f"{len(parts.slow.update.velocities)}. Set outer_optimizer and "
+            "outer_momentum as they were."
         )
     take_up = check_all(saved_parts, Saved(shared, shared), same_number=False)
     consensus.restore()  # the state replaces what a view would give back
@@ -134,12 +135,14 @@ def _refuse_part(parts: Parts) -> None:
             )
 
 
-def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str, *, ended: bool) -> None:
+def _refuse_inside_round(
+    parts: Parts, attempted_steps: int, verb: str, *, ended: bool, saved_with: int | None = None
+) -> None:
     config = parts.config
     if attempted_steps and not config.exact_average:
         raise RuntimeError(
             f"training cannot be {verb} with exact_average=False: the workers stay different, and their own "
-            "weights are not in this state. Use exact_average=True."
+            "weights are not in this state. Use exact_average=True, or accelerator.save_state, which has them."
         )
     if ended:  # on the average, with nothing in flight
         return
@@ -150,8 +153,13 @@ def _refuse_inside_round(parts: Parts, attempted_steps: int, verb: str, *, ended
             "accelerator.save_state, or overlap_steps=0."
         )
     if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
+        way = (
+            "Save at a multiple of sync_every, after slowmo_hf.finish(optimizer), or with accelerator.save_state at "
+            "any step."
+        )
+        if saved_with not in (None, config.sync_every):
+            way = f"Set sync_every={saved_with}, with which it was saved."
         raise RuntimeError(
             f"training cannot be {verb} inside a round: step {attempted_steps} is no multiple of sync_every="
-            f"{config.sync_every}, and the workers' own weights are not in this state. Save at a multiple "
-            "of sync_every, after slowmo_hf.finish(optimizer), or with accelerator.save_state at any step."
+            f"{config.sync_every}, and the workers' own weights are not in this state. {way}"
         )

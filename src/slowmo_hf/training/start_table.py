@@ -85,11 +85,12 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
             "one worker: nothing is averaged. If you meant several, note that `accelerate launch --cpu "
             "--num_processes 2` starts one process; see docs/launch.md."
         )
-    elif workers.count == 1:
+    elif workers.count == 1 and config.base != "all_reduce":
+        fewer = "shard over fewer processes (dp_shard_size in accelerate's configuration)"
         logger.warning(
-            "one worker of %d processes: nothing is averaged between workers. For a worker per process, set "
-            "processes_per_worker=1.",
+            "one worker of %d processes: nothing is averaged between workers. For several workers, %s.",
             workers.size,
+            fewer if workers.holds_shards else "set processes_per_worker=1",
         )
     if config.keeps_the_average:
         name = {"local_sgd": "Local SGD", "all_reduce": "all-reduce"}.get(config.base, config.base.upper())
@@ -97,25 +98,24 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
     _warn_of_adalora(parts)
     _warn_of_far_steps(parts)
     _warn_of_machines(parts, rows)
-    begins = parts.trains_alone and not config.gossips and not parts.clock.attempted_steps
-    if begins and plan.steps and plan.rounds == 0:
+    begins = not parts.clock.attempted_steps  # else few are left, and `sync_every` is the run's
+    if begins and parts.trains_alone and not config.gossips and plan.steps and plan.rounds == 0:
         logger.warning(
             "no round is ahead: %d steps, and sync_every is %d. Workers train alone, and are averaged once, at the "
             "end. Lower sync_every, or train for more steps.",
             plan.steps,
             config.sync_every,
         )
-    elif config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
+    elif begins and config.outer_optimizer == SLOW_MOMENTUM and config.outer_momentum and plan.rounds is not None:
         least = enough_rounds(config.outer_momentum)
+        more = f"train for more steps ({plan.steps})"
         if 0 < plan.rounds < least:
             logger.warning(
-                "few rounds: %d ahead, and slow momentum with outer_momentum=%g needs some %d to do its work. Lower "
-                "sync_every (%d), or train for more steps (%d).",
+                "few rounds: %d ahead, and slow momentum with outer_momentum=%g needs some %d to do its work. %s.",
                 plan.rounds,
                 config.outer_momentum,
                 least,
-                config.sync_every,
-                plan.steps,
+                f"Lower sync_every ({config.sync_every}), or {more}" if config.sync_every > 1 else more.capitalize(),
             )
 
 
@@ -159,12 +159,17 @@ def _warn_of_far_steps(parts: Parts) -> None:
     momentum = next((momentum for fewest, momentum in ADVISED if workers.count >= fewest), None)
     if momentum is None or parts.inner_state.is_momentum_of_sgd or factor < (1 + 1e-6) / (1 - momentum):
         return
+    name, value, most = "outer_momentum", config.outer_momentum, momentum
+    if value <= momentum:
+        name, value, most = "outer_lr", config.outer_lr, (1 - value) / (1 - momentum)
     workers.logger.warning(
-        "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far as "
-        "the learning rate says. With Adam and as many workers set outer_momentum to %g at most "
-        "(docs/from_ddp.md): runs whose rounds stepped further were worse, or ruined.",
-        config.outer_momentum,
+        "%s=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far as the learning "
+        "rate says. With Adam and as many workers set %s to %g at most (docs/from_ddp.md): runs whose rounds stepped "
+        "further were worse, or ruined.",
+        name,
+        value,
         workers.count,
         factor,
-        momentum,
+        name,
+        most,
     )

@@ -253,7 +253,8 @@ class Header:
         raise RuntimeError(
             f"ranks met at different places: {said_by_ranks(at, ' ')}. {views if Purpose.LOOK in purposes else ''}"
             "Every rank must take the same number of steps and show the average at the same ones: give all ranks "
-            "equally many batches (even_batches=True) and the same settings; or, in a custom loop, use slowmo_hf.join."
+            "equally many batches (even_batches=True) and the same settings; or, in a custom loop with "
+            "base='local_sgd', use slowmo_hf.join."
         )
 
     def _agree_on_lrs(self, lrs: list[list[float]]) -> list[float]:
