@@ -46,7 +46,7 @@ WINGS = {
         ["plan", "round"],
         ["parts", "start_check", "start_values"],
         ["local_state", "slow_state", "status"],
-        ["consensus_view", "costs", "inner_state", "own_collectives"],
+        ["consensus_view", "costs", "inner_state", "own_collectives", "written"],
         ["account", "model_tensors"],
         ["other_tensors"],
         ["clock", "digests", "modes", "optimizers_inside", "program", "report"],

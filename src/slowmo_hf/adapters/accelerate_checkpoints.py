@@ -72,6 +72,14 @@ def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
     return {("" if place == first else f"optimizer_{place}/"): one for place, one in found.items()}
 
 
+def _in_training(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
+    """Without those of stages that have ended, whose parameters are others now."""
+    ours = _ours(accelerator)
+    loops = {folder: bare.outer_loop for folder, bare in ours.items() if bare.outer_loop is not None}
+    ended = {folder for folder, loop in loops.items() if loop.in_flight.is_over and loop.tensors.problem()}
+    return {folder: bare for folder, bare in ours.items() if folder not in ended}
+
+
 def _is_kept(accelerator: Accelerator, bare: SlowMoOptimizer) -> bool:
     """Plain all-reduce that Accelerate has taken is stock training, and so are its checkpoints."""
     return bare.config.has_rounds or bare not in prepared_by(accelerator).values()
@@ -88,7 +96,7 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save_state)
     def save(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        ours = _ours(self)
+        ours = _in_training(self)
         if any(bare.awaits_a_checkpoint for bare in ours.values() if bare.outer_loop is None):
             raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
         begun = {
@@ -217,11 +225,13 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         found: list[Path] = []
         settings: list[LoadedSettings] = []  # one, as soon as Accelerate has loaded
+        loaded: list[torch.nn.Module] = []
 
         def wait(models: list[Any], folder: str) -> None:
             found.append(Path(folder))
             verify = functools.cache(verify_in_turns)  # reads every byte: once for all optimizers
-            for within, bare in _ours(self).items():
+            loaded[:] = models
+            for within, bare in _in_training(self).items():
                 if _is_kept(self, bare):
                     bare.before_training(functools.partial(_take_up, Path(folder), within, verify, settings))
 
@@ -236,7 +246,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             _give_back_generators(folder)
         waiting = [bare.inner_optimizer for bare in _ours(self).values() if bare.awaits_a_checkpoint]
         if waiting:
-            settings.append(LoadedSettings(self, waiting))
+            settings.append(LoadedSettings(self, waiting, loaded))
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
         return result
@@ -299,8 +309,9 @@ def _noting_streams(iterate: Callable[..., Any]) -> Callable[..., Any]:
     return note
 
 
-def _nothing(objects: dict[str, Any]) -> None:
+def _nothing(objects: dict[str, Any]) -> bool:
     """Where Accelerate's own load has failed."""
+    return False
 
 
 def _take_up(
@@ -333,7 +344,9 @@ def _take_up(
     give_back = settings[0].changes(outer_loop.inner_state.optimizer) if settings else _nothing
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
     saves.add(folder)
-    give_back(objects)
+    is_written = give_back(objects)
+    if outer_loop.parts.meets_others and any(outer_loop.workers.world.gather_objects(is_written)):
+        outer_loop.clock.parted_at = outer_loop.attempted_steps
 
 
 Accelerator.save_state = _complete(Accelerator.save_state)  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn import Module
 
 from .. import upstream
 from ..checkpoints.together import together
+from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
+from ..training.written import WrittenSince
 
 
 def own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, Any]:
@@ -47,16 +49,22 @@ def _held_beside(accelerator: Accelerator) -> dict[str, Any]:
 
 class LoadedSettings:
     """
-    Options of parameter groups, and what is numbers and words beside them, as one `accelerator.load_state` has loaded
-    them. Every worker's own come at the first pass: what the program sets meanwhile (a learning rate) stays.
+    Weights, options of parameter groups, and what is numbers and words beside them, as one `accelerator.load_state`
+    has loaded them. Every worker's own come at the first pass: what the program sets meanwhile (a new head, a learning
+    rate, an optimizer without state) stays.
 
     Args:
         accelerator (`accelerate.Accelerator`): The one that has loaded.
-        optimizers (`Iterable`): The inner ones, that wait for their workers' own.
+        optimizers (`Sequence`): The inner ones, that wait for their workers' own.
+        models (`Iterable[Module]`): The accelerator's.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer], models: Iterable[Module]
+    ) -> None:
         self._accelerator = accelerator
+        self._written = WrittenSince(models, [p for one in optimizers for p in parameters_of(one)])
+        self._have_state = {id(one) for one in optimizers if one.state}
         self._groups = {id(one): [_comparable(group) for group in one.param_groups] for one in optimizers}
         self._beside: dict[str, dict[str, Any]] | None = copy.deepcopy(self._beside_now())
 
@@ -65,25 +73,31 @@ class LoadedSettings:
         states = {name: one.state_dict() for name, one in held.items()}
         return {name: state for name, state in states.items() if isinstance(state, dict) and _is_plain(state)}
 
-    def changes(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
+    def changes(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], bool]:
         """
-        Call before a worker's own are loaded, and the result behind it, with what was saved beside them. All have
-        that, and the first optimizer gives it back.
+        Call before a worker's own are loaded, and the result behind it, with what was saved beside them: it says
+        whether the program has written weights. All have what is beside, and the first optimizer gives it back.
         """
+        give_back_weights = self._written.keep()
+        is_emptied = id(optimizer) in self._have_state and not optimizer.state
         pairs = zip(self._groups.get(id(optimizer), []), optimizer.param_groups, strict=False)
         # A flag of a group is a mode, which goes with the weights that are loaded.
         options = [{k: v for k, v in _changed(*pair).items() if type(v) is not bool} for pair in pairs]
         beside, then, self._beside = self._beside_now(), self._beside, None
 
-        def give_back(objects: dict[str, Any]) -> None:
+        def give_back(objects: dict[str, Any]) -> bool:
+            is_written = give_back_weights()
+            if is_emptied:
+                optimizer.state.clear()
             for group, changed in zip(optimizer.param_groups, options, strict=False):
                 group.update(changed)
             if then is None:
-                return
+                return is_written
             for name, one in _held_beside(self._accelerator).items():
                 if name in objects:
                     changed = _changed(then[name], beside[name]) if name in then and name in beside else {}
                     one.load_state_dict({**objects[name], **changed} if changed else objects[name])
+            return is_written
 
         return give_back
 

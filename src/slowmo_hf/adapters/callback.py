@@ -18,12 +18,13 @@ from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
 from ..training.report import RoundReport
+from ..training.written import WrittenSince
 from .given import Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
 from .refusals import JoinRefusal
 from .stop_signals import StopSignals
 from .trainer_checkpoints import set_aside_unfinished
-from .trainer_end import Ending, StepTooMany, best_model, refuse_uncounted
+from .trainer_end import Ending, StepTooMany, best_model, checked_loop, refuse_uncounted, stays_in
 from .trainer_gathers import average_tokens_inside
 from .trainer_logs import RoundLogs
 from .trainer_methods import Looks, given_back_of
@@ -103,11 +104,18 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         set_aside_unfinished(args)
 
     def begin(
-        self, args: TrainingArguments, state: TrainerState, *, model: Any, optimizer: Any, lr_scheduler: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        model: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        written: WrittenSince,
     ) -> None:
         """
         Compare and equalise the ranks, switch off what couples them, take the anchors. It is called behind all
-        callbacks' `on_train_begin` (`trainer_start.py`): they may load weights, and freeze some.
+        callbacks' `on_train_begin` (`trainer_start.py`): they may freeze some, and load weights (`written`).
         """
         make_heard()
         self._follow()
@@ -138,8 +146,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             loader = self._find_trainer().callback_handler.train_dataloader
             advise(args, state, self.config, loader if outer_loop.parts.trains_alone else None)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
+            give_back = written.keep()
             self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
+            give_back()
         self.outer_loop = outer_loop
+        self._given_back.callback(outer_loop.consensus.restore)  # where training fails inside a view
+        stays_in(self._find_trainer(), self, self._given_back)
         self._training, self._counted_step, self._step_too_many = True, -1, None
         self._ending = Ending(outer_loop, state.max_steps)
         TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
@@ -218,14 +230,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _count_step(self, optimizer: Any, state: TrainerState) -> None:
         if self._step_too_many is not None or self._counted_step == state.global_step:
             return
-        assert self.outer_loop is not None
+        outer_loop = checked_loop(self._trainer() if self._trainer else None, self.outer_loop)
         assert self._ending is not None
         self._counted_step = state.global_step
-        report = self.outer_loop.step(inner_lrs(raw_optimizer(optimizer)))
+        report = outer_loop.step(inner_lrs(raw_optimizer(optimizer)))
         self._ending.round_ended = report is not None
         if report is not None:
             self._round_logs.rounds.append(report)
-            self.outer_loop.in_flight.watch()
+            outer_loop.in_flight.watch()
 
     def _catch_up(self) -> None:
         """A callback before this one shows the average where the step has been taken: it is counted first."""

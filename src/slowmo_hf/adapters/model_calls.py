@@ -125,8 +125,17 @@ class ModelCalls:
         """Local weights are back."""
         self._stop_listening()
         self._stop_listening, self._was_training, self._without_last_round = _nothing, False, ""
-        consensus = self._outer_loop.consensus
+        consensus, view = self._outer_loop.consensus, self._outer_loop.view
+        showed = view.is_of_last_round
         consensus.end_last_round()
+        if showed and view.writes_kept and self._loaded_at != self._outer_loop.in_flight.moves:
+            self.say_once(
+                logging.WARNING,
+                "between model.eval() and model.train() the program has written weights without load_state_dict, and "
+                "has not put them back bit for bit: they stay, and what this worker has learned since the last round "
+                "is lost. To change weights for a while, put a copy of them back, or do it inside "
+                "`with slowmo_hf.consensus(optimizer):`.",
+            )
         if consensus.then is not None:
             consensus.then = _nothing
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from .. import upstream
 from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 from .stop_signals import REQUEUE_EXIT_CODE
+from .trainer_methods import Method, replace_method
+from .trainer_start import raw_optimizer
 
 
 class Ending:
@@ -125,6 +137,53 @@ def refuse_uncounted(counted_step: int, state: TrainerState) -> None:
             "self.callback_handler.on_optimizer_step(args, self.state, self.control) behind optimizer.step(), before "
             "global_step is raised, as Trainer does."
         )
+
+
+def checked_loop(trainer: Trainer | None, outer_loop: OuterLoop | None) -> OuterLoop:
+    """
+    The one that counts a step, if the step is of what training began with.
+
+    Raises:
+        RuntimeError: Training has begun without the callback, or the Trainer has another optimizer now.
+    """
+    if trainer is None or outer_loop is None:
+        raise RuntimeError(
+            "a SlowMoCallback came to a Trainer that trains already: it begins where training begins. Add it before "
+            "trainer.train(). To begin later, train the first part without it, and go on from its checkpoint with it "
+            "(resume_from_checkpoint=True)."
+        )
+    inner = raw_optimizer(trainer.optimizer)
+    if inner is not outer_loop.inner_optimizer:
+        raise RuntimeError(
+            f"the Trainer's optimizer was replaced in training (by {type(inner).__name__}): rounds know the "
+            "parameters, rates and state of the one that it began with. Make it before trainer.train(); for stages "
+            "(layers unfrozen, another optimizer) call trainer.train() for each."
+        )
+    return outer_loop
+
+
+def stays_in(trainer: Trainer, callback: TrainerCallback, given_back: ExitStack) -> None:
+    """Until training ends the callback cannot be taken out of its Trainer: there would be neither rounds nor DDP."""
+    handler = trainer.callback_handler
+
+    def kept(remove: Method) -> Method:
+        @functools.wraps(remove)
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            before = list(handler.callbacks)
+            result = remove(*args, **kwargs)
+            if callback not in handler.callbacks and not upstream.is_telling(handler, "on_train_end"):
+                handler.callbacks = before
+                raise RuntimeError(
+                    "SlowMoCallback cannot be removed while its Trainer trains: workers would train on apart, without "
+                    "rounds and without DDP. Remove it when trainer.train() has returned, and go on from its "
+                    "checkpoint without it."
+                )
+            return result
+
+        return refuse
+
+    for name in ("remove_callback", "pop_callback"):
+        replace_method(handler, name, kept, given_back)
 
 
 @dataclass

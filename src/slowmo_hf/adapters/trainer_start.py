@@ -16,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..config import SlowMoConfig
 from ..log import logger
 from ..training.program import Program
+from ..training.written import WrittenSince
 from ..wire.job import processes_in_job
 from .refusals import refuse_schedule_free
 from .trainer_checkpoints import set_aside_unfinished
@@ -141,10 +142,13 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tell)
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        is_resumed = bool(state.global_step) and callback_of(SimpleNamespace(callback_handler=self)) is not None
+        written = WrittenSince([self.model] if is_resumed else ())
         control = tell(self, args, state, control, **kwargs)
         ours = callback_of(SimpleNamespace(callback_handler=self))
         if ours is not None:
-            ours.begin(args, state, model=self.model, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler)
+            begun_with = {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+            ours.begin(args, state, **begun_with, written=written)
         return control
 
     return tell_and_begin

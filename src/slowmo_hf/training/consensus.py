@@ -261,8 +261,11 @@ class Consensus:
         """
         self.show()
         if not loaded and self.hear_of_writes():
+            written = _written_anywhere(self.parts)
             self.restore(give_back_random_state=False)
+            own = [local(tensor).detach().clone() for tensor in written]
             self.show()
+            _put_mean_of(self.parts, own, written)
         self.parts.view.keep()
         self.parts.inner_state.empty_again()
 
@@ -304,3 +307,24 @@ def _as_the_round_left(parts: Parts) -> Callable[[set[int]], None]:
             parts.tensors.rewritten()
 
     return put_back
+
+
+def _written_anywhere(parts: Parts) -> list[torch.Tensor]:
+    """
+    Parameters that a rank's program has written into a view, where messages may be in flight: these belong to what was
+    there before, and the mean of what is written is all there is of it. Collective there.
+    """
+    if not (parts.config.overlap_steps or parts.config.gossips):
+        return []
+    with parts.account.apart():
+        of_each = parts.workers.world.gather_objects(parts.view.written(parts.tensors.trainable))
+    return [parts.tensors.trainable[place] for place in sorted(set().union(*of_each))]
+
+
+@torch.no_grad()
+def _put_mean_of(parts: Parts, own: list[torch.Tensor], shown: list[torch.Tensor]) -> None:
+    """Into what is shown. Collective, where there is any."""
+    if shown:
+        with parts.account.apart(), parts.tensors.swapping():
+            parts.inside.mean_(parts.slow.averages, own)
+            copy_tensors_(shown, own)

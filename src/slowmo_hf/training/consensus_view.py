@@ -42,6 +42,7 @@ class ConsensusView:
         self._digests: list[list[list[int]]] | None = None
         self._written_by_passes: set[int] = set()  # by identity: no write of the program's
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
+        self.writes_kept = 0  # tensors that the program wrote into the last view, and that stayed
 
     @property
     def is_shown(self) -> bool:
@@ -70,7 +71,7 @@ class ConsensusView:
             self._put_others(tensors, write_)
 
     def _put_others(self, tensors: list[torch.Tensor], write_: Callable[[], None]) -> None:
-        put_by = {id(t): stashed for view in _open_views() for t, stashed in view._put_by()}
+        put_by = {id(t): stashed for view in _open_views() for t, stashed in view._unwritten()}
         own = [put_by[id(t)] if id(t) in put_by else local(t).detach() for t in tensors]
         self._stash = [t.to(self._device, copy=True) if self._device else t.clone() for t in own]
         self._shown = tensors
@@ -89,6 +90,7 @@ class ConsensusView:
             let_reads_end(self._shown)
             with self._swapping() if self._shown else nullcontext():
                 unwritten = self._unwritten()
+                self.writes_kept = len(self._shown) - len(unwritten)
                 copy_tensors_([shown for shown, _ in unwritten], [stashed for _, stashed in unwritten])
             self._end()
             if give_back_random_state:
@@ -154,6 +156,14 @@ class ConsensusView:
             return False, False
         now = self._digests_now()
         return any(self._writes(now)), any(was[0] != digest for was, digest in zip(self._digests, now, strict=True))
+
+    def written(self, among: Sequence[torch.Tensor]) -> list[int]:
+        """Places of those that are shown and that the program has written into. Reads all that is watched."""
+        if self._digests is None:
+            return []
+        writes = zip(self._watched, self._writes(self._digests_now()), strict=True)
+        found = {id(tensor) for tensor, is_written in writes if is_written}
+        return [place for place, tensor in enumerate(among) if id(tensor) in found]
 
     def _digests_now(self) -> list[list[int]]:
         return digests([parts_of(t) for t in self._watched])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -175,13 +175,13 @@ class ModelTensors:
     def problem(self) -> str:
         """What has changed in the parameter set since the start; empty where nothing has."""
         now = self._now()
-        if now == self._signature or (not now and _forms(self.trainable) == self._signature):
+        if now == self._signature or (not now and _forms(self.groups) == self._signature):
             return ""  # a network that is frozen as a whole is frozen in turn, while another one trains
         return (
             "the parameter set changed after the start (a parameter was added, removed, frozen, unfrozen, resized, "
-            "moved, cast, or given other strides, as by memory_format=torch.channels_last). Local training needs one "
-            "fixed set: change it before training (a Trainer's callback: in on_train_begin); or end this stage with "
-            "slowmo_hf.finish(optimizer), change it, and train on with a new SlowMoOptimizer."
+            "moved, cast, put into another group, or given other strides, as by memory_format=torch.channels_last). "
+            "Local training needs one fixed set: change it before training (a Trainer's callback: in on_train_begin); "
+            "or end this stage with slowmo_hf.finish(optimizer), change it, and train on with a new SlowMoOptimizer."
         )
 
     @property
@@ -190,7 +190,7 @@ class ModelTensors:
         return [p.stride() for p in self.trainable] != self._strides and bool(self.problem())
 
     def _now(self) -> list[tuple[object, ...]]:
-        return _forms(p for group in _trainable_groups(self.optimizer) for p in group)
+        return _forms(_trainable_groups(self.optimizer))
 
 
 def _rewritten(gathering: list[Any]) -> None:
@@ -226,8 +226,12 @@ def _mates(param: torch.Tensor) -> tuple[int, ...]:
     return shard_mates(param) if is_sharded(param) else ()
 
 
-def _forms(params: Iterable[torch.Tensor]) -> list[tuple[object, ...]]:
-    return [(id(p), p.shape, p.dtype, p.device, strides(local(p))) for p in params]
+def _forms(groups: list[list[torch.Tensor]]) -> list[tuple[object, ...]]:
+    return [
+        (index, id(p), p.shape, p.dtype, p.device, strides(local(p)))
+        for index, group in enumerate(groups)
+        for p in group
+    ]
 
 
 def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:

@@ -159,15 +159,14 @@ def _warn_of_far_steps(parts: Parts) -> None:
     momentum = next((momentum for fewest, momentum in ADVISED if workers.count >= fewest), None)
     if momentum is None or parts.inner_state.is_momentum_of_sgd or factor < (1 + 1e-6) / (1 - momentum):
         return
-    name, value, most = "outer_momentum", config.outer_momentum, momentum
-    if value <= momentum:
-        name, value, most = "outer_lr", config.outer_lr, (1 - value) / (1 - momentum)
+    name, most = "outer_momentum", momentum
+    if config.outer_momentum <= momentum:  # it is `outer_lr` then
+        name, most = "outer_lr", (1 - config.outer_momentum) / (1 - momentum)
     workers.logger.warning(
-        "%s=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far as the learning "
-        "rate says. With Adam and as many workers set %s to %g at most (docs/from_ddp.md): runs whose rounds stepped "
-        "further were worse, or ruined.",
-        name,
-        value,
+        "outer_momentum=%g with %d workers: the inner optimizer's state is kept, so rounds step %.3g times as far as "
+        "the learning rate says. With Adam and as many workers set %s to %g at most (docs/from_ddp.md): runs whose "
+        "rounds stepped further were worse, or ruined.",
+        config.outer_momentum,
         workers.count,
         factor,
         name,
