@@ -281,6 +281,30 @@ def test_a_parameter_in_another_group_is_told():
         optimizer.step()
 
 
+@pytest.mark.parametrize(("weights", "lines"), [("the save's", 0), ("others", 1)])
+def test_other_weights_than_the_states_are_told(weights, lines):
+    """They are not taken, and rank 0 says so; at a round's end the model's file and the state have the same."""
+
+    def work(rank):
+        model = Regression()
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), SlowMoConfig(sync_every=2))
+        for _ in range(2):
+            model(torch.full((4, 4), rank + 1.0).double(), torch.ones(4, 1).double())["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        saved, state = values(model), copy.deepcopy(optimizer.state_dict())
+        again = Regression()
+        resumed = SlowMoOptimizer(torch.optim.SGD(again.parameters(), lr=0.05), SlowMoConfig(sync_every=2))
+        again.load_state_dict({name: value + lines for name, value in saved.items()})
+        resumed.load_state_dict(state)
+        again(torch.ones(4, 4).double(), torch.ones(4, 1).double())["loss"].backward()
+        assert equal(values(again), saved)
+
+    with Heard() as heard:
+        slowmo_hf.run_in_process(work, 2)
+    assert len(heard.about("the optimizer's state has other weights than the model", "WARNING")) == lines
+
+
 # ---- weights over a view ----
 
 

@@ -12,6 +12,7 @@ import torch
 from ..contents import Contents, Part, Saved, check_all
 from ..log import of_this_rank
 from .consensus import Consensus
+from .digests import digests, parts_of
 from .parts import Parts
 
 VERSION = 1
@@ -72,14 +73,30 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
         )
     take_up = check_all(saved_parts, Saved(shared, shared), same_number=False)
     consensus.restore()  # the state replaces what a view would give back
+    begins = parts.clock.attempted_steps == 0
     take_up()
     # Inside a round parameters stay: all_reduce's, and the average behind `finish`, which the program has loaded.
     if step % parts.config.sync_every == 0 and not ended:
+        there = digests([parts_of(param) for param in parts.tensors.trainable]) if begins and step else []
         if parts.config.shard_slow_state:  # others have the anchors of most of them
             parts.slow.give_parameters_(shared)
         parts.back_to_anchors()
+        _tell_others(parts, there)
     parts.share_last_round()
     _tell_whose(parts, state)
+
+
+def _tell_others(parts: Parts, there: list[list[int]]) -> None:
+    """Warn where the program had other weights in the model than the state has: these are digests."""
+    now = digests([parts_of(param) for param in parts.tensors.trainable]) if there else []
+    others = [name for name, one, other in zip(parts.tensors.names, there, now, strict=False) if one != other]
+    if others:
+        parts.workers.logger.warning(
+            "the optimizer's state has other weights than the model: %s and %d more are the state's now. Where the "
+            "model's own were meant (an EMA, another checkpoint), begin with a new optimizer, without that state.",
+            others[0],
+            len(others) - 1,
+        )
 
 
 def _tell_whose(parts: Parts, state: dict[str, Any]) -> None:
