@@ -53,8 +53,9 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
     if not is_path:  # as at a Trainer's start: what a killed run left unfinished is set aside
         SlowMoCallback().on_init_end(args, TrainerState(), TrainerControl())
     found = asked if is_path else get_last_checkpoint(args.output_dir)
+    has_optimizer = any(Path(found or "").glob("optimizer*"))  # of `save_only_model` there is none
     for name, was, now in _differences(_noted(found), settings):
-        if is_path and name not in _LOADED:
+        if is_path and not (name in _LOADED and has_optimizer):
             continue
         where = f"from {asked!r}" if is_path else f"with the run in output_dir={args.output_dir!r}"
         back = f"Leave --{name} out" if was is None else f"Set --{name}"

@@ -150,22 +150,81 @@ class NewBody(TrainerCallback):
         self.begun = getattr(self, "begun", None) or copy.deepcopy(model.state_dict())
 
 
+UNDONE = "since the checkpoint was loaded is undone"
+
+
 def check_a_resumed_start(folder):
     watches, saves = Watches(), {"save_strategy": "steps", "save_steps": 3}
     trainer_of(folder, watches, max_steps=3, **saves).train()
     body = NewBody()
-    trainer_of(folder, body, max_steps=6, **saves).train(resume_from_checkpoint=True)
+    with Heard() as heard:
+        trainer_of(folder, body, max_steps=6, **saves).train(resume_from_checkpoint=True)
     own = watches.seen["behind"]
-    assert bool((body.begun["body.weight"] == 5).all())
-    for name in ("body.bias", "head.weight", "head.bias"):
-        assert torch.equal(body.begun[name], own[name]), name
+    assert equal(body.begun, own), "of this worker"
     everybodys = of_all(own)
     assert not equal(everybodys[0], everybodys[1])
+    with Heard() as quiet:
+        trainer_of(folder, max_steps=7, **saves).train(resume_from_checkpoint=True)
+    return heard.about(UNDONE, "WARNING"), quiet.about(UNDONE, "WARNING")
 
 
-def test_what_a_callback_writes_where_a_resumed_run_begins_stays(tmp_path):
-    """The rest is this worker's own."""
-    run_workers(check_a_resumed_start, 2, str(tmp_path))
+def test_what_a_callback_writes_where_a_resumed_run_begins_is_undone_and_told(tmp_path):
+    (told, quiet), (others, silent) = run_workers(check_a_resumed_start, 2, str(tmp_path))
+    assert len(told) == 1
+    assert "written into body.weight and 0 more since" in told[0]
+    assert quiet == others == silent == []
+
+
+class FailsBehindTheEnd(TrainerCallback):
+    """As an upload may."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        raise OSError("no network")
+
+
+def check_a_failure_behind_the_end(folder):
+    trainer = trainer_of(folder, FailsBehindTheEnd(), max_steps=3)
+    with pytest.raises(OSError, match="no network"):
+        trainer.train()
+    everybodys = of_all(values(trainer.model))
+    assert equal(everybodys[0], everybodys[1])
+
+
+def test_a_failure_behind_the_end_leaves_the_average(tmp_path):
+    run_workers(check_a_failure_behind_the_end, 2, str(tmp_path))
+
+
+class Wrapper:
+    """A user's own, of the optimizer that trains."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+class Wraps(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.optimizer = Wrapper(self.trainer.optimizer)
+
+
+def test_a_wrapper_of_the_same_optimizer_is_no_other(tmp_path):
+    wraps = Wraps()
+    trainer = wraps.trainer = trainer_of(str(tmp_path), wraps)
+    trainer.train()
+    assert isinstance(trainer.optimizer, Wrapper)
+    assert trainer.state.global_step == 8
+
+
+def test_a_callback_that_has_trained_is_not_added_in_training(tmp_path):
+    trainer = trainer_of(str(tmp_path))
+    trainer.train()
+    used = trainer.pop_callback(SlowMoCallback)
+    at = At(3, lambda trainer: trainer.add_callback(used))
+    at.trainer = trainer
+    trainer.add_callback(at)
+    assert words_of(trainer, RuntimeError).startswith("a SlowMoCallback came to a Trainer that trains already: ")
 
 
 # ---- custom loops ----
@@ -204,26 +263,31 @@ def check_a_load(folder):
     inner.state.clear()
     seen = {}
     bare.register_forward_hook(lambda module, *_: note(seen, module))
-    steps(accelerator, model, optimizer, 1)
-    for name, was in own.items():
-        assert torch.equal(seen["weights"][name], torch.zeros_like(was) if name == "head.weight" else was), name
+    with Heard() as heard:
+        steps(accelerator, model, optimizer, 1)
+    assert equal(seen["weights"], own), "of this worker"
     assert {int(entry["step"]) for entry in inner.state.values()} == {1}, "Adam began anew"
     assert optimizer.optimizer.outer_loop.attempted_steps == 4, "the clock goes on"
-    everybodys = of_all(values(bare))
-    assert equal(everybodys[0], everybodys[1]), "the round of step 4"
+    accelerator, model, optimizer = begun()
+    accelerator.load_state(folder)
+    with Heard() as quiet:
+        steps(accelerator, model, optimizer, 1)
+    return heard.about(UNDONE, "WARNING"), quiet.about(UNDONE, "WARNING")
 
 
-def test_what_a_program_writes_behind_a_load_stays(tmp_path):
-    run_workers(check_a_load, 2, str(tmp_path))
+def test_what_a_program_writes_behind_a_load_is_undone_and_told(tmp_path):
+    """An emptied optimizer state stays."""
+    (told, quiet), (others, silent) = run_workers(check_a_load, 2, str(tmp_path))
+    assert len(told) == 1
+    assert "written into head.weight and 0 more since" in told[0]
+    assert quiet == others == silent == []
 
 
 def check_stages(folder):
     """The head alone, then all: as docs/compatibility.md says, with a save in the second stage."""
     accelerator, model = Accelerator(cpu=True), Regression()
     model.body.requires_grad_(False)
-    model, first = accelerator.prepare(
-        model, SlowMoOptimizer(torch.optim.Adam(model.head.parameters(), lr=0.05), CONFIG)
-    )
+    model, first = accelerator.prepare(model, SlowMoOptimizer(torch.optim.Adam(model.parameters(), lr=0.05), CONFIG))
     steps(accelerator, model, first, 3)
     slowmo_hf.finish(first)
     bare = accelerator.unwrap_model(model)

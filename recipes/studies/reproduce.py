@@ -140,6 +140,10 @@ class Arguments:
                     f"{name} is of --study table1 and sweep at --scale small, got {value} with --study {self.study} "
                     f"--scale {self.scale}. Leave it out."
                 )
+        if self.threads > 1 and self.scale != "small":
+            raise SettingError(
+                f"threads is of --scale small, got {self.threads} with --scale {self.scale}. Leave it out."
+            )
         if self.seeds is not None and self.study != "table1":
             raise SettingError(
                 f"seeds is of --study table1, got {self.seeds} with --study {self.study}. Leave it out."
@@ -313,6 +317,7 @@ def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu"
             command += f" --outer_momentum {run.outer_momentum}" if run.slowmo and run.study == "table1" else ""
         command += f" --device {device}" if device != "cpu" else ""
     threads = torch.get_num_threads()
+    command += f" --threads {threads}" if threads > 1 else ""
     cores = "one core" if threads == 1 else f"{threads} cores"
     machine = f"{hardware()}, {cores} per run, all workers in one process"
     if device != "cpu":

@@ -118,9 +118,10 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
             for name in ("save_on_each_node", "total_limit"):
                 given_back.callback(setattr, project, name, getattr(project, name))
             project.total_limit = None  # type: ignore[assignment]  # it deletes before the new one is begun
-            for folder, bare in ours.items():
+            for bare in ours.values():
                 given_back.enter_context(consensus(bare))
-                if folder in begun:
+            for folder, bare in _ours(self).items():
+                if folder in begun or folder not in ours:
                     given_back.enter_context(_beside(bare))
             hook = self.register_save_state_pre_hook(
                 lambda models, weights, folder: seal_last.append(_write(self, begun, Path(folder), before, limit))
@@ -225,12 +226,10 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         found: list[Path] = []
         settings: list[LoadedSettings] = []  # one, as soon as Accelerate has loaded
-        loaded: list[torch.nn.Module] = []
 
         def wait(models: list[Any], folder: str) -> None:
             found.append(Path(folder))
             verify = functools.cache(verify_in_turns)  # reads every byte: once for all optimizers
-            loaded[:] = models
             for within, bare in _in_training(self).items():
                 if _is_kept(self, bare):
                     bare.before_training(functools.partial(_take_up, Path(folder), within, verify, settings))
@@ -246,7 +245,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             _give_back_generators(folder)
         waiting = [bare.inner_optimizer for bare in _ours(self).values() if bare.awaits_a_checkpoint]
         if waiting:
-            settings.append(LoadedSettings(self, waiting, loaded))
+            settings.append(LoadedSettings(self, waiting))
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
         return result
@@ -309,9 +308,8 @@ def _noting_streams(iterate: Callable[..., Any]) -> Callable[..., Any]:
     return note
 
 
-def _nothing(objects: dict[str, Any]) -> bool:
+def _nothing(*objects: Any) -> None:
     """Where Accelerate's own load has failed."""
-    return False
 
 
 def _take_up(
@@ -341,12 +339,14 @@ def _take_up(
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
         outer_loop.in_flight.start_what_others_wait_for()
 
-    give_back = settings[0].changes(outer_loop.inner_state.optimizer) if settings else _nothing
+    inner = outer_loop.inner_state.optimizer
+    give_back = settings[0].changes(inner) if settings else _nothing
+    written = settings[0].written.get(id(inner)) if settings else None
+    tell = written.watch(outer_loop.tensors) if written else _nothing
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
     saves.add(folder)
-    is_written = give_back(objects)
-    if outer_loop.parts.meets_others and any(outer_loop.workers.world.gather_objects(is_written)):
-        outer_loop.clock.parted_at = outer_loop.attempted_steps
+    give_back(objects)
+    tell()
 
 
 Accelerator.save_state = _complete(Accelerator.save_state)  # type: ignore[method-assign]

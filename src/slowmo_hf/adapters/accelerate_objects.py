@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,21 +49,18 @@ def _held_beside(accelerator: Accelerator) -> dict[str, Any]:
 
 class LoadedSettings:
     """
-    Weights, options of parameter groups, and what is numbers and words beside them, as one `accelerator.load_state`
-    has loaded them. Every worker's own come at the first pass: what the program sets meanwhile (a new head, a learning
-    rate, an optimizer without state) stays.
+    Options of parameter groups, and what is numbers and words beside them, as one `accelerator.load_state` has loaded
+    them. Every worker's own come at the first pass: what the program sets meanwhile (a learning rate, an optimizer
+    without state) stays. Of weights it knows whether any were written.
 
     Args:
         accelerator (`accelerate.Accelerator`): The one that has loaded.
         optimizers (`Sequence`): The inner ones, that wait for their workers' own.
-        models (`Iterable[Module]`): The accelerator's.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer], models: Iterable[Module]
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._accelerator = accelerator
-        self._written = WrittenSince(models, [p for one in optimizers for p in parameters_of(one)])
+        self.written = {id(one): WrittenSince(parameters_of(one)) for one in optimizers}
         self._have_state = {id(one) for one in optimizers if one.state}
         self._groups = {id(one): [_comparable(group) for group in one.param_groups] for one in optimizers}
         self._beside: dict[str, dict[str, Any]] | None = copy.deepcopy(self._beside_now())
@@ -73,31 +70,28 @@ class LoadedSettings:
         states = {name: one.state_dict() for name, one in held.items()}
         return {name: state for name, state in states.items() if isinstance(state, dict) and _is_plain(state)}
 
-    def changes(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], bool]:
+    def changes(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
         """
-        Call before a worker's own are loaded, and the result behind it, with what was saved beside them: it says
-        whether the program has written weights. All have what is beside, and the first optimizer gives it back.
+        Call before a worker's own are loaded, and the result behind it, with what was saved beside them. All have
+        that, and the first optimizer gives it back.
         """
-        give_back_weights = self._written.keep()
         is_emptied = id(optimizer) in self._have_state and not optimizer.state
         pairs = zip(self._groups.get(id(optimizer), []), optimizer.param_groups, strict=False)
         # A flag of a group is a mode, which goes with the weights that are loaded.
         options = [{k: v for k, v in _changed(*pair).items() if type(v) is not bool} for pair in pairs]
         beside, then, self._beside = self._beside_now(), self._beside, None
 
-        def give_back(objects: dict[str, Any]) -> bool:
-            is_written = give_back_weights()
+        def give_back(objects: dict[str, Any]) -> None:
             if is_emptied:
                 optimizer.state.clear()
             for group, changed in zip(optimizer.param_groups, options, strict=False):
                 group.update(changed)
             if then is None:
-                return is_written
+                return
             for name, one in _held_beside(self._accelerator).items():
                 if name in objects:
                     changed = _changed(then[name], beside[name]) if name in then and name in beside else {}
                     one.load_state_dict({**objects[name], **changed} if changed else objects[name])
-            return is_written
 
         return give_back
 

@@ -146,14 +146,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             loader = self._find_trainer().callback_handler.train_dataloader
             advise(args, state, self.config, loader if outer_loop.parts.trains_alone else None)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
-            give_back = written.keep()
+            tell = written.watch(outer_loop.tensors)
             self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
-            give_back()
+            tell()
         self.outer_loop = outer_loop
-        self._given_back.callback(outer_loop.consensus.restore)  # where training fails inside a view
         stays_in(self._find_trainer(), self, self._given_back)
         self._training, self._counted_step, self._step_too_many = True, -1, None
         self._ending = Ending(outer_loop, state.max_steps)
+        self._given_back.callback(self._ending.put_away)
         TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
@@ -230,7 +230,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _count_step(self, optimizer: Any, state: TrainerState) -> None:
         if self._step_too_many is not None or self._counted_step == state.global_step:
             return
-        outer_loop = checked_loop(self._trainer() if self._trainer else None, self.outer_loop)
+        outer_loop = checked_loop(self._trainer() if self._trainer else None, self.outer_loop, trains=self._training)
         assert self._ending is not None
         self._counted_step = state.global_step
         report = outer_loop.step(inner_lrs(raw_optimizer(optimizer)))

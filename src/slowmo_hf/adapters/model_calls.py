@@ -133,8 +133,8 @@ class ModelCalls:
                 logging.WARNING,
                 "between model.eval() and model.train() the program has written weights without load_state_dict, and "
                 "has not put them back bit for bit: they stay, and what this worker has learned since the last round "
-                "is lost. To change weights for a while, put a copy of them back, or do it inside "
-                "`with slowmo_hf.consensus(optimizer):`.",
+                "is lost, unless the program has a copy and puts it back now. To change weights for a while, put a "
+                "copy back before model.train(), or do it inside `with slowmo_hf.consensus(optimizer):`.",
             )
         if consensus.then is not None:
             consensus.then = _nothing

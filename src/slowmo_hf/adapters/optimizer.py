@@ -142,7 +142,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         state_dict = self._before_loading(state_dict)
         slow = state_dict.get(_SLOW_STATE)
         if slow is not None and _BESIDE in slow:
-            if not self.awaits_a_checkpoint and self.config.has_rounds:
+            if not (self.awaits_a_checkpoint or self.state_is_beside) and self.config.has_rounds:
                 raise RuntimeError(
                     "every worker's own state lies beside this one: load the checkpoint with accelerator.load_state, "
                     "after accelerator.prepare has taken the optimizer."

@@ -23,7 +23,6 @@ from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 from .stop_signals import REQUEUE_EXIT_CODE
 from .trainer_methods import Method, replace_method
-from .trainer_start import raw_optimizer
 
 
 class Ending:
@@ -62,6 +61,13 @@ class Ending:
             self._stop_with_others(state, control, self.outer_loop.status.somebody_ended)
         if not self.all_gather(control):
             self._stop_with_others(state, control, True)
+
+    def put_away(self) -> None:
+        """Where training fails inside a view: local weights return; behind its end the average stays."""
+        if self.outer_loop.view.is_shown and self.ended:
+            self.outer_loop.view.keep()
+        elif self.outer_loop.view.is_shown:
+            self.outer_loop.consensus.restore()
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         if somebody_ended:
@@ -139,20 +145,22 @@ def refuse_uncounted(counted_step: int, state: TrainerState) -> None:
         )
 
 
-def checked_loop(trainer: Trainer | None, outer_loop: OuterLoop | None) -> OuterLoop:
+def checked_loop(trainer: Trainer | None, outer_loop: OuterLoop | None, *, trains: bool) -> OuterLoop:
     """
     The one that counts a step, if the step is of what training began with.
 
     Raises:
         RuntimeError: Training has begun without the callback, or the Trainer has another optimizer now.
     """
-    if trainer is None or outer_loop is None:
+    if trainer is None or outer_loop is None or not trains:
         raise RuntimeError(
             "a SlowMoCallback came to a Trainer that trains already: it begins where training begins. Add it before "
             "trainer.train(). To begin later, train the first part without it, and go on from its checkpoint with it "
             "(resume_from_checkpoint=True)."
         )
-    inner = raw_optimizer(trainer.optimizer)
+    inner: Any = trainer.optimizer
+    while inner is not outer_loop.inner_optimizer and hasattr(inner, "optimizer"):  # a wrapper of it steps it
+        inner = inner.optimizer
     if inner is not outer_loop.inner_optimizer:
         raise RuntimeError(
             f"the Trainer's optimizer was replaced in training (by {type(inner).__name__}): rounds know the "
@@ -163,7 +171,10 @@ def checked_loop(trainer: Trainer | None, outer_loop: OuterLoop | None) -> Outer
 
 
 def stays_in(trainer: Trainer, callback: TrainerCallback, given_back: ExitStack) -> None:
-    """Until training ends the callback cannot be taken out of its Trainer: there would be neither rounds nor DDP."""
+    """
+    Until training ends no callback can take ours out of its Trainer: there would be neither rounds nor DDP. Trainer
+    itself may: it puts another in its place where it begins anew (`auto_find_batch_size`).
+    """
     handler = trainer.callback_handler
 
     def kept(remove: Method) -> Method:
@@ -171,7 +182,8 @@ def stays_in(trainer: Trainer, callback: TrainerCallback, given_back: ExitStack)
         def refuse(*args: Any, **kwargs: Any) -> Any:
             before = list(handler.callbacks)
             result = remove(*args, **kwargs)
-            if callback not in handler.callbacks and not upstream.is_telling(handler, "on_train_end"):
+            trains = upstream.is_telling(handler, "call_event") and not upstream.is_telling(handler, "on_train_end")
+            if trains and callback not in handler.callbacks:
                 handler.callbacks = before
                 raise RuntimeError(
                     "SlowMoCallback cannot be removed while its Trainer trains: workers would train on apart, without "

@@ -143,7 +143,7 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(tell)
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         is_resumed = bool(state.global_step) and callback_of(SimpleNamespace(callback_handler=self)) is not None
-        written = WrittenSince([self.model] if is_resumed else ())
+        written = WrittenSince(self.model.parameters() if is_resumed else ())
         control = tell(self, args, state, control, **kwargs)
         ours = callback_of(SimpleNamespace(callback_handler=self))
         if ours is not None:

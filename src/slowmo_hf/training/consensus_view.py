@@ -42,7 +42,7 @@ class ConsensusView:
         self._digests: list[list[list[int]]] | None = None
         self._written_by_passes: set[int] = set()  # by identity: no write of the program's
         self.is_of_last_round = False  # `model.eval()` has asked for it; anything else that wants a view ends it
-        self.writes_kept = 0  # tensors that the program wrote into the last view, and that stayed
+        self.writes_kept = 0  # parameters that the program wrote into the last view, and that stayed
 
     @property
     def is_shown(self) -> bool:
@@ -90,7 +90,8 @@ class ConsensusView:
             let_reads_end(self._shown)
             with self._swapping() if self._shown else nullcontext():
                 unwritten = self._unwritten()
-                self.writes_kept = len(self._shown) - len(unwritten)
+                of_all, of_these = self._shown, [shown for shown, _ in unwritten]
+                self.writes_kept = sum(t.requires_grad for t in of_all) - sum(t.requires_grad for t in of_these)
                 copy_tensors_([shown for shown, _ in unwritten], [stashed for _, stashed in unwritten])
             self._end()
             if give_back_random_state:

@@ -64,11 +64,12 @@ class InFlight:
         """The round of this step; its report, if it is applied at once."""
         if not self._goes_ahead:
             try:
-                return self.launch_agreed(self.meet(Purpose.ROUND, inner_lrs))
-            except Exception:  # there was no round: workers are not what one makes of them
+                agreement = self.meet(Purpose.ROUND, inner_lrs)
+            except Exception:  # on all ranks: there is no round, and workers are not what one makes of them
                 if self.parts.meets_others:
                     self.parts.clock.parted_at = self.parts.clock.attempted_steps
                 raise
+            return self.launch_agreed(agreement)
         with record_function("slowmo::round"):
             hear = self.parts.status.start(Purpose.ROUND, inner_lrs, ahead=True)
             self.rounds.append(Round(self.parts))

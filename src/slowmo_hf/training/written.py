@@ -1,4 +1,4 @@
-"""What a program writes into a model between a load and the first pass: it stays, though workers' own come later."""
+"""What a program writes into parameters between a load and the first pass: workers' own come over it; it is told."""
 
 from __future__ import annotations
 
@@ -6,53 +6,51 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..dtensors import local
-from ..upstream import non_persistent_buffers
+from ..log import logger
 from .digests import digests, parts_of
+from .model_tensors import ModelTensors
 
 
 class WrittenSince:
     """
-    Knows, from now on, what has been written. Reads all of it, now and when it is asked.
+    Knows, from now on, which of these have been written. Reads them all, now and when it is asked.
 
     Args:
-        models (`Iterable[torch.nn.Module]`): Their parameters, and the buffers that a load brings: persistent ones.
-        params (`Iterable[torch.Tensor]`): Others'.
+        params (`Iterable[torch.Tensor]`): As they have been loaded.
     """
 
-    def __init__(self, models: Iterable[torch.nn.Module], params: Iterable[torch.Tensor] = ()) -> None:
-        tensors = [*params]
-        for model in models:
-            own = non_persistent_buffers(model)
-            tensors += [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name not in own)]
-        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
-        self._forms = [_form(tensor) for tensor in self._tensors]
-        self._digests = self._now()
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        self._params = list(params)  # else another could have the identity of one that is gone
+        self._digests = dict(zip(map(id, self._params), _of(self._params), strict=True))
 
-    def _now(self) -> list[list[int]]:
-        return digests([parts_of(tensor) for tensor in self._tensors])
-
-    def keep(self) -> Callable[[], bool]:
+    def watch(self, tensors: ModelTensors) -> Callable[[], None]:
         """
-        To be called where all ranks have rank 0's values, before each one's own are loaded.
+        To be called when all ranks have rank 0's values, before each one's own are loaded.
 
         Returns:
-            `Callable`: To be called behind that: gives back what had been written, and says whether there was any.
+            `Callable`: To be called behind that: warns of what was written and is gone.
         """
-        found = zip(self._tensors, self._forms, self._digests, self._now(), strict=True)
-        # Of another form: the program has made it anew, and what is loaded must fit it.
-        written = [tensor for tensor, form, was, now in found if was != now and form == _form(tensor)]
-        values = [local(tensor).detach().clone() for tensor in written]
+        by_passes = {id(tensor) for tensor in tensors.written_by_passes()}
+        written = [
+            (name, param, digest)
+            for name, param, digest in zip(tensors.names, tensors.trainable, _of(tensors.trainable), strict=True)
+            if id(param) not in by_passes and self._digests.get(id(param), digest) != digest
+        ]
 
-        @torch.no_grad()
-        def give_back() -> bool:
-            for tensor, value in zip(written, values, strict=True):
-                local(tensor).copy_(value)
-            return bool(written)
+        def tell() -> None:
+            now = _of([param for _, param, _ in written])
+            undone = [name for (name, _, digest), other in zip(written, now, strict=True) if other != digest]
+            if undone:
+                logger.warning(
+                    "what the program has written into %s and %d more since the checkpoint was loaded is undone: each "
+                    "worker goes on from its own weights. To train on from other weights begin a new run: load the "
+                    "model alone, with a new optimizer.",
+                    undone[0],
+                    len(undone) - 1,
+                )
 
-        return give_back
+        return tell
 
 
-def _form(tensor: torch.Tensor) -> tuple[object, ...]:
-    own = local(tensor)
-    return own.shape, own.dtype, own.device
+def _of(params: list[torch.Tensor]) -> list[list[int]]:
+    return digests([parts_of(param) for param in params])
