@@ -202,12 +202,22 @@ def test_record_is_of_the_papers_size():
     assert not re.search(r'["= ]/\w', json.dumps(RECORD))
 
 
-def test_record_s_step_is_a_round_of_two():
-    """Bytes and files as worked out from the parameters."""
-    ranks = RECORD["steps"]["2 processes"]["ranks"]
-    names = ("model_size", "base", "sync_every", "micro_batches", "parameters")
-    assert {tuple(rank[name] for name in names) for rank in ranks} == {("big", "local_sgd", 1, 1, 209_125_376)}
+@pytest.mark.parametrize("micro_batches", [1, 16])
+def test_record_s_step_is_a_round_of_two(micro_batches):
+    """At the preset's size; bytes and files as worked out from the parameters."""
+    taken = [step["ranks"] for step in RECORD["steps"].values()]
+    (ranks,) = (ranks for ranks in taken if ranks[0]["micro_batches"] == micro_batches)
+    names = ("model_size", "base", "sync_every", "max_tokens", "parameters")
+    assert {tuple(rank[name] for name in names) for rank in ranks} == {("big", "local_sgd", 1, 3584, 209_125_376)}
     check_step(ranks)
+
+
+def test_record_says_where_each_part_comes_from():
+    parts = (RECORD["preprocessing"], *RECORD["steps"].values(), RECORD["arithmetic"])
+    for part in parts:
+        assert part["command"].startswith("python recipes/studies/dry_run.py --")
+        assert re.fullmatch("[0-9a-f]{40}", part["commit"])
+        assert part["versions"]["slowmo_hf"]
 
 
 def test_record_s_arithmetic_is_the_program_s():
@@ -225,13 +235,14 @@ def test_page_has_the_figures():
         assert line in section, line
     section = " ".join(section.replace("\n> ", " ").split())
     found, worked_out = RECORD["preprocessing"], RECORD["arithmetic"]
-    positions = RECORD["steps"]["2 processes"]["ranks"][0]["max_tokens"]
+    accumulated = RECORD["steps"]["2 processes, 16 micro-batches"]["ranks"][0]
     assert found["text_pairs"] == found["pairs"] - found["empty_pairs"]  # all of them
     assert f"encoding took {found['stages']['encode']['seconds'] / 60:.0f} minutes" in section
-    assert f"with {positions:,} positions in place of {found['max_tokens']:,}" in section
-    accumulated = {name: recipe.parse(["--preset", name])[2].gradient_accumulation_steps for name in ("wmt16", "ott")}
-    assert RECORD["steps"]["2 processes"]["ranks"][0]["micro_batches"] == accumulated["wmt16"] == 1
-    assert f"Preset `ott`, for 8 processes, accumulates {accumulated['ott']}: that has not been run" in section
+    assert f"has the preset's {found['max_tokens']:,} positions on each of two processes" in section
+    counts = {name: recipe.parse(["--preset", name])[2].gradient_accumulation_steps for name in ("wmt16", "ott")}
+    assert RECORD["steps"]["2 processes"]["ranks"][0]["micro_batches"] == counts["wmt16"] == 1
+    assert f"`ott`, for 8 processes, accumulates {counts['ott']}: the rows of {counts['ott']} micro-batch" in section
+    assert (accumulated["micro_batches"], accumulated["max_tokens"]) == (counts["ott"], found["max_tokens"])
     assert worked_out["checkpoints_kept"] == 6, "and room for seven"
     assert f"{worked_out['updates_per_epoch']:,} an epoch" in section
     assert f"{worked_out['parameters']:,} fp32 parameters" in section
