@@ -225,7 +225,8 @@ def test_images_are_decoded_once_or_refused(tmp_path, size, mode, refused):
     path = tmp_path / "images.safetensors"
     if refused:
         with pytest.raises(
-            ValueError, match=r"dataset must hold grey images of 28 x 28 pixels, got .* Use Fashion-MNIST or MNIST"
+            ValueError,
+            match=r"dataset must hold grey images of 28 x 28 pixels, got .* folder with Fashion-MNIST or",
         ):
             peers.decode(str(tmp_path), path)
         return

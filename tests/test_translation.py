@@ -260,6 +260,7 @@ def test_resume_with_other_tokens_is_refused(learned, tmp_path, monkeypatch, cap
     folder, data, _, record = learned
     checkpoint = folder / "checkpoint-40"
     shown = f"--output_dir {tmp_path} --use_cpu 1 --dataset_name {data} --resume_from_checkpoint {checkpoint}"
+    shown += " --learning_rate 3e-3"
     own = next((folder / "tokenizers").iterdir())
     tokenizer = AutoTokenizer.from_pretrained(own)
     other = tokens.train_tokenizer([row["target"][::-1] for row in pairs(400)], len(tokenizer))
