@@ -42,6 +42,8 @@ ALLOWED_WARNINGS = [
     ("ignore", "The .grad attribute of a Tensor that is not a leaf.*", UserWarning),
     # torch 2.6's SequentialLR steps its own schedulers in the way that it warns of.
     ("ignore", "The epoch parameter in `scheduler.step.*", UserWarning),
+    # transformers 4.57 sorts checkpoints of one second by their numbers.
+    ("ignore", "mtime may not be reliable.*", UserWarning),
 ]
 
 if Version(version("transformers")) < Version("5.18"):

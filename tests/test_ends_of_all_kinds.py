@@ -115,7 +115,8 @@ def test_where_max_steps_is_lowered_training_ends_as_stock_trainers(tmp_path, at
     """One step behind it, with the end's evaluation and save; so too at the first step."""
     for stock, ours in run_workers(lowered, processes, str(tmp_path), at):
         assert ours == stock
-        assert stock[0][-3:] == [("step", at + 1), ("evaluation", at + 1), ("save", at + 1)]
+        end = [("step", at + 1), ("evaluation", at + 1), ("save", at + 1)]
+        assert stock[0][-3:] == end or stock[0][-2:] == [end[0], end[2]], "transformers 4.57 does not evaluate there"
         assert stock[1] == sorted({f"checkpoint-{at + 1}", *(["checkpoint-5"] if at > 5 else [])})
 
 

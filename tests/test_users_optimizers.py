@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.checkpointing import load_accelerator_state
 from transformers import Trainer, TrainerCallback
 
 from accelerate_loops import linear, train_on, weights
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, run_in_process
 from tiny import Heard, Regression, Rows, arguments, error_of
+
+# accelerate 1.3 always loads an optimizer's own state without objects.
+reads_objects = pytest.mark.skipif(
+    "load_kwargs" not in inspect.signature(load_accelerator_state).parameters,
+    reason="this accelerate reads no objects in an optimizer's state",
+)
 
 SGD = torch.optim.SGD
 
@@ -314,6 +322,7 @@ def test_histories_of_lbfgs_differ_in_length_and_resume(tmp_path):
         assert torch.equal(goes_on, resumed)
 
 
+@reads_objects
 def test_numpys_learning_rates_resume(tmp_path):
     """MAE's and DINO's schedules write them into the groups. `torch.load` refuses their types in our files."""
     found = []
@@ -350,6 +359,7 @@ class Scaled(SGD):
                 param.data.mul_(scale.value)
 
 
+@reads_objects
 def test_an_objects_class_is_read_when_it_is_named_and_not_before(tmp_path):
     """The error said that the file was damaged, and to take another checkpoint, which would have said the same."""
 
