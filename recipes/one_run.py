@@ -47,25 +47,29 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
         )
     if asked is None or asked.lower() == "false":
         return None
-    is_path = asked.lower() != "true"
-    if not is_path and not Path(args.output_dir).is_dir():
+    if asked.lower() != "true":
+        has_optimizer = any(Path(asked).glob("optimizer*"))  # of `save_only_model` there is none
+        loaded = {name: value for name, value in settings.items() if name in _LOADED and has_optimizer}
+        _refuse_others(asked, loaded, f"from {asked!r}", "leave --resume_from_checkpoint out")
+        return asked
+    if not Path(args.output_dir).is_dir():
         return None
-    if not is_path:  # as at a Trainer's start: what a killed run left unfinished is set aside
-        SlowMoCallback().on_init_end(args, TrainerState(), TrainerControl())
-    found = asked if is_path else get_last_checkpoint(args.output_dir)
-    has_optimizer = any(Path(found or "").glob("optimizer*"))  # of `save_only_model` there is none
-    for name, was, now in _differences(_noted(found), settings):
-        if is_path and not (name in _LOADED and has_optimizer):
-            continue
-        where = f"from {asked!r}" if is_path else f"with the run in output_dir={args.output_dir!r}"
+    # As at a Trainer's start: what a killed run left unfinished is set aside.
+    SlowMoCallback().on_init_end(args, TrainerState(), TrainerControl())
+    found = get_last_checkpoint(args.output_dir)
+    _refuse_others(found, settings, f"with the run in output_dir={args.output_dir!r}", "set --output_dir")
+    return found
+
+
+def _refuse_others(checkpoint: str | None, settings: dict[str, Any], where: str, anew: str) -> None:
+    """Raise for the first setting that the checkpoint's run had otherwise."""
+    for name, was, now in _differences(_noted(checkpoint), settings):
         back = f"Leave --{name} out" if was is None else f"Set --{name}"
-        anew = "leave --resume_from_checkpoint out" if is_path else "set --output_dir"
         change = "; to change it on the way set --resume_from_checkpoint to a checkpoint's folder"
         raise SettingError(
             f"{name} must be {was!r} to go on {where}, got {now!r}. {back}, or {anew} for a run of its own"
             f"{change if name in _MAY_CHANGE else ''}."
         )
-    return found
 
 
 def _noted(checkpoint: str | None) -> dict[str, Any]:

@@ -83,7 +83,6 @@ class Size:
 
 HELP_TEXT = Size("mini", 1000, 32)
 HELP_TEXT_ADVICE = "--dataset_name to other English-German pairs, or leave it out for the shipped help text."
-# How the recipe's errors end. What needs none of its flags stays; of these a study has --dataset_name alone.
 
 
 @dataclass

@@ -74,10 +74,11 @@ def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
 
 def _in_training(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
     """Without those of stages that have ended, whose parameters are others now."""
-    ours = _ours(accelerator)
-    loops = {folder: bare.outer_loop for folder, bare in ours.items() if bare.outer_loop is not None}
-    ended = {folder for folder, loop in loops.items() if loop.in_flight.is_over and loop.tensors.problem()}
-    return {folder: bare for folder, bare in ours.items() if folder not in ended}
+
+    def has_ended(loop: OuterLoop | None) -> bool:
+        return loop is not None and loop.in_flight.is_over and bool(loop.tensors.problem())
+
+    return {folder: bare for folder, bare in _ours(accelerator).items() if not has_ended(bare.outer_loop)}
 
 
 def _is_kept(accelerator: Accelerator, bare: SlowMoOptimizer) -> bool:
@@ -308,7 +309,7 @@ def _noting_streams(iterate: Callable[..., Any]) -> Callable[..., Any]:
     return note
 
 
-def _nothing(*objects: Any) -> None:
+def _nothing(objects: dict[str, Any]) -> None:
     """Where Accelerate's own load has failed."""
 
 
@@ -339,14 +340,10 @@ def _take_up(
         # Here, where no rank has failed yet; what was wrong there belongs to the run that is left.
         outer_loop.in_flight.start_what_others_wait_for()
 
-    inner = outer_loop.inner_state.optimizer
-    give_back = settings[0].changes(inner) if settings else _nothing
-    written = settings[0].written.get(id(inner)) if settings else None
-    tell = written.watch(outer_loop.tensors) if written else _nothing
+    give_back = settings[0].changes(outer_loop.inner_state.optimizer, outer_loop.tensors) if settings else _nothing
     objects = read_together(outer_loop, words, lambda: check_snapshot(str(folder), outer_loop, within=within))
     saves.add(folder)
     give_back(objects)
-    tell()
 
 
 Accelerator.save_state = _complete(Accelerator.save_state)  # type: ignore[method-assign]

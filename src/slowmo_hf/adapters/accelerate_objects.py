@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from .. import upstream
 from ..checkpoints.together import together
+from ..training.model_tensors import ModelTensors
 from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
 from ..training.written import WrittenSince
@@ -60,7 +61,7 @@ class LoadedSettings:
 
     def __init__(self, accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._accelerator = accelerator
-        self.written = {id(one): WrittenSince(parameters_of(one)) for one in optimizers}
+        self._written = {id(one): WrittenSince(parameters_of(one)) for one in optimizers}
         self._have_state = {id(one) for one in optimizers if one.state}
         self._groups = {id(one): [_comparable(group) for group in one.param_groups] for one in optimizers}
         self._beside: dict[str, dict[str, Any]] | None = copy.deepcopy(self._beside_now())
@@ -70,11 +71,12 @@ class LoadedSettings:
         states = {name: one.state_dict() for name, one in held.items()}
         return {name: state for name, state in states.items() if isinstance(state, dict) and _is_plain(state)}
 
-    def changes(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
+    def changes(self, optimizer: torch.optim.Optimizer, tensors: ModelTensors) -> Callable[[dict[str, Any]], None]:
         """
         Call before a worker's own are loaded, and the result behind it, with what was saved beside them. All have
-        that, and the first optimizer gives it back.
+        that, and the first optimizer gives it back. Written weights that are gone are told.
         """
+        tell = self._written[id(optimizer)].watch(tensors) if id(optimizer) in self._written else None
         is_emptied = id(optimizer) in self._have_state and not optimizer.state
         pairs = zip(self._groups.get(id(optimizer), []), optimizer.param_groups, strict=False)
         # A flag of a group is a mode, which goes with the weights that are loaded.
@@ -82,6 +84,8 @@ class LoadedSettings:
         beside, then, self._beside = self._beside_now(), self._beside, None
 
         def give_back(objects: dict[str, Any]) -> None:
+            if tell is not None:
+                tell()
             if is_emptied:
                 optimizer.state.clear()
             for group, changed in zip(optimizer.param_groups, options, strict=False):

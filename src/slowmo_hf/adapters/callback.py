@@ -153,7 +153,6 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         stays_in(self._find_trainer(), self, self._given_back)
         self._training, self._counted_step, self._step_too_many = True, -1, None
         self._ending = Ending(outer_loop, state.max_steps)
-        self._given_back.callback(self._ending.put_away)
         TrainerViews(self._find_trainer(), outer_loop, self._ending, self._end, self._given_back)
         if self.config.has_rounds:
             self._given_back.callback(StopSignals(self._ending.on_signal).release)
@@ -230,7 +229,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def _count_step(self, optimizer: Any, state: TrainerState) -> None:
         if self._step_too_many is not None or self._counted_step == state.global_step:
             return
-        outer_loop = checked_loop(self._trainer() if self._trainer else None, self.outer_loop, trains=self._training)
+        outer_loop = checked_loop(self._find_trainer, self.outer_loop if self._training else None)
         assert self._ending is not None
         self._counted_step = state.global_step
         report = outer_loop.step(inner_lrs(raw_optimizer(optimizer)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -61,13 +62,6 @@ class Ending:
             self._stop_with_others(state, control, self.outer_loop.status.somebody_ended)
         if not self.all_gather(control):
             self._stop_with_others(state, control, True)
-
-    def put_away(self) -> None:
-        """Where training fails inside a view: local weights return; behind its end the average stays."""
-        if self.outer_loop.view.is_shown and self.ended:
-            self.outer_loop.view.keep()
-        elif self.outer_loop.view.is_shown:
-            self.outer_loop.consensus.restore()
 
     def _stop_with_others(self, state: TrainerState, control: TrainerControl, somebody_ended: bool) -> None:
         if somebody_ended:
@@ -145,20 +139,20 @@ def refuse_uncounted(counted_step: int, state: TrainerState) -> None:
         )
 
 
-def checked_loop(trainer: Trainer | None, outer_loop: OuterLoop | None, *, trains: bool) -> OuterLoop:
+def checked_loop(find_trainer: Callable[[], Trainer], outer_loop: OuterLoop | None) -> OuterLoop:
     """
-    The one that counts a step, if the step is of what training began with.
+    The one that counts a step, if the step is of what training began with; `find_trainer` where there is one.
 
     Raises:
         RuntimeError: Training has begun without the callback, or the Trainer has another optimizer now.
     """
-    if trainer is None or outer_loop is None or not trains:
+    if outer_loop is None:
         raise RuntimeError(
             "a SlowMoCallback came to a Trainer that trains already: it begins where training begins. Add it before "
             "trainer.train(). To begin later, train the first part without it, and go on from its checkpoint with it "
             "(resume_from_checkpoint=True)."
         )
-    inner: Any = trainer.optimizer
+    inner: Any = find_trainer().optimizer
     while inner is not outer_loop.inner_optimizer and hasattr(inner, "optimizer"):  # a wrapper of it steps it
         inner = inner.optimizer
     if inner is not outer_loop.inner_optimizer:

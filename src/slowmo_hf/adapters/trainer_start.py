@@ -142,10 +142,11 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tell)
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        is_resumed = bool(state.global_step) and callback_of(SimpleNamespace(callback_handler=self)) is not None
-        written = WrittenSince(self.model.parameters() if is_resumed else ())
-        control = tell(self, args, state, control, **kwargs)
         ours = callback_of(SimpleNamespace(callback_handler=self))
+        takes_up = ours is not None and ours.config.has_rounds and state.global_step
+        written = WrittenSince(self.model.parameters() if takes_up else ())
+        control = tell(self, args, state, control, **kwargs)
+        ours = callback_of(SimpleNamespace(callback_handler=self))  # a callback may have added it
         if ours is not None:
             begun_with = {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
             ours.begin(args, state, **begun_with, written=written)

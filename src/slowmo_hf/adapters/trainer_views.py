@@ -39,6 +39,7 @@ class TrainerViews:
         given_back: ExitStack,
     ) -> None:
         self._trainer, self._outer_loop, self._ending = trainer, outer_loop, ending
+        given_back.callback(self._put_away)
         self._gathers = TrainerGathers(trainer, outer_loop, given_back)
         handler = trainer.callback_handler
         for event in ("on_epoch_begin", "on_step_begin"):
@@ -56,6 +57,13 @@ class TrainerViews:
             return tell(*args, **kwargs)
 
         return restore_and_tell
+
+    def _put_away(self) -> None:
+        """Where training fails inside a view: local weights return; behind its end the average stays."""
+        if self._outer_loop.view.is_shown and self._ending.ended:
+            self._outer_loop.view.keep()
+        elif self._outer_loop.view.is_shown:
+            self._outer_loop.consensus.restore()
 
     def _behind_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         self._ending.stop_with_others(state, control)

@@ -11,7 +11,7 @@ import torch
 from ..dtensors import let_reads_end, local
 from ..random_state import RandomState
 from .account import Account
-from .digests import digests, parts_of
+from .digests import digests_of
 from .model_tensors import copy_tensors_
 
 
@@ -90,9 +90,9 @@ class ConsensusView:
             let_reads_end(self._shown)
             with self._swapping() if self._shown else nullcontext():
                 unwritten = self._unwritten()
-                of_all, of_these = self._shown, [shown for shown, _ in unwritten]
-                self.writes_kept = sum(t.requires_grad for t in of_all) - sum(t.requires_grad for t in of_these)
-                copy_tensors_([shown for shown, _ in unwritten], [stashed for _, stashed in unwritten])
+                returns = [shown for shown, _ in unwritten]
+                self.writes_kept = sum(t.requires_grad for t in self._shown) - sum(t.requires_grad for t in returns)
+                copy_tensors_(returns, [stashed for _, stashed in unwritten])
             self._end()
             if give_back_random_state:
                 self.give_back_random_state()
@@ -116,7 +116,7 @@ class ConsensusView:
         if self._digests is None:
             self._written_by_passes = {id(tensor) for tensor in by_passes}
             self._watched = [*self._shown, *others]
-            self._digests = [[digest] for digest in self._digests_now()]
+            self._digests = [[digest] for digest in digests_of(self._watched)]
 
     def passes(self) -> Callable[[], list[torch.Tensor]]:
         """
@@ -129,13 +129,13 @@ class ConsensusView:
         watched, known = self._watched, self._digests
         if known is None:
             return list
-        before = self._digests_now()
+        before = digests_of(self._watched)
 
         def end() -> list[torch.Tensor]:
             if self._digests is not known:  # the view has ended in them
                 return []
             written = []
-            for tensor, unwritten, was, now in zip(watched, known, before, self._digests_now(), strict=True):
+            for tensor, unwritten, was, now in zip(watched, known, before, digests_of(self._watched), strict=True):
                 if was != now and was in unwritten:
                     unwritten.append(now)
                     written.append(tensor)
@@ -155,19 +155,16 @@ class ConsensusView:
         """
         if self._digests is None:
             return False, False
-        now = self._digests_now()
+        now = digests_of(self._watched)
         return any(self._writes(now)), any(was[0] != digest for was, digest in zip(self._digests, now, strict=True))
 
     def written(self, among: Sequence[torch.Tensor]) -> list[int]:
         """Places of those that are shown and that the program has written into. Reads all that is watched."""
         if self._digests is None:
             return []
-        writes = zip(self._watched, self._writes(self._digests_now()), strict=True)
+        writes = zip(self._watched, self._writes(digests_of(self._watched)), strict=True)
         found = {id(tensor) for tensor, is_written in writes if is_written}
         return [place for place, tensor in enumerate(among) if id(tensor) in found]
-
-    def _digests_now(self) -> list[list[int]]:
-        return digests([parts_of(t) for t in self._watched])
 
     def _writes(self, now: list[list[int]]) -> list[bool]:
         """
@@ -193,7 +190,7 @@ class ConsensusView:
         """What is shown, and its local values, but for what the program has written and keeps."""
         if self._digests is None:
             return self._put_by()
-        writes = self._writes(self._digests_now())
+        writes = self._writes(digests_of(self._watched))
         return [pair for pair, written in zip(self._put_by(), writes, strict=False) if not written]
 
     def _put_by(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

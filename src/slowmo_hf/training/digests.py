@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..algorithm.digest import digest
@@ -26,6 +28,11 @@ def parts_of(tensor: torch.Tensor, stride: tuple[int, ...] = ()) -> list[torch.T
     if stride and own.stride() != stride:
         return [torch.empty_strided(own.shape, stride, dtype=own.dtype, device=own.device).copy_(own)]
     return [own]
+
+
+def digests_of(tensors: Iterable[torch.Tensor]) -> list[list[int]]:
+    """Of each one's bytes, as they lie."""
+    return digests([parts_of(tensor) for tensor in tensors])
 
 
 def digests(tensors: list[list[torch.Tensor]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ import torch
 from ..algorithm.layout import has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
-from .digests import digests, parts_of
+from .digests import digests_of
 from .modes import as_in_training, writing_modules
 from .optimizers_inside import parameters_of
 from .other_tensors import OtherTensors
@@ -84,7 +84,7 @@ class ModelTensors:
 
     def watch(self) -> None:
         """A round has just made workers equal: from here on `is_written` knows."""
-        self._left = self._digests()
+        self._left = digests_of(self.trainable)
 
     def stop_watching(self) -> None:
         """A step has come, another round, or another state."""
@@ -103,11 +103,8 @@ class ModelTensors:
         if self._left is None:
             return False
         by_passes = {id(tensor) for tensor in self.written_by_passes()}
-        of_each = zip(self.trainable, self._left, self._digests(), strict=True)
+        of_each = zip(self.trainable, self._left, digests_of(self.trainable), strict=True)
         return any(was != now and id(param) not in by_passes for param, was, now in of_each)
-
-    def _digests(self) -> list[list[int]]:
-        return digests([parts_of(param) for param in self.trainable])
 
     @property
     def device(self) -> torch.device:

@@ -20,7 +20,7 @@ from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
 from ..wire.job import host_name, said_by_ranks
 from ..wire.workers import Workers
-from .digests import digests, parts_of
+from .digests import digests, digests_of, parts_of
 
 _FINITE = (
     "is not finite (NaN or infinity), and an average would give that to all workers. Skip such batches before the "
@@ -144,7 +144,7 @@ class OtherTensors:
             if (other := its()) is not None:
                 other._note_others()
         now = {name: tensor for name, tensor in self.now().items() if _is_watched(tensor)}
-        firsts = digests([parts_of(tensor) for tensor in now.values()])
+        firsts = digests_of(now.values())
         self._first = {
             name: First(tensor.shape, tensor.dtype, _stride(tensor), first)
             for (name, tensor), first in zip(now.items(), firsts, strict=True)

@@ -12,7 +12,7 @@ import torch
 from ..contents import Contents, Part, Saved, check_all
 from ..log import of_this_rank
 from .consensus import Consensus
-from .digests import digests, parts_of
+from .digests import digests_of
 from .parts import Parts
 
 VERSION = 1
@@ -68,8 +68,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     if len(state["velocities"]) != len(parts.slow.update.velocities):
         raise ValueError(
             f"slow state does not fit: it has {len(state['velocities'])} velocities, this run "
-            f"{len(parts.slow.update.velocities)}. Set outer_optimizer and "
-            "outer_momentum as they were."
+            f"{len(parts.slow.update.velocities)}. Set outer_optimizer and outer_momentum as they were."
         )
     take_up = check_all(saved_parts, Saved(shared, shared), same_number=False)
     consensus.restore()  # the state replaces what a view would give back
@@ -77,7 +76,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
     take_up()
     # Inside a round parameters stay: all_reduce's, and the average behind `finish`, which the program has loaded.
     if step % parts.config.sync_every == 0 and not ended:
-        there = digests([parts_of(param) for param in parts.tensors.trainable]) if begins and step else []
+        there = digests_of(parts.tensors.trainable) if begins and step else []
         if parts.config.shard_slow_state:  # others have the anchors of most of them
             parts.slow.give_parameters_(shared)
         parts.back_to_anchors()
@@ -88,7 +87,7 @@ def load_state_dict(parts: Parts, saved_parts: list[Part], consensus: Consensus,
 
 def _tell_others(parts: Parts, there: list[list[int]]) -> None:
     """Warn where the program had other weights in the model than the state has: these are digests."""
-    now = digests([parts_of(param) for param in parts.tensors.trainable]) if there else []
+    now = digests_of(parts.tensors.trainable) if there else []
     others = [name for name, one, other in zip(parts.tensors.names, there, now, strict=False) if one != other]
     if others:
         parts.workers.logger.warning(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..log import logger
-from .digests import digests, parts_of
+from .digests import digests_of
 from .model_tensors import ModelTensors
 
 
@@ -21,7 +21,7 @@ class WrittenSince:
 
     def __init__(self, params: Iterable[torch.Tensor]) -> None:
         self._params = list(params)  # else another could have the identity of one that is gone
-        self._digests = dict(zip(map(id, self._params), _of(self._params), strict=True))
+        self._digests = dict(zip(map(id, self._params), digests_of(self._params), strict=True))
 
     def watch(self, tensors: ModelTensors) -> Callable[[], None]:
         """
@@ -33,12 +33,14 @@ class WrittenSince:
         by_passes = {id(tensor) for tensor in tensors.written_by_passes()}
         written = [
             (name, param, digest)
-            for name, param, digest in zip(tensors.names, tensors.trainable, _of(tensors.trainable), strict=True)
+            for name, param, digest in zip(
+                tensors.names, tensors.trainable, digests_of(tensors.trainable), strict=True
+            )
             if id(param) not in by_passes and self._digests.get(id(param), digest) != digest
         ]
 
         def tell() -> None:
-            now = _of([param for _, param, _ in written])
+            now = digests_of(param for _, param, _ in written)
             undone = [name for (name, _, digest), other in zip(written, now, strict=True) if other != digest]
             if undone:
                 logger.warning(
@@ -50,7 +52,3 @@ class WrittenSince:
                 )
 
         return tell
-
-
-def _of(params: list[torch.Tensor]) -> list[list[int]]:
-    return digests([parts_of(param) for param in params])
