@@ -46,6 +46,8 @@ ALLOWED_WARNINGS = [
     ("ignore", "mtime may not be reliable.*", UserWarning),
 ]
 
+IS_TRANSFORMERS_4 = Version(version("transformers")) < Version("5")
+
 if Version(version("transformers")) < Version("5.18"):
     # There Trainer loads the optimizer of a job of several CPU processes to "cpu:0", which torch does not know: such a
     # job cannot be resumed, nor a stock one. In tests it can: the rest of a resume is tested with old versions too.

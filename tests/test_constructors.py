@@ -257,7 +257,8 @@ def test_a_misspelt_choice(setting, wrong, right):
         (lambda: SlowMoConfig.diloco(nesterov_momentum=1), r"nesterov_momentum must be in (0, 1), got 1."),
         (
             lambda: SlowMoConfig.diloco(nesterov_momentum=0),
-            "must be in (0, 1), got 0. For none write SlowMoConfig(outer_optimizer=torch.optim.SGD, ...).",
+            "nesterov_momentum must be in (0, 1), got 0. For none write "
+            "SlowMoConfig(outer_optimizer=torch.optim.SGD, ...).",
         ),
     ],
 )

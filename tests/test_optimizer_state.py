@@ -345,5 +345,5 @@ def test_a_state_needs_the_momentum_that_it_has(then, now):
             optimizer.step()
         return optimizer
 
-    with pytest.raises(ValueError, match=r"it has . velocities, this run .* Set outer_optimizer and outer_"):
+    with pytest.raises(ValueError, match=r"it has . velocities, this run .* Set outer_optimizer and outer_momentum"):
         begun(now).load_state_dict(begun(then).state_dict())

@@ -226,7 +226,7 @@ def test_images_are_decoded_once_or_refused(tmp_path, size, mode, refused):
     if refused:
         with pytest.raises(
             ValueError,
-            match=r"dataset must hold grey images of 28 x 28 pixels, got .* folder with Fashion-MNIST or",
+            match=r"dataset must hold grey images of 28 x 28 pixels, got .* with Fashion-MNIST or MNIST",
         ):
             peers.decode(str(tmp_path), path)
         return
