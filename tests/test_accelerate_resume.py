@@ -19,6 +19,7 @@ from accelerate_loops import linear, on_all_ranks, settings, train_on, weights
 from harness import run_workers
 from slowmo_hf import SlowMoOptimizer
 from slowmo_hf.adapters.accelerate_objects import LoadedSettings
+from slowmo_hf.training.model_tensors import ModelTensors
 
 
 def everything(model):
@@ -393,13 +394,14 @@ class Counts:
 def test_what_a_program_writes_in_place_after_a_load_stays():
     counts = Counts()
     accelerator = SimpleNamespace(scaler=None, _schedulers=[], _custom_objects=[counts])
-    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), momentum=0.5)
+    model = nn.Linear(1, 1)
+    inner = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.5)
     (group,) = inner.param_groups
     loaded = LoadedSettings(accelerator, [inner])
     group["lr"].fill_(0.01)
     group["nesterov"] = True
     counts.state["n"] = 5
-    give_back = loaded.changes(inner)
+    give_back = loaded.changes(inner, ModelTensors(inner, model))
     group.update(lr=torch.tensor(0.2), nesterov=False)  # this worker's own, as they were saved
     give_back({"registered.0": {"n": 1, "own": 7}})
     assert group["lr"] == 0.01
