@@ -15,7 +15,7 @@ import torch
 from records import half_interval, mean_and_interval
 from small_text import RUN, TINY, write_pairs
 from studies import multi30k_oracle, multi30k_tables, reproduce, showing, small_runs, small_translation
-from studies.plan import choose, make_run, run_of
+from studies.plan import choose, make_run, published, run_of
 from translation.model import MODEL_SIZES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -328,3 +328,20 @@ def test_the_table_pairs_seeds(tmp_path):
     assert first.splitlines()[0] == "Learning rate 0.0025:"
     assert "| last | 30.0000 (1) | not run |" in first, "ours at another rate is no partner"
     assert second.splitlines()[3] == last
+
+
+def test_the_table_at_the_published_size(tmp_path):
+    """Seeds of 40 and 43 are 41.5 on average, 12.706 x 1.5 on either side: Student's t of one degree of freedom."""
+    first, second, _ = published("multi30k")
+    for run, bleu in ((first, 40.0), (second, 43.0)):
+        metrics = {multi30k_tables.AS_PUBLISHED: bleu, **dict.fromkeys(multi30k_tables.BESIDE, 1.5)}
+        record = {"run": asdict(run), "seed": run.seed, "curve": [{}] * 30, "steps": 1860, "metrics": metrics}
+        record["epochs_of_models"] = {"best": [20]}
+        (tmp_path / f"{run.name}.json").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{run.name}.json").write_text(json.dumps(record))
+    assert multi30k_tables.at_the_published_size(tmp_path).splitlines()[2:] == [
+        "| 1 | 30, 20 | 1,860 | 40.00 | -1.02 | 1.50 | 1.500 | 1.500 |",
+        "| 2 | 30, 20 | 1,860 | 43.00 | +1.98 | 1.50 | 1.500 | 1.500 |",
+        "| mean |  |  | 41.50 [22.44, 60.56] | +0.48 [-18.58, +19.54] "
+        "| 1.50 [1.50, 1.50] | 1.500 [1.500, 1.500] | 1.500 [1.500, 1.500] |",
+    ]

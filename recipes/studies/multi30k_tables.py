@@ -1,6 +1,6 @@
 """
-The records of `reproduce.py --task multi30k` in two tables: beside the paper's rows of WMT'16 En-De, and what settings
-differ by, seed by seed.
+The records of `reproduce.py --task multi30k` in tables: beside the paper's rows of WMT'16 En-De, what settings differ
+by, seed by seed, and the runs at the size of the published figure.
 
     python recipes/studies/multi30k_tables.py recipes/records
 """
@@ -20,13 +20,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
 from records import mean_and_interval
-from studies.plan import Run, Tuned, make_run, sweeps
+from studies.plan import Run, Tuned, make_run, published, sweeps
 from studies.run_records import find_record
 from studies.showing import paired_differences
 
 RATE = 0.005
 SEEDS = range(1, 6)  # of which most settings have three
 METRICS = {"validation_nll": 3, "test_bleu_mean_of_5": 2}  # and the digits that are shown
+FIGURE = 41.02  # Wu et al. (2021): BLEU, tokenised and lower-cased, of the mean of the last ten checkpoints
+AS_PUBLISHED = "test_bleu_tokenised_lowercase_mean_of_10"
+BESIDE = {"test_bleu_mean_of_10": 2, "test_nll_mean_of_10": 3, "test_nll_bits_mean_of_10": 3}  # and the digits
 
 
 def _four(base: str, beta: float = 0.0, rate: float = RATE) -> Callable[[int], Run]:
@@ -112,6 +115,27 @@ def differences_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def at_the_published_size(folder: Path) -> str:
+    """A row per seed, then their means with 95 % intervals. All figures are of the mean of ten checkpoints."""
+    lines = [
+        "| seed | passes, best | updates | BLEU as published | minus 41.02 | sacreBLEU | test NLL, nats | bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    records = [record for run in published("multi30k") if (record := find_record(run, folder))]
+    for record in records:
+        metrics, (best,) = record["metrics"], record["epochs_of_models"]["best"]
+        told = [record["seed"], f"{len(record['curve'])}, {best}", f"{record['steps']:,}"]
+        told += [f"{metrics[AS_PUBLISHED]:.2f}", f"{metrics[AS_PUBLISHED] - FIGURE:+.2f}"]
+        told += [f"{metrics[name]:.{digits}f}" for name, digits in BESIDE.items()]
+        lines.append(f"| {' | '.join(map(str, told))} |")
+    if len(records) > 1:
+        bleus, *beside = ([one["metrics"][name] for one in records] for name in (AS_PUBLISHED, *BESIDE))
+        told = [_cell(bleus, "", 2), _cell([bleu - FIGURE for bleu in bleus], "+", 2)]
+        told += [_cell(values, "", digits) for values, digits in zip(beside, BESIDE.values(), strict=True)]
+        lines.append(f"| {' | '.join(['mean', '', '', *told])} |")
+    return "\n".join(lines)
+
+
 def _cells(values: list[float], digits: int) -> tuple[str, str]:
     return _cell(values, "+", digits), ", ".join(f"{value:+.{digits}f}" for value in values)
 
@@ -124,4 +148,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0].strip())
     parser.add_argument("folder", type=Path, help="of the records")
     records = parser.parse_args().folder
-    print(beside_the_paper(records), differences_table(records), sep="\n\n")
+    print(beside_the_paper(records), differences_table(records), at_the_published_size(records), sep="\n\n")
