@@ -447,3 +447,37 @@ def test_weights_written_in_an_evaluation_and_kept_are_told(does, lines):
     with Heard() as heard:
         slowmo_hf.run_in_process(work, 2)
     assert len(heard.about("has not put them back bit for bit", "WARNING")) == lines
+
+
+# ---- settings ----
+
+
+def check_settings_cannot_change(folder):
+    ours, words, other = SlowMoCallback(sync_every=4), [], SlowMoConfig(sync_every=4, outer_momentum=0.2)
+    ours.config = CONFIG  # not yet in training
+
+    def change(trainer):
+        for given in () if words else (other, {"sync_every": 4}):  # in the first training
+            with pytest.raises(ValueError, match="config cannot change while training") as caught:
+                ours.config = given
+            words.append(str(caught.value))
+        ours.config = SlowMoConfig(**ours.config.to_dict())  # the same settings
+
+    trainer = trainer_of(folder, At(3, change), ours, ours=False)
+    trainer.train()
+    reports = [ours.last_round.round]
+    ours.config = other
+    trainer.train()
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer = SlowMoOptimizer(inner, CONFIG)
+    optimizer.config = other
+    return words, reports + [ours.last_round.round], optimizer.config == other
+
+
+def test_settings_cannot_change_in_training(tmp_path):
+    """8 steps in rounds of 2, and then, in another training, of 4."""
+    for words, reports, is_other in run_workers(check_settings_cannot_change, 2, tmp_path):
+        assert "got sync_every=4 in place of 2: the rounds have what they began with, on all ranks" in words[0]
+        assert "got {'sync_every': 4}:" in words[1]
+        assert reports == [4, 2]
+        assert is_other

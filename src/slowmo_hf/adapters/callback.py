@@ -19,7 +19,7 @@ from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
 from ..training.report import RoundReport
 from ..training.written import WrittenSince
-from .given import Settings, config_of
+from .given import ConfigInUse, Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
 from .refusals import JoinRefusal
 from .stop_signals import StopSignals
@@ -58,6 +58,8 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: `config` is something else, or a setting is wrong.
     """
+
+    config = ConfigInUse("_training")
 
     def __init__(self, config: Settings = None, **settings: Any) -> None:
         self.config = config_of(config, settings, write="SlowMoCallback({})")
@@ -220,10 +222,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """
-        Count the step (also one that the scaler skipped), and do a round if one is due: the scheduler has not stepped
-        yet.
-        """
+        """Count the step, also one that the scaler skipped, and do a round if one is due: before the scheduler's."""
         self._count_step(kwargs["optimizer"], state)
 
     def _count_step(self, optimizer: Any, state: TrainerState) -> None:

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 from ..config import SlowMoConfig
 from ..hints import as_settings
 
 Settings: TypeAlias = SlowMoConfig | dict[str, Any] | None  # None: the defaults
+
+
+class ConfigInUse:
+    """
+    The attribute `config`: it may be set until training starts, and again when that has ended.
+
+    Args:
+        training (`str`): The attribute that is true while its owner trains.
+    """
+
+    def __init__(self, training: str) -> None:
+        self._training = training
+
+    @overload
+    def __get__(self, owner: None, kind: type[Any]) -> ConfigInUse: ...
+    @overload
+    def __get__(self, owner: object, kind: type[Any]) -> SlowMoConfig: ...
+    def __get__(self, owner: object | None, kind: type[Any]) -> ConfigInUse | SlowMoConfig:
+        if owner is None:
+            return self
+        if "config" not in vars(owner):
+            raise AttributeError("config")  # of a copy that is being made
+        config: SlowMoConfig = vars(owner)["config"]
+        return config
+
+    def __set__(self, owner: object, config: SlowMoConfig) -> None:
+        if vars(owner).get(self._training) and config != vars(owner)["config"]:
+            raise ValueError(
+                f"config cannot change while training, got {_difference(vars(owner)['config'], config)}: the rounds "
+                "have what they began with, on all ranks. End this training, and begin another with other settings."
+            )
+        vars(owner)["config"] = config
+
+
+def _difference(has: SlowMoConfig, given: Any) -> str:
+    """The first setting that is another, with its values."""
+    if not isinstance(given, SlowMoConfig):
+        return what_is(given)
+    now, then = given.to_dict(), has.to_dict()
+    name = next(name for name in now if now[name] != then[name])
+    return f"{name}={now[name]!r} in place of {then[name]!r}"
 
 
 def config_of(config: Any, settings: dict[str, Any], write: str) -> SlowMoConfig:

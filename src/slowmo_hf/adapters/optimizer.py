@@ -32,7 +32,7 @@ from .first_pass import (
     whole_model,
 )
 from .fully_sharded import sharded_roots
-from .given import Settings, config_of, what_is
+from .given import ConfigInUse, Settings, config_of, what_is
 from .held_apart import Averaging
 from .isolation import Isolation, ddp_wrappers, refusal
 from .model_calls import ModelCalls
@@ -69,7 +69,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         TypeError: `inner_optimizer` is no torch optimizer.
     """
 
-    config: SlowMoConfig
+    config = ConfigInUse("outer_loop")
     _pending: dict[str, Any] | None
 
     def __init__(self, inner_optimizer: torch.optim.Optimizer, config: Settings = None, **settings: Any) -> None:
