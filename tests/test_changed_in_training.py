@@ -471,7 +471,7 @@ def check_settings_cannot_change(folder):
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     optimizer = SlowMoOptimizer(inner, CONFIG)
     optimizer.config = other
-    return words, reports + [ours.last_round.round], optimizer.config == other
+    return words, [*reports, ours.last_round.round], optimizer.config == other
 
 
 def test_settings_cannot_change_in_training(tmp_path):
