@@ -377,3 +377,39 @@ def trained_again(folder):
 def test_the_slow_state_of_a_run_before_goes_also_behind_its_evaluations(tmp_path):
     """Trainer keeps the function that an evaluation gathered with."""
     assert run_workers(trained_again, 2, str(tmp_path)) == [[[], [False], [False, False]]] * 2
+
+
+class Kept:
+    """A method of the user's own, as a sweep has one."""
+
+    def trains_in_a_method(self, folder, ours, resumes):
+        steps = {"max_steps": 4, "eval_steps": 3, "save_steps": 2, "logging_steps": 2}
+        trainer = trainer_of(folder, eval_strategy="steps", save_strategy="steps", **steps)
+        if not ours:
+            trainer.remove_callback(SlowMoCallback)
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resumes else None)
+        left = [weakref.ref(trainer), weakref.ref(trainer.model)]
+        if ours:
+            callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, SlowMoCallback))
+            left.append(weakref.ref(callback.outer_loop.parts.slow.anchors[0].flat))
+            del callback
+        del trainer
+        return [one() is not None for one in left]
+
+
+def what_a_method_keeps(folder):
+    gc.disable()
+    try:
+        kept = Kept()
+        given = ((False, False), (True, False), (True, True))
+        return [kept.trains_in_a_method(f"{folder}/{ours}", ours, resumes) for ours, resumes in given]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trainer_goes_where_its_function_goes_on(tmp_path, ranks):
+    """As a stock one's: before Python 3.13 a frame whose locals were read would hold them until it returns."""
+    stock, *ours = run_workers(what_a_method_keeps, ranks, str(tmp_path))[0]
+    assert stock == [False, False]
+    assert ours == [[False] * 3] * 2

@@ -73,6 +73,7 @@ WINGS = {
         ["contents", "hints"],
         ["finite"],
         ["dtensors", "log", "names", "random_state", "upstream"],
+        ["frames"],
     ],
 }
 LAYERS = [

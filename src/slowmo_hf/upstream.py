@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+
+from .frames import callers, callers_of
 
 # What `SlowMoOptimizer` has to be called as torch calls it, on itself (torch >= 2.0): `_step_supports_amp_scaling`,
 # which GradScaler asks for (tests/test_optimizer_accelerate.py::test_fp16_step_skipped_on_one_rank), and the tables of
@@ -320,14 +321,6 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
 # ---- who is calling: what no argument tells ----
 
 
-def _callers(depth: int) -> Iterator[FrameType]:
-    """The frames above the caller of this function's caller, nearest first."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None and depth:
-        yield frame
-        frame, depth = frame.f_back, depth - 1
-
-
 def run_as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     `torch._disable_dynamo`, torch >= 2.1: also where torch.compile traces the caller. `torch.compiler.disable` would
@@ -347,7 +340,7 @@ def is_called_by(function: str, module: str) -> bool:
     tests/test_evaluation.py::test_trainer_evaluates_the_average_of_a_wrapped_optimizer).
     """
     return any(
-        frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in _callers(11)
+        frame.f_code.co_name == function and module in frame.f_globals.get("__name__", "") for frame in callers(11)
     )
 
 
@@ -360,7 +353,7 @@ def is_entering_join() -> bool:
         frame.f_code.co_name == "__init__"
         and frame.f_globals.get("__name__", "").endswith("distributed.algorithms.join")
         and bool(frame.f_locals.get("enable"))
-        for frame in _callers(4)
+        for frame in callers(4)
     )
 
 
@@ -372,7 +365,7 @@ def is_telling(handler: Any, event: str) -> bool:
     """
     return any(
         frame.f_code.co_name == event and frame.f_locals.get("self") is handler
-        for frame in _callers(sys.getrecursionlimit())
+        for frame in callers(sys.getrecursionlimit())
     )
 
 
@@ -383,8 +376,8 @@ def calling_objects(kind: type) -> list[Any]:
     tests/test_callback_logs.py::test_one_callback_serves_the_trainer_that_trains,
     tests/test_trainer_asked.py::test_one_callback_in_two_trainers_at_once_is_refused).
     """
-    found = {id(frame.f_locals.get("self")): frame.f_locals.get("self") for frame in _callers(sys.getrecursionlimit())}
-    return [object_ for object_ in found.values() if isinstance(object_, kind)]
+    found = {id(one): one for one in (frame.f_locals.get("self") for frame in callers_of(kind))}
+    return [one for one in found.values() if isinstance(one, kind)]
 
 
 def loaded_checkpoint(trainer: Any) -> str | None:
@@ -393,7 +386,7 @@ def loaded_checkpoint(trainer: Any) -> str | None:
     Trainer has loaded, which no event is given (transformers >= 4.57;
     tests/test_checkpoint_folders.py::test_a_checkpoint_is_found_where_it_is).
     """
-    for frame in _callers(40):
+    for frame in callers_of(type(trainer)):
         folder = frame.f_locals.get("resume_from_checkpoint")
         if frame.f_locals.get("self") is trainer and isinstance(folder, str | os.PathLike):
             return os.fspath(folder)

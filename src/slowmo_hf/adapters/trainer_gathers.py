@@ -43,8 +43,8 @@ class TrainerGathers:
     """
 
     def __init__(self, trainer: Trainer, outer_loop: OuterLoop, given_back: ExitStack) -> None:
-        self._trainer = trainer
         # Trainer keeps what an evaluation gathered with, and with it this object, also when training has ended.
+        self._trainer: Trainer = weakref.proxy(trainer)
         self._outer_loop: OuterLoop = weakref.proxy(outer_loop)
         self._is_stepping = self._is_in_loss = self._is_inside = False
         self._said: set[str] = set()
@@ -99,7 +99,7 @@ class TrainerGathers:
 
     def _say(self, words: str) -> None:
         if words not in self._said:
-            logger.warning(words, type(self._trainer).__name__)
+            logger.warning(words, self._trainer.__class__.__name__)
         self._said.add(words)
 
     def _in_summaries(self, log: Method) -> Method:

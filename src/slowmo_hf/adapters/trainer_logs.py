@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -74,7 +75,7 @@ class WorkerLosses:
     """
 
     def __init__(self, trainer: Any, outer_loop: OuterLoop, given_back: ExitStack) -> None:
-        self._trainer, self._outer_loop = trainer, outer_loop
+        self._trainer, self._outer_loop = weakref.proxy(trainer), outer_loop  # the callback is its own
         self._sum: torch.Tensor | float = 0.0
         self._logged_at = trainer.state.global_step
         replace_method(trainer, "training_step", self._adding, given_back)

@@ -292,7 +292,7 @@ def _as_the_round_left(parts: Parts) -> Callable[[set[int]], None]:
     if not (parts.view.keeps_writes and parts.tensors.is_watched and parts.clock.workers_agree):
         return lambda chosen: None
     params, copies = parts.tensors.trainable, list[torch.Tensor]()
-    if not parts.inside.has_all or parts.config.shard_slow_state:
+    if not parts.holds_all_anchors:
         device = "cpu" if parts.config.stash_device == "cpu" else None
         copies = [local(param).detach().to(device, copy=True) for param in params]
 

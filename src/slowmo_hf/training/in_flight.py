@@ -126,7 +126,7 @@ class InFlight:
         """
         if self.parts.trains_alone and self.parts.clock.workers_agree:
             with self.parts.account.paused():
-                self.parts.tensors.watch()
+                self.parts.tensors.watch(self.parts.slow.pieces if self.parts.holds_all_anchors else [])
 
     # ---- what all have said ----
 

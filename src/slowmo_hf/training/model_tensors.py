@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..algorithm.layout import has_dense_memory, strides
+from ..algorithm.layout import Piece, has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
 from .digests import digests_of
@@ -52,7 +52,7 @@ class ModelTensors:
         self._signature = self._now()
         self._strides = [p.stride() for p in self.trainable]
         self.last_round: list[torch.Tensor] = []  # `trainable` as a round left it, beside anchors of a part alone
-        self._left: list[list[int]] | None = None  # digests of `trainable` as the round of this step left it
+        self._written: Callable[[], Iterator[torch.Tensor]] | None = None  # of `trainable`, since this step's round
 
     @property
     def words(self) -> str:
@@ -82,29 +82,35 @@ class ModelTensors:
 
     # ---- what is written behind a round ----
 
-    def watch(self) -> None:
-        """A round has just made workers equal: from here on `is_written` knows."""
-        self._left = digests_of(self.trainable)
+    def watch(self, pieces: Sequence[Piece]) -> None:
+        """
+        A round has just made workers equal: from here on `is_written` knows.
+
+        Args:
+            pieces (`Sequence[Piece]`): Of all parameters, with the anchors that the round has put into them: nothing
+                is read before it is asked for. Where there are none, digests are taken now.
+        """
+        params = self.trainable
+        self._written = partial(_unlike_anchors, pieces) if pieces else partial(_unlike, params, digests_of(params))
 
     def stop_watching(self) -> None:
         """A step has come, another round, or another state."""
-        self._left = None
+        self._written = None
 
     @property
     def is_watched(self) -> bool:
         """Whether it is known how the round of this step left the parameters."""
-        return self._left is not None
+        return self._written is not None
 
     def is_written(self) -> bool:
         """
         Whether the program has written into the parameters behind the round of this step: reads all of them. As in a
         view, what passes write too does not count alone.
         """
-        if self._left is None:
+        if self._written is None:
             return False
         by_passes = {id(tensor) for tensor in self.written_by_passes()}
-        of_each = zip(self.trainable, self._left, digests_of(self.trainable), strict=True)
-        return any(was != now and id(param) not in by_passes for param, was, now in of_each)
+        return any(id(param) not in by_passes for param in self._written())
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +223,19 @@ def copy_tensors_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> N
     """Copy one by one, across devices and dtypes."""
     for target, source in zip(targets, sources, strict=True):
         local(target).copy_(source)
+
+
+def _unlike_anchors(pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
+    """Parameters that are not what these anchors are there, in their dtype."""
+    for piece in pieces:
+        values = piece.values()
+        if not torch.equal(values, piece.anchor.to(values)):
+            yield piece.param
+
+
+def _unlike(params: list[torch.Tensor], left: list[list[int]]) -> Iterator[torch.Tensor]:
+    """Those with other digests."""
+    return (param for param, was, now in zip(params, left, digests_of(params), strict=True) if was != now)
 
 
 def _mates(param: torch.Tensor) -> tuple[int, ...]:

@@ -209,7 +209,10 @@ class OtherTensors:
         """What has changed here; its problem is told before anything is averaged, at a round or in a view."""
         averages, changed = self._may_average(), self.changed()
         self._told = names = [name for name in changed if name in averages]
-        problems = [self._problem(name, averages[name], in_view=in_view) for name in names]
+        problems = [self._problem(name, averages[name]) for name in names]
+        reads = self._policy == "average" or in_view  # those too that "local" keeps apart at rounds
+        if reads and not any(problems) and not _are_finite([averages[name] for name in names]):
+            problems = [self._problem(name, averages[name], reads=True) for name in names]
         lines = [f"{name} {_form(averages[name])}" for name in names]
         return Changed(names, lines, next((words for words in problems if words), ""), partial(self.agree, names))
 
@@ -241,7 +244,8 @@ class OtherTensors:
             return everywhere
         averages = self._may_average()
         here = [name for name in everywhere if name in averages]
-        mine = {name: (_form(averages[name]), self._problem(name, averages[name])) for name in here}
+        reads = self._policy == "average"
+        mine = {name: (_form(averages[name]), self._problem(name, averages[name], reads=reads)) for name in here}
         told = world.gather_objects((host_name(), mine))
         agreed = []
         for name in everywhere:
@@ -256,8 +260,8 @@ class OtherTensors:
             agreed.append(name)
         return agreed
 
-    def _problem(self, name: str, tensor: torch.Tensor, *, in_view: bool = False) -> str:
-        """Why it cannot be averaged; a view averages those too that `model_buffers="local"` keeps apart at rounds."""
+    def _problem(self, name: str, tensor: torch.Tensor, *, reads: bool = False) -> str:
+        """Why it cannot be averaged: by its form, and where it is read, by its values."""
         words = f"{_kind(tensor)} {name!r} changes in training, and "
         if _is_packed(tensor):
             return (
@@ -270,7 +274,7 @@ class OtherTensors:
             return f"{words}has {form}, in which it cannot be averaged. Keep a dense one: {ways}."
         if tensor.is_inference():
             return f"{words}was made inside torch.inference_mode(), so that nothing can be written to it. Clone it."
-        if (self._policy == "average" or in_view) and not _is_finite(tensor):
+        if reads and not _are_finite([tensor]):
             return f"{_kind(tensor)} {name!r} {_FINITE}"
         return ""
 
@@ -296,9 +300,10 @@ class OtherTensors:
         """Remember what a round has just made equal of these, if that is wanted."""
         if not self.keeps_last_round:
             return
-        for name, tensor in self.now().items():
-            if name in names and (self._policy == "average" or _is_integer(tensor)):
-                self._averaged[name] = local(tensor).detach().clone()
+        now = self.now()
+        for name in names:
+            if name in now and (self._policy == "average" or _is_integer(now[name])):
+                self._averaged[name] = local(now[name]).detach().clone()
 
     def take_averaged(self, values: dict[str, torch.Tensor]) -> None:
         """Remember these in place of all: they are of a checkpoint."""
@@ -361,8 +366,6 @@ def _is_watched(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and bool(parts_of(tensor))
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    own = local(tensor).detach()
-    if _is_integer(own):
-        return True
-    return all_finite([torch.view_as_real(own.resolve_conj()) if own.is_complex() else own])
+def _are_finite(tensors: list[torch.Tensor]) -> bool:
+    own = [local(tensor).detach() for tensor in tensors if not _is_integer(tensor)]
+    return all_finite([torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in own])

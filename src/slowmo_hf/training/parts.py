@@ -104,6 +104,11 @@ class Parts:
         """Whether this worker's weights part from others' between rounds."""
         return self.meets_others and self.workers.count > 1
 
+    @property
+    def holds_all_anchors(self) -> bool:
+        """Whether what a round leaves in this process's parameters is in its anchors, too."""
+        return self.inside.has_all and not self.config.shard_slow_state
+
     # ---- inside a worker ----
 
     def hand_out(self) -> None:

@@ -96,7 +96,7 @@ class Communicator(Processes):
             with self._counted():
                 self._wait(work, into.device)
                 if into.is_cuda:
-                    torch.cuda.synchronize(into.device)
+                    torch.cuda.current_stream(into.device).synchronize()  # not for the message behind it
 
         return Arrival(wait, work.is_completed)
 

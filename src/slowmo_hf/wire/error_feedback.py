@@ -147,7 +147,7 @@ class ErrorFeedback:
         """What is held back; and the buckets' sizes, which cut the shards."""
         tensors = {f"shard_residual.{number}": held.owned for number, held in enumerate(self.residuals)}
         for index, of_item in enumerate(self._by_item()):
-            tensors[f"residual.{index}"] = torch.cat([held.own[: held.bucket.elements] for held in of_item])
+            tensors[f"residual.{index}"] = _joined([held.own[: held.bucket.elements] for held in of_item])
         return Saved(own=Contents({HELD_BACK: self._sizes}, tensors))
 
     @property
@@ -198,6 +198,15 @@ class ErrorFeedback:
         for held in self.residuals:
             held.own.zero_()
             held.owned.zero_()
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """One after the other, in main memory: a save needs none on the device."""
+    sizes = [piece.numel() for piece in pieces]
+    joined = torch.empty(sum(sizes), dtype=pieces[0].dtype)
+    for into, piece in zip(torch.split(joined, sizes), pieces, strict=True):
+        into.copy_(piece)
+    return joined
 
 
 def _riders(rows: torch.Tensor) -> torch.Tensor:
