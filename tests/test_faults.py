@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
+import slowmo_hf
 from apart import HOST, TIMEOUT_SECONDS
+from faulty import eight_steps
 from harness import patience
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from slowmo_hf.wire.communicator import Communicator
@@ -337,4 +339,71 @@ def test_every_survivor_of_four_names_the_dead_rank(apart, base):
     told, seconds = apart
     for words in told:
         assert f"rank 1 on {HOST} left without a word after step 4" in words.splitlines()[0], words
+    assert seconds < TIMEOUT_SECONDS + patience(13)
+
+
+# ---- in an evaluation, where Trainer gathers over all ranks ----
+
+
+class Evaluates(Trainer):
+    """Something meets rank 1 in its second batch."""
+
+    fault, batches = None, 0
+
+    def prediction_step(self, *args, **kwargs):
+        self.batches += 1
+        if dist.get_rank() == 1 and self.batches == 2:
+            self.fault()
+        return super().prediction_step(*args, **kwargs)
+
+
+def _dies_in_an_evaluation(rank, fault):
+    trainer = Evaluates(
+        model=Regression(torch.float32),
+        args=arguments(tempfile.mkdtemp(), max_steps=8, learning_rate=0.05, eval_strategy="steps", eval_steps=6),
+        train_dataset=Rows(200, torch.float32),
+        eval_dataset=Rows(64, torch.float32),
+        callbacks=[SlowMoCallback(SlowMoConfig(sync_every=4, timeout_seconds=TIMEOUT_SECONDS))],
+    )
+    trainer.fault = fault
+    trainer.train()
+
+
+def _dies_in_a_view(rank):
+    """Of a custom loop, which reduces its own metrics."""
+    for step, _, optimizer in eight_steps():
+        if step == 6:
+            with slowmo_hf.consensus(optimizer):
+                if rank == 1:
+                    killed()
+                dist.all_reduce(torch.zeros(1))
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refused():
+    raise ValueError("bad row")
+
+
+IN_AN_EVALUATION = {
+    "is killed": (_dies_in_an_evaluation, (killed,), "left without a word after step 6; last seen at step 6, a view"),
+    "raises": (_dies_in_an_evaluation, (refused,), "left at step 6: ValueError: bad row"),
+    "is killed, in a loop": (_dies_in_a_view, (), "left without a word after step 6; last seen at step 6, a view"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, marks=pytest.mark.apart.with_args(check, *given), id=name)
+        for name, (check, given, words) in IN_AN_EVALUATION.items()
+    ],
+)
+def test_a_rank_that_fails_in_an_evaluation_is_named(apart, words):
+    """Inside a round: the local weights go back before the error is told."""
+    (told,), seconds = apart
+    assert told.startswith(f"RuntimeError: rank 1 on {HOST} {words}"), told
     assert seconds < TIMEOUT_SECONDS + patience(13)

@@ -11,7 +11,7 @@ from harness import patience, run_workers
 from launcher import run_really, run_script
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
 from slowmo_hf.checkpoints.state import check_snapshot, write_snapshot
-from tiny import train_node_workers
+from tiny import Heard, train_node_workers
 
 KINDS = {
     "local sgd": {"sync_every": 4},
@@ -180,3 +180,29 @@ def test_finish_leaves_one_model(tmp_path):
 
 def test_end_training_finishes(tmp_path):
     assert run(tmp_path, "end_training") == (1, 0)
+
+
+def fails_and_finishes():
+    """Rank 1 at step 6 of 8, in a `try` whose `finally` finishes."""
+    _, optimizer, step = begin(dist.get_rank(), sync_every=4)
+    with Heard() as said:
+        try:
+            for number in range(1, 9):
+                if number == 6 and dist.get_rank():
+                    raise ValueError("a bad batch")
+                step()
+        except ValueError as error:
+            assert said.lines == []
+            slowmo_hf.finish(optimizer)
+            return str(error), [words for level, words in said.lines if level == "WARNING"]
+        slowmo_hf.finish(optimizer)
+    return "", [words for level, words in said.lines if level == "WARNING"]
+
+
+def test_a_finish_that_an_error_passes_is_told_at_once():
+    """By the rank whose error waits for the others' end."""
+    (_, others), (error, words) = run_workers(fails_and_finishes, 2)
+    assert error == "a bad batch"
+    assert len(words) == 1
+    assert "slowmo_hf.finish while ValueError is handled (a bad batch): this rank takes part in" in words[0]
+    assert others == []

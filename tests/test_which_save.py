@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
 from accelerate_loops import linear, settings, train_on, weights
@@ -19,7 +20,7 @@ from harness import patience, run_workers
 from saved_runs import MIDDLE, STEPS, checkpoints, contents, rank0, same_end, train, whole
 from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
 from slowmo_hf.adapters.accelerate_checkpoints import _rotate
-from slowmo_hf.checkpoints.files import LOCK, file_digests, stamps
+from slowmo_hf.checkpoints.files import LOCK, file_digests, is_whole, stamps
 from slowmo_hf.checkpoints.together import Keeping, finish_together
 from slowmo_hf.wire.communicator import Communicator
 
@@ -385,8 +386,8 @@ def test_the_oldest_goes_by_number(tmp_path):
 
 
 def digests_of_slow_files(folder):
-    loop = SimpleNamespace(workers=SimpleNamespace(world=Communicator(patience(30), torch.device("cpu"))))
-    rank, found = dist.get_rank(), {}
+    rank, found, world = dist.get_rank(), {}, Communicator(patience(30), torch.device("cpu"))
+    loop = SimpleNamespace(workers=SimpleNamespace(world=world, index=rank, place=0, size=1))
     (folder / "slowmo").mkdir(exist_ok=True)
     if rank:
         time.sleep(1.0)
@@ -398,3 +399,40 @@ def digests_of_slow_files(folder):
 
 def test_who_seals_waits_for_who_writes(tmp_path):
     assert run_workers(digests_of_slow_files, 2, tmp_path) == [{"optimizer.bin", "model.bin"}] * 2
+
+
+class Unmounted(TrainerCallback):
+    """Behind a step the shared folder of one rank is another one."""
+
+    def __init__(self, mount, step):
+        self.mount, self.step = mount, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.mount.unlink()
+            self.mount.mkdir()
+
+
+def saved_over_a_lost_mount(folder):
+    rank = dist.get_rank()
+    mount, other = folder / f"mount_{rank}", folder / "a mount of nobody"
+    (folder / "shared").mkdir(exist_ok=True)
+    mount.symlink_to(folder / "shared")
+    if not rank:
+        other.touch()
+    config = SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
+    lost = Unmounted(mount if rank else other, MIDDLE)
+    with pytest.raises(CheckpointError) as caught:
+        train(mount, config, watchers=[lost], save_steps=2, save_total_limit=1)
+    verify_checkpoint(folder / "shared" / "checkpoint-4")
+    return str(caught.value), is_whole(folder / "shared" / "checkpoint-6")
+
+
+def test_a_save_over_a_lost_mount_is_refused_and_the_last_one_stays(tmp_path):
+    """Rank 1's part of it is on another disk."""
+    (words, is_sealed), (others, _) = run_workers(saved_over_a_lost_mount, 2, tmp_path)
+    assert words == others.replace("mount_1", "mount_0", 1)
+    missing = tmp_path / "mount_0" / "checkpoint-6" / "slowmo" / "worker_1.json"
+    assert "cannot be finished. rank 0 on " in words
+    assert f"{missing} is missing here, and rank 1 has written it: it no longer sees the same files." in words
+    assert not is_sealed

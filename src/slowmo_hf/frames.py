@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -10,10 +11,13 @@ from typing import Any
 
 def callers(depth: int) -> Iterator[FrameType]:
     """The frames above the caller of this function's caller, nearest first."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None and depth:
-        yield frame
-        frame, depth = frame.f_back, depth - 1
+    frame = inspect.currentframe()
+    for number in range(depth + 3):
+        if frame is None:
+            return
+        if number >= 3:
+            yield frame
+        frame = frame.f_back
 
 
 def callers_of(kind: type[Any]) -> Iterator[FrameType]:

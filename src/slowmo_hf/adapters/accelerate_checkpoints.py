@@ -157,7 +157,8 @@ def _write(
     """
     first = next(iter(begun.values()))
     keeping = keeps_files(first, folder, whole_on_each=_is_whole_on_each(accelerator, begun))
-    if not keeping.all_see:
+    if not keeping.all_see and not accelerator.project_configuration.save_on_each_node:
+        logger.info("%s is not shared by all machines: save_on_each_node is set, and each keeps its own part", folder)
         accelerator.project_configuration.save_on_each_node = True
     words = f"checkpoint {folder} cannot be written"
     objects = own_objects(accelerator, first)  # before `write_snapshot` begins, where workers may meet

@@ -15,6 +15,7 @@ from .. import upstream
 from ..log import of_this_rank
 from ..training.optimizers_inside import parameters_of
 from ..training.report import RoundReport
+from ..wire.failures import first_line
 from .held_apart import is_apart
 from .isolation import ddp_wrappers
 from .optimizer import SlowMoOptimizer
@@ -114,14 +115,22 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
 
     Collective: every rank calls it, with gossip bases after equally many steps; with `base="local_sgd"` a rank that
     comes first takes part in the others' rounds. Once more it changes nothing. `accelerator.end_training()` calls it.
-    With `base="all_reduce"` and no outer update workers have one model anyway.
+    With `base="all_reduce"` and no outer update workers have one model anyway. In a `finally` that an error passes it
+    warns: where one rank alone fails, its error waits for the others' end.
 
     Args:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
     """
-    bare = unwrap(optimizer)
+    bare, error = unwrap(optimizer), sys.exc_info()[1]
     outer_loop = bare.begun()
     if not outer_loop.in_flight.is_over:
+        if isinstance(error, Exception) and outer_loop.workers.count > 1:
+            of_this_rank.warning(
+                "slowmo_hf.finish while %s is handled (%s): this rank takes part in the others' rounds until all come "
+                "here, and the error goes on only then. accelerator.end_training() in its place waits for nobody.",
+                type(error).__name__,
+                first_line(error),
+            )
         outer_loop.finish()
         allow_join(ddp_wrappers(parameters_of(bare)))
     bare.isolation.end()

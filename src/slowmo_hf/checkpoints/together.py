@@ -17,6 +17,7 @@ from ..contents import CheckpointError
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name, said_by_ranks
 from .files import FOLDER, MANIFEST, Digests, Stamps, file_digests
+from .places import part_name
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,39 @@ def finish_together(
         before (`dict`, *optional*): See `file_digests`.
     """
     world = outer_loop.workers.world
-    world.gather_objects(None)
+    parts = world.gather_objects(_own_files(outer_loop, folder))
     words, own, found = f"checkpoint {folder} cannot be finished", Digests(), Digests()
 
     together(outer_loop, words, lambda: own.update(file_digests(folder, keeping.place, len(keeping.mates), before)))
     for rank, digests in enumerate(world.gather_objects(own)):
         found |= digests if rank in keeping.mates else {}
-    together(outer_loop, words, lambda: act(found))
+
+    def act_on_all() -> None:
+        if keeping.seals and (folder / FOLDER).is_dir():
+            _refuse_missing(folder, {name: rank for rank in keeping.mates for name in parts[rank]})
+        act(found)
+
+    together(outer_loop, words, act_on_all)
+
+
+def _own_files(outer_loop: OuterLoop, folder: Path) -> list[str]:
+    """Of this process alone, as it sees them itself."""
+    workers = outer_loop.workers
+    own = part_name(f"worker_{workers.index}", workers.place, workers.size)
+    return [str(path.relative_to(folder)) for path in (folder / FOLDER).rglob(f"{own}.*")]
+
+
+def _refuse_missing(folder: Path, written: dict[str, int]) -> None:
+    """
+    `CheckpointError` where a file is not here that another rank has written: whose files each sees was tried out when
+    the run began, and a mount may have gone since then.
+    """
+    for name, rank in written.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} is missing here, and rank {rank} has written it: it no longer sees the same files. "
+                "Mount the folder there again, and resume from an older checkpoint."
+            )
 
 
 def turn_at_reading(outer_loop: OuterLoop, folder: Path) -> tuple[int, int]:

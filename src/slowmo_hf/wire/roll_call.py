@@ -58,6 +58,7 @@ class RollCall:
         run = f"slowmo/{next(_runs)}" if self.store is not None else ""
         self.register = Register(self.store, run, self.rank)
         self.coupled: Sequence[int] = ()  # ranks that now meet in collectives which are not ours
+        self.coupled_limit = ""  # theirs; `timeout_seconds` where it is empty
         self.has_explained = False
         self._meeting = 0
         if self.store is not None:
@@ -185,7 +186,7 @@ class RollCall:
         seen = self._seen(rank) if rank != self.rank else None
         return seen["host"] if seen else self.register.host
 
-    def explain(self, error: BaseException | None, ranks: Iterable[int]) -> Exception:
+    def explain(self, error: BaseException | None, ranks: Iterable[int], limit: str = "") -> Exception:
         """
         A failure in the words of the rank that caused it; a `ValueError` where it has told them (`tell`). Takes
         `_ROLL_SECONDS` and a little: the others' words may be on their way.
@@ -193,9 +194,11 @@ class RollCall:
         Args:
             error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
             ranks (`Iterable[int]`): Who took part.
+            limit (`str`, *optional*): The one that a rank may not have kept; `timeout_seconds` where it is empty.
         """
         if self.store is None:
             return RuntimeError(str(error))
+        limit = limit or f"timeout_seconds={self.timeout_seconds:g}"
         self._hurry()
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
@@ -209,7 +212,7 @@ class RollCall:
             return ValueError(told["cause"])
         if self.store.silent:
             return self._lost(error or StoreError("no answer"))
-        causes = [self._words(rank, too_late) for rank in absent]
+        causes = [self._words(rank, too_late, limit) for rank in absent]
         here = f"It was missed at step {self.register.where}, by rank {self.rank} on {self.register.host}"
         if causes:
             self.register.say_first("found", "; ".join(causes))
@@ -227,23 +230,20 @@ class RollCall:
             "untouched."
         )
 
-    def _words(self, rank: int, too_late: bool) -> str:
+    def _words(self, rank: int, too_late: bool, limit: str) -> str:
         """What is known of a rank that is not here."""
         left = self.register.get("left", rank)
         if left:
             return f"rank {rank} on {left['host']} left at step {left['step']}: {left['cause']}"
         seen = self._seen(rank)
         if seen is None:
-            return (
-                f"rank {rank} (its host is unknown) has not come to {self.register.place} within "
-                f"timeout_seconds={self.timeout_seconds:g}"
-            )
+            return f"rank {rank} (its host is unknown) has not come to {self.register.place} within {limit}"
         reached, noted = self.register.noted(rank, after=seen["step"])
         last = f"last seen at step {seen['step']}, {seen['place']}{noted}"
         if too_late:
             words = (
-                f"rank {rank} on {seen['host']} did not come to step {self.register.where}, within "
-                f"timeout_seconds={self.timeout_seconds:g}: it is slower than that, or left without a word; {last}"
+                f"rank {rank} on {seen['host']} did not come to step {self.register.where}, within {limit}: it is "
+                f"slower than that, or left without a word; {last}"
             )
             self.register.try_to_say("missed", rank, words)
             return words
@@ -288,7 +288,7 @@ def _listen() -> None:
     def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         newest = _going[-1] if _going else None
         if newest and len(newest.coupled) > 1 and is_collective_failure(error) and not newest.has_explained:
-            named = newest.explain(error, newest.coupled)
+            named = newest.explain(error, newest.coupled, newest.coupled_limit)
             named.__cause__, kind, error = error, type(named), named
         for roll_call in list(_going):
             roll_call.leave(f"{kind.__name__}: {first_line(error)}")

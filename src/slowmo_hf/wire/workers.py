@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from ..config import SlowMoConfig
 from ..log import Prefixed
 from .communicator import Communicator
+from .failures import is_collective_failure
 from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
 from .roll_call import RollCall
 
+_THEIRS = "the time limit of torch.distributed's own group (TrainingArguments: ddp_timeout)"
 _WORD_SECONDS = 4.0  # for a process that has failed to find the cause and tell its worker's others
 
 
@@ -161,12 +164,17 @@ class Workers:
         return Prefixed(lambda: f"{self.speaks_for}: " if self.speaks_for and len(self._living()) > 1 else "")
 
     def only_gradients_meet(self) -> None:
-        """Training goes on: only a worker's own processes meet in collectives that are not ours."""
-        self.roll_call.coupled = self.gradients.ranks
+        """
+        Training goes on: only a worker's own processes meet in collectives that are not ours. Not where the failure of
+        another one is on its way: it will be told of those that met there.
+        """
+        error = sys.exc_info()[1]
+        if error is None or not is_collective_failure(error):
+            self.roll_call.coupled, self.roll_call.coupled_limit = self.gradients.ranks, ""
 
     def all_may_meet(self) -> None:
         """After a meeting for a log, an evaluation or a save: Trainer gathers over the whole job."""
-        self.roll_call.coupled = self.world.ranks
+        self.roll_call.coupled, self.roll_call.coupled_limit = self.world.ranks, _THEIRS
 
     @property
     def bytes_sent(self) -> int:
