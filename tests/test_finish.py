@@ -194,9 +194,9 @@ def fails_and_finishes():
         except ValueError as error:
             assert said.lines == []
             slowmo_hf.finish(optimizer)
-            return str(error), [words for level, words in said.lines if level == "WARNING"]
+            return str(error), said.about("finish while", "WARNING")
         slowmo_hf.finish(optimizer)
-    return "", [words for level, words in said.lines if level == "WARNING"]
+    return "", said.about("finish while", "WARNING")
 
 
 def test_a_finish_that_an_error_passes_is_told_at_once():

@@ -449,7 +449,11 @@ def test_the_end_names_the_best_checkpoint(tmp_path):
 
 def test_a_loss_after_a_resume_is_the_mean_of_the_steps_since():
     loop = SimpleNamespace(status=SimpleNamespace(own_loss=None), attempted_steps=10)
-    trainer = SimpleNamespace(state=SimpleNamespace(global_step=8), training_step=lambda: None)
+
+    class Stub(SimpleNamespace):
+        """A weak reference to it can be made."""
+
+    trainer = Stub(state=SimpleNamespace(global_step=8), training_step=lambda: None)
     losses = WorkerLosses(trainer, loop, ExitStack())
     losses._sum = 6.0
     assert loop.status.own_loss() == 3.0

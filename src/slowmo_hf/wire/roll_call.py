@@ -198,7 +198,7 @@ class RollCall:
         """
         if self.store is None:
             return RuntimeError(str(error))
-        limit = limit or f"timeout_seconds={self.timeout_seconds:g}"
+        limit = f", within {limit}" if limit else f", within timeout_seconds={self.timeout_seconds:g}"
         self._hurry()
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
@@ -237,12 +237,13 @@ class RollCall:
             return f"rank {rank} on {left['host']} left at step {left['step']}: {left['cause']}"
         seen = self._seen(rank)
         if seen is None:
-            return f"rank {rank} (its host is unknown) has not come to {self.register.place} within {limit}"
+            never = f"rank {rank} (its host is unknown) has not come to {self.register.place}"
+            return never + limit.removeprefix(",")
         reached, noted = self.register.noted(rank, after=seen["step"])
         last = f"last seen at step {seen['step']}, {seen['place']}{noted}"
         if too_late:
             words = (
-                f"rank {rank} on {seen['host']} did not come to step {self.register.where}, within {limit}: it is "
+                f"rank {rank} on {seen['host']} did not come to step {self.register.where}{limit}: it is "
                 f"slower than that, or left without a word; {last}"
             )
             self.register.try_to_say("missed", rank, words)
