@@ -21,7 +21,7 @@ from harness import patience, run_workers
 from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, heard, rank0, same_end, train, whole
 from slowmo_hf import SlowMoConfig
 from slowmo_hf.checkpoints.claim import Claim, is_claimed
-from slowmo_hf.checkpoints.files import LOCK, read_part, verify_checkpoint, write_part
+from slowmo_hf.checkpoints.files import LOCK, file_digests, read_part, seal, verify_checkpoint, write_part
 from slowmo_hf.contents import CheckpointError, Contents
 from tiny import equal, stand_in_for_the_hub
 
@@ -375,6 +375,26 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", noted_rename)
     write_part(tmp_path, "shared", Contents({"step": 3}))
     assert done == ["file", "name", "folder"] * 2
+
+
+def test_all_that_a_manifest_lists_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    """Trainer's files and their folders too: an older checkpoint may be deleted at once."""
+    checkpoint, sync, done = tmp_path / "checkpoint-3", os.fsync, []
+    write_part(checkpoint, "shared", Contents({"step": 3}))
+    (checkpoint / "global_step3").mkdir()
+    for name in ("model.safetensors", "global_step3/optimizer.pt"):
+        (checkpoint / name).write_text(name)
+
+    def noted_sync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    seal(checkpoint, {"run": "r", "step": 3}, file_digests(checkpoint))
+    manifest = done.index(checkpoint / "slowmo" / "manifest.json.tmp")
+    files = {checkpoint / name for name in json.loads((checkpoint / "slowmo/manifest.json").read_text())["files"]}
+    assert {checkpoint / "model.safetensors", checkpoint / "global_step3/optimizer.pt"} < files
+    assert set(done[:manifest]) == files | {tmp_path, checkpoint, checkpoint / "slowmo", checkpoint / "global_step3"}
 
 
 def test_who_looks_does_not_cost_a_save_its_lock(tmp_path):

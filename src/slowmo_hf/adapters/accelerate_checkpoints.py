@@ -29,7 +29,7 @@ from ..checkpoints.together import (
     turn_at_reading,
 )
 from ..contents import CheckpointError, Contents
-from ..log import logger
+from ..log import logger, of_this_rank
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process, rank_in_job
@@ -194,10 +194,13 @@ def _rotate(newest: Path, limit: int) -> None:
     """Delete the oldest beside it, on each file system, so that `total_limit` are left."""
     found = [(int(match[1]), path) for path in newest.parent.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
     older = [path for _, path in sorted(found) if path != newest]
-    for path in older[: max(0, len(found) - limit)]:
-        logger.info("deleting %s: total_limit=%d", path, limit)
-        (path / FOLDER / MANIFEST).unlink(missing_ok=True)  # half deleted it is no checkpoint
-        shutil.rmtree(path)
+    try:
+        for path in older[: max(0, len(found) - limit)]:
+            logger.info("deleting %s: total_limit=%d", path, limit)
+            (path / FOLDER / MANIFEST).unlink(missing_ok=True)  # half deleted it is no checkpoint
+            shutil.rmtree(path)
+    except OSError as error:  # another program deletes, too; the new one is whole
+        of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", newest, error)
 
 
 def _is_whole_on_each(accelerator: Accelerator, begun: dict[str, OuterLoop]) -> bool:

@@ -144,14 +144,17 @@ class TrainerCheckpoints:
 
         def rotate() -> None:
             if is_sealed:
-                self._rotate(folder, state.best_model_checkpoint)
+                try:
+                    self._rotate(folder, state.best_model_checkpoint)
+                except OSError as error:  # another program deletes, too; the new one is whole
+                    of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", folder, error)
                 stamped.update(stamps(folder))
 
         is_sealed: list[bool] = []
         stamped = Stamps()
         try:
             finish_together(self.outer_loop, folder, keeping, keep)
-            together(self.outer_loop, f"checkpoints older than {folder} cannot be deleted", rotate)
+            together(self.outer_loop, f"checkpoint {folder} cannot be finished", rotate)
             self._sealed = (folder, stamped)
         finally:
             self._release()
@@ -214,7 +217,7 @@ class TrainerCheckpoints:
             self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
 
     def _rotate(self, newest: Path, best: str | None) -> None:
-        """Delete what is over `save_total_limit` beside the newest, and neither of these."""
+        """Delete what is over `save_total_limit` beside the newest, and neither of these; and all that is set aside."""
         limit = self._given["save_total_limit"]
         if not limit or limit < 0:
             return
@@ -222,6 +225,8 @@ class TrainerCheckpoints:
         found = self._ended(newest.parent)
         over = max(0, len(found) - max(limit, len(keep)))
         self._delete([path for path in found if path.resolve() not in keep][:over])
+        for path in newest.parent.glob(f"{_ASIDE}{PREFIX_CHECKPOINT_DIR}-*"):  # stock Trainer would count them
+            shutil.rmtree(path, ignore_errors=True)
 
     def _ended(self, folder: Path) -> list[Path]:
         """By age, as Trainer does. A save that has failed has our part alone, and counts for none."""

@@ -13,9 +13,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ..contents import CheckpointError
 from .files import LOCK
 
-_WAIT_SECONDS = 5.0  # for who looks, which takes a moment; not for another save
+_WAIT_SECONDS = 100.0  # for who looks, which takes a moment, and for the lock of a dead machine: NFS keeps it 90 s
 
 _held: set[int] = set()  # descriptors
 
@@ -36,6 +37,9 @@ class Claim:
 
     Args:
         checkpoint (`Path`): Its folder; made where there is none.
+
+    Raises:
+        CheckpointError: Another program holds it.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -56,6 +60,11 @@ class Claim:
             self._descriptor = descriptor
             return
         _close(descriptor)
+        if is_claimed(checkpoint):
+            raise CheckpointError(
+                f"{checkpoint} is being written by another program: two runs save into one folder. Stop the other one "
+                "(it may be an old process of this job), or give this run an output folder of its own."
+            )
 
     def release(self) -> None:
         """Let go, once; the file goes with it."""

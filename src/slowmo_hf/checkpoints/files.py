@@ -192,6 +192,7 @@ def _dealt_out(sizes: dict[str, int], turn: int, turns: int) -> list[str]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
+    _sync(path)  # what a manifest lists is on the disk
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
@@ -202,8 +203,7 @@ def seal_again(checkpoint: str | os.PathLike[str], stamped: Stamps) -> None:
     """
     root = Path(checkpoint)
     now = stamps(root)
-    ours = f"{FOLDER}/"
-    changed = [name for name in stamped if now.get(name) != stamped[name] and not name.startswith(ours)]
+    changed = [name for name in stamped if now.get(name) != stamped[name] and not name.startswith(f"{FOLDER}/")]
     if not changed or not (root / FOLDER / MANIFEST).is_file():
         return
     manifest = _read_manifest(root)
@@ -233,6 +233,8 @@ def seal(
 
 def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     signed = {**manifest, "sha256": _own_digest(manifest)}
+    for folder in filter(Path.is_dir, {root.parent, root, *((root / name).parent for name in manifest["files"])}):
+        _sync(folder)
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(signed, indent=1)))
 
 
