@@ -217,7 +217,7 @@ class TrainerCheckpoints:
             self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
 
     def _rotate(self, newest: Path, best: str | None) -> None:
-        """Delete what is over `save_total_limit` beside the newest, and neither of these; and all that is set aside."""
+        """Delete what is over `save_total_limit` beside the newest, neither of these, and all that is set aside."""
         limit = self._given["save_total_limit"]
         if not limit or limit < 0:
             return
