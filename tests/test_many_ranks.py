@@ -254,6 +254,6 @@ def test_another_ranks_host_is_named(monkeypatch):
     store.set("slowmo/0/left/2", json.dumps({**there, "host": "node-2"}))
     here.come(7, "the round")
     assert [here.host_of(rank) for rank in range(4)] == [here.register.host, "node-1", "node-2", "node-3"]
-    assert here._words(2, True).startswith("rank 2 on node-2 left at step 7: it was asked to")
-    assert here._words(3, False).startswith("rank 3 on node-3 left without a word")
-    assert here._words(1, True).startswith("rank 1 on node-1 did not come")
+    assert here._words(2, True, "").startswith("rank 2 on node-2 left at step 7: it was asked to")
+    assert here._words(3, False, "").startswith("rank 3 on node-3 left without a word")
+    assert here._words(1, True, "").startswith("rank 1 on node-1 did not come")

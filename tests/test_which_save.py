@@ -14,19 +14,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-import slowmo_hf.adapters.accelerate_checkpoints as accelerate_checkpoints
 import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
-import slowmo_hf.checkpoints.claim as claim
 from accelerate_loops import linear, settings, train_on, weights
 from harness import patience, run_workers
 from saved_runs import MIDDLE, STEPS, checkpoints, contents, rank0, same_end, train, whole
 from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
 from slowmo_hf.adapters.accelerate_checkpoints import _rotate
-from slowmo_hf.checkpoints.claim import Claim
 from slowmo_hf.checkpoints.files import LOCK, file_digests, is_whole, stamps
 from slowmo_hf.checkpoints.together import Keeping, finish_together
 from slowmo_hf.wire.communicator import Communicator
-from tiny import Heard
 
 # ---- machines with disks of their own ----
 
@@ -440,64 +436,3 @@ def test_a_save_over_a_lost_mount_is_refused_and_the_last_one_stays(tmp_path):
     assert "cannot be finished. rank 0 on " in words
     assert f"{missing} is missing here, and rank 1 has written it: it no longer sees the same files." in words
     assert not is_sealed
-
-
-# ---- programs beside each other ----
-
-
-def saved_beside_another_program(folder):
-    other = Claim(folder / "checkpoint-4") if dist.get_rank() == 0 else None
-    (folder / "checkpoint-4" / "slowmo").mkdir(parents=True, exist_ok=True)
-    (folder / "checkpoint-4" / "slowmo" / "theirs.json").write_text("{}")
-    dist.barrier()
-    claim._WAIT_SECONDS = 0.5
-    config = SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
-    with pytest.raises(CheckpointError) as caught:
-        train(folder, config, save_steps=4)
-    if other is not None:
-        other.release()
-    return str(caught.value), (folder / "checkpoint-4" / "slowmo" / "theirs.json").exists()
-
-
-def test_a_save_into_a_folder_that_another_program_writes_is_refused(tmp_path):
-    """The other one's files stay."""
-    (words, stays), others = run_workers(saved_beside_another_program, 2, tmp_path)
-    assert others == (words, stays)
-    assert f"{tmp_path / 'checkpoint-4'} is being written by another program: two runs save into one folder." in words
-    assert stays
-
-
-def saved_where_an_old_one_cannot_go(folder, under_accelerate):
-    """Another program takes an old checkpoint away while it is deleted."""
-
-    def gone(*args, **kwargs):
-        raise FileNotFoundError("it was here")
-
-    with Heard() as said:
-        if under_accelerate:
-            accelerate_checkpoints.shutil = SimpleNamespace(rmtree=gone)
-            for number in range(3):
-                (folder / f"checkpoint_{number}").mkdir()
-            _rotate(folder / "checkpoint_2", 1)
-        else:
-            trainer_checkpoints._set_aside = gone
-            train(folder, SlowMoConfig(sync_every=4, timeout_seconds=patience(20)), save_total_limit=1)
-            verify_checkpoint(folder / f"checkpoint-{STEPS}")
-    return said.about("cannot be deleted (it was here)", "WARNING")
-
-
-@pytest.mark.parametrize("under_accelerate", [False, True])
-def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_training_goes_on(tmp_path, under_accelerate):
-    said = run_workers(saved_where_an_old_one_cannot_go, 1, tmp_path, under_accelerate)[0]
-    assert len(said) == (1 if under_accelerate else STEPS - 1)
-
-
-@pytest.mark.parametrize("limit", [None, 2])
-def test_what_was_set_aside_goes_with_save_total_limit(tmp_path, limit):
-    """Stock Trainer would have counted it among its checkpoints."""
-    names = {"_incomplete-checkpoint-3", "_incomplete-checkpoint-2-0a1b"}
-    for name in names:
-        (tmp_path / name / "slowmo").mkdir(parents=True)
-    config = SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
-    train(tmp_path, config, save_steps=4, save_total_limit=limit)
-    assert {path.name for path in tmp_path.glob("_incomplete*")} == (set() if limit else names)

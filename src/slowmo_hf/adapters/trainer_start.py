@@ -18,6 +18,7 @@ from ..log import logger
 from ..training.program import Program
 from ..training.written import WrittenSince
 from ..wire.job import processes_in_job
+from ..wire.roll_call import begun, told_of
 from .refusals import refuse_schedule_free
 from .trainer_checkpoints import set_aside_unfinished
 from .trainer_methods import callback_of, given_back_of
@@ -122,10 +123,16 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
         job.wait_for_everyone()  # for what others still save
         set_aside_unfinished(self.args)
         job.wait_for_everyone()
+        since = begun()
         try:
             return train(self, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            ours = callback_of(self)
+            timeout = ours.config.timeout_seconds if ours is not None else SlowMoConfig().timeout_seconds
+            named = told_of(error, since, timeout)
             given_back_of(self).close()
+            if named is not error:
+                raise named from error
             raise
 
     return begun_and_ended

@@ -54,6 +54,13 @@ def _known() -> _Known:
     return worker.known  # type: ignore[no-any-return]
 
 
+def forget_groups() -> None:
+    """Those of this process are not used again: collectives that some ranks have given up are left in them."""
+    known = _known()
+    for those in (known.groups, known.under_way, known.owed):
+        those.clear()
+
+
 def _own_group(ranks: _Ranks, timeout_seconds: float) -> Any:
     groups = _known().groups
     if (ranks, timeout_seconds) not in groups:

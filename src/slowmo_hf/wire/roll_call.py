@@ -20,6 +20,7 @@ from .job import job_store, leave_job, processes_in_job, rank_in_job
 from .job_store import JobStore, StoreError
 from .register import ANY, Register
 
+OF_THE_JOB = "the time limit of torch.distributed's own group (TrainingArguments: ddp_timeout)"
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _SECOND_SECONDS = 0.5  # longer for who fails behind another, whose words it hears
 _LAST_SECONDS = 1.0  # for a process that lets everything go because it ends to say that
@@ -27,6 +28,8 @@ _NOTE_SECONDS = 5.0  # between two notes of where a rank is
 _COUNT = "count"
 _GIVEN_UP = 8  # that an error names
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
+_begun: list[int] = []  # of them
+_spent: list[str] = []  # collectives of ours that have failed since groups were made: their groups are not used again
 _going: list[
     RollCall
 ] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
@@ -56,6 +59,7 @@ class RollCall:
         store = job_store() if self.world_size > 1 else None
         self.store = JobStore(store, timeout_seconds) if store is not None else None
         run = f"slowmo/{next(_runs)}" if self.store is not None else ""
+        self.order = len(_begun)  # among the runs of this process
         self.register = Register(self.store, run, self.rank)
         self.coupled: Sequence[int] = ()  # ranks that now meet in collectives which are not ours
         self.coupled_limit = ""  # theirs; `timeout_seconds` where it is empty
@@ -63,6 +67,7 @@ class RollCall:
         self._meeting = 0
         if self.store is not None:
             _listen()
+            _begun.append(self.order)
             _going.append(self)
 
     def come(self, step: int, place: str) -> None:
@@ -212,6 +217,7 @@ class RollCall:
             return ValueError(told["cause"])
         if self.store.silent:
             return self._lost(error or StoreError("no answer"))
+        _spent.append(first_line(error) if error is not None else "a rank was missed")
         causes = [self._words(rank, too_late, limit) for rank in absent]
         here = f"It was missed at step {self.register.where}, by rank {self.rank} on {self.register.host}"
         if causes:
@@ -277,6 +283,57 @@ class RollCall:
         )
 
 
+def meet_at_the_start(roll_call: RollCall) -> bool:
+    """
+    The first meeting of a run.
+
+    Returns:
+        `bool`: Whether groups are to be made anew: on some rank a collective of an earlier run has failed, and another
+        may be left in them.
+
+    Raises:
+        RuntimeError: As `RollCall.enter`.
+    """
+    if _spent:
+        roll_call.register.try_to_say("spent", ANY, _spent[0])
+    roll_call.enter(0, "the start")
+    _spent.clear()
+    return roll_call.register.has("spent", ANY)
+
+
+def begun() -> int:
+    """How many runs this process has begun."""
+    return len(_begun)
+
+
+def told_of(error: BaseException, since: int, timeout_seconds: float) -> BaseException:
+    """
+    An error ends this rank's part of a run, and may be caught: the others are told now.
+
+    Args:
+        since (`int`): `begun()` before the run. Where the error came before it began, the others may wait for its
+            start, or in torch's own collectives before it.
+        timeout_seconds (`float`): As for `RollCall`.
+
+    Returns:
+        `BaseException`: To be raised: where it is that of a collective, in the words of the rank that caused it.
+    """
+    if begun() == since:
+        run = RollCall(timeout_seconds)
+        run.coupled, run.coupled_limit = range(run.world_size), OF_THE_JOB
+    return _last_words(error, [run for run in _going if run.order >= since])
+
+
+def _last_words(error: BaseException, runs: list[RollCall]) -> BaseException:
+    newest = runs[-1] if runs else None
+    if newest and len(newest.coupled) > 1 and is_collective_failure(error) and not newest.has_explained:
+        named = newest.explain(error, newest.coupled, newest.coupled_limit)
+        named.__cause__, error = error, named
+    for run in runs:
+        run.leave(f"{type(error).__name__}: {first_line(error)}")
+    return error
+
+
 @lru_cache
 def _listen() -> None:
     """
@@ -287,13 +344,8 @@ def _listen() -> None:
     earlier = sys.excepthook
 
     def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        newest = _going[-1] if _going else None
-        if newest and len(newest.coupled) > 1 and is_collective_failure(error) and not newest.has_explained:
-            named = newest.explain(error, newest.coupled, newest.coupled_limit)
-            named.__cause__, kind, error = error, type(named), named
-        for roll_call in list(_going):
-            roll_call.leave(f"{kind.__name__}: {first_line(error)}")
-        earlier(kind, error, trace)
+        named = _last_words(error, list(_going))
+        earlier(type(named), named, trace)
 
     sys.excepthook = on_uncaught
     threading.Thread(target=_leave_notes, daemon=True, name="slowmo_hf notes").start()

@@ -15,9 +15,9 @@ from ..log import Prefixed
 from .communicator import Communicator
 from .failures import is_collective_failure
 from .job import is_in_process, machines_in_job, processes_in_job, processes_on_machine
-from .roll_call import RollCall
+from .processes import forget_groups
+from .roll_call import OF_THE_JOB, RollCall, meet_at_the_start
 
-_THEIRS = "the time limit of torch.distributed's own group (TrainingArguments: ddp_timeout)"
 _WORD_SECONDS = 4.0  # for a process that has failed to find the cause and tell its worker's others
 
 
@@ -55,7 +55,8 @@ class Workers:
         self.speaks_for = ""  # which of a program's optimizers, in words
         self.roll_call = RollCall(config.timeout_seconds)
         weakref.finalize(self, self.roll_call.leave_later, "its optimizer was let go").atexit = False
-        self.roll_call.enter(0, "the start")
+        if meet_at_the_start(self.roll_call):
+            forget_groups()
         self.world = Communicator(config.timeout_seconds, device, witness=self.roll_call)
         self.size = worker_size(config) if mates is None else len(mates)
         self.count = max(1, self.world.world_size // self.size)
@@ -174,7 +175,7 @@ class Workers:
 
     def all_may_meet(self) -> None:
         """After a meeting for a log, an evaluation or a save: Trainer gathers over the whole job."""
-        self.roll_call.coupled, self.roll_call.coupled_limit = self.world.ranks, _THEIRS
+        self.roll_call.coupled, self.roll_call.coupled_limit = self.world.ranks, OF_THE_JOB
 
     @property
     def bytes_sent(self) -> int:
