@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import slowmo_hf.adapters.accelerate_checkpoints as accelerate_checkpoints
 import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
 import slowmo_hf.checkpoints.claim as claim
+from accelerate_loops import linear, train_on
 from harness import patience, run_workers
 from saved_runs import STEPS, train
 from slowmo_hf import CheckpointError, SlowMoConfig, verify_checkpoint
@@ -74,3 +77,45 @@ def test_what_was_set_aside_goes_with_save_total_limit(tmp_path, limit):
     config = SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
     train(tmp_path, config, save_steps=4, save_total_limit=limit)
     assert {path.name for path in tmp_path.glob("_incomplete*")} == (set() if limit else names)
+
+
+def resumed_behind_a_save_that_was_cut_off(folder, left):
+    """Three saves, of which the last one is cut off: weights behind the second, and those that are loaded."""
+
+    def begun():
+        accelerator, *parts = linear(sync_every=4)
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.project_configuration.automatic_checkpoint_naming = True
+        return accelerator, *accelerator.prepare(*parts)
+
+    accelerator, model, optimizer = begun()
+    for number in range(3):
+        train_on(accelerator, model, optimizer, range(3 * number, 3 * number + 3))
+        accelerator.save_state()
+    accelerator.wait_for_everyone()
+    last = folder / "checkpoints" / "checkpoint_2"
+    if accelerator.is_main_process:
+        (last / "slowmo" / "manifest.json").unlink()
+        if left == "nothing":
+            shutil.rmtree(last)
+            last.mkdir()
+        elif left == "a stock one":
+            shutil.rmtree(last / "slowmo")
+    accelerator.wait_for_everyone()
+    undisturbed, model, optimizer = begun()
+    train_on(undisturbed, model, optimizer, range(6))
+    expected = train_on(undisturbed, model, optimizer, range(6, 9))
+    again, model, optimizer = begun()
+    with Heard() as said:
+        again.load_state()
+    return torch.equal(train_on(again, model, optimizer, range(6, 9)), expected), said.about("is loaded in its place")
+
+
+@pytest.mark.parametrize("left", ["our part", "nothing", "a stock one"])
+def test_accelerates_newest_checkpoint_that_was_finished_is_loaded(tmp_path, left):
+    """A stock one is taken as Accelerate takes it."""
+    (goes_on, said), (other_goes_on, _) = run_workers(resumed_behind_a_save_that_was_cut_off, 2, tmp_path, left)
+    folder = tmp_path / "checkpoints"
+    words = f"{folder / 'checkpoint_2'} was never finished: checkpoint_1 is loaded in its place"
+    assert said == ([] if left == "a stock one" else [words])
+    assert [goes_on, other_goes_on] == [left != "a stock one"] * 2

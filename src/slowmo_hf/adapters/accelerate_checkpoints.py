@@ -239,6 +239,8 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
                 if _is_kept(self, bare):
                     bare.before_training(functools.partial(_take_up, Path(folder), within, verify, settings))
 
+        if _ours(self) and not args and kwargs.get("input_dir") is None:
+            kwargs["input_dir"] = _whole_one(self)
         with ExitStack() as given_back:
             for bare in _ours(self).values():  # of FSDP Accelerate loads model and optimizer before it calls a hook
                 given_back.enter_context(_beside(bare))
@@ -256,6 +258,25 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return load
+
+
+def _whole_one(accelerator: Accelerator) -> str | None:
+    """Of numbered checkpoints the newest that was finished; None where Accelerate finds that itself."""
+    folder = Path(str(accelerator.project_dir)) / "checkpoints"
+    if not (accelerator.project_configuration.automatic_checkpoint_naming and folder.is_dir()):
+        return None
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    newest_first = [path for _, path in sorted(numbered, reverse=True)]
+    whole = next((path for path in newest_first if not _was_cut_off(path)), None)
+    if whole is None or whole == newest_first[0]:
+        return None
+    logger.warning("%s was never finished: %s is loaded in its place", newest_first[0], whole.name)
+    return str(whole)
+
+
+def _was_cut_off(path: Path) -> bool:
+    """Nothing is in it, or our part without its end; a stock one has none of ours."""
+    return not any(path.iterdir()) or ((path / FOLDER).is_dir() and not (path / FOLDER / MANIFEST).is_file())
 
 
 def _give_back_generators(folder: Path) -> None:
