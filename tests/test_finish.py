@@ -206,3 +206,28 @@ def test_a_finish_that_an_error_passes_is_told_at_once():
     assert len(words) == 1
     assert "slowmo_hf.finish while ValueError is handled (a bad batch): this rank takes part in" in words[0]
     assert others == []
+
+
+def finishes_where_no_error_goes_on():
+    """Behind a stream's end; and of a run that begins while another's error is handled."""
+    with Heard() as said:
+        _, optimizer, step = begin(dist.get_rank(), sync_every=4)
+        try:
+            batches = iter(range(6))
+            while True:
+                next(batches)
+                step()
+        except StopIteration:
+            slowmo_hf.finish(optimizer)
+        try:
+            raise ValueError("a first try")
+        except ValueError:
+            _, optimizer, step = begin(dist.get_rank(), sync_every=4)
+            for _ in range(6):
+                step()
+            slowmo_hf.finish(optimizer)
+    return said.about("finish while")
+
+
+def test_a_finish_that_no_error_passes_is_quiet():
+    assert run_workers(finishes_where_no_error_goes_on, 2) == [[], []]

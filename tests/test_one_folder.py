@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 import slowmo_hf.adapters.accelerate_checkpoints as accelerate_checkpoints
 import slowmo_hf.adapters.trainer_checkpoints as trainer_checkpoints
-import slowmo_hf.checkpoints.claim as claim
 from accelerate_loops import linear, train_on
 from harness import patience, run_workers
 from saved_runs import STEPS, train
@@ -26,7 +25,7 @@ def saved_beside_another_program(folder):
     (folder / "checkpoint-4" / "slowmo").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoint-4" / "slowmo" / "theirs.json").write_text("{}")
     dist.barrier()
-    claim._WAIT_SECONDS = 0.5
+    trainer_checkpoints._NFS_SECONDS = 0.5
     config = SlowMoConfig(sync_every=4, timeout_seconds=patience(20))
     with pytest.raises(CheckpointError) as caught:
         train(folder, config, save_steps=4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer
 from tiny import Regression, Rows, arguments, equal, values
 
-SETTINGS = {"local_sgd": {}, "overlapped": {"overlap_steps": 2}, "sgp": {"base": "sgp"}}
+SETTINGS = {"local_sgd": {}, "overlapped": {"overlap_steps": 2}, "sgp": {"base": "sgp"}, "osgp": {"base": "osgp"}}
 
 
 def config_of(base):
@@ -24,22 +26,22 @@ def config_of(base):
 
 
 class FailsOnce(TrainerCallback):
-    """On rank 1, at an event of a step."""
+    """At an event of a step, which ranks have."""
 
-    def __init__(self, event, step=6):
-        self.step, self.there = step, dist.get_rank() == 1
+    def __init__(self, event, steps):
+        self.step = steps.get(dist.get_rank() if dist.is_initialized() else 0, -1)
         setattr(self, event, self.fail)
 
     def fail(self, args, state, control, **kwargs):
-        if self.there and state.global_step == self.step:
-            self.there = False
+        if state.global_step == self.step:
+            self.step = -1
             raise ValueError("a bad batch")
 
 
-def by_trainer(folder, base, fails):
+def by_trainer(folder, base, fails, **settings):
     trainer = Trainer(
         model=Regression(),
-        args=arguments(folder, max_steps=10, learning_rate=0.05),
+        args=arguments(folder, max_steps=10, learning_rate=0.05, **settings),
         train_dataset=Rows(128),
         callbacks=[SlowMoCallback(config_of(base)), *([fails] if fails else [])],
     )
@@ -63,10 +65,10 @@ def by_loop(folder, base, fails):
     return values(accelerator.unwrap_model(model))
 
 
-def retried(folder, train, base, event, step):
+def retried(folder, train, base, event, steps):
     """Whether the second try ends as a run that fails nowhere; what the first one said, and how long both took."""
     undisturbed = train(folder, base, None)
-    fails, words, came = FailsOnce(event, step), [], time.monotonic()
+    fails, words, came = FailsOnce(event, steps), [], time.monotonic()
     for _ in range(3):
         try:
             return equal(train(folder, base, fails), undisturbed), words, time.monotonic() - came
@@ -77,12 +79,12 @@ def retried(folder, train, base, event, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", SETTINGS)
+@pytest.mark.parametrize("base", ["local_sgd", "overlapped", "sgp"])
 @pytest.mark.parametrize("train", [by_trainer, by_loop])
 def test_a_second_try_in_the_same_processes_is_as_a_first(tmp_path, train, base):
     """Who has not failed has begun a collective, which nobody joins: the second try has groups of its own."""
     (is_right, heard, seconds), (others, failed, _) = run_workers(
-        retried, 2, str(tmp_path), train, base, "on_step_end", 6
+        retried, 2, str(tmp_path), train, base, "on_step_end", {1: 6}
     )
     assert failed == ["ValueError: a bad batch"]
     assert len(heard) == 1
@@ -97,7 +99,7 @@ def test_a_second_try_in_the_same_processes_is_as_a_first(tmp_path, train, base)
 @pytest.mark.slow
 def test_an_error_before_training_begins_is_told(tmp_path):
     """In a callback's `on_train_begin`, where the others wait for the start."""
-    given = (str(tmp_path), by_trainer, "local_sgd", "on_train_begin", 0)
+    given = (str(tmp_path), by_trainer, "local_sgd", "on_train_begin", {1: 0})
     (is_right, heard, seconds), (others, failed, _) = run_workers(retried, 2, *given)
     assert failed == ["ValueError: a bad batch"]
     assert len(heard) == 1
@@ -106,3 +108,78 @@ def test_an_error_before_training_begins_is_told(tmp_path):
     assert is_right
     assert others
     assert seconds < patience(15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "steps"), [("overlapped", {0: 9, 1: 7}), ("osgp", {0: 7, 1: 6})])
+def test_a_second_try_where_each_rank_has_failed_by_itself(tmp_path, base, steps):
+    """Nobody has missed anybody, and what one rank has launched nobody joins."""
+    given = (str(tmp_path), by_trainer, base, "on_step_end", steps)
+    for is_right, words, seconds in run_workers(retried, 2, *given):
+        assert is_right
+        assert words == ["ValueError: a bad batch"]
+        assert seconds < patience(15)
+
+
+class OutOfMemory(TrainerCallback):
+    """On both ranks in the first run; rank 1 fails in another way before the one that Trainer begins then."""
+
+    def __init__(self):
+        self.begun, self.there = 0, True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun += 1
+        if dist.get_rank() == 1 and self.begun == 2:
+            raise ValueError("a bad file")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.there:
+            self.there = False
+            raise RuntimeError("CUDA out of memory.")
+
+
+def begun_anew(folder):
+    undisturbed, fails, words = by_trainer(folder, "local_sgd", None), OutOfMemory(), []
+    came = time.monotonic()
+    try:
+        by_trainer(folder, "local_sgd", fails, auto_find_batch_size=True)
+    except Exception as error:
+        words.append(f"{type(error).__name__}: {error}")
+    seconds = time.monotonic() - came
+    return equal(by_trainer(folder, "local_sgd", fails), undisturbed), words, seconds
+
+
+@pytest.mark.slow
+def test_runs_that_trainer_begins_anew_stay_in_step(tmp_path):
+    """`auto_find_batch_size`: one `train` begins two runs, and the second one fails before it has begun on rank 1."""
+    (is_right, (words,), seconds), (others, failed, _) = run_workers(begun_anew, 2, str(tmp_path))
+    assert failed == ["ValueError: a bad file"]
+    assert "left at step 0: ValueError: a bad file" in words
+    assert is_right
+    assert others
+    assert seconds < patience(15)
+
+
+def behind_an_error(folder):
+    """Settings can be others, and nothing holds the Trainer."""
+    fails = FailsOnce("on_step_end", {0: 6, 1: 6})
+    ours = SlowMoCallback(config_of("local_sgd"))
+    trainer = Trainer(
+        model=Regression(),
+        args=arguments(folder, max_steps=10, learning_rate=0.05),
+        train_dataset=Rows(128),
+        callbacks=[ours, fails],
+    )
+    gc.disable()
+    with suppress(ValueError):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    ours.config = SlowMoConfig(sync_every=2, timeout_seconds=patience(20))
+    left = [weakref.ref(trainer), weakref.ref(trainer.model)]
+    del trainer, ours, fails  # the callback has the model
+    return [one() is not None for one in left]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_that_is_caught_leaves_nothing_behind(tmp_path, ranks):
+    assert run_workers(behind_an_error, ranks, str(tmp_path)) == [[False, False]] * ranks

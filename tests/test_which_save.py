@@ -232,7 +232,7 @@ def test_a_folder_that_one_rank_cannot_make_is_told_and_left_clean(tmp_path):
 
 def no_room_for_a_lock(folder):
     class Full(trainer_checkpoints.Claim):
-        def __init__(self, checkpoint):
+        def __init__(self, checkpoint, patience_seconds):
             self._descriptor = None
             raise OSError(28, "No space left on device")
 

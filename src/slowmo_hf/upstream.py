@@ -305,9 +305,16 @@ def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
     `_metrics` of TRL's trainers, trl >= 1.0: by name, what goes into the log's next entry, of training or evaluation,
     and nobody is handed before; None elsewhere (tests/test_trl.py::test_training_steps_gather_nothing).
     """
-    metrics = getattr(trainer, "_metrics", None)
-    mode = "train" if trainer.model.training else "eval"
+    metrics, mode = getattr(trainer, "_metrics", None), "train" if trainer.model.training else "eval"
     return metrics[mode] if isinstance(metrics, dict) and mode in metrics else None
+
+
+def wrap_runs(trainer: Any, wrap: Callable[[Any], Any]) -> None:
+    """
+    `Trainer._inner_training_loop`, transformers >= 4.57: `train` may run it again, with a smaller batch
+    (tests/test_retries.py::test_runs_that_trainer_begins_anew_stay_in_step).
+    """
+    trainer._inner_training_loop = wrap(trainer._inner_training_loop)
 
 
 def push_checkpoint(trainer: Any, folder: str) -> None:

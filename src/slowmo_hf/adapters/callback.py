@@ -126,6 +126,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         self._restore()  # a run that failed (auto_find_batch_size) never reached its end
         self._given_back = given_back_of(self._find_trainer())
         self._given_back.close()  # nor did that of a callback in whose place Trainer has put this one
+        self._given_back.callback(setattr, self, "_training", False)
         sharded = sharded_modules([model])
         refused = refusal([model], optimizer, has_rounds=self.config.has_rounds)
         refuse_resumable_saves(args, model)

@@ -121,10 +121,11 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
     Args:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
     """
-    bare, error = unwrap(optimizer), sys.exc_info()[1]
+    bare = unwrap(optimizer)
     outer_loop = bare.begun()
     if not outer_loop.in_flight.is_over:
-        if isinstance(error, Exception) and outer_loop.workers.count > 1:
+        error = outer_loop.workers.error_on_its_way
+        if isinstance(error, Exception) and not isinstance(error, StopIteration) and outer_loop.workers.count > 1:
             of_this_rank.warning(
                 "slowmo_hf.finish while %s is handled (%s): this rank takes part in the others' rounds until all come "
                 "here, and the error goes on only then. accelerator.end_training() in its place waits for nobody.",

@@ -13,7 +13,7 @@ Settings: TypeAlias = SlowMoConfig | dict[str, Any] | None  # None: the defaults
 
 class ConfigInUse:
     """
-    The attribute `config`: it may be set until training starts, and again when that has ended.
+    The attribute `config`: it may be set until training starts; the callback's again when that has ended.
 
     Args:
         training (`str`): The attribute that is true while its owner trains.
@@ -35,21 +35,21 @@ class ConfigInUse:
         return config
 
     def __set__(self, owner: object, config: SlowMoConfig) -> None:
-        if vars(owner).get(self._training) and config != vars(owner)["config"]:
+        other = _difference(vars(owner)["config"], config) if vars(owner).get(self._training) else ""
+        if other:
             raise ValueError(
-                f"config cannot change while training, got {_difference(vars(owner)['config'], config)}: the rounds "
-                "have what they began with, on all ranks. End this training, and begin another with other settings."
+                f"config cannot change while training, got {other}: the rounds have what they began with, on all "
+                "ranks. End this training, and begin another with other settings."
             )
         vars(owner)["config"] = config
 
 
 def _difference(has: SlowMoConfig, given: Any) -> str:
-    """The first setting that is another, with its values."""
+    """The first setting that is another, with its values; empty where none is."""
     if not isinstance(given, SlowMoConfig):
         return what_is(given)
     now, then = given.to_dict(), has.to_dict()
-    name = next(name for name in now if now[name] != then[name])
-    return f"{name}={now[name]!r} in place of {then[name]!r}"
+    return next((f"{name}={now[name]!r} in place of {then[name]!r}" for name in now if now[name] != then[name]), "")
 
 
 def config_of(config: Any, settings: dict[str, Any], write: str) -> SlowMoConfig:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from ..contents import CheckpointError
 from ..log import logger, of_this_rank
 from ..training.outer_loop import OuterLoop
 
+_NFS_SECONDS = 100.0  # for the lock of a dead machine, which NFS keeps for 90
 _ASIDE = "_incomplete-"  # what begins with "_" Trainer does not push to the Hub
 _OLDER_ASIDE = "incomplete-"  # of older versions
 _FIRST = {LOCK, "config.json", "generation_config.json"}  # what a save begins with
@@ -108,7 +109,8 @@ class TrainerCheckpoints:
         shared = keeping.shared_of(self.outer_loop)
 
         def claim() -> None:
-            self._claim = self._claim or Claim(folder)
+            patience_seconds = min(_NFS_SECONDS, self.outer_loop.config.timeout_seconds / 2)  # the others wait
+            self._claim = self._claim or Claim(folder, patience_seconds)
 
         try:
             begin_together(self.outer_loop, words, folder, keeping, claim)
@@ -144,10 +146,8 @@ class TrainerCheckpoints:
 
         def rotate() -> None:
             if is_sealed:
-                try:
+                with _told(folder):
                     self._rotate(folder, state.best_model_checkpoint)
-                except OSError as error:  # another program deletes, too; the new one is whole
-                    of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", folder, error)
                 stamped.update(stamps(folder))
 
         is_sealed: list[bool] = []
@@ -214,7 +214,8 @@ class TrainerCheckpoints:
         """
         is_ours_to_do = self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals
         if is_ours_to_do and best and Path(best).is_dir():  # or nothing would be left
-            self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
+            with _told(folder):
+                self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
 
     def _rotate(self, newest: Path, best: str | None) -> None:
         """Delete what is over `save_total_limit` beside the newest, neither of these, and all that is set aside."""
@@ -285,6 +286,15 @@ class TrainerCheckpoints:
         words, turn = "the checkpoint cannot be resumed", turn_at_reading(self.outer_loop, folder)
         together(self.outer_loop, words, verify)  # nobody reads what has been found damaged
         return read_together(self.outer_loop, words, check)
+
+
+@contextmanager
+def _told(newest: Path) -> Iterator[None]:
+    """What cannot be deleted is left: another program may delete, too, and the newest is whole."""
+    try:
+        yield
+    except OSError as error:
+        of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", newest, error)
 
 
 def set_aside_unfinished(args: TrainingArguments) -> None:

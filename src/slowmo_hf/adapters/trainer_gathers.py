@@ -76,8 +76,7 @@ class TrainerGathers:
         @functools.wraps(gather)
         def watched(*args: Any, **kwargs: Any) -> Any:
             # An evaluation that a callback asks for in here is none of training.
-            model = self._trainer.model
-            if self._is_inside or not (self._is_stepping and model is not None and model.training):
+            if self._is_inside or not (self._is_stepping and self._is_training):
                 return gather(*args, **kwargs)
             if self._are_for_logs and self._is_in_loss and name != "reduce":
                 self._say(_KEPT)
@@ -92,6 +91,10 @@ class TrainerGathers:
                 self._is_inside = False
 
         return watched
+
+    @property
+    def _is_training(self) -> bool:
+        return self._trainer.model is not None and self._trainer.model.training
 
     def _inside_the_worker(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         group = self._outer_loop.workers.gradients.group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate.state import PartialState
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from .. import upstream
 from ..config import SlowMoConfig
 from ..log import logger
 from ..training.program import Program
@@ -119,26 +121,51 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
     def begun_and_ended(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         if callback_of(self) is None:
             return train(self, *args, **kwargs)
-        job: Any = PartialState()
-        job.wait_for_everyone()  # for what others still save
-        set_aside_unfinished(self.args)
-        job.wait_for_everyone()
-        since = begun()
-        try:
+
+        def begin_and_train() -> Any:
+            job: Any = PartialState()
+            job.wait_for_everyone()  # for what others still save
+            set_aside_unfinished(self.args)
+            job.wait_for_everyone()
             return train(self, *args, **kwargs)
-        except BaseException as error:
-            ours = callback_of(self)
-            timeout = ours.config.timeout_seconds if ours is not None else SlowMoConfig().timeout_seconds
-            named = told_of(error, since, timeout)
-            given_back_of(self).close()
-            if named is not error:
-                raise named from error
-            raise
+
+        try:
+            return _told(self, begin_and_train)
+        finally:
+            if sys.exc_info()[1] is not None:
+                given_back_of(self).close()
 
     return begun_and_ended
 
 
+def _told(trainer: Trainer, train: Callable[[], Any]) -> Any:
+    """What it returns; what it raises, perhaps to be caught, is told to the others at once."""
+    since = begun()
+    try:
+        return train()
+    except BaseException as error:
+        ours = callback_of(trainer)
+        named = error if ours is None else told_of(error, since, ours.config.timeout_seconds)
+        try:
+            if named is not error:
+                raise named from error
+            raise
+        finally:
+            del named  # it holds this frame, and with it the Trainer
+
+
+def _each_told(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`Trainer._inner_training_loop`, of which `auto_find_batch_size` begins several in one `train`."""
+
+    @functools.wraps(run)
+    def told(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        return _told(self, functools.partial(run, self, *args, **kwargs))
+
+    return told
+
+
 Trainer.train = _begun_and_ended(Trainer.train)  # type: ignore[method-assign]
+upstream.wrap_runs(Trainer, _each_told)
 
 
 def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..contents import CheckpointError
 from .files import LOCK
 
-_WAIT_SECONDS = 100.0  # for who looks, which takes a moment, and for the lock of a dead machine: NFS keeps it 90 s
+_WAIT_SECONDS = 5.0  # for who looks, which takes a moment
 
 _held: set[int] = set()  # descriptors
 
@@ -37,18 +37,19 @@ class Claim:
 
     Args:
         checkpoint (`Path`): Its folder; made where there is none.
+        patience_seconds (`float`): How long another program may hold it.
 
     Raises:
         CheckpointError: Another program holds it.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, patience_seconds: float = _WAIT_SECONDS) -> None:
         self._path = checkpoint / LOCK
         self._descriptor: int | None = None
         checkpoint.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         _held.add(descriptor)
-        end = time.monotonic() + _WAIT_SECONDS
+        end = time.monotonic() + patience_seconds
         while time.monotonic() < end:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

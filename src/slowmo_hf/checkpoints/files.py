@@ -201,8 +201,7 @@ def seal_again(checkpoint: str | os.PathLike[str], stamped: Stamps) -> None:
     Write the manifest once more, with what the program has made of files beside ours since they were stamped behind
     the seal: changed ones as they are now, without those that it has deleted.
     """
-    root = Path(checkpoint)
-    now = stamps(root)
+    root, now = Path(checkpoint), stamps(checkpoint)
     changed = [name for name in stamped if now.get(name) != stamped[name] and not name.startswith(f"{FOLDER}/")]
     if not changed or not (root / FOLDER / MANIFEST).is_file():
         return
@@ -233,8 +232,9 @@ def seal(
 
 def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     signed = {**manifest, "sha256": _own_digest(manifest)}
-    for folder in filter(Path.is_dir, {root.parent, root, *((root / name).parent for name in manifest["files"])}):
-        _sync(folder)
+    for folder in {root.parent, root, *((root / name).parent for name in manifest["files"])}:
+        if os.access(folder, os.R_OK):  # the first is the user's own
+            _sync(folder)
     _write(root / FOLDER / MANIFEST, lambda path: path.write_text(json.dumps(signed, indent=1)))
 
 

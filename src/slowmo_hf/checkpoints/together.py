@@ -186,9 +186,10 @@ def finish_together(
         before (`dict`, *optional*): See `file_digests`.
     """
     world = outer_loop.workers.world
-    parts = world.gather_objects(_own_files(outer_loop, folder))
     words, own, found = f"checkpoint {folder} cannot be finished", Digests(), Digests()
-
+    names: list[str] = []
+    together(outer_loop, words, lambda: names.extend(_own_files(outer_loop, folder)))
+    parts = world.gather_objects(names)
     together(outer_loop, words, lambda: own.update(file_digests(folder, keeping.place, len(keeping.mates), before)))
     for rank, digests in enumerate(world.gather_objects(own)):
         found |= digests if rank in keeping.mates else {}
@@ -205,7 +206,9 @@ def _own_files(outer_loop: OuterLoop, folder: Path) -> list[str]:
     """Of this process alone, as it sees them itself."""
     workers = outer_loop.workers
     own = part_name(f"worker_{workers.index}", workers.place, workers.size)
-    return [str(path.relative_to(folder)) for path in (folder / FOLDER).rglob(f"{own}.*")]
+    with suppress(FileNotFoundError):  # another program takes the folder away: who keeps it sees that
+        return [str(path.relative_to(folder)) for path in (folder / FOLDER).rglob(f"{own}.*")]
+    return []
 
 
 def _refuse_missing(folder: Path, written: dict[str, int]) -> None:

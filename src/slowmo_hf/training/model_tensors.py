@@ -107,7 +107,7 @@ class ModelTensors:
         Whether the program has written into the parameters behind the round of this step: reads all of them. As in a
         view, what passes write too does not count alone.
         """
-        if self._written is None:
+        if self._written is None or self.problem():  # which all hear of
             return False
         by_passes = {id(tensor) for tensor in self.written_by_passes()}
         return any(id(param) not in by_passes for param in self._written())

@@ -233,4 +233,6 @@ class Processes:
                 except RuntimeError as error:
                     raise RuntimeError(f"{transfer.words} failed: {first_line(error)}") from error
         transfer.done = True
-        _known().under_way[id(self.group)].remove(transfer)
+        under_way = _known().under_way.get(id(self.group), [])
+        if transfer in under_way:  # else the groups have been forgotten, by another run of this process
+            under_way.remove(transfer)

@@ -29,7 +29,7 @@ _COUNT = "count"
 _GIVEN_UP = 8  # that an error names
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _begun: list[int] = []  # of them
-_spent: list[str] = []  # collectives of ours that have failed since groups were made: their groups are not used again
+_spent: list[str] = []  # why groups of this process are not used again: a run has failed in them
 _going: list[
     RollCall
 ] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
@@ -181,6 +181,7 @@ class RollCall:
             return words
         self._hurry()
         self.has_explained = True
+        _spend(words)
         words = self.register.say_first("told", words)
         for whose in (self.rank, ANY):
             self.register.try_to_say("failed", whose)
@@ -209,6 +210,7 @@ class RollCall:
         others = [rank for rank in ranks if rank != self.rank]
         too_late = error is None or is_timeout(error)
         until = time.monotonic() + _ROLL_SECONDS + _SECOND_SECONDS * self.register.has("failed", ANY)
+        _spend(first_line(error) if error is not None else "a rank was missed")
         for whose in (self.rank, ANY):
             self.register.try_to_say("failed", whose)
         absent = self.register.absent(others, until)
@@ -217,7 +219,6 @@ class RollCall:
             return ValueError(told["cause"])
         if self.store.silent:
             return self._lost(error or StoreError("no answer"))
-        _spent.append(first_line(error) if error is not None else "a rank was missed")
         causes = [self._words(rank, too_late, limit) for rank in absent]
         here = f"It was missed at step {self.register.where}, by rank {self.rank} on {self.register.host}"
         if causes:
@@ -288,8 +289,8 @@ def meet_at_the_start(roll_call: RollCall) -> bool:
     The first meeting of a run.
 
     Returns:
-        `bool`: Whether groups are to be made anew: on some rank a collective of an earlier run has failed, and another
-        may be left in them.
+        `bool`: Whether groups are to be made anew: on some rank an earlier run has failed, and what it or another rank
+        has launched may be left in them.
 
     Raises:
         RuntimeError: As `RollCall.enter`.
@@ -329,9 +330,15 @@ def _last_words(error: BaseException, runs: list[RollCall]) -> BaseException:
     if newest and len(newest.coupled) > 1 and is_collective_failure(error) and not newest.has_explained:
         named = newest.explain(error, newest.coupled, newest.coupled_limit)
         named.__cause__, error = error, named
+    if runs:
+        _spend(first_line(error))  # what this rank has launched may still be in them
     for run in runs:
         run.leave(f"{type(error).__name__}: {first_line(error)}")
     return error
+
+
+def _spend(why: str) -> None:
+    _spent[:] = _spent or [why]
 
 
 @lru_cache

@@ -53,6 +53,7 @@ class Workers:
     def __init__(self, config: SlowMoConfig, device: torch.device, mates: Sequence[int] | None = None) -> None:
         self.config, self.device, self._mates = config, device, mates
         self.speaks_for = ""  # which of a program's optimizers, in words
+        self._begun_under = id(sys.exc_info()[1])
         self.roll_call = RollCall(config.timeout_seconds)
         weakref.finalize(self, self.roll_call.leave_later, "its optimizer was let go").atexit = False
         if meet_at_the_start(self.roll_call):
@@ -169,9 +170,15 @@ class Workers:
         Training goes on: only a worker's own processes meet in collectives that are not ours. Not where the failure of
         another one is on its way: it will be told of those that met there.
         """
-        error = sys.exc_info()[1]
+        error = self.error_on_its_way
         if error is None or not is_collective_failure(error):
             self.roll_call.coupled, self.roll_call.coupled_limit = self.gradients.ranks, ""
+
+    @property
+    def error_on_its_way(self) -> BaseException | None:
+        """What is being handled now, and was not when the run began: a program may begin one behind an error."""
+        error = sys.exc_info()[1]
+        return None if id(error) == self._begun_under else error
 
     def all_may_meet(self) -> None:
         """After a meeting for a log, an evaluation or a save: Trainer gathers over the whole job."""
