@@ -20,7 +20,7 @@ from .job import job_store, leave_job, processes_in_job, rank_in_job
 from .job_store import JobStore, StoreError
 from .register import ANY, Register
 
-OF_THE_JOB = "the time limit of torch.distributed's own group (TrainingArguments: ddp_timeout)"
+OF_THE_JOB = " (in a collective of torch's own group: ddp_timeout)"
 _ROLL_SECONDS = 3.0  # for the survivors of a failure to say that they live, and for the store to answer then
 _SECOND_SECONDS = 0.5  # longer for who fails behind another, whose words it hears
 _LAST_SECONDS = 1.0  # for a process that lets everything go because it ends to say that
@@ -62,7 +62,7 @@ class RollCall:
         self.order = len(_begun)  # among the runs of this process
         self.register = Register(self.store, run, self.rank)
         self.coupled: Sequence[int] = ()  # ranks that now meet in collectives which are not ours
-        self.coupled_limit = ""  # theirs; `timeout_seconds` where it is empty
+        self.coupled_limit = ""  # another one than `timeout_seconds` that theirs may have, in words
         self.has_explained = False
         self._meeting = 0
         if self.store is not None:
@@ -200,11 +200,11 @@ class RollCall:
         Args:
             error (`BaseException`, *optional*): What a collective raised here; None where somebody was missed.
             ranks (`Iterable[int]`): Who took part.
-            limit (`str`, *optional*): The one that a rank may not have kept; `timeout_seconds` where it is empty.
+            limit (`str`, *optional*): Another one than `timeout_seconds` that a rank may not have kept, in words.
         """
         if self.store is None:
             return RuntimeError(str(error))
-        limit = f", within {limit}" if limit else f", within timeout_seconds={self.timeout_seconds:g}"
+        limit = f", within timeout_seconds={self.timeout_seconds:g}{limit}"
         self._hurry()
         self.has_explained = True
         others = [rank for rank in ranks if rank != self.rank]
