@@ -411,5 +411,5 @@ def what_a_method_keeps(folder):
 def test_a_trainer_goes_where_its_function_goes_on(tmp_path, ranks):
     """As a stock one's: before Python 3.13 a frame whose locals were read would hold them until it returns."""
     stock, *ours = run_workers(what_a_method_keeps, ranks, str(tmp_path))[0]
-    assert stock == [False, False]
-    assert ours == [[False] * 3] * 2
+    assert ours == [[*stock, False]] * 2  # the last: the slow state
+    assert stock == [False, False] or IS_TRANSFORMERS_4
