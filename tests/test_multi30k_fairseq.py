@@ -139,6 +139,25 @@ def test_the_page_has_fairseq_beside_ar_adam():
     assert f"fairseq's own last ones differ by {max(last) - min(last):.1f} between {len(theirs)} seeds" in words
 
 
+def test_the_page_has_the_runs_at_the_published_size():
+    """Each is within 1 of the figure, and ended by itself."""
+    page, words, results = (DOCS / "multi30k.md").read_text(), page_of("multi30k"), page_of("results")
+    assert multi30k_tables.at_the_published_size(RECORDS) in page
+    (record,) = [json.loads(path.read_text()) for path in (RECORDS / "multi30k/published").glob("*.json")]
+    metrics = record["metrics"]
+    assert abs(metrics[multi30k_tables.AS_PUBLISHED] - multi30k_tables.FIGURE) < 1
+    assert f"within 1, one seed: {metrics[multi30k_tables.AS_PUBLISHED]:.2f}. At a sixth of it no" in results
+    assert f"(one seed at its size has {metrics[multi30k_tables.AS_PUBLISHED]:.2f})" in results.replace("> ", "")
+    of_others = [metrics[f"test_bleu_tokenised_lowercase{which}"] for which in ("", "_best", "_mean_of_5")]
+    told = "The last model alone has {:.2f}, the best by NLL {:.2f}, the mean of five {:.2f}.".format(*of_others)
+    assert told in words
+    passes = len(record["curve"])
+    assert f"ended by itself after {passes} passes, {record['steps']:,} of 8,000 updates: ten in a row had no" in words
+    assert passes == record["epochs_of_models"]["best"][0] + 10
+    assert (record["num_beams"], record["length_penalty"]) == (5, 1.0)
+    assert f"{record['seconds'] / 3600:.1f} hours on two cores" in words
+
+
 def test_fairseqs_records_are_of_the_runs_of_ours():
     """The same data, tokens per update and search as AR-Adam's of the same seed, and every score of theirs."""
     for path in sorted((RECORDS / "multi30k").glob("fairseq_*.json")):
