@@ -123,17 +123,20 @@ def at_the_published_size(folder: Path) -> str:
     ]
     records = [record for run in published("multi30k") if (record := find_record(run, folder))]
     for record in records:
-        metrics, (best,) = record["metrics"], record["epochs_of_models"]["best"]
-        told = [record["seed"], f"{len(record['curve'])}, {best}", f"{record['steps']:,}"]
-        told += [f"{metrics[AS_PUBLISHED]:.2f}", f"{metrics[AS_PUBLISHED] - FIGURE:+.2f}"]
-        told += [f"{metrics[name]:.{digits}f}" for name, digits in BESIDE.items()]
-        lines.append(f"| {' | '.join(map(str, told))} |")
+        (best,) = record["epochs_of_models"]["best"]
+        told = [str(record["seed"]), f"{len(record['curve'])}, {best}", f"{record['steps']:,}"]
+        lines.append(f"| {' | '.join([*told, *_beside_the_figure([record])])} |")
     if len(records) > 1:
-        bleus, *beside = ([one["metrics"][name] for one in records] for name in (AS_PUBLISHED, *BESIDE))
-        told = [_cell(bleus, "", 2), _cell([bleu - FIGURE for bleu in bleus], "+", 2)]
-        told += [_cell(values, "", digits) for values, digits in zip(beside, BESIDE.values(), strict=True)]
-        lines.append(f"| {' | '.join(['mean', '', '', *told])} |")
+        lines.append(f"| {' | '.join(['mean', '', '', *_beside_the_figure(records)])} |")
     return "\n".join(lines)
+
+
+def _beside_the_figure(records: list[dict[str, Any]]) -> list[str]:
+    """BLEU as published, its distance to the figure, and what is beside it."""
+    values = {name: [record["metrics"][name] for record in records] for name in (AS_PUBLISHED, *BESIDE)}
+    bleus = values[AS_PUBLISHED]
+    distance = _cell([bleu - FIGURE for bleu in bleus], "+", 2)
+    return [_cell(bleus, "", 2), distance, *(_cell(values[name], "", digits) for name, digits in BESIDE.items())]
 
 
 def _cells(values: list[float], digits: int) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from ..checkpoints.places import SHARED
 from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
 from ..checkpoints.together import (
     begin_together,
+    deleting_older_than,
     finish_together,
     keeps_files,
     read_together,
@@ -29,7 +30,7 @@ from ..checkpoints.together import (
     turn_at_reading,
 )
 from ..contents import CheckpointError, Contents
-from ..log import logger, of_this_rank
+from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
 from ..wire.job import is_in_process, rank_in_job
@@ -192,15 +193,19 @@ def _write(
 
 def _rotate(newest: Path, limit: int) -> None:
     """Delete the oldest beside it, on each file system, so that `total_limit` are left."""
-    found = [(int(match[1]), path) for path in newest.parent.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
-    older = [path for _, path in sorted(found) if path != newest]
-    try:
+    found = _numbered(newest.parent)
+    older = [path for path in found if path != newest]
+    with deleting_older_than(newest):
         for path in older[: max(0, len(found) - limit)]:
             logger.info("deleting %s: total_limit=%d", path, limit)
             (path / FOLDER / MANIFEST).unlink(missing_ok=True)  # half deleted it is no checkpoint
             shutil.rmtree(path)
-    except OSError as error:  # another program deletes, too; the new one is whole
-        of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", newest, error)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Accelerate's checkpoints in a folder, the oldest first."""
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def _is_whole_on_each(accelerator: Accelerator, begun: dict[str, OuterLoop]) -> bool:
@@ -265,12 +270,11 @@ def _whole_one(accelerator: Accelerator) -> str | None:
     folder = Path(str(accelerator.project_dir)) / "checkpoints"
     if not (accelerator.project_configuration.automatic_checkpoint_naming and folder.is_dir()):
         return None
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
-    newest_first = [path for _, path in sorted(numbered, reverse=True)]
-    whole = next((path for path in newest_first if not _was_cut_off(path)), None)
-    if whole is None or whole == newest_first[0]:
+    found = _numbered(folder)
+    whole = next((path for path in reversed(found) if not _was_cut_off(path)), None)
+    if whole is None or whole == found[-1]:
         return None
-    logger.warning("%s was never finished: %s is loaded in its place", newest_first[0], whole.name)
+    logger.warning("%s was never finished: %s is loaded in its place", found[-1], whole.name)
     return str(whole)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..checkpoints.together import (
     Checked,
     Keeping,
     begin_together,
+    deleting_older_than,
     finish_together,
     keeps_files,
     read_together,
@@ -146,7 +147,7 @@ class TrainerCheckpoints:
 
         def rotate() -> None:
             if is_sealed:
-                with _told(folder):
+                with deleting_older_than(folder):
                     self._rotate(folder, state.best_model_checkpoint)
                 stamped.update(stamps(folder))
 
@@ -214,7 +215,7 @@ class TrainerCheckpoints:
         """
         is_ours_to_do = self._given["save_total_limit"] == 1 and self._keeping is not None and self._keeping.seals
         if is_ours_to_do and best and Path(best).is_dir():  # or nothing would be left
-            with _told(folder):
+            with deleting_older_than(folder):
                 self._delete(path for path in self._ended(folder) if path.resolve() != Path(best).resolve())
 
     def _rotate(self, newest: Path, best: str | None) -> None:
@@ -286,15 +287,6 @@ class TrainerCheckpoints:
         words, turn = "the checkpoint cannot be resumed", turn_at_reading(self.outer_loop, folder)
         together(self.outer_loop, words, verify)  # nobody reads what has been found damaged
         return read_together(self.outer_loop, words, check)
-
-
-@contextmanager
-def _told(newest: Path) -> Iterator[None]:
-    """What cannot be deleted is left: another program may delete, too, and the newest is whole."""
-    try:
-        yield
-    except OSError as error:
-        of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", newest, error)
 
 
 def set_aside_unfinished(args: TrainingArguments) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -131,9 +130,9 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             return _told(self, begin_and_train)
-        finally:
-            if sys.exc_info()[1] is not None:
-                given_back_of(self).close()
+        except BaseException:
+            given_back_of(self).close()
+            raise
 
     return begun_and_ended
 

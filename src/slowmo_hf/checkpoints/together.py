@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..contents import CheckpointError
+from ..log import of_this_rank
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name, said_by_ranks
 from .files import FOLDER, MANIFEST, Digests, Stamps, file_digests
@@ -186,20 +187,35 @@ def finish_together(
         before (`dict`, *optional*): See `file_digests`.
     """
     world = outer_loop.workers.world
-    words, own, found = f"checkpoint {folder} cannot be finished", Digests(), Digests()
-    names: list[str] = []
-    together(outer_loop, words, lambda: names.extend(_own_files(outer_loop, folder)))
-    parts = world.gather_objects(names)
-    together(outer_loop, words, lambda: own.update(file_digests(folder, keeping.place, len(keeping.mates), before)))
-    for rank, digests in enumerate(world.gather_objects(own)):
-        found |= digests if rank in keeping.mates else {}
+    world.gather_objects(None)
+    words, own, names = f"checkpoint {folder} cannot be finished", Digests(), list[str]()
+
+    def read() -> None:
+        names.extend(_own_files(outer_loop, folder))
+        own.update(file_digests(folder, keeping.place, len(keeping.mates), before))
+
+    together(outer_loop, words, read)
+    told = world.gather_objects((names, own))
+    found, written = Digests(), dict[str, int]()
+    for rank in keeping.mates:
+        found |= told[rank][1]
+        written |= dict.fromkeys(told[rank][0], rank)
 
     def act_on_all() -> None:
         if keeping.seals and (folder / FOLDER).is_dir():
-            _refuse_missing(folder, {name: rank for rank in keeping.mates for name in parts[rank]})
+            _refuse_missing(folder, written)
         act(found)
 
     together(outer_loop, words, act_on_all)
+
+
+@contextmanager
+def deleting_older_than(newest: Path) -> Iterator[None]:
+    """What cannot be deleted is left: another program may delete, too, and the newest is whole."""
+    try:
+        yield
+    except OSError as error:
+        of_this_rank.warning("checkpoints older than %s cannot be deleted (%s)", newest, error)
 
 
 def _own_files(outer_loop: OuterLoop, folder: Path) -> list[str]:

@@ -29,7 +29,7 @@ _COUNT = "count"
 _GIVEN_UP = 8  # that an error names
 _runs = itertools.count()  # runs of this process; every rank of a job starts as many
 _begun: list[int] = []  # of them
-_spent: list[str] = []  # why groups of this process are not used again: a run has failed in them
+_spent = threading.Event()  # a run has failed in this process's groups: they are not used again
 _going: list[
     RollCall
 ] = []  # the newest last; held until a last word is left: at a process's end its objects may be gone already
@@ -181,7 +181,7 @@ class RollCall:
             return words
         self._hurry()
         self.has_explained = True
-        _spend(words)
+        _spent.set()
         words = self.register.say_first("told", words)
         for whose in (self.rank, ANY):
             self.register.try_to_say("failed", whose)
@@ -210,7 +210,7 @@ class RollCall:
         others = [rank for rank in ranks if rank != self.rank]
         too_late = error is None or is_timeout(error)
         until = time.monotonic() + _ROLL_SECONDS + _SECOND_SECONDS * self.register.has("failed", ANY)
-        _spend(first_line(error) if error is not None else "a rank was missed")
+        _spent.set()
         for whose in (self.rank, ANY):
             self.register.try_to_say("failed", whose)
         absent = self.register.absent(others, until)
@@ -295,8 +295,8 @@ def meet_at_the_start(roll_call: RollCall) -> bool:
     Raises:
         RuntimeError: As `RollCall.enter`.
     """
-    if _spent:
-        roll_call.register.try_to_say("spent", ANY, _spent[0])
+    if _spent.is_set():
+        roll_call.register.try_to_say("spent", ANY)
     roll_call.enter(0, "the start")
     _spent.clear()
     return roll_call.register.has("spent", ANY)
@@ -331,14 +331,10 @@ def _last_words(error: BaseException, runs: list[RollCall]) -> BaseException:
         named = newest.explain(error, newest.coupled, newest.coupled_limit)
         named.__cause__, error = error, named
     if runs:
-        _spend(first_line(error))  # what this rank has launched may still be in them
+        _spent.set()  # what this rank has launched may still be in them
     for run in runs:
         run.leave(f"{type(error).__name__}: {first_line(error)}")
     return error
-
-
-def _spend(why: str) -> None:
-    _spent[:] = _spent or [why]
 
 
 @lru_cache
