@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from harness import patience
 from slowmo_hf import SlowMoCallback, SlowMoConfig
-from slowmo_hf.checkpoints.files import verify_checkpoint
+from slowmo_hf.checkpoints.manifest import verify_checkpoint
 from slowmo_hf.contents import CheckpointError
 from tiny import Recorder, Regression, Rows, arguments, equal, recorded
 

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-import slowmo_hf.checkpoints.files
+import slowmo_hf.checkpoints.manifest
 import slowmo_hf.checkpoints.state
 from harness import patience, run_workers
 from saved_runs import CONFIG, GOSSIP, MIDDLE, STEPS, contents, copy, train, whole
 from slowmo_hf import SlowMoConfig
-from slowmo_hf.checkpoints.files import file_digests, seal, verify_checkpoint, verify_in_turns
+from slowmo_hf.checkpoints.manifest import file_digests, seal, verify_checkpoint, verify_in_turns
 from slowmo_hf.contents import CheckpointError
 from tiny import Regression, error_of, values
 
@@ -112,13 +112,13 @@ class Reads(TrainerCallback):
     """How many bytes this process has read for digests."""
 
     def __init__(self):
-        self.bytes, digest = 0, slowmo_hf.checkpoints.files._digest
+        self.bytes, digest = 0, slowmo_hf.checkpoints.manifest._digest
 
         def counted(path):
             self.bytes += path.stat().st_size
             return digest(path)
 
-        slowmo_hf.checkpoints.files._digest = counted
+        slowmo_hf.checkpoints.manifest._digest = counted
 
 
 def _check_readers(folder):
@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_refused_on_both_ranks_before_the_first_step(saved,
         "other step": ("worker 1", "attempted_steps 4", "Resume from another checkpoint"),
         "all of other step": ("trainer_state.json is of save", "-5'", "-4'", "they are of different saves"),
         "other run": ("worker 1", "run 'another'", "Resume from another checkpoint"),
-        "version": ("worker_1.json has version 7", "reads 1"),
+        "version": ("worker_1.json is of format 7", "reads format 1", "another release has written it"),
         "nameless": ("worker 1", "run None"),
         "emptied tensors": ("rank 1", "parameter."),
         "sync_every": ("sync_every is 3", "Set sync_every=4"),

@@ -21,7 +21,8 @@ from harness import patience, run_workers
 from saved_runs import EPOCH, MIDDLE, STEPS, checkpoints, contents, copy, heard, rank0, same_end, train, whole
 from slowmo_hf import SlowMoConfig
 from slowmo_hf.checkpoints.claim import Claim, is_claimed
-from slowmo_hf.checkpoints.files import LOCK, file_digests, read_part, seal, verify_checkpoint, write_part
+from slowmo_hf.checkpoints.files import LOCK, read_part, write_part
+from slowmo_hf.checkpoints.manifest import file_digests, seal, verify_checkpoint
 from slowmo_hf.contents import CheckpointError, Contents
 from tiny import equal, stand_in_for_the_hub
 

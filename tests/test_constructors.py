@@ -403,6 +403,27 @@ assert SlowMoCallback().config == SlowMoConfig()
     assert done.returncode == 0, done.stderr
 
 
+def test_a_transformers_that_does_not_fit_is_named_with_the_cause():
+    """Three tries wrap nothing."""
+    program = """
+import transformers, slowmo_hf
+train = transformers.Trainer.train
+del transformers.Trainer._inner_training_loop
+for _ in range(3):
+    try:
+        from slowmo_hf import SlowMoCallback
+    except ImportError as error:
+        print(error, "|", type(error.__cause__).__name__)
+assert transformers.Trainer.train is train
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (told,) = {line for line in done.stdout.splitlines() if line.startswith("SlowMoCallback")}
+    assert "does not work with the installed transformers: " in told
+    assert "_inner_training_loop" in told
+    assert told.endswith("| AttributeError")
+
+
 def test_a_subclass_of_the_config_keeps_its_own_fields_and_arguments():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Noted(SlowMoConfig):

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.checkpoints.files import read_part, refuse_another_save, verify_checkpoint, write_part
+from slowmo_hf.checkpoints.files import read_part, write_part
+from slowmo_hf.checkpoints.manifest import refuse_another_save, verify_checkpoint
 from slowmo_hf.checkpoints.state import check_snapshot, save_names, seal_snapshot, write_snapshot
 from slowmo_hf.checkpoints.together import read_together
 from slowmo_hf.contents import CheckpointError, Contents

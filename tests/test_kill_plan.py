@@ -15,7 +15,8 @@ import kill
 import kill_jobs
 import kill_runs
 from kill_runs import Kill, Run
-from slowmo_hf.checkpoints.files import seal, write_part
+from slowmo_hf.checkpoints.files import write_part
+from slowmo_hf.checkpoints.manifest import seal
 from slowmo_hf.contents import Contents
 
 # ---- the moments ----

@@ -37,7 +37,7 @@ WINGS = {
         ["fully_sharded"],
         ["alive"],
     ],
-    "checkpoints": [["claim", "last_lines", "state"], ["together"], ["places"], ["files"]],
+    "checkpoints": [["last_lines", "state"], ["together"], ["claim", "manifest", "places"], ["files"]],
     "training": [
         ["outer_loop"],
         ["ending", "gradients", "slow_state_dict", "start_table"],

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from slowmo_hf import SlowMoCallback, SlowMoConfig, verify_checkpoint
 from slowmo_hf.checkpoints.claim import is_claimed
-from slowmo_hf.checkpoints.files import is_whole, seal
+from slowmo_hf.checkpoints.manifest import is_whole, seal
 from slowmo_hf.contents import CheckpointError
 from tiny import Heard, arguments, values
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import fsdp
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, consensus, verify_checkpoint
-from slowmo_hf.checkpoints.files import FOLDER, seal
+from slowmo_hf.checkpoints.files import FOLDER
+from slowmo_hf.checkpoints.manifest import seal
 from slowmo_hf.contents import CheckpointError
 from tiny import Regression, Rows, equal, two_groups, values
 

@@ -20,7 +20,8 @@ from harness import patience, run_workers
 from saved_runs import MIDDLE, STEPS, checkpoints, contents, rank0, same_end, train, whole
 from slowmo_hf import CheckpointError, SlowMoConfig, SlowMoOptimizer, verify_checkpoint
 from slowmo_hf.adapters.accelerate_checkpoints import _rotate
-from slowmo_hf.checkpoints.files import LOCK, file_digests, is_whole, stamps
+from slowmo_hf.checkpoints.files import LOCK
+from slowmo_hf.checkpoints.manifest import file_digests, is_whole, stamps
 from slowmo_hf.checkpoints.together import Keeping, finish_together
 from slowmo_hf.wire.communicator import Communicator
 

@@ -6,7 +6,7 @@ from .adapters.accelerate_checkpoints import register_for_checkpointing
 from .adapters.functions import consensus, finish, join, last_round, stop_requested
 from .adapters.optimizer import SlowMoOptimizer
 from .adapters.stop_signals import REQUEUE_EXIT_CODE
-from .checkpoints.files import verify_checkpoint
+from .checkpoints.manifest import verify_checkpoint
 from .config import SlowMoConfig
 from .contents import CheckpointError
 from .training.report import RoundReport
@@ -35,14 +35,21 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """`SlowMoCallback` comes when it is asked for, and transformers with it: custom loops need no Trainer."""
-    if name == "SlowMoCallback":
-        from .adapters.callback import SlowMoCallback
+if not TYPE_CHECKING:  # a checker of types would take any name
 
-        globals()[name] = SlowMoCallback
-        return SlowMoCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`SlowMoCallback` comes when it is asked for, and transformers with it: custom loops need no Trainer."""
+        if name == "SlowMoCallback":
+            try:
+                from .adapters.callback import SlowMoCallback
+            except AttributeError as error:  # Python would drop it, and its cause
+                raise ImportError(
+                    f"SlowMoCallback does not work with the installed transformers: {error}. docs/compatibility.md "
+                    "names the tested versions."
+                ) from error
+            globals()[name] = SlowMoCallback
+            return SlowMoCallback
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,8 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBa
 from torch.utils.data import DataLoader
 
 from .. import upstream
-from ..checkpoints.files import FOLDER, MANIFEST, Digests, Stamps, read_part, stamps, verify_in_turns, write_part
+from ..checkpoints.files import FOLDER, MANIFEST, read_part, write_part
+from ..checkpoints.manifest import Digests, Stamps, stamps, verify_in_turns
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
 from ..checkpoints.together import (

@@ -6,6 +6,7 @@ error, from which checkpoint to go on.
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import weakref
 from typing import Any
@@ -15,6 +16,7 @@ from ..checkpoints.last_lines import Saves
 from ..wire.job import is_in_process
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_told.clear)  # its own process says it
 
 
 def _all_are_finished() -> bool:

@@ -18,9 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
-from ..checkpoints.files import (
-    FOLDER,
-    LOCK,
+from ..checkpoints.files import FOLDER, LOCK, MANIFEST
+from ..checkpoints.manifest import (
     TRAINER_STATE,
     Digests,
     Stamps,
@@ -238,8 +237,12 @@ class TrainerCheckpoints:
     def _delete(self, checkpoints: Iterable[Path]) -> None:
         for path in checkpoints:
             logger.info("deleting %s: save_total_limit=%d", path, self._given["save_total_limit"])
-            # Under another name: a half-deleted folder is no checkpoint.
-            shutil.rmtree(_set_aside(path), ignore_errors=True)
+            try:  # half deleted it is no checkpoint
+                path = _set_aside(path)
+            except OSError:  # a file system that renames no folders
+                for name in (f"{FOLDER}/{MANIFEST}", TRAINER_STATE):
+                    (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
 
     # ---- resuming ----
 

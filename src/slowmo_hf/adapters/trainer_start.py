@@ -163,8 +163,8 @@ def _each_told(run: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
+upstream.wrap_runs(Trainer, _each_told)  # first: where it fails, nothing is wrapped
 Trainer.train = _begun_and_ended(Trainer.train)  # type: ignore[method-assign]
-upstream.wrap_runs(Trainer, _each_told)
 
 
 def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:

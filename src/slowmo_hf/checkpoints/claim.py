@@ -7,11 +7,15 @@ nobody. Where the file system has no locks, nothing is held and nobody is seen.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:
+    raise ImportError("slowmo_hf saves checkpoints on Linux. On Windows train in WSL.") from error
 
 from ..contents import CheckpointError
 from .files import LOCK
@@ -70,9 +74,10 @@ class Claim:
     def release(self) -> None:
         """Let go, once; the file goes with it."""
         if self._descriptor is not None:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-            _close(self._descriptor)
+            if self._descriptor in _held:  # else the lock is a parent's
+                with suppress(OSError):
+                    self._path.unlink(missing_ok=True)
+                _close(self._descriptor)
             self._descriptor = None
 
     def __del__(self) -> None:

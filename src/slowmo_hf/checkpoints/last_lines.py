@@ -19,10 +19,11 @@ from types import TracebackType
 
 from ..wire.failures import is_collective_failure
 from ..wire.job import host_name, rank_in_job
-from .files import is_whole
+from .manifest import is_whole
 
 _PACKAGE = Path(__file__).parents[1]
-_SECRET = re.compile(r"(token|key|password|secret)$", re.IGNORECASE)  # of a flag's name
+_SECRET = re.compile(r"(token|key|passw(or)?d|pwd|secret|credential)s?$", re.IGNORECASE)  # of a flag's name
+_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")  # of an address
 _runs: list[Saves] = []  # those that train, the newest last
 
 
@@ -78,10 +79,10 @@ def _command() -> str:
     words, is_secret = [], False
     for word in sys.orig_argv:
         name, equals, _ = word.partition("=")
-        is_flag = word.startswith("-")
-        names_secret = is_flag and bool(_SECRET.search(name))
-        words.append("***" if is_secret and not is_flag else f"{name}=***" if names_secret and equals else word)
-        is_secret = names_secret and not equals
+        names_secret = bool(_SECRET.search(name))
+        shown = f"{name}=***" if names_secret and equals else _LOGIN.sub("***@", word)
+        words.append("***" if is_secret else shown)
+        is_secret = names_secret and not equals and word.startswith("-") and not is_secret
     command = shlex.join(words)
     if "LOCAL_RANK" in os.environ:
         return f"in the script that the job's launch command starts again. This process of it: {command}"

@@ -37,7 +37,8 @@ from ..contents import CheckpointError, Contents, Saved, check_all, save_all
 from ..log import logger
 from ..training.inner_state import OBJECT, SHARDS
 from ..training.outer_loop import OuterLoop
-from .files import Digests, Stamps, seal, write_part
+from .files import write_part
+from .manifest import Digests, Stamps, seal
 from .places import SHARED, part_name, read_for
 from .together import Checked
 
@@ -138,6 +139,12 @@ def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None, 
             )
     if step is not None and shared.count("attempted_steps") != step:
         raise CheckpointError(f"{folder} is of step {shared.count('attempted_steps')}, Trainer's of step {step}.")
+    for name, value in own.objects.items():
+        if not isinstance(value, dict):
+            raise CheckpointError(
+                f"{own.source}.pt: {name} is {type(value).__name__}, not a state dictionary. Resume from another "
+                "checkpoint."
+            )
     same_number = then == workers.count
     if not same_number:
         _say_another_number(folder, then, outer_loop)
@@ -188,16 +195,18 @@ def _comparable(fingerprint: list[str], outer_loop: OuterLoop) -> list[str]:
 
 def _check(folder: Path, shared: Contents, outer_loop: OuterLoop) -> None:
     # An older one lacks later settings.
-    saved, now = (
-        SlowMoConfig().to_dict() | shared.part("config").settings,
-        outer_loop.config.to_dict(),
-    )
+    saved, now = (SlowMoConfig().to_dict() | shared.part("config").settings, outer_loop.config.to_dict())
     for name in _FIXED:
         if saved.get(name) != now[name]:
             raise CheckpointError(
                 f"{name} is {now[name]!r}, but {folder} was saved with {saved.get(name)!r}, which gives its state its "
                 f"meaning. Set {name}={saved.get(name)!r} to resume; or load its model and begin a new run."
             )
+    if unknown := sorted(saved.keys() - now.keys()):
+        raise CheckpointError(
+            f"{shared.source}.json: config has settings that this slowmo_hf does not know ({', '.join(unknown)}): a "
+            "newer release has written it. Install that one on every machine, or load its model and begin a new run."
+        )
     changed = {
         name: (saved.get(name), value)
         for name, value in now.items()

@@ -17,7 +17,8 @@ from ..contents import CheckpointError
 from ..log import of_this_rank
 from ..training.outer_loop import OuterLoop
 from ..wire.job import host_name, said_by_ranks
-from .files import FOLDER, MANIFEST, Digests, Stamps, file_digests
+from .files import FOLDER, MANIFEST
+from .manifest import Digests, Stamps, file_digests
 from .places import part_name
 
 

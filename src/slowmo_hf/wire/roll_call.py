@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import sys
 import threading
 import time
@@ -362,6 +363,16 @@ def _leave_notes() -> None:
     while not _ended.wait(_NOTE_SECONDS):
         for roll_call in list(_going):
             roll_call.register.note()
+
+
+def _forget_in_child() -> None:
+    """A child of fork is no process of the job: its end is not this rank's."""
+    _going.clear()
+    atexit.unregister(_at_exit)
+    _listen.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _at_exit() -> None:
