@@ -124,7 +124,7 @@ class PiecewiseUpdate:
 
     def restore(self, contents: Contents) -> Restored:
         """As `OuterUpdate.restore`."""
-        lrs = contents.numbers("previous_inner_lrs", len(self.optimizer.param_groups), least=0)
+        lrs = contents.numbers("previous_inner_lrs", len(self.optimizer.param_groups))
 
         def take_up() -> None:
             for group, previous in zip(self.optimizer.param_groups, lrs, strict=True):

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+# A rise of the learning rate between two rounds above which the old one was zero but for rounding, as at the end of a
+# `LinearLR` to 0: what its round has left has no digit that fp32 would keep beside the new steps.
+_MOST = 2.0**24
+
 
 @torch.no_grad()
 def slow_momentum_update_(
@@ -43,7 +47,7 @@ class SlowMomentum(torch.optim.Optimizer):
     (anchor minus average), and v = gamma * u with u the paper's slow momentum: nothing is divided by the gamma of this
     round. Where gamma_t = 0 the paper's u has no value for Delta_t: momentum moves nothing (alpha
     gamma_t u = 0), the average is kept (anchor - alpha Delta_t), u decays by beta, and the next ratio is taken to the
-    last gamma that was not 0.
+    last gamma that was not 0. A ratio above 2^24 begins with fresh momentum: its v_{t-1} is rounding.
 
     Args:
         anchors (`Iterable[torch.Tensor]` or parameter groups): fp32 or fp64 tensors. Updated in place. A group per
@@ -78,6 +82,8 @@ class SlowMomentum(torch.optim.Optimizer):
             anchor.sub_(pseudo_grad, alpha=outer_lr)
             return velocity
         lr_ratio = group["inner_lr"] / group["previous_inner_lr"] if group["previous_inner_lr"] else 1.0
+        if abs(lr_ratio) > _MOST:
+            lr_ratio = 0.0
         slow_momentum_update_(
             anchor, pseudo_grad, velocity, outer_lr=outer_lr, outer_momentum=outer_momentum, lr_ratio=lr_ratio
         )

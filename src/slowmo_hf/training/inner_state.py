@@ -23,6 +23,7 @@ SHARDS = "inner_optimizer_shards"  # there, what its DTensors were
 # Optimizers that write `x0 - sums` over the parameters, whatever these are by then; and whether a reset reaches all of
 # it: D-Adaptation keeps a part in its groups.
 _OWN_STARTS = {"MirrorMADGRAD": True, "MADGRAD": True, "DAdaptSGD": False, "DAdaptAdaGrad": False}
+_COUNTS = ("step", "mu_product", "eta", "mu")  # of torch's optimizers, where every parameter is a number
 
 
 class InnerState:
@@ -141,9 +142,13 @@ class InnerState:
         return f"it keeps torch.uint8 codes (optim_bits=8) of parameters with {least} elements or more"
 
     def _entries(self) -> Iterator[tuple[str, Any]]:
-        for name, param in zip(self.tensors.names_of_held, self.tensors.held, strict=True):
-            for key, value in sorted(self.optimizer.state.get(param, {}).items()):
-                yield f"{name}.{key}", value
+        """By name; without counts such as `step`, which are a number for a parameter of any shape."""
+        states = [(p, self.optimizer.state.get(p, {})) for p in self.tensors.held]
+        counts = {key for p, state in states if p.dim() for key, value in state.items() if _is_a_number(value)}
+        for name, (_, state) in zip(self.tensors.names_of_held, states, strict=True):
+            for key, value in sorted(state.items()):
+                if key not in counts and key not in _COUNTS:
+                    yield f"{name}.{key}", value
 
     def remember_emptiness(self) -> None:
         """The average is about to be shown, and perhaps saved."""
@@ -181,12 +186,8 @@ class InnerState:
         return [tensor for _, tensor in self.named_tensors()]
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Every floating-point state tensor; a 0-dim one such as `step` is a count, not a direction, and left out."""
-        return [
-            (f"{name}{list(value.shape)}", value)
-            for name, value in self._entries()
-            if isinstance(value, torch.Tensor) and not _is_a_count(name, value)
-        ]
+        """Every floating-point state tensor that is no count."""
+        return [(f"{name}{list(value.shape)}", value) for name, value in self._entries() if torch.is_tensor(value)]
 
     # ---- state ----
 
@@ -254,8 +255,8 @@ def _has_tensors(entry: dict[Any, Any]) -> bool:
     return any(isinstance(value, torch.Tensor) for value in entry.values())
 
 
-def _is_a_count(name: str, value: torch.Tensor) -> bool:
-    return value.dim() == 0 or name.endswith(".step")
+def _is_a_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _own_start(optimizer: Any) -> str:
@@ -270,14 +271,12 @@ def _not_a_direction(entry: tuple[str, Any]) -> str:
     name, value = entry
     if isinstance(value, (list, tuple, dict)):
         inside = value.values() if isinstance(value, dict) else value
-        tensors = [one for one in inside if isinstance(one, torch.Tensor) and not _is_a_count("", one)]
+        tensors = [one for one in inside if isinstance(one, torch.Tensor) and not _is_a_number(one)]
         return f"its state {name!r} is a {type(value).__name__} of tensors" if tensors else ""
     if value is None or isinstance(value, (bool, int, float, complex, str, np.generic)):
         return ""
     if not isinstance(value, torch.Tensor):  # GaLore's projector: what is beside it lies in each worker's own basis
         return f"its state {name!r} is a {type(value).__name__}, by which the others may be meant"
-    if _is_a_count(name, value):
-        return ""
     own = local(value)
     if type(own) not in (torch.Tensor, torch.nn.Parameter):
         return f"its state {name!r} is a {type(own).__name__}, which may hold codes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..algorithm.layout import Piece, has_dense_memory, strides
+from ..algorithm.layout import Piece, flat_view, has_dense_memory, strides
 from ..dtensors import is_sharded, local, shard_mates, sharded_modules
 from ..upstream import fsdp_reshard
 from .digests import digests_of
@@ -155,6 +156,16 @@ class ModelTensors:
                     f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() "
                     "first."
                 )
+            if not _is_in_sight(param):
+                return (
+                    f"parameter {name!r} is a {type(local(param)).__name__}, which shows a copy of what it holds: "
+                    "averages cannot be written into it. Train plain weights, or freeze it and train an adapter."
+                )
+        if pair := _overlap(self.trainable):
+            return (
+                f"parameters {self.names[pair[0]]!r} and {self.names[pair[1]]!r} have a part of their memory in "
+                "common, and would be averaged twice there. Give each its own (.clone()), or tie them whole."
+            )
         return None
 
     def fingerprint(self) -> list[str]:
@@ -260,11 +271,35 @@ def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tenso
 
 
 def _memory(param: torch.Tensor) -> object:
-    """The same for two parameters that are one memory in one form."""
+    """The same for two parameters that are one memory: in one form, or one the transpose of the other."""
     own = local(param)
     if not is_plain(own) or own.layout != torch.strided or not own.data_ptr():
         return id(param)
-    return own.device, own.dtype, own.data_ptr(), own.shape, own.stride()
+    return own.device, own.dtype, own.data_ptr(), own.numel()
+
+
+def _overlap(params: list[torch.Tensor]) -> tuple[int, int] | None:
+    """Two of different memories that have bytes in common."""
+    places = [(index, local(p)) for index, p in enumerate(params)]
+    spans = sorted(
+        (str(own.device), own.data_ptr(), own.data_ptr() + own.numel() * own.element_size(), index)
+        for index, own in places
+        if is_plain(own) and own.data_ptr()
+    )
+    for (device, _, end, index), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < end:
+            return min(index, other), max(index, other)
+    return None
+
+
+def _is_in_sight(param: torch.Tensor) -> bool:
+    """Whether a round that writes a view of it writes it: a subclass may make up what it shows (quantised weights)."""
+    own = local(param)
+    flat = flat_view(own)
+    if not hasattr(own, "__tensor_flatten__") or hasattr(flat, "__tensor_flatten__"):
+        return True
+    held = [getattr(own, name) for name in own.__tensor_flatten__()[0]]
+    return flat.untyped_storage().data_ptr() in [one.untyped_storage().data_ptr() for one in held if is_plain(one)]
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -34,10 +34,12 @@ def check_start(
         ValueError: They differ, a rank cannot start, or nobody says what a "node" is; the same words on every rank.
     """
     communicator = workers.world
+    # In training they may part (a scaler that skips on one rank holds its schedule back), and in a checkpoint too.
+    initial_lrs = tensors.initial_lrs if begins_at == 0 else []
     lines = [
         f"processes per worker = {workers.size}",
         *(f"SlowMoConfig.{name} = {value!r}" for name, value in config.to_dict().items()),
-        *(f"inner learning rate of group {index} = {lr!r}" for index, lr in enumerate(tensors.initial_lrs)),
+        *(f"inner learning rate of group {index} = {lr!r}" for index, lr in enumerate(initial_lrs)),
         *_inner_optimizer(tensors.optimizer),
         *_versions(),
         *tensors.fingerprint(),

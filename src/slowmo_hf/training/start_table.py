@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import SlowMoConfig
 from ..rules import SLOW_MOMENTUM
+from ..wire.gossip import GossipBase
 from ..wire.job import host_and_address, is_in_process, launcher_tells_machines, machines_in_job, most_on_a_host
 from .parts import Parts
 from .plan import Plan, enough_rounds
@@ -12,6 +13,7 @@ from .plan import Plan, enough_rounds
 # runs with Adam at the rate that is best without agree (docs/from_ddp.md): 0.5 ruined 2 workers and 0.4 ruined 4, 0.2
 # was worse with 2; with 8 workers 0.5 did well, and 0.7 did not.
 ADVISED = ((16, 0.6), (8, 0.5), (4, 0.2), (2, 0.0))
+_FAR = 8.0  # times the learning rate that a worker may move before it is said
 
 _Row = tuple[str, str, str, int, bool]  # host, address, backend, worker, whether its launcher tells machines
 
@@ -97,6 +99,7 @@ def _warn(parts: Parts, plan: Plan, machines: int, rows: list[_Row]) -> None:
         logger.info("slow momentum is off: this is %s", name)
     _warn_of_adalora(parts)
     _warn_of_far_steps(parts)
+    _warn_of_small_weights(parts)
     _warn_of_machines(parts, rows)
     begins = not parts.clock.attempted_steps  # else few are left, and `sync_every` is the run's
     if begins and parts.trains_alone and not config.gossips and plan.steps and plan.rounds == 0:
@@ -146,6 +149,24 @@ def _warn_of_adalora(parts: Parts) -> None:
         parts.workers.logger.warning(
             "AdaLoRA's update_and_allocate prunes by a worker's own gradients: workers prune different ranks, and the "
             "saved adapter has those alone that rank 0 keeps. Use LoRA, or base='all_reduce' (docs/lora_and_trl.md)."
+        )
+
+
+def _warn_of_small_weights(parts: Parts) -> None:
+    """Of messages that come late: until the first ones, a worker has sent its weight away and got none."""
+    config, base = parts.config, parts.base
+    if not isinstance(base, GossipBase) or config.staleness < 2:
+        return
+    late = min(config.staleness, config.sync_every - 1)
+    factor = base.topology.weight(0, 0) ** -late
+    if config.base == "osgp" and factor > _FAR:
+        parts.workers.logger.warning(
+            "staleness=%d: until the first messages come a worker's push-sum weight falls to 1/%.0f, and its inner "
+            "steps then reach %.0f times as far, behind each round anew. Lower staleness, or the learning rate "
+            "(docs/bases.md).",
+            config.staleness,
+            factor,
+            factor,
         )
 
 

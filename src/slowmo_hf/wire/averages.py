@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -87,10 +88,11 @@ class Averages:
         self._each_bucket(real, wide_dtype, self._mean_, part)
 
     def _mean_(self, flat: torch.Tensor) -> None:
-        if self.weight != 1:
-            flat.mul_(self.weight)
+        scale = 2.0 ** -math.ceil(math.log2(self.total_weight))  # or the sum of large values would be infinite
+        if self.weight * scale != 1:
+            flat.mul_(self.weight * scale)
         self.communicator.start_sum_(flat)()
-        flat.div_(self.total_weight)
+        flat.div_(self.total_weight * scale)
 
     def max_(self, tensors: list[torch.Tensor]) -> None:
         """Replace integer and boolean tensors by their maximum, in place."""
