@@ -98,14 +98,14 @@ def advice(folder):
 
 def test_logs_between_rounds_are_told_also_where_they_are_a_part_of_the_run(tmp_path):
     gathers = "logging_steps=3: each log gathers the loss of all ranks"
-    told = [f"{gathers}; a multiple of sync_every=4 would wait for nobody"]
+    told = [f"{gathers}; a multiple of sync_every=4 would wait for nobody. No figure of 'costs' has these waits"]
     said, _ = run_workers(advice, 2, str(tmp_path))
     assert said == {
         (3, 0): told,
         (0.3, 0): told,
         (4, 0): [],
         (0.4, 0): [],
-        (0.3, 2): [f"{gathers}, and waits for the slowest"],
+        (0.3, 2): [f"{gathers}, and waits for the slowest. Log less often; no figure of 'costs' has these waits"],
     }
 
 

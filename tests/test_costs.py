@@ -202,7 +202,7 @@ def test_totals_are_of_each_rank_and_the_end_says_their_mean():
     optimizer.step()
     optimizer.outer_loop.parts.costs.totals = [Spent(1.0, 3.0), Spent(5.0, 1.0)]
     with Heard() as heard:
-        log_end(optimizer.outer_loop.parts)
+        log_end(optimizer.outer_loop.parts, optimizer.outer_loop.in_flight)
     (line,) = heard.about("sent per worker")
     assert line.endswith("; 2 s communicated or waited and 3 s computed, the mean over ranks: utilisation 54.2 %")
 

@@ -177,6 +177,11 @@ class SlowMoConfig(Presets):
         return self.outer_optimizer == SLOW_MOMENTUM and self.outer_momentum == 0 and self.outer_lr == 1
 
     @property
+    def has_velocity(self) -> bool:
+        """Whether the outer update keeps slow momentum."""
+        return self.outer_optimizer == SLOW_MOMENTUM and self.outer_momentum > 0
+
+    @property
     def has_rounds(self) -> bool:
         """
         False for plain all-reduce, which is left exactly as stock. Gossip without an outer update has rounds to

@@ -6,8 +6,11 @@ rank 0 alone is heard; what is of one rank is said by `of_this_rank`, with rank 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 logger = logging.getLogger("slowmo_hf")
 
@@ -61,11 +64,20 @@ def _rank_and_host() -> str:
 of_this_rank = Prefixed(_rank_and_host, of_one_rank=True)
 
 
+class _LastResort(logging.Handler):
+    """On standard error, above progress bars, while nobody else listens: a program may add handlers at any time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        others = [*logger.handlers, *(logging.getLogger().handlers if logger.propagate else [])]
+        if others == [self]:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
 def make_heard() -> None:
     """Show INFO lines even where nobody configured logging; a user's handlers, and its level of this logger, stay."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _LastResort()
         handler.setFormatter(logging.Formatter("[slowmo_hf] %(message)s"))
         logger.addHandler(handler)

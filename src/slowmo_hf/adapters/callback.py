@@ -147,7 +147,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             self._given_back.callback(Isolation(wrappers, group, sharded, timeout_seconds=timeout).release)
             average_tokens_inside(self._find_trainer(), group, self._given_back)
             loader = self._find_trainer().callback_handler.train_dataloader
-            advise(args, state, self.config, loader if outer_loop.parts.trains_alone else None)
+            advise(args, state, outer_loop.parts, loader)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
             tell = written.watch(outer_loop.tensors)
             self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
@@ -211,7 +211,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         if self.outer_loop.view.is_shown or not best:
             self._ending.end(trainer, args, state, pass_end_is_ahead=False, loaded=trainer.model if best else None)
             self.outer_loop.consensus.keep(loaded=bool(best))
-        log_end(self.outer_loop.parts, best)
+        log_end(self.outer_loop.parts, self.outer_loop.in_flight, best)
         if self._saves and not self._ending.stopped:  # a requeue goes on from the last one
             self._saves.keep_the_best_alone(trainer, state)
         self._restore()

@@ -40,12 +40,13 @@ class RoundLogs:
             is_trainers = "loss" in logs and "learning_rate" in logs  # a program may log losses of its own
             if is_trainers and self._losses is not None:
                 ours |= self._losses.take()
-            logs.update(ours)
-            try:
+            if "train_runtime" not in logs:
+                logs.update(ours)  # and they stay: callbacks may keep what they are given
                 log(logs, *args, **kwargs)
-            finally:
-                for name in ours:
-                    logs.pop(name, None)  # `train` returns the last entry as its metrics
+                return
+            entry = {**logs, **ours}
+            log(entry, *args, **kwargs)
+            logs.update({name: value for name, value in entry.items() if name not in ours})  # `train` returns it
 
         return call
 

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from .. import upstream
-from ..config import SlowMoConfig
 from ..log import logger
+from ..training.parts import Parts
 from ..training.program import Program
 from ..training.written import WrittenSince
 from ..wire.job import processes_in_job
@@ -191,30 +191,38 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 CallbackHandler.on_train_begin = _and_begin(CallbackHandler.on_train_begin)  # type: ignore[method-assign]
 
 
-def advise(args: TrainingArguments, state: TrainerState, config: SlowMoConfig, loader: Any) -> None:
+def advise(args: TrainingArguments, state: TrainerState, parts: Parts, loader: Any) -> None:
     """
     What couples the ranks because the user asked for it is left alone, and said; of ratios the state has steps.
 
     Args:
-        loader (`DataLoader`, *optional*): The training's, where workers train alone.
+        loader (`DataLoader`): The training's.
     """
     if args.world_size == 1:
         return
-    if isinstance(loader, DataLoaderDispatcher):
+    config = parts.config
+    if parts.trains_alone and isinstance(loader, DataLoaderDispatcher):
+        parts.own_collectives.is_said = True
         logger.warning(
             "rank 0 reads the training data and broadcasts each batch: at every step each rank waits for the slowest. "
             "'costs' counts that as computation. Set accelerator_config={'dispatch_batches': False}."
         )
     if args.logging_strategy == "steps" and config.overlap_steps:
         logger.info(
-            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest", state.logging_steps
+            "logging_steps=%s: each log gathers the loss of all ranks, and waits for the slowest. Log less often; no "
+            "figure of 'costs' has these waits",
+            state.logging_steps,
         )
     elif args.logging_strategy == "steps" and state.logging_steps % config.sync_every:
         logger.info(
             "logging_steps=%s: each log gathers the loss of all ranks; a multiple of sync_every=%d would wait for "
-            "nobody",
+            "nobody. No figure of 'costs' has these waits",
             state.logging_steps,
             config.sync_every,
         )
     if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
-        logger.warning("include_num_input_tokens_seen gathers at every micro-batch; leave it out for a quiet wire")
+        parts.own_collectives.is_said = True
+        logger.warning(
+            "include_num_input_tokens_seen gathers at every micro-batch, and each rank waits for the slowest; 'costs' "
+            "counts that as computation. Leave it out for a quiet wire."
+        )

@@ -53,7 +53,10 @@ class TrainerViews:
         def restore_and_tell(*args: Any, **kwargs: Any) -> Any:
             # The generators went back after the view: batches have been drawn since.
             self._outer_loop.consensus.restore(give_back_random_state=False)
-            self._outer_loop.parts.own_collectives.begin()
+            parts = self._outer_loop.parts
+            parts.own_collectives.begin()
+            if parts.clock.attempted_steps == parts.clock.begun_at:
+                parts.account.skip()
             return tell(*args, **kwargs)
 
         return restore_and_tell

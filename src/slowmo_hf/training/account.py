@@ -73,6 +73,11 @@ class Account:
         self.communicated_before = 0.0  # seconds since the last round, without the communication under way now
         self._bytes = self._bytes_sent()
 
+    def skip(self) -> None:
+        """The first step begins: seconds until now, of reading a checkpoint and making loaders, were of none."""
+        self._mark()
+        self.computed_seconds = self._communicated = self.communicated_before = 0.0
+
     def _mark(self) -> None:
         """The seconds until now were of the kind in force, and so were the program's collectives."""
         now, begun = time.perf_counter(), self._collectives()
@@ -135,6 +140,7 @@ class Account:
         summed: Callable[[list[float]], list[float]],
         *,
         consensus_is_known: bool,
+        has_velocity: bool,
         utilisation: float | None = None,
     ) -> RoundReport:
         """
@@ -152,7 +158,7 @@ class Account:
             round=number,
             consensus_distance=norms.consensus_distance if consensus_is_known else None,
             pseudo_grad_norm=math.sqrt(norms.pseudo_grad_square),
-            velocity_norm=math.sqrt(norms.velocity_square),
+            velocity_norm=math.sqrt(norms.velocity_square) if has_velocity else None,
             bytes_sent=round(bytes_sent),
             seconds=self._communicated,
             utilisation=utilisation,

@@ -12,7 +12,7 @@ from ..wire.workers import Workers
 from .account import Spent, mean_utilisation
 
 _WINDOW = 3  # rounds whose medians a line rests on
-_PAUSE = 10  # rounds between two lines, at least
+_PAUSE = 10  # rounds between two lines, at least; doubled with each, for times that jitter
 _CHANGE = 0.2  # of a cost, which is worth a new line,
 _MATTERS = 0.02  # where it is as large a part of the time as this
 _ENOUGH = 0.95  # utilisation above which nothing is advised
@@ -49,6 +49,7 @@ class Costs:
         self._rounds = 0
         self._window: deque[list[Spent]] = deque(maxlen=_WINDOW)
         self._said: tuple[float, float] | None = None
+        self._pause = _PAUSE
 
     def hear(self, number: int, everywhere: list[Spent]) -> bool:
         """All ranks' seconds of a round; False where they are not news, or nobody has measured."""
@@ -95,20 +96,24 @@ class Costs:
 
     # ---- what is said ----
 
-    def news(self, bytes_sent: int) -> str:
+    def news(self, bytes_sent: int, *, are_coupled: bool = False) -> str:
         """
         The line, if it is time for one: at the first full window, and when a cost has changed since the last line.
 
         Args:
             bytes_sent (`int`): A worker's, of a round.
+            are_coupled (`bool`): Whether collectives of the program's own wait for all ranks between rounds: what
+                they take is in these figures, and no setting of ours helps.
         """
-        if len(self._window) < _WINDOW or (self._said and self._newest < self._told + _PAUSE):
+        if len(self._window) < _WINDOW or (self._said and self._newest < self._told + self._pause):
             return ""
         costs = self.config.sync_every * max(self.computed), self.round
         if self._said and not _has_changed(self._said, costs):
             return ""
+        self._pause *= 2 if self._said else 1
         self._said, self._told = costs, self._newest
-        return f"{self._words(bytes_sent)}.{self._advice(bytes_sent)}"
+        words = " The program's own collectives between rounds are in these figures."
+        return f"{self._words(bytes_sent)}.{words if are_coupled else self._advice(bytes_sent)}"
 
     def _words(self, bytes_sent: int) -> str:
         computed = self.computed

@@ -46,7 +46,7 @@ def end_together(
                 consensus.restore(give_back_random_state=False)
                 clock.attempted_steps = agreement.attempted_steps
                 in_flight.launch_agreed(agreement)
-        if in_flight.last is not None:
+        if in_flight.last is not None and parts.trains_alone:
             parts.costs.hear(in_flight.last.round, agreement.spent)
         if not agreement.same_step:  # an average that is shown is an old one
             consensus.restore(give_back_random_state=False)
@@ -72,12 +72,13 @@ def _pass_on(parts: Parts, others_meet_at: Callable[[int], bool]) -> None:
         meet = parts.clock.round_is_due or others_meet_at(parts.clock.attempted_steps)
 
 
-def log_end(parts: Parts, model: str = "") -> None:
+def log_end(parts: Parts, in_flight: InFlight, model: str = "") -> None:
     """
     Three lines, where training has ended: of the steps since this process began, or took up a checkpoint. Collective
     inside the worker.
 
     Args:
+        in_flight (`InFlight`): Rounds that the average contains, and no step applies any more.
         model (`str`, *optional*): What the model now is; what local training leaves where it is empty.
     """
     clock, account, workers = parts.clock, parts.account, parts.workers
@@ -87,9 +88,8 @@ def log_end(parts: Parts, model: str = "") -> None:
     [behind] = parts.summed([account.unreported_bytes])
     bytes_sent = in_bytes(account.bytes_sent + behind)
     log = workers.logger
-    log.info(
-        "training ended at step %d: %d steps and %d rounds%s", clock.attempted_steps, steps, account.rounds, since
-    )
+    rounds = account.rounds + len(in_flight.rounds)
+    log.info("training ended at step %d: %d steps and %d rounds%s", clock.attempted_steps, steps, rounds, since)
     if parts.config.base == "all_reduce":
         sent = f"{bytes_sent} sent per worker beside DDP's gradients"
     else:

@@ -174,6 +174,7 @@ class InFlight:
         self.parts.base.stay()
         self.parts.status.forget()
         self.parts.account.begin()
+        self.parts.account.close()
         self.parts.costs.begin()
 
     def finish(self) -> None:

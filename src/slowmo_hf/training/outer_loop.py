@@ -174,8 +174,8 @@ class OuterLoop:
         """End training together: the average stays, and all would go on from it. Collective."""
         self.end()
         self.consensus.keep()
+        log_end(self.parts, self.in_flight)
         self.in_flight.finish()
-        log_end(self.parts)
 
     # ---- state ----
 

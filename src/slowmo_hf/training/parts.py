@@ -216,16 +216,18 @@ class Parts:
         Args:
             agreement (`Agreement`, *optional*): What all have said of it; None of one that a checkpoint has brought.
         """
-        told = agreement.spent if agreement is not None else []
+        # Where DDP couples ranks at every step, they wait in what would count as computation.
+        told = agreement.spent if agreement is not None and self.trains_alone else []
         report = self.account.report(
             self.clock.rounds,
             norms,
             self.summed,
             consensus_is_known=self.config.exact_average,
+            has_velocity=self.config.has_velocity,
             utilisation=mean_utilisation(told),
         )
         if self.costs.hear(report.round - 1, told) and self.workers.count > 1:
-            line = self.costs.news(report.bytes_sent)
+            line = self.costs.news(report.bytes_sent, are_coupled=self.own_collectives.is_said)
             if line:
                 self.workers.logger.info("%s", line)
         alike = self.alike.hear(norms, agreement.local_steps if agreement is not None else [])

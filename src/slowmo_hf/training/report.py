@@ -22,7 +22,7 @@ class RoundReport:
             (`exact_average=False`): it would cost a message. With `compression` it is off by what quantisation changes
             in ||anchor - average||^2.
         pseudo_grad_norm (`float`): ||anchor - average||.
-        velocity_norm (`float`): ||velocity|| after the outer step; 0 where the outer optimizer keeps none of ours.
+        velocity_norm (`float`, *optional*): ||velocity|| after the outer step; None without slow momentum.
         bytes_sent (`int`): Payload this worker sent in the round, counted as a ring all-reduce (2 (m-1)/m of each
             message; with `compression` what its two stages send), and in the exchanges of a gossip base since the last
             round.
@@ -36,7 +36,7 @@ class RoundReport:
     round: int
     consensus_distance: float | None
     pseudo_grad_norm: float
-    velocity_norm: float
+    velocity_norm: float | None
     bytes_sent: int
     seconds: float
     utilisation: float | None
