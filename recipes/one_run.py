@@ -16,10 +16,14 @@ from slowmo_hf import RoundReport, SlowMoCallback, SlowMoConfig
 
 # Of a run's settings, those that may change when it goes on: they leave what was trained as it is.
 _FREE = {"stash_device", "slow_state_device", "shard_slow_state", "bucket_bytes", "timeout_seconds"}
-_TRAINING = ("learning_rate", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed")
+_TRAINING = (
+    *("learning_rate", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type"),
+    *("warmup_steps", "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("label_smoothing_factor", "max_grad_norm", "bf16", "fp16"),
+)
 # What a checkpoint's optimizer and schedule bring back, whatever is asked; and what does change behind a checkpoint.
-_LOADED = {"learning_rate", "optim", "weight_decay", "inner_momentum"}
-_MAY_CHANGE = {"outer_lr", "outer_momentum", "compression", "lr_scheduler_type", "warmup_steps", "seed"}
+_LOADED = {"learning_rate", "optim", "weight_decay", "inner_momentum", "adam_beta1", "adam_beta2", "adam_epsilon"}
+_MAY_CHANGE = {"outer_lr", "outer_momentum", "compression", *_TRAINING} - _LOADED
 
 
 def settings_of(config: SlowMoConfig, args: TrainingArguments, task: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +98,8 @@ class OneRun(TrainerCallback, ExportableState):
 
     Attributes:
         workers (`int`): While it trains and behind it.
-        seconds (`float`): Of training; what was lost behind a checkpoint is not among them.
+        seconds (`float`): From the first step to the last, evaluations and saves included; what was lost behind a
+            checkpoint is not among them.
         rounds (`int`), bytes_sent (`int`), seconds_communicating (`float`): Of this rank.
         changed_on_resume (`list`): [step, setting, before, after] of every setting that another part has otherwise.
     """

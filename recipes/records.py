@@ -94,6 +94,8 @@ def describe_run(config: SlowMoConfig, trainer: Trainer, run: OneRun, libraries:
         "bytes_sent_per_worker": run.bytes_sent if counted else None,
         "seconds": run.seconds,
         "seconds_communicating": run.seconds_communicating if counted else None,
+        "settings": run.settings,
+        "mixed_precision": trainer.accelerator.mixed_precision,  # a launcher may have set it
         "command": shlex.join(sys.argv),
         **environment(libraries),
         "hardware": f"{hardware()}, {_device_name(trainer.args.device)}",

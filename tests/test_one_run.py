@@ -65,7 +65,10 @@ def test_another_run_does_not_go_on(tmp_path):
     other = SlowMoConfig(sync_every=3, outer_momentum=0.25)
     with pytest.raises(SettingError, match=r"outer_momentum must be 0.5 to go on .*, got 0.25. Set --outer_mom"):
         part(tmp_path, 8, other, learning_rate=0.05, resume_from_checkpoint="true")
-    for name, was, now in (("learning_rate", 0.05, 0.01), ("seed", 42, 7)):
+    rest = {"adam_beta2": 0.98, "max_grad_norm": 0.25, "label_smoothing_factor": 0.1, "data_seed": 7}
+    rest |= {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}
+    usual = [(name, getattr(arguments(tmp_path), name), now) for name, now in rest.items()]
+    for name, was, now in (("learning_rate", 0.05, 0.01), ("seed", 42, 7), *usual):
         with pytest.raises(SettingError, match=f"{name} must be {was} to go on with the run in .*, got {now}"):
             part(tmp_path, 8, resume_from_checkpoint="true", **{"learning_rate": 0.05, name: now})
     longer = part(tmp_path, 6, learning_rate=0.05, resume_from_checkpoint="true", dataloader_num_workers=0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ RECORD_KEYS = """
     study task dataset train_rows test_rows test_split model base slowmo exact_average workers processes
     sync_every outer_lr outer_momentum inner_optimizer inner_lr inner_state seed steps metrics curve rounds
     seconds bytes_sent_per_worker seconds_communicating command versions commit hardware changed_on_resume
+    settings mixed_precision
 """
 
 
@@ -70,6 +72,9 @@ def test_record_is_complete_and_right(short_run):
     )
     assert (record["train_rows"], record["test_rows"], record["test_split"]) == (768, 250, "test")
     assert (record["inner_optimizer"], record["inner_lr"]) == ("SGD", 0.1)
+    assert record["mixed_precision"] == "no"
+    told = ("per_device_train_batch_size", "lr_scheduler_type", "warmup_steps", "weight_decay", "width", "sync_every")
+    assert [record["settings"][name] for name in told] == [32, "cosine", 0.1, 5e-4, 8, 5]
     assert record["steps"] == 2 * 768 // (2 * 32) == 24
     assert record["rounds"] == record["steps"] // record["sync_every"] == 4
     assert [point["step"] for point in record["curve"]] == [12, 24]
@@ -184,6 +189,25 @@ def test_defaults_meet_at_logs():
     assert config.outer_momentum == 0.5
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--load_best_model_at_end 1 --save_strategy epoch", "the best checkpoint is chosen by the test images"),
+        (
+            "--decay_epochs 100 150 --num_train_epochs 20",
+            "the learning rate never falls: decay_epochs=[100, 150]",
+        ),
+        ("--decay_epochs 10 --num_train_epochs 20", ""),
+    ],
+)
+def test_what_a_figure_would_hide_is_said(tmp_path, capsys, flags, said):
+    script, _, args = recipe.parse(["--output_dir", str(tmp_path), *flags.split()])
+    usual = SimpleNamespace(test_split="test", image_column="image", label_column="label")
+    recipe.print_choices(script, args, usual)
+    assert capsys.readouterr().out.startswith(said)
+    assert said or not capsys.readouterr().out
+
+
 def test_wrong_flag_ends_with_one_line():
     with pytest.raises(SystemExit, match=r"^train.py: sync_every must be >= 1 optimizer step, got 0"):
         recipe.parse(["--sync_every", "0"])
@@ -207,6 +231,11 @@ def test_wrong_flag_ends_with_one_line():
         ),
         ("--optim adamw_torch --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--optim galore_adamw", "You need to install `galore_torch` in order to use GaLore"),
+        (
+            "--decay_epochs 1 --lr_scheduler_type linear",
+            r"lr_scheduler_type has no effect with decay_epochs=\[1\], got 'linear': .*Leave --lr_scheduler_type out",
+        ),
+        ("--decay_epochs 1 --warmup_steps 5", r"warmup_steps has no effect with decay_epochs=\[1\], got '5"),
         ("--weight_decay -1", "Invalid weight_decay value: -1.0"),
         ("--report_to nonsense", "nonsense is not supported, only "),
         ("--width 0", "width must be >= 1 channel, got 0. Set --width."),

@@ -27,6 +27,7 @@ RECORD_KEYS = """
     curve curve_num_beams model base slowmo exact_average workers processes sync_every outer_lr outer_momentum
     inner_optimizer inner_lr inner_state seed steps rounds bytes_sent_per_worker seconds seconds_communicating
     command versions commit hardware corpus_sha256 tokenizer_sha256 steps_of_models seconds_scoring changed_on_resume
+    settings mixed_precision
 """
 
 

@@ -16,7 +16,7 @@ from translation import train as recipe
 def test_defaults():
     script, config, args = recipe.parse([])
     assert args.logging_steps % config.sync_every == 0, "logging gathers: only where ranks meet anyway"
-    assert (config.outer_momentum, script.dataset_name, script.model_size) == (0.5, None, "tiny")
+    assert (config.outer_momentum, script.dataset_name, script.model_size) == (0.0, None, "tiny"), "two workers, Adam"
     assert (args.adam_beta1, args.adam_beta2, args.label_smoothing_factor, args.weight_decay) == (0.9, 0.98, 0.1, 0.0)
     assert (script.num_beams, script.length_penalty) == (4, 0.6)
 
@@ -78,6 +78,10 @@ def test_flags_beside_a_preset_win(tmp_path):
         (
             "--per_device_train_batch_size 4",
             "per_device_train_batch_size has no effect here, got 4: .*: set --max_tokens. Leave --",
+        ),
+        (
+            "--train_sampling_strategy group_by_length",
+            "train_sampling_strategy has no effect here, got 'group_by_length': .*of like length already",
         ),
         ("--generation_max_length 80", "generation_max_length has no effect here, got 80"),
         (

@@ -225,6 +225,7 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
         set_preset(parser, flags, PRESETS)
         script, config, args = parser.parse_args_into_dataclasses(flags)
         _check_optimizer_flags(script, args)
+        _check_schedule_flags(script, args)
     except ValueError as error:
         end(error)
     return script, config, args
@@ -246,6 +247,18 @@ def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> 
             f"inner_momentum is for --optim sgd, got {script.inner_momentum} with --optim {args.optim.value}. Leave "
             "it out, or use this optimizer's own flags, such as --adam_beta1 or --optim_args."
         )
+
+
+def _check_schedule_flags(script: ScriptArguments, args: TrainingArguments) -> None:
+    """The same of `--decay_epochs`, which makes the schedule."""
+    usual = RecipeTrainingArguments()
+    for name in ("lr_scheduler_type", "warmup_steps") if script.decay_epochs else ():
+        given = getattr(getattr(args, name), "value", getattr(args, name))
+        if given != getattr(usual, name):
+            raise SettingError(
+                f"{name} has no effect with decay_epochs={script.decay_epochs}, got {str(given)!r}: the "
+                f"schedule is a warm-up (--warmup_epochs) and these decays. Leave --{name} out."
+            )
 
 
 def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingArguments, sets: ImageSets) -> Trainer:
@@ -311,7 +324,7 @@ def make_sgd(model: torch.nn.Module, momentum: float, args: TrainingArguments) -
 
 
 def print_choices(script: ScriptArguments, args: TrainingArguments, sets: ImageSets) -> None:
-    """What was chosen where the user might expect another choice."""
+    """What was chosen where the user might expect another choice, and what a figure would hide."""
     if script.test_split is None and sets.test_split != "test":
         print(f"test_split was not given: the test images are those of {sets.test_split!r}", flush=True)
     for name, usual in (("image_column", "image"), ("label_column", "label")):
@@ -320,6 +333,14 @@ def print_choices(script: ScriptArguments, args: TrainingArguments, sets: ImageS
     if args.optim != "sgd" and args.learning_rate == RecipeTrainingArguments.learning_rate:
         print(
             f"learning_rate={args.learning_rate} was chosen for sgd, not for {args.optim.value}: set --learning_rate",
+            flush=True,
+        )
+    if args.load_best_model_at_end:
+        print("the best checkpoint is chosen by the test images, so its accuracy on them is too high", flush=True)
+    if script.decay_epochs and args.max_steps <= 0 and args.num_train_epochs <= min(script.decay_epochs):
+        print(
+            f"the learning rate never falls: decay_epochs={script.decay_epochs}, and num_train_epochs is "
+            f"{args.num_train_epochs:g}",
             flush=True,
         )
 

@@ -32,7 +32,7 @@ _OTT: dict[str, Any] = {
     "learning_rate": 1e-3,
     "warmup_steps": 4000,
     "num_train_epochs": 25,
-    "logging_steps": 480,  # a multiple of 12 and of 48
+    "logging_steps": 48,  # a multiple of 12; a pass of 667 updates has 13 entries, whose mean is its training loss
     "save_strategy": "epoch",
     "save_total_limit": 6,  # five for the mean, and the best
     "average_checkpoints": 5,
@@ -197,6 +197,7 @@ class RecipeTrainingArguments(Seq2SeqTrainingArguments):
 _UNUSED = {
     "per_device_train_batch_size": "batches are counted in tokens: set --max_tokens",
     "auto_find_batch_size": "batches are counted in tokens: set --max_tokens",
+    "train_sampling_strategy": "batches are counted in tokens, and hold sentences of like length already",
     "dataloader_drop_last": "batches are counted in tokens, and all ranks have equally many",
     "generation_max_length": "a translation ends 50 tokens after the length of its batch's longest source",
     "predict_with_generate": "validation translates; for less of it set --eval_strategy or --max_eval_samples",
@@ -207,7 +208,7 @@ _UNUSED = {
 def check_flags(script: ScriptArguments, args: RecipeTrainingArguments) -> None:
     """No flag is ignored in silence, and what is to be averaged must be there at the end."""
     for name, why in _UNUSED.items():
-        if getattr(args, name) != getattr(type(args), name):
+        if hasattr(type(args), name) and getattr(args, name) != getattr(type(args), name):
             raise SettingError(f"{name} has no effect here, got {getattr(args, name)!r}: {why}. Leave --{name} out.")
     if script.average_checkpoints == 1:
         return

@@ -3,11 +3,11 @@ Translation by workers that meet every few steps: a `Seq2SeqTrainer` with batche
 
     accelerate launch --config_file recipes/configs/cpu_two_processes.yaml recipes/translation/train.py
 
-With no flags: two processes, the shipped English-German help text, a tiny Transformer, slow momentum on. Help
-text repeats itself: its BLEU is not comparable with WMT's. `--preset wmt16 --base sgp` takes the settings of a row of
-the paper's table, on WMT'16 English-German from the Hub; flags beside it win. Every field of `SlowMoConfig` and of
-`Seq2SeqTrainingArguments` is a flag. At the end: a table, a JSON record, the translations of the test set and, with
-`--plot`, a picture in `--output_dir`.
+With no flags: two processes, the shipped English-German help text, a tiny Transformer, and Local Adam without slow
+momentum, which with Adam is for more workers (docs/from_ddp.md). Help text repeats itself: its BLEU is not comparable
+with WMT's. `--preset wmt16 --base sgp` takes the settings of a row of the paper's table, on WMT'16 English-German from
+the Hub; flags beside it win. Every field of `SlowMoConfig` and of `Seq2SeqTrainingArguments` is a flag. At the end: a
+table, a JSON record, the translations of the test set and, with `--plot`, a picture in `--output_dir`.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
     """
     parser = HfArgumentParser((ScriptArguments, SlowMoConfig, RecipeTrainingArguments))
     parser.error = end  # argparse's own would print all flags first
+    parser.set_defaults(outer_momentum=0.0)  # with Adam and few workers (docs/from_ddp.md); presets have their own
     try:
         set_preset(parser, flags, PRESETS, "wmt16")
         script, config, args = parser.parse_args_into_dataclasses(flags)
