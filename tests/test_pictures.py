@@ -282,7 +282,7 @@ def test_final_losses(drawn):
             if row["rho"] == rho and "slowmo_hf" not in row["system"]:
                 ours = by_seed[row["seed"]]["final_validation_loss"]
                 assert ours < row["final_validation_loss"], "the title says so"
-    assert title(figure) == "Given DDP's seconds, slowmo_hf ends lower than every peer, with every seed"
+    assert title(figure) == "Given DDP's seconds, slowmo_hf's best setting ends lower than every peer, with every seed"
     assert "−0.0128 [−0.0647, 0.0391] at 10, where the interval of 2 seeds contains 0" in note(figure)
 
 

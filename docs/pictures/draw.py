@@ -99,7 +99,7 @@ def final_losses() -> Figure:
         all(gap < 0 for own in gaps.values() for gap in own)
         and all(_below(own) for rho, own in gaps.items() if rho != slowest)
         and not _below(gaps[slowest]),
-        "Given DDP's seconds, slowmo_hf ends lower than every peer, with every seed",
+        "Given DDP's seconds, slowmo_hf's best setting ends lower than every peer, with every seed",
     )
     found = "; ".join(f"{_interval(own)} at {rho:g}" for rho, own in gaps.items())
     note = (

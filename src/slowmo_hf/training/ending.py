@@ -46,7 +46,7 @@ def end_together(
                 consensus.restore(give_back_random_state=False)
                 clock.attempted_steps = agreement.attempted_steps
                 in_flight.launch_agreed(agreement)
-        if in_flight.last is not None and parts.trains_alone:
+        if in_flight.last is not None:
             parts.costs.hear(in_flight.last.round, agreement.spent)
         if not agreement.same_step:  # an average that is shown is an old one
             consensus.restore(give_back_random_state=False)

@@ -217,7 +217,7 @@ class Parts:
             agreement (`Agreement`, *optional*): What all have said of it; None of one that a checkpoint has brought.
         """
         # Where DDP couples ranks at every step, they wait in what would count as computation.
-        told = agreement.spent if agreement is not None and self.trains_alone else []
+        told = agreement.spent if agreement is not None and self.meets_others else []
         report = self.account.report(
             self.clock.rounds,
             norms,
