@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from importlib.metadata import version
@@ -119,6 +120,7 @@ def plugin(**settings: Any) -> Any:
     return FullyShardedDataParallelPlugin(**{**defaults, **settings})
 
 
+@functools.cache  # each would make its groups anew, whose threads stay
 def parallelism(shards: int, replicas: int) -> Any:
     """Accelerate's words for `shards` processes of a machine and `replicas` machines."""
     from accelerate import ParallelismConfig
@@ -234,6 +236,7 @@ def by_hand(model: nn.Module, mesh: Any, **settings: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **settings)
 
 
+@functools.cache
 def hsdp_mesh(shards: int, replicas: int) -> Any:
     """A 2-D mesh with names, as HSDP wants it."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 FLAGS = ["--max_train_samples", "800", "--max_eval_samples", "40", "--eval_strategy", "no", "--logging_steps", "12"]
+FLAGS += ["--per_device_train_batch_size", "8"]
 RECIPE = str(ROOT / "recipes" / "image" / "train.py")
 
 
