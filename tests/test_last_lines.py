@@ -242,13 +242,14 @@ def test_an_exit_on_purpose_is_silent_and_what_goes_wrong_is_left(saves, monkeyp
 
 
 def test_the_command_is_shown_without_its_secrets(saves, monkeypatch):
-    command = ["python", "train it.py", "--hub_token", "hf_1", "--api-key=2", "--lr", "0.1", "--push_token", "-x"]
-    command += ["wandb.api_key=4", "--url", "https://me:5@host/x", "--passwd", "-6", "--keys=7", "--keyboard", "3"]
+    command = ["python", "train it.py", "--hub_token", "hf_1", "--api-key=2", "--lr", "0.1", "--push_token", "--fp16"]
+    command += ["wandb.api_key=4", "--url", "https://me:5@host/x?auth_token=8", "--passwd", "-6", "--keys=7"]
+    command += ["--max_tokens", "4096", "--keyboard", "3"]
     monkeypatch.setattr(sys, "orig_argv", command)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     words = saves.words().splitlines()[1]
-    shown = "python 'train it.py' --hub_token '***' '--api-key=***' --lr 0.1 --push_token '***' 'wandb.api_key=***'"
-    shown += " --url 'https://***@host/x' --passwd '***' '--keys=***' --keyboard 3"
+    shown = "python 'train it.py' --hub_token '***' '--api-key=***' --lr 0.1 --push_token --fp16 'wandb.api_key=***'"
+    shown += " --url 'https://***@host/x?auth_token=***' --passwd '***' '--keys=***' --max_tokens 4096 --keyboard 3"
     assert words == f"in the script that was started by: {shown}"
 
 

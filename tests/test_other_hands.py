@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ import slowmo_hf
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, verify_checkpoint
 from slowmo_hf.adapters import trainer_checkpoints
 from slowmo_hf.checkpoints import files
-from slowmo_hf.checkpoints.claim import Claim
-from slowmo_hf.checkpoints.manifest import is_whole
+from slowmo_hf.checkpoints.claim import Claim, is_claimed
+from slowmo_hf.checkpoints.manifest import is_whole, seal_again, stamps
 from slowmo_hf.checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
 from slowmo_hf.contents import CheckpointError
 
@@ -147,14 +149,68 @@ def test_old_checkpoints_go_where_folders_cannot_be_renamed(saved, tmp_path, mon
     assert not folder.exists()
 
 
-def test_a_child_of_fork_leaves_its_parents_lock_and_says_no_end(tmp_path):
+def test_a_child_of_fork_leaves_its_parents_lock(tmp_path):
+    """Also one that has a lock of its own, under the number that the parent's had."""
     claim = Claim(tmp_path / "run")
     lock = tmp_path / "run" / files.LOCK
     child = os.fork()
     if child == 0:
+        own = Claim(tmp_path / "own")
         del claim
-        os._exit(0 if lock.exists() else 1)
+        os._exit(0 if lock.exists() and is_claimed(tmp_path / "own") and own else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert lock.exists()
     claim.release()
     assert not lock.exists()
+
+
+FORKS = """
+import atexit, os, sys
+from types import SimpleNamespace
+from slowmo_hf.checkpoints import last_lines
+from slowmo_hf.wire import roll_call
+
+told = []
+atexit.register(lambda: print(told, len(last_lines._runs), flush=True))  # behind what is registered later
+roll_call._listen()
+roll_call._going.append(SimpleNamespace(leave=told.append, register=SimpleNamespace(note=lambda: None)))
+last_lines.Saves("{}").begin()
+if os.fork():
+    os.wait()
+"""
+
+
+def test_a_child_of_fork_tells_no_end_of_its_parents_run():
+    """It ends as a program does, with what is registered for the exit."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[] 0", "['its process ended'] 1"]
+
+
+def test_registered_objects_may_have_states_of_any_kind(saved):
+    folder, loop = saved
+    state = torch.load(folder / "slowmo/worker_0.pt", weights_only=True)
+    torch.save({**state, "registered.0": [1, 2], "registered.1": "word"}, folder / "slowmo/worker_0.pt")
+    taken = check_snapshot(str(folder), loop)()
+    assert (taken["registered.0"], taken["registered.1"]) == ([1, 2], "word")
+
+
+def test_a_link_that_takes_a_files_place_behind_the_seal_is_no_part_of_it(saved, tmp_path):
+    """As an `on_save` callback does that moves a model to a store."""
+    folder, loop = saved
+    (folder / "model.safetensors").write_text("weights")
+    seal_snapshot(folder, loop)
+    stamped = stamps(folder)
+    (folder / "model.safetensors").replace(tmp_path / "stored")
+    (folder / "model.safetensors").symlink_to(tmp_path / "stored")
+    seal_again(folder, stamped)
+    verify_checkpoint(folder)
+    assert "model.safetensors" not in json.loads((folder / "slowmo/manifest.json").read_text())["files"]
+
+
+def test_a_folder_that_may_not_be_read_is_a_checkpoint_error(saved, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(CheckpointError, match="checkpoint cannot be read"):
+        verify_checkpoint(saved[0])

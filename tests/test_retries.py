@@ -23,7 +23,7 @@ SETTINGS = {"local_sgd": {}, "overlapped": {"overlap_steps": 2}, "sgp": {"base":
 
 def config_of(base):
     # A gossip message is waited for until then.
-    return SlowMoConfig(sync_every=4, timeout_seconds=patience(5 if base == "sgp" else 20), **SETTINGS[base])
+    return SlowMoConfig(sync_every=4, timeout_seconds=patience(8 if base == "sgp" else 20), **SETTINGS[base])
 
 
 class FailsOnce(TrainerCallback):

@@ -14,6 +14,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import datasets
@@ -249,10 +250,14 @@ def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> 
         )
 
 
+_SCHEDULE = ("lr_scheduler_type", "warmup_steps")
+
+
 def _check_schedule_flags(script: ScriptArguments, args: TrainingArguments) -> None:
     """The same of `--decay_epochs`, which makes the schedule."""
-    usual = RecipeTrainingArguments()
-    for name in ("lr_scheduler_type", "warmup_steps") if script.decay_epochs else ():
+    usual = SimpleNamespace(warmup_ratio=0.0, **{name: getattr(RecipeTrainingArguments, name) for name in _SCHEDULE})
+    divide_warm_up(usual)
+    for name in _SCHEDULE if script.decay_epochs else ():
         given = getattr(getattr(args, name), "value", getattr(args, name))
         if given != getattr(usual, name):
             raise SettingError(

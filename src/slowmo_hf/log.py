@@ -6,7 +6,6 @@ rank 0 alone is heard; what is of one rank is said by `of_this_rank`, with rank 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,13 +63,18 @@ def _rank_and_host() -> str:
 of_this_rank = Prefixed(_rank_and_host, of_one_rank=True)
 
 
-class _LastResort(logging.Handler):
-    """On standard error, above progress bars, while nobody else listens: a program may add handlers at any time."""
+class _LastResort(logging.StreamHandler):  # type: ignore[type-arg]
+    """Heard above progress bars, and where nobody else hears a record: a program may add handlers at any time."""
 
     def emit(self, record: logging.LogRecord) -> None:
         others = [*logger.handlers, *(logging.getLogger().handlers if logger.propagate else [])]
-        if others == [self]:
-            tqdm.write(self.format(record), file=sys.stderr)
+        hear = [one for one in others if not isinstance(one, logging.NullHandler) and record.levelno >= one.level]
+        if hear == [self]:
+            try:
+                with tqdm.external_write_mode(file=self.stream, nolock=True):
+                    super().emit(record)
+            except Exception:  # of a bar, on a stream that is gone
+                self.handleError(record)
 
 
 def make_heard() -> None:

@@ -6,17 +6,16 @@ error, from which checkpoint to go on.
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import weakref
 from typing import Any
 
 from .. import upstream
 from ..checkpoints.last_lines import Saves
-from ..wire.job import is_in_process
+from ..wire.job import in_each_child, is_in_process
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_told.clear)  # its own process says it
+in_each_child(_told.clear)
 
 
 def _all_are_finished() -> bool:

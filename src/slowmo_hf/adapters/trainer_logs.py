@@ -41,6 +41,8 @@ class RoundLogs:
             if is_trainers and self._losses is not None:
                 ours |= self._losses.take()
             if "train_runtime" not in logs:
+                for name in [name for name in logs if name.startswith("slowmo/")]:
+                    del logs[name]  # of a dict that the program logs again
                 logs.update(ours)  # and they stay: callbacks may keep what they are given
                 log(logs, *args, **kwargs)
                 return

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-# A rise of the learning rate between two rounds above which the old one was zero but for rounding, as at the end of a
-# `LinearLR` to 0: what its round has left has no digit that fp32 would keep beside the new steps.
+# A ratio of learning rates above which the smaller one is zero but for rounding, as at the end of a `LinearLR` to 0:
+# of what its round leaves fp32 would keep no digit beside the other's steps.
 _MOST = 2.0**24
 
 
@@ -47,7 +47,8 @@ class SlowMomentum(torch.optim.Optimizer):
     (anchor minus average), and v = gamma * u with u the paper's slow momentum: nothing is divided by the gamma of this
     round. Where gamma_t = 0 the paper's u has no value for Delta_t: momentum moves nothing (alpha
     gamma_t u = 0), the average is kept (anchor - alpha Delta_t), u decays by beta, and the next ratio is taken to the
-    last gamma that was not 0. A ratio above 2^24 begins with fresh momentum: its v_{t-1} is rounding.
+    last gamma that was not 0. A gamma that has fallen below 2^-24 of that one counts as 0. Where it has risen by more
+    than 2^24, after a slow fall, momentum begins afresh: v_{t-1} is rounding.
 
     Args:
         anchors (`Iterable[torch.Tensor]` or parameter groups): fp32 or fp64 tensors. Updated in place. A group per
@@ -77,7 +78,7 @@ class SlowMomentum(torch.optim.Optimizer):
         if "velocity" not in self.state[anchor]:
             self.state[anchor]["velocity"] = torch.zeros_like(anchor)
         velocity: torch.Tensor = self.state[anchor]["velocity"]
-        if group["inner_lr"] == 0:
+        if _is_zero(group):
             velocity.mul_(outer_momentum)
             anchor.sub_(pseudo_grad, alpha=outer_lr)
             return velocity
@@ -94,4 +95,9 @@ class SlowMomentum(torch.optim.Optimizer):
         Remember each group's inner learning rate for the next round's ratio; a zero leaves the last one in place.
         """
         for group in self.param_groups:
-            group["previous_inner_lr"] = group["inner_lr"] or group["previous_inner_lr"]
+            if not _is_zero(group):
+                group["previous_inner_lr"] = group["inner_lr"]
+
+
+def _is_zero(group: dict[str, Any]) -> bool:
+    return bool(abs(group["inner_lr"]) <= abs(group["previous_inner_lr"]) / _MOST)

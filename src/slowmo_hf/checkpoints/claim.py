@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise ImportError("slowmo_hf saves checkpoints on Linux. On Windows train in WSL.") from error
 
 from ..contents import CheckpointError
+from ..wire.job import in_each_child
 from .files import LOCK
 
 _WAIT_SECONDS = 5.0  # for who looks, which takes a moment
@@ -32,7 +33,7 @@ def _let_go_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+in_each_child(_let_go_in_child)
 
 
 class Claim:
@@ -50,6 +51,7 @@ class Claim:
     def __init__(self, checkpoint: Path, patience_seconds: float = _WAIT_SECONDS) -> None:
         self._path = checkpoint / LOCK
         self._descriptor: int | None = None
+        self._process = os.getpid()
         checkpoint.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         _held.add(descriptor)
@@ -74,7 +76,7 @@ class Claim:
     def release(self) -> None:
         """Let go, once; the file goes with it."""
         if self._descriptor is not None:
-            if self._descriptor in _held:  # else the lock is a parent's
+            if self._process == os.getpid():  # else the lock is a parent's
                 with suppress(OSError):
                     self._path.unlink(missing_ok=True)
                 _close(self._descriptor)

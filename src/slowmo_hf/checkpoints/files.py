@@ -118,6 +118,7 @@ def refuse_format(path: Path, found: object, release: object = None) -> None:
 
     Raises:
         CheckpointError: It is of another format.
+        ValueError: It names none.
     """
     if type(found) is not int or found < 1:
         raise ValueError(f"version {found!r}")

@@ -18,13 +18,14 @@ from pathlib import Path
 from types import TracebackType
 
 from ..wire.failures import is_collective_failure
-from ..wire.job import host_name, rank_in_job
+from ..wire.job import host_name, in_each_child, rank_in_job
 from .manifest import is_whole
 
 _PACKAGE = Path(__file__).parents[1]
-_SECRET = re.compile(r"(token|key|passw(or)?d|pwd|secret|credential)s?$", re.IGNORECASE)  # of a flag's name
+_SECRET = re.compile(r"(token|(key|passw(or)?d|pwd|secret|credential)s?)$", re.IGNORECASE)  # of a flag's name
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")  # of an address
 _runs: list[Saves] = []  # those that train, the newest last
+in_each_child(_runs.clear)
 
 
 class Saves:
@@ -80,8 +81,8 @@ def _command() -> str:
     for word in sys.orig_argv:
         name, equals, _ = word.partition("=")
         names_secret = bool(_SECRET.search(name))
-        shown = f"{name}=***" if names_secret and equals else _LOGIN.sub("***@", word)
-        words.append("***" if is_secret else shown)
+        is_secret = is_secret and not word.startswith("--")
+        words.append("***" if is_secret else _LOGIN.sub("***@", f"{name}=***" if names_secret and equals else word))
         is_secret = names_secret and not equals and word.startswith("-") and not is_secret
     command = shlex.join(words)
     if "LOCAL_RANK" in os.environ:

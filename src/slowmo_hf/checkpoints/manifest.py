@@ -103,12 +103,14 @@ def seal_again(checkpoint: str | os.PathLike[str], stamped: Stamps) -> None:
     the seal: changed ones as they are now, without those that it has deleted.
     """
     root, now = Path(checkpoint), stamps(checkpoint)
-    changed = [name for name in stamped if now.get(name) != stamped[name] and not name.startswith(f"{FOLDER}/")]
+    own = f"{FOLDER}/"  # what is in there nobody else may write
+    here = {name: stamp for name, stamp in now.items() if name.startswith(own) or is_inside(root, root / name)}
+    changed = [name for name in stamped if here.get(name) != stamped[name] and not name.startswith(own)]
     if not changed or not (root / FOLDER / MANIFEST).is_file():
         return
     manifest = _read_manifest(root)
     for name in changed:
-        if manifest["files"].pop(name, None) and name in now:
+        if manifest["files"].pop(name, None) and name in here:
             manifest["files"][name] = _entry(root / name)
     _write_manifest(root, manifest)
 
@@ -210,7 +212,13 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 def verify_in_turns(checkpoint: str | os.PathLike[str], turn: int = 0, turns: int = 1) -> None:
     """`verify_checkpoint` by several processes, each of which reads some of the files."""
-    root = Path(checkpoint)
+    try:
+        _verify(Path(checkpoint), turn, turns)
+    except PermissionError as error:  # of a folder
+        raise unreadable(Path(checkpoint), error) from error
+
+
+def _verify(root: Path, turn: int, turns: int) -> None:
     manifest = _read_manifest(root)
     files: Digests = manifest["files"]
     dealt_out = _dealt_out({name: entry["bytes"] for name, entry in files.items()}, turn, turns)

@@ -139,8 +139,8 @@ def check_snapshot(folder: str, outer_loop: OuterLoop, step: int | None = None, 
             )
     if step is not None and shared.count("attempted_steps") != step:
         raise CheckpointError(f"{folder} is of step {shared.count('attempted_steps')}, Trainer's of step {step}.")
-    for name, value in own.objects.items():
-        if not isinstance(value, dict):
+    for name, value in own.objects.items():  # what a program has registered may be of any kind
+        if name.startswith(("scaler", "scheduler")) and not isinstance(value, dict):
             raise CheckpointError(
                 f"{own.source}.pt: {name} is {type(value).__name__}, not a state dictionary. Resume from another "
                 "checkpoint."

@@ -145,9 +145,10 @@ class InnerState:
         """By name; without counts such as `step`, which are a number for a parameter of any shape."""
         states = [(p, self.optimizer.state.get(p, {})) for p in self.tensors.held]
         counts = {key for p, state in states if p.dim() for key, value in state.items() if _is_a_number(value)}
+        counts.update(_COUNTS)
         for name, (_, state) in zip(self.tensors.names_of_held, states, strict=True):
             for key, value in sorted(state.items()):
-                if key not in counts and key not in _COUNTS:
+                if key != "step" and not (_is_a_number(value) and key in counts):
                     yield f"{name}.{key}", value
 
     def remember_emptiness(self) -> None:

@@ -131,8 +131,13 @@ class ModelTensors:
         tensors = [*self.trainable, *(self.frozen if include_frozen else []), *buffers]
         return [t for t in tensors if is_plain(t)]
 
-    def refusal(self) -> str | None:
-        """Why these parameters cannot be averaged, or None."""
+    def refusal(self, *, has_rounds: bool = True) -> str | None:
+        """
+        Why these parameters cannot be trained, or None.
+
+        Args:
+            has_rounds (`bool`, *optional*, defaults to `True`): Whether any write into them.
+        """
         if not self.trainable:
             return "the optimizer holds no parameter with requires_grad=True: there is nothing to train."
         for name, param in zip(self.names, self.trainable, strict=True):
@@ -156,15 +161,16 @@ class ModelTensors:
                     f"parameter {name!r} has strides {param.stride()} with holes or overlaps; call .contiguous() "
                     "first."
                 )
-            if not _is_in_sight(param):
+            if has_rounds and not _is_in_sight(param):
                 return (
                     f"parameter {name!r} is a {type(local(param)).__name__}, which shows a copy of what it holds: "
                     "averages cannot be written into it. Train plain weights, or freeze it and train an adapter."
                 )
-        if pair := _overlap(self.trainable):
+        if has_rounds and (pair := _overlap(self.trainable)):
             return (
                 f"parameters {self.names[pair[0]]!r} and {self.names[pair[1]]!r} have a part of their memory in "
-                "common, and would be averaged twice there. Give each its own (.clone()), or tie them whole."
+                "common, and would be averaged twice there. Tie them whole, compute the part in forward "
+                "(weight[:n]), or give each its own (.clone())."
             )
         return None
 
@@ -280,14 +286,13 @@ def _memory(param: torch.Tensor) -> object:
 
 def _overlap(params: list[torch.Tensor]) -> tuple[int, int] | None:
     """Two of different memories that have bytes in common."""
-    places = [(index, local(p)) for index, p in enumerate(params)]
-    spans = sorted(
-        (str(own.device), own.data_ptr(), own.data_ptr() + own.numel() * own.element_size(), index)
-        for index, own in places
-        if is_plain(own) and own.data_ptr()
-    )
-    for (device, _, end, index), (other_device, start, _, other) in itertools.pairwise(spans):
-        if device == other_device and start < end:
+    spans = []
+    for index, own in enumerate(map(local, params)):
+        if is_plain(own) and own.data_ptr():
+            start = own.storage_offset() * own.element_size()
+            spans.append((own.untyped_storage().data_ptr(), start, start + own.numel() * own.element_size(), index))
+    for (storage, _, end, index), (other_storage, start, _, other) in itertools.pairwise(sorted(spans)):
+        if storage == other_storage and start < end:
             return min(index, other), max(index, other)
     return None
 

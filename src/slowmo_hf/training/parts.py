@@ -263,7 +263,7 @@ def refusal(workers: Workers, inner_state: InnerState, refused: str | None = Non
     config, tensors = inner_state.config, inner_state.tensors
     words = (
         refused
-        or tensors.refusal()
+        or tensors.refusal(has_rounds=config.has_rounds)
         or inner_state.refusal()
         or inner_state.problem()
         or workers.refusal()

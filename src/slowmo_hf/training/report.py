@@ -30,7 +30,8 @@ class RoundReport:
         utilisation (`float`, *optional*): Of the round before this one, whose seconds ride in this round's status
             exchange: on each rank the time outside of rounds and exchanges over all time since the round before that
             (views do not count), and of these the mean over ranks, the same on all. None where a rank has no round
-            before: at the first one of a process.
+            before: at the first one of a process; and with `base="all_reduce"`, whose ranks wait for each other inside
+            DDP.
     """
 
     round: int

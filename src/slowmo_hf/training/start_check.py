@@ -24,7 +24,7 @@ def check_start(
 ) -> None:
     """
     Compare settings, parameters, the inner optimizer, learning rates and versions of all ranks, before any value is
-    exchanged.
+    exchanged. Where a run goes on, what a schedule sets is not compared.
 
     Args:
         refusal (`str`, *optional*): Why this rank cannot start.
@@ -34,13 +34,14 @@ def check_start(
         ValueError: They differ, a rank cannot start, or nobody says what a "node" is; the same words on every rank.
     """
     communicator = workers.world
-    # In training they may part (a scaler that skips on one rank holds its schedule back), and in a checkpoint too.
-    initial_lrs = tensors.initial_lrs if begins_at == 0 else []
+    # In training a schedule's values may part (a scaler that skips on one rank holds it back), in a checkpoint too.
+    is_fresh = begins_at == 0
+    rates = [f"inner learning rate of group {index} = {lr!r}" for index, lr in enumerate(tensors.initial_lrs)]
     lines = [
         f"processes per worker = {workers.size}",
         *(f"SlowMoConfig.{name} = {value!r}" for name, value in config.to_dict().items()),
-        *(f"inner learning rate of group {index} = {lr!r}" for index, lr in enumerate(initial_lrs)),
-        *_inner_optimizer(tensors.optimizer),
+        *(rates if is_fresh else []),
+        *_inner_optimizer(tensors.optimizer, [] if is_fresh else ["momentum", "betas"]),
         *_versions(),
         *tensors.fingerprint(),
     ]
@@ -104,16 +105,19 @@ def _raise_told(told: list[tuple[str, str]]) -> None:
         raise ValueError(said_by_ranks(told) if len(words) > 1 else words.pop())
 
 
-def _inner_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+def _inner_optimizer(optimizer: torch.optim.Optimizer, without: list[str]) -> list[str]:
     """
     Its class, and what its groups say of how it steps: numbers, flags and tuples of them. The learning rate has its
     own line.
+
+    Args:
+        without (`list[str]`): Names of what may differ.
     """
     return [f"inner optimizer {type(optimizer).__module__}.{type(optimizer).__qualname__}"] + [
         f"inner optimizer group {index}: {key} = {value!r}"
         for index, group in enumerate(optimizer.param_groups)
         for key, value in sorted(group.items())
-        if key not in ("params", "lr") and _is_plain(value)
+        if key not in ("params", "lr", *without) and _is_plain(value)
     ]
 
 

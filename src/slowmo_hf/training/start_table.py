@@ -64,7 +64,8 @@ def _effective_step(config: SlowMoConfig, policy: str) -> float:
 
 def _settings(config: SlowMoConfig) -> str:
     defaults = SlowMoConfig().to_dict()
-    changed = [f"{name}={value!r}" for name, value in config.to_dict().items() if value != defaults[name]]
+    own = config.to_dict().items()
+    changed = [f"{name}={value!r}" for name, value in own if name not in defaults or value != defaults[name]]
     return ", ".join(changed) or "all defaults"
 
 

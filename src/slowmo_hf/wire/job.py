@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +20,12 @@ _LET_GO_SECONDS = 0.1  # at a process's end
 _NAMED = 8  # ranks that say the same
 _LOCAL_SIZES_OF_MPI = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 _SIOCGIFADDR = 0x8915  # Linux's number for "the address of this interface"
+
+
+def in_each_child(act: Callable[[], object]) -> None:
+    """Do it in every child of fork, which is no process of the job. Not where there is no fork."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=act)
 
 
 def wire() -> Any:

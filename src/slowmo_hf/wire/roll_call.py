@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import os
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from .failures import SLICE_SECONDS, first_line, is_collective_failure, is_timeout
-from .job import job_store, leave_job, processes_in_job, rank_in_job
+from .job import in_each_child, job_store, leave_job, processes_in_job, rank_in_job
 from .job_store import JobStore, StoreError
 from .register import ANY, Register
 
@@ -372,7 +371,7 @@ def _forget_in_child() -> None:
     _listen.cache_clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+in_each_child(_forget_in_child)
 
 
 def _at_exit() -> None:
