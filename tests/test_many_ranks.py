@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
-from slowmo_hf.checkpoints import files
+from slowmo_hf.checkpoints import files, manifest
 from slowmo_hf.checkpoints.places import read_for
 from slowmo_hf.checkpoints.together import turn_at_reading
 from slowmo_hf.contents import CheckpointError, Contents, Saved
@@ -146,14 +146,14 @@ def take_turns(folder, copy_of):
 def test_machines_that_share_a_checkpoint_read_it_once_between_them(tmp_path):
     folder, copy_of = tmp_path / "shared", tmp_path / "own"
     files.write_part(folder, "shared", Contents({"run": "a", "attempted_steps": 3, "save": "b"}))
-    files.seal(folder, {"run": "a", "step": 3, "save": "b"})
+    manifest.seal(folder, {"run": "a", "step": 3, "save": "b"})
     shutil.copytree(folder, copy_of)
     shared, apart = zip(*run_workers(take_turns, 4, folder, copy_of), strict=True)
     assert shared == ((0, 4), (1, 4), (2, 4), (3, 4))
     assert apart == ((0, 2), (1, 2), (0, 2), (1, 2)), "machines with disks of their own read their own"
     (folder / "slowmo" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="the checkpoint was never finished"):
-        files.verify_in_turns(folder, 3, 4)
+        manifest.verify_in_turns(folder, 3, 4)
 
 
 def test_a_process_reads_no_tensors_of_others(tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def saved_where_an_old_one_cannot_go(folder, under_accelerate):
             _rotate(folder / "checkpoint_2", 1)
         else:
             trainer_checkpoints._set_aside = gone
+            trainer_checkpoints.shutil = SimpleNamespace(rmtree=gone)
             train(folder, SlowMoConfig(sync_every=4, timeout_seconds=patience(20)), save_total_limit=1)
             verify_checkpoint(folder / f"checkpoint-{STEPS}")
     return said.about("cannot be deleted (it was here)", "WARNING")

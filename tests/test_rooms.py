@@ -36,7 +36,7 @@ def time(monkeypatch):
 
 
 def report(own):
-    return own.report(1, Norms(), lambda values: values, consensus_is_known=False)
+    return own.report(1, Norms(), lambda values: values, consensus_is_known=False, has_velocity=True)
 
 
 def test_every_second_is_of_one_kind(time):

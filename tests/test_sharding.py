@@ -112,8 +112,9 @@ def assert_same_runs(plain, sharded):
         assert all(same(a, b) for a, b in zip(after + shown, other_after + other_shown, strict=True))
         for mine, other in zip(reports, other_reports, strict=True):
             for name in ("consensus_distance", "pseudo_grad_norm", "velocity_norm"):
-                # A small difference of squares.
-                assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-5, abs=1e-7), name
+                one, another = getattr(mine, name), getattr(other, name)
+                # A small difference of squares; without slow momentum there is no velocity.
+                assert another == (one if one is None else pytest.approx(one, rel=1e-5, abs=1e-7)), name
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_record_is_complete_and_right(learned):
     assert (record["workers"], record["base"], record["slowmo"], record["inner_optimizer"]) == (
         2,
         "local_sgd",
-        True,
+        False,
         "AdamW",
     )
     assert (record["steps"], record["rounds"], record["averaged_checkpoints"]) == (100, 20, 2)

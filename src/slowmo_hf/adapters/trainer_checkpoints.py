@@ -238,11 +238,11 @@ class TrainerCheckpoints:
         for path in checkpoints:
             logger.info("deleting %s: save_total_limit=%d", path, self._given["save_total_limit"])
             try:  # half deleted it is no checkpoint
-                path = _set_aside(path)
+                shutil.rmtree(_set_aside(path), ignore_errors=True)
             except OSError:  # a file system that renames no folders
                 for name in (f"{FOLDER}/{MANIFEST}", TRAINER_STATE):
                     (path / name).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
 
     # ---- resuming ----
 

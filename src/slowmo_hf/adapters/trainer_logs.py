@@ -48,7 +48,8 @@ class RoundLogs:
                 return
             entry = {**logs, **ours}
             log(entry, *args, **kwargs)
-            logs.update({name: value for name, value in entry.items() if name not in ours})  # `train` returns it
+            logs.clear()  # `train` returns what Trainer and its callbacks have made of it
+            logs.update({name: value for name, value in entry.items() if name not in ours})
 
         return call
 
