@@ -277,7 +277,7 @@ def _trainable_groups(optimizer: torch.optim.Optimizer) -> list[list[torch.Tenso
 
 
 def _memory(param: torch.Tensor) -> object:
-    """The same for two parameters that are one memory: in one form, or one the transpose of the other."""
+    """The same for two parameters that are one memory, of any shape: dense ones that begin and end together."""
     own = local(param)
     if not is_plain(own) or own.layout != torch.strided or not own.data_ptr():
         return id(param)

@@ -156,11 +156,10 @@ def _warn_of_adalora(parts: Parts) -> None:
 def _warn_of_small_weights(parts: Parts) -> None:
     """Of messages that come late: until the first ones, a worker has sent its weight away and got none."""
     config, base = parts.config, parts.base
-    if not isinstance(base, GossipBase) or config.staleness < 2:
+    if config.base != "osgp" or not isinstance(base, GossipBase) or config.staleness < 2:
         return
-    late = min(config.staleness, config.sync_every - 1)
-    factor = base.topology.weight(0, 0) ** -late
-    if config.base == "osgp" and factor > _FAR:
+    factor = base.topology.weight(0, 0) ** -min(config.staleness, config.sync_every - 1)
+    if factor > _FAR:
         parts.workers.logger.warning(
             "staleness=%d: until the first messages come a worker's push-sum weight falls to 1/%.0f, and its inner "
             "steps then reach %.0f times as far, behind each round anew. Lower staleness, or the learning rate "
