@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .. import upstream
 from ..checkpoints.files import FOLDER, MANIFEST, read_part, write_part
-from ..checkpoints.manifest import Digests, Stamps, stamps, verify_in_turns
+from ..checkpoints.manifest import Digests, Stamps, stamps, unseal, verify_in_turns
 from ..checkpoints.places import SHARED
 from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
 from ..checkpoints.together import (
@@ -199,7 +199,7 @@ def _rotate(newest: Path, limit: int) -> None:
     with deleting_older_than(newest):
         for path in older[: max(0, len(found) - limit)]:
             logger.info("deleting %s: total_limit=%d", path, limit)
-            (path / FOLDER / MANIFEST).unlink(missing_ok=True)  # half deleted it is no checkpoint
+            unseal(path)
             shutil.rmtree(path)
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from .. import upstream
 from ..checkpoints.claim import Claim, is_claimed
-from ..checkpoints.files import FOLDER, LOCK, MANIFEST
+from ..checkpoints.files import FOLDER, LOCK
 from ..checkpoints.manifest import (
     TRAINER_STATE,
     Digests,
@@ -28,6 +28,7 @@ from ..checkpoints.manifest import (
     refuse_another_save,
     seal_again,
     stamps,
+    unseal,
     verify_in_turns,
 )
 from ..checkpoints.state import check_snapshot, seal_snapshot, write_snapshot
@@ -240,8 +241,7 @@ class TrainerCheckpoints:
             try:  # half deleted it is no checkpoint
                 shutil.rmtree(_set_aside(path), ignore_errors=True)
             except OSError:  # a file system that renames no folders
-                for name in (f"{FOLDER}/{MANIFEST}", TRAINER_STATE):
-                    (path / name).unlink(missing_ok=True)
+                unseal(path)
                 shutil.rmtree(path)
 
     # ---- resuming ----

@@ -103,14 +103,12 @@ def seal_again(checkpoint: str | os.PathLike[str], stamped: Stamps) -> None:
     the seal: changed ones as they are now, without those that it has deleted.
     """
     root, now = Path(checkpoint), stamps(checkpoint)
-    own = f"{FOLDER}/"  # what is in there nobody else may write
-    here = {name: stamp for name, stamp in now.items() if name.startswith(own) or is_inside(root, root / name)}
-    changed = [name for name in stamped if here.get(name) != stamped[name] and not name.startswith(own)]
+    changed = [name for name in stamped if now.get(name) != stamped[name] and not name.startswith(f"{FOLDER}/")]
     if not changed or not (root / FOLDER / MANIFEST).is_file():
         return
     manifest = _read_manifest(root)
     for name in changed:
-        if manifest["files"].pop(name, None) and name in here:
+        if manifest["files"].pop(name, None) and name in now:
             manifest["files"][name] = _entry(root / name)
     _write_manifest(root, manifest)
 
@@ -154,6 +152,12 @@ def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
         return (root / TRAINER_STATE).is_file() and isinstance(json.loads((root / TRAINER_STATE).read_text()), dict)
     except (OSError, ValueError, RecursionError):
         return False
+
+
+def unseal(checkpoint: Path) -> None:
+    """Before it is deleted: half deleted it is not whole."""
+    for name in (f"{FOLDER}/{MANIFEST}", TRAINER_STATE):
+        (checkpoint / name).unlink(missing_ok=True)
 
 
 def recorded_saves(callbacks: Any, step: int | None = None) -> list[dict[str, Any]]:
@@ -292,12 +296,14 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK) and p.suffix != ".tmp")
+    """Those that a checkpoint may be made of; links that lead out of it are the user's, and no part of it."""
+    found = (p for p in root.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK) and p.suffix != ".tmp")
+    return sorted(path for path in found if is_inside(root, path))
 
 
 def _written(root: Path, before: Stamps | None) -> dict[str, Path]:
-    """By name, what is new or another than it was before; links that lead out are the user's, and no part of it."""
-    paths = {str(path.relative_to(root)): path for path in _files(root) if is_inside(root, path)}
+    """By name, what is new or another than it was before."""
+    paths = {str(path.relative_to(root)): path for path in _files(root)}
     return {name: path for name, path in paths.items() if not before or not _is_as_before(path, before.get(name))}
 
 

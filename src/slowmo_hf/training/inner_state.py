@@ -23,7 +23,7 @@ SHARDS = "inner_optimizer_shards"  # there, what its DTensors were
 # Optimizers that write `x0 - sums` over the parameters, whatever these are by then; and whether a reset reaches all of
 # it: D-Adaptation keeps a part in its groups.
 _OWN_STARTS = {"MirrorMADGRAD": True, "MADGRAD": True, "DAdaptSGD": False, "DAdaptAdaGrad": False}
-_COUNTS = ("step", "mu_product", "eta", "mu")  # of torch's optimizers, where every parameter is a number
+_COUNTS = ("mu_product", "eta", "mu")  # of torch's optimizers, where every parameter is a number
 
 
 class InnerState:
