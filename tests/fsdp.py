@@ -302,6 +302,14 @@ def full_values(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def local_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what this process holds of all parameters and buffers, by name. Nothing is sent."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        name: (value.to_local() if hasattr(value, "to_local") else value).detach().clone() for name, value in tensors
+    }
+
+
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """The gradients, by name, gathered. Collective inside a worker."""
     return {

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -310,13 +311,16 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
 
 @pytest.mark.slow
 def test_a_run_has_the_threads_that_are_asked_for(tmp_path, monkeypatch, capsys):
-    """In a process of its own; the record says so. `--epochs` cuts the run."""
+    """In a process of its own, on few rows of one's own; the record says so. `--epochs` cuts the run."""
+    for split in ("train", "test"):
+        whole = pyarrow.parquet.read_table(RECIPES / "data" / "fashion_mnist" / f"{split}_small.parquet")
+        pyarrow.parquet.write_table(whole.slice(0, 160), tmp_path / f"{split}.parquet")
     words = ["--study", "tuning", "--bases", "all_reduce", "--epochs", "1", "--max_runs", "1", "--jobs", "1"]
-    images = ["--threads", "2", "--dataset_name", str(RECIPES / "data" / "fashion_mnist"), "--records", str(tmp_path)]
+    images = ["--threads", "2", "--dataset_name", str(tmp_path), "--records", str(tmp_path / "records")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *words, *images])
     reproduce.main()
     assert "1 of 1 runs done, none left" in capsys.readouterr().out
-    (path,) = tmp_path.rglob("*.json")
+    (path,) = (tmp_path / "records").rglob("*.json")
     assert ", 2 cores per run, " in json.loads(path.read_text())["hardware"]
 
 

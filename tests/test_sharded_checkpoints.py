@@ -49,14 +49,14 @@ KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 def trained(folder, settings, kind, resume=None, **arguments):
-    """The parameters and buffers after every step, by Trainer's clock, and at the end."""
+    """This process's parameters and buffers after every step, by Trainer's clock, and at the end."""
     from transformers import TrainerCallback
 
     after = {}
 
     class Record(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            after[state.global_step] = fsdp.full_values(model)
+            after[state.global_step] = fsdp.local_values(model)
 
     trainer = fsdp.fsdp_trainer(
         folder,
@@ -71,7 +71,7 @@ def trained(folder, settings, kind, resume=None, **arguments):
         **{"save_strategy": "no", **arguments},
     )
     trainer.train(resume_from_checkpoint=resume)
-    return {**after, "end": fsdp.full_values(trainer.model)}
+    return {**after, "end": fsdp.local_values(trainer.model)}
 
 
 def trainers(kind, more):
@@ -123,7 +123,10 @@ def test_every_process_has_its_own_files_and_the_model_is_the_average(by_trainer
     expected |= {f"{name}.pt" for name in places if name.startswith("worker")} | {"manifest.json"}
     for result in by_trainer:
         assert set(result[0]["files"]) == expected
-        first, second = by_trainer[0][0]["local"], by_trainer[2][0]["local"]
+        first, second = (
+            {name: torch.cat([shard[0]["local"][name] for shard in worker]) for name in result[0]["local"]}
+            for worker in (by_trainer[:2], by_trainer[2:])
+        )
         mean = {name: (first[name] + second[name]) / 2 for name in first}
         saved = result[0]["model"]
         for name, right in mean.items():
@@ -154,7 +157,7 @@ def path_from(run, first, save_to=None):
     after = []
     for step in range(first, STEPS):
         step_of(run, step)
-        after.append(fsdp.full_values(run.model))
+        after.append(fsdp.local_values(run.model))
         if save_to is not None:
             run.accelerator.save_state(save_to / str(step + 1))
     return after

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fsdp
@@ -115,10 +116,21 @@ class Run:
         """Whole, by name. Collective inside a worker."""
         return {name: value for name, value in fsdp.full_values(self.bare).items() if name != "level"}
 
+    def shards(self, size):
+        """What this process holds of them, or would hold where they are whole: its rows, of `size` processes."""
+        found = {}
+        for name, p in self.bare.named_parameters():
+            rows = local(p).detach()
+            if not isinstance(p, DTensor):
+                each = -(-len(rows) // size)
+                rows = rows[dist.get_rank() % size * each :][:each]
+            found[name] = rows.clone()
+        return found
+
 
 def furthest(found, right):
     assert found.keys() == right.keys()
-    return max(float((found[name] - right[name]).abs().max()) for name in right)
+    return max(float((found[name] - right[name]).abs().max()) for name in right if right[name].numel())
 
 
 def both(case, size, steps):
@@ -128,9 +140,9 @@ def both(case, size, steps):
     for _ in range(steps):
         for run in runs:
             run.step()
-        parted = max(parted, furthest(*[run.parameters() for run in runs]))
+        parted = max(parted, furthest(*[run.shards(size) for run in runs]))
     with consensus(runs[0].optimizer), consensus(runs[1].optimizer):
-        parted = max(parted, furthest(*[run.parameters() for run in runs]))
+        parted = max(parted, furthest(*[run.shards(size) for run in runs]))
     return parted, runs[0].parameters()
 
 

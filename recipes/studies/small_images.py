@@ -76,7 +76,7 @@ def load(dataset_name: str | None) -> Images:
     assert isinstance(train, SmallImages)
     assert isinstance(test, SmallImages)
     held_out = min(VALIDATION_ROWS, len(train) // 6)
-    first, last = train.images[:-held_out], train.images[-held_out:]
+    first = Part(train.images[:-held_out], train.labels[:-held_out])
     mean, std = mean_and_std(train)
 
     def part(images: torch.Tensor, labels: torch.Tensor) -> Part:
@@ -86,9 +86,9 @@ def load(dataset_name: str | None) -> Images:
         # A local copy is named by what it is a copy of; the digest tells.
         name=HUB_NAME if (len(sets.train), len(sets.test)) == (60_000, 10_000) else Path(sets.name).name,
         sha256=hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes()).hexdigest(),
-        train=Part(first, train.labels[:-held_out]),
-        told=part(first[:TOLD_ROWS], train.labels[:TOLD_ROWS]),
-        validation=part(last, train.labels[-held_out:]),
+        train=first,
+        told=part(first.images[:TOLD_ROWS], first.labels[:TOLD_ROWS]),
+        validation=part(train.images[-held_out:], train.labels[-held_out:]),
         test=part(test.images, test.labels),
         label_names=sets.label_names,
         mean=mean,
