@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from harness import patience, run_workers
-from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
+from slowmo_hf import SlowMoConfig, SlowMoOptimizer, consensus, finish, run_in_process
+from tiny import equal, values
 
 
 @pytest.mark.parametrize("loads", ["", "another", "and back"])
@@ -46,6 +48,41 @@ def test_an_embedding_that_passes_renormalise_comes_back(loads):
         assert moved
         assert torch.equal(back, torch.full_like(own, 0.25) if loads == "another" else own)
     assert not torch.equal(ranks[0][0], ranks[1][0])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"base": "osgp"}, {"overlap_steps": 1}, {"model_buffers": "local"}, {"shard_slow_state": True}],
+    ids=str,
+)
+def test_a_training_pass_inside_a_view_leaves_no_trace_at_any_step(more):
+    """Monte Carlo dropout, new statistics for SWA: at a round's end, where nothing is sent, as between rounds."""
+
+    def trained(rank, looks):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), spectral_norm(nn.Linear(4, 3)))
+        config = SlowMoConfig(**{"sync_every": 3, "outer_momentum": 0.5, **more})
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), config)
+        draw = torch.Generator().manual_seed(rank)
+        for _ in range(7):
+            model(torch.randn(4, 3, generator=draw)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            before = values(model)
+            if looks:
+                with consensus(optimizer), torch.no_grad():
+                    shown = values(model)
+                    model(torch.ones(4, 3).cumsum(0))
+                    assert not equal(values(model), shown), "the pass moves statistics"
+                assert equal(values(model), before)
+        finish(optimizer)
+        return values(model)
+
+    def work(rank):
+        return trained(rank, looks=True), trained(rank, looks=False)
+
+    for watched, quiet in run_in_process(work, 2):
+        assert equal(watched, quiet)
 
 
 def compilations():

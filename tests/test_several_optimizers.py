@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -181,3 +182,38 @@ def test_crosswise_in_one_process():
 
     with pytest.raises(RuntimeError, match="ranks wait for each other with different optimizers"):
         run_in_process(work, 2)
+
+
+@pytest.mark.parametrize("step", [4, 5, "finished", "shown"])
+def test_a_new_one_says_whose_steps_it_loses(step, caplog):
+    """It starts from rank 0's weights: everyone's behind a round or `finish`, and where the average is shown."""
+
+    def work(rank):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+
+        def made():
+            return SlowMoOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=4, outer_momentum=0.0)
+            )
+
+        def train(optimizer, steps):
+            for at in range(steps):
+                model(torch.full((2, 3), rank + at + 1.0)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        first = made()
+        train(first, step if isinstance(step, int) else 5)
+        if step == "finished":
+            slowmo_hf.finish(first)
+        with slowmo_hf.consensus(first) if step == "shown" else nullcontext():
+            second = made()
+            train(second, 1)
+
+    run_in_process(work, 2)
+    told = [record.getMessage() for record in caplog.records if "another SlowMoOptimizer" in record.getMessage()]
+    words = (
+        "has trained 2 of these parameters for 1 steps since its last round, each worker on its own: this start has"
+    )
+    assert [words in line for line in told] == ([True] if step == 5 else [])

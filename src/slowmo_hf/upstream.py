@@ -261,28 +261,25 @@ def accelerate_is_in_use() -> bool:
     return bool(AcceleratorState._shared_state)
 
 
-def prepared_optimizers(accelerator: Any) -> list[Any]:
+def held_by(accelerator: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """
-    `Accelerator._optimizers`, accelerate >= 1.3: those that `prepare` took
-    (tests/test_finish.py::test_end_training_finishes).
+    `Accelerator._optimizers`, `_schedulers` and `_custom_objects`, accelerate >= 1.3: what `prepare` and
+    `register_for_checkpointing` took (tests/test_finish.py::test_end_training_finishes,
+    tests/test_accelerate_resume.py::test_what_is_registered_goes_on_as_each_workers_own).
     """
-    return list(accelerator._optimizers)
+    return list(accelerator._optimizers), list(accelerator._schedulers), list(accelerator._custom_objects)
 
 
-def prepared_schedulers(accelerator: Any) -> list[Any]:
+def forget_evaluation(trainer: Any) -> None:
     """
-    `Accelerator._schedulers`, accelerate >= 1.3: those that `prepare` took
-    (tests/test_optimizer_state.py::test_save_state_goes_on_bit_for_bit).
+    `_is_accelerate_prepared` of a model, accelerate >= 1.3. An evaluation before training sets it, and `Trainer.train`
+    then wraps no DDP around the model: a stock Trainer's ranks train apart without a word
+    (tests/test_evaluated_first.py::test_training_behind_an_evaluation_is_as_without).
     """
-    return list(accelerator._schedulers)
-
-
-def registered_objects(accelerator: Any) -> list[Any]:
-    """
-    `Accelerator._custom_objects`, accelerate >= 1.3: what `register_for_checkpointing` took
-    (tests/test_accelerate_resume.py::test_what_is_registered_goes_on_as_each_workers_own).
-    """
-    return list(accelerator._custom_objects)
+    if getattr(trainer.model, "_is_accelerate_prepared", False):
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the forward pass under autocast
+        trainer.model._is_accelerate_prepared = False
+        trainer.model_wrapped = trainer.model
 
 
 def output_folder(trainer: Any) -> str:

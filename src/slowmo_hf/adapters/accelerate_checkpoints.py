@@ -66,7 +66,7 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
 def _ours(accelerator: Accelerator) -> dict[str, SlowMoOptimizer]:
     """Those that it saves, by the folder of theirs in a checkpoint, with a slash; the first one has none."""
     found = prepared_by(accelerator)
-    first_free = len(upstream.prepared_optimizers(accelerator))
+    first_free = len(upstream.held_by(accelerator)[0])
     for place, registered in enumerate(_registered.get(accelerator, ()), start=first_free):
         if one := registered():
             found[place] = one

@@ -39,7 +39,7 @@ def unwrap(optimizer: torch.optim.Optimizer) -> SlowMoOptimizer:
 
 def prepared_by(accelerator: Accelerator) -> dict[int, SlowMoOptimizer]:
     """Those of ours that it has prepared, by the place that each has among all of its optimizers."""
-    prepared = [getattr(one, "optimizer", None) for one in upstream.prepared_optimizers(accelerator)]
+    prepared = [getattr(one, "optimizer", None) for one in upstream.held_by(accelerator)[0]]
     return {place: one for place, one in enumerate(prepared) if isinstance(one, SlowMoOptimizer)}
 
 

@@ -223,7 +223,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         self._pending = None
         outer_loop.status.stop_asked = self._stop_asked
         self.outer_loop = outer_loop
-        note_start(self)
+        note_start(self, goes_on=has_loaded)
         self._model_calls = ModelCalls(self, models)
         tell_at_exit(self)
         self._go_on(outer_loop)

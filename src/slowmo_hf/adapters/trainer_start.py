@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import PartialState
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -112,8 +113,9 @@ def refuse_resumable_saves(args: TrainingArguments, model: Any) -> None:
 def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
     """
     `Trainer.train` of one that has our callback: it begins with whole checkpoints alone, also where the callback came
-    after the Trainer was made. Where it raises, the Trainer, its arguments and its model's wrapper are as they were:
-    ranks may have failed at different steps, and a save then needs nobody, as with a stock Trainer.
+    after the Trainer was made, and with a model that DDP may wrap, also behind an evaluation. Where it raises, the
+    Trainer, its arguments and its model's wrapper are as they were: ranks may have failed at different steps, and a
+    save then needs nobody, as with a stock Trainer.
     """
 
     @functools.wraps(train)
@@ -126,6 +128,8 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
             job.wait_for_everyone()  # for what others still save
             set_aside_unfinished(self.args)
             job.wait_for_everyone()
+            if self.args.world_size > 1 and _is_whole(self):
+                upstream.forget_evaluation(self)
             return train(self, *args, **kwargs)
 
         try:
@@ -135,6 +139,12 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return begun_and_ended
+
+
+def _is_whole(trainer: Trainer) -> bool:
+    """Whether the model waits for DDP: it is neither wrapped nor sharded."""
+    sharded = trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return not sharded and not isinstance(trainer.model, DistributedDataParallel)
 
 
 def _told(trainer: Trainer, train: Callable[[], Any]) -> Any:

@@ -64,7 +64,7 @@ class Consensus:
             view.begin()
             try:
                 agreement = None if self.nothing_to_average else self.in_flight.meet(Purpose.LOOK)
-                self.show_buffers_of(agreement.changed_buffers if agreement else [])
+                self.show_buffers_of(agreement.changed_buffers if agreement else None)
             except BaseException:
                 self.restore()
                 raise
@@ -142,16 +142,20 @@ class Consensus:
 
         return end_passes
 
-    def show_buffers_of(self, changed_buffers: list[str]) -> None:
-        """As `show`, where all have met: with the average of these buffers."""
-        parts = self.parts
-        floating, integer = parts.tensors.others.to_average(changed_buffers)
+    def show_buffers_of(self, changed_buffers: list[str] | None) -> None:
+        """
+        As `show`, where all have met: with the average of these buffers. None where all have it already and nobody has
+        met: what training has changed is put by all the same, for a training pass inside the view writes into it.
+        """
+        parts, others = self.parts, self.parts.tensors.others
+        floating, integer = others.to_average(others.known().names if changed_buffers is None else changed_buffers)
         params = [] if parts.clock.workers_agree else parts.tensors.trainable
         shown = [*params, *floating, *integer]
 
         def average_() -> None:
-            with record_function("slowmo::consensus"):
-                self._average(bool(params), floating, integer)
+            if changed_buffers is not None:
+                with record_function("slowmo::consensus"):
+                    self._average(bool(params), floating, integer)
 
         parts.view.begin()
         parts.inner_state.remember_emptiness()
