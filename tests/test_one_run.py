@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from one_run import OneRun, checkpoint_to_resume, settings_of
 from records import SettingError
 from slowmo_hf import SlowMoCallback, SlowMoConfig
 from tiny import Regression, Rows, arguments, ends_with_one_line
+from translation import settings as translation
 
 CONFIG = SlowMoConfig(sync_every=3)
 
@@ -146,3 +148,17 @@ def test_the_recipe_ends_with_one_line(tmp_path, monkeypatch, capfd):
     ends_with_one_line(
         recipe, shown, flag, r"restore_callback_states_from_checkpoint must be false", monkeypatch, capfd
     )
+
+
+FREE = {"preset", "plot", "max_eval_samples"}  # a preset gives others their values
+FREE_OF = {
+    recipe: {"test_split"},
+    # The tokens of a resume are compared themselves.
+    translation: {"validation_set", "test_set", "tokenizer_dir", "average_checkpoints", "num_beams", "length_penalty"},
+}
+
+
+@pytest.mark.parametrize("flags", FREE_OF, ids=["image", "translation"])
+def test_every_flag_of_a_recipe_is_what_its_model_was_trained_by_or_free(flags):
+    names = [field.name for field in fields(flags.ScriptArguments)]
+    assert sorted([*flags.TRAINED_BY, *FREE, *FREE_OF[flags]]) == sorted(names)

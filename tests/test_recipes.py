@@ -236,6 +236,7 @@ def test_wrong_flag_ends_with_one_line():
             r"lr_scheduler_type has no effect with decay_epochs=\[1\], got 'linear': .*Leave --lr_scheduler_type out",
         ),
         ("--decay_epochs 1 --warmup_steps 5", r"warmup_steps has no effect with decay_epochs=\[1\], got '5"),
+        ("--prediction_loss_only 1", "prediction_loss_only must be false, got True: the test counts right answers."),
         ("--weight_decay -1", "Invalid weight_decay value: -1.0"),
         ("--report_to nonsense", "nonsense is not supported, only "),
         ("--width 0", "width must be >= 1 channel, got 0. Set --width."),

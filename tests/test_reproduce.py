@@ -309,12 +309,38 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, image
     assert again["metrics"] == found["metrics"], "the same run, bit for bit"
 
 
+def few_images(folder, rows, *, sort=False):
+    for split in ("train", "test"):
+        whole = pyarrow.parquet.read_table(RECIPES / "data" / "fashion_mnist" / f"{split}_small.parquet")
+        part = whole.slice(0, rows)
+        pyarrow.parquet.write_table(part.sort_by("label") if sort else part, folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_validation_has_all_classes_and_its_rows_train_nothing(tmp_path, sort):
+    """Of 120 rows the last 20; of sorted ones, of which these would be one class, every sixth or so."""
+    few_images(tmp_path, 120, sort=sort)
+    found = small_images.load(str(tmp_path))
+    assert (len(found.train.labels), len(found.validation.labels)) == (100, 20)
+    assert len(found.validation.labels.unique()) >= 8
+    assert torch.equal(found.told.labels, found.train.labels)
+    trained = {image.numpy().tobytes() for image in small_images.normalised(found.train.images, found.mean, found.std)}
+    assert not trained & {image.numpy().tobytes() for image in found.validation.images}
+
+
+def test_fewer_rows_than_a_step_takes_are_refused(tmp_path):
+    few_images(tmp_path, 120)
+    run = replace(RUN, batch_size=32, epochs=1)
+    said = r"^dataset_name must have >= 128 rows to train on, a batch of 32 for each of 4 workers, got 100"
+    with pytest.raises(reproduce.DataError, match=said):
+        reproduce.run_one(run, str(tmp_path), str(tmp_path / "records"))
+    assert not (tmp_path / "records").exists()
+
+
 @pytest.mark.slow
 def test_a_run_has_the_threads_that_are_asked_for(tmp_path, monkeypatch, capsys):
     """In a process of its own, on few rows of one's own; the record says so. `--epochs` cuts the run."""
-    for split in ("train", "test"):
-        whole = pyarrow.parquet.read_table(RECIPES / "data" / "fashion_mnist" / f"{split}_small.parquet")
-        pyarrow.parquet.write_table(whole.slice(0, 160), tmp_path / f"{split}.parquet")
+    few_images(tmp_path, 160)
     words = ["--study", "tuning", "--bases", "all_reduce", "--epochs", "1", "--max_runs", "1", "--jobs", "1"]
     images = ["--threads", "2", "--dataset_name", str(tmp_path), "--records", str(tmp_path / "records")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *words, *images])

@@ -125,8 +125,8 @@ class ScriptArguments:
 
 # Of these, what a model was trained by; a run that goes on has them as they were (`one_run.py`).
 TRAINED_BY = (
-    *("dataset_name", "train_split", "max_train_samples", "architecture", "width", "zero_init_residual"),
-    *("warmup_epochs", "decay_epochs", "inner_momentum"),
+    *("dataset_name", "train_split", "max_train_samples", "image_column", "label_column"),
+    *("architecture", "width", "zero_init_residual", "warmup_epochs", "decay_epochs", "inner_momentum"),
 )
 
 
@@ -225,15 +225,20 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
     try:
         set_preset(parser, flags, PRESETS)
         script, config, args = parser.parse_args_into_dataclasses(flags)
-        _check_optimizer_flags(script, args)
+        _check_flags(script, args)
         _check_schedule_flags(script, args)
     except ValueError as error:
         end(error)
     return script, config, args
 
 
-def _check_optimizer_flags(script: ScriptArguments, args: TrainingArguments) -> None:
+def _check_flags(script: ScriptArguments, args: TrainingArguments) -> None:
     """No flag is ignored in silence."""
+    if args.prediction_loss_only:
+        raise SettingError(
+            "prediction_loss_only must be false, got True: the test counts right answers. Leave "
+            "--prediction_loss_only out."
+        )
     if args.optim == "sgd" and args.optim_args:
         raise SettingError(
             f"optim_args is for other optimizers than sgd, got {args.optim_args!r}. Use --inner_momentum and "

@@ -147,6 +147,7 @@ class GradientsTogether(torch.nn.Module):
 
 def train(run: PaperRun, data: Images, machine: Machine, keeper: Keeper | None = None) -> dict[str, Any] | None:
     """All workers of one run; the part of its record that they know. None where its state was left for later."""
+    steps_per_epoch(run, len(data.train.labels))  # too few rows are told here, not by each worker
     told = train_workers(run, lambda rank: make_job(run, data, machine, rank), keeper)
     if told is None:
         return None

@@ -24,6 +24,7 @@ from image.pixels import (
 )
 from image.presets import decay_factor
 from image.small_resnet import make_model
+from records import DataError
 from studies.advice import advised
 from studies.plan import Run
 from studies.small_runs import Job, train_workers
@@ -69,14 +70,21 @@ class Images:
 
 
 def load(dataset_name: str | None) -> Images:
-    """Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate."""
+    """
+    Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate. Of rows sorted by class
+    these would be one class, so evenly spread ones.
+    """
     with advised(ADVICE):
         sets = load_images(dataset_name or HUB_NAME)
         train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
     assert isinstance(train, SmallImages)
     assert isinstance(test, SmallImages)
-    held_out = min(VALIDATION_ROWS, len(train) // 6)
-    first = Part(train.images[:-held_out], train.labels[:-held_out])
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    if bool((train.labels.diff() >= 0).all()):
+        held_out[torch.linspace(0, len(train) - 1, min(VALIDATION_ROWS, len(train) // 6)).long()] = True
+    else:
+        held_out[len(train) - min(VALIDATION_ROWS, len(train) // 6) :] = True
+    first = Part(train.images[~held_out], train.labels[~held_out])
     mean, std = mean_and_std(train)
 
     def part(images: torch.Tensor, labels: torch.Tensor) -> Part:
@@ -88,7 +96,7 @@ def load(dataset_name: str | None) -> Images:
         sha256=hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes()).hexdigest(),
         train=first,
         told=part(first.images[:TOLD_ROWS], first.labels[:TOLD_ROWS]),
-        validation=part(train.images[-held_out:], train.labels[-held_out:]),
+        validation=part(train.images[held_out], train.labels[held_out]),
         test=part(test.images, test.labels),
         label_names=sets.label_names,
         mean=mean,
@@ -102,7 +110,17 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def steps_per_epoch(run: Run, rows: int) -> int:
-    """Whole steps of all workers together."""
+    """
+    Whole steps of all workers together.
+
+    Raises:
+        DataError: There is none.
+    """
+    if rows < run.workers * run.batch_size:
+        raise DataError(
+            f"dataset_name must have >= {run.workers * run.batch_size} rows to train on, a batch of {run.batch_size} "
+            f"for each of {run.workers} workers, got {rows}. Set --dataset_name."
+        )
     return rows // (run.workers * run.batch_size)
 
 
@@ -118,6 +136,7 @@ def rows_of(epoch: int, rank: int, run: Run, rows: int) -> torch.Tensor:
 
 def train(run: Run, data: Images) -> dict[str, Any]:
     """All workers of one run; the part of its record that they know."""
+    steps_per_epoch(run, len(data.train.labels))  # too few rows are told here, not by each worker
     told = train_workers(run, lambda rank: _make_job(run, data, rank))
     assert told is not None
     return {**told, "metrics": _metrics(told["curve"]), "dataset": data.name, "dataset_sha256": data.sha256}

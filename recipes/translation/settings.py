@@ -136,8 +136,8 @@ class ScriptArguments:
 
 # Of these, what a model was trained by; a run that goes on has them as they were (`one_run.py`).
 TRAINED_BY = (
-    *("dataset_name", "dataset_config", "source_lang", "target_lang", "train_split", "max_train_samples"),
-    *("vocab_size", "max_length", "max_tokens", "model_size", "dropout"),
+    *("dataset_name", "dataset_config", "source_lang", "target_lang", "translation_column", "train_split"),
+    *("max_train_samples", "vocab_size", "max_length", "max_tokens", "model_size", "dropout"),
 )
 
 
