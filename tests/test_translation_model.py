@@ -29,14 +29,21 @@ RECIPES = ROOT / "recipes"
 
 def test_tokenizer_gives_every_text_back(tokenizer, tmp_path):
     """Bytes are its alphabet: nothing is unknown, umlauts, other scripts and double spaces come back."""
-    texts = ["Größenänderung  von Äpfeln", "naïve €, 漢字, 🙂", "x", '"A&B" - (z.B.)']
+    texts = [
+        "Größenänderung  von Äpfeln",
+        "naïve €, 漢字, 🙂",
+        "x",
+        '"A&B" - (z.B.)',
+        "<s>old</s> new",
+        "a<pad>b </s>",
+    ]
     model = transformer.make_transformer("tiny", len(tokenizer))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for ours in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        encoded = ours(texts)["input_ids"]
+        encoded = tokens.ids_of(texts, ours)
         assert [ours.decode(ids, skip_special_tokens=True) for ids in encoded] == texts
-        assert all(ids[-1] == tokens.EOS and tokens.PAD not in ids for ids in encoded)
+        assert all(ids.index(tokens.EOS) == len(ids) - 1 and tokens.PAD not in ids for ids in encoded)
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, 1000)
 
 

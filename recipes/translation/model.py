@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
-from translation.tokens import EOS, NO_LABEL, PAD, POSITIONS, padded
+from translation.tokens import EOS, NO_LABEL, PAD, POSITIONS, ids_of, padded
 
 EXTRA_TOKENS = 50  # a translation may be this much longer than the batch's longest source, as in Vaswani et al.
 # Vaswani et al., table 3. `small` is what is used for Multi30k (Wu et al., 2021, https://aclanthology.org/2021.acl-long.480,
@@ -173,7 +173,7 @@ def translate(
     batch_size: int = 64,
 ) -> list[str]:
     """Translate sentences, in batches of similar length; the translations come in the sentences' order."""
-    encoded = tokenizer(list(sentences), truncation=True, max_length=POSITIONS)["input_ids"]
+    encoded = ids_of(list(sentences), tokenizer)
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     translations = [""] * len(encoded)
     was_training = model.training

@@ -199,10 +199,13 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerFast) -> datase
 def _encode(
     batch: dict[str, list[str]], places: list[int], tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, list[Any]]:
-    source, target = (
-        tokenizer(batch[side], truncation=True, max_length=POSITIONS)["input_ids"] for side in ("source", "target")
-    )
+    source, target = (ids_of(batch[side], tokenizer) for side in ("source", "target"))
     return {"input_ids": source, "labels": target, "row": places}
+
+
+def ids_of(sentences: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """With `</s>` behind each. One in a text (HTML's strike-through), or `<pad>`, is text like any other."""
+    return list(tokenizer(sentences, truncation=True, max_length=POSITIONS, split_special_tokens=True)["input_ids"])
 
 
 def sort_by_length(rows: datasets.Dataset) -> datasets.Dataset:
