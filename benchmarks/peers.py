@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class PeerArguments(Training):
     rho: list[float] = field(
         default_factory=lambda: [0.5, 1.5, 3.1, 10.0], metadata={"help": "All-reduce over computation."}
     )
-    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Names of peer_job.SYSTEMS."})
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Of peer_systems.SYSTEMS."})
     hosts: int = field(default=4, metadata={"help": "Machines."})
     mtu: int = field(default=1500, metadata={"help": "Bytes of a packet."})
     steps: int = field(default=0, metadata={"help": "Training steps for the loss over time; 0: step times alone."})
@@ -98,14 +98,26 @@ def missing(system: str) -> str | None:
 
 
 class Record:
-    """The rows measured so far, of one command."""
+    """
+    The rows measured so far, of one command.
+
+    Raises:
+        ValueError: The file has rows of other settings than these, or does not say of which.
+    """
 
     def __init__(self, args: PeerArguments) -> None:
         self.args, self.path = args, Path(args.output)
+        of_rows = ("rho", "systems", "seeds", "output", "plot")
+        settings = {name: value for name, value in asdict(args).items() if name not in of_rows}
         self.values: dict[str, Any] = {"rows": []}
         if self.path.exists():
             self.values = json.loads(self.path.read_text())
-        self.values |= origin()
+            if self.values.get("settings") != settings:
+                raise ValueError(
+                    f"output must be a new file, or a record of the same settings, got {args.output!r} with "
+                    f"{self.values.get('settings', 'none')}. Set --output."
+                )
+        self.values |= origin() | {"settings": settings}
 
     def row(self, system: str, rho: float, seed: int) -> dict[str, Any] | None:
         """A system's, where it was measured."""
@@ -265,7 +277,10 @@ def main() -> None:
     refusal = why_not()
     if refusal:
         sys.exit(f"peers.py: {refusal}")
-    record = Record(args)
+    try:
+        record = Record(args)
+    except ValueError as error:
+        sys.exit(f"peers.py: {error}")
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.safetensors"
         try:

@@ -8,6 +8,8 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 import slowmo_hf
 from harness import run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig, SlowMoOptimizer, hints, names
+from slowmo_hf.checkpoints.state import _FIXED
 
 LINEAR = torch.nn.Linear(2, 1)
 
@@ -281,6 +284,19 @@ def test_every_number_has_the_rule():
     kinds = get_type_hints(SlowMoConfig)
     assert [name for name in kinds if kinds[name] is int] == WHOLE
     assert [name for name in kinds if kinds[name] is float] == REAL
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "choosing_settings.md"
+# A resume may have others: what a checkpoint holds means the same.
+FREE = {"outer_lr", "outer_momentum", "outer_optimizer_kwargs", "processes_per_worker", "compression"}
+FREE |= {"shard_slow_state", "slow_state_device", "stash_device", "bucket_bytes", "timeout_seconds"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SlowMoConfig)])
+def test_every_setting_is_told_of_and_fixed_in_a_checkpoint_or_free(name):
+    assert f"{name} (`" in (SlowMoConfig.__doc__ or ""), "its docstring has type and default"
+    assert f"`{name}" in PAGE.read_text()
+    assert (name in _FIXED) != (name in FREE), "say which in checkpoints/state.py, or here"
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -214,6 +214,20 @@ def test_steps_and_looks_of_a_budget():
         peers.PeerArguments(look_every=30)
 
 
+def test_a_record_takes_rows_of_its_own_settings_alone(tmp_path):
+    path = tmp_path / "record.json"
+    record = peers.Record(peers.PeerArguments(output=str(path), hosts=8))
+    record.values["rows"].append({"system": "ddp", "rho": 3.1, "seed": 0})
+    record.write()
+    again = peers.Record(peers.PeerArguments(output=str(path), hosts=8, seeds=[1], rho=[1.5]))
+    assert again.row("ddp", 3.1, 0)
+    with pytest.raises(ValueError, match=r"output must be a new file, or a record of .*'hosts': 8.* Set --output"):
+        peers.Record(peers.PeerArguments(output=str(path), hosts=2))
+    path.write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"got .* with none\. Set --output"):
+        peers.Record(peers.PeerArguments(output=str(path), hosts=8))
+
+
 @pytest.mark.parametrize(("size", "mode", "refused"), [(28, "L", False), (32, "RGB", True)])
 def test_images_are_decoded_once_or_refused(tmp_path, size, mode, refused):
     for split, shade in (("train", 10), ("test", 20)):
