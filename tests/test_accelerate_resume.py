@@ -393,7 +393,7 @@ class Counts:
 
 def test_what_a_program_writes_in_place_after_a_load_stays():
     counts = Counts()
-    accelerator = SimpleNamespace(scaler=None, _schedulers=[], _custom_objects=[counts])
+    accelerator = SimpleNamespace(scaler=None, _optimizers=[], _schedulers=[], _custom_objects=[counts])
     model = nn.Linear(1, 1)
     inner = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.5)
     (group,) = inner.param_groups
