@@ -166,6 +166,13 @@ def origin(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def source_of(script: str, before: str | None) -> Path:
+    """The folder `src` of another checkout; the program ends with one line where it holds no package."""
+    if before is None or not Path(before, "slowmo_hf").is_dir():
+        sys.exit(f"{script}: before must be a folder that holds slowmo_hf, got {before!r}. Set --before.")
+    return Path(before).resolve()
+
+
 def commit_of(source: Path) -> str:
     """Its commit, "-dirty" where its files are others; empty where git does not know it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]

@@ -280,7 +280,7 @@ def main() -> None:
     try:
         record = Record(args)
     except ValueError as error:
-        sys.exit(f"peers.py: {error}")
+        end_program(__file__, error)
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.safetensors"
         try:

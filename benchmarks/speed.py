@@ -28,7 +28,7 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 
 import slowmo_hf
-from measuring import commit_of, milliseconds, origin, ratio
+from measuring import commit_of, milliseconds, origin, ratio, source_of
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -187,9 +187,7 @@ def main() -> None:
     if args.serve:
         serve(args)
         return
-    if args.before is None or not Path(args.before, "slowmo_hf").is_dir():
-        sys.exit(f"speed.py: before must be a folder that holds slowmo_hf, got {args.before!r}. Set --before.")
-    sources = {"new": ROOT / "src", "before": Path(args.before).resolve()}
+    sources = {"new": ROOT / "src", "before": source_of("speed.py", args.before)}
     figures = compare(args, sources)
     for setting, parts in figures.items():
         for part, figure in parts.items():

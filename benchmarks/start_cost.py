@@ -26,7 +26,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-from measuring import commit_of, milliseconds, origin, ratio
+from measuring import commit_of, milliseconds, origin, ratio, source_of
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -124,8 +124,7 @@ def main() -> None:
     if args.serve:
         serve(args)
         return
-    if args.before is not None and not Path(args.before, "slowmo_hf").is_dir():
-        sys.exit(f"start_cost.py: before must be a folder that holds slowmo_hf, got {args.before!r}. Set --before.")
+    before = None if args.before is None else source_of("start_cost.py", args.before)
     figures = compare(args)
     for program in [name for name in figures if "/" not in name]:
         print(f"{program:<8} {figures[program]['median_ms']:8.1f} ms")
@@ -137,7 +136,7 @@ def main() -> None:
     record = {
         **origin(),
         "commit": commit(),
-        **({"commit_before": commit_of(Path(args.before).resolve())} if args.before else {}),
+        **({"commit_before": commit_of(before)} if before else {}),
         "arguments": {
             name: value for name, value in asdict(args).items() if name not in ("output", "serve", "before")
         },

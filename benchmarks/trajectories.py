@@ -25,6 +25,7 @@ import torch
 from transformers import HfArgumentParser
 
 import slowmo_hf
+from measuring import source_of
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -127,9 +128,7 @@ def main() -> None:
     if args.show:
         print(json.dumps(trajectories(constant_lr=args.constant_lr)))
         return
-    if args.before is None or not Path(args.before, "slowmo_hf").is_dir():
-        sys.exit(f"trajectories.py: before must be a folder that holds slowmo_hf, got {args.before!r}. Set --before.")
-    sources = (ROOT / "src", Path(args.before).resolve())
+    sources = (ROOT / "src", source_of("trajectories.py", args.before))
     here, before = (of_checkout(source, constant_lr=args.constant_lr) for source in sources)
     for name in SETTINGS:
         kinds = [

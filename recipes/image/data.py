@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -96,16 +96,21 @@ def load_images(
 
 
 def _fewer_rows(rows: datasets.Dataset, label_column: str, limit: int | None, flag: str) -> datasets.Dataset:
-    """The first ones; of rows sorted by class these would be one class, so evenly spread ones."""
+    """The first ones, or `spread` ones."""
     if limit is None:
         return rows
     if limit < 1:
         raise DataError(f"{flag} must be >= 1 row, got {limit}. Leave --{flag} out to use all.")
     if limit >= len(rows):
         return rows
-    if (np.diff(_labels(rows, label_column)) >= 0).all():
-        return rows.select(np.linspace(0, len(rows) - 1, limit).astype(int))
-    return rows.select(range(limit))
+    return rows.select(spread(_labels(rows, label_column), range(limit)))
+
+
+def spread(labels: np.ndarray, places: range) -> Sequence[int]:
+    """These places; of rows sorted by class they would be one class, so as many evenly spread ones."""
+    if (np.diff(labels) >= 0).all():
+        return [int(place) for place in np.linspace(0, len(labels) - 1, len(places))]
+    return places
 
 
 def _side_and_modes(rows: datasets.Dataset, image_column: str) -> tuple[int, set[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 
-from image.data import load_images
+from image.data import load_images, spread
 from image.pixels import (
     SmallImages,
     crop_padding,
@@ -71,8 +71,7 @@ class Images:
 
 def load(dataset_name: str | None) -> Images:
     """
-    Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate. Of rows sorted by class
-    these would be one class, so evenly spread ones.
+    Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate, or `spread` ones.
     """
     with advised(ADVICE):
         sets = load_images(dataset_name or HUB_NAME)
@@ -80,10 +79,8 @@ def load(dataset_name: str | None) -> Images:
     assert isinstance(train, SmallImages)
     assert isinstance(test, SmallImages)
     held_out = torch.zeros(len(train), dtype=torch.bool)
-    if bool((train.labels.diff() >= 0).all()):
-        held_out[torch.linspace(0, len(train) - 1, min(VALIDATION_ROWS, len(train) // 6)).long()] = True
-    else:
-        held_out[len(train) - min(VALIDATION_ROWS, len(train) // 6) :] = True
+    last = range(len(train) - min(VALIDATION_ROWS, len(train) // 6), len(train))
+    held_out[torch.tensor(spread(train.labels.numpy(), last), dtype=torch.long)] = True
     first = Part(train.images[~held_out], train.labels[~held_out])
     mean, std = mean_and_std(train)
 

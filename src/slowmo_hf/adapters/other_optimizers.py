@@ -25,21 +25,18 @@ def note_start(optimizer: Any, *, goes_on: bool) -> None:
     This SlowMoOptimizer trains from now on. Where it does not go on from a checkpoint, its start has given all workers
     rank 0's weights: warn of each that trains some of them, and is between rounds.
     """
-    for other in [] if goes_on else _training({id(p) for p in parameters_of(optimizer)}):
-        _tell_of_steps_lost(other, optimizer)
+    own = {id(p) for p in parameters_of(optimizer)}
+    for other in [] if goes_on else _training(own):
+        loop = other.outer_loop
+        if loop.parts.trains_alone and not loop.clock.workers_agree and not loop.consensus.shows_average:
+            optimizer.outer_loop.workers.logger.warning(
+                "another SlowMoOptimizer has trained %d of these parameters for %d steps since its last round, each "
+                "worker on its own: this start has given all workers rank 0's, and what the others learned is lost. "
+                "Call slowmo_hf.finish on the earlier one before.",
+                sum(id(p) in own for p in parameters_of(other)),
+                loop.attempted_steps - loop.consensus.last_round_step,
+            )
     _started.append(weakref.ref(optimizer, _started.remove))
-
-
-def _tell_of_steps_lost(other: Any, optimizer: Any) -> None:
-    loop, own = other.outer_loop, {id(p) for p in parameters_of(optimizer)}
-    if loop.parts.trains_alone and not loop.clock.workers_agree and not loop.consensus.shows_average:
-        optimizer.outer_loop.workers.logger.warning(
-            "another SlowMoOptimizer has trained %d of these parameters for %d steps since its last round, each "
-            "worker on its own: this start has given all workers rank 0's, and what the others learned is lost. "
-            "Call slowmo_hf.finish on the earlier one before.",
-            sum(id(p) in own for p in parameters_of(other)),
-            loop.attempted_steps - loop.consensus.last_round_step,
-        )
 
 
 def beside_another(optimizer: Any, wrappers: list[DistributedDataParallel]) -> str | None:

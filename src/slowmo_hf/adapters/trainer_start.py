@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from .. import upstream
+from ..dtensors import sharded_modules
 from ..log import logger
 from ..training.parts import Parts
 from ..training.program import Program
@@ -143,8 +144,8 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_whole(trainer: Trainer) -> bool:
     """Whether the model waits for DDP: it is neither wrapped nor sharded."""
-    sharded = trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", False)
-    return not sharded and not isinstance(trainer.model, DistributedDataParallel)
+    model = trainer.model
+    return model is not None and not isinstance(model, DistributedDataParallel) and not sharded_modules([model])
 
 
 def _told(trainer: Trainer, train: Callable[[], Any]) -> Any:

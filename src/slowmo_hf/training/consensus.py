@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.profiler import record_function
 
+from ..config import SlowMoConfig
 from ..dtensors import local
 from ..wire.reduction import show_mean_
 from .in_flight import InFlight
@@ -63,8 +64,12 @@ class Consensus:
         if not view.is_shown and self.parts.config.has_rounds:
             view.begin()
             try:
-                agreement = None if self.nothing_to_average else self.in_flight.meet(Purpose.LOOK)
-                self.show_buffers_of(agreement.changed_buffers if agreement else None)
+                if self.nothing_to_average:  # a training pass inside writes into buffers all the same
+                    others = self.parts.tensors.others
+                    floating, integer = others.to_average(others.known().names)
+                    self._show([*floating, *integer], _nothing)
+                else:
+                    self.show_buffers_of(self.in_flight.meet(Purpose.LOOK).changed_buffers)
             except BaseException:
                 self.restore()
                 raise
@@ -142,25 +147,23 @@ class Consensus:
 
         return end_passes
 
-    def show_buffers_of(self, changed_buffers: list[str] | None) -> None:
-        """
-        As `show`, where all have met: with the average of these buffers. None where all have it already and nobody has
-        met: what training has changed is put by all the same, for a training pass inside the view writes into it.
-        """
-        parts, others = self.parts, self.parts.tensors.others
-        floating, integer = others.to_average(others.known().names if changed_buffers is None else changed_buffers)
+    def show_buffers_of(self, changed_buffers: list[str]) -> None:
+        """As `show`, where all have met: with the average of these buffers."""
+        parts = self.parts
+        floating, integer = parts.tensors.others.to_average(changed_buffers)
         params = [] if parts.clock.workers_agree else parts.tensors.trainable
-        shown = [*params, *floating, *integer]
 
         def average_() -> None:
-            if changed_buffers is not None:
-                with record_function("slowmo::consensus"):
-                    self._average(bool(params), floating, integer)
+            with record_function("slowmo::consensus"):
+                self._average(bool(params), floating, integer)
 
-        parts.view.begin()
-        parts.inner_state.remember_emptiness()
+        self._show([*params, *floating, *integer], average_)
+
+    def _show(self, tensors: list[torch.Tensor], write_: Callable[[], None]) -> None:
+        self.parts.view.begin()
+        self.parts.inner_state.remember_emptiness()
         try:
-            parts.view.show(shown, average_)
+            self.parts.view.show(tensors, write_)
         except BaseException:
             self.restore()
             raise
@@ -192,7 +195,7 @@ class Consensus:
         if view.is_shown:
             return
         agree = parts.clock.workers_agree
-        refusal = "" if agree else parts.tensors.problem() or self._without_anchors
+        refusal = "" if agree else parts.tensors.problem() or _without_anchors(parts.config)
         if refusal:
             raise RuntimeError(refusal)
         stays = agree or not self.last_round_step
@@ -214,22 +217,6 @@ class Consensus:
         view.is_of_last_round = True
         # An EMA that was swapped in is swapped out; or other weights are loaded.
         view.keep_writes(parts.tensors.written_by_passes())
-
-    @property
-    def _without_anchors(self) -> str:
-        """Why this process does not hold the last round's model; empty where it does. The same on all ranks."""
-        config = self.parts.config
-        settings = {
-            "shard_slow_state=True": config.shard_slow_state,
-            "exact_average=False": not config.exact_average,
-        }
-        for setting, is_so in settings.items():
-            if is_so:
-                return (
-                    f"model.eval() shows the last round's model, which not every process holds with {setting}. "
-                    "Evaluate inside `with slowmo_hf.consensus(optimizer):` on all ranks, model.eval() included."
-                )
-        return ""
 
     @property
     def shows_average(self) -> bool:
@@ -286,6 +273,18 @@ class Consensus:
         if parts.meets_others and any(is_written for is_written, _ in of_each):
             parts.clock.parted_at = parts.clock.attempted_steps
         return any(is_changed for _, is_changed in of_each)
+
+
+def _without_anchors(config: SlowMoConfig) -> str:
+    """Why this process does not hold the last round's model; empty where it does. The same on all ranks."""
+    settings = {"shard_slow_state=True": config.shard_slow_state, "exact_average=False": not config.exact_average}
+    for setting, is_so in settings.items():
+        if is_so:
+            return (
+                f"model.eval() shows the last round's model, which not every process holds with {setting}. "
+                "Evaluate inside `with slowmo_hf.consensus(optimizer):` on all ranks, model.eval() included."
+            )
+    return ""
 
 
 def _as_the_round_left(parts: Parts) -> Callable[[set[int]], None]:
