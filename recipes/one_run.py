@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -40,8 +41,8 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
     with other settings. All ranks decide alike.
 
     Raises:
-        SettingError: The checkpoint is of a run with another value of a setting: of any with true, else of one that
-            Trainer takes from the checkpoint. Trainer is to make the callbacks anew.
+        SettingError: There is no such folder. The checkpoint is of a run with another value of a setting: of any with
+            true, else of one that Trainer takes from the checkpoint. Trainer is to make the callbacks anew.
     """
     asked = args.resume_from_checkpoint
     if args.restore_callback_states_from_checkpoint:
@@ -52,6 +53,7 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
     if asked is None or asked.lower() == "false":
         return None
     if asked.lower() != "true":
+        _check_is_there(asked)
         has_optimizer = any(Path(asked).glob("optimizer*"))  # of `save_only_model` there is none
         loaded = {name: value for name, value in settings.items() if name in _LOADED and has_optimizer}
         _refuse_others(asked, loaded, f"from {asked!r}", "leave --resume_from_checkpoint out")
@@ -63,6 +65,44 @@ def checkpoint_to_resume(args: TrainingArguments, settings: dict[str, Any]) -> s
     found = get_last_checkpoint(args.output_dir)
     _refuse_others(found, settings, f"with the run in output_dir={args.output_dir!r}", "set --output_dir")
     return found
+
+
+def _check_is_there(checkpoint: str) -> None:
+    """On one machine at least; Trainer says what it lacks on another. All ranks decide alike."""
+    if not any(gather_object([Path(checkpoint).is_dir()])):
+        raise SettingError(
+            f"resume_from_checkpoint must be true, false or a checkpoint's folder, got {checkpoint!r}, which is no "
+            "folder. Set --resume_from_checkpoint."
+        )
+
+
+def check_resumed_model(checkpoint: str | None, shape: dict[str, Any], model: str, flags: str) -> None:
+    """
+    A checkpoint must be of a model of the same shape: its weights may fit another and mean something else. All ranks
+    decide alike.
+
+    Args:
+        checkpoint (`str`, *optional*): As `checkpoint_to_resume` gives it.
+        shape (`dict[str, Any]`): This run's: fields of a model's `config.json`, and `num_labels`.
+        model (`str`): What this run's model is called in the error.
+        flags (`str`): That choose it.
+
+    Raises:
+        SettingError: It is of another shape.
+    """
+    if checkpoint is None:
+        return
+    file = Path(checkpoint) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    if "label2id" in config:
+        config["num_labels"] = len(config["label2id"])
+    for there in gather_object([{name: config[name] for name in shape if name in config}]):
+        if any(shape[name] != value for name, value in there.items()):
+            raise SettingError(
+                f"resume_from_checkpoint must be of a model of the same size, got {checkpoint!r} with {there}, and "
+                f"{model} is {shape}. Set {flags} to that run's, or start anew in another --output_dir, without "
+                "--resume_from_checkpoint."
+            )
 
 
 def _refuse_others(checkpoint: str | None, settings: dict[str, Any], where: str, anew: str) -> None:

@@ -149,7 +149,7 @@ def print_table(record: dict[str, Any], results: dict[str, str]) -> None:
         "seconds communicating": _or_not_counted(record["seconds_communicating"], ".1f"),
         "seconds in all": f"{record['seconds']:.1f}",
     }
-    print("\n".join(f"{name:<24}{value}" for name, value in rows.items()), flush=True)
+    print("\n".join(f"{name:<23} {value}" for name, value in rows.items()), flush=True)
 
 
 def _or_not_counted(value: float | None, spec: str) -> str:

@@ -205,6 +205,41 @@ def test_small_images_keep_their_colours_whichever_comes_first(tmp_path, modes, 
         )
 
 
+def write_deep(folder: Path, kind: type, suffix: str, size: int = 32) -> str:
+    """One image of every class and split, whose pixels climb from 0 in steps of 61."""
+    ramp = (np.arange(size * size).reshape(size, size) * 61).astype(kind)
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (folder / place).mkdir(parents=True)
+        Image.fromarray(ramp).save(folder / place / f"0.{suffix}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
+    """Pillow's own conversion would make everything above 255 white."""
+    sets = load_images(write_deep(tmp_path / "small", np.uint16, suffix))
+    assert sets.channels == 1
+    right = np.arange(32 * 32).reshape(1, 32, 32) * 61 // 256
+    assert pixels.make_dataset(sets.train, sets)[0]["image"].tolist() == right.tolist()
+    large = load_images(write_deep(tmp_path / "large", np.uint16, suffix, size=256))
+    image = pixels.make_dataset(large.train, large)[0]["image"]
+    assert image.shape == (3, 224, 224)
+    assert image.float().std() > 60, "half of the images' pixels are white where 16 bits are cut off"
+
+
+@pytest.mark.parametrize(("kind", "size"), [(np.int32, 32), (np.float32, 32), (np.float32, 80)])
+def test_pixels_of_unknown_scale_are_refused(tmp_path, kind, size):
+    sets = load_images(write_deep(tmp_path, kind, "tiff", size))
+    with pytest.raises(DataError, match=r"got row 0 of 'image', '.*0\.tiff': ValueError: mode '[IF]', 32 bits of"):
+        pixels.make_dataset(sets.train, sets)[0]
+
+
+def test_images_of_one_colour_cannot_be_normalised(tmp_path):
+    sets = load_images(write_images(tmp_path, {"train/a": ["L"], "train/b": ["L"], "test/a": ["L"]}))
+    with pytest.raises(DataError, match=r"must hold images that differ, got 2 whose pixels are all 1\d\d"):
+        pixels.mean_and_std(pixels.make_dataset(sets.train, sets))
+
+
 def test_small_only_if_all_are_small(tmp_path):
     write_images(tmp_path, {"train/a": 1, "train/z": 1, "test/a": 1}, size=20)
     assert load_images(str(tmp_path)).image_size == 20

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from harness import run_workers
 from image import train as recipe
+from image.small_resnet import make_model
 from one_run import OneRun, checkpoint_to_resume, settings_of
 from records import SettingError
 from slowmo_hf import SlowMoCallback, SlowMoConfig
@@ -129,9 +130,9 @@ def test_a_save_that_was_cut_off_is_not_gone_on_from(tmp_path):
     (tmp_path / "checkpoint-6").mkdir()
     args = arguments(tmp_path, resume_from_checkpoint="true")
     assert Path(checkpoint_to_resume(args, {})).name == "checkpoint-4"
-    for asked, found in (("false", None), (None, None), ("a/path", "a/path")):
+    for asked in ("false", None, str(tmp_path / "checkpoint-2")):
         args.resume_from_checkpoint = asked
-        assert checkpoint_to_resume(args, {}) == found
+        assert checkpoint_to_resume(args, {}) == (None if asked == "false" else asked)
     stock = tmp_path / "stock"
     (stock / "checkpoint-9").mkdir(parents=True)
     (stock / "checkpoint-9/trainer_state.json").write_text('{"global_step": 9}')
@@ -148,6 +149,22 @@ def test_the_recipe_ends_with_one_line(tmp_path, monkeypatch, capfd):
     ends_with_one_line(
         recipe, shown, flag, r"restore_callback_states_from_checkpoint must be false", monkeypatch, capfd
     )
+
+
+def test_a_checkpoint_of_no_folder_or_of_another_model(tmp_path, monkeypatch, capfd):
+    """Trainer would say that no checkpoint is valid, and torch which weights are of another size."""
+    asked = tmp_path / "checkpoint-4"
+    shown = f"--output_dir {tmp_path} --use_cpu 1 --max_train_samples 64 --resume_from_checkpoint {asked}"
+    said = f"resume_from_checkpoint must be true, false or a checkpoint's folder, got '{asked}', which is no folder"
+    ends_with_one_line(recipe, shown, "", said, monkeypatch, capfd)
+    make_model(28, 1, ["a", "b", "c"], width=4).save_pretrained(asked)
+    (asked / "trainer_state.json").write_text('{"global_step": 4}')
+    for width, there in ((4, r"'num_labels': 3\}"), (5, r"'embedding_size': 4, 'hidden_sizes': \[4, 8, 16\]")):
+        said = (
+            f"resume_from_checkpoint must be of a model of the same size, got '{asked}' with .*{there}.*, and this "
+            rf"run's of '.*fashion.*' is .*_size': {width}, .*'num_labels': 10\}}\. Set --architecture, --width a"
+        )
+        ends_with_one_line(recipe, shown, f"--width {width}", said, monkeypatch, capfd)
 
 
 FREE = {"preset", "plot", "max_eval_samples"}  # a preset gives others their values

@@ -240,6 +240,15 @@ def test_wrong_flag_ends_with_one_line():
         ("--weight_decay -1", "Invalid weight_decay value: -1.0"),
         ("--report_to nonsense", "nonsense is not supported, only "),
         ("--width 0", "width must be >= 1 channel, got 0. Set --width."),
+        (
+            "--width 9 --architecture resnet18",
+            "width is of the small ResNet, got 9 with another, whose stem has 64 channels",
+        ),
+        (
+            "--dataloader_drop_last 1 --per_device_train_batch_size 65",
+            r"dataloader_drop_last must be false with fewer .*, got 64 rows and per_device_train_batch_size=65\. Set",
+        ),
+        ("--max_train_samples 1", r"label_column must hold two classes or more, .* alone\. .*--max_train_samples"),
         ("--sync_every often", "argument --sync_every.*: invalid int value: 'often'"),
         ("--no_such_flag 1", r"Some specified arguments are not used .* \['--no_such_flag', '1'\]"),
         ("--dataset_name /no/such/folder", "dataset_name must be .* got '/no/such/folder', which is no folder"),

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import HfArgumentParser
 
 from studies import plan as studies
 from studies import reproduce, showing, small_translation
 from studies.kept import Progress
+from studies.run_records import command_of
 from studies.small_runs import is_over
 from translation import data as translation_data
 
@@ -62,6 +64,50 @@ def test_a_clusters_command_is_complete(monkeypatch, capsys, task):
         assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == (str(MACHINES[preset]), "8", 2)
         assert parsed.rdzv_endpoint == f"{values['MAIN']}:{values['PORT']}"
         assert (reproduce.RECORDS.parents[1] / parsed.training_script).is_file()
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"study": "tuning"},
+        {"study": "tuning", "epochs": 3},
+        {"study": "table1", "inner_lr": 0.3, "outer_momentum": 0.4},
+        {"study": "table1", "inner_lr": 0.3, "outer_momentum": 0.4, "seeds": 11, "epochs": 2},
+        {"study": "sweep", "inner_lr": 0.3, "outer_momentum": 0.4},
+        {"study": "published", "epochs": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("task", reproduce.MODULES)
+def test_the_command_of_a_record_runs_it_again(tmp_path, task, flags):
+    """
+    Of every run of a study: where there are no records, its command gives it. A row of the table without slow momentum
+    is asked for with its pair's momentum.
+    """
+    flags = dict(flags)
+    if flags["study"] == "sweep" and task == "multi30k":
+        del flags["outer_momentum"]
+    if flags["study"] == "published":
+        task = "multi30k"
+    runs = reproduce.study_runs(reproduce.Arguments(task=task, **flags), tmp_path)
+    assert runs
+    for run in runs:
+        program, *words = command_of(run, "/own/set").removeprefix("python ").split()
+        assert (reproduce.RECORDS.parents[1] / program).is_file()
+        if run.base != "all_reduce" and not run.slowmo and "outer_momentum" in flags:
+            words += ["--outer_momentum", str(flags["outer_momentum"])]
+        (asked,) = HfArgumentParser(reproduce.Arguments).parse_args_into_dataclasses(words)
+        assert run in reproduce.study_runs(asked, tmp_path)
+        assert asked.dataset_name == "FOLDER", "a record names no place of one's machine"
+        assert asked.bases == [run.base], "and no other row is run"
+
+
+def test_a_command_without_a_folder_of_one_s_own():
+    run = studies.published("multi30k")[0]
+    assert command_of(run, None).endswith("reproduce.py --study published --task multi30k --bases all_reduce")
 
 
 # ---- the committed records ----

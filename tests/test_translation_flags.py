@@ -137,13 +137,20 @@ def test_resume_of_another_size_is_refused(tmp_path, monkeypatch, capfd, heads):
     transformer.make_transformer("few", 300).save_pretrained(tmp_path / "checkpoint-5")
     shown = f"--output_dir {tmp_path} --use_cpu 1 --resume_from_checkpoint {tmp_path}/checkpoint-5"
     said = (
-        rf"resume_from_checkpoint must be of a model of the same size, got '.*point-5' with .*'heads': {heads}\}}, "
-        r"and model_size=(tiny|mini) is .*'heads': 4\}\. Set --model_size"
+        rf"resume_from_checkpoint must be of a model of the same size, got '.*point-5' with .*_heads': {heads}\}}, "
+        r"and model_size=(tiny|mini) is .*_heads': 4\}\. Set --model_size"
     )
     ends_with_one_line(recipe, shown, "--model_size tiny", said, monkeypatch, capfd)
     if heads == 2:
         ends_with_one_line(recipe, shown, "--model_size mini", said, monkeypatch, capfd)
-    recipe.check_resumed_size("few", f"{tmp_path}/checkpoint-5")
+    ends_with_one_line(
+        recipe,
+        f"--output_dir {tmp_path} --resume_from_checkpoint {tmp_path}/checkpoint-6",
+        "",
+        "resume_from_checkpoint must be true, false or a checkpoint's folder, got '.*point-6', which is no folder",
+        monkeypatch,
+        capfd,
+    )
 
 
 def test_resume_with_other_tokens_by_its_file(tokenizer, tmp_path):

@@ -144,6 +144,7 @@ def test_tokens_of_an_update_by_hand():
             "target_padded": 4 / 3 * 17,
         }
     )
+    assert sampler.tokens_per_update(3) == sampler.tokens_per_update(2), "an epoch has two of each rank"
     assert sampler.padding() == pytest.approx(1 - 27 / 33)
 
 

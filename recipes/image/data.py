@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
 
 from image.sources import load_splits
 from records import DataError
@@ -77,8 +78,8 @@ def load_images(
     _check_same_names(train, test, test_split, label_column)
     _check_labels(train, train_split, "train_split", label_column, len(label_names))
     _check_labels(test, test_split, "test_split", label_column, len(label_names))
-    _check_classes(train, train_split, label_column, label_names)
     train = _fewer_rows(train, label_column, max_train_samples, "max_train_samples")
+    _check_classes(train, train_split, label_column, label_names)
     test = _fewer_rows(test, label_column, max_eval_samples, "max_eval_samples")
     side, modes = _side_and_modes(train, image_column)
     small = side <= SMALL_IMAGE
@@ -91,7 +92,7 @@ def load_images(
         label_column=label_column,
         label_names=label_names,
         image_size=side if small else 224,
-        channels=1 if small and modes == {"L"} else 3,
+        channels=1 if small and all(mode == "L" or mode.startswith("I;16") for mode in modes) else 3,
     )
 
 
@@ -128,13 +129,27 @@ def _side_and_modes(rows: datasets.Dataset, image_column: str) -> tuple[int, set
     return side, modes
 
 
+def eight_bit(image: Image.Image, mode: str) -> Image.Image:
+    """
+    As `mode`, L or RGB. 16 bits are scaled to 8, which Pillow's own conversion cuts off at 255.
+
+    Raises:
+        ValueError: Numbers whose full scale the image does not say.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode!r}, 32 bits of unknown full scale; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert(mode)
+
+
 def unreadable(
     rows: datasets.Dataset, image_column: str, error: Exception, indices: Collection[int] | None = None
 ) -> DataError:
     """Which image cannot be decoded: the first of these rows, of all by default."""
     for index in range(len(rows)) if indices is None else indices:
         try:
-            rows[index][image_column].load()
+            eight_bit(rows[index][image_column], "RGB")
         except Exception as of_row:
             error = of_row
             break
@@ -213,7 +228,7 @@ def _check_labels(rows: datasets.Dataset, split: str, flag: str, label_column: s
     if lowest < 0 or highest >= classes:
         raise DataError(
             f"labels of {flag} must be in 0..{classes - 1}, got {lowest}..{highest} in {split!r} (-1 marks hidden "
-            f"labels). Set --{flag} to a split with labels."
+            f"labels). Set --{flag} to a split with labels numbered from 0."
         )
 
 
@@ -223,5 +238,5 @@ def _check_classes(rows: datasets.Dataset, split: str, label_column: str, names:
     if len(there) < 2:
         raise DataError(
             f"label_column must hold two classes or more, got {label_column!r} of {split!r} with {names[there[0]]!r} "
-            "alone. Set --label_column, --train_split or --dataset_name."
+            "alone. Set --label_column, --train_split, --max_train_samples or --dataset_name."
         )

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from image.data import SMALL_IMAGE, ImageSets, unreadable
+from image.data import SMALL_IMAGE, ImageSets, eight_bit, unreadable
+from records import DataError
 
 
 class _Images(torch.utils.data.Dataset[dict[str, Any]]):
@@ -44,7 +45,7 @@ class SmallImages(_Images):
         size = (sets.image_size, sets.image_size)
         mode = "L" if sets.channels == 1 else "RGB"
         try:
-            arrays = [np.asarray(image.convert(mode).resize(size)) for image in rows[sets.image_column]]
+            arrays = [np.asarray(eight_bit(image, mode).resize(size)) for image in rows[sets.image_column]]
         except Exception as error:  # of Pillow's many readers
             raise unreadable(rows, sets.image_column, error) from error
         self.images = torch.from_numpy(np.stack(arrays)).view(len(arrays), *size, -1).permute(0, 3, 1, 2).contiguous()
@@ -74,7 +75,7 @@ class LargeImages(_Images):
         draws = self._draws(index)
         try:
             row = self.rows[index]
-            image = row[self.sets.image_column].convert("RGB")
+            image = eight_bit(row[self.sets.image_column], "RGB")
         except Exception as error:
             raise unreadable(self.rows, self.sets.image_column, error, [index]) from error
         box = random_resized_box(*image.size, generator_of(draws)) if draws else centre_box(*image.size)
@@ -176,8 +177,18 @@ def make_dataset(rows: datasets.Dataset, sets: ImageSets, *, seed: int | None = 
 
 
 def mean_and_std(dataset: SmallImages | LargeImages) -> tuple[float, float]:
-    """Of all pixels of small images; ImageNet's, averaged over colours, for large ones."""
+    """
+    Of all pixels of small images; ImageNet's, averaged over colours, for large ones.
+
+    Raises:
+        DataError: All pixels are the same.
+    """
     if isinstance(dataset, LargeImages):
         return 0.449, 0.226
+    if dataset.images.min() == dataset.images.max():
+        raise DataError(
+            f"image_column must hold images that differ, got {len(dataset)} whose pixels are all "
+            f"{int(dataset.images.min())}. Set --image_column or --dataset_name."
+        )
     pixels = dataset.images.float() / 255
     return float(pixels.mean()), float(pixels.std())

@@ -37,7 +37,7 @@ from image.data import ImageSets, load_images
 from image.pixels import Batch, LargeImages, SmallImages, crop_padding, make_dataset, mean_and_std
 from image.presets import PRESETS, step_decay, zero_last_norms
 from image.small_resnet import ARCHITECTURES, make_model
-from one_run import OneRun, checkpoint_to_resume, settings_of
+from one_run import OneRun, check_resumed_model, checkpoint_to_resume, settings_of
 from paper_rows import set_preset
 from records import (
     DataError,
@@ -128,6 +128,8 @@ TRAINED_BY = (
     *("dataset_name", "train_split", "max_train_samples", "image_column", "label_column"),
     *("architecture", "width", "zero_init_residual", "warmup_epochs", "decay_epochs", "inner_momentum"),
 )
+# Of a model's config.json, what a checkpoint's must be to fit.
+SHAPE = ("num_channels", "embedding_size", "hidden_sizes", "depths", "num_labels")
 
 
 @dataclass
@@ -196,6 +198,8 @@ def main() -> None:
         )
         transformers.set_seed(args.seed)
         trainer = make_trainer(script, config, args, sets)
+        shape = {name: getattr(trainer.model.config, name) for name in SHAPE}
+        check_resumed_model(resumed, shape, f"this run's of {sets.name!r}", "--architecture, --width and the images")
     except (DataError, SettingError) as error:
         end(error)
     run = OneRun(trainer, settings)
@@ -281,6 +285,11 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
     model = make_model(sets.image_size, sets.channels, sets.label_names, script.width, script.architecture)
     if script.zero_init_residual:
         zero_last_norms(model)
+    if script.width not in (ScriptArguments.width, model.config.embedding_size):
+        raise SettingError(
+            f"width is of the small ResNet, got {script.width} with another, whose stem has "
+            f"{model.config.embedding_size} channels. Leave it out, or set --architecture small."
+        )
     try:
         trainer = Trainer(
             model=model,
@@ -299,6 +308,11 @@ def make_trainer(script: ScriptArguments, config: SlowMoConfig, args: TrainingAr
             )
         # Now, not in train(): a wrong setting or a package that is not installed is the user's to mend.
         trainer.create_optimizer()
+        if args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
+            raise SettingError(
+                f"dataloader_drop_last must be false with fewer rows than a batch of every process, got {len(train)} "
+                f"rows and per_device_train_batch_size={args.per_device_train_batch_size}. Set either."
+            )
     except (ImportError, RuntimeError, ValueError) as error:
         raise SettingError(error) from error
     return trainer

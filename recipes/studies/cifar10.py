@@ -4,23 +4,23 @@ One run of `reproduce.py --scale gpu`: CIFAR-10 at the paper's size, ResNet-18, 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 
 import slowmo_hf
-from image.data import load_images
-from image.pixels import SmallImages, crop_padding, generator_of, make_dataset, mean_and_std, normalised
+from image.data import ImageSets
+from image.pixels import crop_padding, generator_of, mean_and_std, normalised
 from image.presets import PRESETS
 from image.small_resnet import make_model
 from studies.advice import advised
 from studies.batched import BatchedGradients
 from studies.kept import Keeper
 from studies.plan import PaperRun
-from studies.small_images import Part, learning_rate_factor, rows_of, steps_per_epoch
+from studies.small_images import Part, digest, learning_rate_factor, load_small, rows_of, steps_per_epoch
 from studies.small_runs import Job, train_workers
 
 LIBRARIES = [datasets]  # whose versions matter here
@@ -30,6 +30,7 @@ TOLD_ROWS = 5_000  # of the training rows, for the training loss of the average
 ROWS_AT_ONCE = 1_000  # in evaluations
 ADVICE = "--dataset_name to a folder with CIFAR-10: train*.parquet and test*.parquet with the columns img and label."
 WHOLE = (50_000, 10_000)  # rows of CIFAR-10
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 GRADIENTS = ("batched", "in_turn", "alone")
 
 
@@ -76,17 +77,13 @@ class Images:
 def load(dataset_name: str | None, device: str, max_train_samples: int | None = None) -> Images:
     """CIFAR-10, from the Hub or a folder of Parquet files with the Hub's columns; all of its training split trains."""
     name = dataset_name or PRESET["dataset_name"]
-    rows = {"max_train_samples": max_train_samples, "max_eval_samples": max_train_samples}
     with advised(ADVICE):
-        sets = load_images(name, "img", "label", **rows)
-        train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
-    assert isinstance(train, SmallImages)
-    assert isinstance(test, SmallImages)
-    mean, std = mean_and_std(train)
+        sets, train, test = load_small(name, 3, "img", "label", max_rows=max_train_samples)
+        mean, std = mean_and_std(train)
     images, labels = train.images.to(device), train.labels.to(device)
     return Images(
-        name=_name_of(sets.train, len(sets.test)),
-        sha256=hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes()).hexdigest(),
+        name=_name_of(sets),
+        sha256=digest(train),
         padded=torch.nn.functional.pad(images, (crop_padding(images.shape[-1]),) * 4),
         train=Part(images, labels),
         told=Part(images[:TOLD_ROWS], labels[:TOLD_ROWS]),
@@ -97,10 +94,12 @@ def load(dataset_name: str | None, device: str, max_train_samples: int | None = 
     )
 
 
-def _name_of(train: datasets.Dataset, test_rows: int) -> str:
-    """Pixels that went through JPEG are not the original's: every record says so."""
-    name = "JPEG-coded CIFAR-10" if train[0]["img"].format == "JPEG" else "CIFAR-10"
-    return name if (len(train), test_rows) == WHOLE else f"{name}, {len(train)} and {test_rows} rows"
+def _name_of(sets: ImageSets) -> str:
+    """What has CIFAR-10's classes is named after it; pixels that went through JPEG are not the original's."""
+    name = "CIFAR-10" if sets.label_names == CLASSES else Path(sets.name).name
+    name = f"JPEG-coded {name}" if sets.train[0]["img"].format == "JPEG" else name
+    rows = len(sets.train), len(sets.test)
+    return name if rows == WHOLE else f"{name}, {rows[0]} and {rows[1]} rows"
 
 
 def draws_of(epoch: int, rank: int, run: PaperRun, data: Images) -> torch.Tensor:

@@ -17,10 +17,11 @@ import functools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -38,7 +39,7 @@ from studies.gpu import GpuArguments, gpu_runs, run_one_by_one
 from studies.kept import Clock, Keeper
 from studies.plan import TASKS, Run, Tuned, choose, published, sweeps, table1, tuning
 from studies.progress import Progress
-from studies.run_records import check_same_data, find_record, make_record, outcome
+from studies.run_records import check_same_data, command_of, find_record, make_record, outcome
 from studies.showing import data_line, table
 
 # Modules with `load`, `train` and `LIBRARIES`, and the scripts that train at the paper's size on a cluster.
@@ -242,13 +243,13 @@ def study_runs(arguments: Arguments, folder: Path) -> list[Run]:
         return _asked(arguments, published(arguments.task))
     tried: list[dict[str, Any]] = []
     while True:  # what has been tried says what else is tried
-        tunes = _asked(arguments, tuning(arguments.task, tried))
+        tunes = _sized(arguments, tuning(arguments.task, tried))
         found = [record for run in tunes if (record := find_record(run, folder))]
         if found == tried:
             break
         tried = found
     if arguments.study == "tuning":
-        return tunes
+        return _asked(arguments, tunes)
     lr, momentum = arguments.inner_lr, arguments.outer_momentum
     chosen = {
         base: Tuned(lr or own.inner_lr, None if base == "all_reduce" else momentum or own.outer_momentum)
@@ -271,7 +272,10 @@ def _waits_for_tuning(arguments: Arguments) -> bool:
 
 
 def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
-    runs = [run for run in runs if arguments.bases is None or run.base in arguments.bases]
+    return _sized(arguments, [run for run in runs if arguments.bases is None or run.base in arguments.bases])
+
+
+def _sized(arguments: Arguments, runs: list[Run]) -> list[Run]:
     return [replace(run, epochs=arguments.epochs) for run in runs] if arguments.epochs else runs
 
 
@@ -280,12 +284,14 @@ def _asked(arguments: Arguments, runs: list[Run]) -> list[Run]:
 
 def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) -> None:
     """Several at a time, each in a process of its own; each writes its record when it is done."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"records must be a folder that can be written, got {str(folder)!r}: {error}. Set --records."
+        ) from error
     progress = Progress(len(runs), arguments.jobs)
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)  # read by a process when it starts
-    processes = {"mp_context": get_context("spawn"), "initializer": _start_process, "initargs": (arguments.threads,)}
-    with ProcessPoolExecutor(arguments.jobs, **processes) as pool:
+    with pool_of(arguments.jobs, arguments.threads) as pool:
         under_way = {pool.submit(run_one, run, arguments.dataset_name, str(folder), device): run.name for run in runs}
         print(progress.line(list(under_way.values())), flush=True)
         try:
@@ -299,24 +305,35 @@ def run_all(runs: list[Run], arguments: Arguments, folder: Path, device: str) ->
             raise
 
 
+def pool_of(jobs: int, threads: int) -> ProcessPoolExecutor:
+    """Processes for runs, which end with this one."""
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)  # read by a process when it starts
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_process, initargs=(threads,))
+
+
 def _start_process(threads: int) -> None:
+    threading.Thread(target=_end_with_the_program, daemon=True).start()
     torch.set_num_threads(threads)
     logging.getLogger("slowmo_hf").setLevel(logging.WARNING)  # a table at each start would hide this program's lines
     datasets.disable_progress_bars()
+
+
+def _end_with_the_program() -> None:
+    """A run whose program was killed would go on, and wait for another for ever."""
+    program = parent_process()
+    assert program is not None
+    program.join()
+    os._exit(1)
 
 
 def run_one(run: Run, dataset_name: str | None, folder: str, device: str = "cpu") -> dict[str, Any]:
     """One run and its record."""
     module, data = MODULES[run.task], _load(run.task, dataset_name)
     check_same_data(data, run.task, dataset_name, Path(folder))
-    command = f"python recipes/studies/reproduce.py --study {run.study} --task {run.task}"
-    if run.task in KEPT:
-        command += " --dataset_name FOLDER"
-        if run.study in ("table1", "sweep"):
-            command += f" --inner_lr {run.inner_lr}"
-            command += f" --outer_momentum {run.outer_momentum}" if run.slowmo and run.study == "table1" else ""
-        command += f" --device {device}" if device != "cpu" else ""
     threads = torch.get_num_threads()
+    command = command_of(run, dataset_name)
+    command += f" --device {device}" if device != "cpu" else ""
     command += f" --threads {threads}" if threads > 1 else ""
     cores = "one core" if threads == 1 else f"{threads} cores"
     machine = f"{hardware()}, {cores} per run, all workers in one process"

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from records import SettingError, environment
-from studies.plan import Run
+from studies.plan import TASKS, Run
 
 
 def make_record(
@@ -36,6 +36,27 @@ def make_record(
         "command": command,
         "hardware": hardware,
     }
+
+
+def command_of(run: Run, dataset_name: str | None) -> str:
+    """
+    What runs this again and needs no tuning; a row of the table without slow momentum needs its pair's
+    `--outer_momentum` too.
+    """
+    task = TASKS[run.task]
+    words: dict[str, Any] = {"study": run.study, "task": run.task, "bases": run.base}
+    if dataset_name:
+        words["dataset_name"] = "FOLDER"
+    if run.study in ("table1", "sweep"):
+        words["inner_lr"] = run.inner_lr
+        if run.slowmo and not (run.study == "sweep" and task.two_workers):
+            words["outer_momentum"] = run.outer_momentum
+    usual = {"tuning": task.tuning_epochs, "published": task.published.get("epochs")}.get(run.study)
+    if run.epochs != (usual or task.sizes.get("epochs", Run.epochs)):
+        words["epochs"] = run.epochs
+    if run.study == "table1" and run.seed > (task.pair_seeds if run.base == "local_sgd" else task.seeds):
+        words["seeds"] = run.seed
+    return " ".join(["python recipes/studies/reproduce.py", *(f"--{name} {value}" for name, value in words.items())])
 
 
 def outcome(record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 
-from image.data import load_images, spread
+from image.data import SMALL_IMAGE, ImageSets, load_images, spread
 from image.pixels import (
     SmallImages,
     crop_padding,
@@ -31,6 +31,7 @@ from studies.small_runs import Job, train_workers
 
 LIBRARIES = [datasets]  # whose versions matter here
 HUB_NAME = "zalando-datasets/fashion_mnist"
+HUB_SHA256 = "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a"  # of its training split, as below
 ADVICE = (
     "--dataset_name to a folder with all of Fashion-MNIST: train*.parquet and test*.parquet with the columns image "
     "and label."
@@ -69,28 +70,46 @@ class Images:
     std: float
 
 
+def load_small(
+    dataset_name: str, channels: int, *columns: str, max_rows: int | None = None
+) -> tuple[ImageSets, SmallImages, SmallImages]:
+    """
+    Images that are small and of this many channels: training rows and test rows, decoded.
+
+    Raises:
+        DataError: They are others, or cannot be read.
+    """
+    sets = load_images(dataset_name, *columns, max_train_samples=max_rows, max_eval_samples=max_rows)
+    train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
+    if sets.channels == channels and isinstance(train, SmallImages) and isinstance(test, SmallImages):
+        return sets, train, test
+    kind = "grey" if channels == 1 else "colour"
+    raise DataError(
+        f"dataset_name must hold {kind} images of at most {SMALL_IMAGE} pixels, got {dataset_name!r} with others. "
+        "Set --dataset_name."
+    )
+
+
 def load(dataset_name: str | None) -> Images:
     """
     Fashion-MNIST, from the Hub or a folder; the last rows of its training split validate, or `spread` ones.
     """
     with advised(ADVICE):
-        sets = load_images(dataset_name or HUB_NAME)
-        train, test = make_dataset(sets.train, sets), make_dataset(sets.test, sets)
-    assert isinstance(train, SmallImages)
-    assert isinstance(test, SmallImages)
+        sets, train, test = load_small(dataset_name or HUB_NAME, 1)
+        mean, std = mean_and_std(train)
     held_out = torch.zeros(len(train), dtype=torch.bool)
     last = range(len(train) - min(VALIDATION_ROWS, len(train) // 6), len(train))
     held_out[torch.tensor(spread(train.labels.numpy(), last), dtype=torch.long)] = True
     first = Part(train.images[~held_out], train.labels[~held_out])
-    mean, std = mean_and_std(train)
+    sha256 = digest(train)
 
     def part(images: torch.Tensor, labels: torch.Tensor) -> Part:
         return Part(normalised(images, mean, std), labels)
 
     return Images(
-        # A local copy is named by what it is a copy of; the digest tells.
-        name=HUB_NAME if (len(sets.train), len(sets.test)) == (60_000, 10_000) else Path(sets.name).name,
-        sha256=hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes()).hexdigest(),
+        # A local copy is named by what it is a copy of.
+        name=HUB_NAME if (sha256, len(test)) == (HUB_SHA256, 10_000) else Path(sets.name).name,
+        sha256=sha256,
         train=first,
         told=part(first.images[:TOLD_ROWS], first.labels[:TOLD_ROWS]),
         validation=part(train.images[held_out], train.labels[held_out]),
@@ -99,6 +118,11 @@ def load(dataset_name: str | None) -> Images:
         mean=mean,
         std=std,
     )
+
+
+def digest(train: SmallImages) -> str:
+    """SHA-256 of the training split's pixels and labels."""
+    return hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes()).hexdigest()
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -297,10 +297,10 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
 
     def tokens_per_update(self, micro_batches: int = 1) -> dict[str, float]:
         """
-        What an optimizer step sees on average, over all ranks and `micro_batches` of each: `source` and `target`
-        tokens, and `source_padded` and `target_padded` with the padding of their batches.
+        What an optimizer step sees on average, over all ranks and `micro_batches` of each, or an epoch's where it has
+        fewer: `source` and `target` tokens, and `source_padded` and `target_padded` with the padding of their batches.
         """
-        share = self.world_size * micro_batches / self.in_all
+        share = self.world_size * min(micro_batches, len(self)) / self.in_all
         source, target = (share * self.lengths.sum(axis=0)).tolist()
         source_padded, target_padded = (share * self.positions).tolist()
         return {

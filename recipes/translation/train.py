@@ -12,7 +12,6 @@ table, a JSON record, the translations of the test set and, with `--plot`, a pic
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -21,12 +20,11 @@ from typing import NoReturn
 
 import datasets
 import transformers
-from accelerate.utils import gather_object
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from one_run import OneRun, checkpoint_to_resume, settings_of
+from one_run import OneRun, check_resumed_model, checkpoint_to_resume, settings_of
 from paper_rows import set_preset
 from records import SettingError, end_program, plot, print_table, write_record
 from slowmo_hf import SlowMoCallback, SlowMoConfig
@@ -52,6 +50,14 @@ from translation.tokens import (
 )
 from translation.trainer import RunModels, TranslationTrainer, checkpoints_of_others
 
+# Of a model's config.json, what a checkpoint's must be to fit, and what MODEL_SIZES calls it.
+SHAPE = {
+    "d_model": "d_model",
+    "encoder_layers": "layers",
+    "encoder_ffn_dim": "ffn",
+    "encoder_attention_heads": "heads",
+}
+
 
 def main() -> None:
     """Parse, train, test, and write down what came out."""
@@ -59,7 +65,8 @@ def main() -> None:
     try:
         settings = settings_of(config, args, {name: getattr(script, name) for name in TRAINED_BY})
         resumed = checkpoint_to_resume(args, settings)
-        check_resumed_size(script.model_size, resumed)
+        shape = {field: MODEL_SIZES[script.model_size][name] for field, name in SHAPE.items()}
+        check_resumed_model(resumed, shape, f"model_size={script.model_size}", "--model_size")
         sets = make_sets(script, args)
         check_resumed_tokenizer(sets.tokenizer, Path(sets.tokenizer.name_or_path), resumed)
         transformers.set_seed(args.seed)
@@ -110,38 +117,6 @@ def parse(flags: list[str]) -> tuple[ScriptArguments, SlowMoConfig, RecipeTraini
     except ValueError as error:
         end(error)
     return script, config, args
-
-
-def check_resumed_size(model_size: str, checkpoint: str | None) -> None:
-    """
-    A checkpoint must be there, and of a model of the same shape: with another number of heads its weights would fit
-    and mean something else. All ranks decide alike.
-    """
-    if checkpoint is None:
-        return
-    file = Path(checkpoint) / "config.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    named = {
-        "d_model": "d_model",
-        "layers": "encoder_layers",
-        "ffn": "encoder_ffn_dim",
-        "heads": "encoder_attention_heads",
-    }
-    there = {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
-    told = gather_object([(file.parent.is_dir(), there)])
-    if not any(is_there for is_there, _ in told):
-        raise SettingError(
-            f"resume_from_checkpoint must be true, false or a checkpoint's folder, got {checkpoint!r}, which is no "
-            "folder. Set --resume_from_checkpoint."
-        )
-    asked = {name: MODEL_SIZES[model_size][name] for name in named}
-    for _, shape in told:
-        if any(asked[name] != value for name, value in shape.items()):
-            raise SettingError(
-                f"resume_from_checkpoint must be of a model of the same size, got {checkpoint!r} with {shape}, and "
-                f"model_size={model_size} is {asked}. Set --model_size to that run's, or start anew in "
-                "another --output_dir, without --resume_from_checkpoint."
-            )
 
 
 # ---- data and Trainer ----
