@@ -268,7 +268,7 @@ def test_when_a_state_is_kept(tmp_path, monkeypatch):
 def folder(tmp_path_factory):
     """CIFAR-10's columns and format in small: 70 and 10 JPEG images of noise."""
     path, noise = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
-    kinds = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(10)})
+    kinds = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=cifar10.CLASSES)})
     for split, rows in (("train", 70), ("test", 10)):
         coded = []
         for _ in range(rows):
