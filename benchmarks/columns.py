@@ -26,10 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
 
 from hosts import Hosts, why_not
-from measuring import commit_of, origin, ratio
+from measuring import arguments_of, check_at_least, commit_of, origin, ratio
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, last_round
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +58,7 @@ class ColumnArguments:
             raise ValueError(
                 f"before must be a folder that holds slowmo_hf, got {self.before!r}. Give a checkout's folder src."
             )
-        for name, least in (("turns", 1), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}.")
+        check_at_least(1, self, "turns", "rounds")
         if not self.mebibytes or min(self.mebibytes) < 1:
             raise ValueError(f"mebibytes must be >= 1 for every model, got {self.mebibytes}.")
 
@@ -264,10 +261,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     """Compare, print a table, write the record."""
-    try:
-        (args,) = HfArgumentParser(ColumnArguments).parse_args_into_dataclasses()
-    except ValueError as error:
-        sys.exit(f"columns.py: {error}")
+    args = arguments_of(ColumnArguments)
     if args.serve:
         serve(args)
         return

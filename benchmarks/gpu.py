@@ -31,9 +31,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from transformers import HfArgumentParser
 
-from measuring import device_facts, hardware
+from measuring import arguments_of, device_facts, hardware
 from records import environment, write_record
 
 ROOT = Path(__file__).parents[1]
@@ -369,7 +368,7 @@ def choose(found: list[Slice], only: str | None, again: str | None) -> list[Slic
 
 def main() -> None:
     """Run for the minutes that are given; the exit code says whether a slice failed."""
-    (args,) = HfArgumentParser(GpuArguments).parse_args_into_dataclasses()
+    args = arguments_of(GpuArguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
             f"gpu.py: device='cuda' needs a CUDA device, and torch {torch.__version__} finds none. --device cpu is a "

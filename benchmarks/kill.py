@@ -30,8 +30,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from kill_jobs import JOBS, JOBS_OF, longer
 from kill_runs import (
     ROOT,
@@ -45,8 +43,8 @@ from kill_runs import (
     launch,
     met,
 )
-from measuring import origin
-from records import commit, write_record
+from measuring import arguments_of, check_at_least, origin
+from records import commit, end_program, write_record
 
 # ---- random moments ----
 
@@ -172,7 +170,8 @@ class KillArguments:
     def __post_init__(self) -> None:
         for name in ("processes_per_worker", "shards"):
             if getattr(self, name) not in (1, 2):
-                raise ValueError(f"{name} must be 1 or 2, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be 1 or 2, got {getattr(self, name)}. Set --{name}.")
+        check_at_least(0, self, "points", "ten_kills")
 
     @property
     def launcher(self) -> Launcher:
@@ -311,8 +310,11 @@ def table(values: dict[str, Any]) -> str:
 
 def main() -> None:
     """Make the points that the record does not have yet."""
-    (args,) = HfArgumentParser(KillArguments).parse_args_into_dataclasses()
-    record, jobs = Record(args), args.jobs
+    args = arguments_of(KillArguments)
+    try:
+        record, jobs = Record(args), args.jobs
+    except ValueError as error:
+        end_program(__file__, error)
     for index, (name, stratum) in enumerate(plan(args.points, args.seed, jobs)):
         if index >= len(record.values["points"]):
             chance = random.Random(f"{args.seed} {index}")

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import accelerate
 import torch
@@ -27,6 +27,38 @@ import transformers
 import slowmo_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # whose `records` writes those of here too
+
+# ---- flags ----
+
+_Arguments = TypeVar("_Arguments")
+
+
+def arguments_of(kind: type[_Arguments]) -> _Arguments:
+    """This program's flags, a field of a dataclass each; a wrong one ends it with one line."""
+
+    def end(error: object) -> NoReturn:
+        from records import end_program  # not in the processes that are timed: it imports much
+
+        end_program(sys.argv[0], error)
+
+    parser = transformers.HfArgumentParser(kind)
+    parser.error = end  # argparse's own would print all flags first
+    try:
+        (found,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        end(error)
+    return found
+
+
+def check_at_least(least: float, arguments: object, *names: str) -> None:
+    """
+    Raises:
+        ValueError: One of these is less.
+    """
+    for name in names:
+        if getattr(arguments, name) < least:
+            raise ValueError(f"{name} must be >= {least:g}, got {getattr(arguments, name)}. Set --{name}.")
+
 
 # ---- clocks and ratios ----
 

@@ -26,14 +26,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from safetensors.torch import save_file
-from transformers import HfArgumentParser
 
 import peer_pictures
 import pictures
 from hosts import Hosts, why_not
 from image.data import load_images
 from image.pixels import SmallImages, make_dataset
-from measuring import origin
+from measuring import arguments_of, check_at_least, origin
 from peer_systems import SYSTEMS, Training, package, period
 from peer_tables import same_seconds_table, set_targets, table
 from records import DataError, commit, end_program, write_record
@@ -68,7 +67,10 @@ class PeerArguments(Training):
     def __post_init__(self) -> None:
         unknown = sorted(set(self.systems) - set(SYSTEMS))
         if unknown:
-            raise ValueError(f"systems must be of {list(SYSTEMS)}, got {unknown}.")
+            raise ValueError(f"systems must be of {list(SYSTEMS)}, got {unknown}. Set --systems.")
+        check_at_least(2, self, "hosts")
+        if min(self.rho) <= 0:
+            raise ValueError(f"rho must be > 0, got {self.rho}. Set --rho.")
         if self.look_every % self.sync_every or self.steps % self.look_every:
             raise ValueError(
                 f"look_every must be a multiple of sync_every, and steps one of look_every, got {self.look_every} "
@@ -273,7 +275,7 @@ def measure(hosts: Hosts, images: Path, record: Record) -> None:
 
 def main() -> None:
     """Measure, and print the tables."""
-    (args,) = HfArgumentParser(PeerArguments).parse_args_into_dataclasses()
+    args = arguments_of(PeerArguments)
     refusal = why_not()
     if refusal:
         sys.exit(f"peers.py: {refusal}")

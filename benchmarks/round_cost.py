@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,9 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
 
-from measuring import MemoryGauge, interleaved, mean_over_ranks, milliseconds, origin, ratio
+from measuring import MemoryGauge, arguments_of, interleaved, mean_over_ranks, milliseconds, origin, ratio
 from on_device import measure_arithmetic, measure_overlap
 from records import commit, write_record
 from round_parts import (
@@ -264,10 +262,7 @@ def _worker(rank: int, args: BenchmarkArguments, folder: str) -> None:
 
 def main() -> None:
     """Start the processes, gather the figures, write the record."""
-    try:
-        (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
-    except ValueError as error:
-        sys.exit(f"round_cost.py: {error}")
+    args = arguments_of(BenchmarkArguments)
     load = os.getloadavg()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from measuring import check_at_least
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 BETA = 0.5
@@ -63,7 +64,11 @@ class BenchmarkArguments:
     def __post_init__(self) -> None:
         if self.device not in PARTS:
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}.")
+        check_at_least(1, self, "repeats", "step_repeats", "processes")
         self.parts = self.parts or PARTS[self.device]
+        known = [*PARTS["cpu"], *ON_ANY_DEVICE]
+        if unknown := [part for part in self.parts if part not in known]:
+            raise ValueError(f"parts must be among {', '.join(known)}, got {', '.join(unknown)}. Set --parts.")
         elsewhere = [part for part in self.parts if self.device == "cuda" and part not in ON_ANY_DEVICE]
         if elsewhere:
             raise ValueError(

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import HfArgumentParser
 
 import slowmo_hf
-from measuring import commit_of, milliseconds, origin, ratio, source_of
+from measuring import arguments_of, check_at_least, commit_of, milliseconds, origin, ratio, source_of
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +55,9 @@ class SpeedArguments:
         default=str(ROOT / "benchmarks" / "records" / "speed.json"), metadata={"help": "Where the record is written."}
     )
     serve: bool = field(default=False, metadata={"help": "Be one of the processes (not for people)."})
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "restarts", "turns", "tensors", "side")
 
 
 # ---- one process ----
@@ -183,7 +185,7 @@ def compare(args: SpeedArguments, sources: dict[str, Path]) -> dict[str, Any]:
 
 def main() -> None:
     """Compare, print a table, write the record."""
-    (args,) = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()
+    args = arguments_of(SpeedArguments)
     if args.serve:
         serve(args)
         return

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
-from measuring import commit_of, milliseconds, origin, ratio, source_of
+from measuring import arguments_of, check_at_least, commit_of, milliseconds, origin, ratio, source_of
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +50,9 @@ class StartArguments:
         metadata={"help": "Where the record is written."},
     )
     serve: str = field(default="", metadata={"help": "Be a process of this program (not for people)."})
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "repeats", "layers", "width", "rows")
 
 
 def model_of(args: StartArguments) -> torch.nn.Module:
@@ -120,7 +122,7 @@ def compare(args: StartArguments) -> dict[str, Any]:
 
 def main() -> None:
     """Compare, print, write the record."""
-    (args,) = HfArgumentParser(StartArguments).parse_args_into_dataclasses()
+    args = arguments_of(StartArguments)
     if args.serve:
         serve(args)
         return

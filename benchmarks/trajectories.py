@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 
 import slowmo_hf
-from measuring import source_of
+from measuring import arguments_of, source_of
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +123,7 @@ def of_checkout(source: Path, *, constant_lr: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Compare, a line per setting."""
-    (args,) = HfArgumentParser(TrajectoryArguments).parse_args_into_dataclasses()
+    args = arguments_of(TrajectoryArguments)
     if args.show:
         print(json.dumps(trajectories(constant_lr=args.constant_lr)))
         return

@@ -52,6 +52,15 @@ def end_program(script: str, error: object) -> NoReturn:
     sys.exit(f"{Path(script).name}: {' '.join(str(error).split())}")
 
 
+def check_holds(folder: Path, pattern: str, written_by: str) -> None:
+    """
+    Raises:
+        DataError: There are no such files.
+    """
+    if not any(folder.glob(pattern)):
+        raise DataError(f"folder must hold {pattern}, written by {written_by}, got {str(folder)!r}. Give another.")
+
+
 def divide_warm_up(args: Any) -> None:
     """
     Before the arguments' own checks: transformers 4 takes whole steps in `warmup_steps`, a fraction of all steps in

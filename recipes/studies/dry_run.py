@@ -74,6 +74,8 @@ def main() -> None:
     asked, flags = parser.parse_known_args()
     folder = asked.folder or Path(tempfile.mkdtemp())
     record = json.loads(asked.record.read_text()) if asked.record and asked.record.exists() else {}
+    if "arithmetic" in asked.parts and "preprocessing" not in {*asked.parts, *record}:
+        parser.error("parts must have preprocessing before arithmetic, or --record a file that has it")
     record |= {"study": "dry_run", "task": "translation"}
     command = shlex.join(["python", "recipes/studies/dry_run.py", *sys.argv[1:]])
     origin = {"command": command, **environment([datasets, tokenizers])}

@@ -9,6 +9,7 @@ A run that is cut off goes on from its last epoch's end. What another run has le
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -35,7 +36,9 @@ MEAN_OF = 5
 def main() -> None:
     """Write `translations.pt`."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="that multi30k_oracle.py wrote")
+    folder = parser.parse_args().folder
     given = torch.load(folder / "given.pt", weights_only=True)
     run = Run(given, folder)
     try:

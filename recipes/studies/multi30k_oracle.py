@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import DataError, SettingError, end_program, environment, mean_sd, write_record
+from records import DataError, SettingError, check_holds, end_program, environment, mean_sd, write_record
 from studies import multi30k
 from studies.plan import Run, make_run, run_of
 from studies.run_records import check_same_data, find_record
@@ -60,10 +60,11 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.command == "write" and asked.inner_lr is None:
         end_program(__file__, "inner_lr must be given to write a run, got None. Set --inner_lr.")
-    if asked.command == "table":
-        print(table(asked.folder))
-        return
     try:
+        if asked.command == "table":
+            check_holds(asked.folder, "multi30k/fairseq_*.json", "the command score")
+            print(table(asked.folder))
+            return
         data = multi30k.load(asked.dataset_name)
         if asked.command == "write":
             write(make_run("table1", "multi30k", "all_reduce", 0.0, asked.inner_lr, asked.seed), data, asked.folder)
@@ -89,7 +90,15 @@ def write(run: Run, data: Translations, folder: Path) -> None:
 
 
 def score_folder(folder: Path, data: Translations) -> dict[str, Any]:
-    """The record of a folder; raises `OtherRunError` where its translations are not of its run, or of these data."""
+    """
+    The record of a folder.
+
+    Raises:
+        DataError: A half of it is missing.
+        OtherRunError: Its translations are not of its run, or of these data.
+    """
+    check_holds(folder, "given.pt", "the command write")
+    check_holds(folder, "translations.pt", "multi30k_fairseq.py")
     handed, file = folder / "given.pt", folder / "translations.pt"
     asked, told = (torch.load(path, weights_only=True) for path in (handed, file))
     run, written = run_of(asked["run"]), identity(asked)

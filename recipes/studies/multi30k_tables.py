@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import mean_and_interval
+from records import DataError, check_holds, end_program, mean_and_interval
 from studies.plan import Run, Tuned, make_run, published, sweeps
 from studies.run_records import find_record
 from studies.showing import paired_differences
@@ -147,8 +147,17 @@ def _cell(values: list[float], sign: str, digits: int) -> str:
     return mean_and_interval(values, digits, sign) if values else "not run"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0].strip())
     parser.add_argument("folder", type=Path, help="of the records")
     records = parser.parse_args().folder
+    try:
+        check_holds(records, "multi30k/*/*.json", "reproduce.py --task multi30k")
+    except DataError as error:
+        end_program(__file__, error)
     print(beside_the_paper(records), differences_table(records), at_the_published_size(records), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

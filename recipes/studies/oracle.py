@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, whose folders share modules
 
-from records import environment, write_record
+from records import DataError, check_holds, end_program, environment, write_record
 from studies.oracle_model import forward, initial, positions, shapes
 from studies.oracle_results import Fairseq, row
 from studies.oracle_training import batches, optimizer, trajectories
@@ -40,6 +40,11 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="a JSON file to write the table to")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    try:
+        check_holds(asked.folder, "numbers.json", "oracle_fairseq.py")
+        check_holds(asked.folder, "tensors.pt", "oracle_fairseq.py")
+    except DataError as error:
+        end_program(__file__, error)
     numbers = json.loads((asked.folder / "numbers.json").read_text())
     rows = rows_of(Fairseq(numbers, torch.load(asked.folder / "tensors.pt", weights_only=True)))
     record = {"study": "oracle", "task": "translation", "rows": rows, "theirs": numbers["versions"]}

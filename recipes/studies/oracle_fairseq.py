@@ -24,11 +24,11 @@ What makes a package of 2022 run there, in the order met:
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
 import platform
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +85,9 @@ with mend_dataclasses():
 
 def main() -> None:
     """Write `tensors.pt` and `numbers.json`."""
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="that is written")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     keep_float64()
