@@ -29,12 +29,13 @@ def set_targets(rows: list[dict[str, Any]]) -> None:
 
 def _finals_of_peers(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
     """Final losses of the systems that are not ours, on a row's link and seed."""
-    there = (
-        other
-        for other in rows
-        if (other["rho"], other.get("seed", 0)) == (row["rho"], row.get("seed", 0)) and other["curve"]
-    )
+    there = (other for other in rows if _beside(row, other) and other["curve"])
     return {other["system"]: other["final_validation_loss"] for other in there if not is_ours(other["system"])}
+
+
+def _beside(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both are of one link and seed."""
+    return (row["rho"], row.get("seed", 0)) == (other["rho"], other.get("seed", 0))
 
 
 def _seconds_to(loss: float, curve: list[dict[str, float]]) -> float | None:
@@ -42,15 +43,14 @@ def _seconds_to(loss: float, curve: list[dict[str, float]]) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What a step takes and sends: a line per system and link."""
+    """What a step takes and sends: a line per system, link and seed, beside DDP of that link and seed."""
     lines = ["| ρ | system | step, ms | utilisation | bytes / theory | times DDP |", "|---" * 6 + "|"]
     for row in sorted(rows, key=lambda row: row["rho"]):
         if "not_run" in row:
             lines.append(f"| {row['rho']:g} | {row['system']} | not run: {row['not_run']} | | | |")
             continue
         base = next(
-            (other["seconds_per_step"] for other in rows if other["system"] == "ddp" and other["rho"] == row["rho"]),
-            None,
+            (other["seconds_per_step"] for other in rows if other["system"] == "ddp" and _beside(row, other)), None
         )
         faster = f"{base / row['seconds_per_step']:.2f}" if base else ""
         cells = [
@@ -158,11 +158,7 @@ def _seconds_and_ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], na
         return [f"{len(reached)} of {len(own)} seeds" if reached else "not reached", ""]
     ratios = []
     for row in own:
-        there = (
-            other
-            for other in rows
-            if (other["rho"], other["seed"]) == (row["rho"], row["seed"]) and other[name] is not None
-        )
+        there = (other for other in rows if _beside(row, other) and other[name] is not None)
         ratios.append(row[name] / min(other[name] for other in there if not is_ours(other["system"])))
     spread_words = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(own) > 1 else ""
     return [f"{statistics.mean(row[name] for row in own):.1f}", f"{statistics.mean(ratios):.2f}{spread_words}"]

@@ -89,6 +89,12 @@ def test_rows_targets_and_table_by_hand():
     assert lines[2] == "| 3.1 | ddp | 45.0 | 22.2 % | 1.050 | 1.00 |"
     assert lines[3] == "| 3.1 | slowmo_hf local_sgd | 12.5 | 80.0 % | 12.600 | 3.60 |"
     assert "not run: fairscale is not installed" in lines[4]
+    second = peers.row_of("ddp", 3.1, 100.0, args, figures([0.03] * 5), seed=1)
+    ours = peers.row_of("slowmo_hf local_sgd", 3.1, 100.0, args, figures([0.0125] * 5), seed=1)
+    of_seeds = peer_tables.table([*rows, second, ours]).splitlines()
+    assert [line.split("|")[-2].strip() for line in of_seeds[2:]] == ["1.00", "3.60", "1.00", "2.40"], (
+        "each its own DDP"
+    )
 
 
 def test_table2_and_spread_by_hand():
