@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gossip_runs import (
     close,
     follow_gossip,
     gossip,
+    rank,
     run,
     some_rows,
 )
@@ -114,6 +116,31 @@ def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
         assert len(runs[0]["after"]) == 6
         assert [out[name][2] for out in ranks] == [[6, 7, 8, 9, 10]] * 3, "of steps 9, 10, 11, 13 and 14"
         follow_gossip(runs, config, first_exchange=6)
+
+
+def saved_at_once():
+    """Three steps of OSGP, of which rank 1 makes the last half a second late; what a save holds, and what comes."""
+    torch.manual_seed(0)
+    model = Regression()
+    optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gossip("osgp", sync_every=9, staleness=2))
+    for step in range(3):
+        model(**some_rows(3)(step))["loss"].backward()
+        if step == 2 and rank() == 1:
+            time.sleep(0.5)
+        optimizer.step()
+    base = optimizer.outer_loop.base
+    held = copy.deepcopy(base.saved(agree=False, keep=True).own)
+    base.settle()
+    flying = [tensor.clone() for exchange in base.in_flight for of in exchange.received for tensor in of.values()]
+    return [tensor for name, tensor in held.tensors.items() if name.startswith("message.")], flying
+
+
+def test_a_save_waits_for_the_messages_in_flight():
+    """A message that has not come yet is in the checkpoint, as it will be taken in."""
+    for held, flying in run_workers(saved_at_once, 2):
+        assert len(flying) == 2
+        for saved, came in zip(held, flying, strict=True):
+            assert torch.equal(saved, came)
 
 
 def check_states():

@@ -219,7 +219,7 @@ def test_bytes_and_memory_overlapped(workers):
 def uneven():
     """Rank 1 ends three steps before the others."""
     config = CONFIGS["slow momentum"][0]
-    ends = []
+    ends, reports = [], []
     for shard in (False, True):
         model, optimizer, step_once = begin(make_config(config, shard), dist.get_rank())
         with slowmo_hf.join(optimizer):
@@ -227,12 +227,14 @@ def uneven():
                 step_once(step)
         with slowmo_hf.consensus(optimizer):
             ends.append(state_of(model))
-    return ends
+        reports.append(slowmo_hf.last_round(optimizer).consensus_distance)
+    return [*ends, reports]
 
 
 def test_workers_count_by_their_steps():
-    """The mean of a round is weighted alike: 1e-12 in fp64."""
-    for plain, sharded in run_workers(uneven, 3):
+    """The mean of a round is weighted alike, 1e-12 in fp64, and so is the distance of the workers."""
+    for plain, sharded, distances in run_workers(uneven, 3):
+        assert distances[1] == pytest.approx(distances[0], rel=1e-6), "of fp32 tensors too"
         for name in ("body.weight", "head.bias"):
             torch.testing.assert_close(sharded[name], plain[name], rtol=0, atol=1e-12)
 
