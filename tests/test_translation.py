@@ -96,7 +96,7 @@ def test_record_is_complete_and_right(learned):
     assert record["metrics"]["training_loss"] == last
     assert record["metrics"]["training_loss_bits"] == pytest.approx(last / math.log(2))
     assert record["changed_on_resume"] == []
-    assert f"target tokens per update{held['target']:,.0f}, {held['target_padded']:,.0f} with padding" in said
+    assert f"target tokens per update {held['target']:,.0f}, {held['target_padded']:,.0f} with padding" in said
     assert record["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert [point["step"] for point in record["curve"]] == [50, 100]
     assert 0 < record["seconds_communicating"] < record["seconds"]
