@@ -9,7 +9,7 @@ import sacrebleu
 from sacremoses import MosesTokenizer
 
 from corpora import sacrebleu_command
-from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, split_compounds
+from translation.bleu import CompoundSplitBleu, SacreBleu, bleu, compound_split_bleu, moses_tokens, split_compounds
 from translation.data import load_corpus
 from translation.judged import all_scores
 
@@ -53,6 +53,13 @@ def test_compound_split_bleu_equals_the_command_line(scored):
     )
     assert compound_split_bleu(hypotheses, references) == pytest.approx(score, abs=1e-9)
     assert score != pytest.approx(bleu(hypotheses, references)["score"], abs=0.1)
+
+
+@pytest.mark.parametrize("language", ["fr", "fr_FR", "fr-CA", "FR"])
+def test_a_language_is_known_by_its_code(language):
+    """French splits behind an apostrophe, others do not."""
+    assert moses_tokens(["l'été"], language) == ["l' été"]
+    assert moses_tokens(["l'été"], "de") != ["l' été"]
 
 
 def test_compounds_by_hand():

@@ -66,13 +66,13 @@ def split_compounds(sentences: Sequence[str], language: str) -> list[str]:
 
 
 def moses_tokens(sentences: Sequence[str], language: str) -> list[str]:
-    """With spaces between."""
+    """With spaces between. The language is a code such as `fr`, or begins with one, as `fr_FR` and `fr-CA` do."""
     return list(_moses_tokens(tuple(sentences), language))
 
 
 @lru_cache(maxsize=4)  # every habit wants the same tokens, and every validation those of the same references
 def _moses_tokens(sentences: tuple[str, ...], language: str) -> tuple[str, ...]:
-    moses = MosesTokenizer(lang=language)
+    moses = MosesTokenizer(lang=re.split("[_-]", language)[0].lower())
     return tuple(moses.tokenize(sentence, return_str=True, escape=False) for sentence in sentences)
 
 
