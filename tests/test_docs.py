@@ -67,6 +67,15 @@ def test_the_reference_has_every_public_name_with_the_types_of_its_signature(sit
     assert "optional</em>" not in text
 
 
+def test_the_reference_says_where_every_public_name_is_defined():
+    """For readers of the repository, who see no docstrings there."""
+    page = (ROOT / "docs/reference.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| \[\w+\.py\]\((.+?)\) \|$", page, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(slowmo_hf.__all__)
+    for name, file in rows:
+        assert re.search(rf"^(def |class )?{name}\b", (ROOT / "docs" / file).read_text(), re.MULTILINE), name
+
+
 @pytest.mark.slow
 def test_the_changelog_is_the_repository_s(site):
     releases = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

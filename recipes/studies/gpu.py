@@ -25,7 +25,11 @@ class GpuArguments:
     """How `--scale gpu` computes, how long, and what a dry run makes smaller."""
 
     device: str | None = field(
-        default=None, metadata={"help": "cuda where there is one, else cpu.", "choices": ["cpu", "cuda"]}
+        default=None,
+        metadata={
+            "help": "--scale gpu: cuda where there is one. Multi30k: cpu, unless cuda is given.",
+            "choices": ["cpu", "cuda"],
+        },
     )
     gradients: str = field(
         default="batched",
@@ -51,7 +55,7 @@ class GpuArguments:
         default=None, metadata={"help": "The first training images, and as many test images, for a dry run."}
     )
     look_every: int | None = field(
-        default=None, metadata={"help": "Epochs between looks at the average, in place of 10."}
+        default=None, metadata={"help": "Epochs between evaluations of the average, in place of 10."}
     )
 
     def __post_init__(self) -> None:

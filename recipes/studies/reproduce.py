@@ -83,9 +83,9 @@ class Arguments:
         default=None,
         metadata={
             "help": f"{small_images.HUB_NAME} by default, or a folder with its train.parquet and test.parquet; for "
-            "translation the shipped help text by default, or what translation.py takes; for multi30k a folder with "
-            f"it; for --scale gpu {cifar10.PRESET['dataset_name']} by default, or a folder with Parquet files of its "
-            "columns."
+            "translation the shipped help text by default, or what recipes/translation/train.py takes; for multi30k a "
+            f"folder with it; for --scale gpu {cifar10.PRESET['dataset_name']} by default, or a folder with Parquet "
+            "files of its columns."
         },
     )
     seeds: int | None = field(

@@ -49,7 +49,7 @@ class SlowMoConfig(Presets):
             The paper's alpha, > 0.
         outer_momentum (`float`, *optional*, defaults to `0.5`):
             The paper's beta, in [0, 1). 0 is Local SGD (with `outer_lr=1`). Used by `"slow_momentum"` only. Rounds
-            that agree move 1/(1-beta) times as far: with Adam a reason for a lower learning rate (docs/from_ddp.md).
+            that agree move 1/(1-beta) times as far: with Adam and fewer than 8 workers set 0 (docs/from_ddp.md).
         inner_state (`str`, *optional*, defaults to `"auto"`): The inner optimizer's state at a round's end (line 2):
             `"reset"`, `"maintain"` or `"average"` (double averaging). `"auto"`: reset for `torch.optim.SGD` with
             momentum and its subclasses, maintain for everything else (RMSprop and Muon with momentum, classes of other

@@ -33,7 +33,7 @@ OTHER_NAMES = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in 
 
 # How a preset is called, where a name alone was given.
 PRESETS = {
-    "paper": 'SlowMoConfig.paper("wmt16", outer_momentum=0.6)',
+    "paper": 'SlowMoConfig.paper("cifar10", outer_momentum=0.6)',
     "local_sgd": "SlowMoConfig.local_sgd()",
     "bmuf": "SlowMoConfig.bmuf(block_momentum=0.9)",
     "diloco": "SlowMoConfig.diloco()",

@@ -44,11 +44,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
     """
     Turns a stock `Trainer` run into Local SGD with slow momentum (SlowMo, https://huggingface.co/papers/1910.00643).
 
-        Trainer(..., callbacks=[SlowMoCallback()]).train()
+        Trainer(..., callbacks=[SlowMoCallback(outer_momentum=0)]).train()  # 0: for Adam and fewer than 8 workers
 
     is all there is to write. Evaluation and saved models see the workers' average; training then goes on from the
-    local weights; at the end the model is the average. So do `trainer.evaluate`, `predict` and `save_model` that the
-    user's own code calls while it trains, on all ranks; `slowmo_hf.consensus(trainer)` is for anything else.
+    local weights; at the end the model is the average. `trainer.evaluate`, `predict` and `save_model` see the average
+    too where your own code calls them while it trains, on all ranks; `slowmo_hf.consensus(trainer)` is for anything
+    else.
 
     Args:
         config (`SlowMoConfig` or `dict`, *optional*): The settings, or `SlowMoConfig.to_dict()` of them; the defaults

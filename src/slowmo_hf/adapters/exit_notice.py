@@ -61,6 +61,6 @@ def _unfinished(optimizer: Any) -> str:
     model = "the last round's, without them" if loop.view.is_of_last_round else "one worker's own"
     return (
         f"training ended at step {clock.attempted_steps}, {clock.local_steps} steps after the last round: the model "
-        f"that rank 0 leaves is {model}. Add slowmo_hf.finish(optimizer) behind the last step: the average of all "
+        f"that rank 0 leaves is {model}. Add slowmo_hf.finish(optimizer) after the last step: the average of all "
         "workers stays in the model then."
     )

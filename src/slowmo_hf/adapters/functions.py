@@ -47,8 +47,9 @@ def prepared_by(accelerator: Accelerator) -> dict[int, SlowMoOptimizer]:
 def consensus(optimizer: Any) -> Iterator[None]:
     """
     Inside, the workers' average is in the model, on every rank; afterwards the local weights are back, bit for bit,
-    and so are the random generators. Behind a `model.eval()` inside, the last round's model is shown. Collective:
-    every rank enters it at the same step. Plain `base="all_reduce"` has nothing to show: it is stock.
+    and so are the random generators. If `model.eval()` is called inside, the last round's model is shown after the
+    block. Collective: every rank enters it at the same step. Plain `base="all_reduce"` has nothing to show: it is
+    stock.
 
         with slowmo_hf.consensus(optimizer):
             evaluate(model)
@@ -104,8 +105,8 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def finish(optimizer: torch.optim.Optimizer) -> None:
     """
-    End training: the exact average of all workers' weights stays in the model, on every rank, also behind a run that
-    is shorter than `sync_every`. Evaluate and save behind it:
+    End training: the exact average of all workers' weights stays in the model, on every rank, also after a run that
+    is shorter than `sync_every`. Evaluate and save after it:
 
         for batch in loader:
             ...

@@ -146,7 +146,7 @@ class ModelCalls:
             if self._without_last_round and self._counts(module):
                 self.say_once(
                     logging.WARNING,
-                    "model.eval() was called inside a consensus block, and this pass comes behind it: every rank "
+                    "model.eval() was called inside a consensus block, and this pass comes after it: every rank "
                     "evaluates its own weights. %s",
                     self._without_last_round,
                 )
@@ -184,7 +184,7 @@ class ModelCalls:
             self.say_once(
                 logging.WARNING,
                 "the model's state was taken in training mode at step %d, %d steps after the last round: it is rank "
-                "%d's own, not the average. Save inside `with slowmo_hf.consensus(optimizer):`, or behind "
+                "%d's own, not the average. Save inside `with slowmo_hf.consensus(optimizer):`, or after "
                 "slowmo_hf.finish(optimizer); after model.eval() it is the last round's.",
                 loop.attempted_steps,
                 loop.clock.local_steps,

@@ -98,7 +98,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, before training starts. Raises `ValueError` behind that: the anchors are taken."""
+        """Add parameters, before training starts. Raises `ValueError` after that: the anchors are taken."""
         if self.outer_loop is not None:
             raise ValueError(
                 "the parameter set cannot change after the start: add parameter groups before the first forward pass, "
