@@ -353,7 +353,7 @@ def test_an_optimizer_that_is_never_prepared_has_its_rounds_in_one_process():
     assert torch.allclose(ours, formula, rtol=0, atol=1e-7)
 
 
-def registered(folder):
+def registered(folder, at_once):
     """Neither model nor optimizer is prepared: each process trains its own; saved inside a round, and gone on with."""
 
     def make():
@@ -368,13 +368,21 @@ def registered(folder):
     in_one_go = train_on(*first, range(6, 11))
     again = make()
     again[0].load_state(folder)
+    if at_once:
+        again[0].save_state(f"{folder}-again")
+        again = make()
+        again[0].load_state(f"{folder}-again")
     return in_one_go, train_on(*again, range(6, 11))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_accelerate_did_not_prepare_is_gone_on_with(tmp_path, processes):
-    """From the first pass on: its gradient is that of the worker's own weights, not of the average."""
-    for in_one_go, resumed in run_workers(registered, processes, str(tmp_path)):
+def test_what_accelerate_did_not_prepare_is_gone_on_with(tmp_path, processes, at_once):
+    """
+    From the first pass on: its gradient is that of the worker's own weights, not of the average. `at_once`: what is
+    loaded is saved again before it.
+    """
+    for in_one_go, resumed in run_workers(registered, processes, str(tmp_path / "saved"), at_once):
         assert torch.equal(in_one_go, resumed)
 
 
@@ -393,7 +401,7 @@ class Counts:
 
 def test_what_a_program_writes_in_place_after_a_load_stays():
     counts = Counts()
-    accelerator = SimpleNamespace(scaler=None, _optimizers=[], _schedulers=[], _custom_objects=[counts])
+    accelerator = SimpleNamespace(scaler=None, _optimizers=[], _schedulers=[], _custom_objects=[counts], _models=[])
     model = nn.Linear(1, 1)
     inner = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.5)
     (group,) = inner.param_groups

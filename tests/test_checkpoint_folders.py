@@ -361,6 +361,21 @@ def test_a_worker_over_machines_without_a_shared_file_system_is_refused(tmp_path
     assert "processes_per_worker must be at most a machine's processes" in words
 
 
+def folders_by_the_clock(folder):
+    """One machine, whose processes name their folders a second apart."""
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), LOCAL_WORLD_SIZE="2")
+    with pytest.raises(CheckpointError) as error:
+        train(folder / f"run-{dist.get_rank()}", SlowMoConfig(sync_every=4, timeout_seconds=patience(30)))
+    return str(error.value)
+
+
+def test_processes_of_a_machine_have_one_folder(tmp_path):
+    """Else rank 1's part would be in a folder without Trainer's own files, and nobody could resume."""
+    words, others = run_workers(folders_by_the_clock, 2, tmp_path)
+    assert f"got {tmp_path / 'run-1'}, which process 0 of this machine does not write to" in words
+    assert "all processes of a machine must have one folder" in others
+
+
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     sync, rename, done = os.fsync, Path.replace, []
 

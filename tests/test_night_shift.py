@@ -5,6 +5,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -279,3 +280,26 @@ def test_plain_all_reduce_cannot_agree_to_stop():
     optimizer = SlowMoOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), config)
     with pytest.raises(ValueError, match="has no rounds at which ranks could agree to stop"):
         slowmo_hf.stop_requested(optimizer)
+
+
+def asks_for_a_stack_dump(folder):
+    """`faulthandler.register` is a handler in C, which Python shows as the default one."""
+    with open(f"{folder}/{dist.get_rank()}", "w") as dumps:
+        faulthandler.register(signal.SIGUSR1, file=dumps)
+        model = Regression()
+        optimizer = SlowMoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SlowMoConfig(sync_every=2))
+        asked = []
+        for _ in range(3):
+            model(**Rows(4)[:4])["loss"].backward()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            optimizer.step()
+            asked.append(slowmo_hf.stop_requested(optimizer))
+        slowmo_hf.finish(optimizer)
+        del optimizer
+        os.kill(os.getpid(), signal.SIGUSR1)  # and behind the run, where it would kill
+    return asked
+
+
+def test_a_handler_in_c_stays(tmp_path):
+    assert run_workers(asks_for_a_stack_dump, 2, str(tmp_path)) == [[False] * 3] * 2
+    assert [(tmp_path / str(rank)).read_text().count("Current thread") for rank in (0, 1)] == [4, 4]

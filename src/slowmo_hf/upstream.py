@@ -261,13 +261,14 @@ def accelerate_is_in_use() -> bool:
     return bool(AcceleratorState._shared_state)
 
 
-def held_by(accelerator: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def held_by(accelerator: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """
-    `Accelerator._optimizers`, `_schedulers` and `_custom_objects`, accelerate >= 1.3: what `prepare` and
+    `Accelerator._optimizers`, `_schedulers`, `_custom_objects` and `_models`, accelerate >= 1.3: what `prepare` and
     `register_for_checkpointing` took (tests/test_finish.py::test_end_training_finishes,
     tests/test_accelerate_resume.py::test_what_is_registered_goes_on_as_each_workers_own).
     """
-    return list(accelerator._optimizers), list(accelerator._schedulers), list(accelerator._custom_objects)
+    held = (accelerator._optimizers, accelerator._schedulers, accelerator._custom_objects, accelerator._models)
+    return tuple(map(list, held))  # type: ignore[return-value]
 
 
 def forget_evaluation(trainer: Any) -> None:

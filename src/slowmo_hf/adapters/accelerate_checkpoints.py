@@ -100,8 +100,11 @@ def _complete(save_state: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_state)
     def save(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         ours = _in_training(self)
-        if any(bare.awaits_a_checkpoint for bare in ours.values() if bare.outer_loop is None):
-            raise RuntimeError("what load_state loaded has not been taken up yet: save after the first forward pass.")
+        _, _, registered, prepared = upstream.held_by(self)
+        models = [one for one in (*prepared, *registered) if isinstance(one, torch.nn.Module)]
+        for bare in ours.values():
+            if bare.outer_loop is None and bare.awaits_a_checkpoint:
+                bare.begun(models)  # it trains from a later step on
         begun = {
             folder: bare.outer_loop
             for folder, bare in ours.items()

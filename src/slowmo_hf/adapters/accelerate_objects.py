@@ -43,7 +43,7 @@ def own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, An
 
 def _held_beside(accelerator: Accelerator) -> dict[str, Any]:
     """What has a state beside models and optimizers, by its name in our files."""
-    _, schedulers, registered = upstream.held_by(accelerator)
+    _, schedulers, registered, _ = upstream.held_by(accelerator)
     held = {f"scheduler.{index}": one for index, one in enumerate(schedulers)}
     held |= {f"registered.{index}": one for index, one in enumerate(registered)}
     return held if accelerator.scaler is None else {"scaler": accelerator.scaler, **held}

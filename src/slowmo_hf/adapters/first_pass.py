@@ -23,7 +23,7 @@ from ..training.optimizers_inside import parameters_of
 from ..training.program import Program
 from ..wire.job import is_in_process, processes_in_job
 from .alive import after_collection, alive
-from .fully_sharded import all_parameters
+from .fully_sharded import all_parameters, sharded_roots
 from .held_apart import is_apart
 
 T = TypeVar("T")
@@ -140,9 +140,21 @@ def whole_model(
         return [module]
     if tell:
         logger.warning(
-            "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged"
+            "no module with all of the optimizer's parameters was called: buffers, if any, are not averaged, and "
+            "model.eval() shows this rank's own weights (slowmo_hf.consensus shows the average)"
         )
     return []
+
+
+def trained_models(
+    optimizer: torch.optim.Optimizer, wrappers: list[Any], among: Iterable[torch.nn.Module]
+) -> tuple[list[torch.nn.Module], list[Any]]:
+    """
+    Where no pass has said it: the wrapped ones, or those in shards, or the first of `among` that holds all; and the
+    wrappers.
+    """
+    models = [ddp.module for ddp in wrappers] or sharded_roots(optimizer)
+    return models or next(filter(None, (whole_model(optimizer, module) for module in among)), []), wrappers
 
 
 def program_in_use() -> Program:

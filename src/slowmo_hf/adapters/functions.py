@@ -147,14 +147,17 @@ def _finish_first(end_training: Callable[[Accelerator], None]) -> Callable[[Acce
     @functools.wraps(end_training)
     def finish_first(self: Accelerator) -> None:
         own = prepared_by(self).values()
-        if sys.exc_info()[0] is None:
+        begun = [bare.outer_loop.workers for bare in own if bare.outer_loop is not None]
+        errors = [workers.error_on_its_way for workers in begun] or [sys.exc_info()[1]]
+        error = next((error for error in errors if error is not None), None)
+        if error is None:
             for bare in own:
                 finish(bare)
-        elif any(bare.outer_loop is not None for bare in own):
+        elif begun:
             of_this_rank.warning(
                 "accelerator.end_training() while %s is handled: the model is this worker's own, and the others are "
                 "not waited for. Where all ranks come here, call slowmo_hf.finish(optimizer).",
-                type(sys.exc_info()[1]).__name__,
+                type(error).__name__,
             )
         end_training(self)
 
@@ -225,7 +228,7 @@ def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
     """
     bare = unwrap(optimizer)
     bare.listen_for_stop()
-    return bare.outer_loop is not None and bare.outer_loop.status.stop_agreed
+    return bare.outer_loop is not None and bare.outer_loop.clock.stop_agreed
 
 
 def last_round(optimizer: Any) -> RoundReport | None:

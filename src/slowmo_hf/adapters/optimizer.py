@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .first_pass import (
     never_compiled,
     program_in_use,
     refuse_separate_gradients,
+    trained_models,
     trains,
     trains_a_copy,
     unfrozen,
@@ -256,11 +257,11 @@ class SlowMoOptimizer(OptimizerWrapper):
         if self.outer_loop is not None:
             self.outer_loop.status.stop_asked = True
 
-    def begun(self) -> OuterLoop:
-        """The outer loop, also of a worker that had no data at all: the others wait for it. Collective there."""
+    def begun(self, among: Iterable[torch.nn.Module] = ()) -> OuterLoop:
+        """The outer loop, also of a worker without data: the others wait for it. Collective. `among`: its models."""
         if self.outer_loop is None:
-            wrappers = self._wrappers()
-            self._start([ddp.module for ddp in wrappers] or sharded_roots(self), wrappers)
+            with unfrozen(self):
+                self._start(*trained_models(self, self._wrappers(), among))
         assert self.outer_loop is not None
         self._go_on(self.outer_loop)
         return self.outer_loop

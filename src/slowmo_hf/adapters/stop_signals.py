@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -73,10 +74,21 @@ def _take_signals() -> None:
         earlier = signal.getsignal(number)
         if earlier is _handle:
             continue
-        if earlier in (signal.SIG_DFL, signal.SIG_IGN) or getattr(earlier, "__module__", None) == _REPLACED:
+        is_default = earlier in (signal.SIG_DFL, signal.SIG_IGN) and not _is_caught_in_c(number)
+        if is_default or getattr(earlier, "__module__", None) == _REPLACED:
             _earlier[number] = signal.signal(number, _handle)
         else:
             logger.info("%s has a handler already, which stays", signal.Signals(number).name)
+
+
+def _is_caught_in_c(number: int) -> bool:
+    """By a handler that is not Python's (`faulthandler.register`), which `signal.getsignal` shows as the default."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # no Linux
+        return False
+    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), 0)
+    return bool(caught >> (number - 1) & 1)
 
 
 def _give_back() -> None:

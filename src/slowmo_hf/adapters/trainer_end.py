@@ -67,7 +67,7 @@ class Ending:
         if somebody_ended:
             _stop_at_once(control)  # the rest gathers, and that rank will not come
             self.stopped = False  # nothing is saved, and nobody need come back
-        elif self.outer_loop.status.stop_agreed and state.global_step < state.max_steps:
+        elif self.outer_loop.clock.stop_agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
 
     def save_if_stopped(self, state: TrainerState, control: TrainerControl) -> None:

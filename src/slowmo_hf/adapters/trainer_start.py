@@ -137,9 +137,23 @@ def _begun_and_ended(train: Callable[..., Any]) -> Callable[..., Any]:
             return _told(self, begin_and_train)
         except BaseException:
             given_back_of(self).close()
+            _tell_of_local_weights(self)
             raise
 
     return begun_and_ended
+
+
+def _tell_of_local_weights(trainer: Trainer) -> None:
+    """What a program that catches the error saves, or trains on, is rank 0's own."""
+    ours = callback_of(trainer)
+    loop = None if ours is None else ours.outer_loop
+    if loop is not None and loop.parts.trains_alone and not (loop.clock.workers_agree or loop.clock.is_over):
+        loop.workers.logger.warning(
+            "training stopped at step %d, %d steps after the last round: the model is each rank's own now, not the "
+            "average. Go on from the last checkpoint; what is saved or trained from here is rank 0's.",
+            loop.clock.attempted_steps,
+            loop.clock.local_steps,
+        )
 
 
 def _is_whole(trainer: Trainer) -> bool:

@@ -5,6 +5,7 @@ fails on one rank is the same error on all.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from ..contents import CheckpointError
 from ..log import of_this_rank
 from ..training.outer_loop import OuterLoop
-from ..wire.job import host_name, said_by_ranks
+from ..wire.job import host_name, is_in_process, said_by_ranks
 from .files import FOLDER, MANIFEST
 from .manifest import Digests, Stamps, file_digests
 from .places import part_name
@@ -56,7 +57,8 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, *, whole_on_each: bool) -> 
             model in shards lie in parts.
 
     Raises:
-        CheckpointError: It cannot be written, or machines do not share it that must.
+        CheckpointError: It cannot be written, is another for processes of one machine, or is on several disks where it
+            must not be.
     """
     workers = outer_loop.workers
     world = workers.world
@@ -78,6 +80,15 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, *, whole_on_each: bool) -> 
         with suppress(OSError):
             tokens[world.rank].unlink()
 
+    def refuse_several() -> None:
+        local = 0 if is_in_process() else int(os.environ.get("LOCAL_RANK", 0))
+        if world.rank - local not in mates:
+            raise CheckpointError(
+                f"all processes of a machine must have one folder, got {folder.resolve()}, which process "
+                f"{world.rank - local} of this machine does not write to: a time of day in its name is another on "
+                "every process. Choose it once, in the launch command or on rank 0 and broadcast."
+            )
+
     def refuse_over_machines() -> None:
         if not whole_on_each and not all_see:
             raise CheckpointError(
@@ -93,6 +104,7 @@ def keeps_files(outer_loop: OuterLoop, folder: Path, *, whole_on_each: bool) -> 
                 "processes_per_worker='node'."
             )
 
+    together(outer_loop, words, refuse_several)
     together(outer_loop, words, refuse_over_machines)
     return Keeping(place=mates.index(world.rank), mates=mates, all_see=all_see)
 

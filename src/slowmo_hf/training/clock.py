@@ -65,6 +65,9 @@ class Clock:
         parted_at (`int`): The last step at which a rank's program is known to have written into its parameters behind
             the round, or in a view; the same on all ranks.
         max_steps (`int`, *optional*): Where training ends, if that is known; for what is said alone.
+        is_over (`bool`): Training has ended on the average, and no step, nor another state, has come after it: what
+            its optimizer held is anybody's.
+        stop_agreed (`bool`): All know that a rank was asked to stop.
     """
 
     config: SlowMoConfig
@@ -76,6 +79,8 @@ class Clock:
     begun_at: int = 0
     parted_at: int = -1
     max_steps: int | None = None
+    is_over: bool = False
+    stop_agreed: bool = False
 
     def __post_init__(self) -> None:
         # Asked at every step.

@@ -31,13 +31,13 @@ class InFlight:
 
     @property
     def is_over(self) -> bool:
-        """Whether training has ended on the average, and no step, nor another state, has come behind it."""
-        return self.parts.tensors.others.is_over
+        """As the clock's."""
+        return self.parts.clock.is_over
 
     def goes_on(self) -> None:
         """A step or another state has come."""
         self.moves += 1
-        self.parts.tensors.others.is_over = False
+        self.parts.clock.is_over = False
         self.parts.tensors.stop_watching()
 
     # ---- what is due ----
@@ -183,7 +183,7 @@ class InFlight:
             one.drain()
         self.rounds = []
         self.parts.base.begin_anew()
-        self.parts.tensors.others.is_over = True
+        self.parts.clock.is_over = True
 
     # ---- state ----
 

@@ -20,6 +20,7 @@ from ..upstream import non_persistent_buffers
 from ..wire.communicator import Communicator
 from ..wire.job import host_name, said_by_ranks
 from ..wire.workers import Workers
+from .clock import Clock
 from .digests import digests, digests_of, parts_of
 
 _FINITE = (
@@ -93,7 +94,7 @@ class OtherTensors:
         self._told: list[str] = []  # by the last look
         self._averaged: dict[str, torch.Tensor] = {}
         self.frozen_are_said = False  # that rounds average some
-        self.is_over = False  # its optimizer has finished: what that held is anybody's now
+        self._clock: Clock | None = None  # of its optimizer, from the start on
         self.keeps_last_round = False  # for `Consensus.show_last_round`: what rounds have averaged
 
     # ---- which there are ----
@@ -124,7 +125,7 @@ class OtherTensors:
         held: set[int] = set()
         for those, its in self._optimizers:
             workers, other = those(), its()
-            if other is None or other is self or other.is_over:
+            if other is None or other is self or (other._clock is not None and other._clock.is_over):
                 continue
             if workers is not None and not workers.roll_call.has_left:
                 held |= other.held
@@ -134,9 +135,9 @@ class OtherTensors:
 
     # ---- which have changed ----
 
-    def begin(self, workers: Workers) -> None:
+    def begin(self, workers: Workers, clock: Clock) -> None:
         """Training starts: take what "changed" is measured from, and be known to the program's other optimizers."""
-        self._policy = workers.config.model_buffers
+        self._policy, self._clock = workers.config.model_buffers, clock
         self._optimizers = workers.world.notes("tensors of optimizers")
         self._optimizers[:] = [pair for pair in self._optimizers if pair[1]() is not None]
         self._optimizers.append((weakref.ref(workers), weakref.ref(self)))

@@ -81,7 +81,7 @@ class OuterLoop:
         self.workers = workers = Workers(self.config, self.tensors.device, self.tensors.mates or None)
         check_start(workers, self.config, self.tensors, refusal(workers, self.inner_state, refused), attempted_steps)
         workers.form()
-        make_equal(workers, self.tensors, include_frozen=broadcast_frozen)
+        make_equal(workers, self.tensors, self.clock, include_frozen=broadcast_frozen)
         self.run_id: str = workers.world.gather_objects(uuid.uuid4().hex)[0]
         self._branch = self.run_id  # which a resumed run keeps; this one is the loop's alone
         self.clock.attempted_steps = self.clock.begun_at = attempted_steps or 0

@@ -34,7 +34,7 @@ def state_dict(parts: Parts) -> dict[str, Any]:
     config = parts.config
     _refuse_another_set(parts)
     step = parts.clock.attempted_steps
-    ended = parts.tensors.others.is_over and not parts.clock.agree_at(step)
+    ended = parts.clock.is_over and not parts.clock.agree_at(step)
     _refuse_inside_round(parts, step, "saved", ended=ended)
     _refuse_part(parts)
     saved = parts.slow.saved(agree=True, keep=True)

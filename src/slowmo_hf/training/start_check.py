@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -107,17 +108,19 @@ def _raise_told(told: list[tuple[str, str]]) -> None:
 
 def _inner_optimizer(optimizer: torch.optim.Optimizer, without: list[str]) -> list[str]:
     """
-    Its class, and what its groups say of how it steps: numbers, flags and tuples of them. The learning rate has its
-    own line.
+    Its class, and what its groups say of how it steps: numbers, flags and tuples of them that its constructor takes;
+    others it tunes itself (Prodigy's `d`), each worker's its own. The learning rate has its own line.
 
     Args:
         without (`list[str]`): Names of what may differ.
     """
+    taken = inspect.signature(type(optimizer).__init__).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
     return [f"inner optimizer {type(optimizer).__module__}.{type(optimizer).__qualname__}"] + [
         f"inner optimizer group {index}: {key} = {value!r}"
         for index, group in enumerate(optimizer.param_groups)
         for key, value in sorted(group.items())
-        if key not in ("params", "lr", *without) and _is_plain(value)
+        if key not in ("params", "lr", *without) and (takes_any or key in taken) and _is_plain(value)
     ]
 
 

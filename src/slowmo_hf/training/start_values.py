@@ -11,6 +11,7 @@ from ..dtensors import is_sharded
 from ..wire.averages import Averages
 from ..wire.communicator import Communicator
 from ..wire.workers import Workers
+from .clock import Clock
 from .model_tensors import ModelTensors, hash48
 
 
@@ -39,7 +40,7 @@ def equalise_(communicator: Communicator, tensors: list[torch.Tensor], longest_m
     return len(differing)
 
 
-def make_equal(workers: Workers, tensors: ModelTensors, *, include_frozen: bool) -> None:
+def make_equal(workers: Workers, tensors: ModelTensors, clock: Clock, *, include_frozen: bool) -> None:
     """Rank 0's values are everybody's; of shards, those of the first counterpart. Collective."""
     own = workers.world.gather_header([hash48(tensors.own_lines())])
     values = tensors.values(include_frozen=include_frozen, include_own=bool((own == own[0]).all()))
@@ -47,4 +48,4 @@ def make_equal(workers: Workers, tensors: ModelTensors, *, include_frozen: bool)
         alike = [tensor for tensor in values if is_sharded(tensor) is sharded]
         equalise_(among, alike, workers.config.bucket_bytes // 2)
     tensors.rewritten()
-    tensors.others.begin(workers)
+    tensors.others.begin(workers, clock)

@@ -301,7 +301,6 @@ class StatusExchange:
         self.speaker = speaker
         self.stop_asked = False  # this process was: it says so at the next exchange
         self.lost_finiteness = ""  # what an overlapped round has found here, in words: said at the next exchange
-        self.stop_agreed = False  # all know that a rank was asked to stop
         self.somebody_ended = False  # at the last exchange
         self.somebody_ended_early = False  # where others came for something else; all know it, who has ended too
         # At the last exchange nothing but the parameters was to be averaged; and nothing was lost since.
@@ -347,7 +346,7 @@ class StatusExchange:
         return heard
 
     def _heard(self, agreement: Agreement, purpose: Purpose) -> Agreement:
-        self.stop_agreed = self.stop_agreed or agreement.stop
+        self._clock.stop_agreed |= agreement.stop
         self.somebody_ended = agreement.somebody_ended
         self.somebody_ended_early |= agreement.somebody_ended and agreement.purpose is not Purpose.END
         self.parameters_alone = not agreement.changed_buffers
