@@ -157,3 +157,20 @@ def test_the_summary_s_gains_of_gossip():
     assert "| does SGP gain, Multi30k, 4 workers? | no gain is shown, at β = 0.1 (3 seeds); " in PAGE
     assert f"SGP's NLL changes by {nll[1]:+.3f}: two pairs are higher, one is lower." in PAGE
     assert PAGE.count("rows differ in the exact average too |") == 2
+
+
+def test_what_make_train_has_come_to():
+    """One seed, with slow momentum and by all-reduce."""
+    ours, all_reduce = (
+        json.loads((RECORDS / f"image_classification/{name}.json").read_text())
+        for name in ("make_train", "make_train_all_reduce")
+    )
+    assert (ours["slowmo"], ours["base"], all_reduce["base"]) == (True, "local_sgd", "all_reduce")
+    assert ours["steps"] == all_reduce["steps"]
+    assert (ours["seed"], ours["train_rows"], ours["test_rows"]) == (all_reduce["seed"], 10_000, 2_000)
+    first, second = (record["metrics"]["test_accuracy"] for record in (ours, all_reduce))
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/two_machines.md"))
+    assert f"accuracy {first:.3f}\n" in readme
+    assert f"[All-reduce: {second:.3f}]" in readme
+    assert f"has accuracy {first:.4f} with β = 0.5 and {second:.4f} with all-reduce" in page
+    assert f"a difference of {round(2_000 * (second - first))} in 2,000 images" in " ".join(page.split())

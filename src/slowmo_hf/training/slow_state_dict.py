@@ -171,7 +171,7 @@ def _refuse_inside_round(
     if attempted_steps % config.sync_every and config.has_rounds and config.base != "all_reduce":
         way = (
             "Save at a multiple of sync_every, after slowmo_hf.finish(optimizer), or with accelerator.save_state at "
-            "any step."
+            "any step. Under Trainer, SlowMoCallback(config) in this optimizer's place saves at any step."
         )
         if saved_with not in (None, config.sync_every):
             way = f"Set sync_every={saved_with}, with which it was saved."
