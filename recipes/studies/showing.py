@@ -75,7 +75,7 @@ def table(records: list[dict[str, Any]], task: str) -> str:
     """
     settings, columns, gain = by_setting(records), SHOWN[task].columns, SHOWN[task].gain
     lines = [
-        f"| setting | {' | '.join(columns)} | gain in {gain.replace('_', ' ')} |",
+        f"| setting | {' | '.join(map(in_words, columns))} | gain in {in_words(gain)} |",
         "|---|" + "---|" * (len(columns) + 1),
     ]
     for key, own in settings.items():
@@ -84,6 +84,12 @@ def table(records: list[dict[str, Any]], task: str) -> str:
         gained = paired_gain(own, partners, gain) if own[0]["slowmo"] else ""
         lines.append(f"| {words_of(key)} | {' | '.join(cells)} | {gained} |")
     return "\n".join(lines)
+
+
+def in_words(metric: str) -> str:
+    """A metric's name in a record, for readers."""
+    words = metric.replace("_", " ").replace("nll", "NLL").replace("bleu", "BLEU")
+    return words.replace(" bits", ", bits").replace(" tokenised", ", tokenised").replace(" mean", ", mean")
 
 
 def _shown(record: dict[str, Any], column: str) -> float:
