@@ -247,8 +247,8 @@ def test_a_run_writes_a_record_and_is_not_run_again(tmp_path, monkeypatch, data,
     header, _, row = (line.split(" | ") for line in reproduce.table([found], "translation").splitlines())
     assert row[0].startswith(f"| {base}, γ 0.02, τ 3")
     for nats in ("validation_nll", "training_loss"):
-        assert row[header.index(nats)] == f"{metrics[nats]:.4f} (1)"
-        assert row[header.index(f"{nats}_bits")] == f"{metrics[nats] / math.log(2):.4f} (1)"
+        assert row[header.index(showing.in_words(nats))] == f"{metrics[nats]:.4f} (1)"
+        assert row[header.index(showing.in_words(f"{nats}_bits"))] == f"{metrics[nats] / math.log(2):.4f} (1)"
     reproduce.plot([found], "translation", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 
