@@ -297,6 +297,14 @@ def output_folder(trainer: Any) -> str:
 # (tests/test_checkpoint_folders.py::test_saves_at_epochs_and_of_the_best_are_whole).
 SAVE_CHECKPOINT = "_save_checkpoint"
 
+# Training, transformers >= 4.57: `train` may run it again, with a smaller batch
+# (tests/test_retries.py::test_runs_that_trainer_begins_anew_stay_in_step).
+RUN = "_inner_training_loop"
+
+# What loads the optimizer where a run is resumed, behind the weights, transformers >= 4.57. A subclass may set options
+# behind it (tests/test_set_on_resume.py::test_what_a_program_sets_where_a_resumed_run_begins_stays).
+LOAD_OPTIMIZER = "_load_optimizer_and_scheduler"
+
 
 def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
     """
@@ -305,14 +313,6 @@ def trl_metrics(trainer: Any) -> dict[str, list[float]] | None:
     """
     metrics, mode = getattr(trainer, "_metrics", None), "train" if trainer.model.training else "eval"
     return metrics[mode] if isinstance(metrics, dict) and mode in metrics else None
-
-
-def wrap_runs(trainer: Any, wrap: Callable[[Any], Any]) -> None:
-    """
-    `Trainer._inner_training_loop`, transformers >= 4.57: `train` may run it again, with a smaller batch
-    (tests/test_retries.py::test_runs_that_trainer_begins_anew_stay_in_step).
-    """
-    trainer._inner_training_loop = wrap(trainer._inner_training_loop)
 
 
 def push_checkpoint(trainer: Any, folder: str) -> None:

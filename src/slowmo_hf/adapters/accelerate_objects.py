@@ -16,7 +16,7 @@ from ..checkpoints.together import together
 from ..training.model_tensors import ModelTensors
 from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
-from ..training.written import WrittenSince
+from ..training.written import WrittenSince, changed, is_plain
 
 
 def own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def own_objects(accelerator: Accelerator, outer_loop: OuterLoop) -> dict[str, An
 
     together(outer_loop, "schedulers and registered objects cannot be saved", take)
     # Functions are not ours to keep, and tensors may be a whole model's.
-    own = {name: state for name, state in states.items() if _is_plain(state)}
+    own = {name: state for name, state in states.items() if is_plain(state)}
     everywhere = outer_loop.workers.world.gather_objects(hashlib.sha256(repr(own).encode()).digest())
     kept = own if len(set(everywhere)) > 1 else {}
     if accelerator.scaler is not None:
@@ -62,68 +62,31 @@ class LoadedSettings:
 
     def __init__(self, accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._accelerator = accelerator
-        self._written = {id(one): WrittenSince(parameters_of(one)) for one in optimizers}
-        self._have_state = {id(one) for one in optimizers if one.state}
-        self._groups = {id(one): [_comparable(group) for group in one.param_groups] for one in optimizers}
+        self._written = {id(one): WrittenSince(parameters_of(one), one) for one in optimizers}
         self._beside: dict[str, dict[str, Any]] | None = copy.deepcopy(self._beside_now())
 
     def _beside_now(self) -> dict[str, dict[str, Any]]:
         held = {name: one for name, one in _held_beside(self._accelerator).items() if not isinstance(one, Module)}
         states = {name: one.state_dict() for name, one in held.items()}
-        return {name: state for name, state in states.items() if isinstance(state, dict) and _is_plain(state)}
+        return {name: state for name, state in states.items() if isinstance(state, dict) and is_plain(state)}
 
     def changes(self, optimizer: torch.optim.Optimizer, tensors: ModelTensors) -> Callable[[dict[str, Any]], None]:
         """
         Call before a worker's own are loaded, and the result behind it, with what was saved beside them. All have
         that, and the first optimizer gives it back. Written weights that are gone are told.
         """
-        tell = self._written[id(optimizer)].watch(tensors) if id(optimizer) in self._written else None
-        is_emptied = id(optimizer) in self._have_state and not optimizer.state
-        pairs = zip(self._groups.get(id(optimizer), []), optimizer.param_groups, strict=False)
-        # A flag of a group is a mode, which goes with the weights that are loaded.
-        options = [{k: v for k, v in _changed(*pair).items() if type(v) is not bool} for pair in pairs]
+        written = self._written.get(id(optimizer))
+        give_back_own = None if written is None else written.changes(tensors)
         beside, then, self._beside = self._beside_now(), self._beside, None
 
         def give_back(objects: dict[str, Any]) -> None:
-            if tell is not None:
-                tell()
-            if is_emptied:
-                optimizer.state.clear()
-            for group, changed in zip(optimizer.param_groups, options, strict=False):
-                group.update(changed)
+            if give_back_own is not None:
+                give_back_own()
             if then is None:
                 return
             for name, one in _held_beside(self._accelerator).items():
                 if name in objects:
-                    changed = _changed(then[name], beside[name]) if name in then and name in beside else {}
-                    one.load_state_dict({**objects[name], **changed} if changed else objects[name])
+                    own = changed(then[name], beside[name]) if name in then and name in beside else {}
+                    one.load_state_dict({**objects[name], **own} if own else objects[name])
 
         return give_back
-
-
-def _comparable(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the options that can be compared; the names alone of others."""
-    return {
-        name: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) if _is_plain(value) else None
-        for name, value in group.items()
-    }
-
-
-def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What is new, and numbers, words and tensors that are others now; `params` are in both."""
-    return {name: value for name, value in now.items() if name not in then or _differ(then[name], value)}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return not torch.equal(one, other)
-    return _is_plain(one) and _is_plain(other) and bool(one != other)
-
-
-def _is_plain(state: Any) -> bool:
-    """Whether it holds numbers and words alone."""
-    if isinstance(state, dict):
-        return all(_is_plain(value) for value in state.values())
-    if isinstance(state, (list, tuple)):
-        return all(_is_plain(value) for value in state)
-    return state is None or type(state) in (bool, int, float, str)

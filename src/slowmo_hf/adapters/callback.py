@@ -114,7 +114,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         model: Any,
         optimizer: Any,
         lr_scheduler: Any,
-        written: WrittenSince,
+        written: WrittenSince | None,
     ) -> None:
         """
         Compare and equalise the ranks, switch off what couples them, take the anchors. It is called behind all
@@ -150,9 +150,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             loader = self._find_trainer().callback_handler.train_dataloader
             advise(args, state, outer_loop.parts, loader)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
-            tell = written.watch(outer_loop.tensors)
-            self._take_up_checkpoints(outer_loop, args, state, lr_scheduler)
-            tell()
+            self._take_up_checkpoints(TrainerSaves(args, outer_loop), state, lr_scheduler, written)
         self.outer_loop = outer_loop
         stays_in(self._find_trainer(), self, self._given_back)
         self._training, self._counted_step, self._step_too_many = True, -1, None
@@ -170,14 +168,14 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             )
 
     def _take_up_checkpoints(
-        self, outer_loop: OuterLoop, args: TrainingArguments, state: TrainerState, lr_scheduler: Any
+        self, saves: TrainerSaves, state: TrainerState, lr_scheduler: Any, written: WrittenSince | None
     ) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
-        self._saves = TrainerSaves(args, outer_loop)
-        self._saves.begin(self._find_trainer(), self.looks, self._given_back)
+        self._saves = saves
+        saves.begin(self._find_trainer(), self.looks, self._given_back)
         if state.global_step:
             try:
-                self._saves.resume(self._find_trainer(), lr_scheduler, state)
+                saves.resume(self._find_trainer(), lr_scheduler, state, written)
             except Exception:
                 self._restore()
                 raise

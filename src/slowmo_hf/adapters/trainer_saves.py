@@ -14,6 +14,7 @@ from .. import upstream
 from ..checkpoints.last_lines import Saves
 from ..checkpoints.state import save_names
 from ..training.outer_loop import OuterLoop
+from ..training.written import WrittenSince
 from .trainer_checkpoints import TrainerCheckpoints
 from .trainer_methods import Looks, Method, and_then, replace_method
 
@@ -49,8 +50,12 @@ class TrainerSaves:
         """Training has ended, and by no error: one from now on is not this run's."""
         self._saves.end()
 
-    def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState) -> None:
-        """Go on from every worker's own state, if the checkpoint that Trainer has loaded is ours. Collective."""
+    def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState, written: WrittenSince | None) -> None:
+        """
+        Go on from every worker's own state, if the checkpoint that Trainer has loaded is ours, but for what the
+        program has set since then. Collective.
+        """
+        give_back = None if written is None else written.changes(self.outer_loop.tensors)
         folder = upstream.loaded_checkpoint(trainer)
         objects = self._checkpoints.resume(state, folder)
         if folder is not None:
@@ -58,6 +63,8 @@ class TrainerSaves:
         for name, own in _own_objects(trainer, scheduler).items():
             if name in objects:
                 own.load_state_dict(objects[name])
+        if give_back is not None:
+            give_back()
 
     def record(self) -> dict[str, str] | None:
         """Which save our part of a checkpoint is that Trainer writes now, for `trainer_state.json`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -188,7 +189,36 @@ def _each_told(run: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-upstream.wrap_runs(Trainer, _each_told)  # first: where it fails, nothing is wrapped
+_loaded: weakref.WeakKeyDictionary[CallbackHandler, WrittenSince] = weakref.WeakKeyDictionary()
+
+
+def _loads(trainer_has: Any) -> bool:
+    """Whether a resumed run goes on from each worker's own state, which comes behind all that the program sets."""
+    ours = callback_of(trainer_has)
+    return ours is not None and bool(ours.config.has_rounds)
+
+
+def _since_loaded(trainer_has: Any) -> WrittenSince:
+    return WrittenSince(trainer_has.model.parameters(), raw_optimizer(trainer_has.optimizer))
+
+
+def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Trainer's own load of the optimizer. What a subclass sets behind it stays, as in a stock run."""
+
+    @functools.wraps(load)
+    def load_and_note(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        if _loads(self):
+            _loaded[self.callback_handler] = _since_loaded(self)
+        return result
+
+    return load_and_note
+
+
+_WRAPS: dict[str, Callable[..., Any]] = {upstream.RUN: _each_told, upstream.LOAD_OPTIMIZER: _noted}
+_wrapped = {name: wrap(getattr(Trainer, name)) for name, wrap in _WRAPS.items()}  # where it fails, nothing is wrapped
+for _name, _method in _wrapped.items():
+    setattr(Trainer, _name, _method)
 Trainer.train = _begun_and_ended(Trainer.train)  # type: ignore[method-assign]
 
 
@@ -200,9 +230,9 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tell)
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        ours = callback_of(SimpleNamespace(callback_handler=self))
-        takes_up = ours is not None and ours.config.has_rounds and state.global_step
-        written = WrittenSince(self.model.parameters() if takes_up else ())
+        written = _loaded.pop(self, None)
+        if written is None and state.global_step and _loads(SimpleNamespace(callback_handler=self)):
+            written = _since_loaded(self)  # of a subclass that loads it in its own way
         control = tell(self, args, state, control, **kwargs)
         ours = callback_of(SimpleNamespace(callback_handler=self))  # a callback may have added it
         if ours is not None:
