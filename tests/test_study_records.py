@@ -163,7 +163,7 @@ def check_record(record):
     )
     rounds = record["steps"] // record["sync_every"]
     assert rounds >= (60 if run.sync_every > 12 else 150) or (run.study == "sweep" and run.sync_every > 12)
-    if run.task == "multi30k":
+    if run.task in ("multi30k", "translation"):
         means = small_translation.judging_of(run).means
         check_scores(record, ["", "_best", *(f"_mean_of_{mean}" for mean in means)])
     metric, best, test = BEST[record["task"]]
