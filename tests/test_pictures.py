@@ -368,8 +368,8 @@ def test_translation(drawn):
     assert bleu["sgp"][0] > bleu["sgp"][1]
     assert title(drawn["translation"]) == (
         f"Slow momentum lowers validation NLL by {-nll['local_sgd'][0]:.2f} with Local Adam and "
-        f"{-nll['sgp'][0]:.2f} with SGP Slow momentum raises test BLEU by {bleu['sgp'][0]:.2f} with SGP; no change is shown "
-        "with Local Adam (intervals contain 0)"
+        f"{-nll['sgp'][0]:.2f} with SGP Slow momentum raises test BLEU by {bleu['sgp'][0]:.2f} with SGP; "
+        "no change is shown with Local Adam (intervals contain 0)"
     )
 
 
