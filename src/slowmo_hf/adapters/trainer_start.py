@@ -215,10 +215,9 @@ def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_and_note
 
 
-_WRAPS: dict[str, Callable[..., Any]] = {upstream.RUN: _each_told, upstream.LOAD_OPTIMIZER: _noted}
-_wrapped = {name: wrap(getattr(Trainer, name)) for name, wrap in _WRAPS.items()}  # where it fails, nothing is wrapped
-for _name, _method in _wrapped.items():
-    setattr(Trainer, _name, _method)
+_run, _load = getattr(Trainer, upstream.RUN), getattr(Trainer, upstream.LOAD_OPTIMIZER)  # first: may be missing
+setattr(Trainer, upstream.RUN, _each_told(_run))
+setattr(Trainer, upstream.LOAD_OPTIMIZER, _noted(_load))
 Trainer.train = _begun_and_ended(Trainer.train)  # type: ignore[method-assign]
 
 
