@@ -309,5 +309,5 @@ def test_a_scaler_and_the_scheduler_that_it_held_back_go_on():
     saves = object.__new__(TrainerSaves)
     saves._checkpoints = SimpleNamespace(resume=lambda state, folder: objects)
     saves._saves = SimpleNamespace(add=lambda folder: None)
-    saves.resume(SimpleNamespace(accelerator=SimpleNamespace(scaler=one("scaler"))), one("scheduler"), None)
+    saves.resume(SimpleNamespace(accelerator=SimpleNamespace(scaler=one("scaler"))), one("scheduler"), None, None)
     assert loaded == objects
