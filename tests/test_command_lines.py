@@ -39,6 +39,7 @@ from studies import dry_run, multi30k_oracle, multi30k_tables, oracle
         (gpu, "--no_such_flag 1", r"Some specified arguments are not used .* \['--no_such_flag', '1'\]"),
         (oracle, "{folder}", "folder must hold numbers.json, written by oracle_fairseq.py, got '{folder}'."),
         (multi30k_tables, "{folder}", "folder must hold multi30k/.*, written by reproduce.py .*, got '{folder}'."),
+        (multi30k_oracle, "write {folder}", "inner_lr must be given to write a run, got None. Set --inner_lr."),
         (
             multi30k_oracle,
             "table {folder}",

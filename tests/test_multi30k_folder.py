@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from records import DataError
 from small_text import RUN, write_pairs
 from studies import multi30k, multi30k_oracle, small_translation
 from studies.same_run import OtherRunError, check_same_run, identity
@@ -132,6 +133,26 @@ def test_the_program_ends_in_one_line_and_names_the_run_of_its_translations(give
     assert "\n" not in str(ended.value)
 
 
+def test_fairseqs_half_wants_what_the_other_half_writes(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["multi30k_fairseq.py", str(tmp_path)])
+    said = rf"multi30k_fairseq.py: folder must hold given.pt, written by multi30k_oracle.py write, got '{tmp_path}'."
+    with pytest.raises(SystemExit) as ended:
+        theirs.main()
+    assert ended.value.code == f"{said} Give another."
+
+
+def test_score_wants_both_halves(data, given, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"folder must hold given\.pt, written by the command write, got "):
+        multi30k_oracle.score_folder(tmp_path, data)
+    torch.save(given[1], tmp_path / "given.pt")
+    monkeypatch.setattr(multi30k, "load", lambda name: data)
+    monkeypatch.setattr(sys, "argv", ["multi30k_oracle.py", "score", str(tmp_path), "--dataset_name", "x"])
+    with pytest.raises(
+        SystemExit, match=r"^multi30k_oracle\.py: folder must hold translations\.pt, written by multi30k_f"
+    ):
+        multi30k_oracle.main()
+
+
 def test_a_second_seed_is_refused_by_write_and_by_score(data, given, tmp_path, monkeypatch):
     monkeypatch.setattr(multi30k, "load", lambda name: data)
     monkeypatch.setattr(multi30k_oracle, "make_run", lambda *args: replace(RUN, base="all_reduce", seed=args[-1]))
@@ -177,5 +198,5 @@ def test_translations_are_not_scored_against_other_data(data, given, tmp_path, m
     monkeypatch.setattr(multi30k, "load", lambda name: data)
     words = ["multi30k_oracle.py", "score", str(tmp_path / "out"), "--dataset_name", "x", "--records", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match=r"multi30k_oracle\.py: dataset_name must be what the records in .* are of"):
+    with pytest.raises(SystemExit, match=r"multi30k_oracle\.py: dataset_name must be what the runs in .* are of"):
         multi30k_oracle.main()

@@ -235,12 +235,15 @@ def test_a_run_that_is_left_ends_as_one_that_is_not(images, tmp_path, monkeypatc
     assert not (tmp_path / "state").exists()
 
 
-def test_a_state_that_is_damaged_or_of_another_run_is_not_taken_up(images, tmp_path):
+def test_a_state_that_is_damaged_or_of_another_run_is_not_taken_up(images, tmp_path, capsys):
     run, machine = small_run("local sgd"), cifar10.Machine("cpu")
     keeper = Keeper(tmp_path, {"run": "this"}, 25, Script([False]), cpu=True)
     assert cifar10.train(run, images, machine, keeper) is None
     assert Keeper(tmp_path, {"run": "this"}, 25, Clock(None), cpu=True).newest == tmp_path / "epoch1"
+    assert not capsys.readouterr().out
     assert Keeper(tmp_path, {"run": "other"}, 25, Clock(None), cpu=True).newest is None
+    told = f"{tmp_path / 'epoch1'} is of {{'run': 'this'}}, not of {{'run': 'other'}}: the run begins anew"
+    assert capsys.readouterr().out.startswith(told)
     part = tmp_path / "epoch1" / "slowmo" / "worker_2.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
     assert Keeper(tmp_path, {"run": "this"}, 25, Clock(None), cpu=True).newest is None

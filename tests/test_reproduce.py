@@ -352,7 +352,7 @@ def test_a_run_has_the_threads_that_are_asked_for(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, images):
-    """Nothing is trained and nothing written; a damaged record says nothing, one of another task neither."""
+    """Nothing is trained, written or removed; a damaged record says nothing, nor does one of another task."""
     others = {"image_classification": ("other", "c0ffee" * 9), "translation": ("x", "y")}
     for task, (name, digest) in others.items():
         for study, told in (("tuning", json.dumps({"dataset": name, "dataset_sha256": digest})), ("sweep", "{")):
@@ -372,6 +372,14 @@ def test_runs_on_other_data_than_the_records_are_refused(tmp_path, monkeypatch, 
     (tmp_path / "image_classification" / "tuning" / "sgp_seed0.json").write_text(json.dumps(same))
     monkeypatch.setattr(small_images, "train", lambda *_: same)
     assert reproduce.run_one(RUN, "mine", str(tmp_path))["dataset"] == images.name
+    left = tmp_path / "image_classification" / "sweep" / "sgp_seed0.state" / "epoch2" / "progress.json"
+    left.parent.mkdir(parents=True)
+    left.write_text(json.dumps({"run": {"dataset_sha256": "facade" * 9}}))
+    with pytest.raises(
+        reproduce.SettingError, match=r"are of, SHA-256 facadefacade as in .*state/epoch2/progress\.json,"
+    ):
+        reproduce.run_one(RUN, "mine", str(tmp_path))
+    assert left.exists()
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,23 @@ def test_what_is_not_all_of_multi30k_is_refused(folder, tmp_path):
         multi30k.load(str(folder))
 
 
+def test_every_set_of_multi30k_has_its_length(folder, monkeypatch, capsys):
+    """That of each is checked, and text that is not the records' is told, whatever its length."""
+    rows = {"train": 60, "validation": 7, "test": 5}
+    for name in rows:
+        monkeypatch.setattr(multi30k, "ROWS", {**rows, name: 1_014})
+        said = rf"test2016\), 1,014 pairs in {name} of at most 128 .*got {rows[name]} in '.*'.* Set --dataset_name"
+        with pytest.raises(DataError, match=said):
+            multi30k.load(str(folder))
+    monkeypatch.setattr(multi30k, "ROWS", rows)
+    data = multi30k.load(str(folder))
+    told = f"{folder}: its text has SHA-256 {data.sha256[:12]}, that of the records here fb4d09956996. "
+    assert capsys.readouterr().out.startswith(told)
+    monkeypatch.setattr(multi30k, "SHA256", data.sha256)
+    multi30k.load(str(folder))
+    assert not capsys.readouterr().out
+
+
 def test_tokenised_bleu_by_hand():
     """
     One sentence of 6 tokens, the comma split off; one wrong token at its end: 5/6, 4/5, 3/4, 2/3 of n-grams match, so

@@ -15,8 +15,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import HfArgumentParser
 
+from studies import multi30k, reproduce, showing, small_translation
 from studies import plan as studies
-from studies import reproduce, showing, small_translation
 from studies.kept import Progress
 from studies.run_records import command_of
 from studies.small_runs import is_over
@@ -138,7 +138,7 @@ PASSES = {("multi30k", 4, 512): 242, ("multi30k", 2, 1024): 243, ("multi30k", 4,
 DATA = {
     "image_classification": ("zalando-datasets/fashion_mnist", "1f243a60"),
     "translation": (translation_data.SHIPPED_NAME, "79fe11f3"),
-    "multi30k": ("multi30k", "fb4d0995"),
+    "multi30k": ("multi30k", multi30k.SHA256[:8]),
     "cifar10": ("JPEG-coded CIFAR-10", "bd98cdb3"),
 }
 

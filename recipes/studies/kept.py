@@ -57,7 +57,8 @@ class Keeper:
 
     Args:
         folder (`Path`): Of this run alone.
-        run (`dict[str, Any]`): What the state must be of: settings, and the data's digest. Another's is not taken up.
+        run (`dict[str, Any]`): What the state must be of: settings, and the data's digest. Another's is not taken up,
+            which a printed line says.
         every (`int`): Epochs between two saves.
         clock (`Clock`): The run is left where twice its longest epoch and its longest save would not end in time. With
             a limit the first epoch of a call is saved too: from then on it is known how long that takes.
@@ -80,8 +81,10 @@ class Keeper:
         for path in sorted(self.folder.glob("epoch*"), key=_epoch_of, reverse=True):
             try:
                 slowmo_hf.verify_checkpoint(path)
-                if json.loads((path / PROGRESS).read_text())["run"] == json.loads(json.dumps(self.run)):
+                held = json.loads((path / PROGRESS).read_text())["run"]
+                if held == json.loads(json.dumps(self.run)):
                     return path
+                print(f"{path} is of {held}, not of {self.run}: the run begins anew, and its first save removes it")
             except (ValueError, OSError, KeyError):
                 continue
         return None

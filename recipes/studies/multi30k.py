@@ -15,13 +15,17 @@ from translation.data import TEST2016_ROWS
 LIBRARIES = small_translation.LIBRARIES
 SIZE = Size("small", 8000, 128)  # no pair is longer
 ADVICE = "--dataset_name to another folder with all of Multi30k, its splits named train, validation and test."
+SHA256 = "fb4d09956996f8fc8d4e04db8bb7a41f87e69c7a35b7a3879559c22b619e8573"  # of the text that the records are of
 ROWS = {"train": 29_000, "validation": 1_014, "test": TEST2016_ROWS}
 
 train = small_translation.train
 
 
 def load(dataset_name: str | None) -> Translations:
-    """From a folder; raises `DataError` where it is not all of Multi30k: figures would not be comparable."""
+    """
+    From a folder; raises `DataError` where it is not all of Multi30k: figures would not be comparable. A printed line
+    says where its text is not that of the records: test2017, say, has as many pairs.
+    """
     if dataset_name is None:
         raise DataError(
             "dataset_name must be a folder with Multi30k's train, validation and test pairs (Parquet, or text files "
@@ -36,4 +40,9 @@ def load(dataset_name: str | None) -> Translations:
                 f"{SIZE.max_length} tokens a side, got {found:,} in {dataset_name!r}: BLEU would not be comparable. "
                 "Set --dataset_name."
             )
+    if data.sha256 != SHA256:
+        print(
+            f"{dataset_name}: its text has SHA-256 {data.sha256[:12]}, that of the records here {SHA256[:12]}. Where "
+            "its test set is not the raw text of test2016, its BLEU is not comparable with theirs."
+        )
     return data

@@ -39,6 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="that multi30k_oracle.py wrote")
     folder = parser.parse_args().folder
+    if not (folder / "given.pt").exists():
+        said = f"folder must hold given.pt, written by multi30k_oracle.py write, got {str(folder)!r}. Give another."
+        sys.exit(f"{Path(__file__).name}: {said}")
     given = torch.load(folder / "given.pt", weights_only=True)
     run = Run(given, folder)
     try:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from records import SettingError, environment
+from studies.kept import PROGRESS
 from studies.plan import TASKS, Run
 
 
@@ -66,12 +67,18 @@ def outcome(record: dict[str, Any]) -> str:
 
 
 def check_same_data(data: Any, task: str, dataset_name: str | None, folder: Path) -> None:
-    """Runs on other data than the records beside them would be compared as if they were of the same."""
-    for path in sorted(folder.glob(f"{task}/*/*.json")):
-        record = _read(path)
-        if record and record["dataset_sha256"] != data.sha256:
+    """
+    Runs on other data than the records beside them would be compared as if they were of the same; and a run that is
+    left there would be lost.
+    """
+    held = [(path, _read(path) or {}) for path in sorted(folder.glob(f"{task}/*/*.json"))]
+    left = sorted(folder.glob(f"{task}/*/*.state/epoch*/{PROGRESS}"))
+    held += [(path, (_read(path) or {}).get("run", {})) for path in left]
+    for path, record in held:
+        if record.get("dataset_sha256", data.sha256) != data.sha256:
+            name = f"{record['dataset']!r} with " if "dataset" in record else ""
             raise SettingError(
-                f"dataset_name must be what the records in {str(folder)!r} are of, {record['dataset']!r} with SHA-256 "
+                f"dataset_name must be what the runs in {str(folder)!r} are of, {name}SHA-256 "
                 f"{record['dataset_sha256'][:12]} as in {path.relative_to(folder)}, got {dataset_name!r}, which is "
                 f"{data.name!r} with {data.sha256[:12]}. Set --dataset_name, or --records to another folder."
             )
