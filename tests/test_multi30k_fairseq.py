@@ -83,7 +83,8 @@ def test_the_page_has_the_starts_of_the_record():
     page = (DOCS / "multi30k.md").read_text()
     for run in record["runs"]:
         first, second = run["validation_nll"]
-        assert f"| {run['start']} | {run['seed']} | {first:.2f} | {second:.2f} |" in page
+        bits = second / math.log(2)
+        assert f"| {run['start']} | {run['seed']} | {first:.2f} | {second:.2f} | {bits:.2f} |" in page
     best = record["thrown_away"]["best_validation_nll"]
     lowest = {
         base: min(nll for name, nll in best.items() if name.startswith(base)) for base in ("all", "local", "sgp")
@@ -130,6 +131,11 @@ def test_the_page_has_fairseq_beside_ar_adam():
     assert "nor does fairseq: {:.2f} and {:.2f} |".format(*lowercase) in results
     ends = [f"{gap:+.2f}" for gap in showing.paired_differences(ours, theirs, "test_bleu")]
     assert f"Of the last checkpoint the pairs are {', '.join(ends[:4])} and {ends[4]}: two are over 1." in words
+    by_last, by_best = (
+        interval(showing.paired_differences(ours, theirs, metric)) for metric in ("test_bleu", "test_bleu_best")
+    )
+    assert f"by the last checkpoint the interval is {by_last}" in results
+    assert f"by the best it is {by_best}. Neither is within 1." in results
     over = [gap.lstrip("+-") for gap in ends if abs(float(gap)) > 1]
     assert f"two of claim 1's five pairs differ by more than 1 ({over[0]} and {over[1]})" in results
     assert f"interval, from {low:+.1f} to {high:+.1f}, is within 1" in words
@@ -169,6 +175,10 @@ def test_the_page_has_the_runs_at_the_published_size():
         assert abs(record["metrics"][multi30k_tables.AS_PUBLISHED] - multi30k_tables.FIGURE) < 1
         assert len(record["curve"]) == record["epochs_of_models"]["best"][0] + 10
         assert (record["num_beams"], record["length_penalty"]) == (5, 1.0)
+    short = beside_fairseq()[0][0]
+    tokens = [run["tokens_per_update"]["target"] for run in (short, records[0])]
+    assert short["steps"] * tokens[0] < 8000 * tokens[1] / 5
+    assert "24 passes: less than a fifth of the target tokens of 8,000 updates of its size" in results
 
 
 def test_fairseqs_records_are_of_the_runs_of_ours():
@@ -318,6 +328,11 @@ def test_the_page_says_who_is_ahead_in_validation_nll():
     mean, half = statistics.mean(gaps), half_interval(gaps)
     said = f"its last epoch is lower in all five pairs, by {mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
     assert said in page_of("multi30k")
+
+
+def interval(values):
+    middle, half = statistics.mean(values), half_interval(values)
+    return f"[{middle - half:+.2f}, {middle + half:+.2f}]"
 
 
 def beside_fairseq():

@@ -12,7 +12,8 @@ A folder is of one run: another rate or seed in it is refused.
 
 What differs, and is each system's own: fairseq divides the gradient of all workers' tokens by their number, ours is
 the mean of the workers' means; its smoothing leaves the right token out, its decoder starts with </s>, its positions
-count from behind the padding's id, its learning rate is one update behind (`oracle.py` has the sizes of most).
+count from behind the padding's id, its Adam adds eps before the bias correction, its learning rate is an update behind
+(`oracle.py` has the sizes of most).
 """
 
 from __future__ import annotations

@@ -85,16 +85,19 @@ def _found(run: Callable[[int], Run], folder: Path) -> list[dict[str, Any]]:
 def beside_the_paper(folder: Path) -> str:
     """A row per row of the paper: its figures, then ours, the mean over seeds with its 95 % interval."""
     lines = [
-        "| row | paper: BLEU | training loss, bits | here: BLEU, mean of 5 | training loss, bits | seeds |",
-        "|---|---|---|---|---|---|",
+        "| row | paper: BLEU | loss, bits | nats | here: BLEU, mean of 5 | loss, bits | nats | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, (bleu, loss, run) in PAPER.items():
         records = _found(run, folder)
-        theirs = ["" if bleu is None else f"{bleu:.2f}", "" if loss is None else f"{loss:.3f}"]
+        theirs = ["", "", ""]
+        if bleu is not None and loss is not None:
+            theirs = [f"{bleu:.2f}", f"{loss:.3f}", f"{loss * math.log(2):.3f}"]
         metrics = [record["metrics"] for record in records]
         ours = [
             _cell([own["test_bleu_mean_of_5"] for own in metrics], "", 2),
             _cell([own["training_loss"] / math.log(2) for own in metrics], "", 3),
+            f"{fmean(own['training_loss'] for own in metrics):.3f}" if metrics else "not run",
         ]
         lines.append(f"| {' | '.join([name, *theirs, *ours, str(len(records))])} |")
     return "\n".join(lines)
