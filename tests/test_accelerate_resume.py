@@ -18,8 +18,9 @@ import slowmo_hf
 from accelerate_loops import linear, on_all_ranks, settings, train_on, weights
 from harness import run_workers
 from slowmo_hf import SlowMoOptimizer
-from slowmo_hf.adapters.accelerate_objects import LoadedSettings
+from slowmo_hf.adapters.accelerate_objects import held_beside
 from slowmo_hf.training.model_tensors import ModelTensors
+from slowmo_hf.training.written import LoadedSettings
 
 
 def everything(model):
@@ -405,7 +406,7 @@ def test_what_a_program_writes_in_place_after_a_load_stays():
     model = nn.Linear(1, 1)
     inner = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.5)
     (group,) = inner.param_groups
-    loaded = LoadedSettings(accelerator, [inner])
+    loaded = LoadedSettings([inner], held_beside(accelerator))
     group["lr"].fill_(0.01)
     group["nesterov"] = True
     counts.state["n"] = 5

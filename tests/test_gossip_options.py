@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +31,6 @@ from harness import run_workers
 from mixing import mixing_matrix
 from reference import gossip_reference
 from slowmo_hf import SlowMoConfig, SlowMoOptimizer, run_in_process
-from slowmo_hf.adapters.trainer_saves import TrainerSaves
 from slowmo_hf.wire.gossip import make_topology
 from tiny import (
     Regression,
@@ -298,16 +296,3 @@ def test_a_view_of_osgp_leaves_training_as_it_was_where_a_program_writes_weights
     for (end, _, _), (other, _, shown) in zip(without, with_views, strict=True):
         assert torch.equal(end, other)
         assert all(torch.equal(*pair) for pair in zip(shown, with_views[0][2], strict=True))
-
-
-def test_a_scaler_and_the_scheduler_that_it_held_back_go_on():
-    objects, loaded = {"scaler": {"scale": 2.0}, "scheduler": {"last_epoch": 4}}, {}
-
-    def one(name):
-        return SimpleNamespace(load_state_dict=lambda state: loaded.update({name: state}))
-
-    saves = object.__new__(TrainerSaves)
-    saves._checkpoints = SimpleNamespace(resume=lambda state, folder: objects)
-    saves._saves = SimpleNamespace(add=lambda folder: None)
-    saves.resume(SimpleNamespace(accelerator=SimpleNamespace(scaler=one("scaler"))), one("scheduler"), None, None)
-    assert loaded == objects

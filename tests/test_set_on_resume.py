@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
 from harness import patience, run_workers
 from slowmo_hf import SlowMoCallback, SlowMoConfig
+from slowmo_hf.adapters.trainer_saves import TrainerSaves
+from slowmo_hf.training.model_tensors import ModelTensors
+from slowmo_hf.training.written import LoadedSettings
 from tiny import Heard, Regression, Rows, arguments, values
 
 SET = [0.3, (0.5, 0.9), "kept"]
@@ -88,6 +93,25 @@ def test_what_a_program_sets_where_a_resumed_run_begins_stays(tmp_path, act, whe
         assert of_ours[1] == {1}
     else:
         assert [options[1:] for options in of_ours[0]] == [SET, SET]
+
+
+def test_a_scaler_goes_on_and_the_scheduler_that_it_held_back_keeps_what_is_set():
+    """Of float16, which the CPU does not train: the parts of a resume, with a scheduler of torch's."""
+    model, scaler = Regression(), SimpleNamespace(load_state_dict=lambda state: scaled.update(state))
+    optimizer, scaled = torch.optim.SGD(model.parameters(), lr=0.1), {}
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=10)
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": 3, "_step_count": 4})  # rank 0's
+    loaded = LoadedSettings([optimizer], {"scheduler": scheduler})
+    scheduler.total_iters = 20  # by the program
+    saves = object.__new__(TrainerSaves)
+    own = {"scaler": {"scale": 2.0}, "scheduler": {**scheduler.state_dict(), "last_epoch": 2, "total_iters": 10}}
+    saves._checkpoints = SimpleNamespace(resume=lambda state, folder: own)
+    saves._saves = SimpleNamespace(add=lambda folder: None)
+    tensors = ModelTensors(optimizer, model)
+    saves.outer_loop = SimpleNamespace(inner_state=SimpleNamespace(optimizer=optimizer), tensors=tensors)
+    saves.resume(SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler)), None, loaded)
+    assert scaled == {"scale": 2.0}
+    assert (scheduler.last_epoch, scheduler.total_iters) == (2, 20)
 
 
 def check_workers(folder, where):

@@ -34,8 +34,9 @@ from ..contents import CheckpointError, Contents
 from ..log import logger
 from ..random_state import RandomState
 from ..training.outer_loop import OuterLoop
+from ..training.written import LoadedSettings
 from ..wire.job import is_in_process, rank_in_job
-from .accelerate_objects import LoadedSettings, own_objects
+from .accelerate_objects import held_beside, own_objects
 from .exit_notice import saves
 from .functions import consensus, prepared_by, unwrap
 from .optimizer import SlowMoOptimizer
@@ -261,7 +262,7 @@ def _with_ours(load_state: Callable[..., Any]) -> Callable[..., Any]:
             _give_back_generators(folder)
         waiting = [bare.inner_optimizer for bare in _ours(self).values() if bare.awaits_a_checkpoint]
         if waiting:
-            settings.append(LoadedSettings(self, waiting))
+            settings.append(LoadedSettings(waiting, held_beside(self)))
             _wrap_iterators()
             _loaded_generators[:] = [RandomState.take()]
         return result

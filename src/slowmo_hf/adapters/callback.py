@@ -18,7 +18,7 @@ from ..training.optimizers_inside import parameters_of
 from ..training.outer_loop import OuterLoop
 from ..training.program import compare_programs
 from ..training.report import RoundReport
-from ..training.written import WrittenSince
+from ..training.written import LoadedSettings
 from .given import ConfigInUse, Settings, config_of
 from .isolation import Isolation, ddp_wrappers, refusal
 from .refusals import JoinRefusal
@@ -113,12 +113,12 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         *,
         model: Any,
         optimizer: Any,
-        lr_scheduler: Any,
-        written: WrittenSince | None,
+        loaded: LoadedSettings | None,
     ) -> None:
         """
         Compare and equalise the ranks, switch off what couples them, take the anchors. It is called behind all
-        callbacks' `on_train_begin` (`trainer_start.py`): they may freeze some, and load weights (`written`).
+        callbacks' `on_train_begin` (`trainer_start.py`): they may freeze some, and load weights. `loaded` is what
+        they have begun with, where they have resumed.
         """
         make_heard()
         self._follow()
@@ -150,7 +150,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
             loader = self._find_trainer().callback_handler.train_dataloader
             advise(args, state, outer_loop.parts, loader)
         if self.config.has_rounds:  # without, it is stock training: Trainer's checkpoints are complete
-            self._take_up_checkpoints(TrainerSaves(args, outer_loop), state, lr_scheduler, written)
+            self._take_up_checkpoints(TrainerSaves(args, outer_loop), state, loaded)
         self.outer_loop = outer_loop
         stays_in(self._find_trainer(), self, self._given_back)
         self._training, self._counted_step, self._step_too_many = True, -1, None
@@ -167,15 +167,13 @@ class SlowMoCallback(TrainerCallback, ExportableState):
                 given_back=self._given_back,
             )
 
-    def _take_up_checkpoints(
-        self, saves: TrainerSaves, state: TrainerState, lr_scheduler: Any, written: WrittenSince | None
-    ) -> None:
+    def _take_up_checkpoints(self, saves: TrainerSaves, state: TrainerState, loaded: LoadedSettings | None) -> None:
         """From here on checkpoints are complete; a run that was resumed goes on from every worker's own state."""
         self._saves = saves
         saves.begin(self._find_trainer(), self.looks, self._given_back)
-        if state.global_step:
+        if state.global_step and loaded is not None:
             try:
-                saves.resume(self._find_trainer(), lr_scheduler, state, written)
+                saves.resume(self._find_trainer(), state, loaded)
             except Exception:
                 self._restore()
                 raise

@@ -14,7 +14,7 @@ from .. import upstream
 from ..checkpoints.last_lines import Saves
 from ..checkpoints.state import save_names
 from ..training.outer_loop import OuterLoop
-from ..training.written import WrittenSince
+from ..training.written import LoadedSettings
 from .trainer_checkpoints import TrainerCheckpoints
 from .trainer_methods import Looks, Method, and_then, replace_method
 
@@ -50,21 +50,19 @@ class TrainerSaves:
         """Training has ended, and by no error: one from now on is not this run's."""
         self._saves.end()
 
-    def resume(self, trainer: Trainer, scheduler: Any, state: TrainerState, written: WrittenSince | None) -> None:
+    def resume(self, trainer: Trainer, state: TrainerState, loaded: LoadedSettings) -> None:
         """
         Go on from every worker's own state, if the checkpoint that Trainer has loaded is ours, but for what the
         program has set since then. Collective.
         """
-        give_back = None if written is None else written.changes(self.outer_loop.tensors)
+        give_back = loaded.changes(self.outer_loop.inner_state.optimizer, self.outer_loop.tensors)
         folder = upstream.loaded_checkpoint(trainer)
         objects = self._checkpoints.resume(state, folder)
         if folder is not None:
             self._saves.add(folder)
-        for name, own in _own_objects(trainer, scheduler).items():
-            if name in objects:
-                own.load_state_dict(objects[name])
-        if give_back is not None:
-            give_back()
+        give_back(objects)
+        if "scaler" in objects and trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler.load_state_dict(objects["scaler"])
 
     def record(self) -> dict[str, str] | None:
         """Which save our part of a checkpoint is that Trainer writes now, for `trainer_state.json`."""
@@ -79,7 +77,7 @@ class TrainerSaves:
         def save_all(*args: Any, **kwargs: Any) -> Any:
             """Collective: our part before Trainer's own files; behind them the checkpoint is whole, and is pushed."""
             folder = Path(upstream.output_folder(trainer)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-            states = {name: own.state_dict() for name, own in _own_objects(trainer, trainer.lr_scheduler).items()}
+            states = {name: own.state_dict() for name, own in _own_objects(trainer).items()}
             with looks.look(keep_writes=True):
                 self.outer_loop.consensus.hear_of_writes()
                 self._checkpoints.write(folder, states)
@@ -93,6 +91,6 @@ class TrainerSaves:
         return save_all
 
 
-def _own_objects(trainer: Trainer, scheduler: Any) -> dict[str, Any]:
+def _own_objects(trainer: Trainer) -> dict[str, Any]:
     scaler = getattr(trainer.accelerator, "scaler", None)
-    return {} if scaler is None else {"scaler": scaler, "scheduler": scheduler}
+    return {} if scaler is None else {"scaler": scaler, "scheduler": trainer.lr_scheduler}

@@ -20,7 +20,7 @@ from ..dtensors import sharded_modules
 from ..log import logger
 from ..training.parts import Parts
 from ..training.program import Program
-from ..training.written import WrittenSince
+from ..training.written import LoadedSettings
 from ..wire.job import processes_in_job
 from ..wire.roll_call import begun, told_of
 from .refusals import refuse_schedule_free
@@ -189,7 +189,7 @@ def _each_told(run: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-_loaded: weakref.WeakKeyDictionary[CallbackHandler, WrittenSince] = weakref.WeakKeyDictionary()
+_loaded: weakref.WeakKeyDictionary[CallbackHandler, LoadedSettings] = weakref.WeakKeyDictionary()
 
 
 def _loads(trainer_has: Any) -> bool:
@@ -198,8 +198,8 @@ def _loads(trainer_has: Any) -> bool:
     return ours is not None and bool(ours.config.has_rounds)
 
 
-def _since_loaded(trainer_has: Any) -> WrittenSince:
-    return WrittenSince(trainer_has.model.parameters(), raw_optimizer(trainer_has.optimizer))
+def _loaded_by(trainer_has: Any) -> LoadedSettings:
+    return LoadedSettings([raw_optimizer(trainer_has.optimizer)], {"scheduler": trainer_has.lr_scheduler})
 
 
 def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,8 +208,8 @@ def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_and_note(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
-        if _loads(self):
-            _loaded[self.callback_handler] = _since_loaded(self)
+        if _loads(self) and any(given is not None for given in (*args, *kwargs.values())):
+            _loaded[self.callback_handler] = _loaded_by(self)
         return result
 
     return load_and_note
@@ -229,14 +229,15 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tell)
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        written = _loaded.pop(self, None)
-        if written is None and state.global_step and _loads(SimpleNamespace(callback_handler=self)):
-            written = _since_loaded(self)  # of a subclass that loads it in its own way
+        loaded, trainer_has = _loaded.pop(self, None), SimpleNamespace(callback_handler=self)
+        if loaded is None and state.global_step and _loads(trainer_has):
+            loaded = _loaded_by(self)  # of a subclass that loads it in its own way
         control = tell(self, args, state, control, **kwargs)
-        ours = callback_of(SimpleNamespace(callback_handler=self))  # a callback may have added it
+        ours = callback_of(trainer_has)  # a callback may have added it
         if ours is not None:
-            begun_with = {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
-            ours.begin(args, state, **begun_with, written=written)
+            if loaded is None and state.global_step and _loads(trainer_has):
+                loaded = _loaded_by(self)
+            ours.begin(args, state, model=self.model, optimizer=self.optimizer, loaded=loaded)
         return control
 
     return tell_and_begin

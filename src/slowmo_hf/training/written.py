@@ -1,12 +1,12 @@
 """
-What a program changes between a load and the first pass, while workers' own wait: settings of an optimizer stay; of
-weights it is told that they are gone.
+What a program changes between a load and the first pass, while workers' own wait: settings of an optimizer and of a
+scheduler stay; of weights it is told that they are gone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,63 @@ import torch
 from ..log import logger
 from .digests import digests_of
 from .model_tensors import ModelTensors
+from .optimizers_inside import parameters_of
 
 
-class WrittenSince:
+class LoadedSettings:
+    """
+    Options of parameter groups, and what is numbers and words beside them, as a program has loaded them. Every
+    worker's own come later: what the program sets meanwhile (a learning rate, an optimizer without state) stays. Of
+    weights it knows whether any were written.
+
+    Args:
+        optimizers (`Sequence`): Loaded, and bare: no wrappers.
+        beside (`Mapping[str, Any]`): What has a state beside them, by its name in our files.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], beside: Mapping[str, Any]) -> None:
+        self._written = {id(one): _WrittenSince(one) for one in optimizers}
+        self._beside: dict[str, Any] | None = dict(beside)
+        self._states = copy.deepcopy(_plain_states(beside))
+
+    def changes(self, optimizer: torch.optim.Optimizer, tensors: ModelTensors) -> Callable[[Mapping[str, Any]], None]:
+        """
+        To be called when all ranks have rank 0's values, before each one's own are loaded.
+
+        Returns:
+            `Callable`: To be called behind that, with the states that were saved beside them. All optimizers have
+            these, and the first gives them back. Written weights that are gone are told.
+        """
+        written = self._written.get(id(optimizer))
+        give_back_own = None if written is None else written.changes(tensors)
+        beside, self._beside = self._beside, None
+        now = _plain_states(beside or {})
+
+        def give_back(states: Mapping[str, Any]) -> None:
+            if give_back_own is not None:
+                give_back_own()
+            for name, one in (beside or {}).items():
+                if name in states:
+                    own = changed(self._states[name], now[name]) if name in self._states and name in now else {}
+                    one.load_state_dict({**states[name], **own} if own else states[name])
+
+        return give_back
+
+
+def _plain_states(held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of what holds numbers and words alone."""
+    states = {name: one.state_dict() for name, one in held.items() if not isinstance(one, torch.nn.Module)}
+    return {name: state for name, state in states.items() if isinstance(state, dict) and is_plain(state)}
+
+
+class _WrittenSince:
     """
     Knows, from now on, which weights and which settings of an optimizer have been written. Reads all weights, now and
     when it is asked.
-
-    Args:
-        params (`Iterable[torch.Tensor]`): As they have been loaded.
-        optimizer (`torch.optim.Optimizer`): The same, bare: no wrapper.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self._params = list(params)  # else another could have the identity of one that is gone
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._params = list(parameters_of(optimizer))  # else another could have the identity of one that is gone
         self._digests = dict(zip(map(id, self._params), digests_of(self._params), strict=True))
         self._optimizer = optimizer
         self._had_state = bool(optimizer.state)
@@ -35,11 +78,8 @@ class WrittenSince:
 
     def changes(self, tensors: ModelTensors) -> Callable[[], None]:
         """
-        To be called when all ranks have rank 0's values, before each one's own are loaded.
-
-        Returns:
-            `Callable`: To be called behind that. Options of groups that were set, and a state that was emptied, are so
-            again; a warning tells of weights that were written and are gone.
+        What gives back options of groups that were set, and a state that was emptied; a warning tells of weights that
+        were written and are gone.
         """
         by_passes = {id(tensor) for tensor in tensors.written_by_passes()}
         written = [
