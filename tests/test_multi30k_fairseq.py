@@ -162,7 +162,12 @@ def test_the_page_has_the_runs_at_the_published_size():
     assert f"within 1, {seeds}: {reached}. In 24 passes no" in results
     assert f"({seeds} at its size {'has' if len(records) == 1 else 'have'} {reached})" in results.replace("> ", "")
     of_others = [bleu(f"test_bleu_tokenised_lowercase{which}") for which in ("", "_best", "_mean_of_5")]
-    assert "The last model alone has {}, the best by NLL {}, the mean of five {}.".format(*of_others) in words
+    assert (
+        "Tokenised and lower-cased, the last model alone has {}, the best by NLL {}, the mean of five {}.".format(
+            *of_others
+        )
+        in words
+    )
     passes, updates = listed(lambda record: str(len(record["curve"]))), listed(lambda record: f"{record['steps']:,}")
     assert f"ended by itself after {passes} passes, {updates} of 8,000 updates: ten in a row had no" in words
     hours = listed(lambda record: f"{record['seconds'] / 3600:.1f}")

@@ -63,7 +63,8 @@ class SlowMoConfig(Presets):
             in both. What stays constant is left alone, and so are buffers with `persistent=False`.
         processes_per_worker (`str`, *optional*, defaults to `"auto"`): Processes that form one worker: neighbouring
             ranks, whose gradients DDP averages at every step. `"node"`: a machine's. A number (an `int` is taken too).
-            `"auto"`: a machine's where the job spans several machines with several processes each, else 1.
+            `"auto"`: with FSDP2 those that share one model's shards; a machine's where the job spans several machines
+            with several processes each; else 1.
         topology (`str`, *optional*, defaults to `"auto"`):
             Who sends to whom (`slowmo_hf.algorithm.topology.Topology`): `"exponential"`, `"bipartite_exponential"`,
             `"ring"` or `"complete"`; gossip bases only. `"auto"`: bipartite_exponential for dpsgd, exponential for the
@@ -80,8 +81,9 @@ class SlowMoConfig(Presets):
         compression (`str`, *optional*, defaults to `"none"`): What a round's average travels in; `base="local_sgd"`
             only. `"bf16"`: half the bytes of fp32. `"int8"`: a quarter, and 1.6 % of that for scales. What rounding
             holds back is added to the next round's message (error feedback). Memory: 4 bytes per trainable parameter
-            more and 4/m with m workers (8 for fp64), and 2 (int8) or 4 (bf16) for messages. Views, buffers and inner
-            states travel as ever.
+            more and 4/m with m workers (8 for fp64). Messages have 2 (int8) or 4 (bf16) bytes per element of two
+            buckets, and 4 for sums; with `overlap_steps` of all parameters. Views, buffers and inner states travel as
+            ever.
         shard_slow_state (`bool`, *optional*, defaults to `False`): Each of m workers keeps 1/m of the anchors and the
             velocity and does the outer update there; the result and the bytes of a round are the same (docs/wire.md).
             For `base="local_sgd"` with `"slow_momentum"`. With `overlap_steps` 2 or more both of its halves travel

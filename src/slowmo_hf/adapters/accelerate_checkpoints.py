@@ -58,6 +58,9 @@ def register_for_checkpointing(accelerator: Accelerator, optimizer: torch.optim.
     Args:
         accelerator (`accelerate.Accelerator`): The one that saves.
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or prepared.
+
+    Raises:
+        TypeError: It is none.
     """
     bare = unwrap(optimizer)
     if bare not in _ours(accelerator).values():

@@ -57,7 +57,7 @@ class SlowMoCallback(TrainerCallback, ExportableState):
         settings (*optional*): Fields of `SlowMoConfig` in place of `config`: `SlowMoCallback(sync_every=24)`.
 
     Raises:
-        ValueError: `config` is something else, or a setting is wrong.
+        ValueError, TypeError: `config` is something else; a setting is wrong, or there is none of that name.
     """
 
     config = ConfigInUse("_training")

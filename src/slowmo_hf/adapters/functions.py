@@ -58,6 +58,9 @@ def consensus(optimizer: Any) -> Iterator[None]:
         optimizer (`torch.optim.Optimizer` or `Trainer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare`
             returned it; or a Trainer that has a `SlowMoCallback`, or the callback: while it trains there is something
             to show.
+
+    Raises:
+        TypeError: It is none of these.
     """
     callback = callback_of(optimizer)
     if callback is not None:
@@ -89,6 +92,7 @@ def join(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
 
     Raises:
+        TypeError: It is no `SlowMoOptimizer`.
         ValueError: `base` is not local_sgd: others exchange at every step, and cannot go on without a worker.
     """
     bare = unwrap(optimizer)
@@ -121,6 +125,9 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
 
     Args:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
+
+    Raises:
+        TypeError: It is no `SlowMoOptimizer`.
     """
     bare = unwrap(optimizer)
     outer_loop = bare.begun()
@@ -224,6 +231,7 @@ def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
         optimizer (`torch.optim.Optimizer`): A `SlowMoOptimizer`, bare or as `accelerator.prepare` returned it.
 
     Raises:
+        TypeError: It is no `SlowMoOptimizer`.
         ValueError: Plain `base="all_reduce"` has no rounds.
     """
     bare = unwrap(optimizer)
@@ -233,8 +241,16 @@ def stop_requested(optimizer: torch.optim.Optimizer) -> bool:
 
 def last_round(optimizer: Any) -> RoundReport | None:
     """
-    The report of the last round, or None before the first. `accelerator.log(last_round(optimizer).to_logs())` logs it.
-    It takes what `consensus` takes.
+    The report of the last round. `accelerator.log(last_round(optimizer).to_logs())` logs it.
+
+    Args:
+        optimizer (`torch.optim.Optimizer` or `Trainer`): As `consensus` takes it.
+
+    Returns:
+        `RoundReport`: None before the first round.
+
+    Raises:
+        TypeError: It is none of these.
     """
     callback = callback_of(optimizer)
     outer_loop = (callback or unwrap(optimizer)).outer_loop

@@ -59,15 +59,15 @@ class SlowMoOptimizer(OptimizerWrapper):
 
         model, optimizer, loader = accelerator.prepare(model, SlowMoOptimizer(optimizer, config), loader)
 
-    is all there is to write. The first forward pass of a module with its parameters compares all ranks, gives them
-    rank 0's values, takes the anchors and isolates the DDP wrapper. `consensus`, `finish`, `last_round` take it too.
+    and `slowmo_hf.finish(optimizer)` behind the loop is all there is to write. The first forward pass of a module with
+    its parameters compares all ranks, gives them rank 0's values, takes the anchors and isolates the DDP wrapper.
 
     Args:
         inner_optimizer (`torch.optim.Optimizer`): The base optimizer, over this worker's parameters.
         config (`SlowMoConfig` or `dict`, *optional*): The settings, or fields of it by name: `sync_every=24`.
 
     Raises:
-        TypeError: `inner_optimizer` is no torch optimizer.
+        TypeError, ValueError: The optimizer cannot be wrapped (docs/compatibility.md), or a setting is wrong.
     """
 
     config = ConfigInUse("outer_loop")
@@ -113,7 +113,7 @@ class SlowMoOptimizer(OptimizerWrapper):
         torch's do.
 
         Raises:
-            RuntimeError: Training is inside a round.
+            RuntimeError: Training is inside a round, or not all of it is here: `save_state` has it all.
         """
         self._before_saving()
         state_dict: dict[str, Any] = self.inner_optimizer.state_dict()
@@ -137,8 +137,8 @@ class SlowMoOptimizer(OptimizerWrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Load `state_dict()`'s result. A stock optimizer's has no slow state: before the start that begins fresh, later
-        it goes on.
+        Load `state_dict()`'s result, or raise `ValueError` or `RuntimeError`. A stock optimizer's has no slow state:
+        before the start that begins fresh, later it goes on.
         """
         state_dict = self._before_loading(state_dict)
         slow = state_dict.get(_SLOW_STATE)

@@ -48,7 +48,9 @@ def run_in_process(work: Callable[[int], T], workers: int) -> list[T]:
         `list`: What each worker returned, by rank.
 
     Raises:
-        RuntimeError: A worker failed (its error is the cause, and if a ValueError, this is one too), or all wait.
+        ValueError: `workers` is below 1.
+        RuntimeError: A worker failed (its error is the cause, and if a ValueError, this is one too), or all wait; or
+            one of its own workers has called it.
     """
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}.")
@@ -69,6 +71,9 @@ def together(call: Callable[[list[Item]], Sequence[T]], item: Item) -> T:
         call (`Callable`): Takes the items of all workers and returns an entry for each, by rank. The one of the worker
             that comes last is called, with that worker's random generators.
         item (`Any`): This worker's.
+
+    Raises:
+        RuntimeError: It is called outside of such a worker.
     """
     wire = current()
     if wire is None:
