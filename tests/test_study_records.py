@@ -215,8 +215,8 @@ def test_the_figures_of_the_readme_are_those_of_the_records():
         r for r in COMMITTED if (r["study"], r["task"], r["base"]) == ("table1", "image_classification", "local_sgd")
     ]
     rows = [line.split(" | ") for line in reproduce.table(own, "image_classification").splitlines()[2:]]
-    without, with_it = (row[4].rpartition(" (")[0] for row in rows)
-    gain, low, high = re.search(r"(\S+) \[(\S+), (\S+)\]", rows[1][5]).groups()
+    without, with_it = (row[5].rpartition(" (")[0] for row in rows)
+    gain, low, high = re.search(r"(\S+) \[(\S+), (\S+)\]", rows[1][6]).groups()
     page = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
     assert f"takes Local SGD from {without} to {with_it} (8 seeds; paired gain {gain}" in page
     assert f"95 % interval {low} to {high})" in page

@@ -110,8 +110,9 @@ def finding(words: str, metric: str, rows: Sequence[Pair]) -> str:
     parts = []
     if shown:
         verb = "raises" if min(shown.values()) > 0 else "lowers" if max(shown.values()) < 0 else "changes"
+        form = ("+" if verb == "changes" else "") + (".1f" if unit else ".2f")
         sizes = (
-            f"{abs(mean) if verb != 'changes' else mean:{'.1f' if unit else '.2f'}}{unit} with {name}"
+            f"{(mean if verb == 'changes' else abs(mean)):{form}}".replace("-", "−") + f"{unit} with {name}"
             for name, mean in shown.items()
         )
         parts.append(f"Slow momentum {verb} {words} by {' and '.join(sizes)}")

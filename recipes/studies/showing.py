@@ -33,7 +33,10 @@ NAMES = {"all_reduce": "all-reduce", "local_sgd": "Local SGD", "sgp": "SGP", "os
 _ADAM = {"local_sgd": "Local Adam", "all_reduce": "AR-Adam"}
 SHOWN = {
     "image_classification": Shown(
-        columns=("best_validation_accuracy", "training_loss", "validation_nll", "test_accuracy"),
+        columns=(
+            *("validation_accuracy", "best_validation_accuracy", "training_loss", "validation_nll"),
+            "test_accuracy",
+        ),
         gain="test_accuracy",
         drawn={"test_accuracy": "test accuracy"},
     ),
