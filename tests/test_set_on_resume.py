@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
@@ -21,6 +22,16 @@ SET = [0.3, (0.5, 0.9), "kept"]
 def set_options(optimizer):
     for group in optimizer.param_groups:  # with weight decay and without
         group.update(weight_decay=0.3, betas=(0.5, 0.9), of_my_own="kept")
+
+
+def set_numpy(optimizer):
+    for group in optimizer.param_groups:
+        group.update(weight_decay=np.float64(0.3), betas=tuple(np.array([0.5, 0.9])))
+
+
+def set_tensor(optimizer):
+    for group in optimizer.param_groups:
+        group["weight_decay"] = torch.tensor(0.3, dtype=torch.float64)
 
 
 def forget(optimizer):
@@ -55,19 +66,40 @@ class Loads(Trainer):
             self.act(self.optimizer)
 
 
+class LoadsNothing(Loads):
+    """Begins with a new optimizer."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(None)
+
+
+class LoadsItself(Loads):
+    """Loads the optimizer's file in its own way, and acts."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(torch.load(f"{checkpoint}/optimizer.pt"))
+            self.lr_scheduler.load_state_dict(torch.load(f"{checkpoint}/scheduler.pt"))
+        if self.act is not None:
+            self.act(self.optimizer)
+
+
+KINDS = {"trainer": Loads, "nothing": LoadsNothing, "itself": LoadsItself}
+
+
 def resumed(folder, config, act, where):
     """Three steps, a save, and two more, before which the program acts."""
     saves = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 0.05}
 
     def trainer_of(steps, act):
         sets = Sets(act if where == "callback" else None)
-        trainer = Loads(
+        trainer = KINDS.get(where, Loads)(
             model=Regression(),
             args=arguments(folder, max_steps=steps, **saves),
             train_dataset=Rows(128),
             callbacks=[sets, *([SlowMoCallback(config)] if config else [])],
         )
-        trainer.act = act if where == "trainer" else None
+        trainer.act = act if where in ("trainer", "itself") else None
         return trainer, sets
 
     trainer_of(3, None)[0].train()
@@ -78,8 +110,8 @@ def resumed(folder, config, act, where):
     return values(trainer.model), sets.seen
 
 
-@pytest.mark.parametrize("where", ["callback", "trainer"])
-@pytest.mark.parametrize("act", [set_options, forget])
+@pytest.mark.parametrize("where", ["callback", "trainer", "itself"])
+@pytest.mark.parametrize("act", [set_options, forget, set_numpy, set_tensor])
 def test_what_a_program_sets_where_a_resumed_run_begins_stays(tmp_path, act, where):
     """One worker whose rounds change nothing: as stock, to float64's rounding."""
     config = SlowMoConfig(sync_every=2, outer_momentum=0)
@@ -91,8 +123,17 @@ def test_what_a_program_sets_where_a_resumed_run_begins_stays(tmp_path, act, whe
     assert (ours["body.weight"] - left_alone["body.weight"]).abs().max() > 1e-5, "what is set tells"
     if act is forget:
         assert of_ours[1] == {1}
-    else:
+    elif act is set_options:
         assert [options[1:] for options in of_ours[0]] == [SET, SET]
+
+
+def test_an_optimizer_that_a_subclass_does_not_load_begins_anew(tmp_path):
+    config = SlowMoConfig(sync_every=2, outer_momentum=0)
+    stock, of_stock = resumed(tmp_path / "stock", None, None, "nothing")
+    ours, of_ours = resumed(tmp_path / "ours", config, None, "nothing")
+    assert of_ours == of_stock
+    assert of_ours[1] == {1}
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-14)
 
 
 def test_a_scaler_goes_on_and_the_scheduler_that_it_held_back_keeps_what_is_set():

@@ -198,8 +198,8 @@ def _loads(trainer_has: Any) -> bool:
     return ours is not None and bool(ours.config.has_rounds)
 
 
-def _loaded_by(trainer_has: Any) -> LoadedSettings:
-    return LoadedSettings([raw_optimizer(trainer_has.optimizer)], {"scheduler": trainer_has.lr_scheduler})
+def _loaded_by(trainer_has: Any, *optimizers: Any) -> LoadedSettings:
+    return LoadedSettings([raw_optimizer(one) for one in optimizers], {"scheduler": trainer_has.lr_scheduler})
 
 
 def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,7 +209,7 @@ def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_and_note(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
         if _loads(self) and any(given is not None for given in (*args, *kwargs.values())):
-            _loaded[self.callback_handler] = _loaded_by(self)
+            _loaded[self.callback_handler] = _loaded_by(self, self.optimizer)
         return result
 
     return load_and_note
@@ -231,12 +231,12 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         loaded, trainer_has = _loaded.pop(self, None), SimpleNamespace(callback_handler=self)
         if loaded is None and state.global_step and _loads(trainer_has):
-            loaded = _loaded_by(self)  # of a subclass that loads it in its own way
+            loaded = _loaded_by(self)  # a subclass has loaded the optimizer in its own way, or not at all
         control = tell(self, args, state, control, **kwargs)
         ours = callback_of(trainer_has)  # a callback may have added it
         if ours is not None:
             if loaded is None and state.global_step and _loads(trainer_has):
-                loaded = _loaded_by(self)
+                loaded = _loaded_by(self, self.optimizer)
             ours.begin(args, state, model=self.model, optimizer=self.optimizer, loaded=loaded)
         return control
 

@@ -24,7 +24,7 @@ class LoadedSettings:
     weights it knows whether any were written.
 
     Args:
-        optimizers (`Sequence`): Loaded, and bare: no wrappers.
+        optimizers (`Sequence`): Loaded, and bare: no wrappers. Of another all settings are the program's.
         beside (`Mapping[str, Any]`): What has a state beside them, by its name in our files.
     """
 
@@ -41,14 +41,13 @@ class LoadedSettings:
             `Callable`: To be called behind that, with the states that were saved beside them. All optimizers have
             these, and the first gives them back. Written weights that are gone are told.
         """
-        written = self._written.get(id(optimizer))
-        give_back_own = None if written is None else written.changes(tensors)
+        written = self._written.get(id(optimizer)) or _WrittenSince(optimizer, is_loaded=False)
+        give_back_own = written.changes(tensors)
         beside, self._beside = self._beside, None
         now = _plain_states(beside or {})
 
         def give_back(states: Mapping[str, Any]) -> None:
-            if give_back_own is not None:
-                give_back_own()
+            give_back_own()
             for name, one in (beside or {}).items():
                 if name in states:
                     own = changed(self._states[name], now[name]) if name in self._states and name in now else {}
@@ -69,12 +68,14 @@ class _WrittenSince:
     when it is asked.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._params = list(parameters_of(optimizer))  # else another could have the identity of one that is gone
+    def __init__(self, optimizer: torch.optim.Optimizer, *, is_loaded: bool = True) -> None:
+        self._params = (
+            list(parameters_of(optimizer)) if is_loaded else []
+        )  # else another could have the identity of one that is gone
         self._digests = dict(zip(map(id, self._params), digests_of(self._params), strict=True))
         self._optimizer = optimizer
-        self._had_state = bool(optimizer.state)
-        self._groups = [_comparable(group) for group in optimizer.param_groups]
+        self._had_state = bool(optimizer.state) or not is_loaded
+        self._groups = [_comparable(group) if is_loaded else {} for group in optimizer.param_groups]
 
     def changes(self, tensors: ModelTensors) -> Callable[[], None]:
         """
@@ -93,7 +94,9 @@ class _WrittenSince:
         is_emptied = self._had_state and not optimizer.state
         pairs = zip(self._groups, optimizer.param_groups, strict=False)
         # A flag of a group is a mode, which goes with the weights that are loaded.
-        options = [{k: v for k, v in changed(*pair).items() if type(v) is not bool} for pair in pairs]
+        options = [
+            {k: v for k, v in changed(*pair).items() if k != "params" and type(v) is not bool} for pair in pairs
+        ]
 
         def give_back() -> None:
             if is_emptied:
@@ -115,22 +118,27 @@ class _WrittenSince:
 
 
 def _comparable(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the options that can be compared; the names alone of others."""
+    """The options, with copies of those that could be written in place."""
     return {
-        name: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) if is_plain(value) else None
+        name: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) if is_plain(value) else value
         for name, value in group.items()
     }
 
 
 def changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What is new, and numbers, words and tensors that are others now."""
+    """What is new, and what is another now."""
     return {name: value for name, value in now.items() if name not in then or _differ(then[name], value)}
 
 
 def _differ(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return not torch.equal(one, other)
-    return is_plain(one) and is_plain(other) and bool(one != other)
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return True
+    try:
+        return bool(one != other)
+    except (RuntimeError, ValueError):  # of arrays and lists of tensors
+        return one is not other
 
 
 def is_plain(state: Any) -> bool:
