@@ -414,5 +414,5 @@ def test_what_a_program_writes_in_place_after_a_load_stays():
     group.update(lr=torch.tensor(0.2), nesterov=False)  # this worker's own, as they were saved
     give_back({"registered.0": {"n": 1, "own": 7}})
     assert group["lr"] == 0.01
-    assert group["nesterov"] is False, "a flag is a mode, which goes with the weights"
+    assert group["nesterov"] is True
     assert counts.state == {"n": 5, "own": 7}

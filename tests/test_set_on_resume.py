@@ -29,6 +29,11 @@ def set_numpy(optimizer):
         group.update(weight_decay=np.float64(0.3), betas=tuple(np.array([0.5, 0.9])))
 
 
+def set_flag(optimizer):
+    for group in optimizer.param_groups:
+        group["maximize"] = True
+
+
 def set_tensor(optimizer):
     for group in optimizer.param_groups:
         group["weight_decay"] = torch.tensor(0.3, dtype=torch.float64)
@@ -111,7 +116,7 @@ def resumed(folder, config, act, where):
 
 
 @pytest.mark.parametrize("where", ["callback", "trainer", "itself"])
-@pytest.mark.parametrize("act", [set_options, forget, set_numpy, set_tensor])
+@pytest.mark.parametrize("act", [set_options, forget, set_numpy, set_tensor, set_flag])
 def test_what_a_program_sets_where_a_resumed_run_begins_stays(tmp_path, act, where):
     """One worker whose rounds change nothing: as stock, to float64's rounding."""
     config = SlowMoConfig(sync_every=2, outer_momentum=0)

@@ -47,11 +47,11 @@ class LoadedSettings:
         now = _plain_states(beside or {})
 
         def give_back(states: Mapping[str, Any]) -> None:
-            give_back_own()
             for name, one in (beside or {}).items():
                 if name in states:
                     own = changed(self._states[name], now[name]) if name in self._states and name in now else {}
                     one.load_state_dict({**states[name], **own} if own else states[name])
+            give_back_own()  # last: a scheduler's load may write learning rates
 
         return give_back
 
@@ -93,10 +93,7 @@ class _WrittenSince:
         optimizer = self._optimizer
         is_emptied = self._had_state and not optimizer.state
         pairs = zip(self._groups, optimizer.param_groups, strict=False)
-        # A flag of a group is a mode, which goes with the weights that are loaded.
-        options = [
-            {k: v for k, v in changed(*pair).items() if k != "params" and type(v) is not bool} for pair in pairs
-        ]
+        options = [{k: v for k, v in changed(*pair).items() if k != "params"} for pair in pairs]
 
         def give_back() -> None:
             if is_emptied:
