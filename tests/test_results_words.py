@@ -27,8 +27,13 @@ def gains(folder, base, metric):
     """With slow momentum minus without, seed by seed; their mean and the ends of its 95 % interval."""
     without, with_it = runs(folder, base)
     differences = showing.paired_differences(with_it, without, metric)
-    mean, half = statistics.mean(differences), half_interval(differences)
-    return differences, mean, mean - half, mean + half
+    return differences, *span(differences)
+
+
+def span(numbers):
+    """Their mean and the ends of its 95 % interval."""
+    mean, half = statistics.mean(numbers), half_interval(numbers)
+    return mean, mean - half, mean + half
 
 
 def minus(number, digits):
@@ -38,7 +43,7 @@ def minus(number, digits):
 def test_claims_2_and_3_of_images():
     """OSGP loses accuracy in every pair, SGP shows no change; training loss falls with Local SGD alone."""
     table = "image_classification/table1"
-    lost, mean, low, high = (numbers for numbers in gains(table, "osgp", "test_accuracy"))
+    lost, mean, low, high = gains(table, "osgp", "test_accuracy")
     assert max(lost) < 0
     assert high < 0
     points = f"{-100 * mean:.2f} points"
@@ -77,8 +82,7 @@ def test_what_becomes_of_the_inner_state_on_images():
     for words, pair in rows.items():
         points = [100 * gain for gain in showing.paired_differences(*pair, "test_accuracy")]
         assert len(points) == 8
-        mean, half = statistics.mean(points), half_interval(points)
-        spans[words] = mean, mean - half, mean + half
+        spans[words] = span(points)
         cells = [minus(number, 2) for number in spans[words]]
         assert f"| {words} | {cells[0]} | {cells[1]} to {cells[2]} |" in PAGE
     *shown, unclear = spans.values()
@@ -99,21 +103,19 @@ def test_what_becomes_of_the_inner_state_on_images():
         assert means == sorted(means), "they order the rows alike"
     first = json.loads((RECORDS / "image_classification/first_runs.json").read_text())["gains"]
     points = [100 * gain for gain in first["local_sgd, β 0.7, slow momentum where the state is kept"]["test_accuracy"]]
-    mean, half = statistics.mean(points), half_interval(points)
-    cells = [minus(number, 2) for number in (mean, mean - half, mean + half)]
+    cells = [minus(number, 2) for number in span(points)]
     assert f"brought nothing: {cells[0]} ({cells[1]} to {cells[2]}), with β = 0.7" in PAGE
 
 
 def test_what_came_out_otherwise_in_the_first_runs_of_images():
     record = json.loads((RECORDS / "image_classification/first_runs.json").read_text())
-    spans = {}
-    for words in ("local_sgd, β 0.7", "osgp, β 0.5"):
-        points = [100 * gain for gain in record["gains"][words]["test_accuracy"]]
-        mean, half = statistics.mean(points), half_interval(points)
-        spans[words] = mean, mean - half, mean + half
-    mean, low, high = spans["local_sgd, β 0.7"]
+    spans = [
+        span([100 * gain for gain in record["gains"][words]["test_accuracy"]])
+        for words in ("local_sgd, β 0.7", "osgp, β 0.5")
+    ]
+    mean, low, high = spans[0]
     assert f"β = 0.7 for Local SGD, which gained {mean:.2f} points ({low:.2f} to {high:.2f})" in PAGE.replace(" >", "")
-    mean, low, high = (minus(number, 2) for number in spans["osgp, β 0.5"])
+    mean, low, high = (minus(number, 2) for number in spans[1])
     assert f"OSGP's change was within noise, {mean} ({low} to {high})" in PAGE.replace(" >", "")
     then, now = (run["validation_accuracy"] for run in record["one_machine"]["runs"])
     said = f"a validation accuracy of {then:.4f} by the rule of then and {now:.4f} by today's"

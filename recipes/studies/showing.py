@@ -34,7 +34,10 @@ _ADAM = {"local_sgd": "Local Adam", "all_reduce": "AR-Adam"}
 SHOWN = {
     "image_classification": Shown(
         columns=(
-            *("validation_accuracy", "best_validation_accuracy", "training_loss", "validation_nll"),
+            "validation_accuracy",
+            "best_validation_accuracy",
+            "training_loss",
+            "validation_nll",
             "test_accuracy",
         ),
         gain="test_accuracy",

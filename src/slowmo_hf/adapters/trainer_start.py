@@ -192,13 +192,11 @@ def _each_told(run: Callable[..., Any]) -> Callable[..., Any]:
 _loaded: weakref.WeakKeyDictionary[CallbackHandler, LoadedSettings] = weakref.WeakKeyDictionary()
 
 
-def _loads(trainer_has: Any) -> bool:
-    """Whether a resumed run goes on from each worker's own state, which comes behind all that the program sets."""
-    ours = callback_of(trainer_has)
-    return ours is not None and bool(ours.config.has_rounds)
-
-
-def _loaded_by(trainer_has: Any, *optimizers: Any) -> LoadedSettings:
+def _loaded_by(trainer_has: Any, *optimizers: Any) -> LoadedSettings | None:
+    """None where no worker's own state is to come, behind all that the program sets: without rounds of ours."""
+    ours = callback_of(SimpleNamespace(callback_handler=getattr(trainer_has, "callback_handler", trainer_has)))
+    if ours is None or not ours.config.has_rounds:
+        return None
     return LoadedSettings([raw_optimizer(one) for one in optimizers], {"scheduler": trainer_has.lr_scheduler})
 
 
@@ -208,8 +206,10 @@ def _noted(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_and_note(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
-        if _loads(self) and any(given is not None for given in (*args, *kwargs.values())):
-            _loaded[self.callback_handler] = _loaded_by(self, self.optimizer)
+        is_a_checkpoint = any(given is not None for given in (*args, *kwargs.values()))
+        noted = _loaded_by(self, self.optimizer) if is_a_checkpoint else None
+        if noted is not None:
+            _loaded[self.callback_handler] = noted
         return result
 
     return load_and_note
@@ -229,13 +229,13 @@ def _and_begin(tell: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(tell)
     def tell_and_begin(self: CallbackHandler, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        loaded, trainer_has = _loaded.pop(self, None), SimpleNamespace(callback_handler=self)
-        if loaded is None and state.global_step and _loads(trainer_has):
+        loaded = _loaded.pop(self, None)
+        if loaded is None and state.global_step:
             loaded = _loaded_by(self)  # a subclass has loaded the optimizer in its own way, or not at all
         control = tell(self, args, state, control, **kwargs)
-        ours = callback_of(trainer_has)  # a callback may have added it
+        ours = callback_of(SimpleNamespace(callback_handler=self))  # a callback may have added it
         if ours is not None:
-            if loaded is None and state.global_step and _loads(trainer_has):
+            if loaded is None and state.global_step:
                 loaded = _loaded_by(self, self.optimizer)
             ours.begin(args, state, model=self.model, optimizer=self.optimizer, loaded=loaded)
         return control

@@ -69,9 +69,8 @@ class _WrittenSince:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, is_loaded: bool = True) -> None:
-        self._params = (
-            list(parameters_of(optimizer)) if is_loaded else []
-        )  # else another could have the identity of one that is gone
+        # Kept: else another could have the identity of one that is gone.
+        self._params = list(parameters_of(optimizer)) if is_loaded else []
         self._digests = dict(zip(map(id, self._params), digests_of(self._params), strict=True))
         self._optimizer = optimizer
         self._had_state = bool(optimizer.state) or not is_loaded
@@ -83,12 +82,12 @@ class _WrittenSince:
         were written and are gone.
         """
         by_passes = {id(tensor) for tensor in tensors.written_by_passes()}
+        known = [pair for pair in zip(tensors.names, tensors.trainable, strict=True) if id(pair[1]) in self._digests]
+        digests = digests_of(param for _, param in known)
         written = [
             (name, param, digest)
-            for name, param, digest in zip(
-                tensors.names, tensors.trainable, digests_of(tensors.trainable), strict=True
-            )
-            if id(param) not in by_passes and self._digests.get(id(param), digest) != digest
+            for (name, param), digest in zip(known, digests, strict=True)
+            if id(param) not in by_passes and self._digests[id(param)] != digest
         ]
         optimizer = self._optimizer
         is_emptied = self._had_state and not optimizer.state
